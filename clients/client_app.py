@@ -1,0 +1,72 @@
+"""The client: Flower message -> library -> message."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlabel.experiment import Experiment, open_experiment
+from fedlabel.hardware import source_hash
+from fedlabel.metrics import pseudo_label_counts
+from fedlabel.training import ClientUpdate
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Says which client this node is and which code it runs."""
+    answer = ConfigRecord({"partition-id": _client(context), "source-hash": source_hash()})
+    return Message(RecordDict({"identity": answer}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Runs one local round and returns the model, its weight and counts; never samples, labels or posteriors."""
+    record = message.content.config_records["config"]
+    experiment = open_experiment(str(record["experiment"]))
+    torch.set_num_threads(experiment.config.grid.threads_per_worker)
+    client = _client(context)
+    round_number = int(record["server-round"])  # type: ignore[arg-type]
+    arrays = message.content.array_records["arrays"]
+    state = {name: value.to(experiment.device) for name, value in arrays.to_torch_state_dict().items()}
+    state = {name: value.to(experiment.initial_state[name].dtype) for name, value in state.items()}
+    update = experiment.train(client, state, round_number)
+    return Message(_reply(update, experiment, client), reply_to=message)
+
+
+def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordDict:
+    """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies want it, and counts beside."""
+    single = len(update.parts) == 1
+    arrays = {
+        name if single else f"{part}/{name}": value
+        for part, model in update.parts.items()
+        for name, value in model.state.items()
+    }
+    # Flower's strategies average by num-examples; several parts have a weight each (see server/strategy.py).
+    weights = {f"weight/{part}": float(model.weight) for part, model in update.parts.items()} if not single else {}
+    weight = float(next(iter(update.parts.values())).weight) if single else 1.0
+    counts: dict[str, list[float]] = {}
+    if update.pseudo is not None:
+        truth = experiment.federation.hidden_labels(client).to(experiment.device)
+        rows = update.pseudo_index.to(experiment.device)
+        counts = pseudo_label_counts(update.pseudo, truth[rows], experiment.federation.dataset.num_classes)
+    counts["passes"] = [float(update.passes)]
+    return RecordDict(
+        {
+            "arrays": ArrayRecord(arrays),
+            "metrics": MetricRecord({"num-examples": weight, **weights}),
+            "sums": ConfigRecord(dict(update.sums)),
+            "counts": ConfigRecord(dict(counts)),
+        }
+    )
+
+
+def _client(context: Context) -> int:
+    if "partition-id" not in context.node_config:
+        raise ValueError(
+            "This node has no `partition-id`: start the SuperNode with "
+            '--node-config "partition-id=0" (0, 1, ... below num_clients, each once).'
+        )
+    return int(context.node_config["partition-id"])

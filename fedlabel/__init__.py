@@ -1,0 +1,42 @@
+"""Federated learning for data whose labels are few, imprecise, noisy or known only as counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlabel.config import ExperimentConfig
+    from fedlabel.cli import RunResult
+
+__all__ = ["run"]
+
+
+def run(
+    config: ExperimentConfig | str | Path | Sequence[str | Path] = (),
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    out: str | Path = "runs",
+    resume: bool = False,
+) -> RunResult:
+    """Runs an experiment on this machine; the same as `fedlabel run`, without its progress bar.
+
+    Args:
+        config: a configuration, a YAML file, or several (later ones win); default: FedLabel on the embedded data.
+        overrides: "key=value" strings; they win over `config`.
+        name: the run's folder in `out`; default: method, data set, seed and time.
+        out: where run folders are kept.
+        resume: go on from the newest checkpoint of run `name`.
+
+    Returns:
+        `RunResult(path, summary, metrics)`: the folder, what is in `summary.json`, and one dictionary a round.
+
+    Raises:
+        ValueError: configuration, data, checkpoint or folder are not as needed.
+        RuntimeError: every client of a round failed.
+    """
+    from fedlabel.cli import run_experiment
+
+    return run_experiment(config, overrides, name=name, out=out, resume=resume)

@@ -1,0 +1,258 @@
+"""The command line, and the one place in the library that starts server and clients."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
+from fedlabel.experiment import open_experiment
+from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
+
+if TYPE_CHECKING:
+    from server.grids import SimulationGrid
+
+OnRound = Callable[[int, Mapping[str, float]], None]
+
+app = typer.Typer(help="Federated learning where labels are few.", no_args_is_help=True, add_completion=False)
+console = Console()
+error_console = Console(stderr=True)
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run left behind."""
+
+    path: Path
+    """The run's folder."""
+    summary: dict[str, Any]
+    """The content of `summary.json`."""
+    metrics: list[dict[str, Any]]
+    """One dictionary a round, as in `metrics.jsonl`."""
+
+
+def run_experiment(
+    config: ExperimentConfig | str | Path | Sequence[str | Path] = (),
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    out: str | Path = "runs",
+    resume: bool = False,
+    on_start: Callable[[ExperimentConfig, Path], None] = lambda config, path: None,
+    on_round: OnRound = lambda round_number, metrics: None,
+) -> RunResult:
+    """See `fedlabel.run`; `on_start` and `on_round` are told of progress."""
+    from fedlabel.tracking import read_metrics
+    from server.server_app import default_name, run_federation
+    from server.strategy import build_strategy
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    resolved = _resolve(config, overrides, Path(out) / name / "config.yaml" if resume and name else None)
+    if resume and name is None:
+        raise ConfigError("--resume needs --name: which run folder to go on with.")
+    path = Path(out) / (name or default_name(resolved))
+    if not resume and path.exists():
+        raise ConfigError(f"{path} exists already; give another --name, or --resume to go on with it.")
+    build_strategy(resolved.strategy)
+    experiment = open_experiment(to_yaml(resolved))
+    on_start(resolved, path)
+    with open_grid(resolved, experiment.device.type == "cuda") as grid:
+        summary = run_federation(resolved, grid, path, resume, on_round)
+    return RunResult(path, summary, read_metrics(path))
+
+
+@contextmanager
+def open_grid(config: ExperimentConfig, use_gpu: bool) -> Iterator[SimulationGrid]:
+    """Opens the grid that `grid.kind` names, over `num_clients` simulated clients."""
+    from server.grids import InProcessGrid, RayGrid
+
+    if config.grid.kind == "ray":
+        with RayGrid("clients.client_app:app", config.num_clients, config.grid.num_workers, use_gpu) as ray_grid:
+            yield ray_grid
+    else:
+        from clients.client_app import app as client_app
+
+        yield InProcessGrid(client_app, config.num_clients)
+
+
+def _resolve(
+    config: ExperimentConfig | str | Path | Sequence[str | Path], overrides: Sequence[str], saved: Path | None
+) -> ExperimentConfig:
+    if isinstance(config, ExperimentConfig):
+        return parse_config(to_yaml(config), overrides)
+    paths = [config] if isinstance(config, (str, Path)) else list(config)
+    if saved is None:
+        return load_config(paths, overrides)
+    if not saved.is_file():
+        raise ConfigError(f"{saved} does not exist: there is no such run to resume. Check --name and --out.")
+    method, saved_method = load_config(paths, overrides).method.name, load_config([saved]).method.name
+    named = any(override.startswith("method.name=") for override in overrides) or paths
+    if named and method != saved_method:
+        raise ConfigError(f"`method.name` (={method}) differs from the run's ({saved_method}); resume it as it was.")
+    return load_config([saved, *paths], overrides)
+
+
+@app.command()
+def run(
+    items: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    out: Annotated[Path, typer.Option(help="Where run folders are kept.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
+) -> None:
+    """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
+    configs, overrides = _split(items)
+    with _reported(), _progress() as (on_start, on_round):
+        result = run_experiment(
+            configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=on_round
+        )
+    table = Table("metric", "last", "best", "mean of last 10", title=str(result.path))
+    for key in ("eval/accuracy", "eval/worst_client_accuracy", "pseudo/coverage", "pseudo/accuracy"):
+        if key in result.summary:
+            values = result.summary[key]
+            table.add_row(key, *(f"{values[column]:.4f}" for column in ("last", "best", "mean_last_10")))
+    console.print(table)
+    console.print(f"{result.summary['rounds']} rounds, {result.summary['seconds']:.1f} s. Look closer:")
+    console.print(f"  tensorboard --logdir {result.path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def partition(
+    items: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for partition.json and partition.png.")] = Path("partition"),
+) -> None:
+    """Write and plot who holds what (labelled and unlabelled separately), without training."""
+    from fedlabel.figures import partition_figure, save_png
+    from fedlabel.tracking import write_atomic
+
+    configs, overrides = _split(items)
+    with _reported():
+        config = load_config(configs, overrides)
+        federation = open_experiment(to_yaml(config)).federation
+    labeled, unlabeled = federation.histograms()
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "partition.json", federation.to_json())
+    save_png(partition_figure(labeled, unlabeled, federation.dataset.class_names), out / "partition.png")
+    table = Table("", "labelled", "unlabelled", "classes held", "classes labelled", title="samples per client")
+    held = (labeled + unlabeled > 0).sum(1)
+    for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
+        columns = (labeled.sum(1), unlabeled.sum(1), held, (labeled > 0).sum(1))
+        table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
+    console.print(table)
+    console.print(f"{len(labeled)} clients. Written: {out / 'partition.json'}, {out / 'partition.png'}")
+
+
+@app.command("list")
+def list_all() -> None:
+    """List methods, data sets, models and strategies."""
+    from fedlabel.data.datasets import DATASETS
+    from fedlabel.methods import METHODS
+    from fedlabel.models import MODELS
+    from server.strategy import strategy_names
+
+    sections: dict[str, dict[str, str]] = {
+        "method.name": {name: method.description for name, method in METHODS.items()},
+        "data.name": {name: entry.description for name, entry in DATASETS.items()},
+        "model.name": {name: entry.description for name, entry in MODELS.items()},
+        "strategy.name": {"weighted_mean": "weighted mean of the clients' models (default)"}
+        | {name: "Flower's" for name in strategy_names()[1:]},
+    }
+    for key, rows in sections.items():
+        table = Table(key, "what")
+        for name, description in rows.items():
+            table.add_row(name, description)
+        console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, memory and what a run would use."""
+    table = Table("what", "value")
+    device = resolve_device("auto")
+    for key, value in {**versions(), "commit": source_commit(), **describe_hardware(device)}.items():
+        table.add_row(key, str(value))
+    table.add_row("device=auto gives", str(device))
+    table.add_row("grid.num_workers (default)", str(ExperimentConfig().grid.num_workers))
+    console.print(table)
+
+
+def _split(items: list[str] | None) -> tuple[list[str], list[str]]:
+    """Separates configuration files from key=value overrides."""
+    given = items or []
+    return [item for item in given if "=" not in item], [item for item in given if "=" in item]
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Turns a user's error into one message and exit status 2, a failed run into status 1."""
+    try:
+        yield
+    except ValueError as error:
+        error_console.print(f"Error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(2) from error
+    except RuntimeError as error:
+        if type(error).__name__ != "RunError":  # a bug: show where
+            raise
+        error_console.print(f"Stopped: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        error_console.print("Interrupted. `--resume --name NAME` goes on from the last checkpoint.")
+        raise typer.Exit(130) from error
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[ExperimentConfig, Path], None], OnRound]]:
+    """A live bar on a terminal, lines elsewhere."""
+    total = 0
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    shown: dict[str, float] = {}
+
+    def on_start(config: ExperimentConfig, path: Path) -> None:
+        nonlocal total
+        total = config.num_rounds
+        bar.add_task(config.method.name, total=total, shown="")
+        if not console.is_terminal:
+            console.print(f"{config.method.name} on {config.data.name}: {total} rounds, {path}", soft_wrap=True)
+
+    def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
+        shown.update({key: metrics[key] for key in ("eval/accuracy", "pseudo/coverage") if key in metrics})
+        failed = int(metrics["system/failed_clients"])
+        text = "  ".join(f"{key.split('/')[1]} {value:.3f}" for key, value in shown.items())
+        text += f"  FAILED CLIENTS {failed}" if failed else ""
+        bar.update(bar.task_ids[0], completed=round_number, shown=text)
+        if not console.is_terminal and ("eval/accuracy" in metrics or failed):
+            console.print(f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s", soft_wrap=True)
+
+    with bar:
+        yield on_start, on_round
+
+
+def main() -> None:
+    """Entry point of the `fedlabel` command."""
+    sys.path.insert(0, os.getcwd())  # a method of the user's own: method.name=my_module:MyMethod
+    app()

@@ -1,0 +1,263 @@
+"""The experiment's configuration: frozen dataclasses are schema and defaults, YAML holds differences, overrides win."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlabel.data.augment import AugmentConfig
+from fedlabel.data.datasets import DataConfig
+from fedlabel.data.partition import PartitionConfig
+from fedlabel.data.supervision import SupervisionConfig
+from fedlabel.methods import method_class
+from fedlabel.methods.base import Method
+from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.models import ModelConfig
+from fedlabel.training import TrainingConfig
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ConfigError(ValueError):
+    """The user's configuration is wrong; the message names the key, the value and the fix."""
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """How the server combines the clients' models."""
+
+    name: str = "weighted_mean"
+    """weighted_mean, or a Flower strategy by class name: FedAdam, FedAvgM, FedTrimmedAvg, Krum, ..."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the Flower strategy, e.g. {eta: 0.01}."""
+
+    def __post_init__(self) -> None:
+        if self.name == "weighted_mean" and self.args:
+            raise ValueError(f"`strategy.args` (={self.args}) must be empty for strategy.name=weighted_mean.")
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """What carries messages to the clients."""
+
+    kind: str = "in_process"
+    """in_process | ray. Under `flwr run` Flower's own grid is used and this key is ignored."""
+    num_workers: int = 2
+    """Ray: number of worker processes."""
+    threads_per_worker: int = 1
+    """Torch threads that train one client, on every grid (results can depend on it in the last bit)."""
+    timeout: float = 3600.0
+    """Seconds after which a client that has not answered is counted as failed."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("in_process", "ray"):
+            raise ValueError(f"`grid.kind` (={self.kind}) must be one of in_process, ray.")
+        for key in ("num_workers", "threads_per_worker"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must be at least 1.")
+        if not self.timeout > 0:
+            raise ValueError(f"`grid.timeout` (={self.timeout}) must be positive (seconds).")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and on what the global model is evaluated."""
+
+    every: int = 1
+    """Rounds between evaluations; the last round is always evaluated."""
+    split: str = "test"
+    """test | validation: use validation to choose hyper-parameters, test only to report."""
+    panel_samples: int = 16
+    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last round and every 10th evaluation;
+    0 = no panel. Made in the server's process from its own copy of a simulated client; nothing is asked of clients."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"`evaluation.every` (={self.every}) must be at least 1.")
+        if self.split not in ("test", "validation"):
+            raise ValueError(f"`evaluation.split` (={self.split}) must be one of test, validation.")
+        if not 0 <= self.panel_samples <= 32:
+            raise ValueError(f"`evaluation.panel_samples` (={self.panel_samples}) must lie in [0, 32].")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run can be resumed from."""
+
+    every: int = 1
+    """Rounds between checkpoints; the last round always leaves one. Resuming repeats the rounds since the newest."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        for key in ("every", "keep"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`checkpoint.{key}` (={getattr(self, key)}) must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run depends on."""
+
+    seed: int = 0
+    """Root of all random numbers: partition, labels, initial weights, cohorts, batches, augmentation."""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N."""
+    num_clients: int = 20
+    """Clients in the federation."""
+    num_rounds: int = 40
+    """Communication rounds."""
+    fraction_train: float = 0.25
+    """Share of the clients drawn (without replacement) to train in a round; at least one client."""
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: Any = field(default_factory=FedLabel)
+    """A method's dataclass: `method.name` picks it, the other keys are its fields."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"`seed` (={self.seed}) must be at least 0.")
+        for key in ("num_clients", "num_rounds"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`{key}` (={getattr(self, key)}) must be at least 1.")
+        if not 0 < self.fraction_train <= 1:
+            raise ValueError(f"`fraction_train` (={self.fraction_train}) must lie in (0, 1].")
+        merge = getattr(self.method, "merge", "sum")
+        if merge == "mean" and self.strategy.name != "weighted_mean":
+            raise ValueError(
+                f"`method.merge` (=mean) sends two models with separate weights, which `strategy.name` "
+                f"(={self.strategy.name}) cannot combine; use strategy.name=weighted_mean or method.merge=sum."
+            )
+
+
+def find_config(path: str | Path) -> Path:
+    """Returns the YAML file named: as given, or below `configs/` of the project.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    candidates = [Path(path), PROJECT_ROOT / "configs" / path, PROJECT_ROOT / path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(
+        f"Configuration file {path} does not exist: looked at {', '.join(str(c.absolute()) for c in candidates)}."
+    )
+
+
+def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Returns the resolved configuration.
+
+    Args:
+        paths: YAML files of differences from the defaults, later ones win; relative to the working directory or to
+            the project's `configs/`.
+        overrides: "key=value" strings, e.g. "training.lr=0.1"; they win over the files.
+
+    Raises:
+        ConfigError: a file is missing or is no YAML mapping, a key is unknown, a value has the wrong type or range.
+    """
+    return _resolve([*(_load_yaml(find_config(path)) for path in paths), *_parse_overrides(overrides)])
+
+
+def parse_config(text: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Returns the configuration that `to_yaml` wrote as `text`, changed by `overrides` (see `load_config`)."""
+    loaded = OmegaConf.create(text)
+    assert isinstance(loaded, DictConfig)
+    return _resolve([loaded, *_parse_overrides(overrides)])
+
+
+def _parse_overrides(overrides: Sequence[str]) -> list[DictConfig]:
+    layers = []
+    for override in overrides:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*=.*", override, re.DOTALL):
+            raise ConfigError(f"Override `{override}` must have the form key=value, e.g. training.lr=0.1.")
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"Override `{override}` has no readable value: {error}") from error
+    return layers
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """Returns the resolved configuration as YAML text; `parse_config` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
+    """Returns dotted key -> scalar (lists and mappings as JSON), e.g. for comparing two runs or TensorBoard's hparams."""
+    flat: dict[str, str | int | float | bool] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict) and value:
+                visit(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
+
+    visit("", OmegaConf.to_container(OmegaConf.structured(config)))
+    return flat
+
+
+def _load_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, not a list.")
+    return loaded
+
+
+def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
+    try:
+        user = OmegaConf.merge({}, *layers)
+        node = user.get("method", {})
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"`method` (={node}) must be a mapping; to choose a method use method.name={node}.")
+        name = node.get("name", FedLabel.name)
+        schema = method_class(name)
+        base = OmegaConf.structured(ExperimentConfig)
+        # The schema node replaces the default method: another method has other fields.
+        OmegaConf.set_readonly(base, False)
+        base.method = None
+        base = OmegaConf.merge(base, {"method": OmegaConf.structured(schema)})
+        resolved = OmegaConf.to_object(OmegaConf.merge(base, user))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_describe(error)) from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    assert isinstance(resolved, ExperimentConfig)
+    assert isinstance(resolved.method, Method)
+    return resolved
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    """Returns OmegaConf's message in one line, with the full key."""
+    message = str(error.msg or error).split("\n")[0]
+    key = error.full_key
+    if "not in '" in message:
+        hint = message.partition("Did you mean:")[2].strip()
+        allowed = ""
+        if error.object_type is not None and hasattr(error.object_type, "__dataclass_fields__"):
+            allowed = " Allowed here: " + ", ".join(f.name for f in fields(error.object_type)) + "."
+        suggestion = f" Did you mean {hint}?" if hint else ""
+        return f"`{key}` is not a configuration key.{suggestion.replace('??', '?')}{allowed}"
+    return f"`{key}`: {message}" if key else message

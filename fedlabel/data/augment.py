@@ -1,0 +1,277 @@
+"""Weak and strong views of a whole batch at once, as pure functions of images and a generator.
+
+The strong view is RandAugment (Cubuk et al., 2020, https://arxiv.org/abs/1909.13719) as `torchvision.transforms.v2`
+implements it, then crop and flip, then, if asked, Cutout (DeVries & Taylor, 2017, https://arxiv.org/abs/1708.04552).
+
+What differs from torchvision, and why:
+
+* Samples that drew the same operation are transformed together. With one fixed magnitude an operation has at most two
+  forms, one per sign. A geometric one moves every pixel to a place known beforehand, a pointwise one is a table of 256
+  values, so each of these families is one `gather`; the rest are torchvision's own functions on a group of samples.
+* The tables are made by running torchvision's functions on an image of pixel indices (or of all 256 values), on the
+  CPU. So pixels equal torchvision's by construction, and are the same whatever device uses the tables.
+* Random numbers come only from the generator that is passed in, never from torch's global state.
+
+What differs from Cutout as published: the square always lies wholly inside the image, so its area never varies, and it
+is mid-grey, as usual with FixMatch (Sohn et al., 2020, https://arxiv.org/abs/2001.07685), so it shows on black ground.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+NUM_MAGNITUDE_BINS = 31
+"""Magnitudes are 0 to 30, as in torchvision's `RandAugment`."""
+
+CUTOUT_FILL = 127
+"""Value of the pixels inside the cutout square."""
+
+# The families are contiguous, so that samples sorted by operation are also sorted by family.
+_GEOMETRIC = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+_POINTWISE = ("Brightness", "Posterize", "Solarize")
+_PER_IMAGE = ("Color", "Contrast", "Sharpness", "AutoContrast", "Equalize")
+OPERATIONS = _GEOMETRIC + _POINTWISE + _PER_IMAGE
+"""RandAugment's operations by torchvision's names. Code `2 * i` is the i-th with sign +, `2 * i + 1` with sign -."""
+
+NUM_CODES = 2 * len(OPERATIONS)
+"""Operations without a sign do the same under both codes, so uniform codes make uniform operations and signs."""
+
+_POINTWISE_START = 2 * len(_GEOMETRIC)
+_PER_IMAGE_START = 2 * len(_GEOMETRIC + _POINTWISE)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How strongly images are augmented."""
+
+    crop_padding: int = 4
+    """Pixels of reflect padding on each side before a random crop of the original size; 0 = no crop."""
+
+    flip: bool | None = None
+    """Whether half of the images are mirrored left to right; None = as the data set allows."""
+
+    num_ops: int = 1
+    """RandAugment operations applied to each image, one after the other (strong view only)."""
+
+    magnitude: int = 10
+    """Strength of every operation, 0 to 30 (strong view only)."""
+
+    cutout: float = 0.0
+    """Side of the grey square as a fraction of the shorter image side; 0 = no square (strong view only)."""
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise ValueError(f"`augment.crop_padding` (={self.crop_padding}) must be at least 0; 0 turns cropping off.")
+        if self.num_ops < 1:
+            raise ValueError(f"`augment.num_ops` (={self.num_ops}) must be at least 1.")
+        if not 0 <= self.magnitude < NUM_MAGNITUDE_BINS:
+            raise ValueError(f"`augment.magnitude` (={self.magnitude}) must lie in [0, {NUM_MAGNITUDE_BINS - 1}].")
+        if not 0.0 <= self.cutout <= 1.0:
+            raise ValueError(f"`augment.cutout` (={self.cutout}) must lie in [0, 1]; 0 turns it off.")
+
+
+def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip: bool) -> Tensor:
+    """Returns a random crop of every image, mirrored for half of them.
+
+    Args:
+        images: (batch, channels, height, width), uint8. The batch may be empty.
+        generator: source of all random numbers, on the device of `images`.
+        config: `crop_padding` and `flip` are used.
+        flip: whether the data set allows mirroring; `config.flip`, if not None, overrides it.
+
+    Returns:
+        Images of the same shape, type and device.
+
+    Raises:
+        ValueError: if `config.crop_padding` is not smaller than height and width.
+    """
+    assert images.dtype == torch.uint8, images.dtype
+    height, width = images.shape[-2:]
+    padding = config.crop_padding
+    if padding >= min(height, width):
+        raise ValueError(
+            f"`augment.crop_padding` (={padding}) must be smaller than the image side (={min(height, width)}), "
+            "since the padding mirrors the image."
+        )
+    flip = flip if config.flip is None else config.flip
+    if not padding and not flip:
+        return images.clone()
+
+    batch, device = len(images), images.device
+    rows = torch.arange(height, device=device).expand(batch, height)
+    columns = torch.arange(width, device=device).expand(batch, width)
+    if padding:
+        shift = torch.randint(-padding, padding + 1, (2, batch, 1), generator=generator, device=device)
+        rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
+    if flip:
+        mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    sources = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
+    return _take_pixels(images.flatten(2), sources).view_as(images)
+
+
+def strong(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip: bool) -> Tensor:
+    """Returns RandAugment of every image, then cropped and mirrored as by `weak`, then with a grey square if asked.
+
+    Each image gets its own operations and signs. The grouping waits for the device once per operation round.
+
+    Args:
+        images: (batch, channels, height, width), uint8, 1 or 3 channels. The batch may be empty.
+        generator: source of all random numbers, on the device of `images`.
+        config: all fields are used.
+        flip: whether the data set allows mirroring; `config.flip`, if not None, overrides it.
+
+    Returns:
+        Images of the same shape, type and device.
+
+    Raises:
+        ValueError: if `config.crop_padding` is not smaller than height and width.
+    """
+    assert images.dtype == torch.uint8, images.dtype
+    for _ in range(config.num_ops):
+        codes = torch.randint(NUM_CODES, (len(images),), generator=generator, device=images.device)
+        images = apply_operations(images, codes, config.magnitude)
+    images = weak(images, generator, config, flip)
+    return _cutout(images, generator, config.cutout) if config.cutout else images
+
+
+def apply_operations(images: Tensor, codes: Tensor, magnitude: int) -> Tensor:
+    """Returns each image transformed by the operation that its code names.
+
+    Args:
+        images: (batch, channels, height, width), uint8, 1 or 3 channels.
+        codes: (batch,), int64 in [0, NUM_CODES); see `OPERATIONS`.
+        magnitude: strength of every operation, 0 to 30.
+
+    Returns:
+        Images of the same shape, type and device, equal to torchvision's functions applied one image at a time.
+    """
+    height, width = images.shape[-2:]
+    codes, order = codes.sort()
+    images = images[order]
+    # Where each code's samples begin, as Python numbers: the one wait for the device here.
+    start = torch.searchsorted(codes, torch.arange(NUM_CODES + 1, device=codes.device)).tolist()
+    result = torch.empty_like(images)
+
+    group = slice(0, start[_POINTWISE_START])
+    sources = _source_tables(height, width, magnitude, images.device)[codes[group]]
+    with_outside = torch.nn.functional.pad(images[group].flatten(2), (1, 0))  # pixel 0 is black, all others move by one
+    result[group] = _take_pixels(with_outside, sources).view_as(images[group])
+
+    group = slice(start[_POINTWISE_START], start[_PER_IMAGE_START])
+    tables = _value_tables(magnitude, images.device)[codes[group] - _POINTWISE_START]
+    result[group] = tables.gather(1, images[group].flatten(1).long()).view_as(images[group])
+
+    for code in range(_PER_IMAGE_START, NUM_CODES):
+        if start[code] < start[code + 1]:
+            group = slice(start[code], start[code + 1])
+            result[group] = _torchvision_operation(code, magnitude, height, width)(images[group])
+    return torch.empty_like(result).index_copy_(0, order, result)
+
+
+def _take_pixels(pixels: Tensor, sources: Tensor) -> Tensor:
+    """Returns `pixels` (batch, channels, n) at the indices `sources` (batch, m) in [0, n): (batch, channels, m)."""
+    return pixels.gather(2, sources[:, None, :].expand(-1, pixels.shape[1], -1))
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    """Mirrors positions in (-size, 2 * size - 1) into [0, size) without repeating the edge pixel."""
+    return (size - 1) - ((size - 1) - position.abs()).abs()
+
+
+def _cutout(images: Tensor, generator: torch.Generator, fraction: float) -> Tensor:
+    """Fills one square of `CUTOUT_FILL` in each image, wholly inside it, at uniformly random places.
+
+    Args:
+        images: (batch, channels, height, width), uint8.
+        generator: source of the places, on the device of `images`.
+        fraction: side of the square as a fraction of the shorter image side, rounded to whole pixels.
+    """
+    batch, _, height, width = images.shape
+    side = round(fraction * min(height, width))
+
+    def covered(size: int) -> Tensor:
+        first = torch.randint(size - side + 1, (batch, 1), generator=generator, device=images.device)
+        offset = torch.arange(size, device=images.device) - first
+        return (offset >= 0) & (offset < side)
+
+    square = covered(height)[:, None, :, None] & covered(width)[:, None, None, :]
+    return images.masked_fill(square, CUTOUT_FILL)
+
+
+@lru_cache(maxsize=64)
+def _source_tables(height: int, width: int, magnitude: int, device: torch.device) -> Tensor:
+    """Where each pixel comes from, by geometric code: (12, height * width), int64; 0 = outside, i + 1 = pixel i."""
+    index = torch.arange(1, height * width + 1, dtype=torch.float32, device="cpu").view(1, 1, height, width)
+    tables = [_torchvision_operation(code, magnitude, height, width)(index) for code in range(_POINTWISE_START)]
+    return torch.cat(tables).flatten(1).long().to(device)
+
+
+@lru_cache(maxsize=64)
+def _value_tables(magnitude: int, device: torch.device) -> Tensor:
+    """What each pixel value becomes, by pointwise code: (6, 256), uint8."""
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").view(1, 1, 1, 256)
+    codes = range(_POINTWISE_START, _PER_IMAGE_START)
+    return torch.cat([_torchvision_operation(code, magnitude, 1, 256)(values) for code in codes]).flatten(1).to(device)
+
+
+def _torchvision_operation(code: int, magnitude: int, height: int, width: int) -> Callable[[Tensor], Tensor]:
+    """Returns the torchvision function, on images (..., channels, height, width), that a code stands for.
+
+    The table of magnitudes is that of `torchvision.transforms.v2.RandAugment` with 31 bins.
+
+    Args:
+        code: in [0, NUM_CODES); see `OPERATIONS`.
+        magnitude: 0 to 30.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+    """
+
+    def level(maximum: float) -> float:
+        # linspace, as torchvision does, so that float32 rounding is the same.
+        value = torch.linspace(0.0, maximum, NUM_MAGNITUDE_BINS, device="cpu")[magnitude].item()
+        return -value if code % 2 else value
+
+    def affine(images: Tensor, translate: tuple[float, float], shear: tuple[float, float]) -> Tensor:
+        degrees = [math.degrees(math.atan(slope)) for slope in shear]
+        # Shears leave the upper left corner in place; for shifts the centre does not matter.
+        return F.affine(images, angle=0.0, translate=list(translate), scale=1.0, shear=degrees, center=[0, 0])
+
+    match OPERATIONS[code // 2]:
+        case "Identity":
+            return lambda images: images
+        case "ShearX":
+            return lambda images: affine(images, (0, 0), (level(0.3), 0))
+        case "ShearY":
+            return lambda images: affine(images, (0, 0), (0, level(0.3)))
+        case "TranslateX":
+            return lambda images: affine(images, (int(level(150.0 / 331.0 * width)), 0), (0, 0))
+        case "TranslateY":
+            return lambda images: affine(images, (0, int(level(150.0 / 331.0 * height))), (0, 0))
+        case "Rotate":
+            return lambda images: F.rotate(images, angle=level(30.0))
+        case "Brightness":
+            return lambda images: F.adjust_brightness(images, 1.0 + level(0.9))
+        case "Color":
+            return lambda images: F.adjust_saturation(images, 1.0 + level(0.9))
+        case "Contrast":
+            return lambda images: F.adjust_contrast(images, 1.0 + level(0.9))
+        case "Sharpness":
+            return lambda images: F.adjust_sharpness(images, 1.0 + level(0.9))
+        case "Posterize":
+            return lambda images: F.posterize(images, 8 - round(magnitude / ((NUM_MAGNITUDE_BINS - 1) / 4)))
+        case "Solarize":
+            threshold = torch.linspace(1.0, 0.0, NUM_MAGNITUDE_BINS, device="cpu")[magnitude].item()
+            return lambda images: F.solarize(images, 255 * threshold)
+        case "AutoContrast":
+            return F.autocontrast
+        case "Equalize":
+            return F.equalize
+    raise AssertionError(code)

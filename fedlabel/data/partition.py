@@ -1,0 +1,322 @@
+"""Who holds which samples: partitions of labels over clients, as pure functions of labels and a generator.
+
+Every recipe returns one sorted int64 array of sample indices per client; the arrays are disjoint and together hold
+every sample. `partition` chooses the recipe and sees to it that no client is left with too few samples.
+
+`dirichlet` is FedLabel's recipe (released code of Cho et al., ICCV 2023, https://arxiv.org/abs/2307.08809): a Dirichlet
+vector over *classes* per client. `dirichlet_per_class` is the more common one (Yurochkin et al., ICML 2019,
+https://arxiv.org/abs/1905.12022): a Dirichlet vector over *clients* per class; client sizes differ far more.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlabel.seeding import derive_seed, numpy_generator
+
+KINDS = ("iid", "dirichlet", "dirichlet_per_class", "classes_per_client", "quantity_skew")
+FLWR_DATASETS = "flwr_datasets:"
+MAX_DRAWS = 100
+"""How often a partition that leaves a client with too few samples is drawn anew."""
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """How the training set is spread over the clients."""
+
+    kind: str = "dirichlet"
+    """iid, dirichlet (FedLabel's), dirichlet_per_class (the common one), classes_per_client, quantity_skew, or
+    `flwr_datasets:<Class>` for a partitioner of the flwr-datasets package, e.g. `flwr_datasets:ShardPartitioner`."""
+    dirichlet_alpha: float = 0.5
+    """Of dirichlet and dirichlet_per_class: the smaller, the fewer classes a client holds."""
+    classes_per_client: int = 2
+    """Of classes_per_client: how many classes each client holds."""
+    quantity_alpha: float = 1.0
+    """Of quantity_skew: the smaller, the more the numbers of samples differ."""
+    min_samples: int = 2
+    """The least number of samples of a client; up to `MAX_DRAWS` partitions are drawn to meet it."""
+    partitioner_args: str = "{}"
+    """Of flwr_datasets: the partitioner's arguments as a JSON object, e.g. '{"alpha": 0.3}'. `num_partitions`,
+    `partition_by` and `seed` are filled in where it takes them. It is asked once, not drawn anew."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS and not self.kind.startswith(FLWR_DATASETS):
+            near = difflib.get_close_matches(self.kind, KINDS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"`partition.kind` (={self.kind}) must be one of {', '.join(KINDS)}, {FLWR_DATASETS}<Class>.{hint}"
+            )
+        for name in ("dirichlet_alpha", "quantity_alpha"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"`partition.{name}` (={value}) must be positive and finite.")
+        for name in ("classes_per_client", "min_samples"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"`partition.{name}` (={value}) must be at least 1.")
+        try:
+            is_object = isinstance(json.loads(self.partitioner_args), dict)
+        except json.JSONDecodeError:
+            is_object = False
+        if not is_object:
+            raise ValueError(
+                f"`partition.partitioner_args` (={self.partitioner_args}) must be a JSON object, "
+                "e.g. '{\"alpha\": 0.3}'."
+            )
+
+
+def partition(
+    labels: np.ndarray, num_clients: int, num_classes: int, config: PartitionConfig, seed: int
+) -> list[np.ndarray]:
+    """Spreads samples over clients.
+
+    Args:
+        labels: (n,) integers in [0, num_classes).
+        num_clients: how many clients.
+        num_classes: how many classes.
+        config: the recipe.
+        seed: the experiment's seed. Draw i uses the generator of (seed, "partition", i), i = 0 .. `MAX_DRAWS` - 1; the
+            first in which every client has `config.min_samples` is taken.
+
+    Returns:
+        One sorted int64 array of indices per client; disjoint, together all of range(n).
+
+    Raises:
+        ValueError: there are too few samples, labels out of range, or the smallest size could not be met.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or (len(labels) and (labels.min() < 0 or labels.max() >= num_classes)):
+        raise ValueError(f"`labels` of shape {labels.shape} must be (n,) integers in [0, {num_classes - 1}].")
+    if num_clients < 1:
+        raise ValueError(f"`num_clients` (={num_clients}) must be at least 1.")
+    if len(labels) < num_clients:
+        raise ValueError(
+            f"`num_clients` (={num_clients}) must not exceed the number of training samples (={len(labels)})."
+        )
+    if len(labels) < num_clients * config.min_samples:
+        raise ValueError(
+            f"{num_clients} clients (`num_clients`) with at least {config.min_samples} samples each "
+            f"(`partition.min_samples`) need {num_clients * config.min_samples} samples, but there are {len(labels)}. "
+            "Take fewer clients or a smaller partition.min_samples."
+        )
+    best = 0
+    draws = 1 if config.kind.startswith(FLWR_DATASETS) else MAX_DRAWS
+    for draw in range(draws):
+        parts = _draw(labels, num_clients, num_classes, config, seed, draw)
+        smallest = min(len(part) for part in parts)
+        if smallest >= config.min_samples:
+            return parts
+        best = max(best, smallest)
+    raise ValueError(_too_small(len(labels), num_clients, config, best, draws))
+
+
+def _draw(
+    labels: np.ndarray, num_clients: int, num_classes: int, config: PartitionConfig, seed: int, draw: int
+) -> list[np.ndarray]:
+    rng = numpy_generator(seed, "partition", draw)
+    match config.kind:
+        case "iid":
+            return iid(labels, num_clients, rng)
+        case "dirichlet":
+            return dirichlet(labels, num_clients, config.dirichlet_alpha, num_classes, rng)
+        case "dirichlet_per_class":
+            return dirichlet_per_class(labels, num_clients, config.dirichlet_alpha, num_classes, rng)
+        case "classes_per_client":
+            return classes_per_client(labels, num_clients, config.classes_per_client, num_classes, rng)
+        case "quantity_skew":
+            return quantity_skew(labels, num_clients, config.quantity_alpha, rng)
+    name = config.kind.removeprefix(FLWR_DATASETS)
+    return flwr_datasets_partition(labels, num_clients, name, json.loads(config.partitioner_args), seed)
+
+
+def _too_small(num_samples: int, num_clients: int, config: PartitionConfig, best: int, draws: int) -> str:
+    field = {
+        "dirichlet": "dirichlet_alpha",
+        "dirichlet_per_class": "dirichlet_alpha",
+        "classes_per_client": "classes_per_client",
+        "quantity_skew": "quantity_alpha",
+    }.get(config.kind, "partitioner_args")
+    change = "other" if field == "partitioner_args" else "a larger"
+    return (
+        f"`partition.min_samples` (={config.min_samples}) could not be met in {draws} draws: the smallest client had "
+        f"at best {best} (partition.kind={config.kind}, partition.{field}={getattr(config, field)}, "
+        f"{num_samples} samples, num_clients={num_clients}). "
+        f"Take fewer clients, {change} partition.{field} or a smaller partition.min_samples."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+
+def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Deals samples uniformly at random; sizes differ by at most one. For arguments see `partition`."""
+    return _collect(rng.permutation(np.arange(len(labels)) % num_clients), num_clients)
+
+
+def dirichlet(
+    labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """FedLabel's recipe: client i draws p_i ~ Dir(alpha 1); class c is cut by p_.c, normalised over clients."""
+    return _by_class(labels, rng.dirichlet(np.full(num_classes, alpha), size=num_clients), rng)
+
+
+def dirichlet_per_class(
+    labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """The common recipe: class c draws q_c ~ Dir(alpha 1) over the clients, and is cut by it."""
+    return _by_class(labels, rng.dirichlet(np.full(num_clients, alpha), size=num_classes).T, rng)
+
+
+def classes_per_client(
+    labels: np.ndarray, num_clients: int, k: int, num_classes: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Gives each client k classes at random; a class is split evenly among its clients.
+
+    Classes go to as equally many clients as possible. Classes without samples are not given out.
+
+    Raises:
+        ValueError: there are fewer than k classes, or num_clients * k of them are too few to hold them all.
+    """
+    present = np.flatnonzero(np.bincount(labels, minlength=num_classes))
+    if k > len(present):
+        raise ValueError(
+            f"`partition.classes_per_client` (={k}) must not exceed the number of classes (={len(present)})."
+        )
+    if num_clients * k < len(present):
+        raise ValueError(
+            f"{num_clients} clients (`num_clients`) with {k} classes each (`partition.classes_per_client`) cannot hold "
+            f"all {len(present)} classes. Take more clients or a larger partition.classes_per_client."
+        )
+    holds = np.zeros((num_clients, num_classes))
+    for client in range(num_clients):
+        # The classes fewest clients hold, ties at random: so every class is held before one is held twice.
+        by_use = np.lexsort((rng.random(len(present)), holds[:, present].sum(0)))
+        holds[client, present[by_use[:k]]] = 1
+    return _by_class(labels, holds, rng)
+
+
+def quantity_skew(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """Draws the clients' sizes from Dir(alpha 1), the samples of each uniformly at random."""
+    owner = np.empty(len(labels), dtype=np.int64)
+    _cut(np.arange(len(labels)), rng.dirichlet(np.full(num_clients, alpha)), rng, owner)
+    return _collect(owner, num_clients)
+
+
+def flwr_datasets_partition(
+    labels: np.ndarray, num_clients: int, name: str, arguments: dict[str, Any], seed: int
+) -> list[np.ndarray]:
+    """Asks a partitioner of the optional flwr-datasets package.
+
+    Args:
+        labels: (n,) integers; the partitioner sees them as the column "label".
+        num_clients: given as `num_partitions` where the partitioner takes it.
+        name: a class of `flwr_datasets.partitioner`.
+        arguments: its arguments; they win over `num_partitions`, `partition_by="label"` and a seed derived from `seed`.
+        seed: the experiment's seed.
+
+    Returns:
+        As `partition`.
+
+    Raises:
+        ValueError: the package or the class is missing, or what it returns is not a partition over `num_clients`.
+    """
+    kind = f"`partition.kind` (={FLWR_DATASETS}{name})"
+    try:
+        # The package is optional, hence no import statement.
+        module = importlib.import_module("flwr_datasets.partitioner")
+        arrow = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(f"{kind} needs the package flwr-datasets: `pip install flwr-datasets`.") from error
+    if not name.endswith("Partitioner") or not hasattr(module, name):
+        known = ", ".join(key for key in dir(module) if key.endswith("Partitioner") and key != "Partitioner")
+        raise ValueError(f"{kind} must name one of {known}.")
+    partitioner_class = getattr(module, name)
+    accepted = inspect.signature(partitioner_class).parameters
+    defaults = {
+        "num_partitions": num_clients,
+        "partition_by": "label",
+        "seed": derive_seed(seed, "partition", name) % 2**32,
+    }
+    filled = {key: value for key, value in defaults.items() if key in accepted} | arguments
+    try:
+        partitioner = partitioner_class(**filled)
+    except TypeError as error:
+        raise ValueError(f"{kind} does not take `partition.partitioner_args` (={arguments}): {error}") from error
+    partitioner.dataset = arrow.Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
+    if partitioner.num_partitions != num_clients:
+        raise ValueError(f"{kind} makes {partitioner.num_partitions} parts, not `num_clients` (={num_clients}).")
+    parts = [np.sort(np.array(partitioner.load_partition(k)["index"], dtype=np.int64)) for k in range(num_clients)]
+    times = np.bincount(np.concatenate(parts), minlength=len(labels))
+    if (times != 1).any():
+        raise ValueError(
+            f"{kind} with {arguments} leaves out {(times == 0).sum()} samples and gives {(times > 1).sum()} to several "
+            "clients. Every sample must go to one client: choose other partition.partitioner_args."
+        )
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------- counting, following
+
+
+def label_histogram(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
+    """Returns (clients, classes) int64: how many samples of each class each client holds."""
+    return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
+
+
+def split_like(
+    reference_labels: np.ndarray,
+    reference_parts: Sequence[np.ndarray],
+    labels: np.ndarray,
+    num_classes: int,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Spreads another set (the test set) so that each client's share of a class is its share in the reference.
+
+    Args:
+        reference_labels: (m,) integers, of the set that is already spread.
+        reference_parts: one array of indices into it per client.
+        labels: (n,) integers, of the set to spread.
+        num_classes: how many classes.
+        rng: decides which sample goes where and, where shares round to halves of a sample, to whom.
+
+    Returns:
+        One sorted int64 array of indices per client; disjoint, together all of range(n). Each holds its share of each
+        class within one sample; classes that the reference lacks are spread evenly. A client may hold nothing.
+    """
+    return _by_class(labels, label_histogram(reference_labels, reference_parts, num_classes), rng)
+
+
+def _by_class(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Cuts every class by its column of `shares` (clients, classes), which need not be normalised."""
+    owner = np.empty(len(labels), dtype=np.int64)
+    for label in range(shares.shape[1]):
+        _cut(np.flatnonzero(labels == label), shares[:, label], rng, owner)
+    return _collect(owner, len(shares))
+
+
+def _cut(indices: np.ndarray, shares: np.ndarray, rng: np.random.Generator, owner: np.ndarray) -> None:
+    """Writes to `owner[indices]` who gets which: shuffled samples, cut by the cumulated `shares` (clients,) >= 0.
+
+    Shares of 0 for all (a class nobody drew) count as equal ones. Clients stand in random order: otherwise the same
+    ones would lose by rounding in every class.
+    """
+    order = rng.permutation(len(shares))
+    cumulated = np.cumsum(shares[order]) if shares.sum() > 0 else np.arange(1, len(shares) + 1)
+    # Dividing by the last value, and not by the sum, makes it exactly 1.
+    bounds = np.rint(cumulated / cumulated[-1] * len(indices)).astype(np.int64)
+    owner[rng.permutation(indices)] = np.repeat(order, np.diff(bounds, prepend=0))
+
+
+def _collect(owner: np.ndarray, num_clients: int) -> list[np.ndarray]:
+    """Turns (n,) owners into a sorted array of indices per client."""
+    bounds = np.cumsum(np.bincount(owner, minlength=num_clients))[:-1]
+    return np.split(np.argsort(owner, kind="stable"), bounds)

@@ -1,0 +1,75 @@
+"""Evaluation of the global model: over all, per class and per client, from one pass over the evaluation split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlabel.data.datasets import Split
+from fedlabel.methods.base import Model
+from fedlabel.metrics import confusion_matrix, jain_index, ratio, worst_share_mean
+from fedlabel.training import ImageTransform
+
+BATCH_SIZE = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The global model on one split."""
+
+    loss: float
+    """Mean cross-entropy in nats."""
+    confusion: np.ndarray
+    """(classes, classes) int64, row = truth, column = prediction."""
+    client_accuracy: np.ndarray
+    """(clients,) accuracy on each client's share of the split; NaN for a client without a sample in it."""
+
+    @property
+    def class_accuracy(self) -> np.ndarray:
+        """(classes,) recall; NaN for a class without a sample."""
+        return ratio(np.diag(self.confusion), self.confusion.sum(1))
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the `eval/...` scalars."""
+        clients = self.client_accuracy[np.isfinite(self.client_accuracy)]
+        return {
+            "eval/accuracy": float(np.trace(self.confusion) / self.confusion.sum()),
+            "eval/loss": self.loss,
+            "eval/balanced_accuracy": float(np.nanmean(self.class_accuracy)),
+            "eval/mean_client_accuracy": float(clients.mean()),
+            "eval/worst_client_accuracy": float(clients.min()),
+            "eval/worst_10pct_client_accuracy": worst_share_mean(clients),
+            "eval/jain_index": jain_index(clients),
+        }
+
+
+def evaluate(
+    model: Model, split: Split, transform: ImageTransform, num_classes: int, client_parts: Sequence[np.ndarray]
+) -> Evaluation:
+    """Evaluates a model.
+
+    Args:
+        model: images -> logits, in eval mode.
+        split: uint8 images and labels on the model's device, at least one sample.
+        transform: normalises.
+        num_classes: number of classes.
+        client_parts: rows of the split that each client is judged on.
+    """
+    losses: list[Tensor] = []
+    predictions: list[Tensor] = []
+    with torch.no_grad():
+        for images, labels in zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True):
+            logits = model(transform.normalize(images))
+            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").double())
+            predictions.append(logits.argmax(-1))
+    predicted = torch.cat(predictions)
+    correct = (predicted == split.labels).cpu().numpy()
+    return Evaluation(
+        loss=float(torch.cat(losses).mean()),
+        confusion=confusion_matrix(split.labels, predicted, num_classes).cpu().numpy(),
+        client_accuracy=ratio([correct[rows].sum() for rows in client_parts], [len(rows) for rows in client_parts]),
+    )

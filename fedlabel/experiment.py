@@ -1,0 +1,83 @@
+"""What a process needs to play its part in a run; client and server build the same from the same configuration."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from fedlabel.config import ExperimentConfig, parse_config
+from fedlabel.data.datasets import Split
+from fedlabel.data.federation import Federation, build_federation
+from fedlabel.evaluation import Evaluation, evaluate
+from fedlabel.hardware import resolve_device
+from fedlabel.methods.base import StateDict
+from fedlabel.models import build_model
+from fedlabel.seeding import derive_seed
+from fedlabel.training import ClientData, ClientUpdate, ImageTransform, frozen_model, train_client
+
+
+class Experiment:
+    """Data on the device, two resident modules (student and teacher), and the steps of a run."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.federation: Federation = build_federation(
+            config.data,
+            config.partition,
+            config.supervision,
+            config.num_clients,
+            config.evaluation.split,
+            config.method.oracle_labels,
+            config.seed,
+        )
+        dataset = self.federation.dataset
+        self.images = dataset.train.images.to(self.device)
+        evaluation = dataset.validation if config.evaluation.split == "validation" else dataset.test
+        self.evaluation_split = Split(evaluation.images.to(self.device), evaluation.labels.to(self.device))
+        self.transform = ImageTransform(
+            mean=torch.tensor(dataset.mean, device=self.device).view(-1, 1, 1),
+            std=torch.tensor(dataset.std, device=self.device).view(-1, 1, 1),
+            augment=config.augment,
+            allow_flip=dataset.allow_flip,
+        )
+        seed = derive_seed(config.seed, "model")
+        self.student = build_model(config.model, dataset.input_shape, dataset.num_classes, seed).to(self.device)
+        self.teacher = build_model(config.model, dataset.input_shape, dataset.num_classes, seed).to(self.device)
+        self.initial_state: StateDict = {name: value.clone() for name, value in self.student.state_dict().items()}
+
+    def client_data(self, client: int) -> ClientData:
+        """Returns what training may see of `client`, on the device."""
+        rows = torch.from_numpy(self.federation.parts[client]).to(self.device)
+        return ClientData(self.images[rows], self.federation.supervision(client).to(self.device))
+
+    def train(self, client: int, global_state: StateDict, round_number: int) -> ClientUpdate:
+        """Runs `client`'s part of a round from `global_state` (on the device)."""
+        return train_client(
+            self.config.method,
+            self.student,
+            self.teacher,
+            global_state,
+            self.client_data(client),
+            self.transform,
+            self.config.training,
+            round_number,
+            derive_seed(self.config.seed, "client", client, "round", round_number),
+        )
+
+    def evaluate(self, state: StateDict) -> Evaluation:
+        """Evaluates the model with weights `state` (on the device) on the configured split."""
+        return evaluate(
+            frozen_model(self.teacher, state),
+            self.evaluation_split,
+            self.transform,
+            self.federation.dataset.num_classes,
+            self.federation.test_parts,
+        )
+
+
+@lru_cache(maxsize=1)
+def open_experiment(text: str) -> Experiment:
+    """Returns this process's `Experiment` for a resolved configuration as YAML text (see `config.to_yaml`)."""
+    return Experiment(parse_config(text))

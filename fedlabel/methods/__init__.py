@@ -1,0 +1,39 @@
+"""One file per paper; `METHODS` lists them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from fedlabel.methods.base import Method
+from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.methods.supervised import Supervised
+
+METHODS: dict[str, type[Method]] = {"supervised": Supervised, "fedlabel": FedLabel}
+
+
+def method_class(name: str) -> type[Method]:
+    """Returns the class of a method by its name in `METHODS`, or by "package.module:Class".
+
+    Raises:
+        ValueError: no such method, module or class, or the class is not a `Method`.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own.{hint}"
+        )
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"`method.name` (={name}) cannot be imported: {error}. The module must be importable from where the "
+            "command runs (PYTHONPATH) and define the class."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"`method.name` (={name}) must be a subclass of fedlabel.methods.base.Method.")
+    return found

@@ -1,0 +1,96 @@
+"""Metrics as pure functions of counts, and sums of counts over steps and clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlabel.methods.base import PseudoLabels
+
+Counts = dict[str, list[float]]
+"""Name -> numbers that add up over clients: what travels from a client to the server beside the model."""
+
+
+def add_counts(parts: Iterable[Mapping[str, list[float]]]) -> Counts:
+    """Returns the element-wise sum over `parts`, in their order, in double precision; a missing name counts as 0."""
+    total: dict[str, np.ndarray] = {}
+    for part in parts:
+        for name, values in part.items():
+            array = np.asarray(values, dtype=np.float64)
+            total[name] = total[name] + array if name in total else array
+    return {name: array.tolist() for name, array in total.items()}
+
+
+def means(sums: Mapping[str, list[float]]) -> dict[str, float]:
+    """Returns sum / count of every name whose value is (sum, count); names with count 0 are left out."""
+    return {name: pair[0] / pair[1] for name, pair in sums.items() if pair[1] > 0}
+
+
+def ratio(numerator: Iterable[float], denominator: Iterable[float]) -> np.ndarray:
+    """Returns numerator / denominator, NaN where the denominator is 0."""
+    top, bottom = np.asarray(list(numerator), dtype=np.float64), np.asarray(list(denominator), dtype=np.float64)
+    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+
+
+def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Returns (classes, classes) int64 counts: row = truth, column = prediction; from two (n,) int64 tensors."""
+    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def jain_index(values: np.ndarray) -> float:
+    """Returns Jain's fairness index (sum x)^2 / (n sum x^2) in [1/n, 1]; 1 = all equal (also when all are 0)."""
+    squares = float((values**2).sum())
+    return float(values.sum() ** 2 / (len(values) * squares)) if squares > 0 else 1.0
+
+
+def worst_share_mean(values: np.ndarray, share: float = 0.1) -> float:
+    """Returns the mean of the lowest `share` of the values, of at least one of them."""
+    count = max(1, int(np.ceil(share * len(values))))
+    return float(np.sort(values)[:count].mean())
+
+
+def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int) -> Counts:
+    """Returns what the evaluator counts on a client: pseudo-labels against the hidden truth.
+
+    Args:
+        pseudo: all pseudo-labels of a client in a round, (n,) each.
+        truth: (n,) int64 hidden labels of the same samples.
+        num_classes: number of classes.
+
+    Returns:
+        "drawn", "kept", "correct" per true class (classes,); "kept_by_expert" and "correct_by_expert" (local, global).
+    """
+    correct = pseudo.keep & (pseudo.label == truth)
+
+    def per_class(mask: Tensor) -> list[float]:
+        return torch.bincount(truth[mask], minlength=num_classes).double().tolist()
+
+    def per_expert(mask: Tensor) -> list[float]:
+        return torch.bincount(pseudo.from_global[mask].long(), minlength=2).double().tolist()
+
+    return {
+        "drawn": per_class(torch.ones_like(pseudo.keep)),
+        "kept": per_class(pseudo.keep),
+        "correct": per_class(correct),
+        "kept_by_expert": per_expert(pseudo.keep),
+        "correct_by_expert": per_expert(correct),
+    }
+
+
+def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
+    """Returns `pseudo/...` scalars from summed `pseudo_label_counts`; those without a sample are left out.
+
+    Coverage is kept / drawn; accuracy is correct / kept, over all, and per expert.
+    """
+    if not counts:
+        return {}
+    local, from_global = ratio(counts["correct_by_expert"], counts["kept_by_expert"])
+    values = {
+        "pseudo/accuracy": ratio([sum(counts["correct"])], [sum(counts["kept"])])[0],
+        "pseudo/accuracy_local": local,
+        "pseudo/accuracy_global": from_global,
+    }
+    return {name: float(value) for name, value in values.items() if np.isfinite(value)}

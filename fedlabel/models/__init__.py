@@ -1,0 +1,159 @@
+"""Models by name: `build_model` returns a module that maps images to logits, initialised from a seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+import torchvision
+from torch import nn
+
+from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp
+from fedlabel.models.resnet import ResNet, ResNet9, WideResNet
+
+NORMS = ("group", "batch", "none")
+
+TORCHVISION = "torchvision:"
+"""Prefix of `model.name` for a network of torchvision."""
+
+AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
+"""Networks of torchvision that return more than logits in training, so they are not offered."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network, and how large."""
+
+    name: str = "cnn"
+    """A key of `MODELS`, or "torchvision:" and the name of a classifier of `torchvision.models` (untrained)."""
+    norm: str = "group"
+    """group | batch | none. torchvision's networks keep their own (mostly batch); mlp has none."""
+    width: int = 1
+    """Multiplies the channels of the convolutions (WRN: on top of its 2); torchvision's networks and mlp ignore it."""
+    hidden: int = 128
+    """Width of the hidden linear layer of cnn and mlp; the others have none."""
+
+    def __post_init__(self) -> None:
+        if not self.name.startswith(TORCHVISION):
+            _check_name(self.name, self.name, [*MODELS], f"one of {', '.join(MODELS)}, or {TORCHVISION}<name>")
+        if self.norm not in NORMS:
+            raise ValueError(f"`model.norm` (={self.norm}) must be one of {', '.join(NORMS)}.")
+        for key in ("width", "hidden"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`model.{key}` (={getattr(self, key)}) must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One row of `MODELS`."""
+
+    description: str
+    """One line for people."""
+    min_side: int
+    """Smallest height and width of an image."""
+    builder: Callable[[ModelConfig, InputShape, int], nn.Module]
+    """(configuration, input shape, classes) -> module."""
+
+
+def _build_cnn(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    return Cnn(input_shape, num_classes, config.norm, config.width, config.hidden)
+
+
+def _build_mlp(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    return Mlp(input_shape, num_classes, config.hidden)
+
+
+def _build_resnet8(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    widths = [config.width * channels for channels in (16, 32, 64)]
+    return ResNet(input_shape[0], num_classes, config.norm, widths, depth=1)
+
+
+def _build_resnet9(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    return ResNet9(input_shape[0], num_classes, config.norm, 64 * config.width)
+
+
+def _build_resnet18(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    widths = [config.width * channels for channels in (64, 128, 256, 512)]
+    return ResNet(input_shape[0], num_classes, config.norm, widths, depth=2)
+
+
+def _build_wrn28_2(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    return WideResNet(input_shape[0], num_classes, config.norm, depth=28, widen=2 * config.width)
+
+
+MODELS: dict[str, ModelEntry] = {
+    "cnn": ModelEntry("two convolutions, two linear layers; fast on a CPU", 4, _build_cnn),
+    "mlp": ModelEntry("one hidden layer", 1, _build_mlp),
+    "resnet8": ModelEntry("ResNet-8, widths 16-32-64", 4, _build_resnet8),
+    "resnet9": ModelEntry("DAWNBench ResNet-9", 8, _build_resnet9),
+    "resnet18": ModelEntry("ResNet-18 in the form for CIFAR, widths 64-128-256-512", 8, _build_resnet18),
+    "wrn28_2": ModelEntry("Wide ResNet 28-2, pre-activation", 4, _build_wrn28_2),
+}
+
+
+def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, seed: int) -> nn.Module:
+    """Returns an untrained model on the CPU, in training mode.
+
+    The weights depend on the arguments only; torch's global random state is neither used nor changed.
+
+    Args:
+        config: which model.
+        input_shape: (channels, height, width) of one image.
+        num_classes: length of the logits.
+        seed: any integer torch accepts as a seed.
+
+    Returns:
+        A module that maps images (batch, channels, height, width) to logits (batch, num_classes). Our own accept an
+        empty batch, and with `norm="group"` have no buffers and treat every sample by itself.
+
+    Raises:
+        ValueError: the model does not exist, or does not accept images of this shape.
+    """
+    entry = _torchvision_entry(config.name) if config.name.startswith(TORCHVISION) else MODELS[config.name]
+    if min(input_shape[1:]) < entry.min_side:
+        raise _shape_error(config.name, input_shape, f"at least {entry.min_side}x{entry.min_side} pixels")
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would also seed the generators of all GPUs.
+        torch.default_generator.manual_seed(seed)
+        return entry.builder(config, input_shape, num_classes)
+
+
+def _torchvision_entry(name: str) -> ModelEntry:
+    net = name.removeprefix(TORCHVISION)
+    allowed = [key for key in torchvision.models.list_models(module=torchvision.models) if key not in AUXILIARY_OUTPUTS]
+    _check_name(name, net, allowed, "a classifier of torchvision.models whose only output is logits", TORCHVISION)
+
+    def build(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+        if input_shape[0] not in (1, 3):
+            raise _shape_error(name, input_shape, "1 or 3 channels")
+        built: nn.Module = torchvision.models.get_model(net, weights=None, num_classes=num_classes)
+        model = GreyToRgb(built) if input_shape[0] == 1 else built
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *input_shape))
+        except (RuntimeError, AssertionError) as error:  # torchvision's own complaints; ViT asserts its 224x224
+            raise _shape_error(name, input_shape, f"another image size ({error})") from error
+        return model.train()
+
+    return ModelEntry("from torchvision", 1, build)
+
+
+def _check_name(value: str, key: str, allowed: list[str], expected: str, prefix: str = "") -> None:
+    """Raises ValueError naming near misses if `key` is not in `allowed`."""
+    if key not in allowed:
+        near = " or ".join(prefix + match for match in get_close_matches(key, allowed))
+        hint = f" Did you mean {near}?" if near else ""
+        raise ValueError(f"`model.name` (={value}) must be {expected}.{hint}")
+
+
+def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:
+    shape = "x".join(map(str, input_shape))
+    return ValueError(
+        f"`model.name` (={name}) does not accept images of shape {shape} (channels x height x width): "
+        f"it needs {needs}. Choose another model or data set."
+    )
+
+
+__all__ = ["MODELS", "ModelConfig", "ModelEntry", "build_model"]

@@ -1,0 +1,113 @@
+"""Small networks for simulating many clients on a CPU, and the normalisation layer that all our networks share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+InputShape = tuple[int, int, int]
+"""(channels, height, width) of one image."""
+
+MAX_GROUPS = 8
+"""GroupNorm splits channels into the largest number of equal groups that does not exceed this."""
+
+HEAD_SIDE = 4
+"""`Cnn` averages feature maps down to at most this many pixels a side."""
+
+
+def norm_layer(norm: str, channels: int) -> nn.Module:
+    """Returns the layer that normalises `channels` feature maps.
+
+    Args:
+        norm: "group" (Wu & He, 2018, https://arxiv.org/abs/1803.08494; see `MAX_GROUPS`), "batch" (Ioffe & Szegedy,
+            2015, https://arxiv.org/abs/1502.03167) or "none".
+        channels: number of feature maps.
+    """
+    if norm == "group":
+        groups = max(count for count in range(1, MAX_GROUPS + 1) if channels % count == 0)
+        return nn.GroupNorm(groups, channels)
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    assert norm == "none", norm
+    return nn.Identity()
+
+
+class Mlp(nn.Module):
+    """One hidden layer, as the "2NN" of McMahan et al. (2017, https://arxiv.org/abs/1602.05629) has two.
+
+    Parameters for 1x28x28 and 10 classes: 784 * 128 + 128 + 128 * 10 + 10 = 101,770.
+
+    Args:
+        input_shape: (channels, height, width).
+        num_classes: length of the logits.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, input_shape: InputShape, num_classes: int, hidden: int) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        self.hidden = nn.Linear(channels * height * width, hidden)
+        self.output = nn.Linear(hidden, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (batch, classes) of images (batch, channels, height, width)."""
+        logits: Tensor = self.output(F.relu(self.hidden(images.flatten(1))))
+        return logits
+
+
+class Cnn(nn.Module):
+    """Two convolutions and two linear layers, in the manner of LeNet-5 (LeCun et al., 1998).
+
+    Chosen for the time of a training step on one CPU core: the first convolution has stride 2 in place of a max-pool,
+    which was the most expensive layer of all; the second pools before it normalises, on a quarter of the pixels.
+
+    Parameters for 1x28x28 and 10 classes: convolutions 25 * 24 + 9 * 24 * 32 = 7,512, GroupNorm 2 * (24 + 32) = 112,
+    linear 512 * 128 + 128 + 128 * 10 + 10 = 66,954; 74,578 in all.
+
+    Args:
+        input_shape: (channels, height, width); at least 4x4 pixels.
+        num_classes: length of the logits.
+        norm: see `norm_layer`.
+        width: multiplies the 24 and 32 channels of the convolutions.
+        hidden: width of the hidden linear layer.
+    """
+
+    def __init__(self, input_shape: InputShape, num_classes: int, norm: str, width: int, hidden: int) -> None:
+        super().__init__()
+        channels, *sides = input_shape
+        sides = [(side + 1) // 2 // 2 for side in sides]  # after the stride and the max-pool
+        # A fixed window, not adaptive pooling: the backward pass of the latter is not deterministic on a GPU.
+        self.window = (-(-sides[0] // HEAD_SIDE), -(-sides[1] // HEAD_SIDE))
+        pixels = -(-sides[0] // self.window[0]) * -(-sides[1] // self.window[1])
+        bias = norm == "none"
+        self.conv1 = nn.Conv2d(channels, 24 * width, 5, stride=2, padding=2, bias=bias)
+        self.norm1 = norm_layer(norm, 24 * width)
+        self.conv2 = nn.Conv2d(24 * width, 32 * width, 3, padding=1, bias=bias)
+        self.norm2 = norm_layer(norm, 32 * width)
+        self.hidden = nn.Linear(32 * width * pixels, hidden)
+        self.output = nn.Linear(hidden, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (batch, classes) of images (batch, channels, height, width)."""
+        features = F.relu(self.norm1(self.conv1(images)))
+        features = F.relu(self.norm2(F.max_pool2d(self.conv2(features), 2)))
+        features = F.avg_pool2d(features, self.window, ceil_mode=True)
+        logits: Tensor = self.output(F.relu(self.hidden(features.flatten(1))))
+        return logits
+
+
+class GreyToRgb(nn.Module):
+    """Feeds grey images to a network that expects three channels, as three equal channels.
+
+    Args:
+        net: takes images (batch, 3, height, width).
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (batch, classes) of images (batch, 1, height, width)."""
+        logits: Tensor = self.net(images.expand(-1, 3, -1, -1))
+        return logits

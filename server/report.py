@@ -1,0 +1,187 @@
+"""What a round leaves in the run folder: counts from the replies, evaluation, figures; and the run's summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import numpy as np
+from flwr.app import Message, RecordDict
+
+from fedlabel.experiment import Experiment
+from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel
+from fedlabel.hardware import describe_hardware, source_commit, versions
+from fedlabel.methods.base import StateDict
+from fedlabel.metrics import Counts, add_counts, means, pseudo_label_metrics, ratio
+from fedlabel.tracking import RunFolder, summarize
+
+PANEL_EVERY = 10
+"""Evaluations between two panels of pseudo-labelled samples."""
+
+
+class RoundTally:
+    """Takes in the replies of one round: hands on the usable ones, adds their counts, records failures."""
+
+    def __init__(self, round_number: int, client_of: dict[int, int], messages: list[Message]) -> None:
+        self.round_number = round_number
+        self.client_of = client_of
+        """Node id -> client, for the cohort."""
+        self.failures: list[str] = []
+        """One text per failed client: a line that says who and what, then a traceback where there is one."""
+        self.sums: Counts = {}
+        self.client_counts: dict[int, Counts] = {}
+        self.bytes_down = sum(_bytes(message.content) for message in messages)
+        self.bytes_up = 0
+        self._seen: set[int] = set()
+
+    def usable(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """Yields the replies that carry a finite model, in client order."""
+        if isinstance(replies, list):  # Flower's own grid: order of arrival
+            replies = sorted(replies, key=lambda reply: self.client_of[reply.metadata.src_node_id])
+        for reply in replies:
+            client = self.client_of[reply.metadata.src_node_id]
+            self._seen.add(client)
+            if reply.has_error():
+                self._fail(client, str(reply.error.reason))
+                continue
+            content = reply.content
+            arrays = content.array_records["arrays"]
+            broken = [name for name, array in arrays.items() if not np.isfinite(array.numpy()).all()]
+            if broken:
+                self._fail(client, f"NotFinite: {broken[0]} of its model holds NaN or infinity")
+                continue
+            self.bytes_up += _bytes(content)
+            counts = _lists(content, "counts")
+            self.client_counts[client] = counts
+            self.sums = add_counts([self.sums, _lists(content, "sums")])
+            yield reply
+
+    def finish(self) -> None:
+        """Records the clients that never answered."""
+        for client in sorted(set(self.client_of.values()) - self._seen):
+            self._fail(client, "NoAnswer: the client did not answer in time")
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether no client of the cohort gave a usable answer."""
+        return len(self.failures) == len(self.client_of)
+
+    def _fail(self, client: int, reason: str) -> None:
+        self.failures.append(f"Round {self.round_number}, client {client}: {reason}")
+
+
+def log_round(
+    folder: RunFolder,
+    experiment: Experiment,
+    tally: RoundTally,
+    model: StateDict | None,
+    sent_model: StateDict,
+    started: float,
+) -> dict[str, float]:
+    """Writes one round into the run folder and returns its metrics.
+
+    Args:
+        folder: the run's.
+        experiment: evaluates.
+        tally: the finished tally of the round.
+        model: the new global model, or None where this round is not evaluated.
+        sent_model: the weights the clients started from.
+        started: `time.perf_counter()` at the start of the round.
+    """
+    counts = add_counts(tally.client_counts.values())
+    metrics = {**means(tally.sums), **pseudo_label_metrics(counts if "drawn" in counts else {})}
+    lists: dict[str, np.ndarray] = {}
+    figures = {}
+    if "drawn" in counts:
+        lists["pseudo/class_coverage"] = ratio(counts["kept"], counts["drawn"])
+        lists["pseudo/class_accuracy"] = ratio(counts["correct"], counts["kept"])
+        drawn, kept, correct = (
+            [sum(c.get(key, [0.0])) for c in tally.client_counts.values()] for key in ("drawn", "kept", "correct")
+        )
+        lists["pseudo/client_coverage"] = ratio(kept, drawn)
+        lists["pseudo/client_accuracy"] = ratio(correct, kept)
+    if model is not None:
+        evaluation = experiment.evaluate(model)
+        metrics |= evaluation.metrics()
+        lists["eval/class_accuracy"] = evaluation.class_accuracy
+        lists["eval/client_accuracy"] = evaluation.client_accuracy
+        last = tally.round_number == experiment.config.num_rounds
+        every = experiment.config.evaluation.every * PANEL_EVERY
+        if last or tally.round_number % every == 0:
+            names = experiment.federation.dataset.class_names
+            figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
+            figures["eval/client_accuracy"] = client_accuracy_figure(evaluation.client_accuracy)
+            panel = pseudo_panel(experiment, sent_model, tally)
+            figures |= {"pseudo/samples": panel} if panel is not None else {}
+    metrics["comm/bytes_up"] = float(tally.bytes_up)
+    metrics["comm/bytes_down"] = float(tally.bytes_down)
+    metrics["train/passes"] = float(sum(counts.get("passes", [])))
+    metrics["system/failed_clients"] = float(len(tally.failures))
+    metrics["system/round_seconds"] = time.perf_counter() - started
+    folder.log_round(tally.round_number, metrics, lists=lists, figures=figures)
+    return metrics
+
+
+def pseudo_panel(experiment: Experiment, sent_model: StateDict, tally: RoundTally) -> object | None:
+    """Returns a figure of one client's pseudo-labelled samples, or None where the method has none.
+
+    Nothing is asked of the client: this process trains its own copy of the (simulated) client once more, which gives the
+    same draws and the same experts.
+    """
+    size = experiment.config.evaluation.panel_samples
+    client = next((c for c, counts in tally.client_counts.items() if "drawn" in counts), None)
+    if size == 0 or client is None:
+        return None
+    update = experiment.train(client, sent_model, tally.round_number)
+    assert update.pseudo is not None
+    rows = update.pseudo_index[:size]
+    names = experiment.federation.dataset.class_names
+    pseudo = [values[: len(rows)].cpu() for values in update.pseudo]
+    return pseudo_label_panel(
+        images=experiment.client_data(client).images[rows.to(experiment.device)].cpu(),
+        true_names=[names[int(y)] for y in experiment.federation.hidden_labels(client)[rows]],
+        pseudo_names=[names[int(y)] for y in pseudo[0]],
+        kept=pseudo[1].tolist(),
+        experts=["global" if g else "local" for g in pseudo[2]],
+        confidences=pseudo[3].tolist(),
+    )
+
+
+def summary(folder: RunFolder, experiment: Experiment) -> dict[str, object]:
+    """Returns the content of `summary.json`, from `metrics.jsonl` (so it covers resumed runs as a whole)."""
+    rows = folder.read_metrics()
+    config = experiment.config
+    total = add_counts({key: [row.get(key) or 0.0] for key in _TOTALS} for row in rows)
+    measured = sorted({key for row in rows for key in row if key.startswith(("eval/", "pseudo/", "train/loss"))})
+    scalars = [key for key in measured if not any(isinstance(row.get(key), list) for row in rows)]
+    return {
+        **{key: summarize(rows, key) for key in scalars},
+        "rounds": len(rows),
+        "seed": config.seed,
+        "seconds": total["system/round_seconds"][0],
+        "method": config.method.name,
+        "dataset": config.data.name,
+        "evaluation_split": config.evaluation.split,
+        "comm/bytes_up": int(total["comm/bytes_up"][0]),
+        "comm/bytes_down": int(total["comm/bytes_down"][0]),
+        "train/passes": int(total["train/passes"][0]),
+        "system/failed_clients": int(total["system/failed_clients"][0]),
+        "commit": source_commit(),
+        "versions": versions(),
+        "hardware": describe_hardware(experiment.device),
+        "command": sys.argv,
+    }
+
+
+_TOTALS = ("system/round_seconds", "comm/bytes_up", "comm/bytes_down", "train/passes", "system/failed_clients")
+
+
+def _bytes(content: RecordDict) -> int:
+    """Size of a message's records, as Flower counts them (array data with their small headers, keys and scalars)."""
+    return sum(record.count_bytes() for record in content.values())
+
+
+def _lists(content: RecordDict, name: str) -> Counts:
+    return {key: cast(list[float], value) for key, value in content.config_records.get(name, {}).items()}

@@ -1,0 +1,203 @@
+"""The server: the round loop, and the Flower app that runs it under `flwr run`.
+
+The loop is ours because Flower's `Strategy.start` can neither start at a later round nor save between rounds; sampling,
+messages and aggregation are Flower's.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+
+from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.experiment import Experiment, open_experiment
+from fedlabel.figures import partition_figure, save_png
+from fedlabel.hardware import source_hash
+from fedlabel.methods.base import StateDict
+from fedlabel.tracking import RunFolder, write_atomic
+from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from server.grids import SimulationGrid
+from server.report import RoundTally, log_round, summary
+from server.strategy import (
+    aggregate,
+    build_strategy,
+    configure_round,
+    restore_strategy,
+    sample_cohort,
+    strategy_state,
+)
+
+app = ServerApp()
+logger = logging.getLogger("fedlabel")
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; what was saved stays."""
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs an experiment on the grid Flower gives; `run_config` holds `configs` (comma separated) and `overrides`."""
+    configs = [path.strip() for path in str(context.run_config.get("configs", "")).split(",") if path.strip()]
+    config = load_config(configs, shlex.split(str(context.run_config.get("overrides", ""))))
+    path = Path("runs") / default_name(config)
+    run_federation(config, grid, path, on_round=_log_line)
+    logger.info("Results are in %s", path.absolute())
+
+
+def default_name(config: ExperimentConfig) -> str:
+    """Returns method-dataset-seed-time, e.g. "fedlabel-digits-seed0-20260131-235959"."""
+    method = config.method.name.rpartition(":")[2]
+    return f"{method}-{config.data.name}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def run_federation(
+    config: ExperimentConfig,
+    grid: Grid,
+    path: Path,
+    resume: bool = False,
+    on_round: Callable[[int, Mapping[str, float]], None] = lambda round_number, metrics: None,
+) -> dict[str, object]:
+    """Runs an experiment, or the rounds of it that are left, and returns what it writes into `summary.json`.
+
+    Args:
+        config: the resolved configuration.
+        grid: carries the messages; simulated or real.
+        path: the run's folder; made only when configuration, data, checkpoint and nodes are found sound.
+        resume: go on from the newest checkpoint in `path`.
+        on_round: called after every round with its metrics.
+
+    Raises:
+        ValueError: the configuration, the data, the checkpoint or the folder is not as needed.
+        RunError: too few nodes, nodes with other code, or a round in which every client failed.
+    """
+    strategy = build_strategy(config.strategy)
+    experiment = open_experiment(to_yaml(config))
+    torch.set_num_threads(config.grid.threads_per_worker)
+    checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config))
+    if resume:
+        checkpoint = latest_checkpoint(path / "checkpoints", config)
+        checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
+        restore_strategy(strategy, checkpoint.strategy)
+        if checkpoint.client_states:
+            assert isinstance(grid, SimulationGrid)  # only they have states to save
+            grid.load_states(checkpoint.client_states)
+    nodes = connect(grid, config)
+    with closing(open_folder(experiment, path, checkpoint if resume else None)) as folder:
+        _rounds(experiment, strategy, grid, nodes, folder, checkpoint, on_round)
+        result = summary(folder, experiment)
+        folder.write_summary(result)
+        return result
+
+
+def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | None) -> RunFolder:
+    """Makes the folder of a new run, or opens that of a resumed one at its checkpoint."""
+    if checkpoint is not None:
+        return RunFolder.resume(path, checkpoint.round_number)
+    text = to_yaml(experiment.config)
+    folder = RunFolder.create(path, text, flatten(experiment.config))
+    write_atomic(folder.partition_json, experiment.federation.to_json())
+    figure = partition_figure(*experiment.federation.histograms(), experiment.federation.dataset.class_names)
+    save_png(figure, folder.partition_png)
+    folder.log_figure("partition", figure)
+    folder.log_text("config", f"```yaml\n{text}```")
+    return folder
+
+
+def _rounds(
+    experiment: Experiment,
+    strategy: Strategy,
+    grid: Grid,
+    nodes: Mapping[int, int],
+    folder: RunFolder,
+    checkpoint: Checkpoint,
+    on_round: Callable[[int, Mapping[str, float]], None],
+) -> None:
+    config, model = experiment.config, checkpoint.model
+    train_config = ConfigRecord({"experiment": to_yaml(config)})
+    for round_number in range(checkpoint.round_number + 1, config.num_rounds + 1):
+        started = time.perf_counter()
+        cohort = sample_cohort(config.seed, round_number, config.num_clients, config.fraction_train)
+        messages = configure_round(strategy, round_number, ArrayRecord(model), train_config, nodes, cohort)
+        tally = RoundTally(round_number, {nodes[client]: client for client in cohort}, messages)
+        replies = grid.send_and_receive(messages, timeout=config.grid.timeout)
+        aggregated = aggregate(strategy, round_number, tally.usable(replies))
+        tally.finish()
+        for failure in tally.failures:
+            folder.log_failure(failure)
+        if tally.all_failed:
+            raise RunError(
+                f"All {len(cohort)} clients failed in round {round_number}, so the run stops; its checkpoints stay. "
+                f"{tally.failures[0].splitlines()[0]} (all of them, with tracebacks: {folder.failures})"
+            )
+        sent_model = model
+        if aggregated is not None:
+            model = _like(experiment.initial_state, aggregated)
+        last = round_number == config.num_rounds
+        evaluated = model if last or round_number % config.evaluation.every == 0 else None
+        metrics = log_round(folder, experiment, tally, evaluated, sent_model, started)
+        if last or round_number % config.checkpoint.every == 0:
+            states = grid.dump_states() if isinstance(grid, SimulationGrid) else {}
+            saved = Checkpoint(round_number, _cpu(model), to_yaml(config), strategy_state(strategy), states)
+            save_checkpoint(folder.checkpoints, saved, config.checkpoint.keep)
+        on_round(round_number, metrics)
+
+
+def connect(grid: Grid, config: ExperimentConfig) -> dict[int, int]:
+    """Waits until all clients are there; returns client -> node id, as the nodes themselves say.
+
+    Raises:
+        RunError: too few nodes within `grid.timeout`, two nodes with one partition-id, or a node with other code.
+    """
+    deadline = time.monotonic() + config.grid.timeout
+    while len(ids := list(grid.get_node_ids())) < config.num_clients:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"Only {len(ids)} of `num_clients` (={config.num_clients}) nodes connected within `grid.timeout` "
+                f"(={config.grid.timeout:g} s); start more SuperNodes or lower num_clients."
+            )
+        time.sleep(0.5)
+    queries = [Message(RecordDict({"ask": ConfigRecord({})}), node, "query") for node in ids]
+    nodes: dict[int, int] = {}
+    for reply in grid.send_and_receive(queries, timeout=config.grid.timeout):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            raise RunError(f"Node {node} does not answer: {str(reply.error.reason).splitlines()[0]}")
+        identity = reply.content.config_records["identity"]
+        if identity["source-hash"] != source_hash():
+            raise RunError(
+                f"Node {node} runs other code (hash {identity['source-hash']}, here {source_hash()}): "
+                "install the same version of fedlabel on server and clients."
+            )
+        client = int(identity["partition-id"])  # type: ignore[arg-type]
+        if client in nodes:
+            raise RunError(f"Nodes {nodes[client]} and {node} both have partition-id {client}; give each its own.")
+        nodes[client] = node
+    missing = sorted(set(range(config.num_clients)) - set(nodes))
+    if missing:
+        raise RunError(f"No node has partition-id {missing[0]} ({len(missing)} of {config.num_clients} are missing).")
+    return nodes
+
+
+def _like(reference: StateDict, arrays: ArrayRecord) -> StateDict:
+    """Returns aggregated arrays as tensors with the device and dtype of `reference`."""
+    state = arrays.to_torch_state_dict()
+    return {name: state[name].to(like.device, like.dtype) for name, like in reference.items()}
+
+
+def _cpu(state: StateDict) -> StateDict:
+    return {name: value.cpu() for name, value in state.items()}
+
+
+def _log_line(round_number: int, metrics: Mapping[str, float]) -> None:
+    logger.info("round %d %s", round_number, {name: round(value, 4) for name, value in metrics.items()})

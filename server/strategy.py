@@ -1,0 +1,169 @@
+"""The only adapter between methods and Flower's strategies: which clients, how their replies are combined."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import flwr.serverapp.strategy as flower_strategies
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from fedlabel.config import ConfigError, StrategyConfig
+from fedlabel.seeding import numpy_generator
+
+
+class WeightedMean(FedAvg):
+    """FedAvg's weighted mean, streamed: replies are added in the order given, in double precision, and dropped.
+
+    A reply may hold several models (see `Method.upload`): its array names are then "part/name" and its metrics hold
+    "weight/part". Each part is averaged by its own weights; the result is the plain mean of the parts.
+    """
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Returns the mean model, or None where no reply has a positive weight (the global model then stays)."""
+        totals: dict[str, dict[str, np.ndarray]] = {}
+        weights: dict[str, float] = {}
+        dtypes: dict[str, np.dtype] = {}
+        for reply in replies:
+            metrics = reply.content.metric_records["metrics"]
+            arrays = reply.content.array_records["arrays"]
+            parts = [key.removeprefix("weight/") for key in metrics if key.startswith("weight/")]
+            for part in parts or [""]:
+                prefix = f"{part}/" if part else ""
+                weight = float(cast(float, metrics[f"weight/{part}" if part else self.weighted_by_key]))
+                total = totals.setdefault(part, {})
+                weights[part] = weights.get(part, 0.0) + weight
+                for name, array in arrays.items():
+                    if not name.startswith(prefix):
+                        continue
+                    key, value = name.removeprefix(prefix), array.numpy()
+                    dtypes[key] = value.dtype
+                    scaled = value.astype(np.float64) * weight
+                    total[key] = total[key] + scaled if key in total else scaled
+        if not weights or any(weight <= 0 for weight in weights.values()):
+            return None, None
+        mean = {
+            key: np.asarray(sum(totals[part][key] / weights[part] for part in totals) / len(totals)).astype(dtype)
+            for key, dtype in dtypes.items()
+        }
+        return ArrayRecord({key: Array(value) for key, value in mean.items()}), None
+
+
+def strategy_names() -> list[str]:
+    """Returns the names that `strategy.name` may have."""
+    return ["weighted_mean", *sorted(_flower_strategies())]
+
+
+def build_strategy(config: StrategyConfig) -> Strategy:
+    """Returns the server's strategy.
+
+    Raises:
+        ConfigError: unknown name, or arguments the strategy does not take.
+    """
+    # The cohort is drawn by `configure_round`; the strategy trains all of it, however few.
+    sampling = {"fraction_train": 1.0, "min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+    if config.name == "weighted_mean":
+        return WeightedMean(**sampling)  # type: ignore[arg-type]
+    available = _flower_strategies()
+    if config.name not in available:
+        raise ConfigError(f"`strategy.name` (={config.name}) must be one of {', '.join(strategy_names())}.")
+    strategy_class = available[config.name]
+    taken = set(inspect.signature(strategy_class).parameters) - set(sampling) - {"self", "strategy"}
+    unknown = sorted(set(config.args) - taken)
+    if unknown:
+        raise ConfigError(
+            f"`strategy.args` has {', '.join(unknown)}, which {config.name} does not take; "
+            f"allowed: {', '.join(sorted(taken))}."
+        )
+    try:
+        if issubclass(strategy_class, FedAvg):
+            return strategy_class(**sampling, **config.args)
+        return cast(Any, strategy_class)(FedAvg(**sampling), **config.args)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"`strategy.args` (={dict(config.args)}) does not fit {config.name}: {error}") from error
+
+
+def _flower_strategies() -> dict[str, type[Strategy]]:
+    """Flower's strategies that combine model weights and need nothing special on the client."""
+    found = {
+        name: getattr(flower_strategies, name)
+        for name in flower_strategies.__all__
+        if name not in ("Strategy", "Result") and "Xgb" not in name and "ClientSide" not in name
+    }
+    return cast(dict[str, type[Strategy]], found)
+
+
+def sample_cohort(seed: int, round_number: int, num_clients: int, fraction: float) -> list[int]:
+    """Returns the clients of a round, sorted: a pure function of (seed, round), so a resumed run draws the same."""
+    size = max(1, round(fraction * num_clients))
+    rng = numpy_generator(seed, "cohort", round_number)
+    return sorted(int(client) for client in rng.choice(num_clients, size=size, replace=False))
+
+
+def configure_round(
+    strategy: Strategy,
+    round_number: int,
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    nodes: Mapping[int, int],
+    cohort: list[int],
+) -> list[Message]:
+    """Returns the messages of a round in client order.
+
+    Args:
+        strategy: any Flower strategy; it sees a grid on which only the cohort is connected.
+        round_number: 1-based.
+        arrays: the global model.
+        config: sent along.
+        nodes: client -> node id.
+        cohort: clients that train.
+    """
+    client_of = {nodes[client]: client for client in cohort}
+    grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: list(client_of)))
+    messages = list(strategy.configure_train(round_number, arrays, config, grid))
+    return sorted(messages, key=lambda message: client_of[message.metadata.dst_node_id])
+
+
+def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message]) -> ArrayRecord | None:
+    """Returns the strategy's new global model, or None where no reply has a positive weight.
+
+    Only `WeightedMean` can work on a stream; Flower's strategies want a list, and divide by the sum of weights.
+    """
+    if isinstance(strategy, WeightedMean):
+        return strategy.aggregate_train(round_number, replies)[0]
+    weighted = [r for r in replies if cast(float, r.content.metric_records["metrics"]["num-examples"]) > 0]
+    return strategy.aggregate_train(round_number, weighted)[0] if weighted else None
+
+
+def strategy_state(strategy: Strategy) -> dict[str, Any]:
+    """Returns what a strategy remembers between rounds (momentum, ...): numbers and dicts of arrays, for a checkpoint."""
+    state: dict[str, Any] = {}
+    for owner, prefix in ((strategy, ""), (getattr(strategy, "strategy", None), "strategy.")):
+        for name, value in vars(owner).items() if owner is not None else ():
+            if isinstance(value, (int, float)) or value is None:
+                state[prefix + name] = value
+            elif isinstance(value, ArrayRecord):
+                state[prefix + name] = {"record": {key: array.numpy() for key, array in value.items()}}
+            elif isinstance(value, dict) and all(isinstance(item, np.ndarray) for item in value.values()):
+                state[prefix + name] = {"arrays": dict(value)}
+            elif isinstance(value, list) and value and all(isinstance(item, np.ndarray) for item in value):
+                state[prefix + name] = {"list": list(value)}
+    return state
+
+
+def restore_strategy(strategy: Strategy, state: Mapping[str, Any]) -> None:
+    """Puts back what `strategy_state` returned."""
+    for name, value in state.items():
+        owner = cast(Any, strategy).strategy if name.startswith("strategy.") else strategy
+        if isinstance(value, dict) and "record" in value:
+            value = ArrayRecord({key: Array(item) for key, item in value["record"].items()})
+        elif isinstance(value, dict):
+            value = value.get("arrays", value.get("list"))
+        setattr(owner, name.removeprefix("strategy."), value)

@@ -1,0 +1,415 @@
+"""Loading: shapes, values, the held-out part, and one clear message for each thing that can be wrong with files."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from fedlabel.data.datasets import DATASETS, DataConfig, DataError, load_dataset
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no folder ../shared/data with the real data sets")
+
+RNG = np.random.default_rng(0)
+
+
+def write_npz(path: Path, **changes: object) -> DataConfig:
+    arrays: dict[str, object] = {
+        "x_train": RNG.integers(0, 256, (20, 5, 4), dtype=np.uint8),
+        "y_train": np.arange(20) % 4,
+        "x_test": RNG.integers(0, 256, (6, 5, 4), dtype=np.uint8),
+        "y_test": np.arange(6) % 4,
+    } | changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return DataConfig(name="npz", root=str(path), validation_fraction=0.0)
+
+
+def write_idx(path: Path, array: np.ndarray, packed: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    if packed:
+        path = path.with_name(path.name + ".gz")
+        content = gzip.compress(content)
+    path.write_bytes(content)
+
+
+def write_mnist(
+    root: Path, folder: str = "MNIST", prefixes: tuple[str, str] = ("train", "t10k"), packed: bool = True
+) -> dict[str, np.ndarray]:
+    arrays = {}
+    for prefix, count in zip(prefixes, (10, 4), strict=True):
+        arrays[prefix] = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        write_idx(root / folder / "raw" / f"{prefix}-images-idx3-ubyte", arrays[prefix], packed)
+        write_idx(root / folder / "raw" / f"{prefix}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8), packed)
+    return arrays
+
+
+def write_images(root: Path, mode: str = "RGB") -> Path:
+    shape = (6, 5, 3) if mode == "RGB" else (6, 5)
+    for part, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full(shape, 10 * label + i, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    (root / "train" / "cat" / "notes.txt").write_text("not an image")
+    (root / "train" / ".cache").mkdir()
+    return root
+
+
+# ------------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digits_shapes_types_and_scale() -> None:
+    data = load_dataset(DataConfig(), seed=0)
+    assert data.input_shape == (1, 8, 8)
+    assert data.num_classes == 10
+    assert not data.allow_flip
+    assert len(data.train.labels) + len(data.validation.labels) == 1437
+    assert len(data.validation.labels) == int(0.1 * 1437)
+    for split in (data.train, data.validation, data.test):
+        assert split.images.dtype == torch.uint8
+        assert split.labels.dtype == torch.int64
+        assert split.images.shape == (len(split.labels), 1, 8, 8)
+    assert data.train.images.max() == 255
+
+
+def test_statistics_are_those_of_the_training_images() -> None:
+    data = load_dataset(DataConfig(), seed=0)
+    pixels = data.train.images.double() / 255
+    assert data.mean == pytest.approx((pixels.mean().item(),))
+    assert data.std == pytest.approx((pixels.std(correction=0).item(),))
+
+
+def test_test_set_is_stratified_and_does_not_follow_the_seed() -> None:
+    one, two = load_dataset(DataConfig(), seed=1), load_dataset(DataConfig(), seed=2)
+    assert torch.equal(one.test.images, two.test.images)
+    assert set(torch.bincount(one.test.labels).tolist()) <= {35, 36, 37}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
+def test_validation_is_taken_off_the_training_set(fraction: float) -> None:
+    whole = load_dataset(DataConfig(validation_fraction=0.0), seed=3).train
+    data = load_dataset(DataConfig(validation_fraction=fraction), seed=3)
+    assert len(data.validation.labels) == int(fraction * len(whole.labels))
+    together = torch.cat([data.train.images, data.validation.images]).flatten(1)
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, whole.images.flatten(1).tolist()))
+
+
+def test_validation_depends_on_the_seed_alone() -> None:
+    first = load_dataset(DataConfig(), seed=5)
+    load_dataset.cache_clear()
+    again, other = load_dataset(DataConfig(), seed=5), load_dataset(DataConfig(), seed=6)
+    assert first is not again
+    assert torch.equal(first.validation.images, again.validation.images)
+    assert torch.equal(first.train.labels, again.train.labels)
+    assert not torch.equal(first.validation.images, other.validation.images)
+
+
+# ---------------------------------------------------------------------------------------------------------------- npz
+
+
+def test_npz_grey(tmp_path: Path) -> None:
+    x = RNG.integers(0, 256, (20, 5, 4), dtype=np.uint8)
+    data = load_dataset(write_npz(tmp_path / "set.npz", x_train=x), seed=0)
+    assert data.input_shape == (1, 5, 4)
+    assert data.class_names == ("0", "1", "2", "3")
+    assert np.array_equal(data.train.images[:, 0].numpy(), x)
+    assert not data.allow_flip
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("last", [True, False])
+def test_npz_finds_the_channels(tmp_path: Path, channels: int, last: bool) -> None:
+    images = {
+        part: RNG.integers(0, 256, (n, channels, 5, 4), dtype=np.uint8) for part, n in (("train", 20), ("test", 6))
+    }
+    stored = {f"x_{part}": x.transpose(0, 2, 3, 1) if last else x for part, x in images.items()}
+    data = load_dataset(write_npz(tmp_path / "set.npz", class_names=np.array(["a", "b", "c", "d"]), **stored), seed=0)
+    assert np.array_equal(data.train.images.numpy(), images["train"])
+    assert np.array_equal(data.test.images.numpy(), images["test"])
+    assert len(data.mean) == channels
+    assert data.class_names == ("a", "b", "c", "d")
+
+
+def test_a_constant_channel_can_be_divided_by(tmp_path: Path) -> None:
+    data = load_dataset(write_npz(tmp_path / "set.npz", x_train=np.full((20, 5, 4), 7, dtype=np.uint8)), seed=0)
+    assert data.std == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_train": None}, "lacks y_train; it holds x_train, x_test, y_test"),
+        ({"x_train": np.zeros((20, 5, 4))}, "`x_train` has dtype float64; it must be uint8"),
+        ({"x_train": np.zeros((20, 5), np.uint8)}, r"`x_train` has shape \(20, 5\)"),
+        ({"x_test": np.zeros((6, 5, 4, 2), np.uint8)}, r"`x_test` has shape \(6, 5, 4, 2\)"),
+        ({"x_test": np.zeros((6, 5, 5), np.uint8)}, r"`x_train` are \(1, 5, 4\), those of `x_test` \(1, 5, 5\)"),
+        ({"x_test": np.zeros((0, 5, 4), np.uint8), "y_test": np.zeros(0, int)}, "`x_test` holds no images"),
+        ({"x_train": np.zeros((0, 5, 4), np.uint8), "y_train": np.zeros(0, int)}, "`x_train` holds no images"),
+        ({"y_train": np.arange(19) % 4}, "`x_train` holds 20 images, but .*`y_train` holds 19 labels"),
+        ({"y_test": np.full((6, 1), 0)}, r"`y_test` is int64 of shape \(6, 1\); it must be integers of shape \(n,\)"),
+        ({"y_test": np.zeros(6)}, "`y_test` is float64"),
+        ({"y_test": np.array([0, 0, 4, 0, 0, 0])}, r"`y_test`: the label of sample 2 \(=4\) must lie in \[0, 3\]"),
+        ({"y_train": np.arange(20) % 4 - 1}, r"`y_train`: the label of sample 0 \(=-1\) must lie in \[0, 2\]"),
+        ({"class_names": np.array(["a", "b"])}, r"`y_train`: the label of sample 2 \(=2\) must lie in \[0, 1\]"),
+        ({"y_train": np.array([None] * 20)}, "cannot be read as an npz file of numbers and strings"),
+    ],
+)
+def test_npz_errors_name_file_and_key(tmp_path: Path, changes: dict, message: str) -> None:
+    path = tmp_path / "set.npz"
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset(write_npz(path, **changes), seed=0)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "npy"])
+def test_npz_that_is_broken(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "set.npz"
+    config = write_npz(path)
+    content = bytearray(path.read_bytes())
+    content[300] ^= 255
+    if damage == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello", "cut": content[:-50], "flipped": content}[damage])
+    with pytest.raises(DataError, match=r"set\.npz cannot be read as an npz file"):
+        load_dataset(config, seed=0)
+
+
+def test_npz_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"there is no file {tmp_path}.*Set data.root="):
+        load_dataset(DataConfig(name="npz", root=str(tmp_path)), seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------- image folder
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_image_folder(tmp_path: Path, mode: str) -> None:
+    data = load_dataset(DataConfig("image_folder", str(write_images(tmp_path, mode)), False, 0.0), seed=0)
+    assert data.class_names == ("cat", "dog")
+    assert data.input_shape == (3 if mode == "RGB" else 1, 6, 5)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 10, 11, 12]
+    assert data.test.images[:, -1, -1, -1].tolist() == [0, 1, 10, 11]
+    assert data.allow_flip
+
+
+def break_size(root: Path) -> None:
+    Image.new("RGB", (7, 6)).save(root / "test" / "dog" / "9.png")
+
+
+def break_depth(root: Path) -> None:
+    Image.fromarray(np.zeros((6, 5), np.uint16)).save(root / "train" / "dog" / "9.png")
+
+
+def break_pixels(root: Path) -> None:
+    path = root / "train" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:45])
+
+
+def break_header(root: Path) -> None:
+    (root / "train" / "dog" / "1.png").write_bytes(b"hello")
+
+
+def add_class(root: Path) -> None:
+    (root / "test" / "mouse").mkdir()
+
+
+def drop_test(root: Path) -> None:
+    (root / "test").rename(root / "other")
+
+
+def empty_test(root: Path) -> None:
+    for path in root.glob("test/*/*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_size, r"dog/9\.png is 7x6 pixels, but .*/0\.png is 5x6"),
+        (break_depth, r"dog/9\.png has more than 8 bits"),
+        (break_pixels, r"dog/1\.png cannot be read as an image"),
+        (break_header, r"dog/1\.png cannot be read as an image"),
+        (add_class, "test has the class mouse, which .*train has not"),
+        (drop_test, "there is no folder .*test. Set data.root="),
+        (empty_test, "test holds no images"),
+    ],
+)
+def test_image_folder_errors_name_the_file(tmp_path: Path, damage, message: str) -> None:
+    damage(write_images(tmp_path))
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset(DataConfig(name="image_folder", root=str(tmp_path)), seed=0)
+    assert str(tmp_path) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- the MNIST family
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist_from_packed_and_unpacked_files_of_a_read_only_folder(tmp_path: Path, packed: bool) -> None:
+    arrays = write_mnist(tmp_path, packed=packed)
+    (tmp_path / "MNIST" / "raw").chmod(0o555)
+    data = load_dataset(DataConfig("mnist", str(tmp_path), False, 0.0), seed=0)
+    (tmp_path / "MNIST" / "raw").chmod(0o755)
+    assert np.array_equal(data.train.images[:, 0].numpy(), arrays["train"])
+    assert np.array_equal(data.test.images[:, 0].numpy(), arrays["t10k"])
+    assert data.train.labels.tolist() == list(range(10))
+    assert len(list(tmp_path.rglob("*"))) == 6  # two folders, four files: nothing was written
+
+
+def test_unpacked_files_are_read_as_torchvision_reads_them(tmp_path: Path) -> None:
+    write_mnist(tmp_path, packed=False)
+    data = load_dataset(DataConfig("mnist", str(tmp_path), False, 0.0), seed=0)
+    theirs = torchvision.datasets.MNIST(str(tmp_path))
+    assert torch.equal(data.train.images[:, 0], theirs.data)
+    assert torch.equal(data.train.labels, theirs.targets)
+
+
+def test_emnist_is_turned_upright(tmp_path: Path) -> None:
+    arrays = write_mnist(tmp_path, "EMNIST", ("emnist-byclass-train", "emnist-byclass-test"))
+    data = load_dataset(DataConfig("emnist", str(tmp_path), False, 0.0), seed=0)
+    assert data.num_classes == 62
+    assert data.class_names[9:12] == ("9", "A", "B")
+    assert np.array_equal(data.train.images[:, 0].numpy(), arrays["emnist-byclass-train"].swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "unpacked text", "wrong dimensions"])
+def test_broken_idx_files_are_named(tmp_path: Path, damage: str) -> None:
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    match damage:
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-100])
+        case "text":
+            path.write_bytes(b"<html>")
+        case "unpacked text":
+            path.write_bytes(gzip.compress(b"<html>"))
+        case "wrong dimensions":
+            write_idx(path.with_suffix(""), np.zeros(4, dtype=np.uint8))
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz .*Delete it and download or copy it again"):
+        load_dataset(DataConfig("mnist", str(tmp_path)), seed=0)
+
+
+def test_idx_files_of_different_lengths(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    write_idx(tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte", np.zeros(9, dtype=np.uint8))
+    with pytest.raises(DataError, match=r"images-idx3-ubyte.gz holds 10 images, but .*labels-idx1-ubyte.gz holds 9"):
+        load_dataset(DataConfig("mnist", str(tmp_path)), seed=0)
+
+
+# ------------------------------------------------------------------------------------------- missing, downloads, names
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "mnist", "emnist", "cifar10", "cifar100", "svhn"])
+def test_a_missing_set_says_where_it_was_sought_and_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_dataset(DataConfig(name=name, root="here"), seed=0)
+    message = str(caught.value)
+    assert f"`data.name` (={name})" in message
+    assert f"in {tmp_path / 'here'} (looked for" in message
+    assert "data.download=true" in message
+    assert "data.root=" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["mnist", "emnist", "cifar10", "svhn"])
+def test_a_download_that_fails_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise URLError("no route to host")
+
+    for module, function in (
+        ("mnist", "download_and_extract_archive"),
+        ("cifar", "download_and_extract_archive"),
+        ("svhn", "download_url"),
+    ):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.{function}", fail)
+    with pytest.raises(DataError, match=rf"`data.name` \(={name}\): could not be downloaded .*no route to host"):
+        load_dataset(DataConfig(name=name, root=str(tmp_path), download=True), seed=0)
+
+
+def test_download_is_asked_for_only_if_files_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda self: pytest.fail("downloaded"))
+    load_dataset(DataConfig("mnist", str(tmp_path), download=True), seed=0)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(
+        DataError, match=r"`data.name` \(=cifar_10\) must be one of digits, .*npz\. Did you mean cifar10\?"
+    ):
+        DataConfig(name="cifar_10")
+    with pytest.raises(DataError, match=r"`data.name` \(=zzz\) must be one of digits, .*npz\.$"):
+        DataConfig(name="zzz")
+
+
+@pytest.mark.parametrize("fraction", [1.0, 1.2, -0.1, float("nan")])
+def test_validation_fraction_out_of_range(fraction: float) -> None:
+    with pytest.raises(DataError, match=rf"`data.validation_fraction` \(={fraction}\) must lie in \[0, 1\)\."):
+        DataConfig(validation_fraction=fraction)
+
+
+def test_only_images_that_keep_their_meaning_are_mirrored() -> None:
+    assert {name for name, entry in DATASETS.items() if entry.allow_flip} == {
+        "cifar10",
+        "cifar100",
+        "fashion_mnist",
+        "image_folder",
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- real data
+
+
+@needs_real
+def test_real_fashion_mnist() -> None:
+    data = load_dataset(DataConfig("fashion_mnist", str(REAL), False, 0.0), seed=0)
+    assert torch.bincount(data.train.labels).tolist() == [6000] * 10
+    assert torch.bincount(data.test.labels).tolist() == [1000] * 10
+    assert data.mean == pytest.approx((0.2860,), abs=1e-4)
+    assert data.std == pytest.approx((0.3530,), abs=1e-4)
+    assert data.class_names[9] == "Ankle boot"
+    packed = (REAL / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz").read_bytes()
+    assert data.train.images.numpy().tobytes() == gzip.decompress(packed)[16:]
+
+
+@needs_real
+def test_real_cifar10() -> None:
+    data = load_dataset(DataConfig("cifar10", str(REAL), False, 0.0), seed=0)
+    assert data.input_shape == (3, 32, 32)
+    assert torch.bincount(data.train.labels).tolist() == [5000] * 10
+    assert data.mean == pytest.approx((0.49139968, 0.48215841, 0.44653091), abs=1e-6)
+    assert data.std == pytest.approx((0.24703223, 0.24348513, 0.26158784), abs=1e-6)
+    assert data.class_names[:2] == ("airplane", "automobile")
+    # The first record of data_batch_1, channels first as in the file: a frog.
+    assert data.class_names[data.train.labels[0]] == "frog"
+    image, _ = torchvision.datasets.CIFAR10(str(REAL))[0]
+    assert np.array_equal(data.train.images[0].permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+@needs_real
+def test_a_damaged_cifar10_is_not_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for path in (REAL / "cifar-10-batches-py").iterdir():
+        if path.name != "test_batch":
+            (folder / path.name).symlink_to(path)
+    (folder / "test_batch").write_bytes(b"hello")
+    assert hashlib.md5(b"hello").hexdigest() != "40351d587109b95175f43aff81a1287e"
+    with pytest.raises(DataError, match="no complete copy"):
+        load_dataset(DataConfig("cifar10", str(tmp_path)), seed=0)

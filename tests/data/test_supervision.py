@@ -1,0 +1,221 @@
+"""Supervision: the record, how many labels each rule gives, and that hidden labels stay hidden."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedlabel.data.partition import PartitionConfig, partition
+from fedlabel.data.supervision import Supervision, SupervisionConfig, labeled_mask, supervise
+
+SEEDS = (0, 1, 2)
+NUM_CLASSES = 10
+
+
+def make(seed: int = 0, n: int = 3000, num_clients: int = 12) -> tuple[np.ndarray, list[np.ndarray]]:
+    labels = np.random.default_rng(seed).integers(0, NUM_CLASSES, n)
+    return labels, partition(labels, num_clients, NUM_CLASSES, PartitionConfig(dirichlet_alpha=0.3), seed)
+
+
+# ------------------------------------------------------------------------------------------------------------- record
+
+
+def test_record_reads_labels_from_candidates() -> None:
+    record = Supervision(torch.tensor([[0, 1, 0], [1, 1, 1], [1, 0, 1], [0, 0, 1]]).bool())
+    assert record.labeled.tolist() == [True, False, False, True]
+    assert record.label.tolist() == [1, -1, -1, 2]
+    assert record.label.dtype == torch.int64
+
+
+def test_empty_record() -> None:
+    record = Supervision(torch.ones(0, 3, dtype=torch.bool))
+    assert record.labeled.shape == record.label.shape == (0,)
+
+
+@pytest.mark.parametrize("candidates", [torch.ones(2, 3), torch.ones(3, dtype=torch.bool)])
+def test_record_must_be_a_boolean_matrix(candidates: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"`candidates` \(torch.* of shape .*\) must be bool of shape \(n, classes\)"):
+        Supervision(candidates)
+
+
+def test_record_names_the_first_impossible_sample() -> None:
+    candidates = torch.ones(5, 3, dtype=torch.bool)
+    candidates[[2, 4]] = False
+    with pytest.raises(ValueError, match="`candidates` of sample 2 are all False"):
+        Supervision(candidates)
+
+
+# ------------------------------------------------------------------------------------------------------------ amounts
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_label_rate_is_exact_on_every_client(rate: float, stratified: bool, seed: int) -> None:
+    labels, parts = make(seed)
+    mask = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(label_rate=rate, stratified=stratified), seed)
+    assert [int(mask[part].sum()) for part in parts] == [int(rate * len(part)) for part in parts]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stratified_keeps_the_clients_class_shares(seed: int) -> None:
+    labels, parts = make(seed)
+
+    def worst_gap(stratified: bool) -> float:
+        mask = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(label_rate=0.2, stratified=stratified), seed)
+        gaps = []
+        for part in parts:
+            quota = np.bincount(labels[part], minlength=NUM_CLASSES) * int(0.2 * len(part)) / len(part)
+            got = np.bincount(labels[part[mask[part]]], minlength=NUM_CLASSES)
+            gaps.append(np.abs(got - quota).max())
+        return float(max(gaps))
+
+    assert worst_gap(stratified=True) < 1
+    assert worst_gap(stratified=False) > 2
+
+
+def test_stratified_ties_are_broken_at_random() -> None:
+    """One label for ten equally large classes: over seeds every class must get it now and then."""
+    labels = np.arange(100) % NUM_CLASSES
+    config = SupervisionConfig(labels_total=1, stratified=True)
+    got = {int(labels[labeled_mask(labels, [np.arange(100)], NUM_CLASSES, config, seed)][0]) for seed in range(200)}
+    assert got == set(range(NUM_CLASSES))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_labels_per_class(seed: int) -> None:
+    labels, parts = make(seed)
+    mask = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(labels_per_class=7), seed)
+    assert np.bincount(labels[mask]).tolist() == [7] * NUM_CLASSES
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("stratified", [False, True])
+def test_labels_per_client(stratified: bool, seed: int) -> None:
+    labels, parts = make(seed)
+    mask = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(labels_per_client=9, stratified=stratified), seed)
+    assert [int(mask[part].sum()) for part in parts] == [9] * len(parts)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_labels_total(seed: int) -> None:
+    labels, parts = make(seed)
+    uniform = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(labels_total=100), seed)
+    assert uniform.sum() == 100
+    stratified = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(labels_total=100, stratified=True), seed)
+    quota = np.bincount(labels) / len(labels) * 100
+    assert stratified.sum() == 100
+    assert np.abs(np.bincount(labels[stratified], minlength=NUM_CLASSES) - quota).max() < 1
+
+
+def test_full_reveals_everything() -> None:
+    labels, parts = make()
+    mask = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(kind="full"), 0)
+    assert mask.all()
+    assert supervise(labels, mask, NUM_CLASSES).label.tolist() == labels.tolist()
+
+
+def test_every_sample_can_be_chosen() -> None:
+    labels, parts = np.arange(20) % 2, [np.arange(10), np.arange(10, 20)]
+    chosen = [labeled_mask(labels, parts, 2, SupervisionConfig(label_rate=0.2), seed) for seed in range(200)]
+    # 200 draws at 0.2: 40 expected, standard deviation 5.7.
+    assert np.abs(np.sum(chosen, axis=0) - 40).max() < 4 * 5.7
+
+
+CHOICES = [
+    SupervisionConfig(),
+    SupervisionConfig(stratified=True),
+    SupervisionConfig(labels_per_class=5),
+    SupervisionConfig(labels_per_client=5),
+    SupervisionConfig(labels_total=50),
+]
+
+
+@pytest.mark.parametrize("config", CHOICES)
+def test_same_seed_same_labels(config: SupervisionConfig) -> None:
+    labels, parts = make()
+    one, again, other = (labeled_mask(labels, parts, NUM_CLASSES, config, seed) for seed in (1, 1, 2))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+def test_a_clients_labels_do_not_depend_on_the_other_clients() -> None:
+    labels, parts = make()
+    everyone = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(), 0)
+    alone = labeled_mask(labels, [parts[0], parts[1][:5], parts[2]], NUM_CLASSES, SupervisionConfig(), 0)
+    for client in (0, 2):
+        assert np.array_equal(everyone[parts[client]], alone[parts[client]])
+
+
+# ------------------------------------------------------------------------------------------------------------- hiding
+
+
+@pytest.mark.parametrize("config", CHOICES)
+def test_hidden_labels_are_not_looked_at(config: SupervisionConfig) -> None:
+    labels, parts = make()
+    mask = labeled_mask(labels, parts, NUM_CLASSES, config, 0)
+    poisoned = np.where(mask, labels, -1)
+    clean, blind = supervise(labels, mask, NUM_CLASSES), supervise(poisoned, mask, NUM_CLASSES)
+    assert torch.equal(clean.candidates, blind.candidates)
+    assert clean.candidates[torch.from_numpy(~mask)].all()
+    assert np.array_equal(clean.labeled.numpy(), mask)
+    assert np.array_equal(clean.label.numpy(), poisoned)
+
+
+def test_supervise_takes_tensors_too() -> None:
+    record = supervise(torch.tensor([1, -1, 0]), torch.tensor([True, False, True]), 3)
+    assert record.label.tolist() == [1, -1, 0]
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_supervise_names_a_label_out_of_range(label: int) -> None:
+    with pytest.raises(ValueError, match=rf"the label of sample 2 \(={label}\) must lie in \[0, 2\]"):
+        supervise(np.array([0, -1, label]), np.array([True, False, True]), 3)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            SupervisionConfig(labels_per_class=11),
+            r"`supervision.labels_per_class` \(=11\) .*class 1 has 10\. Take .*=10",
+        ),
+        (SupervisionConfig(labels_per_client=6), r"`supervision.labels_per_client` \(=6\) .*client 1 has 5\."),
+        (SupervisionConfig(labels_total=31), r"`supervision.labels_total` \(=31\) .*the training set has 30\."),
+    ],
+)
+def test_more_labels_than_samples(config: SupervisionConfig, message: str) -> None:
+    labels = np.array([0] * 20 + [1] * 10)
+    with pytest.raises(ValueError, match=message):
+        labeled_mask(labels, [np.arange(25), np.arange(25, 30)], 2, config, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "noisy"}, r"`supervision.kind` \(=noisy\) must be one of few_labels, full\."),
+        ({"label_rate": 1.5}, r"`supervision.label_rate` \(=1.5\) must lie in \[0, 1\]"),
+        ({"label_rate": float("nan")}, r"`supervision.label_rate` \(=nan\)"),
+        ({"label_rate": None}, r"`supervision.label_rate` \(=None\) .*supervision.labels_per_class"),
+        ({"labels_total": 0}, r"`supervision.labels_total` \(=0\) must be at least 1"),
+        (
+            {"labels_total": 10, "labels_per_class": 3},
+            r"`supervision.labels_per_class` \(=3\) and `supervision.labels_total` \(=10\) exclude each other",
+        ),
+        ({"kind": "full", "labels_total": 10}, r"`supervision.labels_total` \(=10\) has no place beside .*kind=full"),
+    ],
+)
+def test_config_errors(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SupervisionConfig(**changes)
+
+
+def test_a_count_replaces_the_rate() -> None:
+    labels, parts = make()
+    for rate in (None, 0.9):
+        mask = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(label_rate=rate, labels_total=5), 0)
+        assert mask.sum() == 5

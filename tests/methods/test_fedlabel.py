@@ -1,0 +1,269 @@
+"""FedLabel against the worked numbers of the paper's equations; the docstrings derive them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedlabel.methods.base import Batch, ModelPart, Part, PhaseResult, Step
+from fedlabel.methods.fedlabel import FedLabel, confidence, kl_divergence, select
+
+LOCAL = torch.tensor([[0.7, 0.1, 0.1, 0.1]])
+GLOBAL = torch.tensor([[0.5, 0.3, 0.1, 0.1]])
+
+
+def batch_of(n: int, classes: int = 4) -> Batch:
+    """A batch whose only content is its size: models in these tests ignore the images."""
+    views = {name: torch.zeros(n, 1, 2, 2) for name in ("clean", "weak", "strong")}
+    nothing = Part({}, torch.zeros(0, classes, dtype=torch.bool))
+    return Batch(nothing, Part(views, torch.ones(n, classes, dtype=torch.bool)))
+
+
+def loss_of(method: FedLabel, global_probs: Tensor, local_probs: Tensor, student_logits: Tensor | None = None) -> Step:
+    n, classes = global_probs.shape
+    logits = torch.zeros(n, classes) if student_logits is None else student_logits
+    teachers = {"global": lambda x: global_probs.log(), "supervised": lambda x: local_probs.log()}
+    return method.loss(lambda x: torch.cat([logits, logits]), teachers, batch_of(n, classes))
+
+
+def test_check_1_variance_has_its_closed_form() -> None:
+    """h(s) = (||s||^2 - 1/N) / (N - 1): (.7,.1,.1,.1) gives (.52 - .25) / 3 = .09."""
+    probs = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.5, 0.3, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1], [0.25] * 4])
+    assert confidence(probs).tolist() == pytest.approx([0.09, 0.0366667, 0.0166667, 0], abs=1e-6)
+    for n in (10, 100):
+        assert confidence(torch.eye(n)[:1]).item() == pytest.approx(1 / n)
+    random = torch.rand(50, 7).softmax(-1)
+    closed = ((random**2).sum(-1) - 1 / 7) / 6
+    torch.testing.assert_close(confidence(random), closed, atol=1e-6, rtol=1e-4)
+
+
+def test_check_1_entropy_score() -> None:
+    """H(.7,.1,.1,.1) = .940448 and H(.5,.3,.1,.1) = 1.168282; a one-hot vector has H = 0 and not NaN."""
+    assert (1 / confidence(LOCAL, "entropy") - 1e-5).item() == pytest.approx(0.940448, abs=1e-5)
+    assert (1 / confidence(GLOBAL, "entropy") - 1e-5).item() == pytest.approx(1.168282, abs=1e-5)
+    assert confidence(torch.eye(3), "entropy").tolist() == pytest.approx([1e5] * 3)
+    with pytest.raises(ValueError, match=r"`score` \(=gini\) must be one of variance, entropy"):
+        confidence(LOCAL, "gini")
+
+
+def test_check_2_selection_threshold_and_weight() -> None:
+    """Variances .09 (local) and .0366667 (global): local wins, weight .0366667 / .09 = .407407; max .7 > beta."""
+    chosen = select(GLOBAL, LOCAL, 0.3, 1.0)
+    assert chosen.pseudo_label.item() == 0
+    assert not chosen.from_global.item()
+    assert chosen.agree.item()
+    assert chosen.keep.item()
+    assert chosen.weight.item() == pytest.approx(0.407407, abs=1e-6)
+    assert not select(GLOBAL.double(), torch.tensor([[0.7, 0.1, 0.1, 0.1]]).double(), 0.7, 1.0).keep.item()  # strict
+    assert select(GLOBAL, LOCAL, 0.69, 1.0).keep.item()
+    assert select(GLOBAL, LOCAL, 0.3, 2.0).weight.item() == pytest.approx(2 * 0.407407, abs=1e-6)
+    assert select(GLOBAL, LOCAL, 0.3, 1.0, "entropy").weight.item() == pytest.approx(0.80499, abs=1e-4)
+
+
+def test_check_3_variance_of_softmax_not_of_logits() -> None:
+    """z_L = (4,0,0,0) has logit variance 4, z_G = (6,5.9,0,0) 11.8025; of softmax it is .216482 against .082884."""
+    local_logits, global_logits = torch.tensor([[4.0, 0, 0, 0]]), torch.tensor([[6, 5.9, 0, 0]])
+    assert local_logits.var() < global_logits.var()
+    assert confidence(local_logits.softmax(-1)).item() == pytest.approx(0.216482, abs=1e-5)
+    assert confidence(global_logits.softmax(-1)).item() == pytest.approx(0.082884, abs=1e-5)
+    method = FedLabel(confidence_threshold=0.0)
+    step = loss_of(method, global_logits.exp(), local_logits.exp())  # teachers return .log() of this: the logits
+    assert step.pseudo is not None
+    assert not step.pseudo.from_global.item()
+    # Variance and largest probability may disagree: variance decides.
+    first, second = torch.tensor([[0.60, 0.40, 0, 0]]), torch.tensor([[0.65, 0.1167, 0.1167, 0.1166]])
+    assert confidence(first).item() == pytest.approx(0.09, abs=1e-6)
+    assert confidence(second).item() == pytest.approx(0.0711, abs=1e-4)
+    assert select(first, second, 0.0, 1.0).from_global.item()
+
+
+@pytest.mark.parametrize(
+    ("direction", "kl", "total"),
+    [("teacher_student", 0.2180119, 1.4751140), ("student_teacher", 0.2392782, 1.4837781)],
+)
+def test_check_4_loss_value_and_kl_direction(direction: str, kl: float, total: float) -> None:
+    """Uniform student: CE = ln 4 = 1.3862944; KL(discarded || uniform) = ln 4 - H = 1.3862944 - 1.1682825 = .2180119.
+
+    Total = 1.3862944 + .4074074 * .2180119 = 1.4751140; with the reversed KL (.2392782) it is 1.4837781.
+    """
+    method = FedLabel(confidence_threshold=0.3, kl_direction=direction)
+    assert loss_of(method, GLOBAL, LOCAL).loss.item() == pytest.approx(total, abs=1e-6)
+    uniform = torch.full((1, 4), 0.25).log()
+    pair = (GLOBAL.log(), uniform) if direction == "teacher_student" else (uniform, GLOBAL.log())
+    assert kl_divergence(*pair).item() == pytest.approx(kl, abs=1e-6)
+    without = FedLabel(confidence_threshold=0.3, lambda_0=0.0, kl_direction=direction)
+    assert loss_of(without, GLOBAL, LOCAL).loss.item() == pytest.approx(math.log(4), abs=1e-6)
+
+
+def test_check_4_one_hot_teacher_gives_a_finite_loss() -> None:
+    """0 * log 0 = 0 in the KL's target."""
+    sure = torch.tensor([[0.0, -math.inf, -math.inf, -math.inf]])
+    assert kl_divergence(sure, torch.full((1, 4), 0.25).log()).item() == pytest.approx(math.log(4))
+
+
+def test_check_5_disagreement_gives_no_consistency_term() -> None:
+    """The discarded model names class 1, the selected one class 0: loss is CE alone, whatever lambda_0."""
+    other = torch.tensor([[0.1, 0.6, 0.2, 0.1]])
+    gradients = []
+    for lambda_0 in (0.0, 5.0):
+        logits = torch.tensor([[0.3, -0.2, 0.1, 0.0]], requires_grad=True)
+        step = loss_of(FedLabel(confidence_threshold=0.3, lambda_0=lambda_0), other, LOCAL, logits)
+        step.loss.backward()
+        assert step.metrics["train/loss_consistency"][0].item() == 0
+        gradients.append(logits.grad)
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_check_6_weight_bound_and_symmetry() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = (2 * torch.randn(500, 5, generator=generator)).softmax(-1)
+    second = (2 * torch.randn(500, 5, generator=generator)).softmax(-1)
+    chosen = select(first, second, 0.4, 3.0)
+    assert (chosen.weight >= 0).all()
+    assert (chosen.weight < 3.0).all()  # equality only for equal scores
+    assert select(first, first.flip(-1), 0.4, 3.0).weight.tolist() == pytest.approx([3.0] * 500, rel=1e-4)
+    swapped = select(second, first, 0.4, 3.0)
+    assert torch.equal(chosen.pseudo_label, swapped.pseudo_label)
+    assert torch.equal(chosen.weight, swapped.weight)
+    assert torch.equal(chosen.from_global, ~swapped.from_global)
+    method = FedLabel()
+    assert loss_of(method, first, second).loss.item() == pytest.approx(loss_of(method, second, first).loss.item())
+
+
+def test_tie_goes_to_the_global_model_and_two_uniform_models_are_equally_sure() -> None:
+    assert select(LOCAL, LOCAL, 0.3, 1.0).from_global.item()
+    uniform = torch.full((1, 4), 0.25)
+    assert select(uniform, uniform, 0.0, 1.5).weight.item() == 1.5
+
+
+def test_check_7_no_gradient_reaches_the_teachers() -> None:
+    global_logits = torch.randn(8, 4, requires_grad=True)
+    local_logits = torch.randn(8, 4, requires_grad=True)
+    student_logits = torch.randn(16, 4, requires_grad=True)
+    teachers = {"global": lambda x: global_logits, "supervised": lambda x: local_logits}
+    step = FedLabel(confidence_threshold=0.0).loss(lambda x: student_logits, teachers, batch_of(8))
+    step.loss.backward()
+    assert global_logits.grad is None
+    assert local_logits.grad is None
+    assert student_logits.grad.abs().sum() > 0
+    assert not select(global_logits.softmax(-1), local_logits.softmax(-1), 0.0, 1.0).weight.requires_grad
+
+
+def test_check_8_threshold_of_one_keeps_nothing() -> None:
+    """max(s*) > 1 is impossible: loss exactly 0 and not NaN, no example, no gradient."""
+    logits = torch.randn(6, 4, requires_grad=True)
+    step = loss_of(FedLabel(confidence_threshold=1.0), torch.eye(4)[[0, 1, 2, 3, 0, 1]] + 1e-30, GLOBAL.repeat(6, 1), logits)
+    step.loss.backward()
+    assert step.loss.item() == 0
+    assert step.examples.item() == 0
+    assert logits.grad.abs().sum() == 0
+
+
+def test_check_8_equal_teachers_agree_everywhere_with_full_weight() -> None:
+    probs = torch.randn(20, 4).softmax(-1)
+    chosen = select(probs, probs, 0.0, 0.7)
+    assert chosen.agree.all()
+    assert torch.equal(chosen.weight, torch.full((20,), 0.7))
+
+
+def test_check_9_released_merge_sends_two_models() -> None:
+    """w = 0; a client with 3 kept samples sends w_L with weight 1 and w_U with weight 3; none kept counts as 1."""
+    start = {"w": torch.zeros(())}
+    results = [PhaseResult("supervised", {"w": torch.tensor(1.0)}, 30), PhaseResult("unlabeled", {"w": torch.tensor(0.5)}, 3)]
+    parts = FedLabel(merge="mean").upload(start, results, frozenset({"w"}), 33.0)
+    assert parts == {"supervised": ModelPart({"w": torch.tensor(1.0)}, 1.0), "unlabeled": ModelPart({"w": torch.tensor(0.5)}, 3)}
+    nothing_kept = [results[0], PhaseResult("unlabeled", {"w": torch.tensor(0.0)}, 0)]
+    assert FedLabel(merge="mean").upload(start, nothing_kept, frozenset({"w"}), 30.0)["unlabeled"].weight == 1.0
+    burn_in = FedLabel(merge="mean").upload(start, results[:1], frozenset({"w"}), 30.0)
+    assert burn_in["unlabeled"] == ModelPart({"w": torch.tensor(0.0)}, 1.0)
+
+
+def test_check_9_paper_merge_is_the_sum_of_updates() -> None:
+    """w = 0, dL = 1, dU = .5 -> 1.5, one model, weight r_k."""
+    start = {"w": torch.zeros(())}
+    results = [PhaseResult("supervised", {"w": torch.tensor(1.0)}, 20), PhaseResult("unlabeled", {"w": torch.tensor(0.5)}, 10)]
+    assert FedLabel().upload(start, results, frozenset({"w"}), 30.0) == {"model": ModelPart({"w": torch.tensor(1.5)}, 30.0)}
+
+
+def test_check_11_kept_sets_are_nested() -> None:
+    first, second = torch.randn(2, 300, 6).softmax(-1)
+    previous = np.ones(300, dtype=bool)
+    for beta in (0.0, 1 / 6, 0.3, 0.5, 0.8, 1.0):
+        kept = select(first, second, beta, 1.0).keep.numpy()
+        assert (kept <= previous).all()
+        previous = kept
+    assert select(first, second, 0.0, 1.0).keep.all()
+    uniform = torch.full((3, 6), 1 / 6)
+    assert not select(uniform, uniform, 1 / 6, 1.0).keep.any()
+
+
+def test_single_teacher_ablations_use_one_model_as_both_experts() -> None:
+    """Only-local on check 2's sample: label 0 from the local model, consistency to itself with weight lambda_0."""
+    disagreeing = torch.tensor([[0.1, 0.6, 0.2, 0.1]])
+    local = loss_of(FedLabel(confidence_threshold=0.3, teacher="local"), disagreeing, LOCAL)
+    from_global = loss_of(FedLabel(confidence_threshold=0.3, teacher="global"), disagreeing, LOCAL)
+    assert local.pseudo is not None
+    assert from_global.pseudo is not None
+    assert (local.pseudo.label.item(), local.pseudo.from_global.item()) == (0, False)
+    assert (from_global.pseudo.label.item(), from_global.pseudo.from_global.item()) == (1, True)
+    entropy = -(LOCAL * LOCAL.log()).sum().item()
+    assert local.loss.item() == pytest.approx(math.log(4) + math.log(4) - entropy, abs=1e-6)
+
+
+def test_normalization_divides_by_kept_by_batch_or_by_each_term() -> None:
+    """Four samples, beta .6: two local (.7) are kept, of which one agrees; a uniform student has CE ln 4 each.
+
+    kept: (2 ln 4 + c) / 2; batch: (2 ln 4 + c) / 4; each: 2 ln 4 / 2 + c / 1, with c = .407407 * .2180119.
+    """
+    local = torch.cat([LOCAL, LOCAL, GLOBAL, GLOBAL])
+    other = torch.tensor([[0.1, 0.5, 0.3, 0.1]])  # same variance as GLOBAL, but another class
+    given = torch.cat([GLOBAL, other, GLOBAL, GLOBAL])
+    pulled = 0.0366667 / 0.09 * 0.2180119
+    expected = {"kept": (2 * math.log(4) + pulled) / 2, "batch": (2 * math.log(4) + pulled) / 4, "each": math.log(4) + pulled}
+    for normalization, value in expected.items():
+        step = loss_of(FedLabel(confidence_threshold=0.6, normalization=normalization), given, local)
+        assert step.loss.item() == pytest.approx(value, abs=1e-5), normalization
+        assert step.examples.item() == 2
+
+
+def test_kl_target_local_pulls_to_the_local_model_even_if_it_was_selected() -> None:
+    """Check 2's sample: KL(local || uniform) = ln 4 - .940448; the weight stays the ratio .407407."""
+    step = loss_of(FedLabel(confidence_threshold=0.3, kl_target="local"), GLOBAL, LOCAL)
+    assert step.loss.item() == pytest.approx(math.log(4) + 0.4074074 * (math.log(4) - 0.940448), abs=1e-5)
+
+
+def test_metrics_count_coverage_expert_and_agreement() -> None:
+    other = torch.tensor([[0.1, 0.9, 0.0, 0.0]])
+    step = loss_of(FedLabel(confidence_threshold=0.6), torch.cat([GLOBAL, other]), torch.cat([LOCAL, LOCAL]))
+    assert step.metrics["pseudo/coverage"].tolist() == [2, 2]
+    assert step.metrics["pseudo/from_global"].tolist() == [1, 2]
+    assert step.metrics["pseudo/agreement"].tolist() == [1, 2]
+
+
+def test_burn_in_leaves_out_stage_b() -> None:
+    method = FedLabel(burn_in_rounds=2)
+    assert [[phase.name for phase in method.phases(r)] for r in (1, 2, 3)] == [
+        ["supervised"],
+        ["supervised"],
+        ["supervised", "unlabeled"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("confidence_threshold", 1.5, r"`method.confidence_threshold` \(=1.5\) must lie in \[0, 1\]"),
+        ("lambda_0", -1.0, r"`method.lambda_0` \(=-1.0\) must be a finite number of at least 0"),
+        ("prox_mu", float("nan"), r"`method.prox_mu` \(=nan\)"),
+        ("teacher", "server", r"`method.teacher` \(=server\) must be one of both, local, global"),
+        ("burn_in_rounds", -1, r"`method.burn_in_rounds` \(=-1\)"),
+        ("unlabeled_steps", -1, r"`method.unlabeled_steps` \(=-1\)"),
+    ],
+)
+def test_wrong_hyper_parameters_are_named(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FedLabel(**{field: value})
