@@ -9,6 +9,7 @@ import torch
 from fedlabel.config import ExperimentConfig, parse_config
 from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.supervision import Supervision
 from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import resolve_device
 from fedlabel.methods.base import StateDict
@@ -50,7 +51,8 @@ class Experiment:
     def client_data(self, client: int) -> ClientData:
         """Returns what training may see of `client`, on the device."""
         rows = torch.from_numpy(self.federation.parts[client]).to(self.device)
-        return ClientData(self.images[rows], self.federation.supervision(client).to(self.device))
+        supervision = Supervision(self.federation.supervision(client).candidates.to(self.device))
+        return ClientData(self.images[rows], supervision)
 
     def train(self, client: int, global_state: StateDict, round_number: int) -> ClientUpdate:
         """Runs `client`'s part of a round from `global_state` (on the device)."""

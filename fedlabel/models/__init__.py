@@ -36,8 +36,17 @@ class ModelConfig:
     """Width of the hidden linear layer of cnn and mlp; the others have none."""
 
     def __post_init__(self) -> None:
-        if not self.name.startswith(TORCHVISION):
-            _check_name(self.name, self.name, [*MODELS], f"one of {', '.join(MODELS)}, or {TORCHVISION}<name>")
+        if self.name.startswith(TORCHVISION):
+            nets = torchvision.models.list_models(module=torchvision.models)
+            allowed = [TORCHVISION + net for net in nets if net not in AUXILIARY_OUTPUTS]
+            expected = f"{TORCHVISION}<name> of a classifier in torchvision.models whose only output is logits"
+        else:
+            allowed = list(MODELS)
+            expected = f"one of {', '.join(MODELS)}, or {TORCHVISION}<name>"
+        if self.name not in allowed:
+            near = " or ".join(get_close_matches(self.name, allowed))
+            hint = f" Did you mean {near}?" if near else ""
+            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{hint}")
         if self.norm not in NORMS:
             raise ValueError(f"`model.norm` (={self.norm}) must be one of {', '.join(NORMS)}.")
         for key in ("width", "hidden"):
@@ -83,6 +92,20 @@ def _build_wrn28_2(config: ModelConfig, input_shape: InputShape, num_classes: in
     return WideResNet(input_shape[0], num_classes, config.norm, depth=28, widen=2 * config.width)
 
 
+def _build_torchvision(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    if input_shape[0] not in (1, 3):
+        raise _shape_error(config.name, input_shape, "1 or 3 channels")
+    net = config.name.removeprefix(TORCHVISION)
+    built: nn.Module = torchvision.models.get_model(net, weights=None, num_classes=num_classes)
+    model = GreyToRgb(built) if input_shape[0] == 1 else built
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_shape))
+    except (RuntimeError, AssertionError) as error:  # torchvision's own complaints; ViT asserts its 224x224
+        raise _shape_error(config.name, input_shape, f"another image size ({error})") from error
+    return model.train()
+
+
 MODELS: dict[str, ModelEntry] = {
     "cnn": ModelEntry("two convolutions, two linear layers; fast on a CPU", 4, _build_cnn),
     "mlp": ModelEntry("one hidden layer", 1, _build_mlp),
@@ -92,11 +115,14 @@ MODELS: dict[str, ModelEntry] = {
     "wrn28_2": ModelEntry("Wide ResNet 28-2, pre-activation", 4, _build_wrn28_2),
 }
 
+TORCHVISION_ENTRY = ModelEntry("any classifier of torchvision", 1, _build_torchvision)
+
 
 def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, seed: int) -> nn.Module:
     """Returns an untrained model on the CPU, in training mode.
 
-    The weights depend on the arguments only; torch's global random state is neither used nor changed.
+    The weights depend on the arguments only; torch's global random state is neither used nor changed. Our own models
+    draw nothing at random later either; those of torchvision that have dropout do, from torch's global state.
 
     Args:
         config: which model.
@@ -109,43 +135,15 @@ def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, 
         empty batch, and with `norm="group"` have no buffers and treat every sample by itself.
 
     Raises:
-        ValueError: the model does not exist, or does not accept images of this shape.
+        ValueError: the model does not accept images of this shape.
     """
-    entry = _torchvision_entry(config.name) if config.name.startswith(TORCHVISION) else MODELS[config.name]
+    entry = TORCHVISION_ENTRY if config.name.startswith(TORCHVISION) else MODELS[config.name]
     if min(input_shape[1:]) < entry.min_side:
         raise _shape_error(config.name, input_shape, f"at least {entry.min_side}x{entry.min_side} pixels")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(seed)
         return entry.builder(config, input_shape, num_classes)
-
-
-def _torchvision_entry(name: str) -> ModelEntry:
-    net = name.removeprefix(TORCHVISION)
-    allowed = [key for key in torchvision.models.list_models(module=torchvision.models) if key not in AUXILIARY_OUTPUTS]
-    _check_name(name, net, allowed, "a classifier of torchvision.models whose only output is logits", TORCHVISION)
-
-    def build(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
-        if input_shape[0] not in (1, 3):
-            raise _shape_error(name, input_shape, "1 or 3 channels")
-        built: nn.Module = torchvision.models.get_model(net, weights=None, num_classes=num_classes)
-        model = GreyToRgb(built) if input_shape[0] == 1 else built
-        try:
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, *input_shape))
-        except (RuntimeError, AssertionError) as error:  # torchvision's own complaints; ViT asserts its 224x224
-            raise _shape_error(name, input_shape, f"another image size ({error})") from error
-        return model.train()
-
-    return ModelEntry("from torchvision", 1, build)
-
-
-def _check_name(value: str, key: str, allowed: list[str], expected: str, prefix: str = "") -> None:
-    """Raises ValueError naming near misses if `key` is not in `allowed`."""
-    if key not in allowed:
-        near = " or ".join(prefix + match for match in get_close_matches(key, allowed))
-        hint = f" Did you mean {near}?" if near else ""
-        raise ValueError(f"`model.name` (={value}) must be {expected}.{hint}")
 
 
 def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:

@@ -49,7 +49,7 @@ class BasicBlock(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """Normalisation and ReLU before each of two 3x3 convolutions; a shortcut that changes shape starts after the first."""
+    """Normalisation and ReLU before each of two 3x3 convolutions; the first pair also before a 1x1 shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
         super().__init__()
