@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedlabel.config import ExperimentConfig
     from fedlabel.cli import RunResult
+    from fedlabel.config import ExperimentConfig
 
 __all__ = ["run"]
 

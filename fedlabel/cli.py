@@ -170,7 +170,7 @@ def list_all() -> None:
         "data.name": {name: entry.description for name, entry in DATASETS.items()},
         "model.name": {name: entry.description for name, entry in MODELS.items()},
         "strategy.name": {"weighted_mean": "weighted mean of the clients' models (default)"}
-        | {name: "Flower's" for name in strategy_names()[1:]},
+        | dict.fromkeys(strategy_names()[1:], "Flower's"),
     }
     for key, rows in sections.items():
         table = Table(key, "what")

@@ -200,7 +200,7 @@ def to_yaml(config: ExperimentConfig) -> str:
 
 
 def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
-    """Returns dotted key -> scalar (lists and mappings as JSON), e.g. for comparing two runs or TensorBoard's hparams."""
+    """Returns dotted key -> scalar (lists and mappings as JSON), for comparing runs and for TensorBoard's hparams."""
     flat: dict[str, str | int | float | bool] = {}
 
     def visit(prefix: str, node: Any) -> None:
@@ -226,13 +226,16 @@ def _load_yaml(path: Path) -> DictConfig:
 
 def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
     try:
-        user = OmegaConf.merge({}, *layers)
-        node = user.get("method", {})
-        if not isinstance(node, DictConfig):
-            raise ConfigError(f"`method` (={node}) must be a mapping; to choose a method use method.name={node}.")
-        name = node.get("name", FedLabel.name)
-        schema = method_class(name)
+        user = OmegaConf.to_container(OmegaConf.merge({}, *layers))
+        assert isinstance(user, dict)
         base = OmegaConf.structured(ExperimentConfig)
+        for key, value in user.items():
+            if isinstance(base.get(key), DictConfig) and not isinstance(value, dict):
+                raise ConfigError(
+                    f"`{key!s}` (={value!s}) must be a mapping of keys; set one of its keys, e.g. {key!s}."
+                    f"{next(iter(base[key]))}=..."
+                )
+        schema = method_class(user.get("method", {}).get("name", FedLabel.name))
         # The schema node replaces the default method: another method has other fields.
         OmegaConf.set_readonly(base, False)
         base.method = None

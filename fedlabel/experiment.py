@@ -46,6 +46,8 @@ class Experiment:
         seed = derive_seed(config.seed, "model")
         self.student = build_model(config.model, dataset.input_shape, dataset.num_classes, seed).to(self.device)
         self.teacher = build_model(config.model, dataset.input_shape, dataset.num_classes, seed).to(self.device)
+        # Fails here, before anything is started, if the augmentation does not fit the images.
+        self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
         self.initial_state: StateDict = {name: value.clone() for name, value in self.student.state_dict().items()}
 
     def client_data(self, client: int) -> ClientData:

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from fedlabel.data.augment import AugmentConfig, strong, weak
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Batch, Method, Model, ModelPart, Part, Phase, PhaseResult, PseudoLabels, StateDict, Step
+from fedlabel.methods.base import (
+    Batch,
+    Method,
+    Model,
+    ModelPart,
+    Part,
+    Phase,
+    PhaseResult,
+    PseudoLabels,
+    StateDict,
+    Step,
+)
 from fedlabel.seeding import torch_generator
 
 WEIGHT_BY = ("processed", "size", "uniform")
@@ -20,7 +31,7 @@ WEIGHT_BY = ("processed", "size", "uniform")
 class TrainingConfig:
     """How a client trains in one round. Optimiser: SGD, fresh in every phase of every round."""
 
-    lr: float = 0.05
+    lr: float = 0.1
     """Learning rate."""
     batch_size: int = 32
     """Samples per step; a client with fewer uses all it has."""
@@ -181,7 +192,9 @@ def train_client(
         size += len(index[0]) + len(index[1])
         if count_steps(phase, config, len(index[1]) or len(index[0])) > 0 and len(index[0]) + len(index[1]) > 0:
             teachers = {name: frozen_model(teacher, states[name]) for name in phase.teachers}
-            results.append(_run_phase(phase, student, teachers, global_state, data, index, transform, config, seed, log))
+            results.append(
+                _run_phase(phase, student, teachers, global_state, data, index, transform, config, seed, log)
+            )
         states[phase.name] = results[-1].state if results and results[-1].name == phase.name else global_state
     weight = {"processed": sum(result.examples for result in results), "size": float(size), "uniform": 1.0}
     return ClientUpdate(

@@ -194,15 +194,14 @@ class RayGrid(SimulationGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """See `SimulationGrid`. A client that has not answered `timeout` seconds after the start of the call has
-        failed; its worker is stopped and replaced."""
+        failed; its worker is stopped and replaced.
+        """
         sent = [self._number(message) for message in messages]
         deadline = None if timeout is None else time.monotonic() + timeout
         shared = {id(message.content): self._ray.put(message.content) for message in sent}
         # Longest first; clients never seen count as long.
         queue = deque(
-            sorted(
-                range(len(sent)), key=lambda i: -self._seconds.get(sent[i].metadata.dst_node_id - 1, float("inf"))
-            )
+            sorted(range(len(sent)), key=lambda i: -self._seconds.get(sent[i].metadata.dst_node_id - 1, float("inf")))
         )
         idle = list(range(len(self._actors)))
         running: dict[Any, tuple[int, int, Any]] = {}
@@ -230,7 +229,7 @@ class RayGrid(SimulationGrid):
                     self._replace(actor)
                     idle.append(actor)
                     finished[position] = late
-                finished.update({position: late for position in queue})
+                finished.update(dict.fromkeys(queue, late))
                 running.clear()
                 queue.clear()
             for about in ready:

@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 from flwr.app import Message, RecordDict
+from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
 from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel
@@ -93,7 +94,7 @@ def log_round(
     counts = add_counts(tally.client_counts.values())
     metrics = {**means(tally.sums), **pseudo_label_metrics(counts if "drawn" in counts else {})}
     lists: dict[str, np.ndarray] = {}
-    figures = {}
+    figures: dict[str, Figure] = {}
     if "drawn" in counts:
         lists["pseudo/class_coverage"] = ratio(counts["kept"], counts["drawn"])
         lists["pseudo/class_accuracy"] = ratio(counts["correct"], counts["kept"])
@@ -124,11 +125,11 @@ def log_round(
     return metrics
 
 
-def pseudo_panel(experiment: Experiment, sent_model: StateDict, tally: RoundTally) -> object | None:
+def pseudo_panel(experiment: Experiment, sent_model: StateDict, tally: RoundTally) -> Figure | None:
     """Returns a figure of one client's pseudo-labelled samples, or None where the method has none.
 
-    Nothing is asked of the client: this process trains its own copy of the (simulated) client once more, which gives the
-    same draws and the same experts.
+    Nothing is asked of the client: this process trains its own copy of the (simulated) client once more, which gives
+    the same draws and the same experts.
     """
     size = experiment.config.evaluation.panel_samples
     client = next((c for c, counts in tally.client_counts.items() if "drawn" in counts), None)

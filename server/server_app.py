@@ -176,7 +176,7 @@ def connect(grid: Grid, config: ExperimentConfig) -> dict[int, int]:
         identity = reply.content.config_records["identity"]
         if identity["source-hash"] != source_hash():
             raise RunError(
-                f"Node {node} runs other code (hash {identity['source-hash']}, here {source_hash()}): "
+                f"Node {node} runs other code (hash {identity['source-hash']!s}, here {source_hash()}): "
                 "install the same version of fedlabel on server and clients."
             )
         client = int(identity["partition-id"])  # type: ignore[arg-type]

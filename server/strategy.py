@@ -68,9 +68,14 @@ def build_strategy(config: StrategyConfig) -> Strategy:
         ConfigError: unknown name, or arguments the strategy does not take.
     """
     # The cohort is drawn by `configure_round`; the strategy trains all of it, however few.
-    sampling = {"fraction_train": 1.0, "min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+    sampling: dict[str, Any] = {
+        "fraction_train": 1.0,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
     if config.name == "weighted_mean":
-        return WeightedMean(**sampling)  # type: ignore[arg-type]
+        return WeightedMean(**sampling)
     available = _flower_strategies()
     if config.name not in available:
         raise ConfigError(f"`strategy.name` (={config.name}) must be one of {', '.join(strategy_names())}.")
@@ -85,7 +90,7 @@ def build_strategy(config: StrategyConfig) -> Strategy:
     try:
         if issubclass(strategy_class, FedAvg):
             return strategy_class(**sampling, **config.args)
-        return cast(Any, strategy_class)(FedAvg(**sampling), **config.args)  # type: ignore[arg-type]
+        return cast(Any, strategy_class)(FedAvg(**sampling), **config.args)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`strategy.args` (={dict(config.args)}) does not fit {config.name}: {error}") from error
 
@@ -143,7 +148,7 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message])
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:
-    """Returns what a strategy remembers between rounds (momentum, ...): numbers and dicts of arrays, for a checkpoint."""
+    """Returns what a strategy remembers between rounds (momentum, ...), for a checkpoint: numbers and dicts of arrays."""
     state: dict[str, Any] = {}
     for owner, prefix in ((strategy, ""), (getattr(strategy, "strategy", None), "strategy.")):
         for name, value in vars(owner).items() if owner is not None else ():
@@ -151,8 +156,8 @@ def strategy_state(strategy: Strategy) -> dict[str, Any]:
                 state[prefix + name] = value
             elif isinstance(value, ArrayRecord):
                 state[prefix + name] = {"record": {key: array.numpy() for key, array in value.items()}}
-            elif isinstance(value, dict) and all(isinstance(item, np.ndarray) for item in value.values()):
-                state[prefix + name] = {"arrays": dict(value)}
+            elif isinstance(value, dict) and all(isinstance(item, (np.ndarray, np.generic)) for item in value.values()):
+                state[prefix + name] = {"arrays": {key: np.array(item) for key, item in value.items()}}
             elif isinstance(value, list) and value and all(isinstance(item, np.ndarray) for item in value):
                 state[prefix + name] = {"list": list(value)}
     return state

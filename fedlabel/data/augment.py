@@ -51,8 +51,9 @@ _PER_IMAGE_START = 2 * len(_GEOMETRIC + _POINTWISE)
 class AugmentConfig:
     """How strongly images are augmented."""
 
-    crop_padding: int = 4
-    """Pixels of reflect padding on each side before a random crop of the original size; 0 = no crop."""
+    crop_padding: int | None = None
+    """Pixels of reflect padding on each side before a random crop of the original size; 0 = no crop; None = an eighth
+    of the shorter side (the usual 4 for 32 pixels)."""
 
     flip: bool | None = None
     """Whether half of the images are mirrored left to right; None = as the data set allows."""
@@ -67,7 +68,7 @@ class AugmentConfig:
     """Side of the grey square as a fraction of the shorter image side; 0 = no square (strong view only)."""
 
     def __post_init__(self) -> None:
-        if self.crop_padding < 0:
+        if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"`augment.crop_padding` (={self.crop_padding}) must be at least 0; 0 turns cropping off.")
         if self.num_ops < 1:
             raise ValueError(f"`augment.num_ops` (={self.num_ops}) must be at least 1.")
@@ -94,7 +95,7 @@ def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip
     """
     assert images.dtype == torch.uint8, images.dtype
     height, width = images.shape[-2:]
-    padding = config.crop_padding
+    padding = min(height, width) // 8 if config.crop_padding is None else config.crop_padding
     if padding >= min(height, width):
         raise ValueError(
             f"`augment.crop_padding` (={padding}) must be smaller than the image side (={min(height, width)}), "

@@ -140,7 +140,7 @@ class FedLabel(Method):
     """variance | entropy: the confidence score h."""
     merge: str = "sum"
     """sum: one upload of w + dL + dU. mean: the released code, two uploads; the new global model is half the plain
-    mean of w_L and half the mean of w_U weighted by kept samples. Twice the traffic; needs strategy.name=weighted_mean."""
+    mean of w_L and half the mean of w_U weighted by kept samples. Twice the upload; strategy.name=weighted_mean only."""
     kl_target: str = "discarded"
     """discarded | local: the model that the consistency term pulls to (the released code: always the local one)."""
     kl_direction: str = "teacher_student"
@@ -198,11 +198,11 @@ class FedLabel(Method):
         return 2 * self.prox_mu / parameter.numel()
 
     def supervised_loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        """Stage A: cross-entropy on labels.                                                             (1)-(2)"""
+        """Returns stage A's loss, equations (1)-(2): cross-entropy on labels."""
         return cross_entropy_on_labels(student, batch.labeled)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        """Stage B: cross-entropy to the expert on the strong view, KL to the other model on the plain view. (5)-(8)"""
+        """Returns stage B's loss, (5)-(8): cross-entropy to the expert (strong view), KL to the other model (plain view)."""
         plain, strong = batch.unlabeled.views[self.teacher_view], batch.unlabeled.views["strong"]
         global_log_probs = teachers["global"](plain).detach().log_softmax(-1)
         local_log_probs = teachers["supervised"](plain).detach().log_softmax(-1)

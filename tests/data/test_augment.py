@@ -272,3 +272,11 @@ def test_padding_as_large_as_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`augment.crop_padding` \(=6\) must be smaller than the image side \(=6\)"):
         weak(images, generator(), AugmentConfig(crop_padding=6), flip=False)
     assert weak(images, generator(), AugmentConfig(crop_padding=5), flip=False).shape == images.shape
+
+
+@pytest.mark.parametrize(("side", "padding"), [(8, 1), (28, 3), (32, 4)])
+def test_default_padding_is_an_eighth_of_the_side(side: int, padding: int) -> None:
+    images = torch.randint(256, (64, 1, side, side), dtype=torch.uint8)
+    default = weak(images, generator(), AugmentConfig(), flip=False)
+    assert torch.equal(default, weak(images, generator(), AugmentConfig(crop_padding=padding), flip=False))
+    assert not torch.equal(default, images)

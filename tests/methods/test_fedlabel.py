@@ -156,7 +156,9 @@ def test_check_7_no_gradient_reaches_the_teachers() -> None:
 def test_check_8_threshold_of_one_keeps_nothing() -> None:
     """max(s*) > 1 is impossible: loss exactly 0 and not NaN, no example, no gradient."""
     logits = torch.randn(6, 4, requires_grad=True)
-    step = loss_of(FedLabel(confidence_threshold=1.0), torch.eye(4)[[0, 1, 2, 3, 0, 1]] + 1e-30, GLOBAL.repeat(6, 1), logits)
+    step = loss_of(
+        FedLabel(confidence_threshold=1.0), torch.eye(4)[[0, 1, 2, 3, 0, 1]] + 1e-30, GLOBAL.repeat(6, 1), logits
+    )
     step.loss.backward()
     assert step.loss.item() == 0
     assert step.examples.item() == 0
@@ -173,9 +175,15 @@ def test_check_8_equal_teachers_agree_everywhere_with_full_weight() -> None:
 def test_check_9_released_merge_sends_two_models() -> None:
     """w = 0; a client with 3 kept samples sends w_L with weight 1 and w_U with weight 3; none kept counts as 1."""
     start = {"w": torch.zeros(())}
-    results = [PhaseResult("supervised", {"w": torch.tensor(1.0)}, 30), PhaseResult("unlabeled", {"w": torch.tensor(0.5)}, 3)]
+    results = [
+        PhaseResult("supervised", {"w": torch.tensor(1.0)}, 30),
+        PhaseResult("unlabeled", {"w": torch.tensor(0.5)}, 3),
+    ]
     parts = FedLabel(merge="mean").upload(start, results, frozenset({"w"}), 33.0)
-    assert parts == {"supervised": ModelPart({"w": torch.tensor(1.0)}, 1.0), "unlabeled": ModelPart({"w": torch.tensor(0.5)}, 3)}
+    assert parts == {
+        "supervised": ModelPart({"w": torch.tensor(1.0)}, 1.0),
+        "unlabeled": ModelPart({"w": torch.tensor(0.5)}, 3),
+    }
     nothing_kept = [results[0], PhaseResult("unlabeled", {"w": torch.tensor(0.0)}, 0)]
     assert FedLabel(merge="mean").upload(start, nothing_kept, frozenset({"w"}), 30.0)["unlabeled"].weight == 1.0
     burn_in = FedLabel(merge="mean").upload(start, results[:1], frozenset({"w"}), 30.0)
@@ -185,8 +193,13 @@ def test_check_9_released_merge_sends_two_models() -> None:
 def test_check_9_paper_merge_is_the_sum_of_updates() -> None:
     """w = 0, dL = 1, dU = .5 -> 1.5, one model, weight r_k."""
     start = {"w": torch.zeros(())}
-    results = [PhaseResult("supervised", {"w": torch.tensor(1.0)}, 20), PhaseResult("unlabeled", {"w": torch.tensor(0.5)}, 10)]
-    assert FedLabel().upload(start, results, frozenset({"w"}), 30.0) == {"model": ModelPart({"w": torch.tensor(1.5)}, 30.0)}
+    results = [
+        PhaseResult("supervised", {"w": torch.tensor(1.0)}, 20),
+        PhaseResult("unlabeled", {"w": torch.tensor(0.5)}, 10),
+    ]
+    assert FedLabel().upload(start, results, frozenset({"w"}), 30.0) == {
+        "model": ModelPart({"w": torch.tensor(1.5)}, 30.0)
+    }
 
 
 def test_check_11_kept_sets_are_nested() -> None:
@@ -223,7 +236,11 @@ def test_normalization_divides_by_kept_by_batch_or_by_each_term() -> None:
     other = torch.tensor([[0.1, 0.5, 0.3, 0.1]])  # same variance as GLOBAL, but another class
     given = torch.cat([GLOBAL, other, GLOBAL, GLOBAL])
     pulled = 0.0366667 / 0.09 * 0.2180119
-    expected = {"kept": (2 * math.log(4) + pulled) / 2, "batch": (2 * math.log(4) + pulled) / 4, "each": math.log(4) + pulled}
+    expected = {
+        "kept": (2 * math.log(4) + pulled) / 2,
+        "batch": (2 * math.log(4) + pulled) / 4,
+        "each": math.log(4) + pulled,
+    }
     for normalization, value in expected.items():
         step = loss_of(FedLabel(confidence_threshold=0.6, normalization=normalization), given, local)
         assert step.loss.item() == pytest.approx(value, abs=1e-5), normalization

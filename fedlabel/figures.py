@@ -1,0 +1,320 @@
+"""Figures of a run, as `matplotlib.figure.Figure` objects: never pyplot, so no global state and no display.
+
+Colours are Okabe and Ito's, which stay apart for colour-blind readers; what a colour says is also said in words.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from fedlabel.tracking import write_atomic
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, "#000000")
+LINES = ("-", "--", "-.", ":")
+DPI = 100
+MAX_SAMPLES = 32
+NUMBERED_CLASSES = 20
+"""A confusion matrix of more classes shows colours only."""
+
+
+def partition_figure(labeled_counts: np.ndarray, unlabeled_counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Shows who holds what: samples per client and class, labelled and unlabelled apart, and samples per client.
+
+    Args:
+        labeled_counts: (clients, classes) samples whose label the client knows.
+        unlabeled_counts: (clients, classes) samples whose label it does not know.
+        class_names: one per class.
+    """
+    clients, classes = labeled_counts.shape
+    height = 1.4 + float(np.clip(0.24 * clients, 1.8, 9.0))
+    panel = float(np.clip(0.34 * classes, 3.2, 7.0))
+    figure = _figure(2 * panel + 3.2, height)
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=[panel, panel, 2.4])
+    numbered = clients <= 40 and classes <= 12
+    titles = ("Labelled", "Unlabelled")
+    for axis, counts, title in zip(axes[:2], (labeled_counts, unlabeled_counts), titles, strict=True):
+        # Square root: client sizes are skewed, and one large cell would leave all others equally pale.
+        shades = PowerNorm(0.5, vmin=0, vmax=max(1, counts.max()))
+        image = axis.imshow(np.where(counts > 0, counts, np.nan), cmap=_sequential(), norm=shades, aspect="auto")
+        axis.set_title(f"{title}: {counts.sum():,} samples")
+        axis.set_xlabel("class")
+        _class_ticks(axis, "x", class_names, panel)
+        if numbered:
+            _write_cells(axis, counts, np.asarray(shades(counts)), [[str(n) for n in row] for row in counts])
+        else:
+            bar = figure.colorbar(image, ax=axis, pad=0.02, fraction=0.04, aspect=40)
+            bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            bar.set_label("samples")
+    _grid_between(axes[:2], clients, classes)
+    rows = np.arange(clients)
+    labeled, unlabeled = labeled_counts.sum(1), unlabeled_counts.sum(1)
+    thickness = 0.8 if clients <= 100 else 1.0
+    axes[2].barh(rows, labeled, thickness, color=RED, label="labelled")
+    axes[2].barh(rows, unlabeled, thickness, left=labeled, color=SKY, label="unlabelled")
+    axes[2].set_title("Per client")
+    axes[2].set_xlabel("samples")
+    axes[2].xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes[2].spines[["top", "right"]].set_visible(False)
+    axes[2].set_ylim(clients - 0.5, -0.5)
+    for axis in axes[1:]:
+        axis.tick_params(left=False)
+    axes[0].set_ylabel("client")
+    axes[0].yaxis.set_major_locator(MaxNLocator(min(clients, 40 if clients <= 40 else 20), integer=True))
+    handles, labels = axes[2].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
+    legend = "" if numbered else " (white: none)"
+    figure.suptitle(f"Who holds what: {clients} clients, {classes} classes{legend}", x=0.01, ha="left")
+    return figure
+
+
+def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Shows how the samples of each class are classified, in percent of the class; white: never.
+
+    Args:
+        confusion: (classes, classes) counts, row = truth, column = prediction.
+        class_names: one per class.
+    """
+    classes = len(confusion)
+    totals = confusion.sum(1, keepdims=True)
+    share = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
+    side = float(np.clip(0.46 * classes, 3.6, 8.5))
+    figure = _figure(side + 2.4, side + 1.4)
+    axis = figure.subplots()
+    shown = np.where(confusion > 0, 100 * share, np.nan)
+    image = axis.imshow(shown, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
+    for row in np.flatnonzero(totals == 0).tolist() if classes <= NUMBERED_CLASSES else ():
+        axis.text((classes - 1) / 2, row, "no samples", ha="center", va="center", fontsize=8, color=GREY)
+    if classes <= NUMBERED_CLASSES:
+        _write_cells(axis, confusion, share, [[_percent(cell) for cell in row] for row in share])
+    _grid_between([axis], classes, classes)
+    _class_ticks(axis, "x", class_names, side)
+    _class_ticks(axis, "y", class_names, side)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    accuracy = np.trace(confusion) / max(1, confusion.sum())
+    axis.set_title(f"Confusion, % of each true class (accuracy {100 * accuracy:.1f} %)")
+    figure.colorbar(image, ax=axis, pad=0.02, fraction=0.04, aspect=30).set_label("% of the true class")
+    return figure
+
+
+def pseudo_label_panel(
+    images: Tensor | np.ndarray,
+    true_names: Sequence[str] | None,
+    pseudo_names: Sequence[str],
+    experts: Sequence[str],
+    confidences: Sequence[float],
+    kept: Sequence[bool],
+) -> Figure:
+    """Shows unlabelled samples with pseudo-label, the expert it comes from, its confidence, and whether it is used.
+
+    Args:
+        images: (samples, channels, height, width) uint8; the first 32 are shown.
+        true_names: the true class of each, None where it is not known.
+        pseudo_names: the pseudo-label of each.
+        experts: "local" or "global", the model each pseudo-label comes from.
+        confidences: the expert's confidence in each, in [0, 1].
+        kept: whether each passed the confidence threshold.
+    """
+    shown = min(len(images), MAX_SAMPLES)
+    columns = max(1, min(8, shown))
+    rows = max(1, -(-shown // columns))
+    figure = _figure(max(5.5, 1.5 * columns), 2.15 * rows + 0.6)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[shown:]:
+        axis.set_axis_off()
+    for i, axis in enumerate(axes[:shown]):
+        pixels = np.asarray(images[i])
+        gray = len(pixels) != 3
+        picture = pixels[0] if gray else pixels.transpose(1, 2, 0)
+        axis.imshow(picture, cmap="gray" if gray else None, vmin=0, vmax=255, alpha=1.0 if kept[i] else 0.45)
+        wrong = true_names is not None and true_names[i] != pseudo_names[i]
+        color = GREY if not kept[i] else RED if wrong else BLUE
+        truth = "" if true_names is None else f"\n✗ true: {_name(true_names[i])}" if wrong else "\n✓ right"
+        axis.set_title(
+            f"{_name(pseudo_names[i])}{truth}",
+            fontsize=9,
+            fontweight="bold" if kept[i] else "normal",
+            color=RED if wrong else "black",
+            pad=4,
+        )
+        axis.set_xlabel(f"{experts[i]} {confidences[i]:.2f}\n{'kept' if kept[i] else 'dropped'}", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(color=color, linewidth=2.5 if kept[i] else 1.0, linestyle="-" if kept[i] else ":")
+    used = [i for i in range(shown) if kept[i]]
+    title = f"Pseudo-labels (expert, its confidence): {len(used)} of {shown} kept"
+    if true_names is not None:
+        right = sum(true_names[i] == pseudo_names[i] for i in used)
+        title += f", {right} of them right"
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
+    """Shows the global model's accuracy on every client's share of the evaluation split, worst first.
+
+    Args:
+        accuracy: (clients,) in [0, 1]; NaN for a client without samples to be judged on.
+    """
+    judged = np.flatnonzero(np.isfinite(accuracy))
+    order = judged[np.argsort(accuracy[judged], kind="stable")]
+    values = 100 * accuracy[order]
+    figure = _figure(float(np.clip(0.22 * len(values), 5.5, 9.0)), 3.6)
+    axis = figure.subplots()
+    missing = len(accuracy) - len(judged)
+    axis.set_title("Accuracy per client" + (f" (left out: {missing} without samples)" if missing else ""))
+    axis.set_ylabel("accuracy (%)")
+    axis.set_ylim(0, 100)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(values) == 0:
+        axis.text(0.5, 0.5, "no client has samples to be judged on", ha="center", transform=axis.transAxes)
+        axis.set(xticks=[], xlabel="client")
+        return figure
+    places = np.arange(len(values))
+    few = len(values) <= 40
+    axis.bar(places, values, 0.8 if few else 1.0, color=SKY, zorder=2)
+    worst = f"worst: client {order[0]}, {values[0]:.1f} %"
+    if few:
+        axis.bar(places[:1], values[:1], 0.8, color=RED, zorder=2, label=worst)
+    else:
+        axis.plot(places[:1], values[:1], "o", color=RED, zorder=4, clip_on=False, label=worst)
+    axis.axhline(values.mean(), color="black", linestyle="--", zorder=3, label=f"mean: {values.mean():.1f} %")
+    axis.set_xlim(-0.6, len(values) - 0.4)
+    if few:
+        axis.set_xticks(places, [str(client) for client in order], fontsize=8, rotation=90 if len(values) > 20 else 0)
+        axis.set_xlabel("client, worst first")
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.set_xlabel(f"{len(values)} clients, worst first")
+    axis.yaxis.grid(True, color="#DDDDDD", zorder=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def curves_figure(
+    runs: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    title: str = "",
+    y_label: str = "accuracy",
+    x_label: str = "communication round",
+    band: str = "minmax",
+) -> Figure:
+    """Compares methods: a line for the mean over seeds, and a band around it.
+
+    Args:
+        runs: label -> one (rounds, values) per seed; only the rounds that all its seeds have are drawn.
+        title: over the axes.
+        y_label: what the values are.
+        x_label: what the rounds are.
+        band: "minmax" from the lowest to the highest seed, "sd" for mean ± standard deviation (n - 1); a single seed
+            has none.
+
+    Raises:
+        ValueError: another band, or a label without seeds or without a common round.
+    """
+    if band not in ("minmax", "sd"):
+        raise ValueError(f"`band` (={band}) must be one of minmax, sd.")
+    figure = _figure(6.4, 4.2)
+    axis = figure.subplots()
+    for place, (label, seeds) in enumerate(runs.items()):
+        tables = [dict(zip(rounds, values, strict=True)) for rounds, values in seeds]
+        common = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+        if not common:
+            raise ValueError(f"`runs[{label!r}]` must hold at least one seed, and a round that all of its seeds have.")
+        values = np.array([[table[x] for x in common] for table in tables], dtype=np.float64)
+        mean = values.mean(0)
+        color, line = CYCLE[place % len(CYCLE)], LINES[place // len(CYCLE) % len(LINES)]
+        text = f"{_plain(label)} (n={len(values)})"
+        axis.plot(common, mean, line, color=color, linewidth=1.8, label=text, marker="o" if len(common) == 1 else None)
+        if len(values) > 1:
+            spread = values.std(0, ddof=1)
+            low, high = (values.min(0), values.max(0)) if band == "minmax" else (mean - spread, mean + spread)
+            axis.fill_between(common, low, high, color=color, alpha=0.18, linewidth=0)
+    shown = "band: lowest to highest seed" if band == "minmax" else "band: mean ± sd over seeds"
+    several = any(len(seeds) > 1 for seeds in runs.values())
+    axis.set_title(_plain(title))
+    axis.set_xlabel(_plain(x_label))
+    axis.set_ylabel(_plain(y_label))
+    axis.grid(True, color="#E5E5E5")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, title=shown if several else None, title_fontsize="small", fontsize="small")
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    write_atomic(path, buffer.getvalue())
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _sequential() -> Colormap:
+    """White to dark blue without the palest part, so that a single sample differs from none (white)."""
+    return LinearSegmentedColormap.from_list("blues", colormaps["Blues"](np.linspace(0.18, 1.0, 256)))
+
+
+def _write_cells(axis: Axes, counts: np.ndarray, shade: np.ndarray, texts: list[list[str]]) -> None:
+    for row, column in np.argwhere(counts > 0).tolist():
+        color = "white" if shade[row, column] > 0.55 else "black"
+        text = texts[row][column]
+        axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=color)
+
+
+def _grid_between(axes: Sequence[Axes], rows: int, columns: int) -> None:
+    """Draws hairlines between cells that are large enough for it."""
+    for axis in axes:
+        axis.spines[:].set_color("#BBBBBB")
+        if rows <= 40 and columns <= 40:
+            axis.set_xticks(np.arange(0.5, columns - 1), minor=True)
+            axis.set_yticks(np.arange(0.5, rows - 1), minor=True)
+            axis.grid(True, which="minor", color="#E5E5E5", linewidth=0.6)
+            axis.tick_params(which="minor", length=0)
+
+
+def _class_ticks(axis: Axes, side: str, class_names: Sequence[str], inches: float) -> None:
+    """Names the classes along an axis, every one of them if they fit, else every second, third, ..."""
+    step = max(1, int(np.ceil(len(class_names) * 0.15 / inches)))
+    places = range(0, len(class_names), step)
+    names = [_name(class_names[i]) for i in places]
+    if side == "y":
+        axis.set_yticks(places, names, fontsize=8)
+        return
+    longest = max(map(len, names), default=0)
+    upright = longest * 0.09 > step * inches / max(1, len(class_names))
+    axis.set_xticks(places, names, fontsize=8, rotation=90 if upright else 0)
+
+
+def _percent(share: float) -> str:
+    return "<1" if 0 < share < 0.01 else f"{100 * share:.0f}"
+
+
+def _name(text: str) -> str:
+    """Shortens a class name to what fits beside a picture or under a column; names often differ at their end."""
+    return _plain(text if len(text) <= 14 else f"{text[:8]}…{text[-5:]}")
+
+
+def _plain(text: str) -> str:
+    """Keeps matplotlib from reading dollar signs as mathematics."""
+    return text.replace("$", r"\$")

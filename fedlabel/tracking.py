@@ -1,0 +1,346 @@
+"""The run folder: configuration, metrics and figures of one run, on disk in a form that survives a kill at any moment.
+
+    runs/<name>/
+      config.yaml         the resolved configuration
+      partition.json/.png who holds what
+      metrics.jsonl       one JSON object a line and a round
+      events.out.*        the same numbers, and figures, for TensorBoard
+      failures.log        one entry per failed client, with its traceback
+      checkpoints/        see server/checkpoint.py
+      summary.json        written when the run ends
+
+Small files are replaced as a whole (`write_atomic`); `metrics.jsonl` only grows, and a line counts once it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+Hparam = str | int | float | bool
+LAST = 10
+"""Evaluations over which `summarize` averages."""
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class RunFolder:
+    """One run's folder, open for writing; make it with `create` or `resume`, and `close` it."""
+
+    def __init__(self, path: Path, purge_step: int | None = None) -> None:
+        """Opens the TensorBoard writer in an existing folder; not for callers, see `create` and `resume`."""
+        self.path = path
+        self._writer = SummaryWriter(str(path), purge_step=purge_step)
+        self._failures: list[str] = []
+        self._next_round = purge_step or 1
+
+    @classmethod
+    def create(cls, path: Path, config_yaml: str, hparams: Mapping[str, Hparam]) -> RunFolder:
+        """Makes a new run folder, all or nothing.
+
+        Args:
+            path: the folder; its parents are made as needed.
+            config_yaml: the resolved configuration, kept as config.yaml.
+            hparams: dotted key -> value, shown by TensorBoard's HParams tab.
+
+        Raises:
+            ValueError: the folder exists and is not empty; nothing is touched.
+        """
+        exists = f"{path} exists: give another --name, or --resume to go on with it."
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(exists)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = _temporary(path)
+        try:
+            (unfinished / "checkpoints").mkdir(parents=True)
+            write_atomic(unfinished / "config.yaml", config_yaml)
+            write_atomic(unfinished / "metrics.jsonl", "")
+            try:
+                unfinished.rename(path)
+            except OSError as error:  # another process filled the folder meanwhile
+                raise ValueError(exists) from error
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
+        folder = cls(path)
+        # Without the "experiment" record: TensorBoard takes its columns from the first such record it meets, and runs
+        # of other methods beside it would lose theirs. Lacking one it gathers the columns from all runs.
+        _, session_start, _ = hparams_summaries(dict(hparams), {})
+        folder._writer.file_writer.add_summary(session_start)  # type: ignore[attr-defined]
+        folder._writer.flush()
+        return folder
+
+    @classmethod
+    def resume(cls, path: Path, completed_round: int) -> RunFolder:
+        """Opens the folder of an earlier run and forgets what it logged after `completed_round`.
+
+        Later lines of metrics.jsonl are dropped, with a torn last one; TensorBoard is told to hide later events.
+
+        Raises:
+            ValueError: there is no run in `path`, or its metrics.jsonl is damaged or lacks `completed_round`.
+        """
+        if not (path / "config.yaml").is_file():
+            raise ValueError(f"{path} holds no run (no config.yaml): nothing to resume. Check --name and --out.")
+        rows = [row for row in read_metrics(path) if row["round"] <= completed_round]
+        if completed_round > 0 and (not rows or rows[-1]["round"] != completed_round):
+            last = rows[-1]["round"] if rows else 0
+            raise ValueError(
+                f"{path / 'metrics.jsonl'} ends at round {last}, but the checkpoint is of round {completed_round}: the "
+                "file was changed after the run. Restore it, or start a new run under another --name."
+            )
+        for leftover in path.rglob(f".*{_TEMPORARY}"):  # of a write that was killed
+            leftover.unlink()
+        write_atomic(path / "metrics.jsonl", "".join(_json_line(row) for row in rows))
+        _wait_for_later_name(path)
+        folder = cls(path, purge_step=completed_round + 1)
+        folder._writer.flush()
+        return folder
+
+    @property
+    def config_yaml(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def partition_json(self) -> Path:
+        """Index lists of every client."""
+        return self.path / "partition.json"
+
+    @property
+    def partition_png(self) -> Path:
+        """Who holds what, as a picture."""
+        return self.path / "partition.png"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        """One JSON object a line and a round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def failures(self) -> Path:
+        """Every failed client with its traceback; absent as long as none failed."""
+        return self.path / "failures.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def summary_json(self) -> Path:
+        """The run's summary, written at its end."""
+        return self.path / "summary.json"
+
+    def log_round(
+        self,
+        round_number: int,
+        metrics: Mapping[str, float],
+        *,
+        lists: Mapping[str, np.ndarray | Tensor] = _NOTHING,
+        figures: Mapping[str, Figure] = _NOTHING,
+    ) -> None:
+        """Writes one round to TensorBoard and then, as the line that makes it count, to metrics.jsonl.
+
+        Args:
+            round_number: the round, TensorBoard's step.
+            metrics: tag -> scalar. NaN and infinity become null in metrics.jsonl.
+            lists: tag -> (n,) numbers, e.g. one per client: lists in metrics.jsonl, histograms (of the finite ones) in
+                TensorBoard.
+            figures: tag -> figure; TensorBoard only.
+        """
+        rows = {tag: _as_array(values) for tag, values in lists.items()}
+        scalars = {tag: float(value) for tag, value in metrics.items()}
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, round_number)
+        for tag, values in rows.items():
+            finite = values[np.isfinite(values)]
+            if len(finite):
+                self._writer.add_histogram(tag, finite, round_number)
+        for tag, figure in figures.items():
+            self._add_figure(tag, figure, round_number)
+        self._next_round = round_number
+        self._flush_failures()
+        self._next_round = round_number + 1
+        self._writer.flush()
+        _append(self.metrics_jsonl, _json_line({"round": round_number, **scalars, **rows}))
+
+    def log_figure(self, tag: str, figure: Figure, round_number: int = 0) -> None:
+        """Shows a figure in TensorBoard."""
+        self._add_figure(tag, figure, round_number)
+        self._writer.flush()
+
+    def log_text(self, tag: str, text: str, round_number: int = 0) -> None:
+        """Shows Markdown in TensorBoard."""
+        self._writer.add_text(tag, text, round_number)
+        self._writer.flush()
+
+    def log_failure(self, text: str) -> None:
+        """Appends a client's failure to failures.log; its first line also shows in TensorBoard, with its round."""
+        _append(self.failures, text.rstrip("\n") + "\n")
+        self._failures.append(text.partition("\n")[0])
+
+    def write_summary(self, summary: Mapping[str, object]) -> None:
+        """Writes summary.json and marks the run as finished in TensorBoard's HParams tab."""
+        write_atomic(self.summary_json, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+        _, _, session_end = hparams_summaries({}, {})
+        self._writer.file_writer.add_summary(session_end)  # type: ignore[attr-defined]
+        self._writer.flush()
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """See the function `read_metrics`."""
+        return read_metrics(self.path)
+
+    def close(self) -> None:
+        """Flushes and closes the TensorBoard writer."""
+        self._flush_failures()
+        self._writer.close()
+
+    def _add_figure(self, tag: str, figure: Figure, round_number: int) -> None:
+        # Not `SummaryWriter.add_figure`: it goes through pyplot, which keeps global state and looks for a display.
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        self._writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], round_number, dataformats="HWC")
+
+    def _flush_failures(self) -> None:
+        if self._failures:
+            text = "\n".join(f"- `{line.replace('`', chr(39))}`" for line in self._failures)
+            self._writer.add_text("failures", text, self._next_round)
+            self._failures = []
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the rounds in a run folder's metrics.jsonl, one dictionary each; NaN and infinity read as None.
+
+    A last line without its end, of a process that was killed while it wrote, is left out.
+
+    Args:
+        path: the run folder.
+
+    Raises:
+        ValueError: there is no metrics.jsonl, or a complete line of it is no JSON object with a round.
+    """
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: {path} is not the folder of a run.")
+    rows = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            row["round"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}, line {number} is damaged: {line[:80]!r}. Remove the line.") from error
+        rows.append(row)
+    return rows
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
+    """Returns last and best value of a metric and the mean of its last 10 values.
+
+    Only rows that have the key with a finite value count; with none, all three are NaN. Best is the lowest for losses
+    (`group/loss...`), the highest for everything else.
+
+    With evaluations 0.1, 0.2, ..., 1.2 and then 0.5: last 0.5, best 1.2, and the last ten are 0.4, ..., 1.2, 0.5, of
+    mean (9 * 0.8 + 0.5) / 10 = 0.77.
+
+    Args:
+        rows: as `read_metrics` returns them.
+        key: the metric's tag.
+    """
+    values = [float(row[key]) for row in rows if row.get(key) is not None]
+    if not values:
+        return dict.fromkeys(("last", "best", "mean_last_10"), math.nan)
+    best: Callable[[list[float]], float] = min if key.rpartition("/")[2].startswith("loss") else max
+    recent = values[-LAST:]
+    return {"last": values[-1], "best": best(values), "mean_last_10": math.fsum(recent) / len(recent)}
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes a file so that, whenever the process is killed, `path` holds either what it held before or all of `data`.
+
+    Args:
+        path: the file; its folder exists.
+        data: its content; text is written as UTF-8.
+    """
+    unfinished = _temporary(path)
+    try:
+        with open(unfinished, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+_TEMPORARY = ".unfinished"
+
+
+def _temporary(path: Path) -> Path:
+    """Returns a name beside `path` that no one else uses."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
+
+
+def _append(path: Path, text: str) -> None:
+    with open(path, "ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes new names in a folder survive a power failure; Windows cannot open folders and has no such step."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _wait_for_later_name(path: Path) -> None:
+    """Waits until a new event file sorts behind the old ones, as TensorBoard reads them by name (second, host, pid)."""
+    stamps = [int(file.name.split(".")[3]) for file in path.glob("events.out.tfevents.*")]
+    wait = max(stamps, default=0) + 1 - time.time()
+    if 0 < wait <= 1:  # more: the clock was set back, or the folder comes from elsewhere
+        time.sleep(wait)
+
+
+def _json_line(row: Mapping[str, object]) -> str:
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
+
+
+def _plain(value: object) -> Any:
+    """Returns `value` as JSON has it: arrays as lists, NaN and infinity, which JSON has not, as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _as_array(values: np.ndarray | Tensor) -> np.ndarray:
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    return array.astype(np.float64)

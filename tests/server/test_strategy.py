@@ -1,0 +1,174 @@
+"""The adapter to Flower's strategies: arithmetic of the mean, cohorts, memory between rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam
+
+from fedlabel.config import ConfigError, StrategyConfig
+from server.grids import InProcessGrid
+from server.strategy import (
+    WeightedMean,
+    aggregate,
+    build_strategy,
+    configure_round,
+    restore_strategy,
+    sample_cohort,
+    strategy_names,
+    strategy_state,
+)
+
+InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
+
+
+def reply(arrays: dict[str, float], metrics: dict[str, float]) -> Message:
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord({}),
+            "metrics": MetricRecord({"train_loss": 1.0, **metrics}),
+        }
+    )
+    for name, value in arrays.items():
+        content["arrays"][name] = __import__("flwr.app", fromlist=["Array"]).Array(np.asarray(value, dtype=np.float32))
+    return Message(content, dst_node_id=1, message_type="train")
+
+
+def mean(replies: Sequence[Message]) -> float:
+    aggregated = aggregate(WeightedMean(), 1, iter(replies))
+    assert aggregated is not None
+    return float(aggregated["w"].numpy())
+
+
+def test_check_9_paper_merge() -> None:
+    """w = 0, (dL, dU, r) = (1, .5, 30), (3, -1, 10): .75 * 1.5 + .25 * 2 = 1.625, in any order, for any scale of r."""
+    first, second = reply({"w": 1.5}, {"num-examples": 30.0}), reply({"w": 2.0}, {"num-examples": 10.0})
+    assert mean([first, second]) == mean([second, first]) == 1.625
+    scaled = [reply({"w": 1.5}, {"num-examples": 0.3}), reply({"w": 2.0}, {"num-examples": 0.1})]
+    assert mean(scaled) == pytest.approx(1.625, rel=1e-7)
+
+
+def test_check_9_released_merge() -> None:
+    """w_L uniform, w_U weighted 3:1, halved: .5 * (1 + 3) / 2 + .5 * (.75 * .5 - .25 * 1) = 1.0625."""
+
+    def parts(supervised: float, unlabeled: float, kept: float) -> Message:
+        arrays = {"supervised/w": supervised, "unlabeled/w": unlabeled}
+        return reply(arrays, {"num-examples": 1.0, "weight/supervised": 1.0, "weight/unlabeled": kept})
+
+    assert mean([parts(1.0, 0.5, 3.0), parts(3.0, -1.0, 1.0)]) == 1.0625
+
+
+def test_one_client_is_returned_to_the_bit() -> None:
+    value = np.float32(0.1)
+    assert np.float32(mean([reply({"w": value}, {"num-examples": 7.0})])) == value
+
+
+def test_no_weight_keeps_the_global_model() -> None:
+    idle = [reply({"w": 1.0}, {"num-examples": 0.0})]
+    assert aggregate(WeightedMean(), 1, idle) is None
+    assert aggregate(build_strategy(StrategyConfig("FedMedian")), 1, idle) is None
+
+
+def test_sums_are_in_double_precision() -> None:
+    """10,001 values of 1e8 and 1 in turn: single precision would lose the ones."""
+    values = [reply({"w": 1e8 if i % 2 else 1.0}, {"num-examples": 1.0}) for i in range(1001)]
+    assert mean(values) == pytest.approx((500 * 1e8 + 501) / 1001, rel=1e-7)
+
+
+def test_cohort_is_a_function_of_seed_and_round() -> None:
+    assert sample_cohort(0, 3, 50, 0.2) == sample_cohort(0, 3, 50, 0.2)
+    assert sample_cohort(0, 3, 50, 0.2) != sample_cohort(0, 4, 50, 0.2)
+    assert sample_cohort(0, 3, 50, 0.2) != sample_cohort(1, 3, 50, 0.2)
+    assert sample_cohort(0, 1, 5, 1.0) == [0, 1, 2, 3, 4]
+    assert len(sample_cohort(0, 1, 5, 0.01)) == 1
+    drawn = np.bincount([client for r in range(2000) for client in sample_cohort(0, r, 10, 0.3)], minlength=10)
+    assert drawn.min() > 550  # 600 expected, sd 20
+    assert drawn.max() < 650
+
+
+@pytest.mark.parametrize("name", ["weighted_mean", "FedAdam", "FedAvgM", "Krum", "FedTrimmedAvg", "FedMedian"])
+def test_messages_go_to_the_cohort_in_client_order(name: str) -> None:
+    nodes = {client: 1000 - client for client in range(20)}
+    cohort = [3, 7, 11, 19]
+    messages = configure_round(
+        build_strategy(StrategyConfig(name)), 5, ArrayRecord([np.zeros(2)]), ConfigRecord({}), nodes, cohort
+    )
+    assert [message.metadata.dst_node_id for message in messages] == [997, 993, 989, 981]
+    assert messages[0].content["config"]["server-round"] == 5
+    assert len({id(message.content) for message in messages}) == 1  # one copy of the model for all
+
+
+REPLIES = [reply({"w": float(v)}, {"num-examples": 1.0}) for v in (1, 2, 3, 4, 100)]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("FedAvg", {}, 22.0),
+        ("FedMedian", {}, 3.0),
+        ("FedTrimmedAvg", {"beta": 0.2}, 3.0),  # mean of 2, 3, 4
+        ("Krum", {"num_malicious_nodes": 1}, 2.0),  # closest to its two neighbours; first of equals
+    ],
+)
+def test_flower_strategies_by_name(name: str, args: dict[str, float], expected: float) -> None:
+    copies = [reply({"w": float(v)}, {"num-examples": 1.0}) for v in (1, 2, 3, 4, 100)]
+    strategy = build_strategy(StrategyConfig(name, args))
+    aggregated = aggregate(strategy, 1, copies)
+    assert aggregated is not None
+    assert float(aggregated["w"].numpy()) == pytest.approx(expected)
+
+
+def test_every_listed_strategy_aggregates_finite_weights() -> None:
+    args = {
+        "QFedAvg": {"client_learning_rate": 0.1},
+        "DifferentialPrivacyServerSideFixedClipping": {
+            "noise_multiplier": 0.0,
+            "clipping_norm": 10.0,
+            "num_sampled_clients": 5,
+        },
+        "DifferentialPrivacyServerSideAdaptiveClipping": {"noise_multiplier": 0.0, "num_sampled_clients": 5},
+        "FedProx": {"proximal_mu": 0.0},
+    }
+    for name in strategy_names():
+        if name == "DifferentialPrivacyServerSideAdaptiveClipping":
+            continue
+        strategy = build_strategy(StrategyConfig(name, args.get(name, {})))
+        start = ArrayRecord({"w": reply({"w": 0.5}, {}).content["arrays"]["w"]})
+        configure_round(strategy, 1, start, ConfigRecord({}), {c: c + 1 for c in range(5)}, list(range(5)))
+        copies = [reply({"w": float(v)}, {"num-examples": 1.0}) for v in (1, 2, 3, 4, 100)]
+        aggregated = aggregate(strategy, 1, copies)
+        assert aggregated is not None, name
+        assert math.isfinite(float(aggregated["w"].numpy())), name
+
+
+def test_memory_of_a_strategy_survives_a_checkpoint() -> None:
+    """FedAdam's second round depends on its first; a restored strategy gives the same third value."""
+
+    def round_of(strategy: FedAdam, number: int, start: float) -> float:
+        record = ArrayRecord({"w": reply({"w": start}, {}).content["arrays"]["w"]})
+        configure_round(strategy, number, record, ConfigRecord({}), {0: 1}, [0])
+        aggregated = aggregate(strategy, number, [reply({"w": start + 1}, {"num-examples": 1.0})])
+        assert aggregated is not None
+        return float(aggregated["w"].numpy())
+
+    first = build_strategy(StrategyConfig("FedAdam"))
+    value = round_of(first, 1, 0.0)  # type: ignore[arg-type]
+    second = build_strategy(StrategyConfig("FedAdam"))
+    restore_strategy(second, strategy_state(first))
+    fresh = build_strategy(StrategyConfig("FedAdam"))
+    expected = round_of(first, 2, value)  # type: ignore[arg-type]
+    assert round_of(second, 2, value) == expected  # type: ignore[arg-type]
+    assert round_of(fresh, 2, value) != expected  # type: ignore[arg-type]
+
+
+def test_strategy_errors_name_key_and_choices() -> None:
+    with pytest.raises(ConfigError, match=r"`strategy.name` \(=FedAdams\) must be one of weighted_mean, .*FedAdam"):
+        build_strategy(StrategyConfig("FedAdams"))
+    with pytest.raises(ConfigError, match="has etaa, which FedAdam does not take; allowed: .*eta"):
+        build_strategy(StrategyConfig("FedAdam", {"etaa": 1}))
+    with pytest.raises(ConfigError, match="does not fit FedTrimmedAvg: .*beta"):
+        build_strategy(StrategyConfig("FedTrimmedAvg", {"beta": 0.9}))

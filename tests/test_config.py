@@ -1,0 +1,97 @@
+"""Configuration: what wins, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, parse_config, to_yaml
+from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.methods.supervised import Supervised
+
+
+def test_defaults_are_fedlabel_on_digits() -> None:
+    config = load_config()
+    assert config == ExperimentConfig()
+    assert config.method == FedLabel()
+    assert config.data.name == "digits"
+
+
+def test_later_files_and_overrides_win(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("seed: 1\ntraining: {lr: 0.5, batch_size: 8}\nmethod: {name: supervised, prox_mu: 0.1}\n")
+    second.write_text("training: {lr: 0.25}\n")
+    config = load_config([first, second], ["training.batch_size=16", "method.prox_mu=1"])
+    assert (config.seed, config.training.lr, config.training.batch_size) == (1, 0.25, 16)
+    assert config.method == Supervised(prox_mu=1.0)
+
+
+def test_text_form_reads_back_equal() -> None:
+    config = load_config([], ["method.lambda_0=0.5", "strategy.name=FedAdam", "strategy.args.eta=0.01", "seed=3"])
+    assert parse_config(to_yaml(config)) == config
+    assert flatten(config)["strategy.args.eta"] == 0.01
+    assert flatten(config)["method.lambda_0"] == 0.5
+    assert flatten(config)["training.local_epochs"] == "null"
+
+
+def test_shipped_configurations_are_valid() -> None:
+    root = Path(__file__).parent.parent / "configs"
+    files = sorted(root.rglob("*.yaml"))
+    assert files
+    for file in files:
+        load_config([file])
+        load_config([file.relative_to(root)])  # by the name below configs/
+
+
+def test_method_by_import_path() -> None:
+    config = load_config([], ["method.name=fedlabel.methods.supervised:Supervised", "method.prox_mu=0.5"])
+    assert isinstance(config.method, Supervised)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lrr=1", r"`training.lrr` is not a configuration key. Did you mean 'lr'\?"),
+        ("sed=1", r"`sed` is not a configuration key. Did you mean 'seed'\?"),
+        ("method.lambda0=1", r"`method.lambda0` is not a configuration key. Did you mean 'lambda_0'\?"),
+        ("training.lr=fast", r"`training.lr`: Value 'fast' of type 'str' could not be converted to Float"),
+        ("seed=1.5", r"`seed`: Value '1.5'"),
+        ("num_rounds=0", r"`num_rounds` \(=0\) must be at least 1"),
+        ("fraction_train=1.5", r"`fraction_train` \(=1.5\) must lie in \(0, 1\]"),
+        ("method.confidence_threshold=2", r"`method.confidence_threshold` \(=2.0\) must lie in \[0, 1\]"),
+        ("method=fedlabel", r"`method` \(=fedlabel\) must be a mapping of keys; .* method.name="),
+        ("method.name=fedlable", "Did you mean fedlabel"),
+        ("model.name=cnm", r"`model.name` \(=cnm\)"),
+        ("data.name=digit", r"`data.name` \(=digit\)"),
+        ("partition.kind=dirichet", r"`partition.kind` \(=dirichet\)"),
+        ("grid.kind=rays", r"`grid.kind` \(=rays\) must be one of in_process, ray"),
+        ("training", "must have the form key=value"),
+        ("training=3", r"`training` \(=3\) must be a mapping of keys; .* training.lr="),
+        ("strategy.args.eta=1", "must be empty for strategy.name=weighted_mean"),
+        ("evaluation.every=0", r"`evaluation.every` \(=0\)"),
+        ("checkpoint.keep=0", r"`checkpoint.keep` \(=0\)"),
+    ],
+)
+def test_user_errors_are_one_message_with_key_value_and_fix(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config([], [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_two_models_need_the_weighted_mean() -> None:
+    with pytest.raises(ConfigError, match="use strategy.name=weighted_mean or method.merge=sum"):
+        load_config([], ["method.merge=mean", "strategy.name=FedAdam"])
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml does not exist: looked at"):
+        load_config(["nowhere.yaml"])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"broken.yaml is not readable YAML"):
+        load_config([broken])
+    listing = tmp_path / "list.yaml"
+    listing.write_text("- a\n")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config([listing])
