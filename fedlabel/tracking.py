@@ -82,6 +82,7 @@ class RunFolder:
         folder = cls(path)
         # Without the "experiment" record: TensorBoard takes its columns from the first such record it meets, and runs
         # of other methods beside it would lose theirs. Lacking one it gathers the columns from all runs.
+        # (TensorBoard 2.21 then lists metrics beside them only for --logdir on the folder that holds the runs.)
         _, session_start, _ = hparams_summaries(dict(hparams), {})
         folder._writer.file_writer.add_summary(session_start)  # type: ignore[attr-defined]
         folder._writer.flush()

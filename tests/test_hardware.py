@@ -89,7 +89,8 @@ def test_versions_says_so_where_a_package_is_absent(monkeypatch):
 
 def test_versions_imports_neither_flower_nor_ray():
     code = (
-        "import sys, fedlabel.hardware as h, fedlabel.tracking, fedlabel.figures; h.source_hash(); found = h.versions()\n"
+        "import sys, fedlabel.hardware as h, fedlabel.tracking, fedlabel.figures\n"
+        "h.source_hash(); found = h.versions()\n"
         "assert {'flwr', 'ray'} <= set(found) and not {'flwr', 'ray', 'matplotlib.pyplot'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE_ROOT)
