@@ -126,7 +126,7 @@ def run(
             table.add_row(key, *(f"{values[column]:.4f}" for column in ("last", "best", "mean_last_10")))
     console.print(table)
     console.print(f"{result.summary['rounds']} rounds, {result.summary['seconds']:.1f} s. Look closer:")
-    console.print(f"  tensorboard --logdir {result.path}", soft_wrap=True, highlight=False)
+    console.print(f"  tensorboard --logdir {result.path.parent}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Regenerates the tables of docs/results.md: `python scripts/tables.py NAME [--root DATA] [--workers 2]`.
 
-For each method: one learning-rate search on the validation split (every method the same grid, seed 100), then the chosen
-rate on the test split with seeds 0, 1, 2. A run that is done is not repeated; one that was interrupted goes on.
+For each method: one learning-rate search on the validation split (every method the same grid, seed 100), then the
+chosen rate on the test split with seeds 0, 1, 2. A run that is done is not repeated; one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def main(
     console = Console()
 
     def overrides(method: str, lr: float, seed: int, split: str) -> list[str]:
-        burn = [f"method.burn_in_rounds={burn_in}"] if method in ("FedLabel, released code", "FedLabel, burn-in") else []
+        burn = (
+            [f"method.burn_in_rounds={burn_in}"] if method in ("FedLabel, released code", "FedLabel, burn-in") else []
+        )
         common = [f"data.root={root}", f"training.lr={lr}", f"seed={seed}", f"evaluation.split={split}"]
         return [*METHODS[method], *burn, *common, "evaluation.panel_samples=0", "device=cpu"]
 
@@ -122,7 +124,8 @@ def main(
         accuracy = f"{cell(found, 'pseudo/accuracy')} ({cell(found, 'pseudo/accuracy_local')} / "
         accuracy += f"{cell(found, 'pseudo/accuracy_global')})"
         lines.append(
-            f"| {method} | {chosen[method]:g} | {cell(found, 'eval/accuracy', 'last')} | {cell(found, 'eval/accuracy')} "
+            f"| {method} | {chosen[method]:g} | {cell(found, 'eval/accuracy', 'last')} "
+            f"| {cell(found, 'eval/accuracy')} "
             f"| {cell(found, 'eval/accuracy', 'best')} | {cell(found, 'eval/worst_10pct_client_accuracy')} "
             f"| {cell(found, 'pseudo/coverage')} | {accuracy if 'pseudo/accuracy' in found[0] else '–'} "
             f"| {cell(found, 'pseudo/from_global')} "

@@ -147,7 +147,8 @@ class ClientActor:
         started = time.perf_counter()
         if self._content is None or self._content[0] != key:  # one copy of the global model per worker and round
             self._content = (key, ray.get(content[0]))
-        message = Message(metadata=metadata, content=self._content[1])
+        # `metadata=` is Flower's own way to rebuild a message that has travelled.
+        message = Message(metadata=metadata, content=self._content[1])  # type: ignore[call-overload]
         context = make_context(metadata.dst_node_id - 1, self._num_clients, state)
         result = answer(self._client_app, message, context)
         return (time.perf_counter() - started, context.state), result
@@ -178,9 +179,9 @@ class RayGrid(SimulationGrid):
                 log_to_driver=False,
             )
         gpus = 1.0 / num_workers if use_gpu else 0.0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env=environment)(ClientActor)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env=environment)(ClientActor)
         self._start_actor = lambda: remote.remote(client_app, num_clients)
-        self._actors = [self._start_actor() for _ in range(min(num_workers, num_clients))]
+        self._actors: list[Any] = [self._start_actor() for _ in range(min(num_workers, num_clients))]
         self._seconds: dict[int, float] = {}
 
     def __enter__(self) -> RayGrid:

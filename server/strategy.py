@@ -148,7 +148,7 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message])
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:
-    """Returns what a strategy remembers between rounds (momentum, ...), for a checkpoint: numbers and dicts of arrays."""
+    """Returns what a strategy remembers between rounds (momentum, ...): numbers and arrays, for a checkpoint."""
     state: dict[str, Any] = {}
     for owner, prefix in ((strategy, ""), (getattr(strategy, "strategy", None), "strategy.")):
         for name, value in vars(owner).items() if owner is not None else ():

@@ -138,7 +138,7 @@ def test_client_with_nothing_to_learn_from_sends_what_it_got_with_weight_zero() 
 
 def test_proximal_term_adds_mu_times_distance_to_the_gradient() -> None:
     """Second step of two: p2 = p1 - lr (g + mu (p1 - p0)); the first step is the same with and without."""
-    data, labels = client()
+    data, _ = client()
     start = net().state_dict()
     config = replace(CONFIG, local_steps=2)
     plain, proximal = model(train(Supervised(), data, config)), model(train(Supervised(prox_mu=0.5), data, config))
@@ -167,7 +167,7 @@ def test_steps_without_kept_samples_move_nothing_even_with_momentum_and_decay() 
 
 
 def test_epochs_count_the_samples_that_a_phase_draws_from() -> None:
-    """10 labelled in batches of 4: 3 steps an epoch; 20 unlabelled: 5. Two epochs: 6 * 4 + 10 * (4 strong + 4 clean)."""
+    """10 labelled in batches of 4: 3 steps an epoch; 20 unlabelled: 5. Two epochs: 6 * 4 + 10 * (4 + 4)."""
     data, _ = client()
     update = train(FedLabel(), data, replace(CONFIG, local_steps=None, local_epochs=2))
     assert update.passes == 6 * 4 + 10 * 8

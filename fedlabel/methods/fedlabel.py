@@ -140,7 +140,7 @@ class FedLabel(Method):
     """variance | entropy: the confidence score h."""
     merge: str = "sum"
     """sum: one upload of w + dL + dU. mean: the released code, two uploads; the new global model is half the plain
-    mean of w_L and half the mean of w_U weighted by kept samples. Twice the upload; strategy.name=weighted_mean only."""
+    mean of w_L and half the mean of w_U weighted by kept samples. Needs strategy.name=weighted_mean."""
     kl_target: str = "discarded"
     """discarded | local: the model that the consistency term pulls to (the released code: always the local one)."""
     kl_direction: str = "teacher_student"
@@ -202,7 +202,7 @@ class FedLabel(Method):
         return cross_entropy_on_labels(student, batch.labeled)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        """Returns stage B's loss, (5)-(8): cross-entropy to the expert (strong view), KL to the other model (plain view)."""
+        """Returns stage B's loss, (5)-(8): cross-entropy to the expert (strong view), KL to the other (plain view)."""
         plain, strong = batch.unlabeled.views[self.teacher_view], batch.unlabeled.views["strong"]
         global_log_probs = teachers["global"](plain).detach().log_softmax(-1)
         local_log_probs = teachers["supervised"](plain).detach().log_softmax(-1)
