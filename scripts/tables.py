@@ -37,6 +37,7 @@ METHODS: dict[str, list[str]] = {
     "FedLabel, merge mean": ["method.merge=mean"],
     "FedLabel, beta .9": ["method.confidence_threshold=0.9"],
     "FedLabel, burn-in": [],
+    "FedLabel, lambda 0": ["method.lambda_0=0"],
 }
 
 # Table -> (configuration, learning rates, burn-in rounds of the rows that have one, rows)
@@ -46,9 +47,23 @@ TABLES: dict[str, tuple[str, tuple[float, ...], int, tuple[str, ...]]] = {
         "experiment/cifar10_few.yaml",
         (0.05, 0.15),
         5,
-        ("labelled only", "fully labelled", "FedLabel", "FedLabel, only global", "FedLabel, released code"),
+        ("labelled only", "fully labelled", "FedLabel", "FedLabel, only global"),
     ),
-    "digits_many_rounds": ("experiment/digits_many_rounds.yaml", (0.02, 0.06), 20, tuple(METHODS)),
+    "digits_many_rounds": ("experiment/digits_many_rounds.yaml", (0.02, 0.06), 10, tuple(METHODS)[:7]),
+    # What decides: one change at a time, all at FedLabel's rate of the table above.
+    "digits_ablations": (
+        "experiment/digits_many_rounds.yaml",
+        (0.06,),
+        10,
+        (
+            "labelled only",
+            "FedLabel",
+            "FedLabel, merge mean",
+            "FedLabel, beta .9",
+            "FedLabel, burn-in",
+            "FedLabel, lambda 0",
+        ),
+    ),
 }
 
 

@@ -199,7 +199,8 @@ class RayGrid(SimulationGrid):
         """
         sent = [self._number(message) for message in messages]
         deadline = None if timeout is None else time.monotonic() + timeout
-        shared = {id(message.content): self._ray.put(message.content) for message in sent}
+        contents = {id(message.content): message.content for message in sent}
+        shared = {key: self._ray.put(content) for key, content in contents.items()}
         # Longest first; clients never seen count as long.
         queue = deque(
             sorted(range(len(sent)), key=lambda i: -self._seconds.get(sent[i].metadata.dst_node_id - 1, float("inf")))

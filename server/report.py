@@ -180,8 +180,11 @@ _TOTALS = ("system/round_seconds", "comm/bytes_up", "comm/bytes_down", "train/pa
 
 
 def _bytes(content: RecordDict) -> int:
-    """Size of a message's records, as Flower counts them (array data with their small headers, keys and scalars)."""
-    return sum(record.count_bytes() for record in content.values())
+    """Size of a message's records, as Flower counts them (array data with their small headers, keys and scalars).
+
+    The configuration is left out: its text names the grid, so the same run would count differently on another one.
+    """
+    return sum(record.count_bytes() for name, record in content.items() if name != "config")
 
 
 def _lists(content: RecordDict, name: str) -> Counts:

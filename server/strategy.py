@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,6 +18,26 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedlabel.config import ConfigError, StrategyConfig
 from fedlabel.seeding import numpy_generator
+
+
+def decode(array: Array) -> np.ndarray:
+    """Returns what `array.numpy()` returns, as a read-only view of its bytes and without parsing its header anew."""
+    data = array.data
+    if array.stype != "numpy.ndarray" or data[:8] != _NPY_1_0:
+        return array.numpy()
+    start = 10 + int.from_bytes(data[8:10], "little")
+    shape, fortran_order, dtype = _npy_header(data[:start])
+    values = np.frombuffer(data, dtype, math.prod(shape), start)
+    return values.reshape(shape, order="F" if fortran_order else "C")
+
+
+_NPY_1_0 = b"\x93NUMPY\x01\x00"
+"""A file of numpy.save starts with this, then with the length of its header in two bytes."""
+
+
+@lru_cache(maxsize=1024)  # a model's arrays have the same few headers in every reply
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    return np.lib.format.read_array_header_1_0(BytesIO(header[len(_NPY_1_0) :]))
 
 
 class WeightedMean(FedAvg):
@@ -43,10 +66,13 @@ class WeightedMean(FedAvg):
                 for name, array in arrays.items():
                     if not name.startswith(prefix):
                         continue
-                    key, value = name.removeprefix(prefix), array.numpy()
+                    key, value = name.removeprefix(prefix), decode(array)
                     dtypes[key] = value.dtype
                     scaled = value.astype(np.float64) * weight
-                    total[key] = total[key] + scaled if key in total else scaled
+                    if key in total:
+                        total[key] += scaled
+                    else:
+                        total[key] = scaled
         if not weights or any(weight <= 0 for weight in weights.values()):
             return None, None
         mean = {

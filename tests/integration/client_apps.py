@@ -1,0 +1,70 @@
+"""Client apps that misbehave or remember; workers import them by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from flwr.app import Array, ConfigRecord, Context, Message, MetricRecord
+from flwr.clientapp import ClientApp
+
+from clients.client_app import query, train
+
+Handler = Callable[[Message, Context], Message]
+
+
+def by_client(handlers: Mapping[int, Handler], default: Handler = train) -> ClientApp:
+    """Returns the real app, but with a training handler of their own for some clients."""
+    app = ClientApp()
+    app.query()(query)
+
+    @app.train()
+    def dispatch(message: Message, context: Context) -> Message:
+        return handlers.get(int(context.node_config["partition-id"]), default)(message, context)
+
+    return app
+
+
+def _round(message: Message) -> int:
+    return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
+
+
+def _raise(message: Message, context: Context) -> Message:
+    raise RuntimeError("this client always raises")
+
+
+def _raise_from_round_2(message: Message, context: Context) -> Message:
+    return train(message, context) if _round(message) == 1 else _raise(message, context)
+
+
+def _nan(message: Message, context: Context) -> Message:
+    reply = train(message, context)
+    arrays = reply.content.array_records["arrays"]
+    name, array = next(iter(arrays.items()))
+    values = array.numpy().copy()
+    values.flat[-1] = np.nan
+    arrays[name] = Array(values)
+    return reply
+
+
+def _die(message: Message, context: Context) -> Message:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def _count(message: Message, context: Context) -> Message:
+    """Trains, and adds how often this client has trained to the metrics as `train/times_seen`."""
+    seen = int(context.state.metric_records["memory"]["seen"]) if len(context.state) else 0  # type: ignore[arg-type]
+    context.state["memory"] = MetricRecord({"seen": seen + 1})
+    reply = train(message, context)
+    sums = dict(reply.content.config_records["sums"])
+    reply.content["sums"] = ConfigRecord({**sums, "train/times_seen": [float(seen + 1), 1.0]})
+    return reply
+
+
+two_fail = by_client({1: _raise, 3: _nan})
+three_fail = by_client({1: _raise, 2: _die, 3: _nan})
+all_fail_from_round_2 = by_client({}, default=_raise_from_round_2)
+counting = by_client({}, default=_count)
