@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,7 @@ from fedlabel.methods.base import (
     StateDict,
     Step,
 )
-from fedlabel.seeding import torch_generator
+from fedlabel.seeding import derive_seed, torch_generator
 
 WEIGHT_BY = ("processed", "size", "uniform")
 
@@ -192,9 +193,9 @@ def train_client(
         size += len(index[0]) + len(index[1])
         if count_steps(phase, config, len(index[1]) or len(index[0])) > 0 and len(index[0]) + len(index[1]) > 0:
             teachers = {name: frozen_model(teacher, states[name]) for name in phase.teachers}
-            results.append(
-                _run_phase(phase, student, teachers, global_state, data, index, transform, config, seed, log)
-            )
+            with _seeded(derive_seed(seed, phase.name, "model"), data.images.device):
+                result = _run_phase(phase, student, teachers, global_state, data, index, transform, config, seed, log)
+            results.append(result)
         states[phase.name] = results[-1].state if results and results[-1].name == phase.name else global_state
     weight = {"processed": sum(result.examples for result in results), "size": float(size), "uniform": 1.0}
     return ClientUpdate(
@@ -222,6 +223,14 @@ class _Log:
         if step.pseudo is not None:
             self.rows.append(unlabeled_rows)
             self.pseudo.append(step.pseudo)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Models with dropout draw from torch's global generator: gives it a seed inside and puts it back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _run_phase(

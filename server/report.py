@@ -113,7 +113,7 @@ def log_round(
         if last or tally.round_number % every == 0:
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
-            figures["eval/client_accuracy"] = client_accuracy_figure(evaluation.client_accuracy)
+            figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
             panel = pseudo_panel(experiment, sent_model, tally)
             figures |= {"pseudo/samples": panel} if panel is not None else {}
     metrics["comm/bytes_up"] = float(tally.bytes_up)

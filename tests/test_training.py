@@ -197,6 +197,20 @@ def test_batches_are_shuffled_passes_without_a_gap() -> None:
     assert [len(b) for b in draw_batches(torch.arange(0), 4, 2, torch_generator(0, "x"))] == [0, 0]
 
 
+def test_dropout_is_a_function_of_the_seed_and_leaves_the_global_generator_alone() -> None:
+    data, _ = client()
+    dropout = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Dropout(0.5), nn.Linear(16, CLASSES))
+    start = {name: value.clone() for name, value in dropout.state_dict().items()}
+    updates = []
+    for seed in (1, 1, 2):
+        before = torch.get_rng_state()
+        updates.append(train_client(Supervised(), dropout, net(), start, data, TRANSFORM, CONFIG, 1, seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+    assert equal(model(updates[0]), model(updates[1]))
+    assert not equal(model(updates[0]), model(updates[2]))
+
+
 def test_sum_updates_averages_buffers_and_keeps_a_lone_state_exact() -> None:
     """w = 1, states 2 and 4 -> 2 + 3 = 5; buffer 10 -> mean of 12 and 16 = 14; counter from the last."""
     start = {"w": torch.tensor(1.0), "var": torch.tensor(10.0), "n": torch.tensor(0)}
