@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
-from fedlabel.metrics import pseudo_label_counts
+from fedlabel.metrics import means, pseudo_label_counts
 from fedlabel.training import ClientUpdate
 
 app = ClientApp()
@@ -37,7 +37,11 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordDict:
-    """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies want it, and counts beside."""
+    """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies want it, and counts beside.
+
+    The counts compare pseudo-labels with the hidden truth where the client has it (a simulation); they are sums over
+    all its draws of a round, per true class.
+    """
     single = len(update.parts) == 1
     arrays = {
         name if single else f"{part}/{name}": value
@@ -47,6 +51,7 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
     # Flower's strategies average by num-examples; several parts have a weight each (see server/strategy.py).
     weights = {f"weight/{part}": float(model.weight) for part, model in update.parts.items()} if not single else {}
     weight = float(next(iter(update.parts.values())).weight) if single else 1.0
+    loss = means(update.sums).get("train/loss", 0.0)  # QFedAvg weighs clients by it
     counts: dict[str, list[float]] = {}
     if update.pseudo is not None:
         truth = experiment.federation.hidden_labels(client).to(experiment.device)
@@ -56,7 +61,7 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
     return RecordDict(
         {
             "arrays": ArrayRecord(arrays),
-            "metrics": MetricRecord({"num-examples": weight, **weights}),
+            "metrics": MetricRecord({"num-examples": weight, "train_loss": loss, **weights}),
             "sums": ConfigRecord(dict(update.sums)),
             "counts": ConfigRecord(dict(counts)),
         }

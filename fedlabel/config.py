@@ -55,7 +55,9 @@ class GridConfig:
     threads_per_worker: int = 1
     """Torch threads that train one client, on every grid (results can depend on it in the last bit)."""
     timeout: float = 3600.0
-    """Seconds after which a client that has not answered is counted as failed."""
+    """Seconds after which a client that has not answered is counted as failed; without effect in_process."""
+    connect_timeout: float = 120.0
+    """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("in_process", "ray"):
@@ -63,8 +65,9 @@ class GridConfig:
         for key in ("num_workers", "threads_per_worker"):
             if getattr(self, key) < 1:
                 raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must be at least 1.")
-        if not self.timeout > 0:
-            raise ValueError(f"`grid.timeout` (={self.timeout}) must be positive (seconds).")
+        for key in ("timeout", "connect_timeout"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must be positive (seconds).")
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,12 @@ class ExperimentConfig:
                 raise ValueError(f"`{key}` (={getattr(self, key)}) must be at least 1.")
         if not 0 < self.fraction_train <= 1:
             raise ValueError(f"`fraction_train` (={self.fraction_train}) must lie in (0, 1].")
+        averages = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
+        if self.model.norm == "batch" and self.strategy.name not in averages:
+            raise ValueError(
+                f"`strategy.name` (={self.strategy.name}) would apply its optimiser or noise to BatchNorm's running "
+                f"statistics (`model.norm` =batch); use model.norm=group, or one of {', '.join(averages)}."
+            )
         merge = getattr(self.method, "merge", "sum")
         if merge == "mean" and self.strategy.name != "weighted_mean":
             raise ValueError(
@@ -235,6 +244,9 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
                     f"`{key!s}` (={value!s}) must be a mapping of keys; set one of its keys, e.g. {key!s}."
                     f"{next(iter(base[key]))}=..."
                 )
+        arguments = user.get("partition", {}).get("partitioner_args")
+        if isinstance(arguments, dict):  # a mapping in YAML or on the command line; kept as JSON text
+            user["partition"]["partitioner_args"] = json.dumps(arguments)
         schema = method_class(user.get("method", {}).get("name", FedLabel.name))
         # The schema node replaces the default method: another method has other fields.
         OmegaConf.set_readonly(base, False)

@@ -24,6 +24,8 @@ class Experiment:
     def __init__(self, config: ExperimentConfig) -> None:
         self.config = config
         self.device = resolve_device(config.device)
+        if self.device.type == "cuda":  # the same seed should give the same numbers on a GPU, too
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.federation: Federation = build_federation(
             config.data,
             config.partition,

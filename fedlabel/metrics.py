@@ -57,12 +57,17 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int) -
 
     Args:
         pseudo: all pseudo-labels of a client in a round, (n,) each.
-        truth: (n,) int64 hidden labels of the same samples.
+        truth: (n,) int64 hidden labels of the same samples; -1 where nobody knows.
         num_classes: number of classes.
 
     Returns:
-        "drawn", "kept", "correct" per true class (classes,); "kept_by_expert" and "correct_by_expert" (local, global).
+        "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global); nothing
+        where no truth is known.
     """
+    known = truth >= 0
+    if not known.any():
+        return {}
+    truth, pseudo = truth[known], PseudoLabels(*(values[known] for values in pseudo))
     correct = pseudo.keep & (pseudo.label == truth)
 
     def per_class(mask: Tensor) -> list[float]:
@@ -75,6 +80,7 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int) -
         "drawn": per_class(torch.ones_like(pseudo.keep)),
         "kept": per_class(pseudo.keep),
         "correct": per_class(correct),
+        "drawn_by_expert": per_expert(torch.ones_like(pseudo.keep)),
         "kept_by_expert": per_expert(pseudo.keep),
         "correct_by_expert": per_expert(correct),
     }
@@ -88,9 +94,12 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
     if not counts:
         return {}
     local, from_global = ratio(counts["correct_by_expert"], counts["kept_by_expert"])
+    local_coverage, global_coverage = ratio(counts["kept_by_expert"], counts["drawn_by_expert"])
     values = {
         "pseudo/accuracy": ratio([sum(counts["correct"])], [sum(counts["kept"])])[0],
         "pseudo/accuracy_local": local,
         "pseudo/accuracy_global": from_global,
+        "pseudo/coverage_local": local_coverage,
+        "pseudo/coverage_global": global_coverage,
     }
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}

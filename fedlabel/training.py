@@ -45,8 +45,9 @@ class TrainingConfig:
     weight_decay: float = 0.0
     """SGD weight decay."""
     weight_by: str = "processed"
-    """A client's weight in the server's mean. processed: samples its losses used this round, over all steps (FedLabel's
-    r_k); size: how many samples it holds of the kinds the method draws from; uniform: 1."""
+    """A client's weight in the server's mean (FedLabel's merge=mean has its own). processed: samples its losses used
+    this round, over all steps (FedLabel's r_k); size: how many samples it holds of the kinds the method draws from;
+    uniform: 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
@@ -261,9 +262,12 @@ def _run_phase(
             _part(data, labeled_rows, phase.labeled, transform, generator),
             _part(data, unlabeled_rows, phase.unlabeled, transform, generator),
         )
+        buffers = [buffer.clone() for buffer in student.buffers()]
         step = phase.loss(student, teachers, batch)
         log.add(step, batch, unlabeled_rows)
-        if not step.examples:  # nothing to learn from: no step, not even of momentum or the proximal term
+        if not step.examples:  # nothing to learn from: no step, not even of momentum, the proximal term or BatchNorm
+            for buffer, value in zip(student.buffers(), buffers, strict=True):
+                buffer.copy_(value)
             continue
         examples += step.examples
         optimizer.zero_grad(set_to_none=True)

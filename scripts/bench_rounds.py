@@ -222,7 +222,7 @@ def report(results: dict[str, list[dict]], json_path: Path | None) -> None:
         table.add_row(NAMES[name], str(row["rounds"]), *times, f"{row['start_seconds']:.1f}", ratio)
     hardware, installed = describe_hardware(torch.device("cpu")), versions()
     size = sum(value.numel() for value in initial_model().values())
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     console.print(
         f"{hardware['cpu']}, {hardware['usable_cores']} cores, {hardware.get('memory_gib', '?')} GiB; "

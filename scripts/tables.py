@@ -33,6 +33,9 @@ METHODS: dict[str, list[str]] = {
         "method.normalization=each",
         "method.teacher_view=weak",
         "method.prox_mu=10",
+        "method.confidence_threshold=0.3",
+        "method.lambda_0=0.05",
+        "method.unlabeled_steps=3",  # tau' = tau / 3
     ],
     "FedLabel, merge mean": ["method.merge=mean"],
     "FedLabel, beta .9": ["method.confidence_threshold=0.9"],
@@ -75,8 +78,7 @@ def run_one(job: tuple[str, list[str], Path, str]) -> None:
     folder = out / name
     if (folder / "summary.json").exists():
         return
-    started = any((folder / "checkpoints").glob("*.ckpt")) if folder.exists() else False
-    fedlabel.run([config], overrides, name=name, out=out, resume=started)
+    fedlabel.run([config], overrides, name=name, out=out, resume=folder.exists())
 
 
 def read(out: Path, name: str) -> dict[str, dict[str, float]]:

@@ -16,7 +16,17 @@ from fedlabel.config import ExperimentConfig, flatten, parse_config
 from fedlabel.tracking import write_atomic
 
 MAGIC = b"fedlabel-checkpoint-1\n"
-CHANGEABLE = ("num_rounds", "grid.", "checkpoint.", "device", "data.root", "data.download")
+CHANGEABLE = (
+    "num_rounds",
+    "grid.kind",
+    "grid.num_workers",
+    "grid.timeout",
+    "grid.connect_timeout",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.root",
+    "data.download",
+)
 """Keys that may differ on resume: they do not change what a round computes."""
 
 
@@ -68,23 +78,30 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(**_decode(torch.load(io.BytesIO(payload), weights_only=True)))
 
 
-def latest_checkpoint(folder: Path, config: ExperimentConfig) -> Checkpoint:
+def latest_checkpoint(folder: Path, config: ExperimentConfig, initial_model: dict[str, Tensor]) -> Checkpoint:
     """Returns the newest checkpoint in `folder`, checked against the configuration of the resuming run.
 
+    A run that was killed before its first checkpoint starts at round 1 again, from `initial_model`.
+
     Raises:
-        CheckpointError: there is none, it is damaged, or the configuration differs in a key that matters.
+        CheckpointError: there is no run, its newest checkpoint is damaged, or the configuration differs in a key that
+            matters.
     """
     files = sorted(folder.glob("round_*.ckpt"))
-    if not files:
+    saved_config = folder.parent / "config.yaml"
+    if files:
+        checkpoint = load_checkpoint(files[-1])
+    elif saved_config.is_file():
+        checkpoint = Checkpoint(0, initial_model, saved_config.read_text())
+    else:
         raise CheckpointError(
-            f"There is no checkpoint in {folder}: nothing to resume. Leave out --resume, or check --name and --out."
+            f"There is no run in {folder.parent}: nothing to resume. Leave out --resume, or check --name and --out."
         )
-    checkpoint = load_checkpoint(files[-1])
     saved, wanted = flatten(parse_config(checkpoint.config)), flatten(config)
     differing = [
         f"{key} (saved {saved.get(key)}, now {wanted.get(key)})"
         for key in sorted({*saved, *wanted})
-        if saved.get(key) != wanted.get(key) and not key.startswith(CHANGEABLE)
+        if saved.get(key) != wanted.get(key) and key not in CHANGEABLE
     ]
     if differing:
         raise CheckpointError(

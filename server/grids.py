@@ -170,7 +170,13 @@ class RayGrid(SimulationGrid):
         self._ray = ray
         self._started_ray = not ray.is_initialized()
         # The workers import what this process imports (a method of the user's own, too).
-        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
+        environment = {
+            "env_vars": {
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                # Replies up to this size skip the object store: 2 instead of 4 ms for one of 300 kB (Ray's: 100 kB).
+                "RAY_max_direct_call_object_size": str(2**20),
+            }
+        }
         if self._started_ray:
             ray.init(
                 num_cpus=None if os.environ.get("RAY_ADDRESS") else num_workers,
@@ -223,6 +229,14 @@ class RayGrid(SimulationGrid):
                     )
                 )
                 running[about] = (position, actor, result)
+            while due in finished:  # after the idle have got work: the server adds this up meanwhile
+                result = finished.pop(due)
+                content = result if isinstance(result, Error) else self._ray.get(result)
+                del result
+                yield reply_to(sent[due], content)
+                due += 1
+            if not running:
+                continue
             wait = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, _ = self._ray.wait(list(running), num_returns=1, timeout=wait)
             if not ready:
@@ -246,12 +260,6 @@ class RayGrid(SimulationGrid):
                 except self._ray.exceptions.RayTaskError as error:
                     finished[position] = raised(error)
                 idle.append(actor)
-            while due in finished:
-                result = finished.pop(due)
-                content = result if isinstance(result, Error) else self._ray.get(result)
-                del result
-                yield reply_to(sent[due], content)
-                due += 1
 
     def _replace(self, actor: int) -> None:
         self._ray.kill(self._actors[actor])

@@ -34,11 +34,13 @@ class RoundTally:
         self.sums: Counts = {}
         self.client_counts: dict[int, Counts] = {}
         self.bytes_down = sum(_bytes(message.content) for message in messages)
+        sent = messages[0].content.array_records["arrays"]
+        self._shapes = {name: tuple(array.shape) for name, array in sent.items()}
         self.bytes_up = 0
         self._seen: set[int] = set()
 
     def usable(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """Yields the replies that carry a finite model, in client order."""
+        """Yields the replies that carry a finite model of the right shape, in client order."""
         if isinstance(replies, list):  # Flower's own grid: order of arrival
             replies = sorted(replies, key=lambda reply: self.client_of[reply.metadata.src_node_id])
         for reply in replies:
@@ -48,10 +50,9 @@ class RoundTally:
                 self._fail(client, str(reply.error.reason))
                 continue
             content = reply.content
-            arrays = content.array_records["arrays"]
-            broken = [name for name, array in arrays.items() if not np.isfinite(array.numpy()).all()]
-            if broken:
-                self._fail(client, f"NotFinite: {broken[0]} of its model holds NaN or infinity")
+            complaint = self._complaint(content)
+            if complaint:
+                self._fail(client, complaint)
                 continue
             self.bytes_up += _bytes(content)
             counts = _lists(content, "counts")
@@ -68,6 +69,31 @@ class RoundTally:
     def all_failed(self) -> bool:
         """Whether no client of the cohort gave a usable answer."""
         return len(self.failures) == len(self.client_of)
+
+    def _complaint(self, content: RecordDict) -> str | None:
+        """Returns what makes a reply unusable: one client must not be able to stop the run or to spoil the model."""
+        if "arrays" not in content.array_records or "metrics" not in content.metric_records:
+            return "BadReply: it lacks the record `arrays` or `metrics`"
+        metrics, arrays = content.metric_records["metrics"], content.array_records["arrays"]
+        weights = {key: value for key, value in metrics.items() if key == "num-examples" or key.startswith("weight/")}
+        if "num-examples" not in weights:
+            return "BadReply: its metrics lack `num-examples`"
+        for key, value in weights.items():
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                return f"BadReply: `{key}` (={value}) must be a finite number of at least 0"
+        prefixes = [f"{key.removeprefix('weight/')}/" for key in weights if key != "num-examples"] or [""]
+        expected = {prefix + name: shape for prefix in prefixes for name, shape in self._shapes.items()}
+        if found := set(expected) ^ set(arrays):
+            return f"BadReply: its model lacks, or has beside the global model's arrays, {', '.join(sorted(found)[:3])}"
+        for name, array in arrays.items():
+            if tuple(array.shape) != expected[name]:
+                return f"BadReply: {name} of its model has shape {tuple(array.shape)}, not {expected[name]}"
+            if not np.isfinite(array.numpy()).all():
+                return f"NotFinite: {name} of its model holds NaN or infinity"
+        numbers = [*_lists(content, "sums").values(), *_lists(content, "counts").values()]
+        if not all(np.isfinite(values).all() for values in numbers):
+            return "NotFinite: its metrics hold NaN or infinity"
+        return None
 
     def _fail(self, client: int, reason: str) -> None:
         self.failures.append(f"Round {self.round_number}, client {client}: {reason}")
@@ -98,10 +124,9 @@ def log_round(
     if "drawn" in counts:
         lists["pseudo/class_coverage"] = ratio(counts["kept"], counts["drawn"])
         lists["pseudo/class_accuracy"] = ratio(counts["correct"], counts["kept"])
-        drawn, kept, correct = (
-            [sum(c.get(key, [0.0])) for c in tally.client_counts.values()] for key in ("drawn", "kept", "correct")
-        )
-        lists["pseudo/client_coverage"] = ratio(kept, drawn)
+        clients = [tally.client_counts.get(client, {}) for client in range(experiment.config.num_clients)]
+        drawn, kept, correct = ([sum(c.get(key, [0.0])) for c in clients] for key in ("drawn", "kept", "correct"))
+        lists["pseudo/client_coverage"] = ratio(kept, drawn)  # NaN for clients that did not train this round
         lists["pseudo/client_accuracy"] = ratio(correct, kept)
     if model is not None:
         evaluation = experiment.evaluate(model)

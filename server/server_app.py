@@ -48,11 +48,14 @@ class RunError(RuntimeError):
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs an experiment on the grid Flower gives; `run_config` holds `configs` (comma separated) and `overrides`."""
+    logger.setLevel(logging.INFO)  # `flwr run --stream` and `flwr log` show what is written to stderr
+    logger.addHandler(logging.StreamHandler())
     configs = [path.strip() for path in str(context.run_config.get("configs", "")).split(",") if path.strip()]
     config = load_config(configs, shlex.split(str(context.run_config.get("overrides", ""))))
-    path = Path("runs") / default_name(config)
+    path = (Path("runs") / default_name(config)).absolute()
+    logger.info("Results go to %s", path)  # below the directory where the SuperLink was started
     run_federation(config, grid, path, on_round=_log_line)
-    logger.info("Results are in %s", path.absolute())
+    logger.info("Results are in %s", path)
 
 
 def default_name(config: ExperimentConfig) -> str:
@@ -86,7 +89,7 @@ def run_federation(
     torch.set_num_threads(config.grid.threads_per_worker)
     checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config))
     if resume:
-        checkpoint = latest_checkpoint(path / "checkpoints", config)
+        checkpoint = latest_checkpoint(path / "checkpoints", config, experiment.initial_state)
         checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
         restore_strategy(strategy, checkpoint.strategy)
         if checkpoint.client_states:
@@ -102,10 +105,15 @@ def run_federation(
 
 def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | None) -> RunFolder:
     """Makes the folder of a new run, or opens that of a resumed one at its checkpoint."""
-    if checkpoint is not None:
-        return RunFolder.resume(path, checkpoint.round_number)
     text = to_yaml(experiment.config)
-    folder = RunFolder.create(path, text, flatten(experiment.config))
+    if checkpoint is not None:
+        folder = RunFolder.resume(path, checkpoint.round_number)
+        write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
+        folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
+        if checkpoint.round_number > 0:
+            return folder
+    else:
+        folder = RunFolder.create(path, text, flatten(experiment.config))
     write_atomic(folder.partition_json, experiment.federation.to_json())
     figure = partition_figure(*experiment.federation.histograms(), experiment.federation.dataset.class_names)
     save_png(figure, folder.partition_png)
@@ -131,7 +139,7 @@ def _rounds(
         messages = configure_round(strategy, round_number, ArrayRecord(model), train_config, nodes, cohort)
         tally = RoundTally(round_number, {nodes[client]: client for client in cohort}, messages)
         replies = grid.send_and_receive(messages, timeout=config.grid.timeout)
-        aggregated = aggregate(strategy, round_number, tally.usable(replies))
+        aggregated = aggregate(strategy, round_number, tally.usable(replies), config.seed)
         tally.finish()
         for failure in tally.failures:
             folder.log_failure(failure)
@@ -143,6 +151,11 @@ def _rounds(
         sent_model = model
         if aggregated is not None:
             model = _like(experiment.initial_state, aggregated)
+            if not all(value.isfinite().all() for value in model.values()):
+                raise RunError(
+                    f"Strategy {config.strategy.name} made a model with NaN or infinity in round {round_number}; the "
+                    "last checkpoint is of a round before. Lower the server's step in strategy.args, or training.lr."
+                )
         last = round_number == config.num_rounds
         evaluated = model if last or round_number % config.evaluation.every == 0 else None
         metrics = log_round(folder, experiment, tally, evaluated, sent_model, started)
@@ -157,14 +170,19 @@ def connect(grid: Grid, config: ExperimentConfig) -> dict[int, int]:
     """Waits until all clients are there; returns client -> node id, as the nodes themselves say.
 
     Raises:
-        RunError: too few nodes within `grid.timeout`, two nodes with one partition-id, or a node with other code.
+        RunError: too few nodes in `grid.connect_timeout`, two nodes with one partition-id, a node with other code.
     """
-    deadline = time.monotonic() + config.grid.timeout
+    deadline = time.monotonic() + config.grid.connect_timeout
+    connected = -1
     while len(ids := list(grid.get_node_ids())) < config.num_clients:
+        if len(ids) != connected:
+            connected = len(ids)
+            logger.info("Waiting for nodes: %d of num_clients=%d are connected", connected, config.num_clients)
         if time.monotonic() > deadline:
             raise RunError(
-                f"Only {len(ids)} of `num_clients` (={config.num_clients}) nodes connected within `grid.timeout` "
-                f"(={config.grid.timeout:g} s); start more SuperNodes or lower num_clients."
+                f"Only {len(ids)} of `num_clients` (={config.num_clients}) nodes connected within "
+                f"`grid.connect_timeout` (={config.grid.connect_timeout:g} s); start more SuperNodes or lower "
+                "num_clients."
             )
         time.sleep(0.5)
     queries = [Message(RecordDict({"ask": ConfigRecord({})}), node, "query") for node in ids]

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedlabel.config import ConfigError, StrategyConfig
-from fedlabel.seeding import numpy_generator
+from fedlabel.seeding import derive_seed, numpy_generator
 
 
 def decode(array: Array) -> np.ndarray:
@@ -104,9 +104,10 @@ def build_strategy(config: StrategyConfig) -> Strategy:
         return WeightedMean(**sampling)
     available = _flower_strategies()
     if config.name not in available:
-        raise ConfigError(f"`strategy.name` (={config.name}) must be one of {', '.join(strategy_names())}.")
+        hint = " FedProx is a term of the local loss: set method.prox_mu." if config.name == "FedProx" else ""
+        raise ConfigError(f"`strategy.name` (={config.name}) must be one of {', '.join(strategy_names())}.{hint}")
     strategy_class = available[config.name]
-    taken = set(inspect.signature(strategy_class).parameters) - set(sampling) - {"self", "strategy"}
+    taken = set(inspect.signature(strategy_class).parameters) - set(sampling) - _FIXED
     unknown = sorted(set(config.args) - taken)
     if unknown:
         raise ConfigError(
@@ -121,12 +122,23 @@ def build_strategy(config: StrategyConfig) -> Strategy:
         raise ConfigError(f"`strategy.args` (={dict(config.args)}) does not fit {config.name}: {error}") from error
 
 
+_FIXED = (
+    {"self", "strategy", "fraction_evaluate", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"}
+    | {f"{what}_key" for what in ("arrayrecord", "configrecord")}
+    | {"weighted_by_key"}
+)
+"""Arguments of Flower's strategies that the round loop decides."""
+
+_LEFT_OUT = ("Strategy", "Result", "FedProx")
+"""FedProx acts on the client: `method.prox_mu`."""
+
+
 def _flower_strategies() -> dict[str, type[Strategy]]:
     """Flower's strategies that combine model weights and need nothing special on the client."""
     found = {
         name: getattr(flower_strategies, name)
         for name in flower_strategies.__all__
-        if name not in ("Strategy", "Result") and "Xgb" not in name and "ClientSide" not in name
+        if name not in _LEFT_OUT and "Xgb" not in name and "ClientSide" not in name
     }
     return cast(dict[str, type[Strategy]], found)
 
@@ -162,15 +174,23 @@ def configure_round(
     return sorted(messages, key=lambda message: client_of[message.metadata.dst_node_id])
 
 
-def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message]) -> ArrayRecord | None:
+def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message], seed: int = 0) -> ArrayRecord | None:
     """Returns the strategy's new global model, or None where no reply has a positive weight.
 
-    Only `WeightedMean` can work on a stream; Flower's strategies want a list, and divide by the sum of weights.
+    Only `WeightedMean` can work on a stream; Flower's strategies want a list, and divide by the sum of weights. Those
+    that add noise draw it from numpy's global generator, which is a function of (seed, round) while they do.
     """
     if isinstance(strategy, WeightedMean):
         return strategy.aggregate_train(round_number, replies)[0]
     weighted = [r for r in replies if cast(float, r.content.metric_records["metrics"]["num-examples"]) > 0]
-    return strategy.aggregate_train(round_number, weighted)[0] if weighted else None
+    if not weighted:
+        return None
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(derive_seed(seed, "strategy", round_number) % 2**32)  # noqa: NPY002
+    try:
+        return strategy.aggregate_train(round_number, weighted)[0]
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:

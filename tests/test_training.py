@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -164,6 +165,15 @@ def test_steps_without_kept_samples_move_nothing_even_with_momentum_and_decay() 
     method = FedLabel(confidence_threshold=1.0, prox_mu=1.0)
     update = train(method, data, replace(CONFIG, momentum=0.9, weight_decay=0.1))
     assert equal(model(update), net().state_dict())
+
+
+def test_steps_without_kept_samples_leave_batch_norm_alone() -> None:
+    data, _ = client(labeled=0)
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
+    start = {name: value.clone() for name, value in normed.state_dict().items()}
+    method = FedLabel(confidence_threshold=1.0)
+    update = train_client(method, normed, copy.deepcopy(normed), start, data, TRANSFORM, CONFIG, 1, 7)
+    assert equal(model(update), start)
 
 
 def test_epochs_count_the_samples_that_a_phase_draws_from() -> None:

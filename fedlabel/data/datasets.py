@@ -129,6 +129,10 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """
     entry = DATASETS[config.name]
     loaded = entry.load(config)
+    if len(loaded.class_names) < 2:
+        raise DataError(
+            f"`data.root` (={_root(config)}): the data set has {len(loaded.class_names)} class; at least 2 are needed."
+        )
     order = torch.from_numpy(numpy_generator(seed, "validation").permutation(len(loaded.train.labels)))
     count = int(config.validation_fraction * len(order))
     train, validation = _take(loaded.train, order[count:]), _take(loaded.train, order[:count])

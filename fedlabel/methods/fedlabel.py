@@ -14,6 +14,7 @@ What differs, and why:
   code computes and the usual distillation term; `kl_direction` has both.
 - The mean runs over the kept samples (the released code) and not over the batch: the step does not shrink when few
   samples pass; `normalization` has both.
+- One student pass takes both views, so with BatchNorm they (and dropped samples) share batch statistics.
 - `merge=mean`, `burn_in_rounds`, `prox_mu`, `kl_target=local`, `normalization=each` and `teacher_view=weak` are the
   released code's, off by default.
 """

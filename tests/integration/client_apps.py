@@ -31,12 +31,12 @@ def _round(message: Message) -> int:
     return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
 
 
-def _raise(message: Message, context: Context) -> Message:
+def always_raise(message: Message, context: Context) -> Message:
     raise RuntimeError("this client always raises")
 
 
 def _raise_from_round_2(message: Message, context: Context) -> Message:
-    return train(message, context) if _round(message) == 1 else _raise(message, context)
+    return train(message, context) if _round(message) == 1 else always_raise(message, context)
 
 
 def _nan(message: Message, context: Context) -> Message:
@@ -64,7 +64,8 @@ def _count(message: Message, context: Context) -> Message:
     return reply
 
 
-two_fail = by_client({1: _raise, 3: _nan})
-three_fail = by_client({1: _raise, 2: _die, 3: _nan})
+healthy = by_client({})
+two_fail = by_client({1: always_raise, 3: _nan})
+three_fail = by_client({1: always_raise, 2: _die, 3: _nan})
 all_fail_from_round_2 = by_client({}, default=_raise_from_round_2)
 counting = by_client({}, default=_count)

@@ -1,0 +1,27 @@
+"""A client app without data or model, for the grids' own tests; workers import it by name."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Counts its calls in `context.state`; the client that is told to, sleeps or raises."""
+    order = message.content.config_records["order"]
+    client = int(context.node_config["partition-id"])
+    calls = int(context.state.config_records["memory"]["calls"]) + 1 if len(context.state) else 1  # type: ignore[arg-type]
+    context.state["memory"] = ConfigRecord({"calls": calls})
+    if order.get("raises") == client:
+        raise KeyError("told to")
+    if order.get("sleeps") == client:
+        time.sleep(60)
+    partitions = int(context.node_config["num-partitions"])
+    answer = ConfigRecord({"client": client, "clients": partitions, "calls": calls, "process": os.getpid()})
+    return Message(RecordDict({"echo": answer}), reply_to=message)

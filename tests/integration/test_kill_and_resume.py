@@ -1,0 +1,120 @@
+"""A run that was killed and resumed cannot be told from one that never was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+import server.server_app
+from fedlabel.tracking import read_metrics
+from server.checkpoint import Checkpoint, save_checkpoint
+from tests.integration.processes import environment, fedlabel_command, marked, start, stop_marked, wait_until
+from tests.integration.tiny import TINY, assert_same_run, run_tiny
+
+FED_ADAM = ("strategy.name=FedAdam", "strategy.args.eta=0.01")
+"""Its moments are part of what a round depends on."""
+
+
+def rounds_in(path: Path) -> int:
+    return (path / "metrics.jsonl").read_bytes().count(b"\n") if (path / "metrics.jsonl").exists() else 0
+
+
+def run_and_kill(out: Path, after: int, *overrides: str) -> Path:
+    """Starts `fedlabel run` and kills it, without warning, as soon as `after` rounds are in metrics.jsonl."""
+    mark = uuid.uuid4().hex
+    path = out / "killed"
+    command = fedlabel_command("run", *TINY, *overrides, "--name", "killed", "--out", str(out))
+    process = start(command, out / "killed.log", out, environment(FEDLABEL_TEST=mark))
+    try:
+        wait_until(lambda: rounds_in(path) >= after or process.poll() is not None, 200, "no rounds")
+        assert process.poll() is None, (out / "killed.log").read_text()
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(timeout=10) == -signal.SIGKILL
+        wait_until(lambda: not marked("FEDLABEL_TEST", mark), 30, "processes outlive the killed run", every=0.1)
+    finally:
+        stop_marked("FEDLABEL_TEST", mark)
+    return path
+
+
+@pytest.mark.slow
+def test_kill_in_process(tmp_path: Path) -> None:
+    overrides = ("num_rounds=25", "checkpoint.every=3")
+    killed = run_and_kill(tmp_path, 5, *overrides)
+    assert 5 <= rounds_in(killed) < 25
+    assert not (killed / "summary.json").exists()
+    done = subprocess.run(
+        fedlabel_command("run", "--resume", "--name", "killed", "--out", str(tmp_path)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(killed, run_tiny(tmp_path, "never_killed", *overrides).path)
+
+
+@pytest.mark.slow
+def test_kill_on_ray_with_momentum_on_the_server(shared_ray: None, tmp_path: Path) -> None:
+    overrides = (*FED_ADAM, "num_rounds=25")
+    ray = ("grid.kind=ray", "grid.num_workers=1")
+    killed = run_and_kill(tmp_path, 3, *overrides, *ray)
+    assert 3 <= rounds_in(killed) < 25
+    run_tiny(tmp_path, "killed", *overrides, *ray, resume=True)
+    assert_same_run(killed, run_tiny(tmp_path, "never_killed", *overrides).path)
+
+
+class Killed(BaseException):
+    """Stands for a kill at an exact point."""
+
+
+@pytest.mark.parametrize("point", ["before the checkpoint", "in the checkpoint", "after the checkpoint"])
+def test_stop_at_every_point_of_a_round(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopping(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+        if checkpoint.round_number != 2:
+            return save_checkpoint(folder, checkpoint, keep)
+        if point == "in the checkpoint":
+            (folder / ".round_000002.ckpt.0123456789ab.unfinished").write_bytes(b"fedlabel-check")
+        if point == "after the checkpoint":
+            save_checkpoint(folder, checkpoint, keep)
+        raise Killed
+
+    monkeypatch.setattr(server.server_app, "save_checkpoint", stopping)
+    with pytest.raises(Killed):
+        run_tiny(tmp_path, "killed", *FED_ADAM)
+    assert rounds_in(tmp_path / "killed") == 2
+    monkeypatch.undo()
+    resumed = run_tiny(tmp_path, "killed", *FED_ADAM, resume=True).path
+    assert_same_run(resumed, run_tiny(tmp_path, "never_killed", *FED_ADAM).path)
+    assert not list(resumed.rglob(".*"))
+
+
+@pytest.mark.parametrize("torn", ['{"round": 3, "train/lo', '{"round": 3}'])
+def test_torn_line_of_a_killed_write_is_dropped(torn: str, tmp_path: Path) -> None:
+    path = run_tiny(tmp_path, "torn", "num_rounds=2").path
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    assert [row["round"] for row in read_metrics(path)] == [1, 2]
+    resumed = run_tiny(tmp_path, "torn", resume=True).path
+    assert_same_run(resumed, run_tiny(tmp_path, "whole").path)
+
+
+def test_resumed_run_goes_on_for_more_rounds(tmp_path: Path) -> None:
+    run_tiny(tmp_path, "grown", "num_rounds=1")
+    result = run_tiny(tmp_path, "grown", resume=True)
+    assert result.summary["rounds"] == 3
+    assert_same_run(result.path, run_tiny(tmp_path, "whole").path)
+
+
+def test_momentum_matters(tmp_path: Path) -> None:
+    """The comparisons above could fail: a strategy without its memory gives other weights."""
+    run_tiny(tmp_path, "forgetful", *FED_ADAM, "num_rounds=1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.server_app, "restore_strategy", lambda strategy, state: None)
+        forgetful = run_tiny(tmp_path, "forgetful", *FED_ADAM, resume=True).path
+    with pytest.raises(AssertionError):
+        assert_same_run(forgetful, run_tiny(tmp_path, "whole", *FED_ADAM).path)

@@ -1,0 +1,92 @@
+"""Hidden labels never reach training: whatever they are set to, the final weights are the same bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fedlabel.experiment
+from fedlabel.data.datasets import Split
+from fedlabel.data.federation import Federation, build_federation
+from fedlabel.methods import METHODS
+from fedlabel.tracking import read_metrics
+from tests.integration.tiny import TINY, assert_same_weights, final_weights, run_tiny
+
+
+@pytest.fixture(autouse=True)
+def fresh_experiments() -> Iterator[None]:
+    """No experiment with poisoned labels is left for others, and none with true labels is found here."""
+    fedlabel.experiment.open_experiment.cache_clear()
+    yield
+    fedlabel.experiment.open_experiment.cache_clear()
+
+
+def method_overrides(method: str) -> list[str]:
+    own = [override for override in TINY if override.startswith("method.")] if method == "fedlabel" else []
+    return [*own, f"method.name={method}"]
+
+
+def run_method(out: Path, name: str, method: str) -> Path:
+    fedlabel.experiment.open_experiment.cache_clear()
+    shared = [override for override in TINY if not override.startswith("method.")]
+    return fedlabel.run(overrides=[*shared, *method_overrides(method)], name=name, out=out).path
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_labels_poisoned_in_the_evaluators_hands(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normal = run_method(tmp_path, "normal", method)
+    asked = []
+
+    def poisoned(self: Federation, client: int) -> torch.Tensor:
+        asked.append(client)
+        return torch.full((len(self.parts[client]),), -1)
+
+    monkeypatch.setattr(Federation, "hidden_labels", poisoned)
+    path = run_method(tmp_path, "poisoned", method)
+    assert_same_weights(final_weights(path), final_weights(normal))
+    if any("pseudo/accuracy" in row for row in read_metrics(normal)):
+        assert asked
+        assert all(row["pseudo/accuracy"] in (0.0, None) for row in read_metrics(path))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_labels_poisoned_in_the_data(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    normal = run_method(tmp_path, "normal", method)
+    poisoned_rows = []
+
+    def poisoned(*arguments: Any) -> Federation:
+        federation = build_federation(*arguments)
+        train = federation.dataset.train
+        hidden = torch.from_numpy(~federation.labeled)
+        labels = torch.where(hidden, (train.labels + 1) % federation.dataset.num_classes, train.labels)
+        poisoned_rows.append(int((labels != train.labels).sum()))
+        return replace(federation, dataset=replace(federation.dataset, train=Split(train.images, labels)))
+
+    monkeypatch.setattr(fedlabel.experiment, "build_federation", poisoned)
+    path = run_method(tmp_path, "poisoned", method)
+    assert poisoned_rows[0] > 500
+    assert_same_weights(final_weights(path), final_weights(normal))
+
+
+def test_the_comparison_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the known labels poisoned instead, the weights do differ."""
+    normal = run_tiny(tmp_path, "normal").path
+
+    def poisoned(*arguments: Any) -> Federation:
+        federation = build_federation(*arguments)
+        train = federation.dataset.train
+        labels = (train.labels + torch.from_numpy(federation.labeled)) % federation.dataset.num_classes
+        return replace(federation, dataset=replace(federation.dataset, train=Split(train.images, labels)))
+
+    fedlabel.experiment.open_experiment.cache_clear()
+    monkeypatch.setattr(fedlabel.experiment, "build_federation", poisoned)
+    path = run_tiny(tmp_path, "leak").path
+    with pytest.raises(AssertionError):
+        assert_same_weights(final_weights(path), final_weights(normal))

@@ -1,0 +1,248 @@
+"""The command line: exit status, one message for a user's error, nothing left behind, and what success leaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import fedlabel
+from fedlabel.cli import app
+from server.checkpoint import load_checkpoint
+from tests.integration.processes import environment, fedlabel_command
+from tests.integration.tiny import TINY, run_tiny
+
+SMALL = [*TINY, "num_rounds=2"]
+
+
+def call(*arguments: str) -> Result:
+    """Calls `fedlabel ...` in this process."""
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    """Exit status 2, and on stderr one line that holds all `words`."""
+    assert result.exit_code == 2, (result.output, result.exception)
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    for word in words:
+        assert word in line
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["training.lrr=1"], ["`training.lrr` is not a configuration key", "Did you mean 'lr'", "Allowed here: lr, "]),
+        (["trainin.lr=1"], ["`trainin` is not a configuration key", "Did you mean 'training'"]),
+        (["training.lr=fast"], ["`training.lr`", "'fast'", "Float"]),
+        (["num_rounds=many"], ["`num_rounds`", "'many'"]),
+        (["num_rounds=0"], ["`num_rounds` (=0)", "at least 1"]),
+        (["fraction_train=1.5"], ["`fraction_train` (=1.5)", "(0, 1]"]),
+        (["method.confidence_threshold=1.5"], ["`method.confidence_threshold` (=1.5)", "[0, 1]"]),
+        (["method.name=fedlable"], ["fedlable", "fedlabel"]),
+        (["data.name=digitz"], ["`data.name` (=digitz)", "digits"]),
+        (["strategy.name=FedAdams"], ["`strategy.name` (=FedAdams)", "FedAdam"]),
+        (["strategy.name=FedAdam", "strategy.args.etaa=1"], ["`strategy.args`", "etaa", "eta"]),
+        (["grid.kind=rays"], ["`grid.kind` (=rays)", "in_process, ray"]),
+        (["device=cuda:77"], ["`device` (=cuda:77)", "device=auto or cpu"]),
+        (["device=tpu"], ["`device` (=tpu)", "auto, cpu, cuda"]),
+        (["data.name=cifar10", "data.root=/nonexistent"], ["/nonexistent", "data.root", "data.download=true"]),
+        (["num_clients=5000"], ["`num_clients` (=5000)", "training samples"]),
+        (["num_clients=700", "partition.min_samples=50"], ["`num_clients`", "`partition.min_samples`", "35000 samples"]),
+        (
+            ["partition.kind=classes_per_client", "partition.classes_per_client=50"],
+            ["`partition.classes_per_client` (=50)", "10"],
+        ),
+        (["supervision.labels_per_class=5000"], ["`supervision.labels_per_class` (=5000)"]),
+        (["=3"], ["`=3`", "key=value"]),
+        (["no_such_file.yaml"], ["no_such_file.yaml does not exist", "looked at"]),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value[0], str) and "=" in value[0] else "",
+)
+def test_bad_input_is_one_message_and_leaves_nothing(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    assert_refused(call("run", *arguments, "--name", "a", "--out", str(out)), *words)
+    assert not out.exists()
+
+
+def test_corrupt_npz_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.npz"
+    images, labels = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 4
+    np.savez(file, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    file.write_bytes(file.read_bytes()[:-300])
+    result = call("run", "data.name=npz", f"data.root={file}", "--name", "a", "--out", str(tmp_path / "runs"))
+    assert_refused(result, str(file), "cannot be read", "Write it again")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unreadable_yaml_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text("training: {lr: 0.1")
+    result = call("run", str(file), "--name", "a", "--out", str(tmp_path / "runs"))
+    assert result.exit_code == 2
+    assert f"Error: {file} is not readable YAML" in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made by the command."""
+    out = tmp_path_factory.mktemp("cli") / "runs"
+    result = call("run", *SMALL, "--name", "done", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "round 2/2  accuracy 0." in result.output  # line-wise: this is no terminal
+    assert f"tensorboard --logdir {out}" in result.output
+    return out / "done"
+
+
+def test_success_leaves_the_promised_summary(done: Path) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    promised = {"eval/accuracy", "rounds", "seed", "seconds", "method", "dataset", "commit", "versions", "hardware"}
+    assert promised | {"comm/bytes_up", "comm/bytes_down"} <= set(summary)
+    assert set(summary["eval/accuracy"]) == {"last", "best", "mean_last_10"}
+    assert (summary["rounds"], summary["seed"], summary["method"]) == (2, 0, "fedlabel")
+    assert summary["comm/bytes_up"] > 0
+    assert summary["comm/bytes_down"] > 0
+    names = {path.name for path in done.iterdir()}
+    assert {"config.yaml", "partition.json", "partition.png", "metrics.jsonl", "checkpoints"} <= names
+
+
+def test_existing_folder_is_refused_untouched(done: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
+    result = call("run", *SMALL, "--name", "done", "--out", str(done.parent))
+    assert_refused(result, f"{done} exists already", "--name", "--resume")
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before
+
+
+def test_resume_needs_a_name_and_a_run(done: Path) -> None:
+    assert_refused(call("run", "--resume", "--out", str(done.parent)), "--resume needs --name")
+    result = call("run", "--resume", "--name", "other", "--out", str(done.parent))
+    assert_refused(result, "other", "does not exist", "--name")
+    assert [path.name for path in done.parent.iterdir()] == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.lr=0.7", ["training.lr (saved 0.1, now 0.7)", "--name"]),
+        ("method.name=supervised", ["`method.name` (=supervised)", "fedlabel"]),
+        ("num_rounds=1", ["`num_rounds` (=1)", "2 rounds"]),
+    ],
+)
+def test_resume_with_another_configuration_is_refused(override: str, words: list[str], done: Path) -> None:
+    before = (done / "metrics.jsonl").read_bytes()
+    result = call("run", override, "--resume", "--name", "done", "--out", str(done.parent))
+    assert_refused(result, *words)
+    assert (done / "metrics.jsonl").read_bytes() == before
+
+
+def test_corrupt_checkpoint_is_named(tmp_path: Path) -> None:
+    path = run_tiny(tmp_path, "a", "num_rounds=2").path
+    newest = path / "checkpoints" / "round_000002.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resume = ["run", "num_rounds=3", "--resume", "--name", "a", "--out", str(tmp_path)]
+    assert_refused(call(*resume), str(newest), "is damaged", "Delete it")
+    newest.unlink()  # as the message says
+    assert call(*resume).exit_code == 0
+    assert load_checkpoint(path / "checkpoints" / "round_000003.ckpt").round_number == 3
+
+
+def test_run_whose_clients_all_fail_is_status_1_with_its_checkpoint(tmp_path: Path) -> None:
+    broken = "method.name=tests.integration.broken_method:BrokenFromRound2"
+    small = [override for override in SMALL if not override.startswith("method.")]
+    result = call("run", *small, broken, "--name", "a", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Stopped: All 3 clients failed in round 2")
+    assert "ArithmeticError: broken from round 2 on" in line
+    assert str(tmp_path / "a" / "failures.log") in line
+    (checkpoint,) = (tmp_path / "a" / "checkpoints").iterdir()
+    assert load_checkpoint(checkpoint).round_number == 1
+    assert not (tmp_path / "a" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("rate", ["0.0", "1.0"])
+@pytest.mark.parametrize("method", ["fedlabel", "supervised"])
+def test_clients_without_labels_or_without_unlabelled_data(rate: str, method: str, tmp_path: Path) -> None:
+    """Either part may be empty: the phase that would draw from it does not run."""
+    small = [override for override in SMALL if not override.startswith("method.")]
+    overrides = [f"supervision.label_rate={rate}", f"method.name={method}"]
+    result = call("run", *small, *overrides, "--name", "a", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    weights = load_checkpoint(tmp_path / "a" / "checkpoints" / "round_000002.ckpt").model
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_partition_writes_and_plots_without_training(tmp_path: Path) -> None:
+    result = call("partition", "num_clients=4", "--out", str(tmp_path / "p"))
+    assert result.exit_code == 0, result.output
+    assert "4 clients" in result.output
+    written = json.loads((tmp_path / "p" / "partition.json").read_text())
+    assert len(written["clients"]) == 4
+    assert all({"labeled", "unlabeled"} <= set(client) for client in written["clients"])
+    assert (tmp_path / "p" / "partition.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["partition.json", "partition.png"]
+
+
+def test_partition_refuses_what_run_refuses(tmp_path: Path) -> None:
+    assert_refused(call("partition", "num_clients=5000", "--out", str(tmp_path / "p")), "`num_clients` (=5000)")
+    assert not (tmp_path / "p").exists()
+
+
+def test_list_names_everything_that_can_be_chosen() -> None:
+    result = call("list")
+    assert result.exit_code == 0
+    for name in ("fedlabel", "supervised", "digits", "fashion_mnist", "npz", "cnn", "wrn28_2", "weighted_mean", "Krum"):
+        assert f" {name} " in result.output
+
+
+def test_doctor_says_what_would_be_used() -> None:
+    result = call("doctor")
+    assert result.exit_code == 0
+    for word in ("torch", "flwr", "ray", "memory_gib", "device=auto gives"):
+        assert word in result.output
+
+
+def test_same_from_python(done: Path, tmp_path: Path) -> None:
+    result = fedlabel.run(overrides=SMALL, name="a", out=tmp_path)
+    assert result.path == tmp_path / "a"
+    assert result.summary["eval/accuracy"] == json.loads((done / "summary.json").read_text())["eval/accuracy"]
+    assert [row["round"] for row in result.metrics] == [1, 2]
+    with pytest.raises(ValueError, match="exists already"):
+        fedlabel.run(overrides=SMALL, name="a", out=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_itself_reports_by_status(tmp_path: Path) -> None:
+    """As a process: a method of the user's own is found in the working directory, an error is no traceback."""
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedlabel.methods.base import Method, Phase, cross_entropy_on_labels\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Method):\n"
+        "    name: str = 'mine:Mine'\n"
+        "    def phases(self, round_number):\n"
+        "        return (Phase('train', self.loss, labeled=('weak',)),)\n"
+        "    def loss(self, student, teachers, batch):\n"
+        "        return cross_entropy_on_labels(student, batch.labeled)\n"
+    )
+    small = [override for override in SMALL if not override.startswith("method.")]
+    for arguments, status in (["method.name=mine:Mine"], 0), (["method.name=mine:Yours"], 2):
+        done = subprocess.run(
+            fedlabel_command("run", *small, *arguments, "--name", str(status)),
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        assert (tmp_path / "runs" / str(status)).exists() == (status == 0)
