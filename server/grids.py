@@ -5,8 +5,10 @@ All knowledge of Flower that is not in its public documentation is kept in this 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
+import math
 import os
 import sys
 import time
@@ -14,7 +16,7 @@ import traceback
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -87,22 +89,22 @@ class SimulationGrid(Grid):
         message.metadata.__dict__["_message_id"] = str(self._sent)
         return message
 
-    def _context(self, client: int) -> Context:
-        return make_context(client, self.num_clients, self.states.setdefault(client, RecordDict()))
-
 
 def make_context(client: int, num_clients: int, state: RecordDict) -> Context:
-    """Returns the context that a simulated client sees."""
+    """Returns the context that a simulated client sees, with a state of its own to change."""
     node_config: Any = {"partition-id": client, "num-partitions": num_clients}
-    return Context(run_id=1, node_id=client + 1, node_config=node_config, state=state, run_config={})
+    return Context(run_id=1, node_id=client + 1, node_config=node_config, state=copy.deepcopy(state), run_config={})
 
 
-def answer(client_app: ClientApp, message: Message, context: Context) -> Answer:
-    """Lets a client handle a message. An exception becomes an error, as on a SuperNode: it is reported, not hidden."""
+def answer(client_app: ClientApp, message: Message, context: Context) -> tuple[Answer, RecordDict | None]:
+    """Lets a client handle a message; returns its answer and its new state, None where it failed (the old one stays).
+
+    An exception becomes an error, as on a SuperNode: it is reported, not hidden.
+    """
     try:
-        return client_app(message, context).content
+        return client_app(message, context).content, context.state
     except Exception as error:
-        return raised(error)
+        return raised(error), None
 
 
 def raised(error: Exception) -> Error:
@@ -127,8 +129,11 @@ class InProcessGrid(SimulationGrid):
         """See `SimulationGrid`. A client in this process cannot be interrupted: `timeout` is not applied."""
         for message in messages:
             self._number(message)
-            client = message.metadata.dst_node_id - 1
-            yield reply_to(message, answer(self._client_app, message, self._context(client)))
+            context = make_context(_client(message), self.num_clients, self.states.get(_client(message), RecordDict()))
+            result, state = answer(self._client_app, message, context)
+            if state is not None:
+                self.states[_client(message)] = state
+            yield reply_to(message, result)
 
 
 class ClientActor:
@@ -140,8 +145,11 @@ class ClientActor:
         self._num_clients = num_clients
         self._content: tuple[str, RecordDict] | None = None
 
+    def ping(self) -> None:
+        """Returns when the worker is up."""
+
     def handle(self, key: str, content: list[Any], metadata: Any, state: RecordDict) -> tuple[Any, Answer]:
-        """Handles one message; returns (seconds, client state) and the answer, as two objects."""
+        """Handles one message; returns (seconds, client state or None) and the answer, as two objects."""
         import ray
 
         started = time.perf_counter()
@@ -150,8 +158,8 @@ class ClientActor:
         # `metadata=` is Flower's own way to rebuild a message that has travelled.
         message = Message(metadata=metadata, content=self._content[1])  # type: ignore[call-overload]
         context = make_context(metadata.dst_node_id - 1, self._num_clients, state)
-        result = answer(self._client_app, message, context)
-        return (time.perf_counter() - started, context.state), result
+        result, new_state = answer(self._client_app, message, context)
+        return (time.perf_counter() - started, new_state), result
 
 
 class RayGrid(SimulationGrid):
@@ -179,6 +187,7 @@ class RayGrid(SimulationGrid):
         }
         if self._started_ray:
             ray.init(
+                address=os.environ.get("RAY_ADDRESS", "local"),  # not a cluster that someone else started here
                 num_cpus=None if os.environ.get("RAY_ADDRESS") else num_workers,
                 include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
                 logging_level=logging.ERROR,
@@ -186,81 +195,111 @@ class RayGrid(SimulationGrid):
             )
         gpus = 1.0 / num_workers if use_gpu else 0.0
         remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env=environment)(ClientActor)
-        self._start_actor = lambda: remote.remote(client_app, num_clients)
-        self._actors: list[Any] = [self._start_actor() for _ in range(min(num_workers, num_clients))]
+        self._new_actor = lambda: remote.remote(client_app, num_clients)
+        self._actors: dict[int, Any] = {}
+        self._starting: dict[Any, int] = {}
+        """Reference that is ready when the worker is -> worker."""
+        self._idle: list[int] = []
         self._seconds: dict[int, float] = {}
+        """Client -> how long its last training took."""
+        for actor in range(min(num_workers, num_clients)):
+            self._start(actor)
 
     def __enter__(self) -> RayGrid:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
+        for actor in self._actors.values():
             self._ray.kill(actor)
         if self._started_ray:
             self._ray.shutdown()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """See `SimulationGrid`. A client that has not answered `timeout` seconds after the start of the call has
-        failed; its worker is stopped and replaced.
+        """See `SimulationGrid`. A client that has not answered `timeout` seconds after it was given to a worker has
+        failed; the worker is stopped and replaced, and the others go on.
         """
         sent = [self._number(message) for message in messages]
-        deadline = None if timeout is None else time.monotonic() + timeout
         contents = {id(message.content): message.content for message in sent}
         shared = {key: self._ray.put(content) for key, content in contents.items()}
         # Longest first; clients never seen count as long.
-        queue = deque(
-            sorted(range(len(sent)), key=lambda i: -self._seconds.get(sent[i].metadata.dst_node_id - 1, float("inf")))
-        )
-        idle = list(range(len(self._actors)))
-        running: dict[Any, tuple[int, int, Any]] = {}
+        queue = deque(sorted(range(len(sent)), key=lambda i: -self._seconds.get(_client(sent[i]), float("inf"))))
+        running: dict[Any, _Task] = {}
         finished: dict[int, Any] = {}
         due = 0
         while due < len(sent):
-            while idle and queue:
-                actor, position = idle.pop(), queue.popleft()
-                message = sent[position]
-                client = message.metadata.dst_node_id - 1
-                reference = shared[id(message.content)]
-                about, result = (
-                    self._actors[actor]
-                    .handle.options(num_returns=2)
-                    .remote(
-                        reference.hex(), [reference], message.metadata, self.states.setdefault(client, RecordDict())
-                    )
-                )
-                running[about] = (position, actor, result)
+            while self._idle and queue:
+                task = self._send(queue.popleft(), sent, shared, timeout)
+                running[task.about] = task
             while due in finished:  # after the idle have got work: the server adds this up meanwhile
                 result = finished.pop(due)
                 content = result if isinstance(result, Error) else self._ray.get(result)
                 del result
                 yield reply_to(sent[due], content)
                 due += 1
-            if not running:
-                continue
-            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _ = self._ray.wait(list(running), num_returns=1, timeout=wait)
-            if not ready:
-                late = Error(ErrorCode.NODE_UNAVAILABLE, f"TimeoutError: no answer within {timeout:g} s")
-                for position, actor, _ in running.values():
-                    self._replace(actor)
-                    idle.append(actor)
-                    finished[position] = late
-                finished.update(dict.fromkeys(queue, late))
-                running.clear()
-                queue.clear()
-            for about in ready:
-                position, actor, result = running.pop(about)
-                client = sent[position].metadata.dst_node_id - 1
-                try:
-                    self._seconds[client], self.states[client] = self._ray.get(about)
-                    finished[position] = result
-                except self._ray.exceptions.RayActorError as error:
-                    finished[position] = Error(ErrorCode.CLIENT_APP_CRASHED, f"WorkerDied: {error}".split("\n")[0])
-                    self._replace(actor)
-                except self._ray.exceptions.RayTaskError as error:
-                    finished[position] = raised(error)
-                idle.append(actor)
+            if due == len(sent):
+                break
+            soonest = min((task.deadline for task in running.values()), default=math.inf)
+            wait = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+            ready, _ = self._ray.wait([*running, *self._starting], num_returns=1, timeout=wait)
+            for reference in ready:
+                if reference in self._starting:
+                    self._idle.append(self._starting.pop(reference))
+                    self._ray.get(reference)  # a worker that cannot start stops the run
+                else:
+                    task = running.pop(reference)
+                    finished[task.position] = self._take(task, sent[task.position])
+            for task in [task for task in running.values() if not ready and task.deadline <= time.monotonic()]:
+                del running[task.about]
+                self._replace(task.actor)
+                late = f"TimeoutError: no answer within {timeout:g} s"
+                finished[task.position] = Error(ErrorCode.NODE_UNAVAILABLE, late)
+
+    def _send(self, position: int, sent: list[Message], shared: dict[int, Any], timeout: float | None) -> _Task:
+        """Gives message number `position` to an idle worker."""
+        actor, message = self._idle.pop(), sent[position]
+        reference = shared[id(message.content)]
+        state = self.states.get(_client(message), RecordDict())
+        handle = self._actors[actor].handle.options(num_returns=2)
+        about, result = handle.remote(reference.hex(), [reference], message.metadata, state)
+        return _Task(about, result, position, actor, math.inf if timeout is None else time.monotonic() + timeout)
+
+    def _take(self, task: _Task, message: Message) -> Any:
+        """Takes in what a worker finished: a reference to the answer, or an error."""
+        try:
+            seconds, state = self._ray.get(task.about)
+        except self._ray.exceptions.RayActorError as error:
+            self._replace(task.actor)
+            return Error(ErrorCode.CLIENT_APP_CRASHED, f"WorkerDied: {error}".split("\n")[0])
+        except self._ray.exceptions.RayTaskError as error:
+            self._idle.append(task.actor)
+            return raised(error)
+        self._idle.append(task.actor)
+        if message.metadata.message_type == "train":
+            self._seconds[_client(message)] = seconds
+        if state is not None:
+            self.states[_client(message)] = state
+        return task.result
+
+    def _start(self, actor: int) -> None:
+        self._actors[actor] = self._new_actor()
+        self._starting[self._actors[actor].ping.remote()] = actor
 
     def _replace(self, actor: int) -> None:
         self._ray.kill(self._actors[actor])
-        self._actors[actor] = self._start_actor()
+        self._start(actor)
+
+
+class _Task(NamedTuple):
+    """A message that a worker is busy with."""
+
+    about: Any
+    """Reference to (seconds, client state)."""
+    result: Any
+    """Reference to the answer."""
+    position: int
+    actor: int
+    deadline: float
+
+
+def _client(message: Message) -> int:
+    return message.metadata.dst_node_id - 1

@@ -17,6 +17,7 @@ from fedlabel.hardware import describe_hardware, source_commit, versions
 from fedlabel.methods.base import StateDict
 from fedlabel.metrics import Counts, add_counts, means, pseudo_label_metrics, ratio
 from fedlabel.tracking import RunFolder, summarize
+from server.strategy import decode
 
 PANEL_EVERY = 10
 """Evaluations between two panels of pseudo-labelled samples."""
@@ -78,17 +79,21 @@ class RoundTally:
         weights = {key: value for key, value in metrics.items() if key == "num-examples" or key.startswith("weight/")}
         if "num-examples" not in weights:
             return "BadReply: its metrics lack `num-examples`"
-        for key, value in weights.items():
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                return f"BadReply: `{key}` (={value}) must be a finite number of at least 0"
+        for key, weight in weights.items():
+            if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                return f"BadReply: `{key}` (={weight}) must be a finite number of at least 0"
         prefixes = [f"{key.removeprefix('weight/')}/" for key in weights if key != "num-examples"] or [""]
         expected = {prefix + name: shape for prefix in prefixes for name, shape in self._shapes.items()}
         if found := set(expected) ^ set(arrays):
             return f"BadReply: its model lacks, or has beside the global model's arrays, {', '.join(sorted(found)[:3])}"
         for name, array in arrays.items():
-            if tuple(array.shape) != expected[name]:
-                return f"BadReply: {name} of its model has shape {tuple(array.shape)}, not {expected[name]}"
-            if not np.isfinite(array.numpy()).all():
+            try:
+                value = decode(array)
+            except ValueError as error:
+                return f"BadReply: {name} of its model cannot be read: {error}"
+            if value.shape != expected[name]:
+                return f"BadReply: {name} of its model has shape {value.shape}, not {expected[name]}"
+            if not np.isfinite(value).all():
                 return f"NotFinite: {name} of its model holds NaN or infinity"
         numbers = [*_lists(content, "sums").values(), *_lists(content, "counts").values()]
         if not all(np.isfinite(values).all() for values in numbers):

@@ -29,7 +29,7 @@ def shared_ray() -> Iterator[None]:
     import ray
 
     with unclosed_ignored():
-        ray.init(num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     yield
     with unclosed_ignored():
         ray.shutdown()

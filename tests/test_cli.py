@@ -54,7 +54,10 @@ def assert_refused(result: Result, *words: str) -> None:
         (["device=tpu"], ["`device` (=tpu)", "auto, cpu, cuda"]),
         (["data.name=cifar10", "data.root=/nonexistent"], ["/nonexistent", "data.root", "data.download=true"]),
         (["num_clients=5000"], ["`num_clients` (=5000)", "training samples"]),
-        (["num_clients=700", "partition.min_samples=50"], ["`num_clients`", "`partition.min_samples`", "35000 samples"]),
+        (
+            ["num_clients=700", "partition.min_samples=50"],
+            ["`num_clients`", "`partition.min_samples`", "35000 samples"],
+        ),
         (
             ["partition.kind=classes_per_client", "partition.classes_per_client=50"],
             ["`partition.classes_per_client` (=50)", "10"],

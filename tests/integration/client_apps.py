@@ -31,12 +31,17 @@ def _round(message: Message) -> int:
     return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
 
 
-def always_raise(message: Message, context: Context) -> Message:
+def _always_raise(message: Message, context: Context) -> Message:
     raise RuntimeError("this client always raises")
 
 
 def _raise_from_round_2(message: Message, context: Context) -> Message:
-    return train(message, context) if _round(message) == 1 else always_raise(message, context)
+    return train(message, context) if _round(message) == 1 else _always_raise(message, context)
+
+
+def _raise_in_round_1(message: Message, context: Context) -> Message:
+    """Fails as long as `_die_in_round_1` does."""
+    return train(message, context) if _round(message) > 1 else _always_raise(message, context)
 
 
 def _nan(message: Message, context: Context) -> Message:
@@ -49,7 +54,9 @@ def _nan(message: Message, context: Context) -> Message:
     return reply
 
 
-def _die(message: Message, context: Context) -> Message:
+def _die_in_round_1(message: Message, context: Context) -> Message:
+    if _round(message) > 1:
+        return train(message, context)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("unreachable")
 
@@ -65,7 +72,8 @@ def _count(message: Message, context: Context) -> Message:
 
 
 healthy = by_client({})
-two_fail = by_client({1: always_raise, 3: _nan})
-three_fail = by_client({1: always_raise, 2: _die, 3: _nan})
+two_fail = by_client({1: _always_raise, 3: _nan})
+three_fail = by_client({1: _always_raise, 2: _die_in_round_1, 3: _nan})
+three_fail_alive = by_client({1: _always_raise, 2: _raise_in_round_1, 3: _nan})
 all_fail_from_round_2 = by_client({}, default=_raise_from_round_2)
 counting = by_client({}, default=_count)

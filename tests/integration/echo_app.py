@@ -16,8 +16,8 @@ def train(message: Message, context: Context) -> Message:
     """Counts its calls in `context.state`; the client that is told to, sleeps or raises."""
     order = message.content.config_records["order"]
     client = int(context.node_config["partition-id"])
-    calls = int(context.state.config_records["memory"]["calls"]) + 1 if len(context.state) else 1  # type: ignore[arg-type]
-    context.state["memory"] = ConfigRecord({"calls": calls})
+    memory = context.state.config_records.setdefault("memory", ConfigRecord({"calls": 0}))
+    memory["calls"] = calls = int(memory["calls"]) + 1  # type: ignore[arg-type]  # changed in place
     if order.get("raises") == client:
         raise KeyError("told to")
     if order.get("sleeps") == client:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.clientapp import ClientApp
 
 from fedlabel.config import ExperimentConfig, load_config, to_yaml
 from fedlabel.experiment import open_experiment
@@ -25,8 +25,23 @@ def tiny(*overrides: str) -> ExperimentConfig:
     return load_config([], [*TINY, *overrides])
 
 
-def run_with(app: ClientApp, config: ExperimentConfig, path: Path) -> dict[str, object]:
-    return run_federation(config, InProcessGrid(app, config.num_clients), path)
+def run_with(app: str, config: ExperimentConfig, path: Path, kind: str = "in_process", resume: bool = False) -> None:
+    """Runs with one of the apps in `client_apps`, on Ray with one worker."""
+    if kind == "in_process":
+        grid = InProcessGrid(getattr(client_apps, app), config.num_clients)
+        run_federation(config, grid, path, resume)
+    else:
+        name = f"tests.integration.client_apps:{app}"
+        with RayGrid(name, config.num_clients, 1, use_gpu=False) as ray_grid:
+            run_federation(config, ray_grid, path, resume)
+
+
+@pytest.fixture(params=["in_process", pytest.param("ray", marks=pytest.mark.slow)])
+def kind(request: pytest.FixtureRequest) -> str:
+    """In which way clients are simulated."""
+    if request.param == "ray":
+        request.getfixturevalue("shared_ray")
+    return str(request.param)
 
 
 def failures(path: Path) -> list[str]:
@@ -34,7 +49,7 @@ def failures(path: Path) -> list[str]:
 
 
 def test_failures_are_reported_and_counted(tmp_path: Path) -> None:
-    result = run_with(client_apps.two_fail, tiny(*ALL_TRAIN), tmp_path / "run")
+    run_with("two_fail", tiny(*ALL_TRAIN), tmp_path / "run")
     first = next(iter(final_weights(tmp_path / "run")))
     assert failures(tmp_path / "run") == [
         "Round 1, client 1: RuntimeError: this client always raises",
@@ -42,14 +57,14 @@ def test_failures_are_reported_and_counted(tmp_path: Path) -> None:
         "Round 2, client 1: RuntimeError: this client always raises",
         f"Round 2, client 3: NotFinite: {first} of its model holds NaN or infinity",
     ]
-    assert "in always_raise" in (tmp_path / "run" / "failures.log").read_text()  # the traceback
+    assert "in _always_raise" in (tmp_path / "run" / "failures.log").read_text()  # the traceback
     assert [row["system/failed_clients"] for row in read_metrics(tmp_path / "run")] == [2, 2]
-    assert result["system/failed_clients"] == 4
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["system/failed_clients"] == 4
 
 
 def test_round_goes_on_with_the_mean_of_the_rest(tmp_path: Path) -> None:
     config = tiny("fraction_train=1.0", "num_rounds=1")
-    run_with(client_apps.two_fail, config, tmp_path / "run")
+    run_with("two_fail", config, tmp_path / "run")
     experiment = open_experiment(to_yaml(config))
     parts = [experiment.train(client, experiment.initial_state, 1).parts["model"] for client in (0, 2, 4)]
     total = sum(part.weight for part in parts)
@@ -63,35 +78,28 @@ def test_round_goes_on_with_the_mean_of_the_rest(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_worker_that_dies_fails_its_client_only(shared_ray: None, tmp_path: Path) -> None:
     config = tiny(*ALL_TRAIN)
-    with RayGrid("tests.integration.client_apps:three_fail", 5, 2, use_gpu=False) as grid:
-        run_federation(config, grid, tmp_path / "ray")
-    for round_number in (1, 2):
-        lines = [line for line in failures(tmp_path / "ray") if line.startswith(f"Round {round_number}, ")]
-        starts = ["1: RuntimeError: this client", "2: WorkerDied: ", "3: NotFinite: "]
-        assert len(lines) == 3
-        for line, start in zip(lines, starts, strict=True):
-            assert line.startswith(f"Round {round_number}, client {start}")
-    assert [row["system/failed_clients"] for row in read_metrics(tmp_path / "ray")] == [3, 3]
-    # The two that are left give what they give in one process.
-    alone = client_apps.by_client({client: client_apps.always_raise for client in (1, 2, 3)})
-    run_with(alone, config, tmp_path / "alone")
-    assert_same_weights(final_weights(tmp_path / "ray"), final_weights(tmp_path / "alone"))
+    run_with("three_fail", config, tmp_path / "ray", "ray")
+    starts = [
+        "Round 1, client 1: RuntimeError: this client always raises",
+        "Round 1, client 2: WorkerDied: ",
+        "Round 1, client 3: NotFinite: ",
+        "Round 2, client 1: RuntimeError: this client always raises",  # client 2 is back, in a new worker
+        "Round 2, client 3: NotFinite: ",
+    ]
+    for line, start in zip(failures(tmp_path / "ray"), starts, strict=True):
+        assert line.startswith(start)
+    assert [row["system/failed_clients"] for row in read_metrics(tmp_path / "ray")] == [3, 2]
+    # The others give what they give in one process.
+    run_with("three_fail_alive", config, tmp_path / "alone")
+    assert_same_run(tmp_path / "ray", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("kind", ["in_process", pytest.param("ray", marks=pytest.mark.slow)])
-def test_all_failed_stops_the_run_with_its_checkpoint(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_all_failed_stops_the_run_with_its_checkpoint(kind: str, tmp_path: Path) -> None:
     config = tiny(*ALL_TRAIN, "num_rounds=3")
     message = r"All 5 clients failed in round 2, .*checkpoints stay.*Round 2, client 0: RuntimeError: this client"
     path = tmp_path / "run"
     with pytest.raises(RunError, match=message):
-        if kind == "ray":
-            request.getfixturevalue("shared_ray")
-            with RayGrid("tests.integration.client_apps:all_fail_from_round_2", 5, 1, use_gpu=False) as grid:
-                run_federation(config, grid, path)
-        else:
-            run_with(client_apps.all_fail_from_round_2, config, path)
+        run_with("all_fail_from_round_2", config, path, kind)
     assert [row["round"] for row in read_metrics(path)] == [1]
     assert not (path / "summary.json").exists()
     assert len(failures(path)) == 5
@@ -102,23 +110,11 @@ def test_all_failed_stops_the_run_with_its_checkpoint(
     assert_same_run(resumed, run_tiny(tmp_path, "whole", *ALL_TRAIN, "num_rounds=3").path)
 
 
-@pytest.mark.parametrize("kind", ["in_process", pytest.param("ray", marks=pytest.mark.slow)])
-def test_client_state_is_kept_between_rounds_and_over_a_resume(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_client_state_is_kept_between_rounds_and_over_a_resume(kind: str, tmp_path: Path) -> None:
     """Every client trains in every round and reports how often it has: 1, 2, 3, 4, also if the run is cut in two."""
-
-    def run(config: ExperimentConfig, resume: bool) -> None:
-        if kind == "ray":
-            request.getfixturevalue("shared_ray")
-            with RayGrid("tests.integration.client_apps:counting", 3, 2, use_gpu=False) as grid:
-                run_federation(config, grid, tmp_path / "run", resume)
-        else:
-            run_federation(config, InProcessGrid(client_apps.counting, 3), tmp_path / "run", resume)
-
     overrides = ("num_clients=3", "fraction_train=1.0")
-    run(tiny(*overrides, "num_rounds=2"), resume=False)
-    run(tiny(*overrides, "num_rounds=4"), resume=True)
+    run_with("counting", tiny(*overrides, "num_rounds=2"), tmp_path / "run", kind)
+    run_with("counting", tiny(*overrides, "num_rounds=4"), tmp_path / "run", kind, resume=True)
     assert [row["train/times_seen"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
@@ -126,7 +122,7 @@ def test_round_without_usable_samples_keeps_the_model(tmp_path: Path) -> None:
     """No labels at all: nothing to learn from, no division by zero, and no failure."""
     text = [override for override in TINY if not override.startswith("method.")]
     config = load_config([], [*text, "method.name=supervised", "supervision.label_rate=0.0", "num_rounds=2"])
-    run_with(client_apps.healthy, config, tmp_path / "run")
+    run_with("healthy", config, tmp_path / "run")
     assert_same_weights(final_weights(tmp_path / "run"), open_experiment(to_yaml(config)).initial_state)
     assert all(np.isfinite(row["eval/accuracy"]) for row in read_metrics(tmp_path / "run"))
     assert all(value.dtype == torch.float32 for value in final_weights(tmp_path / "run").values())

@@ -38,9 +38,7 @@ def run_method(out: Path, name: str, method: str) -> Path:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_labels_poisoned_in_the_evaluators_hands(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_poisoned_in_the_evaluators_hands(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     normal = run_method(tmp_path, "normal", method)
     asked = []
 
@@ -53,7 +51,7 @@ def test_labels_poisoned_in_the_evaluators_hands(
     assert_same_weights(final_weights(path), final_weights(normal))
     if any("pseudo/accuracy" in row for row in read_metrics(normal)):
         assert asked
-        assert all(row["pseudo/accuracy"] in (0.0, None) for row in read_metrics(path))
+        assert not any("pseudo/accuracy" in row for row in read_metrics(path))  # nobody knows it now
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -16,9 +16,7 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_ray_gives_the_same_as_in_process(
-    in_process: Path, num_workers: int, shared_ray: None, tmp_path: Path
-) -> None:
+def test_ray_gives_the_same_as_in_process(in_process: Path, num_workers: int, shared_ray: None, tmp_path: Path) -> None:
     path = run_tiny(tmp_path, "ray", "grid.kind=ray", f"grid.num_workers={num_workers}").path
     assert_same_run(path, in_process)
 
@@ -34,5 +32,5 @@ def test_the_run_uses_both_experts(in_process: Path) -> None:
     """The tiny run is worth comparing: labels, both experts and all clients' models enter it."""
     rows = comparable_metrics(in_process)
     assert any(0 < row["pseudo/from_global"] < 1 for row in rows)
-    assert all(0 < row["pseudo/coverage"] for row in rows)
+    assert all(row["pseudo/coverage"] > 0 for row in rows)
     assert all(value.isfinite().all() for value in final_weights(in_process).values())

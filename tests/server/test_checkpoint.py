@@ -84,7 +84,7 @@ def test_damaged_newest_can_be_deleted(tmp_path: Path) -> None:
 
 
 def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint in .*nothing to resume.*--name"):
+    with pytest.raises(CheckpointError, match="There is no run in .*nothing to resume.*--name"):
         latest_checkpoint(tmp_path, load_config(), {})
 
 

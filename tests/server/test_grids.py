@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from server.grids import InProcessGrid, RayGrid, SimulationGrid
 from tests.integration import echo_app
+from tests.integration.processes import wait_until
 
 CLIENTS = 5
 
@@ -70,6 +71,12 @@ def test_state_is_each_clients_own_and_kept(grid: SimulationGrid) -> None:
     assert [echo(reply)["calls"] for reply in ask(grid, [0, 1, 2, 3])] == [2, 3, 2, 1]
 
 
+def test_a_client_that_fails_keeps_the_state_it_had(grid: SimulationGrid) -> None:
+    ask(grid, [1])
+    assert ask(grid, [1], raises=1)[0].has_error()
+    assert echo(ask(grid, [1])[0])["calls"] == 2
+
+
 def test_state_can_be_saved_and_put_back(grid: SimulationGrid) -> None:
     ask(grid, [1, 3])
     saved = grid.dump_states()
@@ -107,13 +114,8 @@ def test_late_client_fails_and_its_worker_is_replaced(ray_grid: RayGrid) -> None
     assert time.monotonic() - started < 30
     assert [reply.has_error() for reply in replies] == [False, False, False, True, False]
     assert replies[3].error.reason == "TimeoutError: no answer within 5 s"
-    after = {echo(reply)["process"] for _ in range(3) for reply in ask(ray_grid, [0, 1, 2, 3, 4])}
-    assert after - before  # a new process has taken part
-    assert len(ray_grid._actors) == 2
 
+    def a_new_process_takes_part() -> bool:
+        return bool({echo(reply)["process"] for reply in ask(ray_grid, [0, 1, 2, 3, 4])} - before)
 
-@pytest.mark.slow
-def test_all_are_late(ray_grid: RayGrid) -> None:
-    replies = ask(ray_grid, [3, 0], timeout=0.0)
-    assert [reply.has_error() for reply in replies] == [True, True]
-    assert [echo(reply)["client"] for reply in ask(ray_grid, [3, 0])] == [3, 0]
+    wait_until(a_new_process_takes_part, 60, "the worker was not replaced", every=0.1)

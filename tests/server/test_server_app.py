@@ -37,7 +37,7 @@ class Nodes(SimulationGrid):
             yield Message(RecordDict({"identity": answer}), reply_to=message)
 
 
-CONFIG = load_config([], ["num_clients=3", "grid.timeout=0.7"])
+CONFIG = load_config([], ["num_clients=3", "grid.connect_timeout=0.7"])
 
 
 def test_clients_are_found_by_what_nodes_say() -> None:
@@ -49,7 +49,7 @@ def test_clients_are_found_by_what_nodes_say() -> None:
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (Nodes([0, 1]), r"Only 2 of `num_clients` \(=3\) nodes connected within `grid.timeout` \(=0.7 s\)"),
+        (Nodes([0, 1]), r"Only 2 of `num_clients` \(=3\) nodes connected within `grid.connect_timeout` \(=0.7 s\)"),
         (Nodes([0, 1, 1]), "Nodes 2 and 3 both have partition-id 1; give each its own"),
         (Nodes([0, 1, 5]), r"No node has partition-id 2 \(1 of 3 are missing\)"),
         (Nodes([0, 1, 2], source="0123"), rf"Node 1 runs other code \(hash 0123, here {source_hash()}\)"),

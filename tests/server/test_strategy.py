@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam
 
 from fedlabel.config import ConfigError, StrategyConfig
@@ -17,6 +17,7 @@ from server.strategy import (
     aggregate,
     build_strategy,
     configure_round,
+    decode,
     restore_strategy,
     sample_cohort,
     strategy_names,
@@ -34,7 +35,7 @@ def reply(arrays: dict[str, float], metrics: dict[str, float]) -> Message:
         }
     )
     for name, value in arrays.items():
-        content["arrays"][name] = __import__("flwr.app", fromlist=["Array"]).Array(np.asarray(value, dtype=np.float32))
+        content["arrays"][name] = Array(np.asarray(value, dtype=np.float32))
     return Message(content, dst_node_id=1, message_type="train")
 
 
@@ -131,7 +132,6 @@ def test_every_listed_strategy_aggregates_finite_weights() -> None:
             "num_sampled_clients": 5,
         },
         "DifferentialPrivacyServerSideAdaptiveClipping": {"noise_multiplier": 0.0, "num_sampled_clients": 5},
-        "FedProx": {"proximal_mu": 0.0},
     }
     for name in strategy_names():
         if name == "DifferentialPrivacyServerSideAdaptiveClipping":
@@ -168,7 +168,22 @@ def test_memory_of_a_strategy_survives_a_checkpoint() -> None:
 def test_strategy_errors_name_key_and_choices() -> None:
     with pytest.raises(ConfigError, match=r"`strategy.name` \(=FedAdams\) must be one of weighted_mean, .*FedAdam"):
         build_strategy(StrategyConfig("FedAdams"))
+    with pytest.raises(ConfigError, match="FedProx is a term of the local loss: set method.prox_mu"):
+        build_strategy(StrategyConfig("FedProx"))
+    with pytest.raises(ConfigError, match="has weighted_by_key, which FedAdam does not take"):
+        build_strategy(StrategyConfig("FedAdam", {"weighted_by_key": "x"}))
     with pytest.raises(ConfigError, match="has etaa, which FedAdam does not take; allowed: .*eta"):
         build_strategy(StrategyConfig("FedAdam", {"etaa": 1}))
     with pytest.raises(ConfigError, match="does not fit FedTrimmedAvg: .*beta"):
         build_strategy(StrategyConfig("FedTrimmedAvg", {"beta": 0.9}))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.float32(3.5), np.zeros((0, 2)), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array([1, 2], ">i4")],
+    ids=["scalar", "empty", "fortran", "big-endian"],
+)
+def test_decode_gives_what_flower_gives(value: np.ndarray) -> None:
+    array = Array(np.asarray(value))
+    np.testing.assert_array_equal(decode(array), array.numpy())
+    assert decode(array).dtype == array.numpy().dtype
