@@ -1,0 +1,52 @@
+"""Resuming without any process killed for it: stop in the middle, go on, compare. Real kills: tests/integration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import fedlabel
+from fedlabel.cli import run_experiment
+
+TINY = ["num_clients=4", "num_rounds=3", "fraction_train=0.5", "training.local_steps=2", "evaluation.panel_samples=0"]
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("system/round")} for row in found]
+
+
+def stop_at(round_number: int, out: Path, *overrides: str) -> None:
+    def on_round(done: int, metrics: Mapping[str, float]) -> None:
+        if done == round_number:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment([], [*TINY, *overrides], name="x", out=out, on_round=on_round)
+
+
+@pytest.mark.parametrize("every", [1, 2, 50], ids=["each round", "each second", "none yet"])
+def test_stopped_run_goes_on_to_the_same_metrics(tmp_path: Path, every: int) -> None:
+    whole = fedlabel.run([], [*TINY, f"checkpoint.every={every}"], name="whole", out=tmp_path)
+    stop_at(2, tmp_path, f"checkpoint.every={every}")
+    resumed = fedlabel.run(name="x", out=tmp_path, resume=True)
+    assert rows(resumed.path) == rows(whole.path)
+    assert (resumed.path / "partition.json").read_text() == (whole.path / "partition.json").read_text()
+
+
+def test_finished_run_can_be_given_more_rounds_and_remembers_them(tmp_path: Path) -> None:
+    fedlabel.run([], TINY, name="x", out=tmp_path)
+    longer = fedlabel.run([], ["num_rounds=4"], name="x", out=tmp_path, resume=True)
+    assert [row["round"] for row in rows(longer.path)] == [1, 2, 3, 4]
+    assert "num_rounds: 4" in (longer.path / "config.yaml").read_text()
+    again = fedlabel.run([], [], name="x", out=tmp_path, resume=True)
+    assert again.summary["rounds"] == 4
+
+
+def test_number_of_threads_may_not_change(tmp_path: Path) -> None:
+    fedlabel.run([], TINY, name="x", out=tmp_path)
+    with pytest.raises(ValueError, match=r"grid.threads_per_worker \(saved 1, now 2\)"):
+        fedlabel.run([], ["grid.threads_per_worker=2"], name="x", out=tmp_path, resume=True)
