@@ -23,7 +23,7 @@ TINY = (
     "model.name=mlp",
     "training.local_steps=3",
     "training.batch_size=8",
-    "method.confidence_threshold=0.2",  # so that both experts are used from the first round on
+    "method.confidence_threshold=0.1",  # so that both experts are used from the first round on
     "evaluation.panel_samples=0",
     "device=cpu",
 )
