@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
 from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel
-from fedlabel.hardware import describe_hardware, source_commit, versions
+from fedlabel.hardware import describe_hardware, source_commit, source_hash, versions
 from fedlabel.methods.base import StateDict
 from fedlabel.metrics import Counts, add_counts, means, pseudo_label_metrics, ratio
 from fedlabel.tracking import RunFolder, summarize
@@ -200,6 +200,7 @@ def summary(folder: RunFolder, experiment: Experiment) -> dict[str, object]:
         "train/passes": int(total["train/passes"][0]),
         "system/failed_clients": int(total["system/failed_clients"][0]),
         "commit": source_commit(),
+        "source_hash": source_hash(),
         "versions": versions(),
         "hardware": describe_hardware(experiment.device),
         "command": sys.argv,
