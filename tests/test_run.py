@@ -1,0 +1,81 @@
+"""A whole run through the public door: what it leaves, and what TensorBoard will find in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import fedlabel
+from fedlabel.cli import RunResult
+from fedlabel.config import load_config
+from fedlabel.experiment import Experiment
+
+TINY = ["num_clients=4", "num_rounds=2", "fraction_train=0.5", "training.local_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    overrides = [*TINY, "method.confidence_threshold=0.1"]  # untrained models: let some pass
+    return fedlabel.run(overrides=overrides, name="run", out=tmp_path_factory.mktemp("runs"))
+
+
+def test_tensorboard_finds_every_tag(result: RunResult) -> None:
+    events = EventAccumulator(str(result.path), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {
+        "train/loss",
+        "train/loss_supervised",
+        "train/loss_unsupervised",
+        "pseudo/coverage",
+        "pseudo/accuracy",
+        "pseudo/from_global",
+        "eval/accuracy",
+        "eval/loss",
+        "eval/mean_client_accuracy",
+        "eval/worst_client_accuracy",
+        "eval/worst_10pct_client_accuracy",
+        "eval/jain_index",
+        "system/round_seconds",
+        "system/failed_clients",
+        "comm/bytes_up",
+        "comm/bytes_down",
+    } <= set(tags["scalars"])
+    assert {"eval/class_accuracy", "eval/client_accuracy", "pseudo/client_coverage", "pseudo/class_accuracy"} <= set(
+        tags["histograms"]
+    )
+    assert {"partition", "eval/confusion", "eval/clients", "pseudo/samples"} == set(tags["images"])
+    assert "config/text_summary" in tags["tensors"]
+    assert not set(tags["images"]) & set(tags["histograms"])  # TensorBoard shows a tag under one plugin only
+    for row in result.metrics:
+        logged = {event.step: event.value for event in events.Scalars("eval/accuracy")}
+        assert logged[row["round"]] == pytest.approx(row["eval/accuracy"])
+
+
+def test_summary_holds_what_scripts_rely_on(result: RunResult) -> None:
+    summary = json.loads((result.path / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary))
+    assert set(summary["eval/accuracy"]) == {"last", "best", "mean_last_10"}
+    assert summary["eval/accuracy"]["last"] == result.metrics[-1]["eval/accuracy"]
+    assert (summary["rounds"], summary["seed"], summary["method"], summary["dataset"]) == (2, 0, "fedlabel", "digits")
+    assert {"seconds", "commit", "versions", "hardware", "comm/bytes_up", "comm/bytes_down"} <= set(summary)
+
+
+def test_check_9_upload_is_one_model_and_a_few_scalars(result: RunResult) -> None:
+    """Two clients a round, float32 weights; npy headers (128 bytes an array) and counts are the small rest."""
+    state = Experiment(load_config([], TINY)).initial_state
+    model = sum(4 * value.numel() for value in state.values())
+    small = len(state) * 200 + 2000
+    for row in result.metrics:
+        assert 2 * model < row["comm/bytes_up"] < 2 * (model + small)
+        assert 2 * model < row["comm/bytes_down"] < 2 * (model + small)
+
+
+def test_what_is_evaluated_on_does_not_touch_training(tmp_path: Path) -> None:
+    validation = fedlabel.run(overrides=[*TINY, "evaluation.split=validation"], name="v", out=tmp_path)
+    test = fedlabel.run(overrides=[*TINY, "evaluation.split=test"], name="t", out=tmp_path)
+    assert [row["train/loss"] for row in validation.metrics] == [row["train/loss"] for row in test.metrics]
+    assert [row["eval/loss"] for row in validation.metrics] != [row["eval/loss"] for row in test.metrics]
