@@ -90,6 +90,12 @@ def build_federation(
         mask = np.ones(len(labels), dtype=bool)
     else:
         mask = labeled_mask(labels, parts, dataset.num_classes, supervision, seed)
+        if not mask.any():
+            raise ValueError(
+                f"`supervision` ({supervision}) leaves no label at any of `num_clients` (={num_clients}) clients of "
+                f"{min(map(len, parts))} to {max(map(len, parts))} samples; raise supervision.label_rate, or set "
+                "supervision.labels_per_client, labels_per_class or labels_total."
+            )
     split = dataset.validation if evaluation_split == "validation" else dataset.test
     if len(split.labels) == 0:
         raise ValueError(
