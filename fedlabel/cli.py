@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.experiment import open_experiment
@@ -62,6 +62,10 @@ def run_experiment(
     resolved = _resolve(config, overrides, Path(out) / name / "config.yaml" if resume and name else None)
     if resume and name is None:
         raise ConfigError("--resume needs --name: which run folder to go on with.")
+    if name is not None and (not name or Path(name).name != name):
+        raise ConfigError(
+            f"--name (={name}) must be the name of one folder, without a slash; --out says where it goes."
+        )
     path = Path(out) / (name or default_name(resolved))
     if not resume and path.exists():
         raise ConfigError(f"{path} exists already; give another --name, or --resume to go on with it.")
@@ -125,7 +129,7 @@ def run(
             values = result.summary[key]
             table.add_row(key, *(f"{values[column]:.4f}" for column in ("last", "best", "mean_last_10")))
     console.print(table)
-    console.print(f"{result.summary['rounds']} rounds, {result.summary['seconds']:.1f} s. Look closer:")
+    console.print(f"{result.summary['rounds']} rounds, {result.summary['seconds']:.1f} s in rounds. Look closer:")
     console.print(f"  tensorboard --logdir {result.path.parent}", soft_wrap=True, highlight=False)
 
 
@@ -173,7 +177,7 @@ def list_all() -> None:
         | dict.fromkeys(strategy_names()[1:], "Flower's"),
     }
     for key, rows in sections.items():
-        table = Table(key, "what")
+        table = Table(Column(key, no_wrap=True, min_width=max(map(len, rows))), "what")
         for name, description in rows.items():
             table.add_row(name, description)
         console.print(table)

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import PartitionConfig
-from fedlabel.data.supervision import SupervisionConfig
+from fedlabel.data.supervision import COUNTS, SupervisionConfig
 from fedlabel.methods import method_class
 from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
@@ -244,6 +244,12 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
                     f"`{key!s}` (={value!s}) must be a mapping of keys; set one of its keys, e.g. {key!s}."
                     f"{next(iter(base[key]))}=..."
                 )
+        # Giving one of two ways to say the same replaces the default of the other.
+        training, supervision = user.get("training", {}), user.get("supervision", {})
+        if training.get("local_epochs") is not None:
+            training.setdefault("local_steps", None)
+        if any(supervision.get(count) is not None for count in COUNTS):
+            supervision["label_rate"] = None
         arguments = user.get("partition", {}).get("partitioner_args")
         if isinstance(arguments, dict):  # a mapping in YAML or on the command line; kept as JSON text
             user["partition"]["partitioner_args"] = json.dumps(arguments)
@@ -275,4 +281,7 @@ def _describe(error: OmegaConfBaseException) -> str:
             allowed = " Allowed here: " + ", ".join(f.name for f in fields(error.object_type)) + "."
         suggestion = f" Did you mean {hint}?" if hint else ""
         return f"`{key}` is not a configuration key.{suggestion.replace('??', '?')}{allowed}"
-    return f"`{key}`: {message}" if key else message
+    if not key:
+        return message
+    default = OmegaConf.select(OmegaConf.structured(ExperimentConfig), str(key))
+    return f"`{key}`: {message}; its default is {default}."

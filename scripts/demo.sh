@@ -21,7 +21,7 @@ python - "$out" <<'PY'
 import json, pathlib, sys
 from rich.console import Console
 from rich.table import Table
-table = Table("method", "test accuracy", "best", "worst client", "pseudo-labels used", "of them right", "seconds")
+table = Table("method", "test\naccuracy", "best", "worst\nclient", "pseudo-labels\nused", "of them\nright", "seconds\nin rounds")
 for name in ("labelled-only", "fedlabel", "fully-labelled"):
     s = json.loads((pathlib.Path(sys.argv[1]) / name / "summary.json").read_text())
     show = lambda key, column="last": f"{s[key][column]:.3f}" if key in s else "-"

@@ -95,3 +95,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     listing.write_text("- a\n")
     with pytest.raises(ConfigError, match="must hold a mapping"):
         load_config([listing])
+
+
+def test_one_way_to_say_it_replaces_the_default_of_the_other() -> None:
+    training = load_config([], ["training.local_epochs=2"]).training
+    assert (training.local_steps, training.local_epochs) == (None, 2)
+    supervision = load_config([], ["supervision.labels_per_class=3"]).supervision
+    assert (supervision.label_rate, supervision.labels_per_class) == (None, 3)
