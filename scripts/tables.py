@@ -56,9 +56,9 @@ TABLES: dict[str, tuple[str, tuple[float, ...], int, tuple[str, ...]]] = {
         "experiment/digits_many_rounds.yaml",
         (0.02, 0.06),
         10,
-        ("labelled only", "fully labelled", "FedLabel", "FedLabel, only global"),
+        ("labelled only", "fully labelled", "FedLabel"),
     ),
-    # What decides: one change at a time, all at FedLabel's rate of the table above.
+    # What decides: one change at a time, at one rate, one seed, on the validation split.
     "digits_ablations": (
         "experiment/digits_many_rounds.yaml",
         (0.06,),
@@ -66,6 +66,8 @@ TABLES: dict[str, tuple[str, tuple[float, ...], int, tuple[str, ...]]] = {
         (
             "labelled only",
             "FedLabel",
+            "FedLabel, only local",
+            "FedLabel, only global",
             "FedLabel, merge mean",
             "FedLabel, beta .9",
             "FedLabel, burn-in",
@@ -121,17 +123,19 @@ def main(
 
     search = [(m, lr) for m in rows for lr in rates]
     chosen = dict.fromkeys(rows, rates[0])
-    if len(rates) > 1:
+    probe = len(rates) == 1  # nothing to search: one seed, validation split
+    seeds, split = ((SEARCH_SEED,), "validation") if probe else (SEEDS, "test")
+    if not probe:
         jobs = [
             (config, overrides(m, lr, SEARCH_SEED, "validation"), out, slug(m, lr, SEARCH_SEED)) for m, lr in search
         ]
         run_all(jobs)
-    for method in rows if len(rates) > 1 else ():
+    for method in () if probe else rows:
         scores = {lr: read(out, slug(method, lr, SEARCH_SEED))["eval/accuracy"]["mean_last_10"] for lr in rates}
         chosen[method] = max(scores, key=lambda lr: scores[lr])
         console.print(f"{method}: validation accuracy by learning rate {scores}")
-    final = [(m, chosen[m], seed) for seed in SEEDS for m in rows]
-    run_all([(config, overrides(m, lr, seed, "test"), out, slug(m, lr, seed)) for m, lr, seed in final])
+    final = [(m, chosen[m], seed) for seed in seeds for m in rows]
+    run_all([(config, overrides(m, lr, seed, split), out, slug(m, lr, seed)) for m, lr, seed in final])
 
     def cell(summaries: list[dict[str, dict[str, float]]], key: str, column: str = "mean_last_10") -> str:
         values = [100 * s[key][column] for s in summaries if key in s and math.isfinite(s[key][column])]
@@ -146,7 +150,7 @@ def main(
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in rows:
-        found = [read(out, slug(method, chosen[method], seed)) for seed in SEEDS]
+        found = [read(out, slug(method, chosen[method], seed)) for seed in seeds]
         accuracy = f"{cell(found, 'pseudo/accuracy')} ({cell(found, 'pseudo/accuracy_local')} / "
         accuracy += f"{cell(found, 'pseudo/accuracy_global')})"
         lines.append(
@@ -160,21 +164,21 @@ def main(
         )
     text = "\n".join(lines) + "\n"
     (out / f"{table}.md").write_text(text)
-    draw(out / f"{table}.png", rows, chosen)
+    draw(out / f"{table}.png", rows, chosen, seeds)
     console.print(text, soft_wrap=True)
     console.print(f"Written: {out / table}.md and .png. Commit: {found[0]['commit']}")
 
 
-def draw(path: Path, rows: tuple[str, ...], chosen: dict[str, float]) -> None:
+def draw(path: Path, rows: tuple[str, ...], chosen: dict[str, float], seeds: tuple[int, ...]) -> None:
     from fedlabel.figures import curves_figure, save_png
     from fedlabel.tracking import read_metrics
 
     curves: dict[str, list[tuple[list[float], list[float]]]] = {}
     for method in rows:
-        for seed in SEEDS:
+        for seed in seeds:
             found = [r for r in read_metrics(path.parent / slug(method, chosen[method], seed)) if "eval/accuracy" in r]
             curves.setdefault(method, []).append(([r["round"] for r in found], [r["eval/accuracy"] for r in found]))
-    save_png(curves_figure(curves, title=path.stem, y_label="test accuracy"), path)
+    save_png(curves_figure(curves, title=path.stem, y_label="accuracy"), path)
 
 
 if __name__ == "__main__":
