@@ -15,6 +15,7 @@ from fedlabel.tracking import read_metrics
 from server.checkpoint import load_checkpoint
 from server.grids import InProcessGrid, RayGrid
 from server.server_app import RunError, run_federation
+from server.strategy import sample_cohort
 from tests.integration import client_apps
 from tests.integration.tiny import TINY, assert_same_run, assert_same_weights, final_weights, run_tiny
 
@@ -119,9 +120,13 @@ def test_client_state_is_kept_between_rounds_and_over_a_resume(kind: str, tmp_pa
 
 
 def test_round_without_usable_samples_keeps_the_model(tmp_path: Path) -> None:
-    """No labels at all: nothing to learn from, no division by zero, and no failure."""
+    """The one client of the round has no label: nothing to learn from, no division by zero, and no failure."""
     text = [override for override in TINY if not override.startswith("method.")]
-    config = load_config([], [*text, "method.name=supervised", "supervision.label_rate=0.0", "num_rounds=2"])
+    few = ["method.name=supervised", "supervision.labels_total=1", "seed=1", "fraction_train=0.2", "num_rounds=1"]
+    config = load_config([], [*text, *few])
+    federation = open_experiment(to_yaml(config)).federation
+    (client,) = sample_cohort(config.seed, 1, config.num_clients, config.fraction_train)
+    assert not federation.labeled[federation.parts[client]].any()
     run_with("healthy", config, tmp_path / "run")
     assert_same_weights(final_weights(tmp_path / "run"), open_experiment(to_yaml(config)).initial_state)
     assert all(np.isfinite(row["eval/accuracy"]) for row in read_metrics(tmp_path / "run"))
