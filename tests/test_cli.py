@@ -171,12 +171,12 @@ def test_run_whose_clients_all_fail_is_status_1_with_its_checkpoint(tmp_path: Pa
     assert not (tmp_path / "a" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("rate", ["0.0", "1.0"])
+@pytest.mark.parametrize("labels", ["labels_total=1", "label_rate=1.0"])
 @pytest.mark.parametrize("method", ["fedlabel", "supervised"])
-def test_clients_without_labels_or_without_unlabelled_data(rate: str, method: str, tmp_path: Path) -> None:
+def test_clients_without_labels_or_without_unlabelled_data(labels: str, method: str, tmp_path: Path) -> None:
     """Either part may be empty: the phase that would draw from it does not run."""
     small = [override for override in SMALL if not override.startswith("method.")]
-    overrides = [f"supervision.label_rate={rate}", f"method.name={method}"]
+    overrides = [f"supervision.{labels}", f"method.name={method}"]
     result = call("run", *small, *overrides, "--name", "a", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     weights = load_checkpoint(tmp_path / "a" / "checkpoints" / "round_000002.ckpt").model
