@@ -21,7 +21,7 @@ python - "$out" <<'PY'
 import json, pathlib, sys
 from rich.console import Console
 from rich.table import Table
-table = Table("method", "test\naccuracy", "best", "worst\nclient", "pseudo-labels\nused", "of them\nright", "seconds\nin rounds")
+table = Table("method", "test\naccuracy", "best", "worst\nclient", "pseudo-\nlabeled", "of them\nright", "seconds")
 for name in ("labelled-only", "fedlabel", "fully-labelled"):
     s = json.loads((pathlib.Path(sys.argv[1]) / name / "summary.json").read_text())
     show = lambda key, column="last": f"{s[key][column]:.3f}" if key in s else "-"
