@@ -141,6 +141,12 @@ class ExperimentConfig:
                 raise ValueError(f"`{key}` (={getattr(self, key)}) must be at least 1.")
         if not 0 < self.fraction_train <= 1:
             raise ValueError(f"`fraction_train` (={self.fraction_train}) must lie in (0, 1].")
+        labeled_clients = self.supervision.labeled_clients
+        if labeled_clients is not None and labeled_clients > self.num_clients:
+            raise ValueError(
+                f"`supervision.labeled_clients` (={labeled_clients}) must not exceed `num_clients` "
+                f"(={self.num_clients})."
+            )
         averages = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
         if self.model.norm == "batch" and self.strategy.name not in averages:
             raise ValueError(
@@ -250,6 +256,8 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
             training.setdefault("local_steps", None)
         if any(supervision.get(count) is not None for count in COUNTS):
             supervision["label_rate"] = None
+        if supervision.get("labels_at") == "some_clients":
+            supervision.setdefault("label_rate", None)
         arguments = user.get("partition", {}).get("partitioner_args")
         if isinstance(arguments, dict):  # a mapping in YAML or on the command line; kept as JSON text
             user["partition"]["partitioner_args"] = json.dumps(arguments)

@@ -58,6 +58,14 @@ class Experiment:
         supervision = Supervision(self.federation.supervision(client).candidates.to(self.device))
         return ClientData(self.images[rows], supervision)
 
+    def server_data(self) -> ClientData | None:
+        """Returns the server's labelled samples, on the device; None if it has none."""
+        rows = torch.from_numpy(self.federation.server_rows).to(self.device)
+        if len(rows) == 0:
+            return None
+        supervision = Supervision(self.federation.server_supervision().candidates.to(self.device))
+        return ClientData(self.images[rows], supervision)
+
     def train(self, client: int, global_state: StateDict, round_number: int) -> ClientUpdate:
         """Runs `client`'s part of a round from `global_state` (on the device)."""
         return train_client(

@@ -102,3 +102,13 @@ def test_one_way_to_say_it_replaces_the_default_of_the_other() -> None:
     assert (training.local_steps, training.local_epochs) == (None, 2)
     supervision = load_config([], ["supervision.labels_per_class=3"]).supervision
     assert (supervision.label_rate, supervision.labels_per_class) == (None, 3)
+
+
+def test_clients_with_labels_have_all_of_theirs_unless_an_amount_is_given() -> None:
+    some = ["supervision.labels_at=some_clients", "supervision.labeled_clients=2"]
+    assert load_config([], some).supervision.label_rate is None
+    assert load_config([], [*some, "supervision.label_rate=0.5"]).supervision.label_rate == 0.5
+    config = load_config([], some)
+    assert parse_config(to_yaml(config)) == config
+    with pytest.raises(ConfigError, match=r"`supervision.labeled_clients` \(=3\) must not exceed `num_clients` \(=2\)"):
+        load_config([], [some[0], "supervision.labeled_clients=3", "num_clients=2"])

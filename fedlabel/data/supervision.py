@@ -13,6 +13,7 @@ from fedlabel.seeding import numpy_generator
 
 KINDS = ("few_labels", "full")
 COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
+HOLDERS = ("clients", "server", "some_clients")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,24 +47,32 @@ class Supervision:
 
 @dataclass(frozen=True)
 class SupervisionConfig:
-    """What the clients are told about the labels.
+    """Who is told what about the labels.
 
     The amount is one of four. `label_rate` is the default; a count replaces it, and at most one count may be given.
     """
 
     kind: str = "few_labels"
     """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it."""
+    labels_at: str = "clients"
+    """clients: every client has labels of its own samples. server: the labelled samples are chosen over the whole
+    training set and are the server's; the clients share the others and have no label. some_clients: `labeled_clients`
+    clients have labels as the amount says, or all of theirs where no amount is given; the others have none."""
+    labeled_clients: int | None = None
+    """Of labels_at=some_clients: how many clients have labels; which ones is drawn from the seed."""
     label_rate: float | None = 0.1
-    """Part of each client's n samples that has labels, in [0, 1]: exactly int(label_rate * n)."""
+    """Part of the n samples of each client with labels (of the training set for labels_at=server), in [0, 1]: exactly
+    int(label_rate * n). A configuration with labels_at=some_clients that does not give it has null there: all n."""
     labels_per_class: int | None = None
-    """Samples with a label per class, in the whole federation, whoever holds them."""
+    """Samples with a label per class, in the whole federation, whoever holds them (of those who have labels)."""
     labels_per_client: int | None = None
     """Samples with a label per client."""
     labels_total: int | None = None
-    """Samples with a label in the whole federation, whoever holds them."""
+    """Samples with a label in the whole federation, whoever holds them (of those who have labels)."""
     stratified: bool = False
     """Whether the labelled samples have the class shares of what they are drawn from: the client's samples, or for
-    `labels_total` all samples. False (FedLabel's paper): uniformly at random. No effect on `labels_per_class`."""
+    `labels_total` and labels_at=server all samples. False (FedLabel's paper): uniformly at random. No effect on
+    `labels_per_class`."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -77,14 +86,59 @@ class SupervisionConfig:
         for name in given:
             if getattr(self, name) < 1:
                 raise ValueError(f"`supervision.{name}` (={getattr(self, name)}) must be at least 1.")
+        self._check_holder()
         if self.label_rate is None:
-            if not given and self.kind == "few_labels":
+            if not given and self.kind == "few_labels" and self.labels_at != "some_clients":
                 raise ValueError(
                     "`supervision.label_rate` (=None) says nothing of the amount: "
                     f"give it, or one of {', '.join(f'supervision.{name}' for name in COUNTS)}."
                 )
         elif not 0 <= self.label_rate <= 1:
             raise ValueError(f"`supervision.label_rate` (={self.label_rate}) must lie in [0, 1].")
+
+    def _check_holder(self) -> None:
+        if self.labels_at not in HOLDERS:
+            raise ValueError(f"`supervision.labels_at` (={self.labels_at}) must be one of {', '.join(HOLDERS)}.")
+        if self.labels_at == "some_clients":
+            if self.labeled_clients is None or self.labeled_clients < 1:
+                raise ValueError(
+                    f"`supervision.labeled_clients` (={self.labeled_clients}) must be at least 1 for "
+                    "supervision.labels_at=some_clients: say how many clients have labels."
+                )
+        elif self.labeled_clients is not None:
+            raise ValueError(
+                f"`supervision.labeled_clients` (={self.labeled_clients}) has no place beside "
+                f"supervision.labels_at={self.labels_at}: take supervision.labels_at=some_clients, or leave it out."
+            )
+        if self.labels_at == "server":
+            if self.labels_per_client is not None:
+                raise ValueError(
+                    f"`supervision.labels_per_client` (={self.labels_per_client}) has no place beside "
+                    "supervision.labels_at=server, where no client has a label: take labels_per_class or labels_total."
+                )
+            if self.everything:
+                raise ValueError(
+                    f"`supervision.kind` (={self.kind}) and `supervision.label_rate` (={self.label_rate}) beside "
+                    "supervision.labels_at=server leave no sample to the clients: take supervision.kind=few_labels and "
+                    "a smaller amount."
+                )
+
+    @property
+    def everything(self) -> bool:
+        """Whether those who have labels have all labels of their samples."""
+        return self.kind == "full" or (self.label_rate in (None, 1) and all(getattr(self, c) is None for c in COUNTS))
+
+
+def labeled_clients(num_clients: int, config: SupervisionConfig, seed: int) -> np.ndarray:
+    """Returns the sorted numbers of the clients with labels of their own: none, all, or those drawn from `seed`."""
+    if config.labels_at == "server":
+        return np.arange(0)
+    if config.labels_at == "clients":
+        return np.arange(num_clients)
+    assert config.labeled_clients is not None
+    assert config.labeled_clients <= num_clients
+    rng = numpy_generator(seed, "supervision", "labeled_clients")
+    return np.sort(rng.choice(num_clients, config.labeled_clients, replace=False))
 
 
 def labeled_mask(
@@ -94,7 +148,7 @@ def labeled_mask(
 
     Args:
         labels: (n,) integers in [0, num_classes), the truth.
-        parts: one array of indices per client.
+        parts: one array of indices per client, or a single one, of all samples, for labels_at=server.
         num_classes: how many classes.
         config: how many, and how.
         seed: the experiment's seed. Each client (each class for `labels_per_class`) has a generator of its own, so
@@ -107,8 +161,10 @@ def labeled_mask(
         ValueError: more labels are asked for than there are samples.
     """
     mask = np.zeros(len(labels), dtype=bool)
-    everyone = np.sort(np.concatenate(parts))
-    if config.kind == "full":
+    chosen = range(len(parts)) if config.labels_at == "server" else labeled_clients(len(parts), config, seed)
+    everyone = np.sort(np.concatenate([parts[client] for client in chosen]))
+    who = "the clients with labels have" if config.labels_at == "some_clients" else "the training set has"
+    if config.everything:
         mask[everyone] = True
     elif config.labels_per_class is not None:
         for label in range(num_classes):
@@ -117,18 +173,19 @@ def labeled_mask(
             rng = numpy_generator(seed, "supervision", "class", label)
             mask[rng.choice(samples, config.labels_per_class, replace=False)] = True
     elif config.labels_total is not None:
-        _check_enough("labels_total", config.labels_total, len(everyone), "the training set has")
+        _check_enough("labels_total", config.labels_total, len(everyone), who)
         rng = numpy_generator(seed, "supervision", "total")
         mask[_choose(everyone, labels, config.labels_total, config.stratified, rng)] = True
     else:
-        for client, part in enumerate(parts):
+        for client in chosen:
+            part = parts[client]
             if config.labels_per_client is not None:
                 count = config.labels_per_client
                 _check_enough("labels_per_client", count, len(part), f"client {client} has")
             else:
                 assert config.label_rate is not None
                 count = int(config.label_rate * len(part))
-            rng = numpy_generator(seed, "supervision", "client", client)
+            rng = numpy_generator(seed, "supervision", "client", int(client))
             mask[_choose(part, labels, count, config.stratified, rng)] = True
     return mask
 

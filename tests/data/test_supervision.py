@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlabel.data.partition import PartitionConfig, partition
-from fedlabel.data.supervision import Supervision, SupervisionConfig, labeled_mask, supervise
+from fedlabel.data.supervision import Supervision, SupervisionConfig, labeled_clients, labeled_mask, supervise
 
 SEEDS = (0, 1, 2)
 NUM_CLASSES = 10
@@ -123,8 +123,55 @@ def test_every_sample_can_be_chosen() -> None:
     assert np.abs(np.sum(chosen, axis=0) - 40).max() < 4 * 5.7
 
 
+# -------------------------------------------------------------------------------------------------- who has the labels
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_some_clients_have_all_their_labels_and_the_others_none(seed: int) -> None:
+    labels, parts = make(seed)
+    for config in (
+        SupervisionConfig(labels_at="some_clients", labeled_clients=3, label_rate=None),
+        SupervisionConfig(labels_at="some_clients", labeled_clients=3, kind="full"),
+    ):
+        mask = labeled_mask(labels, parts, NUM_CLASSES, config, seed)
+        known = labeled_clients(len(parts), config, seed)
+        assert len(known) == 3
+        assert [mask[part].mean() for part in parts] == [float(client in known) for client in range(len(parts))]
+
+
+def test_which_clients_have_labels_is_drawn_from_the_seed() -> None:
+    """Over 60 seeds each of 5 clients is one of the 2: 24 times expected, standard deviation 3.8."""
+    config = SupervisionConfig(labels_at="some_clients", labeled_clients=2, label_rate=None)
+    drawn = [tuple(labeled_clients(5, config, seed)) for seed in range(60)]
+    assert drawn == [tuple(labeled_clients(5, config, seed)) for seed in range(60)]
+    assert all(first < second for first, second in drawn)
+    assert np.abs(np.bincount(np.ravel(drawn), minlength=5) - 24).max() < 4 * 3.8
+
+
+@pytest.mark.parametrize(
+    ("amount", "total"),
+    [({"labels_per_client": 9}, 27), ({"labels_total": 50}, 50), ({"labels_per_class": 2}, 2 * NUM_CLASSES)],
+)
+def test_an_amount_is_meant_of_the_clients_with_labels(amount: dict, total: int) -> None:
+    labels, parts = make()
+    config = SupervisionConfig(labels_at="some_clients", labeled_clients=3, **amount)
+    mask = labeled_mask(labels, parts, NUM_CLASSES, config, 0)
+    known = labeled_clients(len(parts), config, 0)
+    assert mask.sum() == sum(mask[parts[client]].sum() for client in known) == total
+
+
+def test_a_rate_is_of_each_client_with_labels() -> None:
+    labels, parts = make()
+    config = SupervisionConfig(labels_at="some_clients", labeled_clients=3, label_rate=0.25)
+    mask, known = labeled_mask(labels, parts, NUM_CLASSES, config, 0), labeled_clients(len(parts), config, 0)
+    expected = [int(0.25 * len(part)) if client in known else 0 for client, part in enumerate(parts)]
+    assert [int(mask[part].sum()) for part in parts] == expected
+
+
 CHOICES = [
     SupervisionConfig(),
+    SupervisionConfig(labels_at="some_clients", labeled_clients=3, label_rate=None),
+    SupervisionConfig(labels_at="some_clients", labeled_clients=3, labels_total=20),
     SupervisionConfig(stratified=True),
     SupervisionConfig(labels_per_class=5),
     SupervisionConfig(labels_per_client=5),
@@ -186,6 +233,10 @@ def test_supervise_names_a_label_out_of_range(label: int) -> None:
         ),
         (SupervisionConfig(labels_per_client=6), r"`supervision.labels_per_client` \(=6\) .*client 1 has 5\."),
         (SupervisionConfig(labels_total=31), r"`supervision.labels_total` \(=31\) .*the training set has 30\."),
+        (
+            SupervisionConfig(labels_at="some_clients", labeled_clients=1, labels_total=28),
+            r"`supervision.labels_total` \(=28\) .*the clients with labels have (25|5)\.",
+        ),
     ],
 )
 def test_more_labels_than_samples(config: SupervisionConfig, message: str) -> None:
@@ -206,6 +257,19 @@ def test_more_labels_than_samples(config: SupervisionConfig, message: str) -> No
             {"labels_total": 10, "labels_per_class": 3},
             r"`supervision.labels_per_class` \(=3\) and `supervision.labels_total` \(=10\) exclude each other",
         ),
+        ({"labels_at": "sever"}, r"`supervision.labels_at` \(=sever\) must be one of clients, server, some_clients\."),
+        ({"labels_at": "some_clients"}, r"`supervision.labeled_clients` \(=None\) must be at least 1 .*say how many"),
+        (
+            {"labels_at": "some_clients", "labeled_clients": 0},
+            r"`supervision.labeled_clients` \(=0\) must be at least 1",
+        ),
+        ({"labeled_clients": 3}, r"`supervision.labeled_clients` \(=3\) has no place beside .*labels_at=clients"),
+        (
+            {"labels_at": "server", "labels_per_client": 3},
+            r"`supervision.labels_per_client` \(=3\) has no place .*take labels_per_class or labels_total",
+        ),
+        ({"labels_at": "server", "kind": "full"}, r"`supervision.kind` \(=full\) .*leave no sample to the clients"),
+        ({"labels_at": "server", "label_rate": 1.0}, r"`supervision.label_rate` \(=1.0\) .*leave no sample"),
         ({"kind": "full", "labels_total": 10}, r"`supervision.labels_total` \(=10\) has no place beside .*kind=full"),
     ],
 )
