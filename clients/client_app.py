@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
+from fedlabel.methods.base import StateDict, state_from_lists, state_to_lists
 from fedlabel.metrics import means, pseudo_label_counts
 from fedlabel.training import ClientUpdate
 
@@ -29,11 +32,26 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(experiment.config.grid.threads_per_worker)
     client = _client(context)
     round_number = int(record["server-round"])  # type: ignore[arg-type]
-    arrays = message.content.array_records["arrays"]
-    state = {name: value.to(experiment.device) for name, value in arrays.to_torch_state_dict().items()}
-    state = {name: value.to(experiment.initial_state[name].dtype) for name, value in state.items()}
-    update = experiment.train(client, state, round_number)
-    return Message(_reply(update, experiment, client), reply_to=message)
+    received = {name: _to_state(arrays, experiment) for name, arrays in message.content.array_records.items()}
+    state = received.pop("arrays")
+    shared = cast(dict[str, list[float]], dict(message.content.config_records.get("shared", {})))
+    kept = context.state.array_records.get("memory", ArrayRecord({}))
+    memory = {name: torch.from_numpy(array.numpy().copy()).to(experiment.device) for name, array in kept.items()}
+    memory |= state_from_lists(shared, experiment.device)
+    update = experiment.train(client, state, round_number, memory, received)
+    if update.kept:
+        context.state["memory"] = ArrayRecord({name: Array(t.cpu().numpy()) for name, t in update.kept.items()})
+    reply = _reply(update, experiment, client)
+    claimed = experiment.config.method.claimed_bytes(state, next(iter(update.parts.values())).state, len(received))
+    if claimed is not None:
+        reply.config_records["counts"]["claimed_bytes"] = list(claimed)
+    return Message(reply, reply_to=message)
+
+
+def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
+    """Returns received weights on the device, in the model's own types (integers come back as floats)."""
+    types = {name: value.dtype for name, value in experiment.initial_state.items()}
+    return {name: value.to(experiment.device, types[name]) for name, value in arrays.to_torch_state_dict().items()}
 
 
 def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordDict:
@@ -57,13 +75,14 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
         truth = experiment.federation.hidden_labels(client).to(experiment.device)
         rows = update.pseudo_index.to(experiment.device)
         counts = pseudo_label_counts(update.pseudo, truth[rows], experiment.federation.dataset.num_classes)
-    counts["passes"] = [float(update.passes)]
+    counts["passes"] = [float(update.forward), float(update.backward)]
     return RecordDict(
         {
             "arrays": ArrayRecord(arrays),
             "metrics": MetricRecord({"num-examples": weight, "train_loss": loss, **weights}),
             "sums": ConfigRecord(dict(update.sums)),
             "counts": ConfigRecord(dict(counts)),
+            "statistics": ConfigRecord(dict(state_to_lists(update.statistics))),
         }
     )
 

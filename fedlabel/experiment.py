@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from fedlabel.config import ExperimentConfig, parse_config
 from fedlabel.data.datasets import Split
@@ -12,10 +15,19 @@ from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.supervision import Supervision
 from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import resolve_device
-from fedlabel.methods.base import StateDict
+from fedlabel.methods.base import State, StateDict
 from fedlabel.models import build_model
+from fedlabel.models.additive import Additive
 from fedlabel.seeding import derive_seed
-from fedlabel.training import ClientData, ClientUpdate, ImageTransform, frozen_model, train_client
+from fedlabel.training import (
+    ClientData,
+    ClientUpdate,
+    ImageTransform,
+    Trainer,
+    frozen_model,
+    train_client,
+    train_server,
+)
 
 
 class Experiment:
@@ -46,11 +58,16 @@ class Experiment:
             allow_flip=dataset.allow_flip,
         )
         seed = derive_seed(config.seed, "model")
-        self.student = build_model(config.model, dataset.input_shape, dataset.num_classes, seed).to(self.device)
-        self.teacher = build_model(config.model, dataset.input_shape, dataset.num_classes, seed).to(self.device)
+        student, self.teacher = (self._build_model(seed) for _ in range(2))
+        self.trainer = Trainer(student, self.teacher, self.transform, config.training)
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
-        self.initial_state: StateDict = {name: value.clone() for name, value in self.student.state_dict().items()}
+        self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def _build_model(self, seed: int) -> nn.Module:
+        dataset, scales = self.federation.dataset, self.config.method.additive
+        model = build_model(self.config.model, dataset.input_shape, dataset.num_classes, seed)
+        return (Additive(model, scales) if scales else model).to(self.device)
 
     def client_data(self, client: int) -> ClientData:
         """Returns what training may see of `client`, on the device."""
@@ -66,19 +83,26 @@ class Experiment:
         supervision = Supervision(self.federation.server_supervision().candidates.to(self.device))
         return ClientData(self.images[rows], supervision)
 
-    def train(self, client: int, global_state: StateDict, round_number: int) -> ClientUpdate:
-        """Runs `client`'s part of a round from `global_state` (on the device)."""
-        return train_client(
-            self.config.method,
-            self.student,
-            self.teacher,
-            global_state,
-            self.client_data(client),
-            self.transform,
-            self.config.training,
-            round_number,
-            derive_seed(self.config.seed, "client", client, "round", round_number),
-        )
+    def train(
+        self,
+        client: int,
+        global_state: StateDict,
+        round_number: int,
+        memory: State | None = None,
+        helpers: Mapping[str, StateDict] = MappingProxyType({}),
+    ) -> ClientUpdate:
+        """Runs `client`'s part of a round from `global_state`; all tensors on the device, see `train_client`."""
+        seed = derive_seed(self.config.seed, "client", client, "round", round_number)
+        data = self.client_data(client)
+        return train_client(self.config.method, self.trainer, global_state, data, round_number, seed, memory, helpers)
+
+    def train_server(self, global_state: StateDict, round_number: int) -> StateDict:
+        """Trains `global_state` on the server's own labels after a round; returns it as it is if there are none."""
+        data = self.server_data()
+        if data is None:
+            return global_state
+        seed = derive_seed(self.config.seed, "server", "round", round_number)
+        return train_server(self.config.method, self.trainer, global_state, data, round_number, seed)
 
     def evaluate(self, state: StateDict) -> Evaluation:
         """Evaluates the model with weights `state` (on the device) on the configured split."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,21 @@ from fedlabel.methods.base import (
     Part,
     Phase,
     PhaseResult,
+    Prepared,
     PseudoLabels,
+    State,
     StateDict,
     Step,
+    Survey,
+    Update,
 )
-from fedlabel.seeding import derive_seed, torch_generator
+from fedlabel.seeding import derive_seed, numpy_generator, torch_generator
 
 WEIGHT_BY = ("processed", "size", "uniform")
+SURVEY_BATCH = 500
+"""Samples a model sees at once when a client's whole data are looked at."""
+
+_NOTHING: Mapping[str, StateDict] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -40,33 +49,54 @@ class TrainingConfig:
     """Steps per phase. Set to null to count in `local_epochs` instead."""
     local_epochs: int | None = None
     """Passes per phase over the samples that the phase draws from (unlabelled ones if it draws both)."""
+    unlabeled_ratio: int = 1
+    """mu: unlabelled samples per labelled one in a step: `unlabeled_ratio * batch_size` of them are drawn."""
+    unlabeled_includes_labeled: bool = False
+    """Whether labelled samples are also drawn as unlabelled ones, without their label (FixMatch's authors, SAGE)."""
     momentum: float = 0.0
     """SGD momentum."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
     weight_decay: float = 0.0
     """SGD weight decay."""
+    max_grad_norm: float | None = None
+    """The gradient's Euclidean norm is cut to this in every step; null: not cut."""
+    prox_mu: float = 0.0
+    """FedProx, with every method: weight of (mu / 2) * ||w - w_global||^2 in every phase on the clients."""
+    server_steps: int | None = None
+    """Steps of the server after each round, where it holds labels (supervision.labels_at=server); null: as clients."""
+    server_batch_size: int | None = None
+    """Samples per step of the server; null: `batch_size`."""
     weight_by: str = "processed"
     """A client's weight in the server's mean (FedLabel's merge=mean has its own). processed: samples its losses used
     this round, over all steps (FedLabel's r_k); size: how many samples it holds of the kinds the method draws from;
-    uniform: 1."""
+    uniform: 1. A client whose losses used no sample (nothing passed the threshold, say) counts 0 with each."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"`training.lr` (={self.lr}) must be a positive number.")
-        if self.batch_size < 1:
-            raise ValueError(f"`training.batch_size` (={self.batch_size}) must be at least 1.")
+        for key in ("batch_size", "unlabeled_ratio", "server_batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"`training.{key}` (={value}) must be at least 1.")
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError(
                 f"`training.local_steps` (={self.local_steps}) and `training.local_epochs` (={self.local_epochs}): "
                 "exactly one must be set; set the other to null."
             )
-        for key in ("local_steps", "local_epochs"):
+        for key in ("local_steps", "local_epochs", "server_steps"):
             value = getattr(self, key)
             if value is not None and value < 0:
                 raise ValueError(f"`training.{key}` (={value}) must be at least 0.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"`training.momentum` (={self.momentum}) must lie in [0, 1).")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"`training.weight_decay` (={self.weight_decay}) must be at least 0.")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`training.nesterov` (=True) needs `training.momentum` (=0) above 0.")
+        for key in ("weight_decay", "prox_mu"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise ValueError(f"`training.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < float("inf"):
+            raise ValueError(f"`training.max_grad_norm` (={self.max_grad_norm}) must be a positive number (or null).")
         if self.weight_by not in WEIGHT_BY:
             raise ValueError(f"`training.weight_by` (={self.weight_by}) must be one of {', '.join(WEIGHT_BY)}.")
 
@@ -114,21 +144,34 @@ class ClientUpdate:
     """What is uploaded (see `Method.upload`)."""
     sums: dict[str, list[float]]
     """Metric name -> (sum, count) over all steps."""
+    statistics: State
+    """See `Method.statistics`."""
+    kept: State
+    """See `Method.keep`."""
     pseudo_index: Tensor
     """(draws,) positions in the client's data of the pseudo-labelled draws, for the evaluator."""
     pseudo: PseudoLabels | None
     """The pseudo-labels of these draws; None if there were none."""
-    passes: int
-    """Student forward + backward passes, in samples: every step counts the samples it sent through the student."""
+    forward: int
+    """Samples sent through a model, student's and teachers' alike."""
+    backward: int
+    """Samples whose gradient was propagated back."""
 
 
-def frozen_model(module: nn.Module, state: Mapping[str, Tensor]) -> Model:
-    """Returns `images -> logits` of `module` (left in eval mode) with the weights `state`, without gradients."""
+def frozen_model(module: nn.Module, state: Mapping[str, Tensor], lender: nn.Module | None = None) -> Model:
+    """Returns `images -> logits` of `module` (left in eval mode) with the weights `state`, without gradients.
+
+    Args:
+        module: gives the architecture.
+        state: weights and buffers by name.
+        lender: a module that lends, as they are at each call, the weights that `state` lacks; None: it lacks none.
+    """
     module.eval()
 
     def model(images: Tensor) -> Tensor:
+        borrowed = lender.state_dict() if lender is not None else {}
         with torch.no_grad():
-            logits: Tensor = torch.func.functional_call(module, dict(state), (images,))
+            logits: Tensor = torch.func.functional_call(module, {**borrowed, **state}, (images,))
         return logits
 
     return model
@@ -145,85 +188,276 @@ def draw_batches(index: Tensor, batch_size: int, steps: int, generator: torch.Ge
         order = order[size:]
 
 
-def count_steps(phase: Phase, config: TrainingConfig, num_samples: int) -> int:
-    """Returns how many steps a phase takes over `num_samples` samples."""
+def count_steps(phase: Phase, config: TrainingConfig, num_samples: int, batch_size: int) -> int:
+    """Returns how many steps a phase takes over `num_samples` samples, `batch_size` a step."""
     if phase.steps is not None:
         return phase.steps
     if config.local_steps is not None:
         return config.local_steps
     assert config.local_epochs is not None
-    return config.local_epochs * -(-num_samples // config.batch_size)
+    return config.local_epochs * -(-num_samples // batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """What training needs beside a method and data."""
+
+    student: nn.Module
+    """A module whose weights may be overwritten."""
+    teacher: nn.Module
+    """A second module of the same architecture; only its code is used, for frozen teachers."""
+    transform: ImageTransform
+    config: TrainingConfig
 
 
 def train_client(
     method: Method,
-    student: nn.Module,
-    teacher: nn.Module,
+    trainer: Trainer,
     global_state: StateDict,
     data: ClientData,
-    transform: ImageTransform,
-    config: TrainingConfig,
     round_number: int,
     seed: int,
+    memory: State | None = None,
+    extra_states: Mapping[str, StateDict] = _NOTHING,
 ) -> ClientUpdate:
     """Runs one client's round.
 
     Args:
         method: the algorithm.
-        student: a module whose weights may be overwritten; trained.
-        teacher: a second module of the same architecture; only its code is used, for frozen teachers.
+        trainer: modules, views and optimiser.
         global_state: the received weights; not changed.
         data: the client's samples and what it knows of their labels.
-        transform: makes the views.
-        config: optimiser and step counts.
         round_number: 1-based.
         seed: the client's seed for this round; all random numbers derive from it.
+        memory: what the client kept and the server shares; None: as for a client that never trained.
+        extra_states: further weights that came along (see `Method.helpers`).
 
     Returns:
         The update. A phase without samples, or with 0 steps, does not run; a step that uses no sample moves nothing.
     """
-    labeled = data.supervision.labeled.nonzero().squeeze(1).cpu()
-    unlabeled = (~data.supervision.labeled).nonzero().squeeze(1).cpu()
-    parameters = frozenset(name for name, _ in student.named_parameters())
-    states = {"global": global_state}
-    results: list[PhaseResult] = []
-    log = _Log()
-    size = 0
+    candidates = data.supervision.candidates
+    memory = {**method.initial_memory(candidates), **(memory or {})}
+    states = {"global": global_state, **method.states(global_state, memory), **extra_states}
+    run = _Run(trainer, data, states, seed, memory)
     for phase in method.phases(round_number):
-        index = (labeled if phase.labeled else labeled[:0], unlabeled if phase.unlabeled else unlabeled[:0])
-        size += len(index[0]) + len(index[1])
-        if count_steps(phase, config, len(index[1]) or len(index[0])) > 0 and len(index[0]) + len(index[1]) > 0:
-            teachers = {name: frozen_model(teacher, states[name]) for name in phase.teachers}
-            with _seeded(derive_seed(seed, phase.name, "model"), data.images.device):
-                result = _run_phase(phase, student, teachers, global_state, data, index, transform, config, seed, log)
-            results.append(result)
-        states[phase.name] = results[-1].state if results and results[-1].name == phase.name else global_state
-    weight = {"processed": sum(result.examples for result in results), "size": float(size), "uniform": 1.0}
+        run.phase(phase, trainer.config)
+    parameters = frozenset(name for name, _ in trainer.student.named_parameters())
+    examples = sum(result.examples for result in run.results)
+    weight = {"processed": examples, "size": float(run.size), "uniform": 1.0}[trainer.config.weight_by]
     return ClientUpdate(
-        parts=method.upload(global_state, results, parameters, weight[config.weight_by]),
-        sums={name: value.tolist() for name, value in log.sums.items()},
-        pseudo_index=torch.cat(log.rows) if log.rows else unlabeled[:0],
-        pseudo=PseudoLabels(*map(torch.cat, zip(*log.pseudo, strict=True))) if log.pseudo else None,
-        passes=log.passes,
+        parts=method.upload(global_state, run.results, parameters, weight if examples else 0.0),
+        sums={name: value.tolist() for name, value in run.sums.items()},
+        statistics=method.statistics(run.memory),
+        kept=method.keep(run.memory, run.results),
+        pseudo_index=torch.cat(run.rows) if run.rows else torch.zeros(0, dtype=torch.int64),
+        pseudo=PseudoLabels(*map(torch.cat, zip(*run.pseudo, strict=True))) if run.pseudo else None,
+        forward=run.forward,
+        backward=run.backward,
     )
 
 
-@dataclass
-class _Log:
-    """What the phases of one round observe; stays on the device until the end."""
+def train_server(
+    method: Method, trainer: Trainer, global_state: StateDict, data: ClientData, round_number: int, seed: int
+) -> StateDict:
+    """Runs the server's own training on its labels after a round (see `Method.server_phases`); returns its weights."""
+    config = replace(trainer.config, batch_size=trainer.config.server_batch_size or trainer.config.batch_size)
+    if trainer.config.server_steps is not None:
+        config = replace(config, local_steps=trainer.config.server_steps, local_epochs=None)
+    run = _Run(trainer, data, {"global": global_state}, seed, method.initial_memory(data.supervision.candidates))
+    for phase in method.server_phases(round_number):
+        run.phase(phase, replace(config, prox_mu=0.0))
+    return run.results[-1].state if run.results else global_state
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    rows: list[Tensor] = field(default_factory=list)
-    pseudo: list[PseudoLabels] = field(default_factory=list)
-    passes: int = 0
 
-    def add(self, step: Step, batch: Batch, unlabeled_rows: Tensor) -> None:
-        self.passes += sum(len(view) for part in batch for view in part.views.values())
+class _Run:
+    """The phases of one round on one client's data, and what they observe; tensors stay on the device until the end."""
+
+    def __init__(
+        self, trainer: Trainer, data: ClientData, states: dict[str, StateDict], seed: int, memory: State
+    ) -> None:
+        self.trainer = trainer
+        self.data = data
+        self.states = states
+        self.seed = seed
+        self.memory = memory
+        self.results: list[PhaseResult] = []
+        self.sums: dict[str, Tensor] = {}
+        self.rows: list[Tensor] = []
+        self.pseudo: list[PseudoLabels] = []
+        self.size = 0
+        self.forward = 0
+        self.backward = 0
+
+    def phase(self, phase: Phase, config: TrainingConfig) -> None:
+        """Runs a phase, if it has samples and steps; its end goes to `results` and `states`."""
+        labeled, unlabeled = self._index(phase, config)
+        self.size += len(labeled) + len(unlabeled)
+        self.states[phase.name] = self.states[phase.start]
+        if len(labeled) + len(unlabeled) == 0:
+            return
+        batch_size = config.batch_size * (config.unlabeled_ratio if len(unlabeled) else 1)
+        steps = count_steps(phase, config, len(unlabeled) or len(labeled), batch_size)
+        if steps == 0:
+            return
+        teachers = {name: self._teacher(self.states[name]) for name in phase.teachers}
+        with _seeded(derive_seed(self.seed, phase.name, "model"), self.data.images.device):
+            self.trainer.student.load_state_dict(self.states[phase.start])
+            targets: dict[str, Tensor] = {}
+            drawn = unlabeled
+            if phase.prepare is not None:
+                prepared = self._prepare(phase, teachers)
+                targets, self.memory = prepared.targets, prepared.memory or self.memory
+                if prepared.draw is not None:
+                    drawn = unlabeled[prepared.draw.cpu()[unlabeled]]
+                if len(labeled) + len(drawn) == 0:
+                    return
+            examples = self._steps(phase, config, steps, (labeled, drawn, unlabeled), targets, teachers)
+        state = {name: value.detach().clone() for name, value in self.trainer.student.state_dict().items()}
+        self.results.append(PhaseResult(phase.name, state, examples, phase.start))
+        self.states[phase.name] = state
+
+    def _index(self, phase: Phase, config: TrainingConfig) -> tuple[Tensor, Tensor]:
+        """Returns the positions of labelled and of unlabelled samples that a phase draws from, on the CPU."""
+        known = self.data.supervision.labeled.cpu()
+        labeled, unlabeled = known.nonzero().squeeze(1), (~known).nonzero().squeeze(1)
+        if config.unlabeled_includes_labeled:
+            unlabeled = torch.arange(len(known))
+        return labeled if phase.labeled else labeled[:0], unlabeled if phase.unlabeled else unlabeled[:0]
+
+    def _teacher(self, state: StateDict) -> Model:
+        partial = len(state) < len(self.states["global"])
+        frozen = frozen_model(self.trainer.teacher, state, self.trainer.student if partial else None)
+
+        def counted(images: Tensor) -> Tensor:
+            self.forward += len(images)
+            return frozen(images)
+
+        return counted
+
+    def _student(self, images: Tensor) -> Tensor:
+        self.forward += len(images)
+        self.backward += len(images) if torch.is_grad_enabled() else 0
+        logits: Tensor = self.trainer.student(images)
+        return logits
+
+    def _prepare(self, phase: Phase, teachers: Mapping[str, Model]) -> Prepared:
+        assert phase.prepare is not None
+        images, transform = self.data.images, self.trainer.transform
+
+        def predict(teacher: str, view: str) -> Tensor:
+            generator = torch_generator(self.seed, phase.name, "prepare", teacher, view, device=images.device)
+            chunks = images.split(SURVEY_BATCH)
+            return torch.cat([teachers[teacher](transform.views(c, (view,), generator)[view]) for c in chunks])
+
+        return phase.prepare(Survey(predict, self.data.supervision.candidates, self.memory))
+
+    def _steps(
+        self,
+        phase: Phase,
+        config: TrainingConfig,
+        steps: int,
+        index: tuple[Tensor, Tensor, Tensor],
+        targets: Mapping[str, Tensor],
+        teachers: Mapping[str, Model],
+    ) -> float:
+        """Trains the student on positions `index` (labelled, unlabelled, to mix); returns how many samples it used."""
+        student, device = self.trainer.student, self.data.images.device
+        student.train()
+        updates = [(update, *self._optimizer(update, config)) for update in phase.updates]
+        size = config.batch_size * config.unlabeled_ratio
+        sizes = {"labeled": config.batch_size, "unlabeled": size, "mix": min(size, len(index[1]))}
+        positions = (index[0], index[1], index[2] if phase.mix else index[2][:0])
+        streams = [
+            draw_batches(rows, count, steps, torch_generator(self.seed, phase.name, kind))
+            for rows, (kind, count) in zip(positions, sizes.items(), strict=True)
+        ]
+        generator = torch_generator(self.seed, phase.name, "augment", device=device)
+        mixing = numpy_generator(self.seed, phase.name, "mixing")
+        examples = torch.zeros((), dtype=torch.float64, device=device)
+        for labeled, unlabeled, mix in zip(*streams, strict=True):
+            share = mixing.beta(phase.mix_alpha, phase.mix_alpha) if phase.mix else 1.0
+            batch = Batch(
+                labeled=self._part(labeled, phase.labeled, True, targets, generator),
+                unlabeled=self._part(unlabeled, phase.unlabeled, False, targets, generator),
+                mix=self._part(mix, phase.mix, False, targets, generator),
+                mixing=torch.tensor(share, dtype=torch.float32, device=device),
+                memory=self.memory,
+            )
+            for update, optimizer, names in updates:
+                for name, parameter in student.named_parameters():
+                    parameter.requires_grad_(name in names)
+                buffers = [buffer.clone() for buffer in student.buffers()]
+                step = update.loss(self._student, teachers, batch._replace(memory=self.memory))
+                self._log(step, unlabeled)
+                if not step.examples:  # nothing to learn from: no step, not even of momentum, a penalty or BatchNorm
+                    for buffer, value in zip(student.buffers(), buffers, strict=True):
+                        buffer.copy_(value)
+                    continue
+                examples += step.examples
+                self._descend(step, update, optimizer, names, phase, config)
+        student.requires_grad_(True)
+        return float(examples)
+
+    def _optimizer(self, update: Update, config: TrainingConfig) -> tuple[torch.optim.SGD, frozenset[str]]:
+        """Returns a fresh optimiser and the names of the parameters that it moves."""
+        named = dict(self.trainer.student.named_parameters())
+        names = frozenset(name for name in named if update.trains is None or update.trains(name))
+        optimizer = torch.optim.SGD(
+            [parameter for name, parameter in named.items() if name in names],
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+        return optimizer, names
+
+    def _descend(
+        self,
+        step: Step,
+        update: Update,
+        optimizer: torch.optim.SGD,
+        names: frozenset[str],
+        phase: Phase,
+        config: TrainingConfig,
+    ) -> None:
+        """Takes one optimiser step down a loss."""
+        optimizer.zero_grad(set_to_none=True)
+        named = dict(self.trainer.student.named_parameters())
+        loss = step.loss if update.penalty is None else step.loss + update.penalty(named)
+        loss.backward()
+        moved = {name: parameter for name, parameter in named.items() if name in names and parameter.grad is not None}
+        for name, parameter in moved.items():
+            pull = config.prox_mu + (phase.proximal(parameter) if phase.proximal is not None else 0.0)
+            if pull > 0:
+                assert parameter.grad is not None
+                parameter.grad.add_(parameter.detach() - self.states["global"][name], alpha=pull)
+        if config.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(moved.values()), config.max_grad_norm)
+        optimizer.step()
+
+    def _part(
+        self,
+        rows: Tensor,
+        views: tuple[str, ...],
+        labeled: bool,
+        targets: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> Part:
+        rows = rows.to(self.data.images.device)
+        candidates = self.data.supervision.candidates[rows]
+        if not labeled:  # a labelled sample drawn as an unlabelled one keeps its label to itself
+            candidates = torch.ones_like(candidates)
+        made = self.trainer.transform.views(self.data.images[rows], views, generator)
+        return Part(made, candidates, {name: values[rows] for name, values in targets.items()})
+
+    def _log(self, step: Step, unlabeled: Tensor) -> None:
         for name, pair in step.metrics.items():
             self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
         if step.pseudo is not None:
-            self.rows.append(unlabeled_rows)
+            self.rows.append(unlabeled)
             self.pseudo.append(step.pseudo)
+        if step.memory is not None:
+            self.memory = step.memory
 
 
 @contextmanager
@@ -232,57 +466,3 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _run_phase(
-    phase: Phase,
-    student: nn.Module,
-    teachers: Mapping[str, Model],
-    start: StateDict,
-    data: ClientData,
-    index: tuple[Tensor, Tensor],
-    transform: ImageTransform,
-    config: TrainingConfig,
-    seed: int,
-    log: _Log,
-) -> PhaseResult:
-    """Trains `student` from `start` on the labelled and unlabelled positions `index`."""
-    student.load_state_dict(start)
-    student.train()
-    optimizer = torch.optim.SGD(
-        student.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    steps = count_steps(phase, config, len(index[1]) or len(index[0]))
-    labeled = draw_batches(index[0], config.batch_size, steps, torch_generator(seed, phase.name, "labeled"))
-    unlabeled = draw_batches(index[1], config.batch_size, steps, torch_generator(seed, phase.name, "unlabeled"))
-    generator = torch_generator(seed, phase.name, "augment", device=data.images.device)
-    examples = torch.zeros((), dtype=torch.float64, device=data.images.device)
-    for labeled_rows, unlabeled_rows in zip(labeled, unlabeled, strict=True):
-        batch = Batch(
-            _part(data, labeled_rows, phase.labeled, transform, generator),
-            _part(data, unlabeled_rows, phase.unlabeled, transform, generator),
-        )
-        buffers = [buffer.clone() for buffer in student.buffers()]
-        step = phase.loss(student, teachers, batch)
-        log.add(step, batch, unlabeled_rows)
-        if not step.examples:  # nothing to learn from: no step, not even of momentum, the proximal term or BatchNorm
-            for buffer, value in zip(student.buffers(), buffers, strict=True):
-                buffer.copy_(value)
-            continue
-        examples += step.examples
-        optimizer.zero_grad(set_to_none=True)
-        step.loss.backward()
-        if phase.proximal is not None:
-            for name, parameter in student.named_parameters():
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - start[name], alpha=phase.proximal(parameter))
-        optimizer.step()
-    state = {name: value.detach().clone() for name, value in student.state_dict().items()}
-    return PhaseResult(phase.name, state, float(examples))
-
-
-def _part(
-    data: ClientData, rows: Tensor, views: tuple[str, ...], transform: ImageTransform, generator: torch.Generator
-) -> Part:
-    rows = rows.to(data.images.device)
-    return Part(transform.views(data.images[rows], views, generator), data.supervision.candidates[rows])

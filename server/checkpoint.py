@@ -48,6 +48,10 @@ class Checkpoint:
     """See `strategy.strategy_state`."""
     client_states: dict[int, bytes] = field(default_factory=dict)
     """Client -> what it keeps between rounds, serialised; only non-empty ones, only where this process keeps them."""
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    """See `Method.initial_shared`."""
+    helpers: dict[str, Any] = field(default_factory=dict)
+    """See `HelperPool.dump`."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

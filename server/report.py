@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
-from flwr.app import Message, RecordDict
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
 from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
 from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel
 from fedlabel.hardware import describe_hardware, source_commit, source_hash, versions
-from fedlabel.methods.base import StateDict
+from fedlabel.methods.base import State, StateDict, state_from_lists, state_to_lists
 from fedlabel.metrics import Counts, add_counts, means, pseudo_label_metrics, ratio
 from fedlabel.tracking import RunFolder, summarize
 from server.strategy import decode
@@ -26,8 +28,18 @@ PANEL_EVERY = 10
 class RoundTally:
     """Takes in the replies of one round: hands on the usable ones, adds their counts, records failures."""
 
-    def __init__(self, round_number: int, client_of: dict[int, int], messages: list[Message]) -> None:
+    def __init__(
+        self,
+        round_number: int,
+        client_of: dict[int, int],
+        messages: list[Message],
+        statistics: State = MappingProxyType({}),  # type: ignore[assignment]
+    ) -> None:
+        """Takes the round's messages, and an example of the statistics that each reply has to bring."""
         self.round_number = round_number
+        self.messages = {client_of[message.metadata.dst_node_id]: message for message in messages}
+        self._template = state_to_lists(statistics)
+        self._statistics: Counts = {}
         self.client_of = client_of
         """Node id -> client, for the cohort."""
         self.failures: list[str] = []
@@ -59,7 +71,21 @@ class RoundTally:
             counts = _lists(content, "counts")
             self.client_counts[client] = counts
             self.sums = add_counts([self.sums, _lists(content, "sums")])
+            self._statistics = add_counts([self._statistics, self._values(content)])
             yield reply
+
+    def statistics(self, device: torch.device) -> State:
+        """Returns the sum of the usable replies' statistics."""
+        total = {name: self._header(name) + values for name, values in self._statistics.items()}
+        return state_from_lists(total, device)
+
+    def _header(self, name: str) -> list[float]:
+        """Returns the dimensions and sizes in front of the values, see `state_to_lists`."""
+        return self._template[name][: 1 + int(self._template[name][0])]
+
+    def _values(self, content: RecordDict) -> Counts:
+        lists = _lists(content, "statistics")
+        return {name: lists[name][len(self._header(name)) :] for name in self._template}
 
     def finish(self) -> None:
         """Records the clients that never answered."""
@@ -95,7 +121,12 @@ class RoundTally:
                 return f"BadReply: {name} of its model has shape {value.shape}, not {expected[name]}"
             if not np.isfinite(value).all():
                 return f"NotFinite: {name} of its model holds NaN or infinity"
-        numbers = [*_lists(content, "sums").values(), *_lists(content, "counts").values()]
+        statistics = _lists(content, "statistics")
+        for name, example in self._template.items():
+            values, header = statistics.get(name, []), self._header(name)
+            if len(values) != len(example) or values[: len(header)] != header:
+                return f"BadReply: its statistic {name} is missing or has another shape than {header[1:]}"
+        numbers = [*_lists(content, "sums").values(), *_lists(content, "counts").values(), *statistics.values()]
         if not all(np.isfinite(values).all() for values in numbers):
             return "NotFinite: its metrics hold NaN or infinity"
         return None
@@ -109,7 +140,7 @@ def log_round(
     experiment: Experiment,
     tally: RoundTally,
     model: StateDict | None,
-    sent_model: StateDict,
+    client_states: Mapping[int, RecordDict] | None,
     started: float,
 ) -> dict[str, float]:
     """Writes one round into the run folder and returns its metrics.
@@ -119,7 +150,7 @@ def log_round(
         experiment: evaluates.
         tally: the finished tally of the round.
         model: the new global model, or None where this round is not evaluated.
-        sent_model: the weights the clients started from.
+        client_states: what the clients kept when the round began; None: not in this process.
         started: `time.perf_counter()` at the start of the round.
     """
     counts = add_counts(tally.client_counts.values())
@@ -144,29 +175,45 @@ def log_round(
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
             figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
-            panel = pseudo_panel(experiment, sent_model, tally)
+            panel = pseudo_panel(experiment, tally, client_states)
             figures |= {"pseudo/samples": panel} if panel is not None else {}
     metrics["comm/bytes_up"] = float(tally.bytes_up)
     metrics["comm/bytes_down"] = float(tally.bytes_down)
-    metrics["train/passes"] = float(sum(counts.get("passes", [])))
+    passes = counts.get("passes", [0.0, 0.0])
+    metrics["train/forward_samples"], metrics["train/backward_samples"] = passes
+    if "claimed_bytes" in counts:
+        metrics["comm/claimed_bytes_up"], metrics["comm/claimed_bytes_down"] = counts["claimed_bytes"]
     metrics["system/failed_clients"] = float(len(tally.failures))
     metrics["system/round_seconds"] = time.perf_counter() - started
     folder.log_round(tally.round_number, metrics, lists=lists, figures=figures)
     return metrics
 
 
-def pseudo_panel(experiment: Experiment, sent_model: StateDict, tally: RoundTally) -> Figure | None:
+def pseudo_panel(
+    experiment: Experiment, tally: RoundTally, client_states: Mapping[int, RecordDict] | None
+) -> Figure | None:
     """Returns a figure of one client's pseudo-labelled samples, or None where the method has none.
 
     Nothing is asked of the client: this process trains its own copy of the (simulated) client once more, which gives
-    the same draws and the same experts.
+    the same draws and the same experts. Where what clients keep is not in this process, a method that keeps something
+    has no panel.
     """
     size = experiment.config.evaluation.panel_samples
     client = next((c for c, counts in tally.client_counts.items() if "drawn" in counts), None)
     if size == 0 or client is None:
         return None
-    update = experiment.train(client, sent_model, tally.round_number)
-    assert update.pseudo is not None
+    content = tally.messages[client].content
+    types = {name: value.dtype for name, value in experiment.initial_state.items()}
+    received = {
+        record: {name: value.to(experiment.device, types[name]) for name, value in arrays.to_torch_state_dict().items()}
+        for record, arrays in content.array_records.items()
+    }
+    kept = (client_states or {}).get(client, RecordDict()).array_records.get("memory", ArrayRecord({}))
+    memory = {name: torch.from_numpy(array.numpy().copy()).to(experiment.device) for name, array in kept.items()}
+    memory |= state_from_lists(_lists(content, "shared"), experiment.device)
+    update = experiment.train(client, received.pop("arrays"), tally.round_number, memory, received)
+    if update.pseudo is None or (client_states is None and update.kept):
+        return None
     rows = update.pseudo_index[:size]
     names = experiment.federation.dataset.class_names
     pseudo = [values[: len(rows)].cpu() for values in update.pseudo]
@@ -184,7 +231,8 @@ def summary(folder: RunFolder, experiment: Experiment) -> dict[str, object]:
     """Returns the content of `summary.json`, from `metrics.jsonl` (so it covers resumed runs as a whole)."""
     rows = folder.read_metrics()
     config = experiment.config
-    total = add_counts({key: [row.get(key) or 0.0] for key in _TOTALS} for row in rows)
+    keys = ("system/round_seconds", *_COUNTED, *_CLAIMED)
+    total = add_counts({key: [row.get(key) or 0.0] for key in keys} for row in rows)
     measured = sorted({key for row in rows for key in row if key.startswith(("eval/", "pseudo/", "train/loss"))})
     scalars = [key for key in measured if not any(isinstance(row.get(key), list) for row in rows)]
     return {
@@ -195,10 +243,8 @@ def summary(folder: RunFolder, experiment: Experiment) -> dict[str, object]:
         "method": config.method.name,
         "dataset": config.data.name,
         "evaluation_split": config.evaluation.split,
-        "comm/bytes_up": int(total["comm/bytes_up"][0]),
-        "comm/bytes_down": int(total["comm/bytes_down"][0]),
-        "train/passes": int(total["train/passes"][0]),
-        "system/failed_clients": int(total["system/failed_clients"][0]),
+        **{key: int(total[key][0]) for key in _COUNTED},
+        **{key: int(total[key][0]) for key in _CLAIMED if any(key in row for row in rows)},
         "commit": source_commit(),
         "source_hash": source_hash(),
         "versions": versions(),
@@ -207,7 +253,14 @@ def summary(folder: RunFolder, experiment: Experiment) -> dict[str, object]:
     }
 
 
-_TOTALS = ("system/round_seconds", "comm/bytes_up", "comm/bytes_down", "train/passes", "system/failed_clients")
+_COUNTED = (
+    "comm/bytes_up",
+    "comm/bytes_down",
+    "train/forward_samples",
+    "train/backward_samples",
+    "system/failed_clients",
+)
+_CLAIMED = ("comm/claimed_bytes_up", "comm/claimed_bytes_down")
 
 
 def _bytes(content: RecordDict) -> int:

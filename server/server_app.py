@@ -23,10 +23,11 @@ from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_hash
-from fedlabel.methods.base import StateDict
+from fedlabel.methods.base import StateDict, state_to_lists
 from fedlabel.tracking import RunFolder, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from server.grids import SimulationGrid
+from server.helpers import HelperPool
 from server.report import RoundTally, log_round, summary
 from server.strategy import (
     aggregate,
@@ -87,10 +88,15 @@ def run_federation(
     strategy = build_strategy(config.strategy)
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
-    checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config))
+    shared = config.method.initial_shared(experiment.federation.dataset.num_classes)
+    shared = {name: value.to(experiment.device) for name, value in shared.items()}
+    checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config), shared=shared)
     if resume:
         checkpoint = latest_checkpoint(path / "checkpoints", config, experiment.initial_state)
         checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
+        checkpoint.shared = {
+            name: value.to(experiment.device) for name, value in {**shared, **checkpoint.shared}.items()
+        }
         restore_strategy(strategy, checkpoint.strategy)
         if checkpoint.client_states:
             assert isinstance(grid, SimulationGrid)  # only they have states to save
@@ -131,15 +137,28 @@ def _rounds(
     checkpoint: Checkpoint,
     on_round: Callable[[int, Mapping[str, float]], None],
 ) -> None:
-    config, model = experiment.config, checkpoint.model
+    config, model, shared = experiment.config, checkpoint.model, checkpoint.shared
+    method = config.method
+    pool = HelperPool(experiment, method.helpers) if method.helpers is not None else None
+    if pool is not None and checkpoint.helpers:
+        pool.load(checkpoint.helpers)
     train_config = ConfigRecord({"experiment": to_yaml(config)})
     for round_number in range(checkpoint.round_number + 1, config.num_rounds + 1):
         started = time.perf_counter()
         cohort = sample_cohort(config.seed, round_number, config.num_clients, config.fraction_train)
+        client_of = {nodes[client]: client for client in cohort}
         messages = configure_round(strategy, round_number, ArrayRecord(model), train_config, nodes, cohort)
-        tally = RoundTally(round_number, {nodes[client]: client for client in cohort}, messages)
-        replies = grid.send_and_receive(messages, timeout=config.grid.timeout)
-        aggregated = aggregate(strategy, round_number, tally.usable(replies), config.seed)
+        for content in {id(message.content): message.content for message in messages}.values():
+            content["shared"] = ConfigRecord(dict(state_to_lists(shared)))
+        if pool is not None:
+            messages = pool.attach(messages, client_of, round_number)
+        states = dict(grid.states) if isinstance(grid, SimulationGrid) else None
+        nobody = method.initial_memory(torch.ones(1, experiment.federation.dataset.num_classes, dtype=torch.bool))
+        tally = RoundTally(round_number, client_of, messages, method.statistics({**nobody, **shared}))
+        usable = tally.usable(grid.send_and_receive(messages, timeout=config.grid.timeout))
+        if pool is not None:
+            usable = pool.watch(usable, client_of)
+        aggregated = aggregate(strategy, round_number, usable, config.seed)
         tally.finish()
         for failure in tally.failures:
             folder.log_failure(failure)
@@ -148,7 +167,6 @@ def _rounds(
                 f"All {len(cohort)} clients failed in round {round_number}, so the run stops; its checkpoints stay. "
                 f"{tally.failures[0].splitlines()[0]} (all of them, with tracebacks: {folder.failures})"
             )
-        sent_model = model
         if aggregated is not None:
             model = _like(experiment.initial_state, aggregated)
             if not all(value.isfinite().all() for value in model.values()):
@@ -156,12 +174,17 @@ def _rounds(
                     f"Strategy {config.strategy.name} made a model with NaN or infinity in round {round_number}; the "
                     "last checkpoint is of a round before. Lower the server's step in strategy.args, or training.lr."
                 )
+        model = experiment.train_server(model, round_number)
+        shared = method.server_step(shared, tally.statistics(experiment.device))
         last = round_number == config.num_rounds
         evaluated = model if last or round_number % config.evaluation.every == 0 else None
-        metrics = log_round(folder, experiment, tally, evaluated, sent_model, started)
+        metrics = log_round(folder, experiment, tally, evaluated, states, started)
         if last or round_number % config.checkpoint.every == 0:
-            states = grid.dump_states() if isinstance(grid, SimulationGrid) else {}
-            saved = Checkpoint(round_number, _cpu(model), to_yaml(config), strategy_state(strategy), states)
+            kept = grid.dump_states() if isinstance(grid, SimulationGrid) else {}
+            helpers = pool.dump() if pool is not None else {}
+            saved = Checkpoint(
+                round_number, _cpu(model), to_yaml(config), strategy_state(strategy), kept, _cpu(shared), helpers
+            )
             save_checkpoint(folder.checkpoints, saved, config.checkpoint.keep)
         on_round(round_number, metrics)
 

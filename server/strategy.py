@@ -104,7 +104,7 @@ def build_strategy(config: StrategyConfig) -> Strategy:
         return WeightedMean(**sampling)
     available = _flower_strategies()
     if config.name not in available:
-        hint = " FedProx is a term of the local loss: set method.prox_mu." if config.name == "FedProx" else ""
+        hint = " FedProx is a term of the local loss: set training.prox_mu." if config.name == "FedProx" else ""
         raise ConfigError(f"`strategy.name` (={config.name}) must be one of {', '.join(strategy_names())}.{hint}")
     strategy_class = available[config.name]
     taken = set(inspect.signature(strategy_class).parameters) - set(sampling) - _FIXED
@@ -130,7 +130,7 @@ _FIXED = (
 """Arguments of Flower's strategies that the round loop decides."""
 
 _LEFT_OUT = ("Strategy", "Result", "FedProx")
-"""FedProx acts on the client: `method.prox_mu`."""
+"""FedProx acts on the client: `training.prox_mu`."""
 
 
 def _flower_strategies() -> dict[str, type[Strategy]]:

@@ -20,11 +20,11 @@ def test_defaults_are_fedlabel_on_digits() -> None:
 
 def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    first.write_text("seed: 1\ntraining: {lr: 0.5, batch_size: 8}\nmethod: {name: supervised, prox_mu: 0.1}\n")
+    first.write_text("seed: 1\ntraining: {lr: 0.5, batch_size: 8}\nmethod: {name: supervised, oracle_labels: false}\n")
     second.write_text("training: {lr: 0.25}\n")
-    config = load_config([first, second], ["training.batch_size=16", "method.prox_mu=1"])
+    config = load_config([first, second], ["training.batch_size=16", "method.oracle_labels=true"])
     assert (config.seed, config.training.lr, config.training.batch_size) == (1, 0.25, 16)
-    assert config.method == Supervised(prox_mu=1.0)
+    assert config.method == Supervised(oracle_labels=True)
 
 
 def test_text_form_reads_back_equal() -> None:
@@ -45,7 +45,7 @@ def test_shipped_configurations_are_valid() -> None:
 
 
 def test_method_by_import_path() -> None:
-    config = load_config([], ["method.name=fedlabel.methods.supervised:Supervised", "method.prox_mu=0.5"])
+    config = load_config([], ["method.name=fedlabel.methods.supervised:Supervised", "method.oracle_labels=true"])
     assert isinstance(config.method, Supervised)
 
 

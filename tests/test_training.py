@@ -15,7 +15,15 @@ from fedlabel.methods.base import StateDict, sum_updates
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.supervised import Supervised
 from fedlabel.seeding import torch_generator
-from fedlabel.training import ClientData, ClientUpdate, ImageTransform, TrainingConfig, draw_batches, train_client
+from fedlabel.training import (
+    ClientData,
+    ClientUpdate,
+    ImageTransform,
+    Trainer,
+    TrainingConfig,
+    draw_batches,
+    train_client,
+)
 
 CLASSES = 3
 PLAIN = AugmentConfig(crop_padding=0, flip=False)
@@ -42,7 +50,7 @@ def train(
     method: object, data: ClientData, config: TrainingConfig = CONFIG, state: StateDict | None = None, seed: int = 7
 ) -> ClientUpdate:
     start = state if state is not None else net().state_dict()
-    return train_client(method, net(), net(), start, data, TRANSFORM, config, 1, seed)  # type: ignore[arg-type]
+    return train_client(method, Trainer(net(), net(), TRANSFORM, config), start, data, 1, seed)  # type: ignore[arg-type]
 
 
 def model(update: ClientUpdate) -> StateDict:
@@ -142,7 +150,8 @@ def test_proximal_term_adds_mu_times_distance_to_the_gradient() -> None:
     data, _ = client()
     start = net().state_dict()
     config = replace(CONFIG, local_steps=2)
-    plain, proximal = model(train(Supervised(), data, config)), model(train(Supervised(prox_mu=0.5), data, config))
+    plain = model(train(Supervised(), data, config))
+    proximal = model(train(Supervised(), data, replace(config, prox_mu=0.5)))
     first = model(train(Supervised(), data, replace(CONFIG, local_steps=1)))
     for name in start:
         expected = plain[name] - 0.2 * 0.5 * (first[name] - start[name])
@@ -172,15 +181,17 @@ def test_steps_without_kept_samples_leave_batch_norm_alone() -> None:
     normed = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES))
     start = {name: value.clone() for name, value in normed.state_dict().items()}
     method = FedLabel(confidence_threshold=1.0)
-    update = train_client(method, normed, copy.deepcopy(normed), start, data, TRANSFORM, CONFIG, 1, 7)
+    update = train_client(method, Trainer(normed, copy.deepcopy(normed), TRANSFORM, CONFIG), start, data, 1, 7)
     assert equal(model(update), start)
 
 
 def test_epochs_count_the_samples_that_a_phase_draws_from() -> None:
-    """10 labelled in batches of 4: 3 steps an epoch; 20 unlabelled: 5. Two epochs: 6 * 4 + 10 * (4 + 4)."""
+    """10 labelled in batches of 4: 3 steps an epoch; 20 unlabelled: 5. Two epochs: 6 * 4 + 10 * (4 + 4) of the
+    student, back and forth, and 10 * (4 + 4) of the two teachers, forth only (the paper's 2P + 2B and more)."""
     data, _ = client()
     update = train(FedLabel(), data, replace(CONFIG, local_steps=None, local_epochs=2))
-    assert update.passes == 6 * 4 + 10 * 8
+    assert update.backward == 6 * 4 + 10 * 8
+    assert update.forward == update.backward + 10 * 8
 
 
 @pytest.mark.parametrize(("weight_by", "expected"), [("processed", 20), ("size", 10), ("uniform", 1)])
@@ -214,7 +225,7 @@ def test_dropout_is_a_function_of_the_seed_and_leaves_the_global_generator_alone
     updates = []
     for seed in (1, 1, 2):
         before = torch.get_rng_state()
-        updates.append(train_client(Supervised(), dropout, net(), start, data, TRANSFORM, CONFIG, 1, seed))
+        updates.append(train_client(Supervised(), Trainer(dropout, net(), TRANSFORM, CONFIG), start, data, 1, seed))
         assert torch.equal(torch.get_rng_state(), before)
         torch.rand(3)
     assert equal(model(updates[0]), model(updates[1]))

@@ -19,6 +19,9 @@ Model = Callable[[Tensor], Tensor]
 StateDict = dict[str, Tensor]
 """Weights and buffers of one model, by name."""
 
+State = dict[str, Tensor]
+"""Named tensors that a method keeps: in a client's memory, or shared by all through the server."""
+
 
 class Part(NamedTuple):
     """The labelled or the unlabelled samples of one batch; a part that a phase does not ask for has batch 0."""
@@ -27,6 +30,8 @@ class Part(NamedTuple):
     """"clean", "weak" or "strong" -> normalised images (batch, channels, height, width), float."""
     candidates: Tensor
     """(batch, classes) bool: the classes the sample may have; exactly one True where it is labelled."""
+    targets: dict[str, Tensor]
+    """What the phase's `prepare` said of these samples: name -> (batch, ...)."""
 
 
 class Batch(NamedTuple):
@@ -34,6 +39,12 @@ class Batch(NamedTuple):
 
     labeled: Part
     unlabeled: Part
+    mix: Part
+    """Further unlabelled samples, to mix with: see `Phase.mix`."""
+    mixing: Tensor
+    """() float in [0, 1], this batch's draw from Beta(`Phase.mix_alpha`, `Phase.mix_alpha`); 1 without `Phase.mix`."""
+    memory: State
+    """What the client carries from step to step: see `Method.initial_memory`."""
 
 
 class PseudoLabels(NamedTuple):
@@ -59,14 +70,48 @@ class Step(NamedTuple):
     examples: Tensor
     """() number of samples that the loss used; a step with 0 moves nothing."""
     pseudo: PseudoLabels | None = None
+    memory: State | None = None
+    """What to carry to the next step; None: what came with the batch."""
 
 
 LossFunction = Callable[[Model, Mapping[str, Model], Batch], Step]
 
 
+class Survey(NamedTuple):
+    """All of a client's samples at once, for `Phase.prepare`."""
+
+    predict: Callable[[str, str], Tensor]
+    """(teacher, view) -> logits (n, classes) of the client's n samples, without gradient."""
+    candidates: Tensor
+    """(n, classes) bool, see `Part`."""
+    memory: State
+
+
+class Prepared(NamedTuple):
+    """What an E step over a client's whole data leaves for the phase that follows."""
+
+    targets: dict[str, Tensor]
+    """Name -> (n, ...), one row per sample; a batch gets the rows of its samples."""
+    draw: Tensor | None = None
+    """(n,) bool, the unlabelled samples that are to be drawn; None: all of them."""
+    memory: State | None = None
+    """What to carry on; None: unchanged."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step on a batch."""
+
+    loss: LossFunction
+    trains: Callable[[str], bool] | None = None
+    """Parameter name -> whether this step moves it, with an optimiser of its own; None: all parameters."""
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    """Named parameters of the student -> () added to the loss; None: nothing."""
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One local training run inside a round. Every phase starts from the received global weights."""
+    """One local training run inside a round."""
 
     name: str
     loss: LossFunction
@@ -75,11 +120,41 @@ class Phase:
     unlabeled: tuple[str, ...] = ()
     """Views wanted of unlabelled samples; empty: none are drawn."""
     teachers: tuple[str, ...] = ()
-    """"global" (the received weights) or the name of an earlier phase (its final weights), frozen in eval mode."""
+    """"global" (the received weights), the name of an earlier phase (its final weights) or of one of
+    `Method.states`; frozen in eval mode. A state that lacks weights borrows them from the student as it is now."""
     steps: int | None = None
     """Local steps of this phase; None: as `training.local_steps` or `training.local_epochs` says."""
     proximal: Callable[[Tensor], float] | None = None
-    """Parameter tensor p -> c, where c * (p - p_start) is added to its gradient; None: no proximal term."""
+    """Parameter tensor p -> c, where c * (p - p_global) is added to its gradient, on top of `training.prox_mu`."""
+    start: str = "global"
+    """Where the student starts: named as in `teachers`."""
+    trains: Callable[[str], bool] | None = None
+    """See `Update.trains`; of `loss`."""
+    then: tuple[Update, ...] = ()
+    """Further optimiser steps on the same batch, in turn."""
+    prepare: Callable[[Survey], Prepared] | None = None
+    """The E step over the client's whole data before this phase, with this phase's teachers; None: none."""
+    mix: tuple[str, ...] = ()
+    """Views wanted of a second draw of as many unlabelled samples, from all of them whatever `Prepared.draw` says."""
+    mix_alpha: float = 1.0
+    """Parameter of the Beta distribution that `Batch.mixing` is drawn from."""
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """All optimiser steps on a batch, in order."""
+        return (Update(self.loss, self.trains), *self.then)
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """Models of other clients that the server hands to a client (FedMatch)."""
+
+    count: int
+    """How many each client gets: those whose output on one fixed random image is nearest to its own."""
+    every: int
+    """Rounds between two of which they are sent."""
+    prefix: str
+    """Only the weights whose names start so travel; the rest is borrowed (see `Phase.teachers`)."""
 
 
 class PhaseResult(NamedTuple):
@@ -89,6 +164,8 @@ class PhaseResult(NamedTuple):
     state: StateDict
     examples: float
     """Samples used over all steps (see `Step.examples`)."""
+    start: str = "global"
+    """See `Phase.start`."""
 
 
 class ModelPart(NamedTuple):
@@ -109,6 +186,20 @@ class Method:
     oracle_labels: ClassVar[bool] = False
     """True only where the method is defined as an upper bound that sees every training label."""
 
+    @property
+    def additive(self) -> Mapping[str, float]:
+        """Name -> initial scale of parts whose sum is the model, each trained and averaged for itself; empty: one.
+
+        With {"sigma": 1, "psi": 0.2} the student has parameters "sigma.NAME" and "psi.NAME", at the start 1 and 0.2
+        times the initial weights, and works with their sum.
+        """
+        return {}
+
+    @property
+    def helpers(self) -> Helpers | None:
+        """Which models of other clients the server sends along, as teachers "helper0", "helper1", ...; None: none."""
+        return None
+
     def phases(self, round_number: int) -> tuple[Phase, ...]:
         """Returns the local phases of a round (1-based). Default: one phase over labelled and unlabelled samples."""
         return (Phase("train", self.loss, labeled=("weak",), unlabeled=("weak", "strong")),)
@@ -127,7 +218,8 @@ class Method:
 
         Args:
             global_state: the weights every phase started from.
-            results: what the phases that ran left behind, in order.
+            results: what the phases that ran left behind, in order. Where a phase started from another's end, its
+                update contains the other's.
             parameters: names in the state that are trained; the others are buffers.
             weight: the client's weight in the server's mean, as `training.weight_by` says.
 
@@ -135,7 +227,68 @@ class Method:
             Part name -> model and weight. The server averages each part over the clients by its weights and then takes
             the plain mean of the parts.
         """
-        return {"model": ModelPart(sum_updates(global_state, [r.state for r in results], parameters), weight)}
+        continued = {result.start for result in results}
+        ends = [result.state for result in results if result.name not in continued]
+        return {"model": ModelPart(sum_updates(global_state, ends, parameters), weight)}
+
+    def claimed_bytes(self, received: StateDict, uploaded: StateDict, helpers: int) -> tuple[float, float] | None:
+        """Returns (up, down) bytes by the count that the paper makes of its own traffic; None: it makes none.
+
+        Args:
+            received: the global state.
+            uploaded: the model that the client sends.
+            helpers: how many models of other clients came along.
+        """
+        return None
+
+    # What is remembered. A client's memory at the start of a round is what it kept (or `initial_memory`) and, over
+    # it, what the server shares. Losses carry it from step to step, through all phases.
+
+    def initial_memory(self, candidates: Tensor) -> State:
+        """Returns the memory of a client that never trained; candidates: (n, classes) bool, see `Part`."""
+        return {}
+
+    def states(self, global_state: StateDict, memory: State) -> dict[str, StateDict]:
+        """Returns further weights that phases may start from or have as teachers, by name."""
+        return {}
+
+    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
+        """Returns what stays at the client until it trains again. Default: nothing."""
+        return {}
+
+    def statistics(self, memory: State) -> State:
+        """Returns tensors whose sums over the cohort go into `server_step`. Default: nothing."""
+        return {}
+
+    def initial_shared(self, num_classes: int) -> State:
+        """Returns the state that the server shares with all clients in round 1. Default: nothing."""
+        return {}
+
+    def server_step(self, shared: State, total: State) -> State:
+        """Returns the next shared state from the current one and the summed `statistics` of a round."""
+        return shared
+
+    def server_phases(self, round_number: int) -> tuple[Phase, ...]:
+        """Returns what the server trains after each aggregation, where it holds labels (supervision.labels_at)."""
+        return (Phase("server", lambda student, _, batch: cross_entropy_on_labels(student, batch.labeled), ("weak",)),)
+
+
+def state_to_lists(state: State) -> dict[str, list[float]]:
+    """Returns a small state as name -> [dimensions, sizes..., values...], to travel in a message's configuration."""
+    return {
+        name: [float(value.dim()), *map(float, value.shape), *value.detach().double().flatten().tolist()]
+        for name, value in state.items()
+    }
+
+
+def state_from_lists(lists: Mapping[str, Sequence[float]], device: torch.device) -> State:
+    """Returns what `state_to_lists` was given, as float tensors on `device`."""
+    state: State = {}
+    for name, values in lists.items():
+        dimensions = int(values[0])
+        shape = [int(size) for size in values[1 : 1 + dimensions]]
+        state[name] = torch.tensor(values[1 + dimensions :], dtype=torch.float32, device=device).reshape(shape)
+    return state
 
 
 def sum_updates(start: StateDict, states: Sequence[StateDict], parameters: frozenset[str]) -> StateDict:
@@ -178,3 +331,45 @@ def cross_entropy_on_labels(student: Model, part: Part) -> Step:
     loss = nll.sum() / count.clamp_min(1)
     metrics = {"train/loss_supervised": mean_metric(nll, labeled), "train/loss": mean_metric(nll, labeled)}
     return Step(loss, metrics, count)
+
+
+def pseudo_cross_entropy(log_probs: Tensor, label: Tensor, keep: Tensor) -> Tensor:
+    """Returns the cross-entropy of each kept sample, 0 for the others.
+
+    Args:
+        log_probs: (n, classes) of the student.
+        label: (n,) int64 pseudo-labels.
+        keep: (n,) bool.
+
+    Returns:
+        (n,) float.
+    """
+    nll = -log_probs.gather(-1, label[:, None]).squeeze(-1)
+    return torch.where(keep, nll, torch.zeros_like(nll))
+
+
+def batch_mean(values: Tensor) -> Tensor:
+    """Returns the mean of (n,) values, 0 for none: the dropped samples of a batch count as zeros (FixMatch, USB)."""
+    return values.sum() / max(len(values), 1)
+
+
+def semi_supervised_step(
+    supervised: Step, unsupervised: Tensor, weight: float, pseudo: PseudoLabels, memory: State | None = None
+) -> Step:
+    """Returns labelled loss + weight * batch mean of the unlabelled one, with the metrics all such methods log.
+
+    Args:
+        supervised: the labelled part's step.
+        unsupervised: (n,) loss per unlabelled sample, 0 where dropped.
+        weight: lambda_u.
+        pseudo: the pseudo-labels of these samples.
+        memory: see `Step.memory`.
+    """
+    everyone = torch.ones_like(pseudo.keep)
+    metrics = dict(supervised.metrics)
+    metrics["train/loss_unsupervised"] = mean_metric(unsupervised, everyone)
+    metrics["pseudo/coverage"] = mean_metric(pseudo.keep.to(unsupervised.dtype), everyone)
+    metrics["pseudo/confidence"] = mean_metric(pseudo.confidence, everyone)
+    loss = supervised.loss + weight * batch_mean(unsupervised)
+    metrics["train/loss"] = torch.stack([loss, torch.ones_like(loss)]).detach()
+    return Step(loss, metrics, supervised.examples + pseudo.keep.sum(), pseudo, memory)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.utils._pytree import tree_map
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.supervision import supervise
 from fedlabel.methods import METHODS, method_class
-from fedlabel.methods.base import Batch, Method, Model, Part, Phase
+from fedlabel.methods.base import Batch, Method, Model, Part, Phase, Prepared, State, Survey, Update
 from fedlabel.methods.fedlabel import FedLabel
-from fedlabel.training import ClientData, ImageTransform, TrainingConfig, train_client
+from fedlabel.models.additive import Additive
+from fedlabel.training import ClientData, ImageTransform, Trainer, TrainingConfig, train_client
 
 CLASSES, BATCH = 4, 6
+LATE = 1000
+"""A round after all warm-ups."""
 METHOD_NAMES = sorted(METHODS)
 
 
@@ -33,80 +38,138 @@ def make(name: str) -> Method:
     return METHODS[name](**({"confidence_threshold": 0.0} if "confidence_threshold" in fields else {}))
 
 
-def make_batch(phase: Phase, seed: int, size: int = BATCH) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-
-    def part(names: tuple[str, ...], labeled: bool) -> Part:
-        n = size if names else 0
-        views = {name: torch.randn(n, 1, 6, 6, generator=generator) for name in names}
-        labels = torch.randint(CLASSES, (n,), generator=generator)
-        return Part(views, supervise(labels, torch.full((n,), labeled), CLASSES).candidates)
-
-    return Batch(part(phase.labeled, True), part(phase.unlabeled, False))
+def make_student(name: str, seed: int = 0) -> nn.Module:
+    scales = make(name).additive
+    return Additive(net(seed), scales) if scales else net(seed)
 
 
-def phases() -> list[tuple[str, Phase]]:
-    return [(name, phase) for name in METHOD_NAMES for phase in make(name).phases(1)]
+class Case(NamedTuple):
+    """One optimiser step of a phase of a method."""
+
+    name: str
+    phase: Phase
+    update: Update
+
+    def make_batch(self, seed: int, size: int = BATCH) -> Batch:
+        """Random images; the targets and the memory are what the phase's E step makes of them."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def part(names: tuple[str, ...], labeled: bool) -> Part:
+            n = size if names else 0
+            views = {name: torch.randn(n, 1, 6, 6, generator=generator) for name in names}
+            labels = torch.randint(CLASSES, (n,), generator=generator)
+            candidates = supervise(labels, torch.full((n,), labeled), CLASSES).candidates
+            return Part(views, candidates, self.targets(candidates, generator))
+
+        parts = [part(self.phase.labeled, True), part(self.phase.unlabeled, False), part(self.phase.mix, False)]
+        return Batch(*parts, torch.rand((), generator=generator), self.memory(generator))
+
+    def memory(self, generator: torch.Generator) -> State:
+        nothing = torch.ones(1, CLASSES, dtype=torch.bool)
+        method = make(self.name)
+        start = {**method.initial_memory(nothing), **method.initial_shared(CLASSES)}
+        return self.prepare(nothing, generator, start).memory or start
+
+    def targets(self, candidates: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        method = make(self.name)
+        memory = {**method.initial_memory(candidates), **method.initial_shared(CLASSES)}
+        return self.prepare(candidates, generator, memory).targets
+
+    def prepare(self, candidates: Tensor, generator: torch.Generator, memory: State) -> Prepared:
+        if self.phase.prepare is None:
+            return Prepared({})
+
+        def predict(teacher: str, view: str) -> Tensor:
+            assert teacher in self.phase.teachers
+            return torch.randn(len(candidates), CLASSES, generator=generator)
+
+        return self.phase.prepare(Survey(predict, candidates, memory))
 
 
-PHASES = pytest.mark.parametrize(("name", "phase"), phases(), ids=[f"{name}-{phase.name}" for name, phase in phases()])
+def cases() -> list[Case]:
+    """All of them, of an early and of a late round."""
+    found = {}
+    for name in METHOD_NAMES:
+        for round_number in (1, LATE):
+            for phase in make(name).phases(round_number):
+                for position, update in enumerate(phase.updates):
+                    found.setdefault((name, phase.name, position), Case(name, phase, update))
+    return list(found.values())
 
 
-def teachers_of(phase: Phase) -> dict[str, Model]:
-    return {teacher: net(10 + position) for position, teacher in enumerate(phase.teachers)}
+def case_id(case: Case) -> str:
+    return f"{case.name}-{case.phase.name}-{case.phase.updates.index(case.update)}"
 
 
-@PHASES
-def test_loss_is_finite_and_its_gradient_moves_every_parameter(name: str, phase: Phase) -> None:
-    student = net()
-    step = phase.loss(student, teachers_of(phase), make_batch(phase, 0))
+CASES = pytest.mark.parametrize("case", cases(), ids=case_id)
+
+
+def teachers_of(case: Case) -> dict[str, Model]:
+    return {name: make_student(case.name, 10 + position) for position, name in enumerate(case.phase.teachers)}
+
+
+def trained(case: Case, name: str) -> bool:
+    return case.update.trains is None or case.update.trains(name)
+
+
+@CASES
+def test_loss_is_finite_and_its_gradient_moves_every_trained_parameter(case: Case) -> None:
+    student = make_student(case.name)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(trained(case, name))
+    step = case.update.loss(student, teachers_of(case), case.make_batch(0))
     step.loss.backward()
     assert torch.isfinite(step.loss)
     assert step.examples > 0
-    for parameter_name, parameter in student.named_parameters():
-        assert parameter.grad is not None, parameter_name
-        assert parameter.grad.abs().sum() > 0, parameter_name
+    for name, parameter in student.named_parameters():
+        if trained(case, name):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
 
 
-@PHASES
-def test_no_gradient_leaks_into_teachers(name: str, phase: Phase) -> None:
-    teachers = teachers_of(phase)
-    phase.loss(net(), teachers, make_batch(phase, 0)).loss.backward()
+@CASES
+def test_no_gradient_leaks_into_teachers(case: Case) -> None:
+    teachers = teachers_of(case)
+    case.update.loss(make_student(case.name), teachers, case.make_batch(0)).loss.backward()
     for teacher in teachers.values():
         assert all(parameter.grad is None for parameter in teacher.parameters())  # type: ignore[attr-defined]
 
 
-@PHASES
-def test_empty_batch_gives_exactly_zero(name: str, phase: Phase) -> None:
-    step = phase.loss(net(), teachers_of(phase), make_batch(phase, 0, size=0))
+@CASES
+def test_targets_metrics_and_memory_are_detached(case: Case) -> None:
+    step = case.update.loss(make_student(case.name), teachers_of(case), case.make_batch(0))
+    assert not any(pair.requires_grad for pair in step.metrics.values())
+    assert step.pseudo is None or not any(values.requires_grad for values in step.pseudo)
+    assert not any(value.requires_grad for value in (step.memory or {}).values())
+
+
+@CASES
+def test_empty_batch_gives_exactly_zero(case: Case) -> None:
+    step = case.update.loss(make_student(case.name), teachers_of(case), case.make_batch(0, size=0))
+    assert all(torch.isfinite(value).all() for value in (step.memory or {}).values())
     assert step.loss.item() == 0
     assert step.examples == 0
     assert all(torch.isfinite(pair).all() for pair in step.metrics.values())
 
 
-@PHASES
-def test_three_stacked_clients_equal_one_by_one(name: str, phase: Phase) -> None:
-    students = [net(seed) for seed in (1, 2, 3)]
-    batches = [make_batch(phase, seed) for seed in (4, 5, 6)]
-    teacher_names = list(phase.teachers)
-    teachers = [[net(seed + 10 * i) for i in range(len(teacher_names))] for seed in (7, 8, 9)]
-
-    skeleton = net()
+@CASES
+def test_three_stacked_clients_equal_one_by_one(case: Case) -> None:
+    students = [make_student(case.name, seed) for seed in (1, 2, 3)]
+    batches = [case.make_batch(seed) for seed in (4, 5, 6)]
+    names = list(case.phase.teachers)
+    teachers = [[make_student(case.name, seed + 10 * i) for i in range(len(names))] for seed in (7, 8, 9)]
+    skeleton = make_student(case.name)
 
     def loss(params: Mapping[str, Tensor], teacher_params: list[Mapping[str, Tensor]], batch: Batch) -> Tensor:
         def bind(weights: Mapping[str, Tensor]) -> Model:
             return lambda images: functional_call(skeleton, dict(weights), (images,))
 
-        bound = {key: bind(weights) for key, weights in zip(teacher_names, teacher_params, strict=True)}
-        return phase.loss(bind(params), bound, batch).loss
-
-    def stacked(parts: list[Part]) -> Part:
-        views = {key: torch.stack([part.views[key] for part in parts]) for key in parts[0].views}
-        return Part(views, torch.stack([part.candidates for part in parts]))
+        bound = {key: bind(weights) for key, weights in zip(names, teacher_params, strict=True)}
+        return case.update.loss(bind(params), bound, batch).loss
 
     params = stack_module_state(students)[0]
-    teacher_params = [stack_module_state([row[i] for row in teachers])[0] for i in range(len(teacher_names))]
-    batch = Batch(stacked([b.labeled for b in batches]), stacked([b.unlabeled for b in batches]))
+    teacher_params = [stack_module_state([row[i] for row in teachers])[0] for i in range(len(names))]
+    batch = tree_map(lambda *tensors: torch.stack(tensors), *batches)
     together = vmap(loss)(params, teacher_params, batch)
     together_grad = vmap(grad(loss))(params, teacher_params, batch)
     for i in range(3):
@@ -119,18 +182,20 @@ def test_three_stacked_clients_equal_one_by_one(name: str, phase: Phase) -> None
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
 @pytest.mark.parametrize(("n", "labeled"), [(12, 5), (12, 0), (5, 5)], ids=["both", "no labels", "no unlabelled"])
-def test_round_is_reproducible_and_survives_empty_parts(name: str, n: int, labeled: int) -> None:
+@pytest.mark.parametrize("round_number", [1, LATE])
+def test_round_is_reproducible_and_survives_empty_parts(name: str, n: int, labeled: int, round_number: int) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (n, 1, 6, 6), dtype=torch.uint8, generator=generator)
     labels = torch.randint(CLASSES, (n,), generator=generator)
     data = ClientData(images, supervise(labels, torch.arange(n) < labeled, CLASSES))
     transform = ImageTransform(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), AugmentConfig(crop_padding=1), False)
-    state = net().state_dict()
+    state = make_student(name).state_dict()
     updates = []
     for _ in range(2):
         torch.rand(1)  # the global generator must not matter
         config = TrainingConfig(local_steps=2, batch_size=4)
-        updates.append(train_client(make(name), net(5), net(6), state, data, transform, config, 1, seed=3))
+        trainer = Trainer(make_student(name, 5), make_student(name, 6), transform, config)
+        updates.append(train_client(make(name), trainer, state, data, round_number, seed=3))
     first, second = updates
     for part, uploaded in first.parts.items():
         assert uploaded.weight >= 0
@@ -138,6 +203,9 @@ def test_round_is_reproducible_and_survives_empty_parts(name: str, n: int, label
             assert torch.isfinite(value).all()
             assert torch.equal(value, second.parts[part].state[key])
     assert first.sums == second.sums
+    for kept, again in ((first.kept, second.kept), (first.statistics, second.statistics)):
+        assert kept.keys() == again.keys()
+        assert all(torch.equal(kept[key], again[key]) and torch.isfinite(kept[key]).all() for key in kept)
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)

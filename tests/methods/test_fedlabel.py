@@ -9,25 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, ModelPart, Part, PhaseResult, Step
+from fedlabel.methods.base import ModelPart, PhaseResult, Step
 from fedlabel.methods.fedlabel import FedLabel, confidence, kl_divergence, select
+from tests.methods.batches import make_batch
 
 LOCAL = torch.tensor([[0.7, 0.1, 0.1, 0.1]])
 GLOBAL = torch.tensor([[0.5, 0.3, 0.1, 0.1]])
-
-
-def batch_of(n: int, classes: int = 4) -> Batch:
-    """A batch whose only content is its size: models in these tests ignore the images."""
-    views = {name: torch.zeros(n, 1, 2, 2) for name in ("clean", "weak", "strong")}
-    nothing = Part({}, torch.zeros(0, classes, dtype=torch.bool))
-    return Batch(nothing, Part(views, torch.ones(n, classes, dtype=torch.bool)))
 
 
 def loss_of(method: FedLabel, global_probs: Tensor, local_probs: Tensor, student_logits: Tensor | None = None) -> Step:
     n, classes = global_probs.shape
     logits = torch.zeros(n, classes) if student_logits is None else student_logits
     teachers = {"global": lambda x: global_probs.log(), "supervised": lambda x: local_probs.log()}
-    return method.loss(lambda x: torch.cat([logits, logits]), teachers, batch_of(n, classes))
+    return method.loss(lambda x: torch.cat([logits, logits]), teachers, make_batch(classes, unlabeled=n))
 
 
 def test_check_1_variance_has_its_closed_form() -> None:
@@ -145,7 +139,7 @@ def test_check_7_no_gradient_reaches_the_teachers() -> None:
     local_logits = torch.randn(8, 4, requires_grad=True)
     student_logits = torch.randn(16, 4, requires_grad=True)
     teachers = {"global": lambda x: global_logits, "supervised": lambda x: local_logits}
-    step = FedLabel(confidence_threshold=0.0).loss(lambda x: student_logits, teachers, batch_of(8))
+    step = FedLabel(confidence_threshold=0.0).loss(lambda x: student_logits, teachers, make_batch(4, unlabeled=8))
     step.loss.backward()
     assert global_logits.grad is None
     assert local_logits.grad is None

@@ -168,7 +168,7 @@ def test_memory_of_a_strategy_survives_a_checkpoint() -> None:
 def test_strategy_errors_name_key_and_choices() -> None:
     with pytest.raises(ConfigError, match=r"`strategy.name` \(=FedAdams\) must be one of weighted_mean, .*FedAdam"):
         build_strategy(StrategyConfig("FedAdams"))
-    with pytest.raises(ConfigError, match="FedProx is a term of the local loss: set method.prox_mu"):
+    with pytest.raises(ConfigError, match="FedProx is a term of the local loss: set training.prox_mu"):
         build_strategy(StrategyConfig("FedProx"))
     with pytest.raises(ConfigError, match="has weighted_by_key, which FedAdam does not take"):
         build_strategy(StrategyConfig("FedAdam", {"weighted_by_key": "x"}))
