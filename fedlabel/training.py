@@ -27,6 +27,7 @@ from fedlabel.methods.base import (
     Step,
     Survey,
     Update,
+    pseudo_metrics,
 )
 from fedlabel.seeding import derive_seed, numpy_generator, torch_generator
 
@@ -34,6 +35,7 @@ WEIGHT_BY = ("processed", "size", "uniform")
 SURVEY_BATCH = 500
 """Samples a model sees at once when a client's whole data are looked at."""
 
+_ZERO = torch.zeros(())
 _NOTHING: Mapping[str, StateDict] = MappingProxyType({})
 
 
@@ -299,7 +301,9 @@ class _Run:
         steps = count_steps(phase, config, len(unlabeled) or len(labeled), batch_size)
         if steps == 0:
             return
-        teachers = {name: self._teacher(self.states[name]) for name in phase.teachers}
+        # Models of other clients come along only in some rounds.
+        present = [name for name in phase.teachers if name in self.states or not name.startswith("helper")]
+        teachers = {name: self._teacher(self.states[name]) for name in present}
         with _seeded(derive_seed(self.seed, phase.name, "model"), self.data.images.device):
             self.trainer.student.load_state_dict(self.states[phase.start])
             targets: dict[str, Tensor] = {}
@@ -307,6 +311,9 @@ class _Run:
             if phase.prepare is not None:
                 prepared = self._prepare(phase, teachers)
                 targets, self.memory = prepared.targets, prepared.memory or self.memory
+                if prepared.pseudo is not None:
+                    labels = PseudoLabels(*(values[unlabeled.to(values.device)] for values in prepared.pseudo))
+                    self._log(Step(_ZERO, pseudo_metrics(labels), _ZERO, labels), unlabeled)
                 if prepared.draw is not None:
                     drawn = unlabeled[prepared.draw.cpu()[unlabeled]]
                 if len(labeled) + len(drawn) == 0:

@@ -7,9 +7,22 @@ import importlib
 
 from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.methods.fixmatch import FixMatch
+from fedlabel.methods.freematch import FreeMatch
+from fedlabel.methods.pseudo_label import PseudoLabel
+from fedlabel.methods.sage import SAGE
 from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.uda import UDA
 
-METHODS: dict[str, type[Method]] = {"supervised": Supervised, "fedlabel": FedLabel}
+METHODS: dict[str, type[Method]] = {
+    "supervised": Supervised,
+    "pseudo_label": PseudoLabel,
+    "uda": UDA,
+    "fixmatch": FixMatch,
+    "freematch": FreeMatch,
+    "fedlabel": FedLabel,
+    "sage": SAGE,
+}
 
 
 def method_class(name: str) -> type[Method]:

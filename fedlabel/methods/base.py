@@ -96,6 +96,8 @@ class Prepared(NamedTuple):
     """(n,) bool, the unlabelled samples that are to be drawn; None: all of them."""
     memory: State | None = None
     """What to carry on; None: unchanged."""
+    pseudo: PseudoLabels | None = None
+    """Pseudo-labels of all n samples, for the evaluator, which looks at the unlabelled ones; None: none made here."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,11 @@ def sum_updates(start: StateDict, states: Sequence[StateDict], parameters: froze
     return merged
 
 
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Returns (n, classes) float32 from (n,) int64; unlike torch's own it works under `torch.func.vmap`."""
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
+
+
 def mean_metric(values: Tensor, mask: Tensor) -> Tensor:
     """Returns (sum of values where mask, number of True) as a detached (2,) tensor; see `Step.metrics`."""
     mask = mask.to(values.dtype)
@@ -323,9 +330,13 @@ def cross_entropy_on_labels(student: Model, part: Part) -> Step:
 
     A sample counts only if exactly one candidate is left.
     """
-    labeled = part.candidates.sum(-1) == 1
-    log_probs = student(part.views["weak"]).log_softmax(-1)
-    nll = -(log_probs * part.candidates).sum(-1)
+    return labeled_step(student(part.views["weak"]), part.candidates)
+
+
+def labeled_step(logits: Tensor, candidates: Tensor) -> Step:
+    """Returns the mean cross-entropy over the rows with one candidate; logits and candidates are (n, classes)."""
+    labeled = candidates.sum(-1) == 1
+    nll = -(logits.log_softmax(-1) * candidates).sum(-1)
     nll = torch.where(labeled, nll, torch.zeros_like(nll))
     count = labeled.sum()
     loss = nll.sum() / count.clamp_min(1)
@@ -353,8 +364,23 @@ def batch_mean(values: Tensor) -> Tensor:
     return values.sum() / max(len(values), 1)
 
 
+def pseudo_metrics(pseudo: PseudoLabels) -> dict[str, Tensor]:
+    """Returns the metrics that every method's pseudo-labels have."""
+    everyone, dtype = torch.ones_like(pseudo.keep), pseudo.confidence.dtype
+    return {
+        "pseudo/coverage": mean_metric(pseudo.keep.to(dtype), everyone),
+        "pseudo/confidence": mean_metric(pseudo.confidence, everyone),
+        "pseudo/from_global": mean_metric(pseudo.from_global.to(dtype), everyone),
+    }
+
+
 def semi_supervised_step(
-    supervised: Step, unsupervised: Tensor, weight: float, pseudo: PseudoLabels, memory: State | None = None
+    supervised: Step,
+    unsupervised: Tensor,
+    weight: float,
+    keep: Tensor,
+    pseudo: PseudoLabels | None = None,
+    memory: State | None = None,
 ) -> Step:
     """Returns labelled loss + weight * batch mean of the unlabelled one, with the metrics all such methods log.
 
@@ -362,14 +388,14 @@ def semi_supervised_step(
         supervised: the labelled part's step.
         unsupervised: (n,) loss per unlabelled sample, 0 where dropped.
         weight: lambda_u.
-        pseudo: the pseudo-labels of these samples.
+        keep: (n,) bool, which of them were used.
+        pseudo: the pseudo-labels of these samples, where they were made in this step.
         memory: see `Step.memory`.
     """
-    everyone = torch.ones_like(pseudo.keep)
     metrics = dict(supervised.metrics)
-    metrics["train/loss_unsupervised"] = mean_metric(unsupervised, everyone)
-    metrics["pseudo/coverage"] = mean_metric(pseudo.keep.to(unsupervised.dtype), everyone)
-    metrics["pseudo/confidence"] = mean_metric(pseudo.confidence, everyone)
+    metrics["train/loss_unsupervised"] = mean_metric(unsupervised, torch.ones_like(keep))
+    if pseudo is not None:
+        metrics |= pseudo_metrics(pseudo)
     loss = supervised.loss + weight * batch_mean(unsupervised)
     metrics["train/loss"] = torch.stack([loss, torch.ones_like(loss)]).detach()
-    return Step(loss, metrics, supervised.examples + pseudo.keep.sum(), pseudo, memory)
+    return Step(loss, metrics, supervised.examples + keep.sum(), pseudo, memory)

@@ -1,0 +1,136 @@
+"""FreeMatch: FixMatch with thresholds that follow the model's confidence, and a term for fair predictions.
+
+Source: Wang et al., "FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning", ICLR 2023 (arXiv
+2205.07246): self-adaptive thresholding (in `masks.py`) and self-adaptive fairness. Setting: labels at the clients, or
+wherever they are.
+
+What differs: the moving averages are the federation's (see `masks.py`). With a few steps per round, .999 moves them
+little in a hundred rounds; lower `mask.ema` for short runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlabel.methods.base import (
+    Batch,
+    Method,
+    Model,
+    Phase,
+    Prepared,
+    State,
+    Step,
+    Survey,
+    labeled_step,
+    mean_metric,
+    one_hot,
+    pseudo_cross_entropy,
+    semi_supervised_step,
+)
+from fedlabel.methods.masks import Mask
+
+
+def fairness(strong_probs: Tensor, keep: Tensor, class_mean: Tensor, class_share: Tensor) -> Tensor:
+    """Returns -H(SumNorm(p / h), SumNorm(p_batch / h_batch)), the self-adaptive fairness term.
+
+    Args:
+        strong_probs: (n, classes) of the student on strong views, with gradient.
+        keep: (n,) bool; p_batch and h_batch are taken over the kept samples.
+        class_mean: p (classes,), the moving average of predicted probabilities.
+        class_share: h (classes,), the moving average of predicted classes' shares.
+
+    Returns:
+        () float; exactly 0 if nothing is kept. A class that no kept sample is predicted as has p_batch / h_batch = 0.
+    """
+    classes = strong_probs.shape[-1]
+    kept = keep.sum()
+    weight = keep.to(strong_probs.dtype)[:, None]
+    mean = (strong_probs * weight).sum(0) / kept.clamp_min(1)
+    hot = one_hot(strong_probs.argmax(-1), classes)
+    share = (hot * weight).sum(0) / kept.clamp_min(1)
+    target = class_mean / class_share.clamp_min(1e-12)
+    ratio = torch.where(share > 0, mean / torch.where(share > 0, share, torch.ones_like(share)), torch.zeros_like(mean))
+    target = target / target.sum()
+    ratio = ratio / ratio.sum().clamp_min(1e-12)
+    value = (target * (ratio + 1e-12).log()).sum()
+    return torch.where(kept > 0, value, torch.zeros_like(value))
+
+
+@dataclass(frozen=True)
+class FreeMatch(Method):
+    """Hyper-parameters of FreeMatch."""
+
+    name: str = "freematch"
+    lambda_u: float = 1.0
+    """Weight of the unlabelled loss."""
+    lambda_f: float = 0.05
+    """Weight of the fairness term."""
+    mask: Mask = field(default_factory=lambda: Mask(kind="freematch"))
+    """mask.kind must stay freematch; mask.ema, mask.debias may change."""
+
+    description: ClassVar[str] = "FixMatch with self-adaptive thresholds and fairness (Wang et al., 2023)"
+
+    def __post_init__(self) -> None:
+        for key in ("lambda_u", "lambda_f"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
+        if self.mask.kind != "freematch":
+            raise ValueError(
+                f"`method.mask.kind` (={self.mask.kind}) must be freematch for method freematch; for other thresholds "
+                "take method.name=fixmatch."
+            )
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        surveys = self.mask.surveys
+        return (
+            Phase(
+                "train",
+                self.loss,
+                labeled=("weak",),
+                unlabeled=("weak", "strong"),
+                teachers=("global",) if surveys else (),
+                prepare=self.prepare if surveys else None,
+            ),
+        )
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        """Returns CE(labels) + lambda_u * mean(keep * CE(pseudo-label, strong)) + lambda_f * fairness."""
+        with torch.no_grad():
+            weak_logits = student(batch.unlabeled.views["weak"])
+        chosen = self.mask.select(weak_logits, 0.0, batch.memory)
+        labeled, strong = batch.labeled.views["weak"], batch.unlabeled.views["strong"]
+        labeled_logits, strong_logits = student(torch.cat([labeled, strong])).split([len(labeled), len(strong)])
+        supervised = labeled_step(labeled_logits, batch.labeled.candidates)
+        unsupervised = pseudo_cross_entropy(strong_logits.log_softmax(-1), chosen.label, chosen.keep)
+        step = semi_supervised_step(
+            supervised, unsupervised, self.lambda_u, chosen.keep, chosen.pseudo_labels(False), chosen.memory
+        )
+        memory = chosen.memory
+        fair = fairness(strong_logits.softmax(-1), chosen.keep, memory["class_mean"], memory["class_share"])
+        metrics = {
+            **step.metrics,
+            "train/loss_fairness": mean_metric(fair[None], torch.ones_like(chosen.keep.any())[None]),
+            "pseudo/threshold": mean_metric(memory["threshold"][None], torch.ones_like(chosen.keep.any())[None]),
+        }
+        return step._replace(loss=step.loss + self.lambda_f * fair, metrics=metrics)
+
+    def prepare(self, survey: Survey) -> Prepared:
+        """The mask's E step over a client's whole data (debiasing)."""
+        return Prepared({}, memory=self.mask.prepare(survey, 0.0))
+
+    def initial_memory(self, candidates: Tensor) -> State:
+        return self.mask.initial_memory(candidates)
+
+    def initial_shared(self, num_classes: int) -> State:
+        return self.mask.initial_shared(num_classes)
+
+    def statistics(self, memory: State) -> State:
+        return self.mask.statistics(memory)
+
+    def server_step(self, shared: State, total: State) -> State:
+        return self.mask.server_step(shared, total)

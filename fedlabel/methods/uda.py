@@ -1,0 +1,118 @@
+"""UDA: the strong view's prediction is pulled to the weak view's sharpened one.
+
+Source: Xie et al., "Unsupervised Data Augmentation for Consistency Training", NeurIPS 2020 (arXiv 1904.12848):
+consistency with sharpening and confidence masking, training-signal annealing. Setting: labels at the clients, or
+wherever they are.
+
+What differs: training-signal annealing runs over `tsa_rounds` communication rounds instead of over steps; it is off by
+default, as one client's few labels are soon learnt by heart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlabel.methods.base import (
+    Batch,
+    Model,
+    Phase,
+    Step,
+    labeled_step,
+    semi_supervised_step,
+)
+from fedlabel.methods.masks import MaskedMethod
+
+TSA = ("none", "linear", "log", "exp")
+
+
+def tsa_threshold(schedule: str, progress: float, num_classes: int) -> float:
+    """Returns eta_t = alpha_t * (1 - 1/C) + 1/C: labelled samples surer than that are left out.
+
+    Args:
+        schedule: "linear": alpha_t = t; "log": 1 - exp(-5 t); "exp": exp(5 (t - 1)).
+        progress: t in [0, 1].
+        num_classes: C.
+    """
+    alpha = {"linear": progress, "log": 1 - math.exp(-5 * progress), "exp": math.exp(5 * (progress - 1))}[schedule]
+    return alpha * (1 - 1 / num_classes) + 1 / num_classes
+
+
+def soft_target_divergence(target_logits: Tensor, temperature: float, log_probs: Tensor) -> Tensor:
+    """Returns KL(softmax(target_logits / T) || p) per row, (n,); both arguments are (n, classes)."""
+    target = (target_logits / temperature).log_softmax(-1)
+    return (target.exp() * (target - log_probs)).sum(-1)
+
+
+@dataclass(frozen=True)
+class UDA(MaskedMethod):
+    """Hyper-parameters of UDA."""
+
+    name: str = "uda"
+    confidence_threshold: float = 0.8
+    """A sample counts if the weak view's largest probability, before sharpening, reaches it."""
+    temperature: float = 0.4
+    """T: the target is softmax(logits / T)."""
+    lambda_u: float = 1.0
+    """Weight of the unlabelled loss."""
+    tsa: str = "none"
+    """none | linear | log | exp: training-signal annealing."""
+    tsa_rounds: int = 0
+    """Rounds over which the annealing runs; needed unless tsa is none."""
+
+    description: ClassVar[str] = "strong view pulled to the sharpened weak view (Xie et al., 2020)"
+
+    def __post_init__(self) -> None:
+        self.check_mask()
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"`method.temperature` (={self.temperature}) must be a positive number.")
+        if not 0 <= self.lambda_u < float("inf"):
+            raise ValueError(f"`method.lambda_u` (={self.lambda_u}) must be a finite number of at least 0.")
+        if self.tsa not in TSA:
+            raise ValueError(f"`method.tsa` (={self.tsa}) must be one of {', '.join(TSA)}.")
+        if (self.tsa == "none") != (self.tsa_rounds == 0) or self.tsa_rounds < 0:
+            raise ValueError(
+                f"`method.tsa_rounds` (={self.tsa_rounds}) must be above 0 if and only if `method.tsa` (={self.tsa}) "
+                "is not none."
+            )
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        progress = min(1.0, round_number / self.tsa_rounds) if self.tsa_rounds else 1.0
+        surveys = self.mask.surveys
+        return (
+            Phase(
+                "train",
+                partial(self.loss, progress=progress),
+                labeled=("weak",),
+                unlabeled=("weak", "strong"),
+                teachers=("global",) if surveys else (),
+                prepare=self.prepare if surveys else None,
+            ),
+        )
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, progress: float = 1.0) -> Step:
+        """Returns CE(labels) + lambda_u * mean(keep * KL(sharpened weak view || strong view))."""
+        with torch.no_grad():
+            weak_logits = student(batch.unlabeled.views["weak"])
+        chosen = self.mask.select(weak_logits, self.confidence_threshold, batch.memory)
+        labeled, strong = batch.labeled.views["weak"], batch.unlabeled.views["strong"]
+        labeled_logits, strong_logits = student(torch.cat([labeled, strong])).split([len(labeled), len(strong)])
+        supervised = labeled_step(labeled_logits, self._annealed(labeled_logits, batch.labeled.candidates, progress))
+        divergence = soft_target_divergence(chosen.logits, self.temperature, strong_logits.log_softmax(-1))
+        unsupervised = torch.where(chosen.keep, divergence, torch.zeros_like(divergence))
+        return semi_supervised_step(
+            supervised, unsupervised, self.lambda_u, chosen.keep, chosen.pseudo_labels(False), chosen.memory
+        )
+
+    def _annealed(self, logits: Tensor, candidates: Tensor, progress: float) -> Tensor:
+        """Returns the candidates, all True (no label) where the model already knows the label too well."""
+        if self.tsa == "none":
+            return candidates
+        known = (logits.detach().softmax(-1) * candidates).sum(-1)
+        return candidates | (known > tsa_threshold(self.tsa, progress, logits.shape[-1]))[:, None]
