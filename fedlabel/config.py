@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
-from fedlabel.data.partition import PartitionConfig
+from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
+from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision import COUNTS, SupervisionConfig
 from fedlabel.methods import method_class
 from fedlabel.methods.base import Method
@@ -122,7 +123,11 @@ class ExperimentConfig:
     """Share of the clients drawn (without replacement) to train in a round; at least one client."""
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
+    labeled_partition: LabeledPartitionConfig | None = None
+    """A law of their own for the labelled samples: chosen over the whole training set, they are spread by it, the
+    others by `partition`; a client holds both. null: labels are chosen among what the clients hold."""
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    skew: SkewConfig = field(default_factory=SkewConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Any = field(default_factory=FedLabel)
@@ -141,12 +146,7 @@ class ExperimentConfig:
                 raise ValueError(f"`{key}` (={getattr(self, key)}) must be at least 1.")
         if not 0 < self.fraction_train <= 1:
             raise ValueError(f"`fraction_train` (={self.fraction_train}) must lie in (0, 1].")
-        labeled_clients = self.supervision.labeled_clients
-        if labeled_clients is not None and labeled_clients > self.num_clients:
-            raise ValueError(
-                f"`supervision.labeled_clients` (={labeled_clients}) must not exceed `num_clients` "
-                f"(={self.num_clients})."
-            )
+        self._check_labels()
         averages = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
         if self.model.norm == "batch" and self.strategy.name not in averages:
             raise ValueError(
@@ -158,6 +158,31 @@ class ExperimentConfig:
             raise ValueError(
                 f"`method.merge` (=mean) sends two models with separate weights, which `strategy.name` "
                 f"(={self.strategy.name}) cannot combine; use strategy.name=weighted_mean or method.merge=sum."
+            )
+
+    def _check_labels(self) -> None:
+        supervision = self.supervision
+        if supervision.labeled_clients is not None and supervision.labeled_clients > self.num_clients:
+            raise ValueError(
+                f"`supervision.labeled_clients` (={supervision.labeled_clients}) must not exceed `num_clients` "
+                f"(={self.num_clients})."
+            )
+        if self.labeled_partition is None:
+            return
+        if supervision.labels_at != "clients":
+            raise ValueError(
+                f"`supervision.labels_at` (={supervision.labels_at}) says by itself who holds the labelled samples: "
+                "take supervision.labels_at=clients, or labeled_partition=null."
+            )
+        if supervision.labels_per_client is not None:
+            raise ValueError(
+                f"`supervision.labels_per_client` (={supervision.labels_per_client}) contradicts labeled_partition, "
+                "which says how many labelled samples a client has: take labels_per_class, labels_total or label_rate."
+            )
+        if supervision.everything and not self.skew.unlabeled_only_classes:
+            raise ValueError(
+                f"`supervision.kind` (={supervision.kind}) and `supervision.label_rate` (={supervision.label_rate}) "
+                "label all samples, so `labeled_partition` would leave none to `partition`: set labeled_partition=null."
             )
 
 
@@ -245,10 +270,13 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
         assert isinstance(user, dict)
         base = OmegaConf.structured(ExperimentConfig)
         for key, value in user.items():
-            if isinstance(base.get(key), DictConfig) and not isinstance(value, dict):
+            if key == "labeled_partition" and value is None:
+                continue
+            node = OmegaConf.structured(LabeledPartitionConfig) if key == "labeled_partition" else base.get(key)
+            if isinstance(node, DictConfig) and not isinstance(value, dict):
                 raise ConfigError(
                     f"`{key!s}` (={value!s}) must be a mapping of keys; set one of its keys, e.g. {key!s}."
-                    f"{next(iter(base[key]))}=..."
+                    f"{next(iter(node))!s}=..."
                 )
         # Giving one of two ways to say the same replaces the default of the other.
         training, supervision = user.get("training", {}), user.get("supervision", {})
@@ -258,9 +286,10 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
             supervision["label_rate"] = None
         if supervision.get("labels_at") == "some_clients":
             supervision.setdefault("label_rate", None)
-        arguments = user.get("partition", {}).get("partitioner_args")
-        if isinstance(arguments, dict):  # a mapping in YAML or on the command line; kept as JSON text
-            user["partition"]["partitioner_args"] = json.dumps(arguments)
+        for law in (user.get("partition"), user.get("labeled_partition")):
+            if law and isinstance(law.get("partitioner_args"), dict):  # a mapping in YAML or on the command line
+                law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
+        _check_classes(user.get("skew", {}).get("unlabeled_only_classes", []))
         schema = method_class(user.get("method", {}).get("name", FedLabel.name))
         # The schema node replaces the default method: another method has other fields.
         OmegaConf.set_readonly(base, False)
@@ -276,6 +305,15 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
     assert isinstance(resolved, ExperimentConfig)
     assert isinstance(resolved.method, Method)
     return resolved
+
+
+def _check_classes(value: Any) -> None:
+    """OmegaConf's own message would not name the value."""
+    if not isinstance(value, list) or not all(type(label) is int for label in value):
+        raise ConfigError(
+            f"`skew.unlabeled_only_classes` (={value}) must be a list of integers, e.g. "
+            "skew.unlabeled_only_classes=[8,9]."
+        )
 
 
 def _describe(error: OmegaConfBaseException) -> str:

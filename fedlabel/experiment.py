@@ -12,6 +12,7 @@ from torch import nn
 from fedlabel.config import ExperimentConfig, parse_config
 from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.skew import shift_features
 from fedlabel.data.supervision import Supervision
 from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import resolve_device
@@ -41,16 +42,20 @@ class Experiment:
         self.federation: Federation = build_federation(
             config.data,
             config.partition,
+            config.labeled_partition,
             config.supervision,
+            config.skew,
             config.num_clients,
             config.evaluation.split,
             config.method.oracle_labels,
             config.seed,
         )
-        dataset = self.federation.dataset
-        self.images = dataset.train.images.to(self.device)
+        dataset, skew = self.federation.dataset, config.skew
+        images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")
+        self.images = images.to(self.device)
         evaluation = dataset.validation if config.evaluation.split == "validation" else dataset.test
-        self.evaluation_split = Split(evaluation.images.to(self.device), evaluation.labels.to(self.device))
+        judged = shift_features(evaluation.images, self.federation.test_parts, skew, config.seed, "evaluation")
+        self.evaluation_split = Split(judged.to(self.device), evaluation.labels.to(self.device))
         self.transform = ImageTransform(
             mean=torch.tensor(dataset.mean, device=self.device).view(-1, 1, 1),
             std=torch.tensor(dataset.std, device=self.device).view(-1, 1, 1),

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, parse_config, to_yaml
+from fedlabel.data.partition import LabeledPartitionConfig
+from fedlabel.data.skew import SkewConfig
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.supervised import Supervised
 
@@ -112,3 +114,54 @@ def test_clients_with_labels_have_all_of_theirs_unless_an_amount_is_given() -> N
     assert parse_config(to_yaml(config)) == config
     with pytest.raises(ConfigError, match=r"`supervision.labeled_clients` \(=3\) must not exceed `num_clients` \(=2\)"):
         load_config([], [some[0], "supervision.labeled_clients=3", "num_clients=2"])
+
+
+def test_law_of_their_own_for_the_labelled_samples(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("labeled_partition: {kind: iid, partitioner_args: {a: 1}}\n")
+    config = load_config([file], ["labeled_partition.dirichlet_alpha=0.1"])
+    law = LabeledPartitionConfig(kind="iid", dirichlet_alpha=0.1, partitioner_args='{"a": 1}')
+    assert config.labeled_partition == law
+    assert parse_config(to_yaml(config)) == config
+    assert flatten(config)["labeled_partition.dirichlet_alpha"] == 0.1
+    without = load_config([file], ["labeled_partition=null"])
+    assert without.labeled_partition is None
+    assert parse_config(to_yaml(without)) == without
+    assert flatten(without)["labeled_partition"] == "null"
+
+
+def test_classes_are_a_list_in_text_and_hashable_in_the_configuration() -> None:
+    config = load_config([], ["skew.unlabeled_only_classes=[8,9]"])
+    assert config.skew == SkewConfig(unlabeled_only_classes=(8, 9))
+    assert parse_config(to_yaml(config)) == config
+    assert hash(parse_config(to_yaml(config)).skew) == hash(config.skew)
+    assert flatten(config)["skew.unlabeled_only_classes"] == "[8, 9]"
+    assert parse_config(to_yaml(config), ["skew.unlabeled_only_classes=[]"]).skew == SkewConfig()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["labeled_partition=iid"], r"`labeled_partition` \(=iid\) must be a mapping .* labeled_partition.kind="),
+        (["labeled_partition.kin=iid"], r"`labeled_partition.kin` is not a configuration key. Did you mean 'kind'"),
+        (["labeled_partition.kind=id"], r"`labeled_partition.kind` \(=id\).*Did you mean iid"),
+        (
+            ["labeled_partition.kind=iid", "supervision.labels_at=server"],
+            r"`supervision.labels_at` \(=server\) .*labeled_partition=null",
+        ),
+        (
+            ["labeled_partition.kind=iid", "supervision.labels_per_client=4"],
+            r"`supervision.labels_per_client` \(=4\) contradicts labeled_partition.*take labels_per_class",
+        ),
+        (
+            ["labeled_partition.kind=iid", "supervision.kind=full"],
+            r"`supervision.kind` \(=full\).*set labeled_partition=null",
+        ),
+        (["skew.unlabeled_only_classes=3"], r"`skew.unlabeled_only_classes` \(=3\) must be a list of integers"),
+        (["skew.unlabeled_only_classes=[cat]"], r"`skew.unlabeled_only_classes` \(=\['cat'\]\) must be a list"),
+        (["skew.labeled_imbalance=0"], r"`skew.labeled_imbalance` \(=0.0\)"),
+    ],
+)
+def test_labels_and_skew_that_cannot_be(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config([], overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,9 +12,18 @@ import numpy as np
 import torch
 
 from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
-from fedlabel.data.partition import PartitionConfig, label_histogram, partition, split_like
+from fedlabel.data.partition import (
+    MAX_DRAWS,
+    LabeledPartitionConfig,
+    PartitionConfig,
+    label_histogram,
+    partition,
+    split_like,
+    too_small,
+)
+from fedlabel.data.skew import SkewConfig, long_tails
 from fedlabel.data.supervision import Supervision, SupervisionConfig, labeled_mask, supervise
-from fedlabel.seeding import numpy_generator
+from fedlabel.seeding import derive_seed, numpy_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +85,9 @@ class Federation:
 def build_federation(
     data: DataConfig,
     partition_config: PartitionConfig,
+    labeled_partition: LabeledPartitionConfig | None,
     supervision: SupervisionConfig,
+    skew: SkewConfig,
     num_clients: int,
     evaluation_split: str,
     all_labels: bool,
@@ -86,11 +98,13 @@ def build_federation(
     Args:
         data: which data set.
         partition_config: how it is split over clients.
+        labeled_partition: how the labelled samples are split if not together with the others.
         supervision: who knows which labels.
+        skew: long tails and classes without labels. The shift of features is `shift_features`, not done here.
         num_clients: number of clients.
         evaluation_split: "test" or "validation", the split that clients are evaluated on.
-        all_labels: give every client all its labels, whatever `supervision` says (the upper bound). For
-            labels_at=server the server then holds nothing: its samples are the clients', too.
+        all_labels: give every client all its labels, whatever `supervision` and `skew` say (the upper bound). The
+            samples are those of a run without it; for labels_at=server the server's are the clients', too.
         seed: the experiment's seed.
 
     Raises:
@@ -98,16 +112,13 @@ def build_federation(
     """
     dataset = load_dataset(data, seed)
     labels, classes = dataset.train.labels.numpy(), dataset.num_classes
-    server_rows = np.arange(0)
-    if supervision.labels_at == "server" and not all_labels:
-        mask = labeled_mask(labels, [np.arange(len(labels))], classes, supervision, seed)
-        server_rows, others = np.flatnonzero(mask), np.flatnonzero(~mask)
-        parts = [others[part] for part in partition(labels[others], num_clients, classes, partition_config, seed)]
-    else:
-        parts = partition(labels, num_clients, classes, partition_config, seed)
-        mask = np.ones(len(labels), dtype=bool)
-        if not all_labels:
-            mask = labeled_mask(labels, parts, classes, supervision, seed)
+    skew.check_classes(classes)
+    recipe = _Recipe(
+        labels, classes, num_clients, partition_config, labeled_partition, supervision, skew, all_labels, seed
+    )
+    parts, mask, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
+    if all_labels:
+        mask[np.concatenate(parts)] = True
     if not mask.any():
         raise ValueError(
             f"`supervision` ({supervision}) leaves no label at any of `num_clients` (={num_clients}) clients of "
@@ -123,3 +134,77 @@ def build_federation(
     rng = numpy_generator(seed, "evaluation_parts")
     test_parts = split_like(labels, parts, split.labels.numpy(), classes, rng)
     return Federation(dataset, parts, mask, test_parts, server_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Recipe:
+    """How samples and labels are handed out; for the fields see `build_federation`."""
+
+    labels: np.ndarray
+    num_classes: int
+    num_clients: int
+    partition: PartitionConfig
+    labeled_partition: LabeledPartitionConfig | None
+    supervision: SupervisionConfig
+    skew: SkewConfig
+    all_labels: bool
+    seed: int
+
+    @property
+    def chosen_over_all(self) -> bool:
+        """Whether the labelled samples are chosen from the whole training set, whoever will hold them."""
+        counted = self.supervision.labels_per_class is not None or self.supervision.labels_total is not None
+        at = self.supervision.labels_at
+        return at == "server" or self.labeled_partition is not None or (at == "clients" and counted)
+
+    def labels_first(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Chooses labels, cuts the tails, and spreads what is left.
+
+        Returns:
+            The clients' parts; (n,) bool, whose label is known; the server's rows.
+        """
+        mask, kept = self._choose([np.arange(len(self.labels))])
+        mask &= kept
+        known, unknown = np.flatnonzero(mask), np.flatnonzero(kept & ~mask)
+        if self.labeled_partition is not None:
+            labeled = self._spread(known, self.labeled_partition, derive_seed(self.seed, "labeled_partition"))
+            unlabeled = self._spread(unknown, self.partition, self.seed, [len(rows) for rows in labeled])
+            parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled, unlabeled, strict=True)]
+            return parts, mask, known[:0]
+        if self.supervision.labels_at == "server" and not self.all_labels:
+            return self._spread(unknown, self.partition, self.seed), mask, known
+        return self._spread(np.flatnonzero(kept), self.partition, self.seed), mask, known[:0]
+
+    def labels_last(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Spreads all, chooses labels inside the parts, cuts the tails; anew if a client is left with too little.
+
+        The tails are exact over the federation; a client's share of labels is then no longer the one configured.
+
+        Returns:
+            As `labels_first`.
+        """
+        best = 0
+        for draw in range(MAX_DRAWS):
+            seed = self.seed if draw == 0 else derive_seed(self.seed, "partition_again", draw)
+            parts = self._spread(np.arange(len(self.labels)), self.partition, seed)
+            mask, kept = self._choose(parts)
+            parts = [rows[kept[rows]] for rows in parts]
+            smallest = min(map(len, parts))
+            if smallest >= self.partition.min_samples:
+                return parts, mask & kept, np.arange(0)
+            best = max(best, smallest)
+        reason = too_small(int(kept.sum()), self.num_clients, self.partition, best, MAX_DRAWS)
+        raise ValueError(f"{reason} Or take smaller skew.labeled_imbalance and skew.unlabeled_imbalance.")
+
+    def _choose(self, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns two (n,) bool: which samples have a label, before the tails; which ones the tails leave."""
+        hidden = self.skew.unlabeled_only_classes
+        mask = labeled_mask(self.labels, parts, self.num_classes, self.supervision, self.seed, hidden)
+        return mask, long_tails(self.labels, mask, self.num_classes, self.skew, self.seed)
+
+    def _spread(
+        self, rows: np.ndarray, config: PartitionConfig, seed: int, held: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """As `partition`, of the samples `rows`."""
+        drawn = partition(self.labels[rows], self.num_clients, self.num_classes, config, seed, held)
+        return [rows[part] for part in drawn]

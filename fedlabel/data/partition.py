@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,6 +32,11 @@ MAX_DRAWS = 100
 @dataclass(frozen=True)
 class PartitionConfig:
     """How the training set is spread over the clients."""
+
+    key: ClassVar[str] = "partition"
+    """The name in the configuration, for errors."""
+    least_min_samples: ClassVar[int] = 1
+    """What `min_samples` must be at least."""
 
     kind: str = "dirichlet"
     """iid, dirichlet (FedLabel's), dirichlet_per_class (the common one), classes_per_client, quantity_skew, or
@@ -53,29 +58,45 @@ class PartitionConfig:
             near = difflib.get_close_matches(self.kind, KINDS, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ValueError(
-                f"`partition.kind` (={self.kind}) must be one of {', '.join(KINDS)}, {FLWR_DATASETS}<Class>.{hint}"
+                f"`{self.key}.kind` (={self.kind}) must be one of {', '.join(KINDS)}, {FLWR_DATASETS}<Class>.{hint}"
             )
         for name in ("dirichlet_alpha", "quantity_alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"`partition.{name}` (={value}) must be positive and finite.")
-        for name in ("classes_per_client", "min_samples"):
+                raise ValueError(f"`{self.key}.{name}` (={value}) must be positive and finite.")
+        for name, least in (("classes_per_client", 1), ("min_samples", self.least_min_samples)):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"`partition.{name}` (={value}) must be at least 1.")
+            if value < least:
+                raise ValueError(f"`{self.key}.{name}` (={value}) must be at least {least}.")
         try:
             is_object = isinstance(json.loads(self.partitioner_args), dict)
         except json.JSONDecodeError:
             is_object = False
         if not is_object:
             raise ValueError(
-                f"`partition.partitioner_args` (={self.partitioner_args}) must be a JSON object, "
+                f"`{self.key}.partitioner_args` (={self.partitioner_args}) must be a JSON object, "
                 "e.g. '{\"alpha\": 0.3}'."
             )
 
 
+@dataclass(frozen=True)
+class LabeledPartitionConfig(PartitionConfig):
+    """How the labelled samples are spread where they follow a law of their own."""
+
+    key: ClassVar[str] = "labeled_partition"
+    least_min_samples: ClassVar[int] = 0
+
+    min_samples: int = 0
+    """The least number of labelled samples of a client; `partition.min_samples` counts all its samples."""
+
+
 def partition(
-    labels: np.ndarray, num_clients: int, num_classes: int, config: PartitionConfig, seed: int
+    labels: np.ndarray,
+    num_clients: int,
+    num_classes: int,
+    config: PartitionConfig,
+    seed: int,
+    held: Sequence[int] | np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Spreads samples over clients.
 
@@ -86,6 +107,7 @@ def partition(
         config: the recipe.
         seed: the experiment's seed. Draw i uses the generator of (seed, "partition", i), i = 0 .. `MAX_DRAWS` - 1; the
             first in which every client has `config.min_samples` is taken.
+        held: (num_clients,) how many other samples each client holds already, which count for `config.min_samples`.
 
     Returns:
         One sorted int64 array of indices per client; disjoint, together all of range(n).
@@ -98,30 +120,34 @@ def partition(
         raise ValueError(f"`labels` of shape {labels.shape} must be (n,) integers in [0, {num_classes - 1}].")
     if num_clients < 1:
         raise ValueError(f"`num_clients` (={num_clients}) must be at least 1.")
-    if len(labels) < num_clients:
+    if len(labels) < num_clients and held is None and config.least_min_samples > 0:
         raise ValueError(
             f"`num_clients` (={num_clients}) must not exceed the number of training samples (={len(labels)})."
         )
-    if len(labels) < num_clients * config.min_samples:
+    already = np.zeros(num_clients, dtype=np.int64) if held is None else np.asarray(held)
+    total = len(labels) + int(already.sum())
+    if total < num_clients * config.min_samples:
         raise ValueError(
             f"{num_clients} clients (`num_clients`) with at least {config.min_samples} samples each "
-            f"(`partition.min_samples`) need {num_clients * config.min_samples} samples, but there are {len(labels)}. "
-            "Take fewer clients or a smaller partition.min_samples."
+            f"(`{config.key}.min_samples`) need {num_clients * config.min_samples} samples, but there are {total}. "
+            f"Take fewer clients or a smaller {config.key}.min_samples."
         )
     best = 0
     draws = 1 if config.kind.startswith(FLWR_DATASETS) else MAX_DRAWS
     for draw in range(draws):
         parts = _draw(labels, num_clients, num_classes, config, seed, draw)
-        smallest = min(len(part) for part in parts)
+        smallest = int((np.array([len(part) for part in parts]) + already).min())
         if smallest >= config.min_samples:
             return parts
         best = max(best, smallest)
-    raise ValueError(_too_small(len(labels), num_clients, config, best, draws))
+    raise ValueError(too_small(total, num_clients, config, best, draws))
 
 
 def _draw(
     labels: np.ndarray, num_clients: int, num_classes: int, config: PartitionConfig, seed: int, draw: int
 ) -> list[np.ndarray]:
+    if len(labels) == 0:
+        return [np.arange(0)] * num_clients
     rng = numpy_generator(seed, "partition", draw)
     match config.kind:
         case "iid":
@@ -131,14 +157,15 @@ def _draw(
         case "dirichlet_per_class":
             return dirichlet_per_class(labels, num_clients, config.dirichlet_alpha, num_classes, rng)
         case "classes_per_client":
-            return classes_per_client(labels, num_clients, config.classes_per_client, num_classes, rng)
+            return classes_per_client(labels, num_clients, config.classes_per_client, num_classes, rng, config.key)
         case "quantity_skew":
             return quantity_skew(labels, num_clients, config.quantity_alpha, rng)
     name = config.kind.removeprefix(FLWR_DATASETS)
-    return flwr_datasets_partition(labels, num_clients, name, json.loads(config.partitioner_args), seed)
+    return flwr_datasets_partition(labels, num_clients, name, json.loads(config.partitioner_args), seed, config.key)
 
 
-def _too_small(num_samples: int, num_clients: int, config: PartitionConfig, best: int, draws: int) -> str:
+def too_small(num_samples: int, num_clients: int, config: PartitionConfig, best: int, draws: int) -> str:
+    """Returns the message that `config.min_samples` was not met: the smallest client had `best` at best."""
     field = {
         "dirichlet": "dirichlet_alpha",
         "dirichlet_per_class": "dirichlet_alpha",
@@ -147,10 +174,10 @@ def _too_small(num_samples: int, num_clients: int, config: PartitionConfig, best
     }.get(config.kind, "partitioner_args")
     change = "other" if field == "partitioner_args" else "a larger"
     return (
-        f"`partition.min_samples` (={config.min_samples}) could not be met in {draws} draws: the smallest client had "
-        f"at best {best} (partition.kind={config.kind}, partition.{field}={getattr(config, field)}, "
+        f"`{config.key}.min_samples` (={config.min_samples}) could not be met in {draws} draws: the smallest client "
+        f"had at best {best} ({config.key}.kind={config.kind}, {config.key}.{field}={getattr(config, field)}, "
         f"{num_samples} samples, num_clients={num_clients}). "
-        f"Take fewer clients, {change} partition.{field} or a smaller partition.min_samples."
+        f"Take fewer clients, {change} {config.key}.{field} or a smaller {config.key}.min_samples."
     )
 
 
@@ -177,24 +204,23 @@ def dirichlet_per_class(
 
 
 def classes_per_client(
-    labels: np.ndarray, num_clients: int, k: int, num_classes: int, rng: np.random.Generator
+    labels: np.ndarray, num_clients: int, k: int, num_classes: int, rng: np.random.Generator, key: str = "partition"
 ) -> list[np.ndarray]:
     """Gives each client k classes at random; a class is split evenly among its clients.
 
-    Classes go to as equally many clients as possible. Classes without samples are not given out.
+    Classes go to as equally many clients as possible. Classes without samples are not given out. Errors name the
+    configuration's `key`.
 
     Raises:
         ValueError: there are fewer than k classes, or num_clients * k of them are too few to hold them all.
     """
     present = np.flatnonzero(np.bincount(labels, minlength=num_classes))
     if k > len(present):
-        raise ValueError(
-            f"`partition.classes_per_client` (={k}) must not exceed the number of classes (={len(present)})."
-        )
+        raise ValueError(f"`{key}.classes_per_client` (={k}) must not exceed the number of classes (={len(present)}).")
     if num_clients * k < len(present):
         raise ValueError(
-            f"{num_clients} clients (`num_clients`) with {k} classes each (`partition.classes_per_client`) cannot hold "
-            f"all {len(present)} classes. Take more clients or a larger partition.classes_per_client."
+            f"{num_clients} clients (`num_clients`) with {k} classes each (`{key}.classes_per_client`) cannot hold "
+            f"all {len(present)} classes. Take more clients or a larger {key}.classes_per_client."
         )
     holds = np.zeros((num_clients, num_classes))
     for client in range(num_clients):
@@ -212,7 +238,12 @@ def quantity_skew(labels: np.ndarray, num_clients: int, alpha: float, rng: np.ra
 
 
 def flwr_datasets_partition(
-    labels: np.ndarray, num_clients: int, name: str, arguments: dict[str, Any], seed: int
+    labels: np.ndarray,
+    num_clients: int,
+    name: str,
+    arguments: dict[str, Any],
+    seed: int,
+    key: str = "partition",
 ) -> list[np.ndarray]:
     """Asks a partitioner of the optional flwr-datasets package.
 
@@ -222,6 +253,7 @@ def flwr_datasets_partition(
         name: a class of `flwr_datasets.partitioner`.
         arguments: its arguments; they win over `num_partitions`, `partition_by="label"` and a seed derived from `seed`.
         seed: the experiment's seed.
+        key: how errors call the configuration.
 
     Returns:
         As `partition`.
@@ -229,7 +261,7 @@ def flwr_datasets_partition(
     Raises:
         ValueError: the package or the class is missing, or what it returns is not a partition over `num_clients`.
     """
-    kind = f"`partition.kind` (={FLWR_DATASETS}{name})"
+    kind = f"`{key}.kind` (={FLWR_DATASETS}{name})"
     try:
         # The package is optional, hence no import statement.
         module = importlib.import_module("flwr_datasets.partitioner")
@@ -250,7 +282,7 @@ def flwr_datasets_partition(
     try:
         partitioner = partitioner_class(**filled)
     except TypeError as error:
-        raise ValueError(f"{kind} does not take `partition.partitioner_args` (={arguments}): {error}") from error
+        raise ValueError(f"{kind} does not take `{key}.partitioner_args` (={arguments}): {error}") from error
     partitioner.dataset = arrow.Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
     if partitioner.num_partitions != num_clients:
         raise ValueError(f"{kind} makes {partitioner.num_partitions} parts, not `num_clients` (={num_clients}).")
@@ -259,7 +291,7 @@ def flwr_datasets_partition(
     if (times != 1).any():
         raise ValueError(
             f"{kind} with {arguments} leaves out {(times == 0).sum()} samples and gives {(times > 1).sum()} to several "
-            "clients. Every sample must go to one client: choose other partition.partitioner_args."
+            "clients. Every sample must go to one client: choose other " + key + ".partitioner_args."
         )
     return parts
 

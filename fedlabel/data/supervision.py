@@ -142,17 +142,23 @@ def labeled_clients(num_clients: int, config: SupervisionConfig, seed: int) -> n
 
 
 def labeled_mask(
-    labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: int, config: SupervisionConfig, seed: int
+    labels: np.ndarray,
+    parts: Sequence[np.ndarray],
+    num_classes: int,
+    config: SupervisionConfig,
+    seed: int,
+    unlabeled_only: Sequence[int] = (),
 ) -> np.ndarray:
     """Chooses the samples whose label is known.
 
     Args:
         labels: (n,) integers in [0, num_classes), the truth.
-        parts: one array of indices per client, or a single one, of all samples, for labels_at=server.
+        parts: one array of indices per client, or a single one, of all samples, where the choice is not the clients'.
         num_classes: how many classes.
         config: how many, and how.
         seed: the experiment's seed. Each client (each class for `labels_per_class`) has a generator of its own, so
             the choice does not depend on the order in which they are visited.
+        unlabeled_only: classes whose labels are never known. The choice is made as if there were no such samples.
 
     Returns:
         (n,) bool.
@@ -162,12 +168,13 @@ def labeled_mask(
     """
     mask = np.zeros(len(labels), dtype=bool)
     chosen = range(len(parts)) if config.labels_at == "server" else labeled_clients(len(parts), config, seed)
+    parts = [part[~np.isin(labels[part], unlabeled_only)] for part in parts] if len(unlabeled_only) else parts
     everyone = np.sort(np.concatenate([parts[client] for client in chosen]))
     who = "the clients with labels have" if config.labels_at == "some_clients" else "the training set has"
     if config.everything:
         mask[everyone] = True
     elif config.labels_per_class is not None:
-        for label in range(num_classes):
+        for label in sorted(set(range(num_classes)) - set(unlabeled_only)):
             samples = everyone[labels[everyone] == label]
             _check_enough("labels_per_class", config.labels_per_class, len(samples), f"class {label} has")
             rng = numpy_generator(seed, "supervision", "class", label)

@@ -9,21 +9,27 @@ import numpy as np
 import pytest
 import torch
 
-from fedlabel.data.datasets import DataConfig, Split
+from fedlabel.config import load_config
+from fedlabel.data.datasets import DataConfig, Split, load_dataset
 from fedlabel.data.federation import Federation, build_federation
-from fedlabel.data.partition import PartitionConfig
+from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
+from fedlabel.data.skew import SkewConfig, client_shift, tail_sizes
 from fedlabel.data.supervision import SupervisionConfig
+from fedlabel.experiment import Experiment
 
 
-def build(num_clients: int = 8, all_labels: bool = False, seed: int = 0, **supervision: object) -> Federation:
+def build(
+    num_clients: int = 8,
+    all_labels: bool = False,
+    seed: int = 0,
+    partition: PartitionConfig = PartitionConfig(dirichlet_alpha=0.5),  # noqa: B008  frozen
+    labeled_partition: LabeledPartitionConfig | None = None,
+    skew: SkewConfig = SkewConfig(),  # noqa: B008  frozen
+    **supervision: object,
+) -> Federation:
+    told = SupervisionConfig(**({"label_rate": 0.2} | supervision))  # type: ignore[arg-type]
     return build_federation(
-        DataConfig(),
-        PartitionConfig(dirichlet_alpha=0.5),
-        SupervisionConfig(**({"label_rate": 0.2} | supervision)),  # type: ignore[arg-type]
-        num_clients,
-        "test",
-        all_labels,
-        seed,
+        DataConfig(), partition, labeled_partition, told, skew, num_clients, "test", all_labels, seed
     )
 
 
@@ -95,15 +101,7 @@ def test_labels_at_the_server_are_taken_out_before_the_partition(amount: dict, c
 
 def test_clients_hold_the_class_mix_that_is_promised_also_beside_a_server() -> None:
     """With infinite alpha every client has an eighth of each class of what the server left."""
-    federation = build_federation(
-        DataConfig(),
-        PartitionConfig(dirichlet_alpha=1e9),
-        SupervisionConfig(labels_at="server", labels_per_class=50),
-        8,
-        "test",
-        False,
-        0,
-    )
+    federation = build(partition=PartitionConfig(dirichlet_alpha=1e9), labels_at="server", labels_per_class=50)
     labels = federation.dataset.train.labels.numpy()
     left = np.bincount(labels, minlength=10) - 50
     counts = federation.histograms()[1]
@@ -145,7 +143,13 @@ def poison(federation: Federation) -> Federation:
 
 @pytest.mark.parametrize(
     "supervision",
-    [{}, {"labels_at": "server"}, {"labels_at": "some_clients", "labeled_clients": 3, "label_rate": None}],
+    [
+        {},
+        {"labels_at": "server"},
+        {"labels_at": "some_clients", "labeled_clients": 3, "label_rate": None},
+        {"labeled_partition": LabeledPartitionConfig(kind="iid")},
+        {"skew": SkewConfig(labeled_imbalance=5, unlabeled_imbalance=9, unlabeled_only_classes=(1,))},
+    ],
 )
 def test_supervision_never_reads_a_hidden_label(supervision: dict) -> None:
     federation = build(**supervision)
@@ -153,3 +157,186 @@ def test_supervision_never_reads_a_hidden_label(supervision: dict) -> None:
     for client in range(8):
         assert torch.equal(federation.supervision(client).candidates, poisoned.supervision(client).candidates)
     assert torch.equal(federation.server_supervision().candidates, poisoned.server_supervision().candidates)
+
+
+# ---------------------------------------------------------------------------------- labelled and unlabelled: two laws
+
+
+def test_labelled_and_unlabelled_follow_laws_of_their_own() -> None:
+    """Labels: 12 of each class, dealt evenly to 8 clients (15 each). Unlabelled: two classes per client."""
+    federation = build(
+        partition=PartitionConfig(kind="classes_per_client", classes_per_client=2),
+        labeled_partition=LabeledPartitionConfig(kind="iid"),
+        labels_per_class=12,
+    )
+    labeled, unlabeled = federation.histograms()
+    assert labeled.sum(0).tolist() == [12] * 10
+    assert labeled.sum(1).tolist() == [15] * 8
+    assert ((unlabeled > 0).sum(1) == 2).all()
+    assert ((labeled > 0).sum(1) > 2).all()
+    assert sorted(np.concatenate(federation.parts)) == list(range(1294))
+    assert all((np.diff(rows) > 0).all() for rows in federation.parts)
+
+
+def test_rate_beside_a_law_for_labels_is_of_the_training_set() -> None:
+    federation = build(labeled_partition=LabeledPartitionConfig(dirichlet_alpha=0.1), label_rate=0.1)
+    assert federation.labeled.sum() == int(0.1 * 1294)
+    assert sorted(np.concatenate(federation.parts)) == list(range(1294))
+
+
+def test_same_law_for_both_is_drawn_twice() -> None:
+    """With alpha 0.05 a client has a class or not; two draws give the classes to different clients."""
+    law = {"kind": "dirichlet", "dirichlet_alpha": 0.05}
+    labeled, unlabeled = build(
+        partition=PartitionConfig(**law), labeled_partition=LabeledPartitionConfig(**law), labels_per_class=50
+    ).histograms()
+    assert (labeled.argmax(0) == unlabeled.argmax(0)).sum() < 6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_smallest_client_counts_labelled_and_unlabelled_together(seed: int) -> None:
+    """800 labels for 8 clients are 100 each, so 103 samples in all ask for 3 of the 494 unlabelled ones, not for 103.
+
+    For at least 0 the first draw is taken; its smallest client has 0 to 2 of them with these seeds.
+    """
+    law = PartitionConfig(kind="quantity_skew", quantity_alpha=0.3)
+    for min_samples, least, most in ((1, 0, 2), (103, 3, 20)):
+        federation = build(
+            seed=seed,
+            partition=replace(law, min_samples=min_samples),
+            labeled_partition=LabeledPartitionConfig(kind="iid", min_samples=100),
+            labels_total=800,
+        )
+        labeled, unlabeled = federation.histograms()
+        assert (labeled.sum(1) == 100).all()
+        assert least <= unlabeled.sum(1).min() <= most
+
+
+def test_upper_bound_of_two_laws_keeps_everyones_samples() -> None:
+    law = LabeledPartitionConfig(kind="iid")
+    bound, run = (build(all_labels=all_labels, labeled_partition=law) for all_labels in (True, False))
+    assert all(map(np.array_equal, bound.parts, run.parts))
+    assert bound.labeled.all()
+
+
+# ----------------------------------------------------------------------------------------------------------------- skew
+
+TAILS = SkewConfig(labeled_imbalance=10.0, unlabeled_imbalance=50.0)
+
+
+@pytest.mark.parametrize(
+    "supervision",
+    [
+        {"labels_per_class": 30},
+        {"labels_total": 300},
+        {"label_rate": 0.3},
+        {"labels_per_client": 30},
+        {"labels_at": "server", "labels_per_class": 30},
+        {"labels_at": "some_clients", "labeled_clients": 3, "label_rate": None},
+    ],
+)
+def test_tails_are_exact_over_the_federation_however_labels_are_chosen(supervision: dict) -> None:
+    """Without the tails a run chooses the same labels, so the sizes are `tail_sizes` of that run's.
+
+    But for labels inside parts, where a draw that leaves a client too little is repeated: here the first is taken.
+    """
+    without, run = build(**supervision), build(skew=TAILS, **supervision)
+    labels = run.dataset.train.labels.numpy()
+    held = np.isin(np.arange(1294), np.concatenate([run.server_rows, *run.parts]))
+    for name, factor in (("labeled", 10.0), ("unlabeled", 50.0)):
+        subset, everyone = ((f.labeled if name == "labeled" else ~f.labeled) for f in (run, without))
+        expected = tail_sizes(np.bincount(labels[everyone], minlength=10), factor)
+        assert np.bincount(labels[held & subset], minlength=10).tolist() == expected.tolist()
+    if supervision.get("labels_per_class"):  # 30 * 10^(-c/9)
+        expected = [30, 23, 18, 14, 11, 8, 6, 5, 4, 3]
+        assert np.bincount(labels[run.labeled], minlength=10).tolist() == expected
+    assert not run.labeled[~held].any()
+    assert min(map(len, run.parts)) >= 2
+
+
+def test_partition_is_drawn_anew_if_a_tail_leaves_a_client_too_little() -> None:
+    """Of the first draw the smallest client keeps 37 samples (with 40 the next draws are tried); 100 none meets."""
+    skew = SkewConfig(unlabeled_imbalance=1000.0)
+    law = PartitionConfig(dirichlet_alpha=0.2)
+    first = build(partition=law, skew=skew)
+    assert min(map(len, first.parts)) < 40
+    again = build(partition=replace(law, min_samples=40), skew=skew)
+    assert min(map(len, again.parts)) >= 40
+    with pytest.raises(ValueError, match=r"`partition.min_samples` \(=100\) could not .*skew.unlabeled_imbalance"):
+        build(partition=replace(law, min_samples=100), skew=skew)
+
+
+def test_upper_bound_has_the_samples_that_the_tails_leave() -> None:
+    run, bound = (build(skew=TAILS, all_labels=all_labels) for all_labels in (False, True))
+    assert all(map(np.array_equal, run.parts, bound.parts))
+    assert np.flatnonzero(bound.labeled).tolist() == sorted(np.concatenate(run.parts))
+
+
+@pytest.mark.parametrize(
+    "supervision",
+    [
+        {"labels_per_class": 5},
+        {"labels_total": 300},
+        {"label_rate": 0.3},
+        {"labels_per_client": 10},
+        {"kind": "full"},
+        {"labels_at": "server"},
+        {"labels_at": "some_clients", "labeled_clients": 3, "label_rate": None},
+    ],
+)
+def test_labels_of_unlabelled_only_classes_are_told_to_nobody(supervision: dict) -> None:
+    federation = build(skew=SkewConfig(unlabeled_only_classes=(8, 3)), **supervision)
+    labels = federation.dataset.train.labels.numpy()
+    told = np.bincount(labels[federation.labeled], minlength=10)
+    assert told[[3, 8]].tolist() == [0, 0]
+    assert (np.delete(told, [3, 8]) > 0).all()
+    held = np.bincount(labels[np.concatenate(federation.parts)], minlength=10)
+    assert held[[3, 8]].tolist() == np.bincount(labels)[[3, 8]].tolist()
+    if "labels_total" in supervision:
+        assert told.sum() == 300
+    if "labels_per_class" in supervision:
+        assert told.sum() == 40
+    if "labels_per_client" in supervision:
+        assert [int(federation.labeled[rows].sum()) for rows in federation.parts] == [10] * 8
+    if supervision.get("label_rate"):
+        others = [int((~np.isin(labels[rows], (3, 8))).sum()) for rows in federation.parts]
+        assert [int(federation.labeled[rows].sum()) for rows in federation.parts] == [int(0.3 * n) for n in others]
+
+
+def test_upper_bound_is_told_all_classes() -> None:
+    assert build(skew=SkewConfig(unlabeled_only_classes=(8, 3)), all_labels=True).labeled.all()
+
+
+@pytest.mark.parametrize("classes", [(10,), tuple(range(10))])
+def test_classes_that_do_not_fit_the_data(classes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="`skew.unlabeled_only_classes`"):
+        build(skew=SkewConfig(unlabeled_only_classes=classes))
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_client_learns_from_and_is_judged_on_its_own_kind_of_images(split: str) -> None:
+    """With `inversion` the images of a client are the stored ones or their negatives, in training and evaluation."""
+    overrides = ["skew.feature_shift=inversion", "num_clients=8", "device=cpu", f"evaluation.split={split}"]
+    experiment = Experiment(load_config([], overrides))
+    federation = experiment.federation
+    stored = getattr(federation.dataset, split).images
+    assert torch.equal(stored, getattr(load_dataset(DataConfig(), 0), split).images)
+    inverted = []
+    for client, (rows, judged) in enumerate(zip(federation.parts, federation.test_parts, strict=True)):
+        inverted.append(client_shift(client, 8, experiment.config.skew, 0).kind == "inversion")
+        for images, own in (
+            (federation.dataset.train.images[rows], experiment.client_data(client).images),
+            (stored[judged], experiment.evaluation_split.images[judged]),
+        ):
+            assert torch.equal(own, 255 - images if inverted[-1] else images)
+    assert 0 < sum(inverted) < 8
+
+
+def test_the_servers_images_are_not_changed() -> None:
+    overrides = ["skew.feature_shift=noise", "supervision.labels_at=server", "num_clients=8", "device=cpu"]
+    experiment = Experiment(load_config([], overrides))
+    data, train = experiment.server_data(), experiment.federation.dataset.train
+    assert data is not None
+    assert torch.equal(data.images, train.images[experiment.federation.server_rows])
+    assert torch.equal(data.supervision.label, train.labels[experiment.federation.server_rows])
+    assert Experiment(load_config([], ["num_clients=8", "device=cpu"])).server_data() is None

@@ -10,6 +10,7 @@ import pytest
 
 from fedlabel.data.partition import (
     KINDS,
+    LabeledPartitionConfig,
     PartitionConfig,
     classes_per_client,
     dirichlet,
@@ -346,3 +347,60 @@ def test_flwr_datasets_errors(name: str, arguments: str, message: str) -> None:
     config = PartitionConfig(kind=f"flwr_datasets:{name}", partitioner_args=arguments)
     with pytest.raises(ValueError, match=message):
         partition(make_labels(), 10, NUM_CLASSES, config, 0)
+
+
+# ---------------------------------------------------------------------------------------------- beside other samples
+
+
+def test_samples_held_already_count_for_the_smallest_client() -> None:
+    """Two samples for three clients of at least 2, who hold 1, 2 and 2: only the first client lacks one.
+
+    Without what they hold, 6 samples would be needed. Of the draws of an iid deal, one that gives client 0 something
+    is taken.
+    """
+    labels, config = np.array([0, 1]), PartitionConfig(kind="iid", min_samples=2)
+    for seed in range(20):
+        parts = partition(labels, 3, 2, config, seed, held=[1, 2, 2])
+        assert len(parts[0]) == 1
+        assert_is_partition(parts, 2)
+    with pytest.raises(ValueError, match=r"need 6 samples, but there are 2"):
+        partition(labels, 3, 2, config, 0, held=[0, 0, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_spread(kind: str) -> None:
+    parts = partition(np.array([], dtype=np.int64), 3, 10, PartitionConfig(kind=kind), 0, held=[2, 2, 2])
+    assert [len(part) for part in parts] == [0, 0, 0]
+
+
+def test_few_labelled_samples_may_leave_clients_without() -> None:
+    config = LabeledPartitionConfig(kind="iid")
+    parts = partition(np.arange(4), 9, NUM_CLASSES, config, 0)
+    assert sorted(map(len, parts)) == [0] * 5 + [1] * 4
+    with pytest.raises(ValueError, match=r"\(`labeled_partition.min_samples`\) need 9 samples, but there are 4\. Take"):
+        partition(np.arange(4), 9, NUM_CLASSES, replace(config, min_samples=1), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "iidd"}, r"`labeled_partition.kind` \(=iidd\)"),
+        ({"dirichlet_alpha": 0.0}, r"`labeled_partition.dirichlet_alpha` \(=0.0\)"),
+        ({"min_samples": -1}, r"`labeled_partition.min_samples` \(=-1\) must be at least 0"),
+        ({"partitioner_args": "1"}, r"`labeled_partition.partitioner_args` \(=1\)"),
+    ],
+)
+def test_errors_of_the_labelled_law_name_its_key(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LabeledPartitionConfig(**changes)
+
+
+def test_recipes_name_the_key_of_the_labelled_law() -> None:
+    config = LabeledPartitionConfig(kind="classes_per_client", classes_per_client=11)
+    with pytest.raises(ValueError, match=r"`labeled_partition.classes_per_client` \(=11\)"):
+        partition(make_labels(), 4, NUM_CLASSES, config, 0)
+    unequal = LabeledPartitionConfig(kind="quantity_skew", quantity_alpha=0.01, min_samples=200)
+    with pytest.raises(
+        ValueError, match=r"`labeled_partition.min_samples` \(=200\).*larger labeled_partition.quantity"
+    ):
+        partition(make_labels(), 9, NUM_CLASSES, unequal, 0)

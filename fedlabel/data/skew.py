@@ -1,0 +1,219 @@
+"""Ways in which clients differ beyond their class mix: long tails, classes without labels, another kind of images.
+
+The long tail is exponential, as in Cui et al., CVPR 2019 (https://arxiv.org/abs/1901.05555), with a factor of its own
+for labelled and for unlabelled samples, as in CReST (Wei et al., CVPR 2021, https://arxiv.org/abs/2102.09559). What
+differs, and why: the profile starts from the largest class of what was drawn, not from a number to be given, and a
+class that has less than its share by itself keeps what it has; so it works on data that are unequal to begin with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from fedlabel.seeding import numpy_generator, torch_generator
+
+SHIFTS = ("rotation", "blur", "noise", "inversion")
+FEATURE_SHIFTS = ("none", *SHIFTS, "mixed")
+MAX_ROTATION = 45.0
+"""Degrees to either side at strength 1."""
+MAX_BLUR = 1.5 / 28
+"""Standard deviation of the blur at strength 1, as a part of the shorter image side."""
+MAX_NOISE = 40.0
+"""Standard deviation of the noise at strength 1, in units of the 256 values."""
+
+
+@dataclass(frozen=True)
+class SkewConfig:
+    """Long tails, classes that nobody labels, and clients whose images look different."""
+
+    labeled_imbalance: float = 1.0
+    """Long tail of the labelled samples of the federation, at least 1; 1 = none. With n samples of the largest class,
+    class c of C (in the order of their numbers) keeps n * labeled_imbalance^(-c / (C - 1)) at most, rounded half up
+    (which may be 0). The others are drawn at random and belong to nobody."""
+    unlabeled_imbalance: float = 1.0
+    """The same for the unlabelled samples."""
+    unlabeled_imbalance_reversed: bool = False
+    """Whether the unlabelled tail runs the other way: the last class is the largest."""
+    unlabeled_only_classes: tuple[int, ...] = ()
+    """Numbers of classes whose labels nobody is told (but the upper bound). Amounts of labels are then meant of the
+    samples of the other classes."""
+    feature_shift: str = "none"
+    """A fixed change of all images of a client, and of its share of the evaluation split: none; rotation by up to 45
+    degrees to either side; blur (Gaussian, sd up to 1.5 / 28 of the shorter side); noise (Gaussian, sd up to 40 of 255,
+    each image has its own, once and for all); inversion, for half of the clients; mixed, one of the four per client.
+    Angles and sd are uniform over clients. What the server holds is not changed."""
+    feature_shift_strength: float = 1.0
+    """Multiplies these limits; without effect on inversion."""
+
+    def __post_init__(self) -> None:
+        # YAML gives a list; configurations must be hashable.
+        object.__setattr__(self, "unlabeled_only_classes", tuple(self.unlabeled_only_classes))
+        for name in ("labeled_imbalance", "unlabeled_imbalance"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 1):
+                raise ValueError(f"`skew.{name}` (={value}) must be finite and at least 1; 1 = no long tail.")
+        classes = self.unlabeled_only_classes
+        if min(classes, default=0) < 0 or len(set(classes)) < len(classes):
+            raise ValueError(
+                f"`skew.unlabeled_only_classes` (={list(classes)}) must be different numbers of classes, from 0 on."
+            )
+        if self.feature_shift not in FEATURE_SHIFTS:
+            raise ValueError(
+                f"`skew.feature_shift` (={self.feature_shift}) must be one of {', '.join(FEATURE_SHIFTS)}."
+            )
+        strength = self.feature_shift_strength
+        if not (math.isfinite(strength) and strength > 0):
+            raise ValueError(
+                f"`skew.feature_shift_strength` (={strength}) must be positive and finite; "
+                "for no shift set skew.feature_shift=none."
+            )
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether samples are left out."""
+        return max(self.labeled_imbalance, self.unlabeled_imbalance) > 1
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises a ValueError if the data set's classes do not fit `unlabeled_only_classes`."""
+        classes = self.unlabeled_only_classes
+        if max(classes, default=0) >= num_classes:
+            raise ValueError(
+                f"`skew.unlabeled_only_classes` (={list(classes)}) must lie in [0, {num_classes - 1}]: "
+                f"the data set has {num_classes} classes."
+            )
+        if len(classes) == num_classes:
+            raise ValueError(
+                f"`skew.unlabeled_only_classes` (={list(classes)}) names all {num_classes} classes, which leaves no "
+                "label to anyone: leave at least one out."
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------- long tails
+
+
+def tail_sizes(counts: np.ndarray, imbalance: float, reverse: bool = False) -> np.ndarray:
+    """Returns how many samples each class keeps.
+
+    Args:
+        counts: (classes,) integers, how many samples it has; at least two classes.
+        imbalance: the quotient of the first and the last class, at least 1.
+        reverse: whether the last class is the largest.
+
+    Returns:
+        (classes,) int64: min(counts[c], max(counts) * imbalance^(-c / (classes - 1)) rounded half up).
+    """
+    rank = np.arange(len(counts))[:: -1 if reverse else 1] / (len(counts) - 1)
+    return np.minimum(counts, np.floor(counts.max() * imbalance**-rank + 0.5).astype(np.int64))
+
+
+def long_tails(labels: np.ndarray, labeled: np.ndarray, num_classes: int, config: SkewConfig, seed: int) -> np.ndarray:
+    """Chooses the samples that the long tails leave.
+
+    Args:
+        labels: (n,) integers in [0, num_classes), the truth.
+        labeled: (n,) bool, whose label is known.
+        num_classes: how many classes, at least two.
+        config: the two factors.
+        seed: the experiment's seed. Each class of each of the two sets has a generator of its own.
+
+    Returns:
+        (n,) bool: the labelled and the unlabelled samples that `tail_sizes` lets stay.
+    """
+    kept = np.ones(len(labels), dtype=bool)
+    for name, subset, imbalance, reverse in (
+        ("labeled", labeled, config.labeled_imbalance, False),
+        ("unlabeled", ~labeled, config.unlabeled_imbalance, config.unlabeled_imbalance_reversed),
+    ):
+        counts = np.bincount(labels[subset], minlength=num_classes)
+        for label, excess in enumerate(counts - tail_sizes(counts, imbalance, reverse)):
+            rows = np.flatnonzero(subset & (labels == label))
+            kept[numpy_generator(seed, "long_tail", name, label).choice(rows, excess, replace=False)] = False
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------------- feature shift
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What is done to all images of one client."""
+
+    kind: str
+    """One of `SHIFTS`, or none."""
+    amount: float
+    """rotation: degrees, counter-clockwise; blur: sd in pixels; noise: sd in units of the 256 values; else 0."""
+
+
+def client_shift(client: int, side: int, config: SkewConfig, seed: int) -> Shift:
+    """Returns what is done to the images of `client`, whose shorter side is `side` pixels; drawn from `seed`."""
+    rng = numpy_generator(seed, "feature_shift", client)
+    position = rng.random()  # first, so that a client keeps its place in every range
+    kind = SHIFTS[rng.integers(len(SHIFTS))] if config.feature_shift == "mixed" else config.feature_shift
+    match kind:
+        case "rotation":
+            return Shift(kind, (2 * position - 1) * MAX_ROTATION * config.feature_shift_strength)
+        case "blur":
+            return Shift(kind, position * MAX_BLUR * side * config.feature_shift_strength)
+        case "noise":
+            return Shift(kind, position * MAX_NOISE * config.feature_shift_strength)
+        case "inversion" if config.feature_shift == "mixed" or position < 0.5:
+            return Shift(kind, 0.0)
+    return Shift("none", 0.0)
+
+
+def shift_images(images: Tensor, shift: Shift, generator: torch.Generator) -> Tensor:
+    """Returns changed images.
+
+    Args:
+        images: (n, channels, height, width) uint8; not changed. May be empty.
+        shift: what to do.
+        generator: of the noise, on the device of `images`.
+
+    Returns:
+        As `images`. What a rotation uncovers is black.
+    """
+    if len(images) == 0:
+        return images
+    match shift.kind:
+        case "rotation":
+            return F.rotate(images, shift.amount, interpolation=F.InterpolationMode.BILINEAR)
+        case "blur":
+            # Three sd to either side; the mirrored border must be smaller than the image.
+            reach = min(math.ceil(3 * shift.amount), min(images.shape[-2:]) - 1)
+            return F.gaussian_blur(images, [2 * reach + 1] * 2, [max(shift.amount, 1e-3)] * 2)
+        case "noise":
+            noise = torch.randn(images.shape, generator=generator, device=images.device)
+            return (images + shift.amount * noise).round().clamp(0, 255).to(torch.uint8)
+        case "inversion":
+            return 255 - images
+    return images
+
+
+def shift_features(images: Tensor, parts: Sequence[np.ndarray], config: SkewConfig, seed: int, split: str) -> Tensor:
+    """Gives every client its kind of images.
+
+    Args:
+        images: (n, channels, height, width) uint8; not changed.
+        parts: per client its rows, disjoint. Other rows stay as they are.
+        config: which shift, how strong.
+        seed: the experiment's seed. What is done depends on the client; the noise on `split`, too.
+        split: "train" or "evaluation".
+
+    Returns:
+        A changed copy; `images` itself without a shift.
+    """
+    if config.feature_shift == "none":
+        return images
+    shifted = images.clone()
+    for client, rows in enumerate(parts):
+        shift = client_shift(client, min(images.shape[-2:]), config, seed)
+        generator = torch_generator(seed, "feature_shift", "noise", split, client, device=images.device)
+        shifted[rows] = shift_images(images[rows], shift, generator)
+    return shifted
