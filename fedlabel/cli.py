@@ -22,6 +22,8 @@ from fedlabel.experiment import open_experiment
 from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
 
 if TYPE_CHECKING:
+    from fedlabel.sweep import Event
+    from fedlabel.workers import Tell
     from server.grids import SimulationGrid
 
 OnRound = Callable[[int, Mapping[str, float]], None]
@@ -134,6 +136,71 @@ def run(
 
 
 @app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="Methods x settings x seeds; see configs/sweep/.")],
+    items: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The sweep's folder.", show_default="runs/sweeps/<file's name>")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one run each at a time.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
+) -> None:
+    """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
+    from fedlabel.sweep import finished_cells, load_sweep, plan_sweep, run_sweep
+
+    given, overrides = _split(items)
+    folder = out or Path("runs") / "sweeps" / Path(file).stem
+    with _reported(f"The same command goes on with what is left in {folder}."):
+        if given:
+            raise ConfigError(f"`{given[0]}` must have the form key=value; a sweep is one file.")
+        asked = load_sweep(file, overrides)
+        groups = plan_sweep(asked)
+        done = finished_cells(groups, folder)
+        searches, finals = sum(len(group.search) for group in groups), len(groups) * len(asked.seeds)
+        console.print(
+            f"{len(asked.methods)} methods x {len(asked.sections)} settings: {searches} runs to search, {finals} final "
+            f"ones ({len(asked.seeds)} seeds), {folder}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        if dry_run:
+            table = Table("setting", "method", "searched", "seeds", "done", "impossible")
+            for group in groups:
+                cells = [*group.search, *(cell for cells in group.final.values() for cell in cells)]
+                table.add_row(
+                    group.setting,
+                    group.method,
+                    ", ".join(cell.choice for cell in group.search),
+                    ", ".join(map(str, asked.seeds)),
+                    str(sum(cell.path in done for cell in cells)),
+                    next((cell.error for cell in cells if cell.error), ""),
+                )
+            console.print(table)
+            return
+        with _sweep_progress(searches + finals) as report:
+            complete = run_sweep(asked, folder, workers, run_cell, report)
+    console.print(f"Compare:  fedlabel compare {folder}", soft_wrap=True, highlight=False)
+    if not complete:
+        error_console.print("Some runs failed, see above; the same command tries them again.", style="red")
+        raise typer.Exit(1)
+
+
+def run_cell(job: tuple[ExperimentConfig, Path, bool], tell: Tell) -> None:
+    """Runs one cell of a sweep in a worker (see `sweep.Work`), with one torch thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    config, path, resume = job
+    run_experiment(
+        config,
+        name=path.name,
+        out=path.parent,
+        resume=resume,
+        on_round=lambda round_number, metrics: tell((round_number, config.num_rounds)),
+    )
+
+
+@app.command()
 def partition(
     items: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)
@@ -202,8 +269,8 @@ def _split(items: list[str] | None) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
-    """Turns a user's error into one message and exit status 2, a failed run into status 1."""
+def _reported(again: str = "`--resume --name NAME` goes on from the last checkpoint.") -> Iterator[None]:
+    """Turns a user's error into one message and exit status 2, a failed run into status 1; `again`: after Ctrl-C."""
     try:
         yield
     except ValueError as error:
@@ -215,7 +282,7 @@ def _reported() -> Iterator[None]:
         error_console.print(f"Stopped: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        error_console.print("Interrupted. `--resume --name NAME` goes on from the last checkpoint.")
+        error_console.print(f"Interrupted. {again}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from error
 
 
@@ -254,6 +321,50 @@ def _progress() -> Iterator[tuple[Callable[[ExperimentConfig, Path], None], OnRo
 
     with bar:
         yield on_start, on_round
+
+
+@contextmanager
+def _sweep_progress(total: int) -> Iterator[Callable[[Event], None]]:
+    """A bar over all runs and one per worker on a terminal; a line for every run that ends, everywhere."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks = {"": bar.add_task("all runs", total=total)}
+    started: dict[str, float] = {}
+    ended = 0
+
+    def report(event: Event) -> None:
+        nonlocal ended
+        if event.cell is None:
+            style = "yellow" if event.kind == "warning" else None
+            console.print(f"{event.kind}: {event.text}", style=style, soft_wrap=True, highlight=False, markup=False)
+            return
+        path, name = event.cell.path, f"{event.cell.role} {event.cell.name}"
+        if event.kind == "started":
+            started[path] = time.monotonic()
+            tasks[path] = bar.add_task(name, total=event.num_rounds)
+            return
+        if event.kind == "round":
+            bar.update(tasks[path], completed=event.round_number)
+            return
+        ended += 1
+        if path in tasks:
+            bar.remove_task(tasks.pop(path))
+        bar.update(tasks[""], completed=ended)
+        seconds = f", {time.monotonic() - started[path]:.0f} s" if path in started else ""
+        why = f": {event.text.strip().splitlines()[-1]}" if event.text else ""
+        style = "red" if event.kind == "failed" else None
+        text = f"{ended}/{total} {event.kind}: {name}{seconds}{why}"
+        console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+
+    with bar:
+        yield report
 
 
 def main() -> None:

@@ -254,8 +254,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
     """Returns last and best value of a metric and the mean of its last 10 values.
 
-    Only rows that have the key with a finite value count; with none, all three are NaN. Best is the lowest for losses
-    (`group/loss...`), the highest for everything else.
+    Only rows that have the key with a finite value count; with none, all three are NaN. Best is the lowest where
+    `lower_is_better`, else the highest.
 
     With evaluations 0.1, 0.2, ..., 1.2 and then 0.5: last 0.5, best 1.2, and the last ten are 0.4, ..., 1.2, 0.5, of
     mean (9 * 0.8 + 0.5) / 10 = 0.77.
@@ -267,9 +267,15 @@ def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> 
     values = [float(row[key]) for row in rows if row.get(key) is not None]
     if not values:
         return dict.fromkeys(("last", "best", "mean_last_10"), math.nan)
-    best: Callable[[list[float]], float] = min if key.rpartition("/")[2].startswith("loss") else max
+    best: Callable[[list[float]], float] = min if lower_is_better(key) else max
     recent = values[-LAST:]
     return {"last": values[-1], "best": best(values), "mean_last_10": math.fsum(recent) / len(recent)}
+
+
+def lower_is_better(key: str) -> bool:
+    """Returns whether low values of a metric are good: losses, calibration errors and spreads over clients."""
+    name = key.rpartition("/")[2]
+    return name.startswith(("loss", "ece")) or name.endswith("_sd")
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

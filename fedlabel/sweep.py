@@ -1,0 +1,547 @@
+"""A sweep: methods x settings x seeds from one YAML file, every method's key searched alike, resumable at any moment.
+
+OUT/sweep.json                                   what was asked, what finished, what the searches chose
+OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see tracking.py); all that a second call goes by
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlabel.config import ConfigError, ExperimentConfig, find_config, flatten, load_config
+from fedlabel.tracking import lower_is_better, write_atomic
+from fedlabel.workers import Tell, run_parallel
+
+SWEEP_JSON = "sweep.json"
+COLUMNS = ("last", "best", "mean_last_10")
+HARMLESS = (
+    "data.root",
+    "data.download",
+    "grid.kind",
+    "grid.num_workers",
+    "grid.timeout",
+    "grid.connect_timeout",
+    "checkpoint.every",
+    "checkpoint.keep",
+)
+"""Keys in which a run found on disk may differ from what is asked: they do not change what it computes."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """One search per method and setting, over as many values for every method."""
+
+    key: str = "training.lr"
+    """The configuration key that is searched."""
+    values: list[float] = field(default_factory=list)
+    """What is tried for every method."""
+    per_method_values: dict[str, list[float]] = field(default_factory=dict)
+    """Method -> what is tried instead, for one whose scale differs; as many as `values`."""
+    seed: int = 100
+    """Seed of the search's runs; none of the sweep's `seeds`."""
+    split: str = "validation"
+    """validation: the test split chooses nothing."""
+    metric: str = "eval/accuracy"
+    """What decides, of summary.json."""
+    column: str = "mean_last_10"
+    """last | best | mean_last_10 of the metric."""
+
+    def __post_init__(self) -> None:
+        for name, values in {"values": self.values, **self.per_method_values}.items():
+            key = "values" if name == "values" else f"per_method_values.{name}"
+            if not values or len(set(values)) != len(values) or not all(map(math.isfinite, values)):
+                raise ValueError(f"`search.{key}` (={values}) must be at least one number, each once.")
+            if len(values) != len(self.values):
+                raise ValueError(
+                    f"`search.{key}` (={values}) has {len(values)} values, `search.values` {len(self.values)}: every "
+                    "method must get the same budget; give as many."
+                )
+        if self.split != "validation":
+            raise ValueError(f"`search.split` (={self.split}) must be validation: the test split chooses nothing.")
+        if self.column not in COLUMNS:
+            raise ValueError(f"`search.column` (={self.column}) must be one of {', '.join(COLUMNS)}.")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What a sweep's YAML file holds."""
+
+    configs: list[str] = field(default_factory=list)
+    """Configuration files common to all runs."""
+    overrides: list[str] = field(default_factory=list)
+    """"key=value" common to all runs; a setting's win over them, a method's over both."""
+    methods: dict[str, list[str]] = field(default_factory=dict)
+    """Row name -> overrides."""
+    settings: dict[str, list[str]] = field(default_factory=dict)
+    """Section name -> overrides; empty: one section, "all"."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    search: SearchConfig | None = None
+    final_split: str = "test"
+    """Split on which the final runs are evaluated: test, or validation for a probe."""
+    targets: list[float] = field(default_factory=list)
+    """Accuracies in (0, 1) to which `fedlabel compare` counts rounds and bytes."""
+    published: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Setting -> method -> what the paper reports, printed beside ours."""
+    deviations: str = ""
+    """What differs from the paper's setting; printed with `published`."""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("`methods` must name at least one row, e.g. {FedLabel: []}.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"`seeds` (={self.seeds}) must be at least one number of at least 0, each once.")
+        if self.final_split not in ("test", "validation"):
+            raise ValueError(f"`final_split` (={self.final_split}) must be one of test, validation.")
+        if not all(0 < target < 1 for target in self.targets):
+            raise ValueError(f"`targets` (={self.targets}) must lie in (0, 1).")
+        if self.search is not None and self.search.seed in self.seeds:
+            raise ValueError(f"`search.seed` (={self.search.seed}) must be none of `seeds` (={self.seeds}).")
+        for kind, names in {"methods": self.methods, "settings": self.sections}.items():
+            _check_slugs(kind, names)
+        self._check_names()
+        set_here = {"seed", "evaluation.split", *([self.search.key] if self.search else [])}
+        layers = {"overrides": self.overrides}
+        layers |= {f"methods.{name}": row for name, row in self.methods.items()}
+        layers |= {f"settings.{name}": section for name, section in self.settings.items()}
+        for where, overrides in layers.items():
+            for override in overrides:
+                if override.partition("=")[0] in set_here:
+                    raise ValueError(
+                        f"`{where}` sets {override}, which the sweep sets itself: use seeds, final_split and search."
+                    )
+
+    def _check_names(self) -> None:
+        named = {f"published.{setting}": rows for setting, rows in self.published.items()}
+        if self.search:
+            named["search.per_method_values"] = dict.fromkeys(self.search.per_method_values, "")
+        for where, rows in {"published": dict.fromkeys(self.published, ""), **named}.items():
+            known = list(self.sections if where == "published" else self.methods)
+            for name in rows:
+                if name not in known:
+                    kind = "settings" if where == "published" else "methods"
+                    raise ValueError(f"`{where}` names {name!r}, which must be one of the {kind}: {_near(name, known)}")
+
+    @property
+    def sections(self) -> dict[str, list[str]]:
+        """`settings`, or the one section that a sweep without settings has."""
+        return self.settings or {"all": []}
+
+    def values(self, method: str) -> tuple[float | None, ...]:
+        """Returns the values searched for `method`, lowest first; (None,) without a search."""
+        if self.search is None:
+            return (None,)
+        return tuple(sorted(self.search.per_method_values.get(method, self.search.values)))
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Returns a sweep's YAML file, with `overrides` added to the sweep's own.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, a key is unknown, a value has the wrong type or range.
+    """
+    file = find_config(path)
+    try:
+        loaded = OmegaConf.load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not readable YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{file} must hold a mapping of keys to values, e.g. `methods: {{FedLabel: []}}`.")
+    content = OmegaConf.to_container(loaded)
+    assert isinstance(content, dict)
+    if isinstance(content.get("overrides", []), list):
+        content["overrides"] = [*content.get("overrides", []), *overrides]
+    try:
+        return parse_sweep(content)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def parse_sweep(content: Mapping[Any, Any]) -> SweepConfig:
+    """Returns a sweep from plain lists and dictionaries, as YAML or sweep.json holds them.
+
+    Raises:
+        ValueError: a key is unknown, or a value has the wrong type or range.
+    """
+    try:
+        resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), dict(content)))
+    except OmegaConfBaseException as error:
+        raise ValueError(_describe(error)) from error
+    assert isinstance(resolved, SweepConfig)
+    return resolved
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep."""
+
+    setting: str
+    method: str
+    seed: int
+    key: str
+    """The searched key; "" without a search."""
+    value: float | None
+    """Its value; None without a search."""
+    role: str
+    """search | final."""
+    path: str
+    """The run's folder, relative to the sweep's."""
+    config: ExperimentConfig | None
+    """None where the configuration is impossible."""
+    error: str = ""
+    """Why it is impossible."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return " / ".join(filter(None, (self.setting, self.method, self.choice, f"seed {self.seed}")))
+
+    @property
+    def choice(self) -> str:
+        """For messages, e.g. "lr=0.1"; "" without a search."""
+        return "" if self.value is None else f"{self.key.rpartition('.')[2]}={format_value(self.value)}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """All runs of one method in one setting."""
+
+    setting: str
+    method: str
+    search: tuple[Cell, ...]
+    """One per value; empty without a search."""
+    final: dict[float | None, tuple[Cell, ...]]
+    """Value -> one per seed; only those of the chosen value are run."""
+
+
+def plan_sweep(sweep: SweepConfig) -> list[Group]:
+    """Returns all that a sweep may run, resolved; a cell whose configuration is impossible says why.
+
+    Raises:
+        ConfigError: every run's is, as the part common to all is wrong.
+    """
+    groups = []
+    for setting, section in sweep.sections.items():
+        for method, row in sweep.methods.items():
+            search: list[Cell] = []
+            final: dict[float | None, tuple[Cell, ...]] = {}
+            for value in sweep.values(method):
+                overrides, folder = [*sweep.overrides, *section, *row], f"{_slug(setting)}/{_slug(method)}/"
+                key = "" if sweep.search is None else sweep.search.key
+                if value is not None:
+                    overrides.append(f"{key}={format_value(value)}")
+                    folder += f"{key.rpartition('.')[2]}{format_value(value)}-"
+                config, error = _resolve(sweep.configs, overrides)
+                cell = Cell(setting, method, 0, key, value, "final", folder, config, error)
+                if sweep.search is not None:
+                    search.append(_at(cell, "search", sweep.search.seed, sweep.search.split))
+                final[value] = tuple(_at(cell, "final", seed, sweep.final_split) for seed in sweep.seeds)
+            groups.append(Group(setting, method, tuple(search), final))
+    cells = [cell for group in groups for cells in group.final.values() for cell in cells]
+    if all(cell.config is None for cell in cells):
+        raise ConfigError(cells[0].error)
+    return groups
+
+
+def _resolve(configs: Sequence[str], overrides: Sequence[str]) -> tuple[ExperimentConfig | None, str]:
+    try:
+        return load_config(configs, overrides), ""
+    except ConfigError as error:
+        return None, str(error)
+
+
+def _at(cell: Cell, role: str, seed: int, split: str) -> Cell:
+    """Returns a cell with the seed and the split of its role."""
+    config = cell.config
+    if config is not None:
+        config = replace(config, seed=seed, evaluation=replace(config.evaluation, split=split))
+    return replace(cell, seed=seed, role=role, path=f"{cell.path}seed{seed}", config=config)
+
+
+def choose(scores: Mapping[float, float | None], lower: bool = False) -> float | None:
+    """Returns the value with the highest (`lower`: lowest) score, the smaller one of a tie; None without a score.
+
+    {0.05: 0.7, 0.15: 0.8, 0.45: 0.8} gives 0.15.
+
+    Args:
+        scores: value -> score; None where the run failed.
+        lower: whether low scores are good.
+    """
+    found = {value: -score if lower else score for value, score in scores.items() if score is not None}
+    return min(found, key=lambda value: (-found[value], value), default=None)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What `run_sweep` reports as it goes."""
+
+    kind: str
+    """started | round | done | kept (it was done before) | failed | chosen | warning."""
+    cell: Cell | None
+    """None for chosen and warning."""
+    text: str = ""
+    """What went wrong, or was chosen."""
+    round_number: int = 0
+    num_rounds: int = 0
+
+
+Work = Callable[[tuple[ExperimentConfig, Path, bool], Tell], None]
+"""Runs a configuration into a folder, anew or (True) from its newest checkpoint; tells (round, rounds)."""
+
+
+def run_sweep(sweep: SweepConfig, out: Path, workers: int, work: Work, report: Callable[[Event], None]) -> bool:
+    """Runs what is left of a sweep; returns whether every run was done.
+
+    Args:
+        sweep: what to run.
+        out: its folder; a call on the folder of an earlier, unfinished call goes on with it.
+        workers: processes, one run each at a time.
+        work: see `Work`; a function of a module.
+        report: told of everything that happens.
+
+    Raises:
+        ConfigError: no run is possible, or `out` holds other runs under the same names.
+    """
+    groups = plan_sweep(sweep)
+    done = finished_cells(groups, out)
+    out.mkdir(parents=True, exist_ok=True)
+    ledger = _Ledger(sweep, groups, out, done, report)
+    ledger.write()
+
+    def take() -> _Job | None:
+        cell = ledger.next()
+        if cell is None:
+            return None
+        assert cell.config is not None
+        report(Event("started", cell, num_rounds=cell.config.num_rounds))
+        return _Job(work, cell, out / cell.path)
+
+    def told(job: _Job, message: tuple[int, int]) -> None:
+        report(Event("round", job.cell, round_number=message[0], num_rounds=message[1]))
+
+    run_parallel(_work, workers, take, told, lambda job, error: ledger.finish(job.cell, error))
+    return ledger.complete
+
+
+@dataclass(frozen=True)
+class _Job:
+    work: Work
+    cell: Cell
+    path: Path
+
+
+def _work(job: _Job, tell: Tell) -> None:
+    assert job.cell.config is not None
+    job.work((job.cell.config, job.path, job.path.exists()), tell)
+
+
+def finished_cells(groups: Iterable[Group], out: Path) -> set[str]:
+    """Returns the paths of the runs that are done, after a look at every run folder that the sweep may use.
+
+    Raises:
+        ConfigError: a folder holds a run of another configuration.
+    """
+    done = set()
+    for group in groups:
+        for cell in [*group.search, *(cell for cells in group.final.values() for cell in cells)]:
+            saved = out / cell.path / "config.yaml"
+            if cell.config is None or not saved.is_file():
+                continue
+            try:
+                found, wanted = flatten(load_config([saved])), flatten(cell.config)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{saved} cannot be read: {error} Move the folder away, or use another --out."
+                ) from error
+            differing = [
+                f"{key} (there {found.get(key)}, asked {wanted.get(key)})"
+                for key in sorted({*found, *wanted})
+                if found.get(key) != wanted.get(key) and key not in HARMLESS
+            ]
+            if differing:
+                raise ConfigError(
+                    f"{saved.parent} holds a run of another configuration: {'; '.join(differing)}. Use another --out, "
+                    "or move the folder away to run it anew."
+                )
+            if (saved.parent / "summary.json").is_file():
+                done.add(cell.path)
+    return done
+
+
+class _Ledger:
+    """What has finished, what was chosen, and what is next; on disk as sweep.json after every change."""
+
+    def __init__(
+        self, sweep: SweepConfig, groups: list[Group], out: Path, done: set[str], report: Callable[[Event], None]
+    ) -> None:
+        self.sweep, self.groups, self.out, self.done, self.report = sweep, groups, out, done, report
+        self.rows: dict[str, dict[str, Any]] = {}
+        """Path -> a run that finished, as sweep.json has it; a search's and a final run never share one."""
+        self.chosen: list[dict[str, Any]] = []
+        self.planned = sum(len(group.search) + len(sweep.seeds) for group in groups)
+        self.waiting: list[Cell] = []
+        for group in groups:
+            self.waiting += [cell for cell in group.search if not self._known(cell)]
+        for group in groups:
+            self._choose(group)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run of the sweep was done."""
+        return sum(row["status"] == "done" for row in self.rows.values()) == self.planned
+
+    def next(self) -> Cell | None:
+        """Returns the run to start next: searches before final runs, which wait for them."""
+        return self.waiting.pop(0) if self.waiting else None
+
+    def finish(self, cell: Cell, error: str) -> None:
+        """Takes down that a run ended; the last one of a search starts its final runs."""
+        self._enter(cell, error)
+        self.report(Event("failed" if error else "done", cell, error))
+        if cell.role == "search":
+            self._choose(next(group for group in self.groups if cell in group.search))
+        self.write()
+
+    def write(self) -> None:
+        """Writes sweep.json, in the sweep's order whatever ended first."""
+        place = {(group.setting, group.method): number for number, group in enumerate(self.groups)}
+
+        def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+            return place[row["setting"], row["method"]], row.get("role") == "final", row["value"] or 0, row.get("seed")
+
+        content = {
+            "sweep": OmegaConf.to_container(OmegaConf.structured(self.sweep)),
+            "planned_runs": self.planned,
+            "runs": sorted(self.rows.values(), key=order),
+            "chosen": sorted(self.chosen, key=order),
+        }
+        write_atomic(self.out / SWEEP_JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def _known(self, cell: Cell) -> bool:
+        """Takes down a run that need not, or cannot, be started."""
+        if cell.config is None:
+            self._enter(cell, cell.error)
+            self.report(Event("failed", cell, cell.error))
+        elif cell.path in self.done:
+            self._enter(cell, "")
+            self.report(Event("kept", cell))
+        return cell.path in self.rows
+
+    def _enter(self, cell: Cell, error: str) -> None:
+        self.rows[cell.path] = {
+            "setting": cell.setting,
+            "method": cell.method,
+            "seed": cell.seed,
+            "value": cell.value,
+            "role": cell.role,
+            "path": cell.path,
+            "status": "failed" if error else "done",
+            "error": error,
+        }
+
+    def _choose(self, group: Group) -> None:
+        """Puts a group's final runs in line once its search is over."""
+        if not all(cell.path in self.rows for cell in group.search):
+            return
+        value: float | None = None
+        if self.sweep.search is not None:
+            scores = {
+                cell.value: self._score(cell, self.sweep.search) for cell in group.search if cell.value is not None
+            }
+            value = choose(scores, lower_is_better(self.sweep.search.metric))
+            warning = self._warning(group, value, scores)
+            self.chosen.append(
+                {
+                    "setting": group.setting,
+                    "method": group.method,
+                    "key": self.sweep.search.key,
+                    "value": value,
+                    "scores": [{"value": each, "score": score} for each, score in scores.items()],
+                    "warning": warning,
+                }
+            )
+            name = f"{group.setting} / {group.method}"
+            if value is not None:
+                self.report(Event("chosen", None, f"{name}: {self.sweep.search.key}={format_value(value)}"))
+            if warning:
+                self.report(Event("warning", None, f"{name}: {warning}"))
+        cells = next(iter(group.final.values())) if value is None else group.final[value]
+        if value is None and group.search:
+            cells = tuple(
+                replace(cell, value=None, config=None, error="no run of its search was done") for cell in cells
+            )
+        self.waiting += [cell for cell in cells if not self._known(cell)]
+
+    def _score(self, cell: Cell, search: SearchConfig) -> float | None:
+        """Returns what a finished search run scored; None if it failed or lacks the metric."""
+        if self.rows[cell.path]["status"] != "done":
+            return None
+        file = self.out / cell.path / "summary.json"
+        summary = json.loads(file.read_text())
+        found = summary.get(search.metric)
+        score = found.get(search.column) if isinstance(found, dict) else None
+        if score is None:
+            known = ", ".join(key for key, value in summary.items() if isinstance(value, dict) and "last" in value)
+            self._enter(cell, f"`search.metric` (={search.metric}) is not in {file}; it has {known}.")
+            self.report(Event("failed", cell, self.rows[cell.path]["error"]))
+        return score
+
+    def _warning(self, group: Group, value: float | None, scores: Mapping[float, float | None]) -> str:
+        assert self.sweep.search is not None
+        if value is None or len(scores) == 1:
+            return ""
+        tried = ", ".join(map(format_value, scores))
+        if value in (min(scores), max(scores)):
+            return (
+                f"{self.sweep.search.key}={format_value(value)} lies at the edge of what was tried ({tried}): a value "
+                "beyond may be better; widen `search.values`."
+            )
+        return ""
+
+
+def format_value(value: float) -> str:
+    """Returns a searched value as it stands in overrides and names: 3 for 3.0, 0.05, 1e-05."""
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _slug(name: str) -> str:
+    """Returns a name as a folder's: lower case, as some file systems do not tell cases apart."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+
+
+def _check_slugs(kind: str, names: Iterable[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        slug = _slug(name)
+        if not slug:
+            raise ValueError(f"`{kind}` has a name ({name!r}) without a letter or digit, which can name no folder.")
+        if slug in seen:
+            raise ValueError(
+                f"`{kind}` has {seen[slug]!r} and {name!r}, whose folder would both be {slug}; rename one."
+            )
+        seen[slug] = name
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{', '.join(known)}.{f' Did you mean {near[0]}?' if near else ''}"
+
+
+def _describe(error: OmegaConfBaseException) -> str:
+    """Returns OmegaConf's message in one line, with the full key and what is allowed in its place."""
+    message, key = str(error.msg or error).split("\n")[0], error.full_key
+    if "not in '" not in message:
+        return f"`{key}`: {message}" if key else message
+    parent = SearchConfig if str(key).startswith("search.") else SweepConfig
+    allowed = [each.name for each in fields(parent)]
+    return f"`{key}` is no key of a sweep, which must be one of {_near(str(key).rpartition('.')[2], allowed)}"
