@@ -50,8 +50,12 @@ def train(message: Message, context: Context) -> Message:
 
 def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
     """Returns received weights on the device, in the model's own types (integers come back as floats)."""
-    types = {name: value.dtype for name, value in experiment.initial_state.items()}
-    return {name: value.to(experiment.device, types[name]) for name, value in arrays.to_torch_state_dict().items()}
+    values = arrays.to_torch_state_dict()
+    return {
+        name: values[name].to(experiment.device, like.dtype)
+        for name, like in experiment.initial_state.items()  # in the model's order, whatever happened on the way
+        if name in values
+    }
 
 
 def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordDict:

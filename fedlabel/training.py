@@ -408,7 +408,7 @@ class _Run:
     def _optimizer(self, update: Update, config: TrainingConfig) -> tuple[torch.optim.SGD, frozenset[str]]:
         """Returns a fresh optimiser and the names of the parameters that it moves."""
         named = dict(self.trainer.student.named_parameters())
-        names = frozenset(name for name in named if update.trains is None or update.trains(name))
+        names = frozenset(named if update.trains is None else update.trains(tuple(named)))
         optimizer = torch.optim.SGD(
             [parameter for name, parameter in named.items() if name in names],
             config.lr,

@@ -7,10 +7,13 @@ import importlib
 
 from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.methods.fedmatch import FedMatch
+from fedlabel.methods.fedtrinet import FedTriNet
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch
 from fedlabel.methods.pseudo_label import PseudoLabel
 from fedlabel.methods.sage import SAGE
+from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
 from fedlabel.methods.uda import UDA
 
@@ -22,6 +25,9 @@ METHODS: dict[str, type[Method]] = {
     "freematch": FreeMatch,
     "fedlabel": FedLabel,
     "sage": SAGE,
+    "fedmatch": FedMatch,
+    "fedtrinet": FedTriNet,
+    "semifl": SemiFL,
 }
 
 

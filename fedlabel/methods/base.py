@@ -6,7 +6,7 @@ code runs for one client or for a stack of clients under `torch.func.vmap`. `fed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -105,8 +105,8 @@ class Update:
     """One optimiser step on a batch."""
 
     loss: LossFunction
-    trains: Callable[[str], bool] | None = None
-    """Parameter name -> whether this step moves it, with an optimiser of its own; None: all parameters."""
+    trains: Callable[[Sequence[str]], Collection[str]] | None = None
+    """Names of all the student's parameters, in the model's order -> those that this step moves; None: all of them."""
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     """Named parameters of the student -> () added to the loss; None: nothing."""
 
@@ -130,7 +130,7 @@ class Phase:
     """Parameter tensor p -> c, where c * (p - p_global) is added to its gradient, on top of `training.prox_mu`."""
     start: str = "global"
     """Where the student starts: named as in `teachers`."""
-    trains: Callable[[str], bool] | None = None
+    trains: Callable[[Sequence[str]], Collection[str]] | None = None
     """See `Update.trains`; of `loss`."""
     then: tuple[Update, ...] = ()
     """Further optimiser steps on the same batch, in turn."""

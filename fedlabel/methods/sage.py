@@ -4,7 +4,7 @@ Source: Liu et al., "Mind the Gap: Confidence Discrepancy Can Guide Federated Se
 Pseudo-Mismatch", CVPR 2025, and its released code. Setting: labels at the clients. FedLabel's closest relative: a
 soft mixture where FedLabel chooses.
 
-What differs: the decay kappa is ln 2 / .05 as in the released code (its command-line value .5 is not used there either).
+What differs: the decay kappa is ln 2 / .05 as in the released code (whose command-line value .5 is unused).
 """
 
 from __future__ import annotations

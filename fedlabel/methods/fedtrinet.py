@@ -1,0 +1,190 @@
+"""FedTriNet: three networks per client label its data together: the global one, its own old one, and a cross of both.
+
+Source: Che, Long, Wang, Wang, Xiao, Ma, "FedTriNet: A Pseudo Labeling Method with Three Players for Federated
+Semi-supervised Learning", IEEE BigData 2021, and its released demonstration. Setting: labels at the clients.
+
+Rounds up to `warmup_rounds`: federated averaging on labelled data, where every client keeps the last layers (the head)
+of its own. After them, a client has G, the received model; O, its own model of the last time it trained; N, the
+received feature layers under its own head, fine-tuned on labels. Unlabelled samples get the class of the largest
+p_G + p_O + p_N if the mean of the three is sure enough, and keep it for good. Then training on labels and pseudo-labels
+starts from G, the latter with a weight that ramps up.
+
+What differs, and why:
+- In the warm-up the head travels, too, though clients put their own in its place: so there is a global model to
+  evaluate at any time, and G has a head when the warm-up ends.
+- The quality threshold falls linearly from `quality_start` to `quality_end` over `quality_rounds`; the paper calls its
+  threshold dynamic, the released code has it switched off (quality_start = quality_end = 0).
+- The ramp counts communication rounds (50 to 150 in the released code), here from the end of the warm-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlabel.methods.base import (
+    Batch,
+    Method,
+    Model,
+    ModelPart,
+    Phase,
+    PhaseResult,
+    Prepared,
+    PseudoLabels,
+    State,
+    StateDict,
+    Step,
+    Survey,
+    cross_entropy_on_labels,
+    labeled_step,
+    pseudo_cross_entropy,
+    semi_supervised_step,
+)
+
+
+def head_names(names: Iterable[str], layers: int) -> frozenset[str]:
+    """Returns those names of weights (in the model's order) that belong to its last `layers` layers."""
+    given = list(names)
+    order = list(dict.fromkeys(name.rpartition(".")[0] for name in given))
+    last = set(order[-layers:])
+    return frozenset(name for name in given if name.rpartition(".")[0] in last)
+
+
+def label_together(probs: Sequence[Tensor], threshold: float, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Lets networks label samples together, once and for all.
+
+    Args:
+        probs: (n, classes) probabilities of each network.
+        threshold: a sample gets its label if the largest mean probability reaches it.
+        known: (n,) int64, the label a sample has already, or -1.
+
+    Returns:
+        (n,) int64 labels, -1 where there is still none; (n,) float, the largest mean probability.
+    """
+    confidence, label = torch.stack(list(probs)).mean(0).max(-1)
+    fresh = torch.where(confidence >= threshold, label, torch.full_like(label, -1))
+    return torch.where(known >= 0, known, fresh), confidence
+
+
+@dataclass(frozen=True)
+class FedTriNet(Method):
+    """Hyper-parameters of FedTriNet."""
+
+    name: str = "fedtrinet"
+    warmup_rounds: int = 40
+    """Rounds on labelled data with shared feature layers."""
+    head_layers: int = 1
+    """How many of the model's last layers are the head."""
+    quality_start: float = 0.9
+    """Threshold on the mean of the three largest probabilities, after the warm-up."""
+    quality_end: float = 0.7
+    """The threshold after `quality_rounds` more rounds."""
+    quality_rounds: int = 50
+    """Rounds over which the threshold changes."""
+    ramp_start: int = 0
+    """Rounds after the warm-up before pseudo-labels count in the loss."""
+    ramp_end: int = 100
+    """Rounds after the warm-up from which they count in full."""
+    lambda_u: float = 0.5
+    """Weight of the pseudo-labelled loss after the ramp."""
+
+    description: ClassVar[str] = "global, old and crossed network label together (Che et al., IEEE BigData 2021)"
+
+    def __post_init__(self) -> None:
+        for key in ("warmup_rounds", "ramp_start", "quality_rounds"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be at least 0.")
+        if self.head_layers < 1:
+            raise ValueError(f"`method.head_layers` (={self.head_layers}) must be at least 1.")
+        if self.ramp_end < self.ramp_start:
+            raise ValueError(
+                f"`method.ramp_end` (={self.ramp_end}) must be at least `method.ramp_start` (={self.ramp_start})."
+            )
+        for key in ("quality_start", "quality_end"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must lie in [0, 1].")
+        if not 0 <= self.lambda_u < float("inf"):
+            raise ValueError(f"`method.lambda_u` (={self.lambda_u}) must be a finite number of at least 0.")
+
+    def threshold(self, rounds: int) -> float:
+        """Returns the quality threshold `rounds` rounds after the warm-up."""
+        progress = min(1.0, rounds / self.quality_rounds) if self.quality_rounds else 1.0
+        return self.quality_start + progress * (self.quality_end - self.quality_start)
+
+    def weight(self, rounds: int) -> float:
+        """Returns the weight of the pseudo-labelled loss `rounds` rounds after the warm-up."""
+        if rounds >= self.ramp_end:
+            return self.lambda_u
+        return self.lambda_u * max(0, rounds - self.ramp_start) / (self.ramp_end - self.ramp_start)
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        rounds = round_number - self.warmup_rounds
+        if rounds <= 0:
+            return (Phase("warmup", self.supervised_loss, labeled=("weak",), start="crossed"),)
+        return (
+            Phase(
+                "new",
+                self.supervised_loss,
+                labeled=("weak",),
+                start="crossed",
+                trains=partial(head_names, layers=self.head_layers),
+            ),
+            Phase(
+                "train",
+                partial(self.loss, weight=self.weight(rounds)),
+                labeled=("weak",),
+                unlabeled=("weak",),
+                teachers=("global", "old", "new"),
+                prepare=partial(self.prepare, threshold=self.threshold(rounds)),
+            ),
+        )
+
+    def states(self, global_state: StateDict, memory: State) -> dict[str, StateDict]:
+        """Returns O, and the received feature layers under O's head; a client that never trained has the received."""
+        old = {name: memory.get(f"old/{name}", value) for name, value in global_state.items()}
+        head = head_names(global_state, self.head_layers)
+        crossed = {name: old[name] if name in head else value for name, value in global_state.items()}
+        return {"old": old, "crossed": crossed}
+
+    def initial_memory(self, candidates: Tensor) -> State:
+        return {"pseudo_label": torch.full((len(candidates),), -1, dtype=torch.int64, device=candidates.device)}
+
+    def prepare(self, survey: Survey, threshold: float) -> Prepared:
+        """Labels what has no label yet; only these samples are drawn."""
+        probs = [survey.predict(net, "clean").softmax(-1) for net in ("global", "old", "new")]
+        label, confidence = label_together(probs, threshold, survey.memory["pseudo_label"])
+        keep = label >= 0
+        pseudo = PseudoLabels(label.clamp_min(0), keep, torch.zeros_like(keep), confidence)
+        return Prepared({"label": pseudo.label}, keep, {**survey.memory, "pseudo_label": label}, pseudo)
+
+    def supervised_loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        """Returns the cross-entropy on labels."""
+        return cross_entropy_on_labels(student, batch.labeled)
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, weight: float = 1.0) -> Step:
+        """Returns CE(labels) + weight * CE(pseudo-labels), on weak views."""
+        labeled, unlabeled = batch.labeled.views["weak"], batch.unlabeled.views["weak"]
+        labeled_logits, logits = student(torch.cat([labeled, unlabeled])).split([len(labeled), len(unlabeled)])
+        supervised = labeled_step(labeled_logits, batch.labeled.candidates)
+        label = batch.unlabeled.targets["label"]
+        keep = torch.ones_like(label, dtype=torch.bool)
+        return semi_supervised_step(supervised, pseudo_cross_entropy(logits.log_softmax(-1), label, keep), weight, keep)
+
+    def upload(
+        self, global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
+    ) -> dict[str, ModelPart]:
+        """Sends the model of the last phase; N stays at home."""
+        own = [result.state for result in results if result.name in ("warmup", "train")]
+        return {"model": ModelPart(own[-1] if own else dict(global_state), weight if own else 0.0)}
+
+    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
+        """Keeps the pseudo-labels and the client's own model, which is O the next time."""
+        own = [result.state for result in results if result.name in ("warmup", "train")]
+        old = {f"old/{name}": value for name, value in own[-1].items()} if own else {}
+        earlier = {name: value for name, value in memory.items() if name.startswith("old/")}
+        return {**earlier, **old, "pseudo_label": memory["pseudo_label"]}
