@@ -8,10 +8,10 @@ strong view), and "mix" batches, mixup of a sure sample with any other; the serv
 labels. The released code combines them with strategy FedAvgM (server_learning_rate 1, server_momentum .5) and cuts
 gradients at norm 1 (`training.max_grad_norm`).
 
-**SemiFL adapted to labels at the clients** (what runs with labels_at=clients; not the paper's algorithm): a client first
-trains on its labels from the received weights, then labels its unlabelled samples once with the *received* model, then
-trains on all three losses from where the first part ended. The adaptation is ours; papers of this setting leave SemiFL
-out for want of labels at the server.
+**SemiFL adapted to labels at the clients** (what runs with labels_at=clients; not the paper's algorithm): a client
+first trains on its labels from the received weights, then labels its unlabelled samples once with the *received*
+model, then trains on all three losses from where the first part ended. The adaptation is ours; papers of this setting
+leave SemiFL out for want of labels at the server.
 
 What differs: the number of steps is `training`'s; the mix set is drawn without repetition within a pass; BatchNorm's
 statistics are averaged with the weights and not gathered anew by the server (GroupNorm has none).
