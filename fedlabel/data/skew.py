@@ -179,8 +179,6 @@ def shift_images(images: Tensor, shift: Shift, generator: torch.Generator) -> Te
     Returns:
         As `images`. What a rotation uncovers is black.
     """
-    if len(images) == 0:
-        return images
     match shift.kind:
         case "rotation":
             return F.rotate(images, shift.amount, interpolation=F.InterpolationMode.BILINEAR)

@@ -122,11 +122,19 @@ def test_upper_bound_gives_the_clients_what_the_server_held() -> None:
     assert sorted(np.concatenate(federation.parts)) == list(range(1294))
 
 
-def test_some_clients_have_labels() -> None:
-    federation = build(labels_at="some_clients", labeled_clients=2, label_rate=None)
-    shares = [float(federation.supervision(client).labeled.float().mean()) for client in range(8)]
-    assert sorted(shares) == [0.0] * 6 + [1.0] * 2
-    assert build(all_labels=True, labels_at="some_clients", labeled_clients=2).labeled.all()
+@pytest.mark.parametrize(
+    ("amount", "total"),
+    [({}, None), ({"labels_total": 40}, 40), ({"labels_per_class": 2}, 20), ({"label_rate": 0.5}, None)],
+)
+def test_some_clients_have_labels(amount: dict, total: int | None) -> None:
+    settings = {"labels_at": "some_clients", "labeled_clients": 2, "label_rate": None} | amount
+    federation = build(**settings)
+    counts = [int(federation.supervision(client).labeled.sum()) for client in range(8)]
+    rate = amount.get("label_rate", 1)
+    shared = [int(rate * len(rows)) for rows, count in zip(federation.parts, counts, strict=True) if count]
+    assert len(shared) == 2
+    assert sum(counts) == (sum(shared) if total is None else total)
+    assert build(all_labels=True, **settings).labeled.all()
 
 
 def test_a_server_that_takes_all_leaves_the_clients_nothing() -> None:
