@@ -14,7 +14,7 @@ import flwr.serverapp.strategy as flower_strategies
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from fedlabel.config import ConfigError, StrategyConfig
 from fedlabel.seeding import derive_seed, numpy_generator
@@ -168,6 +168,8 @@ def configure_round(
         nodes: client -> node id.
         cohort: clients that train.
     """
+    if isinstance(strategy, FedAvgM):  # it would go on from the model it made, though the server may have trained it
+        strategy.current_arrays = arrays
     client_of = {nodes[client]: client for client in cohort}
     grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: list(client_of)))
     messages = list(strategy.configure_train(round_number, arrays, config, grid))

@@ -187,3 +187,24 @@ def test_decode_gives_what_flower_gives(value: np.ndarray) -> None:
     array = Array(np.asarray(value))
     np.testing.assert_array_equal(decode(array), array.numpy())
     assert decode(array).dtype == array.numpy().dtype
+
+
+def test_momentum_starts_from_the_model_that_was_sent_even_if_the_server_trained_it() -> None:
+    """FedAvgM, rate 1, momentum .5: w' = mean - .5 v, v' = .5 v + (w - mean).
+
+    Round 1: w = 0, mean 1: v = -1, w = 1. The server trains w to 3. Round 2: mean 5: v = -.5 + (3 - 5) = -2.5,
+    w = 5.5. The server trains w to 6. Round 3: mean 6: v = -1.25, w = 7.25. From the models FedAvgM made itself it
+    would be v = -.5 + (1 - 5) = -4.5 in round 2 and w = 8.25 in round 3.
+    """
+    strategy = build_strategy(StrategyConfig("FedAvgM", {"server_learning_rate": 1.0, "server_momentum": 0.5}))
+
+    def one_round(number: int, sent: float, returned: float) -> float:
+        arrays = ArrayRecord({"w": Array(np.asarray(sent, np.float32))})
+        configure_round(strategy, number, arrays, ConfigRecord({}), {0: 1}, [0])
+        aggregated = aggregate(strategy, number, [reply({"w": returned}, {"num-examples": 1.0})])
+        assert aggregated is not None
+        return float(aggregated["w"].numpy())
+
+    assert one_round(1, 0.0, 1.0) == 1.0
+    assert one_round(2, 3.0, 5.0) == 5.5
+    assert one_round(3, 6.0, 6.0) == 7.25
