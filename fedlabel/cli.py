@@ -201,6 +201,42 @@ def run_cell(job: tuple[ExperimentConfig, Path, bool], tell: Tell) -> None:
 
 
 @app.command()
+def compare(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="A sweep's folder, or folders that hold runs at any depth.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what is written.", show_default="the sweep's, else ./comparison")
+    ] = None,
+    by: Annotated[str, typer.Option(help="Keys (comma separated) in which runs may differ: a section each.")] = "",
+    target: Annotated[
+        list[float] | None, typer.Option(help="Accuracy to which rounds and bytes are counted; may be repeated.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="Row that all others are tested against.")] = None,
+) -> None:
+    """Tables, tests, curves and a report page from finished runs."""
+    from fedlabel.comparison.output import write_comparison
+    from fedlabel.comparison.runs import read_comparison
+    from fedlabel.sweep import SWEEP_JSON
+
+    with _reported():
+        keys = [key.strip() for key in by.split(",") if key.strip()]
+        comparison = read_comparison(paths, keys, target or ())
+        folder = out or (paths[0] if (paths[0] / SWEEP_JSON).is_file() else Path("comparison"))
+        written = write_comparison(comparison, folder, baseline)
+    for warning in comparison.warnings:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+    for name, section in comparison.sections.items():
+        table = Table("method", "seeds", "mean of last 10", "worst client", title=name)
+        for row, runs in section.items():
+            columns = ("eval/accuracy", "eval/worst_client_accuracy")
+            means = [sum(run.value(metric) for run in runs) / len(runs) for metric in columns]
+            table.add_row(row, str(len(runs)), *(f"{100 * value:.1f}" for value in means))
+        console.print(table)
+    console.print("Written:", *written, sep="\n  ", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def partition(
     items: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)

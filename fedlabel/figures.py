@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
@@ -264,6 +264,14 @@ def save_png(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     write_atomic(path, buffer.getvalue())
+
+
+def svg_bytes(figure: Figure) -> bytes:
+    """Returns a figure as SVG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "fedlabel"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def _figure(width: float, height: float) -> Figure:

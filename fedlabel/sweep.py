@@ -236,7 +236,7 @@ def plan_sweep(sweep: SweepConfig) -> list[Group]:
             search: list[Cell] = []
             final: dict[float | None, tuple[Cell, ...]] = {}
             for value in sweep.values(method):
-                overrides, folder = [*sweep.overrides, *section, *row], f"{_slug(setting)}/{_slug(method)}/"
+                overrides, folder = [*sweep.overrides, *section, *row], f"{slug(setting)}/{slug(method)}/"
                 key = "" if sweep.search is None else sweep.search.key
                 if value is not None:
                     overrides.append(f"{key}={format_value(value)}")
@@ -514,7 +514,7 @@ def format_value(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """Returns a name as a folder's: lower case, as some file systems do not tell cases apart."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
@@ -522,14 +522,14 @@ def _slug(name: str) -> str:
 def _check_slugs(kind: str, names: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
-        slug = _slug(name)
-        if not slug:
+        folder = slug(name)
+        if not folder:
             raise ValueError(f"`{kind}` has a name ({name!r}) without a letter or digit, which can name no folder.")
-        if slug in seen:
+        if folder in seen:
             raise ValueError(
-                f"`{kind}` has {seen[slug]!r} and {name!r}, whose folder would both be {slug}; rename one."
+                f"`{kind}` has {seen[folder]!r} and {name!r}, whose folder would both be {folder}; rename one."
             )
-        seen[slug] = name
+        seen[folder] = name
 
 
 def _near(name: str, known: Sequence[str]) -> str:

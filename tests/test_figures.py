@@ -16,6 +16,7 @@ from fedlabel.figures import (
     partition_figure,
     pseudo_label_panel,
     save_png,
+    svg_bytes,
 )
 
 NAMES = ["cat", "dog", "horse"]
@@ -202,6 +203,13 @@ def test_save_png(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
     assert imread(path).shape[2] == 4
+
+
+def test_svg_is_the_same_for_the_same_figure():
+    first, second = (svg_bytes(curves_figure({"A": [([1, 2], [0.1, 0.2]), ([1, 2], [0.2, 0.4])]})) for _ in range(2))
+    assert first == second
+    assert b"<svg" in first
+    assert b"<dc:date>" not in first
 
 
 def test_pyplot_is_never_loaded():

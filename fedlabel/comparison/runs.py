@@ -1,0 +1,323 @@
+"""Finished runs, and which of them may be compared: like with like.
+
+The runs of a row differ in their seed alone, the rows of a section in their method (its fields, learning rate and
+strategy) alone. A sweep names its own rows and sections.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlabel.config import ExperimentConfig, flatten, load_config
+from fedlabel.sweep import SWEEP_JSON, SweepConfig, format_value, parse_sweep
+from fedlabel.tracking import read_metrics
+
+ACCURACY, COLUMN = "eval/accuracy", "mean_last_10"
+"""What rows are ranked and tested by, of summary.json."""
+ROW_KEYS = ("method.", "training.lr", "strategy.")
+"""Keys (or groups of them) that make a row."""
+MACHINE_KEYS = (
+    "seed",
+    "grid.",
+    "device",
+    "data.root",
+    "data.download",
+    "evaluation.panel_samples",
+    "checkpoint.",
+)
+"""Keys in which the runs of a row may differ."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run."""
+
+    path: Path
+    config: ExperimentConfig
+    flat: Mapping[str, str | int | float | bool]
+    """`config`, dotted key -> value."""
+    summary: Mapping[str, Any]
+    """The content of summary.json."""
+    rounds: Sequence[Mapping[str, Any]]
+    """The lines of metrics.jsonl."""
+
+    @property
+    def score(self) -> float:
+        """What the run is ranked by."""
+        return self.value(ACCURACY)
+
+    def value(self, metric: str, column: str = COLUMN) -> float:
+        """Returns a metric of summary.json; NaN where the run has none."""
+        found = self.summary.get(metric)
+        value = found.get(column) if isinstance(found, Mapping) else found
+        return math.nan if value is None else float(value)
+
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Returns the evaluated rounds and their accuracy."""
+        found = [(row["round"], row[ACCURACY]) for row in self.rounds if row.get(ACCURACY) is not None]
+        return [each for each, _ in found], [accuracy for _, accuracy in found]
+
+    def until(self, target: float) -> tuple[float, float]:
+        """Returns the first evaluated round with an accuracy of at least `target`, and the bytes uploaded until then.
+
+        (NaN, NaN) if there is none.
+        """
+        uploaded = 0.0
+        for row in self.rounds:
+            uploaded += row.get("comm/bytes_up") or 0.0
+            accuracy = row.get(ACCURACY)
+            if accuracy is not None and accuracy >= target:
+                return float(row["round"]), uploaded
+        return math.nan, math.nan
+
+
+Section = dict[str, list[Run]]
+"""Row name -> its runs, by seed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What is compared."""
+
+    title: str
+    sections: dict[str, Section]
+    targets: Sequence[float] = ()
+    """Accuracies to which rounds and bytes are counted."""
+    warnings: Sequence[str] = ()
+    published: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Section -> row -> what the paper reports."""
+    deviations: str = ""
+    """What differs from the paper's setting."""
+    rows: Mapping[str, str] = field(default_factory=dict)
+    """Row name -> what it is; of a sweep."""
+    protocol: str = ""
+    """How hyper-parameters were chosen; of a sweep."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs."""
+        return [run for section in self.sections.values() for runs in section.values() for run in runs]
+
+
+def read_comparison(paths: Sequence[Path], by: Sequence[str] = (), targets: Sequence[float] = ()) -> Comparison:
+    """Returns what a sweep's folder, or run folders and folders of them, hold.
+
+    Args:
+        paths: one sweep's folder, or any number of folders that hold runs at any depth.
+        by: keys of which every combination of values is a section; not for a sweep, which has its settings.
+        targets: accuracies; default: the sweep's.
+
+    Raises:
+        ValueError: there is no finished run, a run is damaged, or runs are not comparable.
+    """
+    for target in targets:
+        if not 0 < target < 1:
+            raise ValueError(f"`--target` (={target:g}) must lie in (0, 1): an accuracy, e.g. 0.6.")
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"{path} is no folder; give run folders, folders that hold some, or a sweep's folder.")
+    sweeps = [path for path in paths if (path / SWEEP_JSON).is_file()]
+    if not sweeps:
+        return _read_folders(paths, by, targets)
+    if len(paths) > 1 or by:
+        raise ValueError(
+            f"{sweeps[0]} is a sweep's folder, which has its own rows and settings: it must be the only path, without "
+            "--by. To compare some of its runs with others, give folders below it."
+        )
+    return _read_sweep(paths[0], targets)
+
+
+def read_run(path: Path) -> Run | None:
+    """Returns a run, or None if it has not finished.
+
+    Raises:
+        ValueError: a file of the run is damaged; the message names it.
+    """
+    try:
+        config = load_config([path / "config.yaml"])
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.yaml'} is damaged, or of another version: {error}") from error
+    file = path / "summary.json"
+    if not file.is_file():
+        return None
+    try:
+        summary = json.loads(file.read_text())
+        found = [summary[ACCURACY][column] + 0.0 for column in ("last", "best", COLUMN)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: it holds no {ACCURACY}. Run it again, or leave {path} out.") from error
+    assert len(found) == 3
+    return Run(path, config, flatten(config), summary, read_metrics(path))
+
+
+def _read_folders(paths: Sequence[Path], by: Sequence[str], targets: Sequence[float]) -> Comparison:
+    folders = sorted({file.parent for path in paths for file in path.rglob("config.yaml")})
+    folders = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
+    if not folders:
+        raise ValueError(
+            f"No run (a folder with config.yaml and metrics.jsonl) is in {', '.join(map(str, paths))}; check the path."
+        )
+    read = {folder: read_run(folder) for folder in folders}
+    warnings = [f"{folder} has not finished and is left out." for folder, run in read.items() if run is None]
+    runs = [run for run in read.values() if run is not None]
+    if not runs:
+        raise ValueError(f"None of the {len(folders)} runs has finished: {', '.join(map(str, folders))}.")
+    sections = {name: name_rows(members) for name, members in split_sections(runs, by).items()}
+    title = ", ".join(dict.fromkeys(path.resolve().name for path in paths))
+    return Comparison(title, sections, targets, [*warnings, *_uneven(sections)])
+
+
+def split_sections(runs: Iterable[Run], by: Sequence[str]) -> dict[str, list[Run]]:
+    """Returns section name -> runs that may be compared: those with equal values of the keys `by`.
+
+    Raises:
+        ValueError: a key of `by` does not exist, or runs of a section differ in more than method, rate and seed.
+    """
+    runs = list(runs)
+    known = {key for run in runs for key in run.flat}
+    for key in by:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(
+                f"`--by` names {key}, which is no configuration key.{f' Did you mean {near[0]}?' if near else ''}"
+            )
+    sections: dict[str, list[Run]] = {}
+    for run in runs:
+        name = ", ".join(f"{key}={run.flat.get(key)}" for key in by) or "all"
+        sections.setdefault(name, []).append(run)
+    for members in sections.values():
+        differing = differing_keys(members, without=(*ROW_KEYS, *MACHINE_KEYS, *by))
+        if differing:
+            described = "; ".join(f"{key} ({_by_value(members, key)})" for key in differing)
+            raise ValueError(
+                f"The runs differ in {described}; compare like with like, or add --by {','.join([*by, *differing])} "
+                "for one section each."
+            )
+    return sections
+
+
+def differing_keys(runs: Sequence[Run], without: Collection[str] = ()) -> list[str]:
+    """Returns the keys that have more than one value among `runs`; a name in `without` that ends in "." is a group."""
+    keys = dict.fromkeys(key for run in runs for key in run.flat)
+    return [
+        key for key in keys if not _is_among(key, without) and len({json.dumps(run.flat.get(key)) for run in runs}) > 1
+    ]
+
+
+def name_rows(runs: Sequence[Run]) -> Section:
+    """Returns row name -> its runs by seed: the method, and the keys in which the runs of that method differ.
+
+    Raises:
+        ValueError: two runs of a row have the same seed.
+    """
+    section: Section = {}
+    for method in dict.fromkeys(run.config.method.name for run in runs):
+        members = [run for run in runs if run.config.method.name == method]
+        keys = [key for key in differing_keys(members) if _is_among(key, ROW_KEYS)]
+        for run in members:
+            parts = [f"{_short(key)}={plain(run.flat[key])}" for key in keys if key in run.flat]
+            section.setdefault(", ".join([method, *parts]), []).append(run)
+    for name, members in section.items():
+        members.sort(key=lambda run: run.config.seed)
+        for first, second in itertools.pairwise(members):
+            if first.config.seed == second.config.seed:
+                raise ValueError(
+                    f"{first.path} and {second.path} are the same row ({name}) with the same seed "
+                    f"({first.config.seed}); leave one out."
+                )
+    return section
+
+
+def _read_sweep(out: Path, targets: Sequence[float]) -> Comparison:
+    file = out / SWEEP_JSON
+    try:
+        content = json.loads(file.read_text())
+        sweep = parse_sweep(content["sweep"])
+        finals = [row for row in content["runs"] if row["role"] == "final"]
+        found = {(row["setting"], row["method"], row["seed"]): row for row in finals}
+        chosen = list(content["chosen"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged: {error!r}. Run the sweep again: it goes on with what is there."
+        ) from error
+    sections: dict[str, Section] = {}
+    warnings = [f"{row['setting']} / {row['method']}: {row['warning']}" for row in chosen if row["warning"]]
+    for setting in sweep.sections:
+        for method in sweep.methods:
+            for seed in sorted(sweep.seeds):
+                row = found.get((setting, method, seed))
+                run = None if row is None or row["status"] != "done" else read_run(out / row["path"])
+                if run is not None:
+                    sections.setdefault(setting, {}).setdefault(method, []).append(run)
+                    continue
+                failed = row is not None and row["status"] == "failed"
+                why = f"failed: {row['error'].strip().splitlines()[-1]}" if row and failed else "has not finished"
+                warnings.append(f"{setting} / {method} / seed {seed} {why.rstrip('.')}. It is left out.")
+    if not sections:
+        raise ValueError(f"No final run of the sweep in {out} is done; run it first. {' '.join(warnings)}".strip())
+    return Comparison(
+        title=out.resolve().name,
+        sections=sections,
+        targets=targets or sweep.targets,
+        warnings=[*warnings, *_uneven(sections)],
+        published=sweep.published,
+        deviations=sweep.deviations,
+        rows={method: " ".join(row) or "the configuration as it is" for method, row in sweep.methods.items()},
+        protocol=_protocol(sweep),
+    )
+
+
+def _protocol(sweep: SweepConfig) -> str:
+    search = sweep.search
+    if search is None:
+        return ""
+    text = (
+        f"{search.key} was searched for every method and setting alike, over "
+        f"{', '.join(map(format_value, search.values))} with seed {search.seed} on the {search.split} split, by "
+        f"{search.metric} ({search.column}); a tie goes to the smaller."
+    )
+    for method, values in search.per_method_values.items():
+        text += f" For {method} over {', '.join(map(format_value, values))}."
+    return text
+
+
+def _uneven(sections: Mapping[str, Section]) -> list[str]:
+    """Returns a warning for every section whose rows have different seeds."""
+    warnings = []
+    for name, section in sections.items():
+        seeds = {row: ", ".join(str(run.config.seed) for run in runs) for row, runs in section.items()}
+        if len(set(seeds.values())) > 1:
+            described = "; ".join(f"{row}: {text}" for row, text in seeds.items())
+            warnings.append(f"{name}: the rows have different seeds ({described}). Tests use the common ones.")
+    return warnings
+
+
+def _is_among(key: str, names: Collection[str]) -> bool:
+    """Whether a key is one of `names`, or in one that ends in "."."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("method.").removeprefix("training.")
+
+
+def plain(value: object) -> str:
+    """Returns a configuration value as one writes it on the command line."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _by_value(runs: Sequence[Run], key: str) -> str:
+    """Returns "20: runA; 40: runB, runC" for an error message."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        found.setdefault(plain(run.flat.get(key)), []).append(run.path.name)
+    return "; ".join(
+        f"{value}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for value, names in found.items()
+    )
