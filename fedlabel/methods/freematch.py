@@ -45,7 +45,7 @@ def fairness(strong_probs: Tensor, keep: Tensor, class_mean: Tensor, class_share
         class_share: h (classes,), the moving average of predicted classes' shares.
 
     Returns:
-        () float; exactly 0 if nothing is kept. A class that no kept sample is predicted as has p_batch / h_batch = 0.
+        () float; exactly 0 if nothing is kept. A class of share 0 has ratio 0, in both ratios (so the released code).
     """
     classes = strong_probs.shape[-1]
     kept = keep.sum()
@@ -53,12 +53,18 @@ def fairness(strong_probs: Tensor, keep: Tensor, class_mean: Tensor, class_share
     mean = (strong_probs * weight).sum(0) / kept.clamp_min(1)
     hot = one_hot(strong_probs.argmax(-1), classes)
     share = (hot * weight).sum(0) / kept.clamp_min(1)
-    target = class_mean / class_share.clamp_min(1e-12)
-    ratio = torch.where(share > 0, mean / torch.where(share > 0, share, torch.ones_like(share)), torch.zeros_like(mean))
+    target = _ratio(class_mean, class_share)
+    ratio = _ratio(mean, share)
     target = target / target.sum()
     ratio = ratio / ratio.sum().clamp_min(1e-12)
     value = (target * (ratio + 1e-12).log()).sum()
     return torch.where(kept > 0, value, torch.zeros_like(value))
+
+
+def _ratio(mean: Tensor, share: Tensor) -> Tensor:
+    """Returns mean / share, (classes,); 0 where the share is 0."""
+    present = share > 0
+    return torch.where(present, mean / torch.where(present, share, torch.ones_like(share)), torch.zeros_like(mean))
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,14 @@ class FreeMatch(Method):
         )
         memory = chosen.memory
         fair = fairness(strong_logits.softmax(-1), chosen.keep, memory["class_mean"], memory["class_share"])
+        loss = step.loss + self.lambda_f * fair
         metrics = {
             **step.metrics,
+            "train/loss": torch.stack([loss, torch.ones_like(loss)]).detach(),
             "train/loss_fairness": mean_metric(fair[None], torch.ones_like(chosen.keep.any())[None]),
             "pseudo/threshold": mean_metric(memory["threshold"][None], torch.ones_like(chosen.keep.any())[None]),
         }
-        return step._replace(loss=step.loss + self.lambda_f * fair, metrics=metrics)
+        return step._replace(loss=loss, metrics=metrics)
 
     def prepare(self, survey: Survey) -> Prepared:
         """The mask's E step over a client's whole data (debiasing)."""
