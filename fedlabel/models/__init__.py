@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp
-from fedlabel.models.resnet import ResNet, ResNet9, WideResNet
+from fedlabel.models.resnet import Bottleneck, ResNet, ResNet9, WideResNet
 
 NORMS = ("group", "batch", "none")
 
@@ -76,7 +76,7 @@ def _build_mlp(config: ModelConfig, input_shape: InputShape, num_classes: int) -
 
 def _build_resnet8(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
     widths = [config.width * channels for channels in (16, 32, 64)]
-    return ResNet(input_shape[0], num_classes, config.norm, widths, depth=1)
+    return ResNet(input_shape[0], num_classes, config.norm, widths, (1, 1, 1))
 
 
 def _build_resnet9(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
@@ -85,7 +85,17 @@ def _build_resnet9(config: ModelConfig, input_shape: InputShape, num_classes: in
 
 def _build_resnet18(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
     widths = [config.width * channels for channels in (64, 128, 256, 512)]
-    return ResNet(input_shape[0], num_classes, config.norm, widths, depth=2)
+    return ResNet(input_shape[0], num_classes, config.norm, widths, (2, 2, 2, 2))
+
+
+def _build_resnet34(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    widths = [config.width * channels for channels in (64, 128, 256, 512)]
+    return ResNet(input_shape[0], num_classes, config.norm, widths, (3, 4, 6, 3))
+
+
+def _build_resnet50(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
+    widths = [config.width * channels for channels in (256, 512, 1024, 2048)]
+    return ResNet(input_shape[0], num_classes, config.norm, widths, (3, 4, 6, 3), Bottleneck)
 
 
 def _build_wrn28_2(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
@@ -112,6 +122,8 @@ MODELS: dict[str, ModelEntry] = {
     "resnet8": ModelEntry("ResNet-8, widths 16-32-64", 4, _build_resnet8),
     "resnet9": ModelEntry("DAWNBench ResNet-9", 8, _build_resnet9),
     "resnet18": ModelEntry("ResNet-18 in the form for CIFAR, widths 64-128-256-512", 8, _build_resnet18),
+    "resnet34": ModelEntry("ResNet-34 in the form for CIFAR, widths 64-128-256-512", 8, _build_resnet34),
+    "resnet50": ModelEntry("ResNet-50 in the form for CIFAR, bottlenecks of 256 to 2048", 8, _build_resnet50),
     "wrn28_2": ModelEntry("Wide ResNet 28-2, pre-activation", 4, _build_wrn28_2),
 }
 

@@ -48,6 +48,29 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(residual)) + self.shortcut(features))
 
 
+class Bottleneck(nn.Module):
+    """1x1 to a quarter of the channels, 3x3, 1x1 back, around a shortcut; normalisation after each convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
+        super().__init__()
+        inner = outputs // 4
+        self.conv1 = _conv(inputs, inner, 1, 1, norm)
+        self.norm1 = norm_layer(norm, inner)
+        self.conv2 = _conv(inner, inner, 3, stride, norm)
+        self.norm2 = norm_layer(norm, inner)
+        self.conv3 = _conv(inner, outputs, 1, 1, norm)
+        self.norm3 = norm_layer(norm, outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride, norm), norm_layer(norm, outputs))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps (batch, inputs, height, width) to (batch, outputs, height / stride, width / stride)."""
+        residual = F.relu(self.norm1(self.conv1(features)))
+        residual = F.relu(self.norm2(self.conv2(residual)))
+        return F.relu(self.norm3(self.conv3(residual)) + self.shortcut(features))
+
+
 class PreActivationBlock(nn.Module):
     """Normalisation and ReLU before each of two 3x3 convolutions; the first pair also before a 1x1 shortcut."""
 
@@ -67,7 +90,7 @@ class PreActivationBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, stages of basic blocks, global average pooling, one linear layer.
+    """Stem, stages of residual blocks, global average pooling, one linear layer.
 
     Every stage but the first halves the image. Parameters for 3x32x32, 10 classes and GroupNorm:
 
@@ -75,24 +98,35 @@ class ResNet(nn.Module):
       78,042 in all.
     * ResNet-18, stages (64, 128, 256, 512), two blocks each: stem 1,728 + 128; stages 147,968 + 525,568 + 2,099,712
       + 8,393,728; linear 5,130; 11,173,962 in all.
+    * ResNet-34, the same stages with 3, 4, 6 and 3 blocks: 21,282,122 in all.
+    * ResNet-50, stages of 3, 4, 6 and 3 bottlenecks with (256, 512, 1024, 2048) channels: 23,520,842 in all.
 
     Args:
         in_channels: channels of the images.
         num_classes: length of the logits.
         norm: see `norm_layer`.
         widths: channels of each stage.
-        depth: blocks of each stage.
+        depths: blocks of each stage.
+        block_class: `BasicBlock` or `Bottleneck`; before bottlenecks the stem has a quarter of the first stage's width.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, norm: str, widths: Sequence[int], depth: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        norm: str,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        block_class: type[BasicBlock] | type[Bottleneck] = BasicBlock,
+    ) -> None:
         super().__init__()
-        self.stem = _conv(in_channels, widths[0], 3, 1, norm)
-        self.norm = norm_layer(norm, widths[0])
+        inputs = widths[0] // (4 if block_class is Bottleneck else 1)
+        self.stem = _conv(in_channels, inputs, 3, 1, norm)
+        self.norm = norm_layer(norm, inputs)
         blocks: list[nn.Module] = []
-        inputs = widths[0]
-        for stage, outputs in enumerate(widths):
+        for stage, (outputs, depth) in enumerate(zip(widths, depths, strict=True)):
             for block in range(depth):
-                blocks.append(BasicBlock(inputs, outputs, 2 if stage > 0 and block == 0 else 1, norm))
+                blocks.append(block_class(inputs, outputs, 2 if stage > 0 and block == 0 else 1, norm))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.output = nn.Linear(inputs, num_classes)

@@ -60,6 +60,8 @@ def test_logits_have_one_row_per_image_and_every_parameter_gets_a_gradient(name,
         ("resnet8", (3, 32, 32), 78_042),
         ("resnet9", (3, 32, 32), 6_573_120),
         ("resnet18", (3, 32, 32), 11_173_962),
+        ("resnet34", (3, 32, 32), 21_282_122),
+        ("resnet50", (3, 32, 32), 23_520_842),
         ("wrn28_2", (3, 32, 32), 1_467_610),
     ],
 )
@@ -73,6 +75,11 @@ def test_parameter_counts(name, shape, count):
                9ab + 9bb + ab + 6b: 14,528 and 57,728; head 650.
     resnet18   stem 1,856; 64: 2 blocks of 73,984; 128: 230,144 + 295,424; 256: 919,040 + 1,180,672;
                512: 3,673,088 + 4,720,640; head 5,130. The usual CIFAR ResNet-18 with BatchNorm has as many.
+    resnet34   stem 1,856; 64: 3 * 73,984; 128: 230,144 + 3 * 295,424; 256: 919,040 + 5 * 1,180,672;
+               512: 3,673,088 + 2 * 4,720,640; head 5,130.
+    resnet50   a bottleneck a-b, c = b / 4: ac + 9cc + cb + 2 * (2c + b), and ab + 2b for a shortcut. stem 1,856;
+               256: 75,008 + 2 * 70,400; 512: 379,392 + 3 * 280,064; 1024: 1,512,448 + 5 * 1,117,184;
+               2048: 6,039,552 + 2 * 4,462,592; head 20,490.
     resnet9    9 * (3*64 + 64*128 + 2*128*128 + 128*256 + 256*512 + 2*512*512) = 6,563,520; norms
                2 * (64 + 3*128 + 256 + 3*512) = 4,480; head without bias 5,120.
     wrn28_2    the 1.47 M of the FixMatch paper. A pre-activation block a-b: 2a + 9ab + 2b + 9bb, and ab for a shortcut.
@@ -170,7 +177,7 @@ def test_group_norm_takes_the_largest_divisor_up_to_eight(channels, groups):
     assert norm_layer("group", channels).num_groups == groups
 
 
-@pytest.mark.parametrize("name", ["cnn", "mlp", "resnet8", "wrn28_2", "torchvision:resnet18"])
+@pytest.mark.parametrize("name", ["cnn", "mlp", "resnet8", "resnet50", "wrn28_2", "torchvision:resnet18"])
 def test_weights_are_a_function_of_the_seed_and_the_global_generator_is_left_alone(name):
     shape = (3, 32, 32)
     torch.manual_seed(5)
