@@ -245,7 +245,7 @@ def train_client(
         run.phase(phase, trainer.config)
     parameters = frozenset(name for name, _ in trainer.student.named_parameters())
     examples = sum(result.examples for result in run.results)
-    weight = {"processed": examples, "size": float(run.size), "uniform": 1.0}[trainer.config.weight_by]
+    weight = {"processed": examples, "size": float(run.drawn_from.sum()), "uniform": 1.0}[trainer.config.weight_by]
     return ClientUpdate(
         parts=method.upload(global_state, run.results, parameters, weight if examples else 0.0),
         sums={name: value.tolist() for name, value in run.sums.items()},
@@ -286,14 +286,14 @@ class _Run:
         self.sums: dict[str, Tensor] = {}
         self.rows: list[Tensor] = []
         self.pseudo: list[PseudoLabels] = []
-        self.size = 0
+        self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         self.forward = 0
         self.backward = 0
 
     def phase(self, phase: Phase, config: TrainingConfig) -> None:
         """Runs a phase, if it has samples and steps; its end goes to `results` and `states`."""
         labeled, unlabeled = self._index(phase, config)
-        self.size += len(labeled) + len(unlabeled)
+        self.drawn_from[torch.cat([labeled, unlabeled])] = True
         self.states[phase.name] = self.states[phase.start]
         if len(labeled) + len(unlabeled) == 0:
             return
@@ -453,7 +453,7 @@ class _Run:
         rows = rows.to(self.data.images.device)
         candidates = self.data.supervision.candidates[rows]
         if not labeled:  # a labelled sample drawn as an unlabelled one keeps its label to itself
-            candidates = torch.ones_like(candidates)
+            candidates = candidates | (candidates.sum(1, keepdim=True) == 1)
         made = self.trainer.transform.views(self.data.images[rows], views, generator)
         return Part(made, candidates, {name: values[rows] for name, values in targets.items()})
 

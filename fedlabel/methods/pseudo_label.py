@@ -11,7 +11,7 @@ over `ramp_rounds` rounds (Lee: over epochs). Setting: labels at the clients, or
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -73,9 +73,12 @@ class PseudoLabel(MaskedMethod):
         memory = self.mask.prepare(survey, self.confidence_threshold) if self.mask.surveys else survey.memory
         if self.relabel == "batch":
             return Prepared({}, memory=memory)
-        chosen = self.mask.select(survey.predict("global", "clean"), self.confidence_threshold, memory)
+        logits, unlabeled = survey.predict("global", "clean"), survey.candidates.sum(-1) != 1
+        # Averages and counts are over unlabelled samples; labelled ones, which may be drawn too, are judged by them.
+        memory = self.mask.select(logits[unlabeled], self.confidence_threshold, memory).memory
+        chosen = replace(self.mask, ema=1.0).select(logits, self.confidence_threshold, memory)
         targets = {"label": chosen.label, "keep": chosen.keep}
-        return Prepared(targets, memory=chosen.memory, pseudo=chosen.pseudo_labels(from_global=True))
+        return Prepared(targets, memory=memory, pseudo=chosen.pseudo_labels(from_global=True))
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, weight: float = 1.0) -> Step:
         """Returns CE(labels) + weight * mean(keep * CE(pseudo-labels)), both on the weak view."""

@@ -192,6 +192,32 @@ def test_debiased_labels_of_the_round() -> None:
     assert prepared.targets["keep"].tolist() == [False] * 9 + [True]
 
 
+def test_labels_of_the_round_count_unlabelled_samples_only() -> None:
+    """Ten surely predicted labelled samples and four unlabelled ones, p = (.9, .1) twice, (.6, .4), (.3, .7).
+
+    cbafed, thresholds .7: one label of class 1 each for ten samples, and two kept of class 0 and one of class 1.
+    freematch, ema .5, from tau = .5, p = (.5, .5): tau = .25 + .5 * .775 = .6375, p = .25 + .5 * (.675, .325) =
+    (.5875, .4125), so T = (.6375, .447606): of the four only (.6, .4) is dropped. Labelled ones are judged, too.
+    """
+    logits = logits_of(*[[0.001, 0.999]] * 10, [0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.3, 0.7])
+    candidates = torch.ones(14, 2, dtype=torch.bool)
+    candidates[:10, 0] = False
+    for kind in ("cbafed", "freematch"):
+        mask = Mask(kind=kind, ema=0.5, base=0.6, cap=0.7)  # no counts yet: .5 * 2 / 10 + .6 = .7
+        method = PseudoLabel(relabel="round", mask=mask)
+        memory = {**method.initial_memory(candidates), **method.initial_shared(2)}
+        prepared = method.prepare(Survey(lambda teacher, view: logits, candidates, memory))
+        assert prepared.memory is not None
+        statistics = method.statistics(prepared.memory)
+        assert prepared.targets["keep"].tolist() == [True] * 12 + [False, True]
+        if kind == "cbafed":
+            assert statistics["class_counts"].tolist() == [2, 11]
+        else:
+            assert statistics["threshold"].item() == pytest.approx(0.6375)
+            assert statistics["class_mean"].tolist() == pytest.approx([0.5875, 0.4125])
+            assert statistics["class_share"].tolist() == pytest.approx([0.25 + 0.5 * 0.75, 0.25 + 0.5 * 0.25])
+
+
 @pytest.mark.parametrize(
     "method", [PseudoLabel(confidence_threshold=1.0), PseudoLabel(confidence_threshold=0, lambda_u=0)]
 )
