@@ -147,10 +147,26 @@ class SweepConfig:
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """Returns a sweep's YAML file, with `overrides` added to the sweep's own.
 
+    The key `extends` names another sweep's file, whose keys are the defaults of this one's: mappings are merged, a row
+    or section set to null is left out.
+
     Raises:
         ConfigError: the file is missing or no YAML mapping, a key is unknown, a value has the wrong type or range.
     """
+    content = _read_sweep(path, ())
+    if isinstance(content.get("overrides", []), list):
+        content["overrides"] = [*content.get("overrides", []), *overrides]
+    try:
+        return parse_sweep(content)
+    except ValueError as error:
+        raise ConfigError(f"{find_config(path)}: {error}") from error
+
+
+def _read_sweep(path: str | Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """Reads a file and those it extends; `extending` are the files that led here."""
     file = find_config(path)
+    if file.resolve() in extending:
+        raise ConfigError(f"{file} extends itself, by way of {' -> '.join(map(str, extending))}.")
     try:
         loaded = OmegaConf.load(file)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -159,12 +175,14 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         raise ConfigError(f"{file} must hold a mapping of keys to values, e.g. `methods: {{FedLabel: []}}`.")
     content = OmegaConf.to_container(loaded)
     assert isinstance(content, dict)
-    if isinstance(content.get("overrides", []), list):
-        content["overrides"] = [*content.get("overrides", []), *overrides]
-    try:
-        return parse_sweep(content)
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    base = content.pop("extends", None)
+    if base is not None:
+        merged = OmegaConf.to_container(OmegaConf.merge(_read_sweep(str(base), (*extending, file.resolve())), content))
+        assert isinstance(merged, dict)
+        content = merged
+    rows = {key: value for key, value in content.items() if key in ("methods", "settings") and isinstance(value, dict)}
+    content |= {key: {name: row for name, row in value.items() if row is not None} for key, value in rows.items()}
+    return {str(key): value for key, value in content.items()}
 
 
 def parse_sweep(content: Mapping[Any, Any]) -> SweepConfig:

@@ -111,6 +111,31 @@ def test_an_unreadable_sweep_is_named(text: str | None, words: list[str], tmp_pa
     assert all(word in result.stderr for word in [*words, str(file)]), result.stderr
 
 
+def test_a_sweep_may_extend_another(tmp_path: Path) -> None:
+    """Rows are merged, lists and numbers replaced; a row set to null is left out, in the order of the base."""
+    write(tmp_path / "base.yaml", seeds=[0, 1], settings=ALPHAS, search=SEARCH, targets=[0.5])
+    child = tmp_path / "child.yaml"
+    rows = {"FedLabel": None, "UDA": ["method.name=uda"]}
+    child.write_text(yaml.safe_dump({"extends": str(tmp_path / "base.yaml"), "methods": rows, "seeds": [3]}))
+    sweep = load_sweep(child, ["num_rounds=2"])
+    assert sweep.methods == {"labelled only": ["method.name=supervised"], "UDA": ["method.name=uda"]}
+    assert sweep.seeds == [3]
+    assert sweep.settings == ALPHAS
+    assert sweep.targets == [0.5]
+    assert sweep.overrides == ["num_rounds=2"]
+
+
+def test_a_sweep_that_extends_itself_or_nothing_is_named(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(f"extends: {second}")
+    second.write_text(f"extends: {first}")
+    with pytest.raises(ConfigError, match=r"first.yaml extends itself, by way of .*second.yaml"):
+        load_sweep(first)
+    first.write_text("extends: nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"nowhere.yaml does not exist"):
+        load_sweep(first)
+
+
 def test_what_is_common_to_all_must_be_possible(tmp_path: Path) -> None:
     result = call(write(tmp_path / "s.yaml", overrides=["num_roundz=3"]), "--out", tmp_path / "out")
     assert result.exit_code == 2
