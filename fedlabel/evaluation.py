@@ -11,7 +11,14 @@ from torch import Tensor
 
 from fedlabel.data.datasets import Split
 from fedlabel.methods.base import Model
-from fedlabel.metrics import confusion_matrix, jain_index, ratio, worst_share_mean
+from fedlabel.metrics import (
+    calibration_bins,
+    calibration_error,
+    confusion_matrix,
+    jain_index,
+    ratio,
+    worst_share_mean,
+)
 from fedlabel.training import ImageTransform
 
 BATCH_SIZE = 500
@@ -27,6 +34,8 @@ class Evaluation:
     """(classes, classes) int64, row = truth, column = prediction."""
     client_accuracy: np.ndarray
     """(clients,) accuracy on each client's share of the split; NaN for a client without a sample in it."""
+    calibration: np.ndarray
+    """(3, bins), see `calibration_bins`."""
 
     @property
     def class_accuracy(self) -> np.ndarray:
@@ -44,6 +53,8 @@ class Evaluation:
             "eval/worst_client_accuracy": float(clients.min()),
             "eval/worst_10pct_client_accuracy": worst_share_mean(clients),
             "eval/jain_index": jain_index(clients),
+            "eval/client_accuracy_sd": float(clients.std()),
+            "eval/ece": calibration_error(self.calibration),
         }
 
 
@@ -61,15 +72,20 @@ def evaluate(
     """
     losses: list[Tensor] = []
     predictions: list[Tensor] = []
+    confidences: list[Tensor] = []
     with torch.no_grad():
         for images, labels in zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True):
             logits = model(transform.normalize(images))
             losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").double())
             predictions.append(logits.argmax(-1))
+            confidences.append(logits.softmax(-1).amax(-1))
     predicted = torch.cat(predictions)
-    correct = (predicted == split.labels).cpu().numpy()
+    correct = (predicted == split.labels).cpu()
     return Evaluation(
         loss=float(torch.cat(losses).mean()),
         confusion=confusion_matrix(split.labels, predicted, num_classes).cpu().numpy(),
-        client_accuracy=ratio([correct[rows].sum() for rows in client_parts], [len(rows) for rows in client_parts]),
+        client_accuracy=ratio(
+            [correct.numpy()[rows].sum() for rows in client_parts], [len(rows) for rows in client_parts]
+        ),
+        calibration=calibration_bins(torch.cat(confidences), correct),
     )

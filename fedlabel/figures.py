@@ -116,6 +116,38 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     return figure
 
 
+def reliability_figure(bins: np.ndarray, title: str) -> Figure:
+    """Shows how often predictions are right against how confident they are, and how many have which confidence.
+
+    Args:
+        bins: (3, bins) samples, sum of confidence and correct ones per equal-width bin, see `calibration_bins`.
+        title: over the axes; the expected calibration error is added.
+    """
+    count, confidence, correct = bins
+    used = count > 0
+    width = 100 / len(count)
+    places = width * (np.arange(len(count)) + 0.5)
+    figure = _figure(4.6, 4.8)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    accuracy = np.divide(100 * correct, count, out=np.zeros(len(count)), where=used)
+    expected = np.divide(100 * confidence, count, out=np.zeros(len(count)), where=used)
+    upper.bar(places[used], accuracy[used], 0.92 * width, color=SKY, zorder=2, label="right")
+    upper.plot(expected[used], accuracy[used], "o", color=BLUE, markersize=4, zorder=4, label="at mean confidence")
+    upper.plot([0, 100], [0, 100], "--", color="black", linewidth=1, zorder=3, label="calibrated")
+    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="right (%)")
+    upper.legend(loc="upper left", frameon=False, fontsize="small")
+    total = count.sum()
+    lower.bar(places, 100 * count / max(1, total), 0.92 * width, color=GREY, zorder=2)
+    lower.set(ylim=(0, None if total else 1), xlabel="confidence (%)", ylabel="share (%)")
+    for axis in (upper, lower):
+        axis.grid(True, color="#E5E5E5", zorder=0)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    error = f"ECE {100 * np.abs(correct - confidence).sum() / total:.1f} %" if total else "no samples"
+    upper.set_title(f"{_plain(title)}: {error}")
+    return figure
+
+
 def pseudo_label_panel(
     images: Tensor | np.ndarray,
     true_names: Sequence[str] | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -52,6 +53,35 @@ def worst_share_mean(values: np.ndarray, share: float = 0.1) -> float:
     return float(np.sort(values)[:count].mean())
 
 
+CALIBRATION_BINS = 15
+"""Equal-width bins of confidence: [0, 1/15), [1/15, 2/15), ..., [14/15, 1]."""
+
+
+def calibration_bins(confidence: Tensor, correct: Tensor) -> np.ndarray:
+    """Returns (3, bins) float64 per bin of confidence: samples, sum of their confidence, how many are correct.
+
+    All three add up over clients.
+
+    Args:
+        confidence: (n,) in [0, 1].
+        correct: (n,) bool.
+    """
+    values = confidence.double().cpu().numpy()  # there sums do not depend on the order in which threads arrive
+    places = np.clip((values * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
+    weights = (np.ones_like(values), values, correct.double().cpu().numpy())
+    return np.stack([np.bincount(places, weight, CALIBRATION_BINS) for weight in weights])
+
+
+def calibration_error(bins: np.ndarray) -> float:
+    """Returns the expected calibration error (Guo et al., 2017) of `calibration_bins`; NaN without a sample.
+
+    The mean over samples of their bin's |accuracy - mean confidence|: sum over bins of |correct - sum of confidence|,
+    divided by the number of samples.
+    """
+    count, confidence, correct = bins
+    return float(np.abs(correct - confidence).sum() / count.sum()) if count.sum() > 0 else math.nan
+
+
 def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int) -> Counts:
     """Returns what the evaluator counts on a client: pseudo-labels against the hidden truth.
 
@@ -61,8 +91,9 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int) -
         num_classes: number of classes.
 
     Returns:
-        "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global); nothing
-        where no truth is known.
+        "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global);
+        `calibration_bins` of all draws and of the kept ones, a list per row (see `bins_of`); nothing where no truth is
+        known.
     """
     known = truth >= 0
     if not known.any():
@@ -83,23 +114,42 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int) -
         "drawn_by_expert": per_expert(torch.ones_like(pseudo.keep)),
         "kept_by_expert": per_expert(pseudo.keep),
         "correct_by_expert": per_expert(correct),
+        **_to_lists("bins", calibration_bins(pseudo.confidence, pseudo.label == truth)),
+        **_to_lists("kept_bins", calibration_bins(pseudo.confidence[pseudo.keep], correct[pseudo.keep])),
     }
+
+
+_BIN_ROWS = ("count", "confidence", "correct")
+
+
+def _to_lists(name: str, bins: np.ndarray) -> Counts:
+    return {f"{name}_{row}": values.tolist() for row, values in zip(_BIN_ROWS, bins, strict=True)}
+
+
+def bins_of(counts: Mapping[str, list[float]], name: str = "bins") -> np.ndarray:
+    """Returns the `calibration_bins` in summed `pseudo_label_counts`: of all draws, or of the kept ("kept_bins")."""
+    return np.array([counts[f"{name}_{row}"] for row in _BIN_ROWS])
 
 
 def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
     """Returns `pseudo/...` scalars from summed `pseudo_label_counts`; those without a sample are left out.
 
-    Coverage is kept / drawn; accuracy is correct / kept, over all, and per expert.
+    Coverage is kept / drawn; accuracy is correct / kept, over all, and per expert; correct_wrong_ratio is correct /
+    wrong among the kept; ece is the calibration error over all draws, ece_kept over the kept ones.
     """
     if not counts:
         return {}
     local, from_global = ratio(counts["correct_by_expert"], counts["kept_by_expert"])
     local_coverage, global_coverage = ratio(counts["kept_by_expert"], counts["drawn_by_expert"])
+    kept, correct = sum(counts["kept"]), sum(counts["correct"])
     values = {
-        "pseudo/accuracy": ratio([sum(counts["correct"])], [sum(counts["kept"])])[0],
+        "pseudo/accuracy": ratio([correct], [kept])[0],
         "pseudo/accuracy_local": local,
         "pseudo/accuracy_global": from_global,
         "pseudo/coverage_local": local_coverage,
         "pseudo/coverage_global": global_coverage,
+        "pseudo/correct_wrong_ratio": ratio([correct], [kept - correct])[0],
+        "pseudo/ece": calibration_error(bins_of(counts)),
+        "pseudo/ece_kept": calibration_error(bins_of(counts, "kept_bins")),
     }
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}

@@ -14,10 +14,10 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
-from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel
+from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel, reliability_figure
 from fedlabel.hardware import describe_hardware, source_commit, source_hash, versions
 from fedlabel.methods.base import State, StateDict, state_from_lists, state_to_lists
-from fedlabel.metrics import Counts, add_counts, means, pseudo_label_metrics, ratio
+from fedlabel.metrics import Counts, add_counts, bins_of, means, pseudo_label_metrics, ratio
 from fedlabel.tracking import RunFolder, summarize
 from server.strategy import decode
 
@@ -177,6 +177,9 @@ def log_round(
             figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
             panel = pseudo_panel(experiment, tally, client_states)
             figures |= {"pseudo/samples": panel} if panel is not None else {}
+            if "drawn" in counts:
+                title = f"Pseudo-labels of round {tally.round_number}"
+                figures["pseudo/reliability"] = reliability_figure(bins_of(counts), title)
     metrics["comm/bytes_up"] = float(tally.bytes_up)
     metrics["comm/bytes_down"] = float(tally.bytes_down)
     passes = counts.get("passes", [0.0, 0.0])

@@ -15,6 +15,7 @@ from fedlabel.figures import (
     curves_figure,
     partition_figure,
     pseudo_label_panel,
+    reliability_figure,
     save_png,
     svg_bytes,
 )
@@ -143,6 +144,25 @@ def test_client_accuracy_is_sorted_with_mean_and_worst():
     assert {"mean: 60.0 %", "worst: client 2, 30.0 %", "Accuracy per client (left out: 1 without samples)"} <= texts(
         figure
     )
+    png_shape(figure)
+
+
+def test_reliability_shows_accuracy_over_confidence():
+    """Four bins; two samples of mean confidence 0.6 that are right, two of 0.9 of which one is: |2 - 1.2| + |1 - 1.8|
+    = 1.6 over four samples, 40 %."""
+    figure = reliability_figure(np.array([[0, 0, 2, 2], [0, 0, 1.2, 1.8], [0, 0, 2, 1]]), "Round 3")
+    upper, lower = figure.axes
+    assert [bar.get_x() + bar.get_width() / 2 for bar in upper.patches] == pytest.approx([62.5, 87.5])
+    assert [bar.get_height() for bar in upper.patches] == [100, 50]
+    assert upper.lines[0].get_xydata().tolist() == [[60, 100], [90, 50]]
+    assert [bar.get_height() for bar in lower.patches] == [0, 0, 50, 50]
+    assert {"Round 3: ECE 40.0 %", "calibrated", "confidence (%)", "right (%)", "share (%)"} <= texts(figure)
+    png_shape(figure)
+
+
+def test_reliability_without_samples():
+    figure = reliability_figure(np.zeros((3, 15)), "Round 1")
+    assert "Round 1: no samples" in texts(figure)
     png_shape(figure)
 
 

@@ -39,6 +39,11 @@ def test_tensorboard_finds_every_tag(result: RunResult) -> None:
         "eval/worst_client_accuracy",
         "eval/worst_10pct_client_accuracy",
         "eval/jain_index",
+        "eval/client_accuracy_sd",
+        "eval/ece",
+        "pseudo/ece",
+        "pseudo/ece_kept",
+        "pseudo/correct_wrong_ratio",
         "system/round_seconds",
         "system/failed_clients",
         "comm/bytes_up",
@@ -47,7 +52,9 @@ def test_tensorboard_finds_every_tag(result: RunResult) -> None:
     assert {"eval/class_accuracy", "eval/client_accuracy", "pseudo/client_coverage", "pseudo/class_accuracy"} <= set(
         tags["histograms"]
     )
-    assert {"partition", "eval/confusion", "eval/clients", "pseudo/samples"} == set(tags["images"])
+    assert {"partition", "eval/confusion", "eval/clients", "pseudo/samples", "pseudo/reliability"} == set(
+        tags["images"]
+    )
     assert "config/text_summary" in tags["tensors"]
     assert not set(tags["images"]) & set(tags["histograms"])  # TensorBoard shows a tag under one plugin only
     for row in result.metrics:

@@ -228,8 +228,8 @@ def remarks(comparison: Comparison) -> list[str]:
         "Mean ± sample standard deviation over seeds; the mean of the last 10 evaluations (or rounds) where not said "
         "otherwise.",
         "Difference: to the row named (the best of the others, if none was chosen) in the mean of the last 10, in "
-        "points, over common seeds. p: paired two-sided t test of it, corrected by Holm for the tests of the section; – "
-        "with fewer than two seeds or without a variance.",
+        "points, over common seeds. p: paired two-sided t test of it, corrected by Holm for the tests of the section; "
+        "– with fewer than two seeds or without a variance.",
         *(f"{title}: {note}" for title, note in TABLES.values()),
     ]
     if bounds:

@@ -166,6 +166,8 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         *to_target,
         mean("bytes_up", "MB up", "comm/bytes_up", 1e-6, 1),
         mean("bytes_down", "MB down", "comm/bytes_down", 1e-6, 1),
+        mean("claimed_bytes_up", "MB up, claimed", "comm/claimed_bytes_up", 1e-6, 1),
+        mean("claimed_bytes_down", "MB down, claimed", "comm/claimed_bytes_down", 1e-6, 1),
         Column("seconds", "seconds", "cost", lambda run: run.value("seconds"), digits=0),
         mean("forward_samples", "forward (k)", "train/forward_samples", 1e-3, 0),
         mean("backward_samples", "backward (k)", "train/backward_samples", 1e-3, 0),

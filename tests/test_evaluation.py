@@ -1,0 +1,50 @@
+"""Evaluation of a model whose predictions are known, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedlabel.data.augment import AugmentConfig
+from fedlabel.data.datasets import Split
+from fedlabel.evaluation import evaluate
+from fedlabel.training import ImageTransform
+
+
+def test_evaluation_by_hand() -> None:
+    """Four images of one pixel, which says the class that the model predicts with probability 3/4.
+
+    Classes 0, 0, 1, 1 are predicted as 0, 1, 1, 1: accuracy 3/4, recall 1/2 and 1. Client 0 has the first two images
+    (1/2), client 1 the others (1), client 2 none: mean 3/4, sd 1/4, worst 1/2, Jain (3/2)^2 / (2 * 5/4) = 0.9. All
+    confidences are 3/4, as is the accuracy in their bin: the calibration error is 0. The loss is -ln of 3/4 three times
+    and of 1/4 once.
+    """
+    images = torch.tensor([0, 1, 1, 1], dtype=torch.uint8).view(4, 1, 1, 1)
+    split = Split(images, torch.tensor([0, 0, 1, 1]))
+    transform = ImageTransform(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), AugmentConfig(), allow_flip=False)
+
+    def model(batch: torch.Tensor) -> torch.Tensor:
+        predicted = (batch.view(-1) * 255).round().long()
+        return torch.nn.functional.one_hot(predicted, 2) * math.log(3.0)
+
+    evaluation = evaluate(model, split, transform, 2, [np.array([0, 1]), np.array([2, 3]), np.array([], dtype=int)])
+    assert evaluation.confusion.tolist() == [[1, 1], [0, 2]]
+    assert evaluation.metrics() == pytest.approx(
+        {
+            "eval/accuracy": 0.75,
+            "eval/loss": (3 * math.log(4 / 3) + math.log(4)) / 4,
+            "eval/balanced_accuracy": 0.75,
+            "eval/mean_client_accuracy": 0.75,
+            "eval/worst_client_accuracy": 0.5,
+            "eval/worst_10pct_client_accuracy": 0.5,
+            "eval/jain_index": 0.9,
+            "eval/client_accuracy_sd": 0.25,
+            "eval/ece": 0.0,
+        },
+        abs=1e-6,
+    )
+    sure = evaluate(lambda batch: 100 * model(batch), split, transform, 2, [np.arange(4)])
+    assert sure.metrics()["eval/ece"] == pytest.approx(0.25)  # certain, and wrong in one of four
