@@ -39,7 +39,7 @@ def test_text_form_reads_back_equal() -> None:
 
 def test_shipped_configurations_are_valid() -> None:
     root = Path(__file__).parent.parent / "configs"
-    files = sorted(root.rglob("*.yaml"))
+    files = sorted(file for file in root.rglob("*.yaml") if file.parent.name != "sweep")  # these: test_sweep.py
     assert files
     for file in files:
         load_config([file])
