@@ -249,8 +249,17 @@ def test_summarize_counts_only_rows_with_a_value():
     assert all(math.isnan(value) for value in summarize(rows, "absent").values())
 
 
-@pytest.mark.parametrize(("key", "best"), [("train/loss", 1.0), ("train/loss_supervised", 1.0), ("eval/accuracy", 2.0)])
-def test_the_best_loss_is_the_lowest(key, best):
+@pytest.mark.parametrize(
+    ("key", "best"),
+    [
+        ("train/loss", 1.0),
+        ("train/loss_supervised", 1.0),
+        ("pseudo/ece_kept", 1.0),
+        ("eval/client_accuracy_sd", 1.0),
+        ("eval/accuracy", 2.0),
+    ],
+)
+def test_the_best_loss_or_error_is_the_lowest(key, best):
     assert summarize([{key: 1.0}, {key: 2.0}], key)["best"] == best
 
 
