@@ -11,9 +11,11 @@ The model is sigma + psi. Every batch takes two optimiser steps:
 A helper is the psi of another client on top of one's own sigma (`server/helpers.py` chooses whose).
 
 What differs: the released code sets 10 samples a step and the number of steps by the labelled set; here both are
-`training`'s, like every method's. It takes the votes' smallest class on a tie, so do we. Learning rate: the term in
-lambda_l2 pulls psi to sigma by 2 * lambda_l2 * lr of their distance in every step, which diverges from lr = .1 on at
-the default; the released code has lr = .001.
+`training`'s, like every method's. A helper borrows sigma as it is at each step (there: as it was received). A batch
+without a sure sample takes no step B (there: one down the penalty alone). Both of B's terms are means over the sure
+samples of the batch, and votes that tie go to the smallest class, as there. Learning rate: the term in lambda_l2 pulls
+psi to sigma by 2 * lambda_l2 * lr of their distance in every step, which diverges from lr = .1 on at the default; the
+released code has lr = .001.
 """
 
 from __future__ import annotations
@@ -204,7 +206,8 @@ class FedMatch(Method):
     def claimed_bytes(self, received: StateDict, uploaded: StateDict, helpers: int) -> tuple[float, float] | None:
         """Counts as the paper does: up, the entries that changed; down, sigma and the entries of psi that are not 0.
 
-        Positions of the entries are not counted. An undivided model counts in full.
+        Positions of the entries are not counted. A helper's psi is taken to have as many entries that are not 0 as the
+        received one. An undivided model counts in full.
         """
         size = sum(value.numel() for value in received.values())
         if not self.additive:
