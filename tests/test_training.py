@@ -550,6 +550,9 @@ def test_only_the_parameters_of_an_update_move() -> None:
     )
     update = model(train(Made(made=phases), data, config))
     assert not any(torch.equal(update[name], value) for name, value in start.items())
+    student = net()
+    train_client(Made(made=phases[:1]), Trainer(student, net(), TRANSFORM, config), start, data, 1, 7)
+    assert all(parameter.requires_grad for parameter in student.parameters())
 
 
 def test_a_second_optimiser_step_sees_what_the_first_did() -> None:
