@@ -129,7 +129,8 @@ class Phase:
     proximal: Callable[[Tensor], float] | None = None
     """Parameter tensor p -> c, where c * (p - p_global) is added to its gradient, on top of `training.prox_mu`."""
     start: str = "global"
-    """Where the student starts: named as in `teachers`."""
+    """Where the student starts: named as in `teachers`. Only one phase may go on from where another ended: with two,
+    the default `Method.upload` would count the first one's update twice."""
     trains: Callable[[Sequence[str]], Collection[str]] | None = None
     """See `Update.trains`; of `loss`."""
     then: tuple[Update, ...] = ()
@@ -230,6 +231,8 @@ class Method:
             the plain mean of the parts.
         """
         continued = {result.start for result in results}
+        named = {result.name for result in results}
+        assert len([r for r in results if r.start in named]) == len(continued & named), "two phases go on from one"
         ends = [result.state for result in results if result.name not in continued]
         return {"model": ModelPart(sum_updates(global_state, ends, parameters), weight)}
 
