@@ -263,7 +263,8 @@ def curves_figure(
     """
     if band not in ("minmax", "sd"):
         raise ValueError(f"`band` (={band}) must be one of minmax, sd.")
-    figure = _figure(6.4, 4.2)
+    below = len(runs) > 6  # a long legend would hide the lines
+    figure = _figure(6.8, 4.2 + 0.2 * -(-len(runs) // 2) * below)
     axis = figure.subplots()
     for place, (label, seeds) in enumerate(runs.items()):
         tables = [dict(zip(rounds, values, strict=True)) for rounds, values in seeds]
@@ -287,7 +288,10 @@ def curves_figure(
     axis.grid(True, color="#E5E5E5")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, title=shown if several else None, title_fontsize="small", fontsize="small")
+    legend = figure.legend(loc="outside lower center", ncols=2) if below else axis.legend()
+    legend.set(frame_on=False, title=shown if several else None)
+    for written in (legend.get_title(), *legend.get_texts()):
+        written.set_fontsize("small")
     return figure
 
 

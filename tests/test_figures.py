@@ -202,6 +202,16 @@ def test_ten_curves_are_told_apart():
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 10
 
 
+@pytest.mark.parametrize(("count", "below"), [(6, False), (7, True), (20, True)])
+def test_a_long_legend_stands_below_the_lines(count, below):
+    figure = curves_figure({f"a method's name {i}": [([1, 2], [i, i])] for i in range(count)})
+    png_shape(figure)
+    (legend,) = figure.legends if below else [figure.axes[0].get_legend()]
+    assert len(legend.get_texts()) == count
+    assert (legend.get_window_extent().y1 <= figure.axes[0].get_tightbbox().y0) == below
+    assert figure.axes[0].get_window_extent().height > 250
+
+
 def test_curves_refuse_what_they_cannot_draw():
     with pytest.raises(ValueError, match=r"`band` \(=iqr\)"):
         curves_figure({}, band="iqr")

@@ -24,6 +24,8 @@ from fedlabel.figures import curves_figure, save_png, svg_bytes
 from fedlabel.sweep import slug
 from fedlabel.tracking import write_atomic
 
+MEAN = "mean of last 10"
+"""Title of the column that rows are ranked by, beside which the published numbers stand."""
 TABLES = {
     "accuracy": ("Accuracy", "in %; ECE: expected calibration error of the global model."),
     "pseudo": (
@@ -127,12 +129,12 @@ def tables(comparison: Comparison, name: str, tests: Mapping[str, PairedTest], s
             for cells, test in zip(rows, tests.values(), strict=True):
                 cells += [_difference(test), _p(test.p_holm)]
             if published:
-                header.append("published")
-                for cells in rows:
-                    cells.append(published.get(cells[0], "–"))
+                place = header.index(MEAN) + 1
+                for cells in [header, *rows]:
+                    cells.insert(place, "published" if cells is header else published.get(cells[0], "–"))
             ranked = [place for place, runs in enumerate(section.values()) if not _is_bound(runs)]
             scores = [over_seeds([run.score for run in runs]).mean for runs in section.values()]
-            best = (max(ranked, key=scores.__getitem__), header.index("mean of last 10")) if ranked else None
+            best = (max(ranked, key=scores.__getitem__), header.index(MEAN)) if ranked else None
         found.append(Table(title, header, rows, best))
     return found
 
