@@ -12,6 +12,7 @@ starts from G, the latter with a weight that ramps up.
 What differs, and why:
 - In the warm-up the head travels, too, though clients put their own in its place: so there is a global model to
   evaluate at any time, and G has a head when the warm-up ends.
+- How many layers are the head is a parameter, 1 by default; the released code shares the first convolutions only.
 - The quality threshold falls linearly from `quality_start` to `quality_end` over `quality_rounds`; the paper calls its
   threshold dynamic, the released code has it switched off (quality_start = quality_end = 0).
 - The ramp counts communication rounds (50 to 150 in the released code), here from the end of the warm-up.
@@ -120,7 +121,9 @@ class FedTriNet(Method):
         """Returns the weight of the pseudo-labelled loss `rounds` rounds after the warm-up."""
         if rounds >= self.ramp_end:
             return self.lambda_u
-        return self.lambda_u * max(0, rounds - self.ramp_start) / (self.ramp_end - self.ramp_start)
+        if rounds <= self.ramp_start:
+            return 0.0
+        return self.lambda_u * (rounds - self.ramp_start) / (self.ramp_end - self.ramp_start)
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
         rounds = round_number - self.warmup_rounds
