@@ -37,7 +37,8 @@ TABLES = {
     "cost": (
         "Cost",
         "MB: 10⁶ bytes over all clients; up to an accuracy: until the first evaluated round that reaches it, mean over "
-        "the seeds that do (how many); forward, backward: thousand samples through the networks; failed: all clients.",
+        "the seeds that do (how many); forward, backward: thousand samples through the networks; failed: clients, "
+        "summed over seeds.",
     ),
 }
 """Kind -> title and how to read it."""
