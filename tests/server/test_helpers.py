@@ -1,0 +1,266 @@
+"""Helpers: whose models go to whom, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from fedlabel.cli import run_experiment
+from fedlabel.experiment import Experiment
+from fedlabel.methods.base import Helpers, State, StateDict
+from fedlabel.tracking import read_metrics
+from fedlabel.training import ClientUpdate
+from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.grids import InProcessGrid
+from server.helpers import HelperPool
+
+InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
+
+OUTPUTS = {
+    7: [0.8, 0.1, 0.1],
+    2: [0.7, 0.2, 0.1],
+    5: [0.6, 0.2, 0.2],
+    0: [0.1, 0.8, 0.1],
+    9: [0.1, 0.1, 0.8],
+}
+"""Client -> what its model says of any image."""
+CLIENT_OF = {100 + client: client for client in range(10)}
+
+
+class Biased(nn.Module):
+    """Says softmax(psi.bias + sigma.bias) of every image, and remembers the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.psi = nn.Linear(4, 3)
+        self.sigma = nn.Linear(4, 3)
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.clone())
+        return (self.psi.bias + self.sigma.bias).expand(len(images), -1)
+
+
+def make_pool(count: int = 2, every: int = 1, seed: int = 0, shape: tuple[int, ...] = (1, 2, 2)) -> HelperPool:
+    teacher = Biased()
+    experiment: Any = SimpleNamespace(
+        config=SimpleNamespace(seed=seed),
+        federation=SimpleNamespace(dataset=SimpleNamespace(input_shape=shape)),
+        device=torch.device("cpu"),
+        transform=SimpleNamespace(normalize=lambda images: images.float() / 255),
+        initial_state=teacher.state_dict(),
+        teacher=teacher,
+    )
+    return HelperPool(experiment, Helpers(count, every, "psi."))
+
+
+def reply(client: int, probs: list[float], mark: float = 0.0) -> Message:
+    """The model that says `probs`; half of the logits are sigma's, and a constant more changes nothing."""
+    bias = (np.log(probs) / 2).astype(np.float32)
+    arrays = {
+        "psi.weight": np.full((3, 4), mark, np.float32),
+        "psi.bias": bias + np.float32(mark),
+        "sigma.weight": np.zeros((3, 4), np.float32),
+        "sigma.bias": bias,
+    }
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(value) for name, value in arrays.items()}),
+            "metrics": MetricRecord({"num-examples": 1.0}),
+        }
+    )
+    order = Message(RecordDict(), 100 + client, "train")
+    order.metadata.__dict__["_message_id"] = "1"
+    return Message(content, reply_to=order)
+
+
+def watch(pool: HelperPool, outputs: Mapping[int, list[float]]) -> list[Message]:
+    """Lets clients report models; the mark of a client's psi is its number."""
+    return list(pool.watch((reply(client, probs, client) for client, probs in outputs.items()), CLIENT_OF))
+
+
+def orders(*clients: int) -> list[Message]:
+    """One round's messages; they share one content."""
+    content = RecordDict({"arrays": ArrayRecord({}), "config": ConfigRecord({"server-round": 1})})
+    return [Message(content, 100 + client, "train", group_id="3") for client in clients]
+
+
+def helper_marks(message: Message) -> list[float]:
+    """The clients whose psi came along, in order."""
+    records = message.content.array_records
+    names = sorted(name for name in records if name.startswith("helper"))
+    assert names == [f"helper{i}" for i in range(len(names))]
+    for name in names:
+        assert list(records[name]) == ["psi.weight", "psi.bias"]
+    return [float(records[name]["psi.weight"].numpy()[0, 0]) for name in names]
+
+
+def test_nearest_by_hand() -> None:
+    """From 7: 2 at sqrt(.01 + .01) = .141, 5 at sqrt(.04 + .01 + .01) = .245, 0 and 9 at .990.
+
+    From 0: 5 at sqrt(.25 + .36 + .01) = .787, 2 at sqrt(.36 + .36) = .849. From 9: 5 at .787, 2 at .922.
+    """
+    pool = make_pool()
+    watch(pool, OUTPUTS)
+    assert pool.nearest(7) == [2, 5]
+    assert pool.nearest(0) == [5, 2]
+    assert pool.nearest(9) == [5, 2]
+    assert pool.nearest(2) in ([7, 5], [5, 7])  # both at .141
+    one = make_pool(count=1)
+    watch(one, OUTPUTS)
+    assert [one.nearest(client) for client in (7, 0)] == [[2], [5]]
+
+
+def test_who_never_trained_has_none_and_few_known_give_few() -> None:
+    pool = make_pool(count=3)
+    assert pool.nearest(7) == []
+    watch(pool, {7: OUTPUTS[7]})
+    assert pool.nearest(7) == []  # never oneself
+    watch(pool, {2: OUTPUTS[2]})
+    assert pool.nearest(7) == [2]
+    assert pool.nearest(5) == []
+    watch(pool, {5: OUTPUTS[5]})
+    assert pool.nearest(7) == [2, 5]
+    watch(pool, {0: OUTPUTS[0], 9: OUTPUTS[9]})
+    assert pool.nearest(7)[:2] == [2, 5]
+    assert len(pool.nearest(7)) == 3
+
+
+def test_never_oneself_even_among_equals() -> None:
+    pool = make_pool()
+    list(pool.watch([reply(client, [0.2, 0.3, 0.5]) for client in (1, 3, 4, 6, 8)], CLIENT_OF))
+    for client in (1, 3, 4, 6, 8):
+        helpers = pool.nearest(client)
+        assert len(set(helpers)) == 2
+        assert client not in helpers
+
+
+def test_the_last_model_counts() -> None:
+    pool = make_pool(count=1)
+    watch(pool, OUTPUTS)
+    again = list(pool.watch([reply(9, [0.79, 0.11, 0.1], mark=90.0)], CLIENT_OF))
+    assert len(again) == 1
+    assert pool.nearest(7) == [9]
+    (message,) = pool.attach(orders(7), CLIENT_OF, 1)
+    assert helper_marks(message) == [90.0]
+
+
+def test_watching_hands_replies_on_as_they_are() -> None:
+    pool = make_pool()
+    sent = [reply(client, probs) for client, probs in OUTPUTS.items()]
+    before = [{name: array.data for name, array in m.content.array_records["arrays"].items()} for m in sent]
+    handed_on = list(pool.watch(iter(sent), CLIENT_OF))
+    assert all(a is b for a, b in zip(handed_on, sent, strict=True))
+    after = [{name: array.data for name, array in m.content.array_records["arrays"].items()} for m in handed_on]
+    assert after == before
+
+
+def test_the_probe_is_one_fixed_image_of_clipped_noise() -> None:
+    """Gaussian with mean and standard deviation 125: 15.9 % are at or below 0, 14.9 % at or above 255."""
+    pool = make_pool(shape=(3, 32, 32))
+    watch(pool, OUTPUTS)
+    seen = pool._experiment.teacher.seen  # type: ignore[attr-defined]
+    assert len(seen) == 5
+    assert all(torch.equal(image, seen[0]) for image in seen)
+    values = 255 * seen[0]
+    assert values.shape == (1, 3, 32, 32)
+    assert (values.min(), values.max()) == (0, 255)
+    assert float((values < 1).float().mean()) == pytest.approx(0.161, abs=0.03)  # below 1: whole numbers are kept
+    assert float((values > 254.5).float().mean()) == pytest.approx(0.149, abs=0.03)
+    assert float(values.median()) == pytest.approx(125, abs=10)
+    for seed, equal in ((0, True), (1, False)):
+        other = make_pool(seed=seed, shape=(3, 32, 32))
+        watch(other, {7: OUTPUTS[7]})
+        assert torch.equal(other._experiment.teacher.seen[0], seen[0]) == equal  # type: ignore[attr-defined]
+
+
+def test_helpers_travel_every_kth_round_only_to_whom_the_server_knows() -> None:
+    pool = make_pool(every=3)
+    watch(pool, OUTPUTS)
+    for round_number in range(1, 10):
+        messages = orders(7, 1, 0)
+        attached = pool.attach(messages, CLIENT_OF, round_number)
+        if round_number % 3:
+            assert all(a is b for a, b in zip(attached, messages, strict=True))
+            continue
+        assert [helper_marks(message) for message in attached] == [[2, 5], [], [5, 2]]
+        assert attached[1] is messages[1]  # client 1 never trained
+        assert set(messages[0].content) == {"arrays", "config"}  # the content that others share is as it was
+        for message, original in zip(attached, messages, strict=True):
+            assert message.metadata.dst_node_id == original.metadata.dst_node_id
+            assert message.metadata.message_type == original.metadata.message_type
+            assert message.metadata.group_id == original.metadata.group_id
+            assert message.content["arrays"] is original.content["arrays"]
+            assert message.content["config"] is original.content["config"]
+
+
+def test_a_pool_is_restored_from_a_checkpoint(tmp_path: Path) -> None:
+    pool = make_pool()
+    watch(pool, OUTPUTS)
+    path = save_checkpoint(tmp_path, Checkpoint(1, {}, "", helpers=pool.dump()), keep=1)
+    restored = make_pool()
+    restored.load(load_checkpoint(path).helpers)
+    for client in range(10):
+        assert restored.nearest(client) == pool.nearest(client)
+        pair = [p.attach(orders(client), CLIENT_OF, 1)[0].content.array_records for p in (pool, restored)]
+        assert list(pair[0]) == list(pair[1])
+        for name, record in pair[0].items():
+            assert {n: a.data for n, a in record.items()} == {n: a.data for n, a in pair[1][name].items()}
+    watch(restored, {9: [0.79, 0.11, 0.1]})  # and goes on
+    assert restored.nearest(7) == [9, 2]
+
+
+def test_in_a_run_helpers_are_what_the_others_sent_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedMatch, helpers every second round: a client gets the newest psi of others as soon as it trained itself."""
+    last: dict[int, StateDict] = {}
+    pending: dict[int, StateDict] = {}
+    sent: list[tuple[int, int]] = []
+    train = Experiment.train
+
+    def watching(
+        self: Experiment,
+        client: int,
+        state: StateDict,
+        round_number: int,
+        memory: State | None = None,
+        helpers: Mapping[str, StateDict] | None = None,
+    ) -> ClientUpdate:
+        assert helpers is not None
+        known = set(last) - {client} if client in last and round_number % 2 == 0 else set()
+        assert set(helpers) == {f"helper{i}" for i in range(min(2, len(known)))}, (round_number, client)
+        for helper in helpers.values():
+            assert all(name.startswith("psi.") for name in helper)
+            owners = [c for c in known if all(torch.equal(helper[name], last[c][name]) for name in helper)]
+            assert len(owners) == 1
+        sent.append((round_number, len(helpers)))
+        update = train(self, client, state, round_number, memory, helpers)
+        pending[client] = {n: v.clone() for n, v in update.parts["model"].state.items() if n.startswith("psi.")}
+        return update
+
+    monkeypatch.setattr(Experiment, "train", watching)
+    options = [
+        *("method.name=fedmatch", "method.helper_interval=2", "method.confidence_threshold=0", "model.name=mlp"),
+        *("num_clients=5", "num_rounds=4", "fraction_train=0.6", "training.lr=0.01", "training.local_steps=1"),
+        *("evaluation.panel_samples=0", "evaluation.every=10", "checkpoint.every=10"),
+    ]
+
+    def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
+        last.update(pending)
+        pending.clear()
+        number = sum(count for r, count in sent if r == round_number)
+        assert (metrics["train/loss_inter_client"] > 0) == (number > 0)
+
+    run_experiment([], options, name="x", out=tmp_path, on_round=on_round)
+    assert {0, 2} <= {count for _, count in sent}
+    rows = [row["comm/bytes_down"] for row in read_metrics(tmp_path / "x")]
+    for round_number, row in enumerate(rows, 1):  # and they are counted: half a model each
+        number = sum(count for r, count in sent if r == round_number)
+        assert row / rows[0] == pytest.approx(1 + number / 2 / 3, rel=0.02)
