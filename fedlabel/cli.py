@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.experiment import open_experiment
 from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
+from fedlabel.progress import OnRound, run_progress, sweep_progress
 
 if TYPE_CHECKING:
-    from fedlabel.sweep import Event
     from fedlabel.workers import Tell
     from server.grids import SimulationGrid
-
-OnRound = Callable[[int, Mapping[str, float]], None]
 
 app = typer.Typer(help="Federated learning where labels are few.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -121,7 +117,7 @@ def run(
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
     configs, overrides = _split(items)
-    with _reported(), _progress() as (on_start, on_round):
+    with _reported(), run_progress(console) as (on_start, on_round):
         result = run_experiment(
             configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=on_round
         )
@@ -146,7 +142,8 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
 ) -> None:
     """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
-    from fedlabel.sweep import finished_cells, load_sweep, plan_sweep, run_sweep
+    from fedlabel.sweep import load_sweep, plan_sweep
+    from fedlabel.sweep_run import finished_cells, run_sweep
 
     given, overrides = _split(items)
     folder = out or Path("runs") / "sweeps" / Path(file).stem
@@ -177,7 +174,7 @@ def sweep(
                 )
             console.print(table)
             return
-        with _sweep_progress(searches + finals) as report:
+        with sweep_progress(console, searches + finals) as report:
             complete = run_sweep(asked, folder, workers, run_cell, report)
     console.print(f"Compare:  fedlabel compare {folder}", soft_wrap=True, highlight=False)
     if not complete:
@@ -186,7 +183,7 @@ def sweep(
 
 
 def run_cell(job: tuple[ExperimentConfig, Path, bool], tell: Tell) -> None:
-    """Runs one cell of a sweep in a worker (see `sweep.Work`), with one torch thread."""
+    """Runs one cell of a sweep in a worker (see `sweep_run.Work`), with one torch thread."""
     import torch
 
     torch.set_num_threads(1)
@@ -320,87 +317,6 @@ def _reported(again: str = "`--resume --name NAME` goes on from the last checkpo
     except KeyboardInterrupt as error:
         error_console.print(f"Interrupted. {again}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from error
-
-
-@contextmanager
-def _progress() -> Iterator[tuple[Callable[[ExperimentConfig, Path], None], OnRound]]:
-    """A live bar on a terminal, lines elsewhere."""
-    total = 0
-    started = time.monotonic()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    shown: dict[str, float] = {}
-
-    def on_start(config: ExperimentConfig, path: Path) -> None:
-        nonlocal total
-        total = config.num_rounds
-        bar.add_task(config.method.name, total=total, shown="")
-        if not console.is_terminal:
-            console.print(f"{config.method.name} on {config.data.name}: {total} rounds, {path}", soft_wrap=True)
-
-    def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
-        shown.update({key: metrics[key] for key in ("eval/accuracy", "pseudo/coverage") if key in metrics})
-        failed = int(metrics["system/failed_clients"])
-        text = "  ".join(f"{key.split('/')[1]} {value:.3f}" for key, value in shown.items())
-        text += f"  FAILED CLIENTS {failed}" if failed else ""
-        bar.update(bar.task_ids[0], completed=round_number, shown=text)
-        if not console.is_terminal and ("eval/accuracy" in metrics or failed):
-            console.print(f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s", soft_wrap=True)
-
-    with bar:
-        yield on_start, on_round
-
-
-@contextmanager
-def _sweep_progress(total: int) -> Iterator[Callable[[Event], None]]:
-    """A bar over all runs and one per worker on a terminal; a line for every run that ends, everywhere."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    tasks = {"": bar.add_task("all runs", total=total)}
-    started: dict[str, float] = {}
-    ended = 0
-
-    def report(event: Event) -> None:
-        nonlocal ended
-        if event.cell is None:
-            style = "yellow" if event.kind == "warning" else None
-            console.print(f"{event.kind}: {event.text}", style=style, soft_wrap=True, highlight=False, markup=False)
-            return
-        path, name = event.cell.path, f"{event.cell.role} {event.cell.name}"
-        if event.kind == "started":
-            started[path] = time.monotonic()
-            tasks[path] = bar.add_task(name, total=event.num_rounds)
-            return
-        if event.kind == "round":
-            bar.update(tasks[path], completed=event.round_number)
-            return
-        ended += 1
-        if path in tasks:
-            bar.remove_task(tasks.pop(path))
-        bar.update(tasks[""], completed=ended)
-        seconds = f", {time.monotonic() - started[path]:.0f} s" if path in started else ""
-        why = f": {event.text.strip().splitlines()[-1]}" if event.text else ""
-        style = "red" if event.kind == "failed" else None
-        text = f"{ended}/{total} {event.kind}: {name}{seconds}{why}"
-        console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
-
-    with bar:
-        yield report
 
 
 def main() -> None:

@@ -16,16 +16,8 @@ from typer.testing import CliRunner
 
 from fedlabel.cli import app
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, to_yaml
-from fedlabel.sweep import (
-    Event,
-    choose,
-    finished_cells,
-    format_value,
-    load_sweep,
-    parse_sweep,
-    plan_sweep,
-    run_sweep,
-)
+from fedlabel.sweep import format_value, load_sweep, parse_sweep, plan_sweep
+from fedlabel.sweep_run import Event, choose, finished_cells, run_sweep
 from fedlabel.tracking import read_metrics
 from tests.integration.processes import environment, fedlabel_command, marked, start, stop_marked, wait_until
 from tests.integration.tiny import TINY, assert_same_run

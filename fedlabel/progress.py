@@ -1,0 +1,101 @@
+"""What a terminal shows of a run, or of a sweep, under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedlabel.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from fedlabel.sweep_run import Event
+
+OnRound = Callable[[int, Mapping[str, float]], None]
+"""Told of a round's number and metrics."""
+
+
+@contextmanager
+def run_progress(console: Console) -> Iterator[tuple[Callable[[ExperimentConfig, Path], None], OnRound]]:
+    """A live bar on a terminal, lines elsewhere."""
+    total = 0
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    shown: dict[str, float] = {}
+
+    def on_start(config: ExperimentConfig, path: Path) -> None:
+        nonlocal total
+        total = config.num_rounds
+        bar.add_task(config.method.name, total=total, shown="")
+        if not console.is_terminal:
+            console.print(f"{config.method.name} on {config.data.name}: {total} rounds, {path}", soft_wrap=True)
+
+    def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
+        shown.update({key: metrics[key] for key in ("eval/accuracy", "pseudo/coverage") if key in metrics})
+        failed = int(metrics["system/failed_clients"])
+        text = "  ".join(f"{key.split('/')[1]} {value:.3f}" for key, value in shown.items())
+        text += f"  FAILED CLIENTS {failed}" if failed else ""
+        bar.update(bar.task_ids[0], completed=round_number, shown=text)
+        if not console.is_terminal and ("eval/accuracy" in metrics or failed):
+            console.print(f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s", soft_wrap=True)
+
+    with bar:
+        yield on_start, on_round
+
+
+@contextmanager
+def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], None]]:
+    """A bar over all runs and one per worker on a terminal; a line for every run that ends, everywhere."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks = {"": bar.add_task("all runs", total=total)}
+    started: dict[str, float] = {}
+    ended = 0
+
+    def report(event: Event) -> None:
+        nonlocal ended
+        if event.cell is None:
+            style = "yellow" if event.kind == "warning" else None
+            console.print(f"{event.kind}: {event.text}", style=style, soft_wrap=True, highlight=False, markup=False)
+            return
+        path, name = event.cell.path, f"{event.cell.role} {event.cell.name}"
+        if event.kind == "started":
+            started[path] = time.monotonic()
+            tasks[path] = bar.add_task(name, total=event.num_rounds)
+            return
+        if event.kind == "round":
+            bar.update(tasks[path], completed=event.round_number)
+            return
+        ended += 1
+        if path in tasks:
+            bar.remove_task(tasks.pop(path))
+        bar.update(tasks[""], completed=ended)
+        seconds = f", {time.monotonic() - started[path]:.0f} s" if path in started else ""
+        why = f": {event.text.strip().splitlines()[-1]}" if event.text else ""
+        style = "red" if event.kind == "failed" else None
+        text = f"{ended}/{total} {event.kind}: {name}{seconds}{why}"
+        console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+
+    with bar:
+        yield report
