@@ -51,6 +51,8 @@ class RoundTally:
         self._shapes = {name: tuple(array.shape) for name, array in sent.items()}
         self.bytes_up = 0
         self._seen: set[int] = set()
+        self._sizes = {"passes": 2, "claimed_bytes": 2}
+        """How many numbers each of the counts has, as far as known: what is added up must be of one size."""
 
     def usable(self, replies: Iterable[Message]) -> Iterator[Message]:
         """Yields the replies that carry a finite model of the right shape, in client order."""
@@ -70,6 +72,7 @@ class RoundTally:
             self.bytes_up += _bytes(content)
             counts = _lists(content, "counts")
             self.client_counts[client] = counts
+            self._sizes |= {name: len(values) for name, values in counts.items()}
             self.sums = add_counts([self.sums, _lists(content, "sums")])
             self._statistics = add_counts([self._statistics, self._values(content)])
             yield reply
@@ -126,7 +129,12 @@ class RoundTally:
             values, header = statistics.get(name, []), self._header(name)
             if len(values) != len(example) or values[: len(header)] != header:
                 return f"BadReply: its statistic {name} is missing or has another shape than {header[1:]}"
-        numbers = [*_lists(content, "sums").values(), *_lists(content, "counts").values(), *statistics.values()]
+        sums, counts = _lists(content, "sums"), _lists(content, "counts")
+        sizes = {**dict.fromkeys(sums, 2), **self._sizes}
+        for name, values in [*sums.items(), *counts.items()]:
+            if len(values) != sizes.get(name, len(values)):
+                return f"BadReply: its metric {name} has {len(values)} numbers, not {sizes[name]}"
+        numbers = [*sums.values(), *counts.values(), *statistics.values()]
         if not all(np.isfinite(values).all() for values in numbers):
             return "NotFinite: its metrics hold NaN or infinity"
         return None
