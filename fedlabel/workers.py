@@ -19,7 +19,7 @@ Job = TypeVar("Job")
 Tell = Callable[[Any], None]
 """Sends a message about the job under way to the parent."""
 
-_PATIENCE = 10.0
+PATIENCE = 10.0
 """Seconds that a worker has to clean up after SIGTERM before it is killed."""
 
 
@@ -98,7 +98,7 @@ class _Worker(Generic[Job]):
             )
 
     def stop(self) -> None:
-        self.process.join(_PATIENCE)
+        self.process.join(PATIENCE)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

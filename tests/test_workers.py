@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedlabel.workers import Tell, run_parallel
+from fedlabel.workers import PATIENCE, Tell, run_parallel
 from tests.integration.processes import environment, marked, stop_marked, wait_until
 
 pytestmark = pytest.mark.slow
@@ -72,16 +72,20 @@ def test_take_is_asked_again_when_a_job_has_ended() -> None:
 
 
 def test_workers_end_when_the_caller_fails() -> None:
+    """They are told to end, and do at once, before the patience is over after which they would be killed."""
     begun: list[int] = []
+    failed: list[float] = []
 
     def told(job: str, message: Any) -> None:
         begun.append(len(multiprocessing.active_children()))
+        failed.append(time.monotonic())
         raise RuntimeError("the caller's")
 
     with pytest.raises(RuntimeError, match="the caller's"):
         run_parallel(work, 1, iter(["endless", None]).__next__, told, lambda job, error: None)
     assert begun == [1]
     assert multiprocessing.active_children() == []
+    assert time.monotonic() - failed[0] < PATIENCE
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

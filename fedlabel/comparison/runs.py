@@ -250,17 +250,24 @@ def _read_sweep(out: Path, targets: Sequence[float]) -> Comparison:
     warnings = [f"{row['setting']} / {row['method']}: {row['warning']}" for row in chosen if row["warning"]]
     for setting in sweep.sections:
         for method in sweep.methods:
+            unfinished = []
             for seed in sorted(sweep.seeds):
-                row = found.get((setting, method, seed))
-                run = None if row is None or row["status"] != "done" else read_run(out / row["path"])
+                row = found.get((setting, method, seed), {"status": "unfinished"})
+                run = read_run(out / row["path"]) if row["status"] == "done" else None
                 if run is not None:
                     sections.setdefault(setting, {}).setdefault(method, []).append(run)
-                    continue
-                failed = row is not None and row["status"] == "failed"
-                why = f"failed: {row['error'].strip().splitlines()[-1]}" if row and failed else "has not finished"
-                warnings.append(f"{setting} / {method} / seed {seed} {why.rstrip('.')}. It is left out.")
+                elif row["status"] == "failed":
+                    why = row["error"].strip().splitlines()[-1].rstrip(".")
+                    warnings.append(f"{setting} / {method}: seed {seed} failed and is left out: {why}.")
+                else:
+                    unfinished.append(str(seed))
+            if unfinished:
+                warnings.append(f"{setting} / {method}: not finished and left out: seed {', '.join(unfinished)}.")
     if not sections:
-        raise ValueError(f"No final run of the sweep in {out} is done; run it first. {' '.join(warnings)}".strip())
+        failed = " ".join(warning for warning in warnings if "failed" in warning)
+        raise ValueError(
+            f"No final run of the sweep in {out} is done; `fedlabel sweep` goes on with it. {failed}".strip()
+        )
     return Comparison(
         title=out.resolve().name,
         sections=sections,

@@ -30,7 +30,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_sweep(tmp_path_factory.mktemp("comparison") / "few labels")
     result = call(folder)
     assert result.exit_code == 0, result.output
-    assert "alpha 0.1 / labelled only / seed 2 has not finished" in result.output
+    assert "alpha 0.1 / labelled only: not finished and left out: seed 2." in result.output
     return folder
 
 

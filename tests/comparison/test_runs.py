@@ -129,8 +129,8 @@ def test_a_sweep_names_its_rows_and_sections(tmp_path: Path) -> None:
     assert "For FedLabel over 0.01, 0.1." in comparison.protocol
     assert comparison.warnings[:3] == [
         "alpha 0.1 / FedLabel: training.lr=0.1 lies at the edge",
-        "alpha 0.1 / labelled only / seed 2 has not finished. It is left out.",
-        "alpha 1 | mild / FedLabel / seed 0 failed: KeyError: 'lost'. It is left out.",
+        "alpha 0.1 / labelled only: not finished and left out: seed 2.",
+        "alpha 1 | mild / FedLabel: seed 0 failed and is left out: KeyError: 'lost'.",
     ]
     assert read_comparison([tmp_path / "out"], targets=[0.5]).targets == [0.5]
 
