@@ -278,17 +278,18 @@ def lower_is_better(key: str) -> bool:
     return name.startswith(("loss", "ece")) or name.endswith("_sd")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, *data: bytes | memoryview | str) -> None:
     """Writes a file so that, whenever the process is killed, `path` holds either what it held before or all of `data`.
 
     Args:
         path: the file; its folder exists.
-        data: its content; text is written as UTF-8.
+        data: its content, one piece after the other; text is written as UTF-8.
     """
     unfinished = _temporary(path)
     try:
         with open(unfinished, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            for piece in data:
+                file.write(piece.encode() if isinstance(piece, str) else piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)

@@ -289,17 +289,15 @@ class _Run:
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         self.forward = 0
         self.backward = 0
+        self._with_gradient = 0
+        """Samples sent through the student in this step whose gradient may be asked for."""
 
     def phase(self, phase: Phase, config: TrainingConfig) -> None:
         """Runs a phase, if it has samples and steps; its end goes to `results` and `states`."""
         labeled, unlabeled = self._index(phase, config)
         self.drawn_from[torch.cat([labeled, unlabeled])] = True
         self.states[phase.name] = self.states[phase.start]
-        if len(labeled) + len(unlabeled) == 0:
-            return
-        batch_size = config.batch_size * (config.unlabeled_ratio if len(unlabeled) else 1)
-        steps = count_steps(phase, config, len(unlabeled) or len(labeled), batch_size)
-        if steps == 0:
+        if len(labeled) + len(unlabeled) == 0 or count_steps(phase, config, 1, 1) == 0:
             return
         # Models of other clients come along only in some rounds.
         present = [name for name in phase.teachers if name in self.states or not name.startswith("helper")]
@@ -318,6 +316,8 @@ class _Run:
                     drawn = unlabeled[prepared.draw.cpu()[unlabeled]]
                 if len(labeled) + len(drawn) == 0:
                     return
+            batch_size = config.batch_size * (config.unlabeled_ratio if len(drawn) else 1)
+            steps = count_steps(phase, config, len(drawn) or len(labeled), batch_size)
             examples = self._steps(phase, config, steps, (labeled, drawn, unlabeled), targets, teachers)
         state = {name: value.detach().clone() for name, value in self.trainer.student.state_dict().items()}
         self.results.append(PhaseResult(phase.name, state, examples, phase.start))
@@ -343,7 +343,7 @@ class _Run:
 
     def _student(self, images: Tensor) -> Tensor:
         self.forward += len(images)
-        self.backward += len(images) if torch.is_grad_enabled() else 0
+        self._with_gradient += len(images) if torch.is_grad_enabled() else 0
         logits: Tensor = self.trainer.student(images)
         return logits
 
@@ -394,6 +394,7 @@ class _Run:
                 for name, parameter in student.named_parameters():
                     parameter.requires_grad_(name in names)
                 buffers = [buffer.clone() for buffer in student.buffers()]
+                self._with_gradient = 0
                 step = update.loss(self._student, teachers, batch._replace(memory=self.memory))
                 self._log(step, unlabeled)
                 if not step.examples:  # nothing to learn from: no step, not even of momentum, a penalty or BatchNorm
@@ -432,6 +433,7 @@ class _Run:
         named = dict(self.trainer.student.named_parameters())
         loss = step.loss if update.penalty is None else step.loss + update.penalty(named)
         loss.backward()
+        self.backward += self._with_gradient
         moved = {name: parameter for name, parameter in named.items() if name in names and parameter.grad is not None}
         for name, parameter in moved.items():
             pull = config.prox_mu + (phase.proximal(parameter) if phase.proximal is not None else 0.0)

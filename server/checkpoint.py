@@ -58,9 +58,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes `round_NNNNNN.ckpt` into `folder` and removes all but the `keep` newest."""
     buffer = io.BytesIO()
     torch.save(_encode(vars(checkpoint)), buffer)
-    payload = buffer.getvalue()
+    payload = buffer.getbuffer()  # no copy: models of all clients may be in it
     path = folder / f"round_{checkpoint.round_number:06d}.ckpt"
-    write_atomic(path, MAGIC + hashlib.sha256(payload).digest() + payload)
+    write_atomic(path, MAGIC + hashlib.sha256(payload).digest(), payload)
     for old in sorted(folder.glob("round_*.ckpt"))[:-keep]:
         old.unlink()
     return path

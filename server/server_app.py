@@ -169,12 +169,9 @@ def _rounds(
             )
         if aggregated is not None:
             model = _like(experiment.initial_state, aggregated)
-            if not all(value.isfinite().all() for value in model.values()):
-                raise RunError(
-                    f"Strategy {config.strategy.name} made a model with NaN or infinity in round {round_number}; the "
-                    "last checkpoint is of a round before. Lower the server's step in strategy.args, or training.lr."
-                )
+            _check_finite(model, f"Strategy {config.strategy.name} made", round_number, "step in strategy.args")
         model = experiment.train_server(model, round_number)
+        _check_finite(model, "The server's own training made", round_number, "steps in training.server_steps")
         shared = method.server_step(shared, tally.statistics(experiment.device))
         last = round_number == config.num_rounds
         evaluated = model if last or round_number % config.evaluation.every == 0 else None
@@ -187,6 +184,14 @@ def _rounds(
             )
             save_checkpoint(folder.checkpoints, saved, config.checkpoint.keep)
         on_round(round_number, metrics)
+
+
+def _check_finite(model: StateDict, who: str, round_number: int, what: str) -> None:
+    if not all(value.isfinite().all() for value in model.values()):
+        raise RunError(
+            f"{who} a model with NaN or infinity in round {round_number}; the last checkpoint is of a round before. "
+            f"Lower the server's {what}, or training.lr."
+        )
 
 
 def connect(grid: Grid, config: ExperimentConfig) -> dict[int, int]:

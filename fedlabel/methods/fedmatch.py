@@ -10,6 +10,8 @@ The model is sigma + psi. Every batch takes two optimiser steps:
      lambda_l1 * |psi|_1 + lambda_l2 * |sigma - psi|^2.
 A helper is the psi of another client on top of one's own sigma (`server/helpers.py` chooses whose).
 
+The server keeps the last psi of every client that trained: memory of one model per client, in checkpoints, too.
+
 What differs: the released code sets 10 samples a step and the number of steps by the labelled set; here both are
 `training`'s, like every method's. A helper borrows sigma as it is at each step (there: as it was received). A batch
 without a sure sample takes no step B (there: one down the penalty alone). Both of B's terms are means over the sure

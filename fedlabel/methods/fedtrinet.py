@@ -15,6 +15,7 @@ What differs, and why:
 - How many layers are the head is a parameter, 1 by default; the released code shares the first convolutions only.
 - The quality threshold falls linearly from `quality_start` to `quality_end` over `quality_rounds`; the paper calls its
   threshold dynamic, the released code has it switched off (quality_start = quality_end = 0).
+- Clients keep their own model between rounds, so a simulation holds one model per client.
 - The ramp counts communication rounds (50 to 150 in the released code), here from the end of the warm-up.
 """
 
@@ -151,19 +152,33 @@ class FedTriNet(Method):
         """Returns O, and the received feature layers under O's head; a client that never trained has the received."""
         old = {name: memory.get(f"old/{name}", value) for name, value in global_state.items()}
         head = head_names(global_state, self.head_layers)
+        if len(head) == len(global_state):
+            raise ValueError(
+                f"`method.head_layers` (={self.head_layers}) covers all layers of the model: nothing would be shared. "
+                "Take fewer."
+            )
         crossed = {name: old[name] if name in head else value for name, value in global_state.items()}
         return {"old": old, "crossed": crossed}
 
     def initial_memory(self, candidates: Tensor) -> State:
-        return {"pseudo_label": torch.full((len(candidates),), -1, dtype=torch.int64, device=candidates.device)}
+        n, device = len(candidates), candidates.device
+        return {
+            "pseudo_label": torch.full((n,), -1, dtype=torch.int64, device=device),
+            "confidence": torch.zeros(n, device=device),
+        }
 
     def prepare(self, survey: Survey, threshold: float) -> Prepared:
         """Labels what has no label yet; only these samples are drawn."""
         probs = [survey.predict(net, "clean").softmax(-1) for net in ("global", "old", "new")]
-        label, confidence = label_together(probs, threshold, survey.memory["pseudo_label"])
+        known = survey.memory["pseudo_label"]
+        label, confidence = label_together(probs, threshold, known)
+        # What is remembered of a label is how sure it was when it was given.
+        confidence = torch.where(known >= 0, survey.memory["confidence"].to(confidence.dtype), confidence)
         keep = label >= 0
-        pseudo = PseudoLabels(label.clamp_min(0), keep, torch.zeros_like(keep), confidence)
-        return Prepared({"label": pseudo.label}, keep, {**survey.memory, "pseudo_label": label}, pseudo)
+        guess = torch.where(keep, label, torch.stack(probs).mean(0).argmax(-1))
+        pseudo = PseudoLabels(guess, keep, torch.zeros_like(keep), confidence)
+        memory = {**survey.memory, "pseudo_label": label, "confidence": confidence}
+        return Prepared({"label": guess}, keep, memory, pseudo)
 
     def supervised_loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the cross-entropy on labels."""
@@ -190,4 +205,4 @@ class FedTriNet(Method):
         own = [result.state for result in results if result.name in ("warmup", "train")]
         old = {f"old/{name}": value for name, value in own[-1].items()} if own else {}
         earlier = {name: value for name, value in memory.items() if name.startswith("old/")}
-        return {**earlier, **old, "pseudo_label": memory["pseudo_label"]}
+        return {**earlier, **old, **{name: memory[name] for name in ("pseudo_label", "confidence")}}

@@ -13,7 +13,10 @@ What differs here, where data are spread over clients that train now and then:
   does not remember predictions of rounds long past.
 - freematch's moving averages are the federation's: every client goes on from the server's, the server takes the mean
   over those that trained on unlabelled samples.
-- cbafed's class counts are sums over the last cohort. Its second-best class for rare classes is left out.
+- cbafed's class counts are sums over the last cohort's clients. Its second-best class for rare classes, its residual
+  weights and, outside `pseudo_label` with relabel=round, its labels fixed before training are left out.
+- debias=prior is FedDB's posterior; its balancing of the clients' weights in the mean is left out.
+Only pseudo_label, uda, fixmatch and freematch have this mask; the other methods' rules are their own.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ first trains on its labels from the received weights, then labels its unlabelled
 model, then trains on all three losses from where the first part ended. The adaptation is ours; papers of this setting
 leave SemiFL out for want of labels at the server.
 
-What differs: the number of steps is `training`'s; the mix set is drawn without repetition within a pass; BatchNorm's
-statistics are averaged with the weights and not gathered anew by the server (GroupNorm has none).
+What differs: the number of steps is `training`'s (`local_epochs` counts passes over the sure samples); the mix set is
+drawn without repetition within a pass; BatchNorm's statistics are averaged with the weights and not gathered anew by
+the server (GroupNorm has none).
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class SemiFL(Method):
 
     name: str = "semifl"
     confidence_threshold: float = 0.95
-    """A sample is sure if the received model's largest probability reaches it; a client without one sits out."""
+    """A sample is sure if the received model's largest probability reaches it. A client without a sure sample sits out
+    with labels at the server; with labels of its own it trains on these."""
     mix_alpha: float = 0.75
     """The mixing weight is drawn from Beta(mix_alpha, mix_alpha), once a batch."""
     lambda_mix: float = 1.0
