@@ -209,9 +209,13 @@ def test_epochs_count_the_samples_that_a_phase_draws_from() -> None:
     """10 labelled in batches of 4: 3 steps an epoch; 20 unlabelled: 5. Two epochs: 6 * 4 + 10 * (4 + 4) of the
     student, back and forth, and 10 * (4 + 4) of the two teachers, forth only (the paper's 2P + 2B and more)."""
     data, _ = client()
-    update = train(FedLabel(), data, replace(CONFIG, local_steps=None, local_epochs=2))
+    config = replace(CONFIG, local_steps=None, local_epochs=2)
+    update = train(FedLabel(confidence_threshold=0.0), data, config)
     assert update.backward == 6 * 4 + 10 * 8
     assert update.forward == update.backward + 10 * 8
+    nothing = train(FedLabel(confidence_threshold=1.0), data, config)  # nothing is kept: stage B only looks
+    assert nothing.backward == 6 * 4
+    assert nothing.forward == update.forward
 
 
 @pytest.mark.parametrize(("weight_by", "expected"), [("processed", 20), ("size", 10), ("uniform", 1)])
@@ -737,3 +741,15 @@ def test_a_server_of_two_phases_ends_where_the_last_one_ends() -> None:
     second = Phase("second", to_class(1), unlabeled=("weak",), start="first")
     ended = server(Made(server=(first, second)), data, CONFIG)
     assert equal(ended, model(train(Made(made=(first, second)), data)))
+
+
+def test_epochs_count_the_samples_that_prepare_lets_through() -> None:
+    """5 of 20 unlabelled samples are drawn, in batches of 4: 2 steps an epoch, not 5."""
+    data, _ = client(n=20, labeled=0)
+
+    def five(survey: Survey) -> Prepared:
+        return Prepared({}, torch.arange(20) < 5)
+
+    phase = Phase("only", to_class(1), unlabeled=("weak",), prepare=five)
+    update = train(Made(made=(phase,)), data, replace(CONFIG, local_steps=None, local_epochs=3))
+    assert update.backward == 3 * 2 * 4

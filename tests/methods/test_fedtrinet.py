@@ -132,13 +132,18 @@ def test_labels_per_sample(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = {net: 3 * torch.randn(40, 4, generator=generator) for net in ("global", "old", "new")}
     known = torch.where(torch.rand(40, generator=generator) < 0.2, torch.randint(4, (40,), generator=generator), -1)
+    given = torch.rand(40, generator=generator)  # how sure the labels were when they were given
     asked = []
 
     def predict(teacher: str, view: str) -> Tensor:
         asked.append((teacher, view))
         return logits[teacher]
 
-    survey = Survey(predict, torch.ones(40, 4, dtype=torch.bool), {"pseudo_label": known, "old/x": torch.ones(1)})
+    survey = Survey(
+        predict,
+        torch.ones(40, 4, dtype=torch.bool),
+        {"pseudo_label": known, "confidence": given, "old/x": torch.ones(1)},
+    )
     prepared = FedTriNet().prepare(survey, threshold=0.6)
     assert sorted(asked) == [("global", "clean"), ("new", "clean"), ("old", "clean")]
     assert prepared.draw is not None
@@ -149,7 +154,11 @@ def test_labels_per_sample(seed: int) -> None:
         summed = [sum(column) for column in zip(*(softmax(rows[i]) for rows in logits.values()), strict=True)]
         largest, label = best(summed)
         expected.append(int(known[i]) if known[i] >= 0 else label if largest >= 3 * 0.6 else -1)
-        assert prepared.pseudo.confidence[i].item() == pytest.approx(largest / 3, abs=1e-6)
+        sure = given[i].item() if known[i] >= 0 else largest / 3
+        assert prepared.pseudo.confidence[i].item() == pytest.approx(sure, abs=1e-6)
+        assert prepared.memory["confidence"][i] == prepared.pseudo.confidence[i]
+        # Where no label is given, the evaluator still sees the class that would have been.
+        assert prepared.pseudo.label[i].item() == (expected[i] if expected[i] >= 0 else label)
     kept = [label >= 0 for label in expected]
     assert 8 < sum(kept) < 40
     assert prepared.memory["pseudo_label"].tolist() == expected
