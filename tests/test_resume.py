@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import fedlabel
+import server.server_app
 from fedlabel.cli import run_experiment
+from server.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 
 TINY = ["num_clients=4", "num_rounds=3", "fraction_train=0.5", "training.local_steps=2", "evaluation.panel_samples=0"]
 
@@ -17,6 +23,10 @@ TINY = ["num_clients=4", "num_rounds=3", "fraction_train=0.5", "training.local_s
 def rows(path: Path) -> list[dict[str, object]]:
     found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("system/round")} for row in found]
+
+
+def final_weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(sorted((path / "checkpoints").glob("round_*.ckpt"))[-1]).model
 
 
 def stop_at(round_number: int, out: Path, *overrides: str) -> None:
@@ -50,3 +60,42 @@ def test_number_of_threads_may_not_change(tmp_path: Path) -> None:
     fedlabel.run([], TINY, name="x", out=tmp_path)
     with pytest.raises(ValueError, match=r"grid.threads_per_worker \(saved 1, now 2\)"):
         fedlabel.run([], ["grid.threads_per_worker=2"], name="x", out=tmp_path, resume=True)
+
+
+REMEMBERING = {
+    "fedmatch": (
+        "helpers",
+        ["method.helper_interval=1", "method.confidence_threshold=0", "method.lambda_i=1", "training.lr=0.02"],
+    ),
+    "fedtrinet": (
+        "client_states",
+        ["method.warmup_rounds=1", "method.quality_start=0.3", "method.ramp_end=1", "training.lr=0.3"],
+    ),
+    "freematch": ("shared", ["training.lr=0.02"]),
+}
+"""Method -> where in a checkpoint its memory is, and options under which three rounds make use of it."""
+
+
+@pytest.mark.parametrize("method", sorted(REMEMBERING))
+def test_what_a_method_remembers_is_resumed(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit: metrics and weights; and without that memory the weights are others."""
+    where, options = REMEMBERING[method]
+    overrides = [f"method.name={method}", "fraction_train=0.75", "model.name=mlp", *options]
+    whole = fedlabel.run([], [*TINY, *overrides], name="whole", out=tmp_path)
+    stop_at(2, tmp_path, *overrides)
+    shutil.copytree(tmp_path / "x", tmp_path / "forgetful")
+
+    def forgetting(*arguments: Any) -> Checkpoint:
+        checkpoint = latest_checkpoint(*arguments)
+        assert getattr(checkpoint, where)
+        return replace(checkpoint, **{where: {}})
+
+    resumed = fedlabel.run(name="x", out=tmp_path, resume=True)
+    assert rows(resumed.path) == rows(whole.path)
+    expected = final_weights(whole.path)
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(resumed.path).items())
+    monkeypatch.setattr(server.server_app, "latest_checkpoint", forgetting)
+    forgetful = fedlabel.run(name="forgetful", out=tmp_path, resume=True)
+    assert rows(forgetful.path)[:-1] == rows(whole.path)[:-1]
+    assert rows(forgetful.path) != rows(whole.path)
+    assert not all(torch.equal(value, expected[name]) for name, value in final_weights(forgetful.path).items())

@@ -19,6 +19,11 @@ def checkpoint(round_number: int = 3, config: ExperimentConfig | None = None) ->
         to_yaml(config or load_config()),
         {"eta": 0.1, "m_t": {"list": [np.array([1.0, 2.0], dtype=np.float32), np.array(3.0)]}, "none": None},
         {0: b"\x00state\xff", 12: b"other"},
+        {"threshold": torch.tensor(0.125), "class_share": torch.tensor([0.25, 0.75])},
+        {
+            "models": {3: {"psi.w": np.array([[1.5, -0.0]], dtype=np.float32)}, 11: {"psi.n": np.array(7)}},
+            "outputs": {3: {"output": np.array([0.1, 0.9])}},
+        },
     )
 
 
@@ -37,6 +42,21 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         np.testing.assert_array_equal(ours, theirs)
     assert loaded.client_states == saved.client_states
+    assert list(loaded.shared) == ["threshold", "class_share"]
+    assert all(torch.equal(value, saved.shared[name]) for name, value in loaded.shared.items())
+    assert list(loaded.helpers) == ["models", "outputs"]
+    for what, clients in saved.helpers.items():
+        assert list(loaded.helpers[what]) == list(clients)
+        for client, arrays in clients.items():
+            assert list(loaded.helpers[what][client]) == list(arrays)
+            for name, array in arrays.items():
+                other = loaded.helpers[what][client][name]
+                assert (other.dtype, other.shape, other.tobytes()) == (array.dtype, array.shape, array.tobytes())
+
+
+def test_a_checkpoint_without_memory_loads_without(tmp_path: Path) -> None:
+    loaded = load_checkpoint(save_checkpoint(tmp_path, Checkpoint(1, {}, ""), keep=1))
+    assert (loaded.strategy, loaded.client_states, loaded.shared, loaded.helpers) == ({}, {}, {}, {})
 
 
 def test_the_newest_are_kept_and_nothing_else_lies_there(tmp_path: Path) -> None:
