@@ -30,8 +30,8 @@ TABLES = {
     "accuracy": ("Accuracy", "in %; ECE: expected calibration error of the global model."),
     "pseudo": (
         "Pseudo-labels",
-        "in %; coverage: share of the unlabelled draws that were kept; right: share of these; right / wrong: their "
-        "ratio; ECE: expected calibration error of the confidence.",
+        "in %; coverage: share of the unlabelled draws that were kept; right: share of these; right / wrong: its "
+        "ratio to the rest; ECE: expected calibration error of the confidence.",
     ),
     "clients": ("Clients", "the global model on each client's share of the split, in %; Jain index: 1 = all equal."),
     "cost": (
@@ -232,7 +232,8 @@ def remarks(comparison: Comparison) -> list[str]:
         "otherwise.",
         "Difference: to the row named (the best of the others, if none was chosen) in the mean of the last 10, in "
         "points, over common seeds. p: paired two-sided t test of it, corrected by Holm for the tests of the section; "
-        "– with fewer than two seeds or without a variance.",
+        "– with fewer than two seeds or without a variance. That the best row was picked on the same runs is not "
+        "corrected for.",
         *(f"{title}: {note}" for title, note in TABLES.values()),
     ]
     if bounds:

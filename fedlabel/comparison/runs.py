@@ -1,7 +1,7 @@
 """Finished runs, and which of them may be compared: like with like.
 
-The runs of a row differ in their seed alone, the rows of a section in their method (its fields, learning rate and
-strategy) alone. A sweep names its own rows and sections.
+The runs of a row differ in their seed alone, the rows of a section in their method (its fields, learning rate,
+proximal term and strategy) alone. A sweep names its own rows and sections; what else its rows differ in is said.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedlabel.tracking import read_metrics
 
 ACCURACY, COLUMN = "eval/accuracy", "mean_last_10"
 """What rows are ranked and tested by, of summary.json."""
-ROW_KEYS = ("method.", "training.lr", "strategy.")
+ROW_KEYS = ("method.", "training.lr", "training.prox_mu", "training.max_grad_norm", "strategy.")
 """Keys (or groups of them) that make a row."""
 MACHINE_KEYS = (
     "seed",
@@ -263,6 +263,10 @@ def _read_sweep(out: Path, targets: Sequence[float]) -> Comparison:
                     unfinished.append(str(seed))
             if unfinished:
                 warnings.append(f"{setting} / {method}: not finished and left out: seed {', '.join(unfinished)}.")
+    for setting, section in sections.items():
+        members = [run for runs in section.values() for run in runs]
+        for key in differing_keys(members, without=(*ROW_KEYS, *MACHINE_KEYS)):
+            warnings.append(f"{setting}: the sweep's rows differ in {key}, too ({_by_row(section, key)}).")
     if not sections:
         failed = " ".join(warning for warning in warnings if "failed" in warning)
         raise ValueError(
@@ -317,6 +321,14 @@ def _short(key: str) -> str:
 def plain(value: object) -> str:
     """Returns a configuration value as one writes it on the command line."""
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _by_row(section: Section, key: str) -> str:
+    """Returns "10: A, B; 20: C" for a warning."""
+    found: dict[str, list[str]] = {}
+    for row, runs in section.items():
+        found.setdefault(plain(runs[0].flat.get(key)), []).append(row)
+    return "; ".join(f"{value}: {', '.join(rows)}" for value, rows in found.items())
 
 
 def _by_value(runs: Sequence[Run], key: str) -> str:

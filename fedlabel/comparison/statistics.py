@@ -34,6 +34,11 @@ def over_seeds(values: Sequence[float]) -> Stat:
     return Stat(mean, float(finite.std(ddof=1)) if len(finite) > 1 else math.nan, len(finite), len(values))
 
 
+def odds(share: float) -> float:
+    """Returns right / wrong from the share that is right: .75 gives 3; NaN where nothing is wrong."""
+    return share / (1 - share) if share < 1 else math.nan
+
+
 class PairedTest(NamedTuple):
     """A row against its baseline."""
 
@@ -158,9 +163,7 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         Column("jain_index", "Jain index", "clients", lambda run: run.value("eval/jain_index"), digits=3),
         percent("pseudo_coverage", "coverage", "pseudo", "pseudo/coverage"),
         percent("pseudo_accuracy", "right", "pseudo", "pseudo/accuracy"),
-        Column(
-            "pseudo_correct_wrong_ratio", "right / wrong", "pseudo", lambda r: r.value("pseudo/correct_wrong_ratio")
-        ),
+        Column("pseudo_correct_wrong_ratio", "right / wrong", "pseudo", lambda r: odds(r.value("pseudo/accuracy"))),
         percent("pseudo_ece", "ECE of all", "pseudo", "pseudo/ece"),
         percent("pseudo_ece_kept", "ECE of kept", "pseudo", "pseudo/ece_kept"),
         *to_target,

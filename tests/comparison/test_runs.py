@@ -135,6 +135,23 @@ def test_a_sweep_names_its_rows_and_sections(tmp_path: Path) -> None:
     assert read_comparison([tmp_path / "out"], targets=[0.5]).targets == [0.5]
 
 
+def test_a_sweep_says_what_else_its_rows_differ_in(tmp_path: Path) -> None:
+    out = make_sweep(tmp_path / "out")
+    assert not any("differ in" in warning for warning in read_comparison([out]).warnings)
+    config = out / "0.1" / "0" / "lr0.1-seed0" / "config.yaml"
+    config.write_text(config.read_text().replace("num_rounds: 40", "num_rounds: 80"))
+    warnings = read_comparison([out]).warnings
+    expected = "num_rounds, too (80: labelled only; 40: FedLabel, fully <b>labelled</b>)."
+    assert [w for w in warnings if "differ in" in w] == [f"alpha 0.1: the sweep's rows differ in {expected}"]
+
+
+def test_the_proximal_term_makes_a_row(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "method.name=supervised")
+    make_run(tmp_path / "b", "method.name=supervised", "training.prox_mu=0.01")
+    found = rows(read_comparison([tmp_path]))
+    assert found == {"all": {"supervised, prox_mu=0": [0], "supervised, prox_mu=0.01": [0]}}
+
+
 def test_a_sweep_stands_alone(tmp_path: Path) -> None:
     out = make_sweep(tmp_path / "out")
     for paths, by in ([out, tmp_path], []), ([out], ["num_rounds"]):

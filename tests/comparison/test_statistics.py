@@ -13,6 +13,7 @@ from fedlabel.comparison.statistics import (
     against_baseline,
     columns,
     holm,
+    odds,
     over_seeds,
     paired_test,
     show,
@@ -147,3 +148,10 @@ def test_rounds_and_bytes_to_a_target(tmp_path: Path) -> None:
     assert by_key["accuracy_mean_last_10"].read(run) == pytest.approx(0.45)
     assert by_key["bytes_up"].read(run) == 4e6
     assert math.isnan(by_key["pseudo_accuracy"].read(run))
+
+
+def test_odds() -> None:
+    assert odds(0.75) == pytest.approx(3)
+    assert odds(0.0) == 0
+    assert math.isnan(odds(1.0))
+    assert math.isnan(odds(NAN))
