@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
 from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel, reliability_figure
-from fedlabel.hardware import describe_hardware, source_commit, source_hash, versions
+from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.methods.base import State, StateDict, state_from_lists, state_to_lists
 from fedlabel.metrics import Counts, add_counts, bins_of, means, pseudo_label_metrics, ratio
 from fedlabel.tracking import RunFolder, summarize
@@ -238,8 +238,14 @@ def pseudo_panel(
     )
 
 
-def summary(folder: RunFolder, experiment: Experiment) -> dict[str, object]:
-    """Returns the content of `summary.json`, from `metrics.jsonl` (so it covers resumed runs as a whole)."""
+def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str, object]:
+    """Returns the content of `summary.json`, from `metrics.jsonl` (so it covers resumed runs as a whole).
+
+    Args:
+        folder: the run's.
+        experiment: the run's.
+        commit: of the code that this process began with.
+    """
     rows = folder.read_metrics()
     config = experiment.config
     keys = ("system/round_seconds", *_COUNTED, *_CLAIMED)
@@ -256,7 +262,7 @@ def summary(folder: RunFolder, experiment: Experiment) -> dict[str, object]:
         "evaluation_split": config.evaluation.split,
         **{key: int(total[key][0]) for key in _COUNTED},
         **{key: int(total[key][0]) for key in _CLAIMED if any(key in row for row in rows)},
-        "commit": source_commit(),
+        "commit": commit,
         "source_hash": source_hash(),
         "versions": versions(),
         "hardware": describe_hardware(experiment.device),

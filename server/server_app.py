@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Strategy
 from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
-from fedlabel.hardware import source_hash
+from fedlabel.hardware import source_commit, source_hash
 from fedlabel.methods.base import StateDict, state_to_lists
 from fedlabel.tracking import RunFolder, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
@@ -86,6 +86,7 @@ def run_federation(
         RunError: too few nodes, nodes with other code, or a round in which every client failed.
     """
     strategy = build_strategy(config.strategy)
+    commit = source_commit()  # now: files may change while the run goes on
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
     shared = config.method.initial_shared(experiment.federation.dataset.num_classes)
@@ -104,7 +105,7 @@ def run_federation(
     nodes = connect(grid, config)
     with closing(open_folder(experiment, path, checkpoint if resume else None)) as folder:
         _rounds(experiment, strategy, grid, nodes, folder, checkpoint, on_round)
-        result = summary(folder, experiment)
+        result = summary(folder, experiment, commit)
         folder.write_summary(result)
         return result
 

@@ -221,7 +221,8 @@ def test_passes_and_claimed_bytes_are_summed_over_clients_and_rounds() -> None:
     assert rows[0]["comm/claimed_bytes_down"] == 77
     assert rows[0]["system/failed_clients"] == 1
     rows.append(log_round(folder, EXPERIMENT, tally_of([reply(11, counted([1, 1], [5, 5]))])[0], None, None, 0.0))
-    total = summary(folder, EXPERIMENT)
+    total = summary(folder, EXPERIMENT, "0123abc")
+    assert total["commit"] == "0123abc"
     assert (total["train/forward_samples"], total["train/backward_samples"]) == (31, 13)
     assert (total["comm/claimed_bytes_up"], total["comm/claimed_bytes_down"]) == (1105, 82)
     assert total["comm/bytes_up"] == sum(row["comm/bytes_up"] for row in rows)
@@ -231,7 +232,7 @@ def test_without_a_claim_none_is_logged() -> None:
     folder: Any = Folder()
     row = log_round(folder, EXPERIMENT, tally_of([reply(11, counted([1, 1], None))])[0], None, None, 0.0)
     assert "comm/claimed_bytes_up" not in row
-    assert "comm/claimed_bytes_up" not in summary(folder, EXPERIMENT)
+    assert "comm/claimed_bytes_up" not in summary(folder, EXPERIMENT, "0123abc")
     assert row["comm/bytes_up"] > 0
 
 
