@@ -15,6 +15,7 @@ import torch
 import fedlabel
 import server.server_app
 from fedlabel.cli import run_experiment
+from fedlabel.tracking import RunFolder
 from server.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 
 TINY = ["num_clients=4", "num_rounds=3", "fraction_train=0.5", "training.local_steps=2", "evaluation.panel_samples=0"]
@@ -76,6 +77,14 @@ REMEMBERING = {
 """Method -> where in a checkpoint its memory is, and options under which three rounds make use of it."""
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr(server.server_app, "save_png", lambda figure, path: None)
+    monkeypatch.setattr(RunFolder, "_add_figure", lambda self, tag, figure, round_number: None)
+
+
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("method", sorted(REMEMBERING))
 def test_what_a_method_remembers_is_resumed(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit: metrics and weights; and without that memory the weights are others."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.tiny import assert_same_run, comparable_metrics, final_weights, run_tiny
+import fedlabel
+from tests.integration.tiny import TINY, assert_same_run, comparable_metrics, final_weights, run_tiny
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +35,29 @@ def test_the_run_uses_both_experts(in_process: Path) -> None:
     assert any(0 < row["pseudo/from_global"] < 1 for row in rows)
     assert all(row["pseudo/coverage"] > 0 for row in rows)
     assert all(value.isfinite().all() for value in final_weights(in_process).values())
+
+
+REMEMBERING = {
+    "fedmatch": ["method.helper_interval=1", "method.confidence_threshold=0", "method.lambda_i=1", "training.lr=0.01"],
+    "fedtrinet": ["method.warmup_rounds=1", "method.quality_start=0.2", "method.ramp_end=1"],
+    "freematch": [],
+    "fixmatch": ["method.mask.kind=cbafed", "method.mask.base=0", "method.mask.cap=0.2", "method.mask.debias=prior"],
+    "semifl": [
+        "method.confidence_threshold=0.2",
+        "supervision.labels_at=server",
+        "strategy.name=FedAvgM",
+        "strategy.args.server_momentum=0.5",
+    ],
+}
+"""Method -> options under which its memory, helpers, shared state or training at the server matter in three rounds."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(REMEMBERING))
+def test_ray_gives_the_same_with_what_methods_remember(method: str, shared_ray: None, tmp_path: Path) -> None:
+    shared = [override for override in TINY if not override.startswith("method.")]
+    options = [*shared, f"method.name={method}", *REMEMBERING[method]]
+    here = fedlabel.run(overrides=options, name="in_process", out=tmp_path).path
+    there = fedlabel.run(overrides=[*options, "grid.kind=ray", "grid.num_workers=2"], name="ray", out=tmp_path).path
+    assert any(row.get("pseudo/coverage", 0) > 0 for row in comparable_metrics(here))
+    assert_same_run(there, here)
