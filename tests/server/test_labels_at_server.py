@@ -1,0 +1,93 @@
+"""Labels at the server: it trains after each aggregation, clients on what they believe; every method of METHODS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedlabel.cli import run_experiment
+from fedlabel.config import load_config
+from fedlabel.experiment import Experiment
+from fedlabel.methods import METHODS
+from fedlabel.methods.base import StateDict
+from fedlabel.tracking import RunFolder
+from server import server_app
+from server.checkpoint import load_checkpoint
+
+TINY = (
+    *("supervision.labels_at=server", "supervision.label_rate=0.1", "num_clients=3", "num_rounds=2"),
+    *("fraction_train=1", "partition.kind=iid", "model.name=mlp", "device=cpu", "evaluation.panel_samples=0"),
+    *("training.local_steps=2", "training.batch_size=8", "training.lr=0.01"),
+)
+
+
+def options(method: str, sure: bool) -> list[str]:
+    """Every pseudo-label is believed, or none."""
+    name = [f"method.name={method}"]
+    if method == "fedtrinet":
+        return [*name, "method.warmup_rounds=0", "method.ramp_end=0", f"method.quality_start={float(not sure)}"]
+    if "confidence_threshold" not in METHODS[method].__dataclass_fields__:
+        return name
+    return [*name, f"method.confidence_threshold={float(not sure)}"]
+
+
+def open_tiny(method: str, sure: bool) -> tuple[Experiment, StateDict]:
+    experiment = Experiment(load_config([], [*TINY, *options(method, sure)]))
+    return experiment, {name: value.clone() for name, value in experiment.initial_state.items()}
+
+
+def differing(first: StateDict, second: StateDict) -> set[str]:
+    return {name for name, value in first.items() if not torch.equal(value, second[name])}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_server_moves_the_model_from_round_to_round_differently(method: str) -> None:
+    """FedMatch's server moves sigma only; in all others every parameter moves."""
+    experiment, received = open_tiny(method, sure=True)
+    names = {name for name, _ in experiment.trainer.student.named_parameters()}
+    moved = {name for name in names if name.startswith("sigma.")} if method == "fedmatch" else names
+    first = experiment.train_server(received, 1)
+    assert differing(first, received) == moved
+    assert differing(experiment.train_server(received, 1), first) == set()
+    assert differing(experiment.train_server(received, 2), first) == moved  # other batches
+    assert differing(received, experiment.initial_state) == set()
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"freematch"}))  # its threshold is learnt, and starts low
+def test_a_client_that_believes_nothing_sits_out(method: str) -> None:
+    experiment, received = open_tiny(method, sure=False)
+    update = experiment.train(0, received, 1, experiment.config.method.initial_shared(10))
+    assert not experiment.client_data(0).supervision.labeled.any()
+    for part in update.parts.values():
+        assert part.weight == 0
+        assert differing(part.state, received) == set()
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"supervised"}))
+def test_a_client_that_believes_something_trains(method: str) -> None:
+    """FedMatch's clients move psi only."""
+    experiment, received = open_tiny(method, sure=True)
+    update = experiment.train(0, received, 1, experiment.config.method.initial_shared(10))
+    (part,) = update.parts.values()
+    names = {name for name, _ in experiment.trainer.student.named_parameters()}
+    moved = {name for name in names if name.startswith("psi.")} if method == "fedmatch" else names
+    assert part.weight > 0
+    assert differing(part.state, received) == moved
+
+
+@pytest.mark.parametrize("method", ["semifl", "fedmatch"])
+def test_in_a_run_without_belief_the_server_trains_alone(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has a weight, so the model stays, and the server's two rounds are all there is, to the bit."""
+    monkeypatch.setattr(server_app, "save_png", lambda figure, path: None)
+    monkeypatch.setattr(RunFolder, "_add_figure", lambda self, tag, figure, round_number: None)
+    experiment, state = open_tiny(method, sure=False)
+    for round_number in (1, 2):
+        state = experiment.train_server(state, round_number)
+    path = run_experiment([], [*TINY, *options(method, sure=False)], name="alone", out=tmp_path).path
+    assert differing(load_checkpoint(path / "checkpoints" / "round_000002.ckpt").model, state) == set()
+    path = run_experiment([], [*TINY, *options(method, sure=True)], name="both", out=tmp_path).path
+    assert differing(load_checkpoint(path / "checkpoints" / "round_000002.ckpt").model, state)
