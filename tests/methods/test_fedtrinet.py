@@ -89,6 +89,15 @@ def test_old_and_crossed_network_by_hand() -> None:
     assert FedTriNet().states(received, memory) == {"old": received, "crossed": received}
 
 
+def test_a_head_of_all_layers_is_refused() -> None:
+    """`net()` has two layers with weights."""
+    received = weights(1)
+    assert FedTriNet(head_layers=1).states(received, {})["old"] == received
+    for layers in (2, 3):
+        with pytest.raises(ValueError, match=rf"`method.head_layers` \(={layers}\) covers all layers of the model"):
+            FedTriNet(head_layers=layers).states(received, {})
+
+
 def test_phases_before_and_after_the_warm_up() -> None:
     method = FedTriNet(warmup_rounds=2)
     assert [[(p.name, p.start) for p in method.phases(r)] for r in (1, 2, 3)] == [

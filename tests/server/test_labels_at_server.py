@@ -24,8 +24,8 @@ TINY = (
 
 
 def options(method: str, sure: bool) -> list[str]:
-    """Every pseudo-label is believed, or none."""
-    name = [f"method.name={method}"]
+    """Every pseudo-label is believed, or none; who takes part in the mean then has the same weight as others."""
+    name = [f"method.name={method}", "training.weight_by=uniform"]
     if method == "fedtrinet":
         return [*name, "method.warmup_rounds=0", "method.ramp_end=0", f"method.quality_start={float(not sure)}"]
     if "confidence_threshold" not in METHODS[method].__dataclass_fields__:
