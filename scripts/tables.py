@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)
 
 METHODS: dict[str, list[str]] = {
     "labelled only": ["method.name=supervised"],
-    "labelled only, FedProx .01": ["method.name=supervised", "method.prox_mu=0.01"],
+    "labelled only, FedProx .01": ["method.name=supervised", "training.prox_mu=0.01"],
     "fully labelled": ["method.name=supervised", "method.oracle_labels=true"],
     "FedLabel": [],
     "FedLabel, only local": ["method.teacher=local"],
