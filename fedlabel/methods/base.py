@@ -347,6 +347,17 @@ def labeled_step(logits: Tensor, candidates: Tensor) -> Step:
     return Step(loss, metrics, count)
 
 
+def labeled_and(student: Model, batch: Batch, view: str) -> tuple[Step, Tensor]:
+    """Sends labelled samples and one view of the unlabelled ones through the student at once.
+
+    Returns:
+        The labelled part's step; (n, classes) logits of the unlabelled part.
+    """
+    labeled, unlabeled = batch.labeled.views["weak"], batch.unlabeled.views[view]
+    labeled_logits, logits = student(torch.cat([labeled, unlabeled])).split([len(labeled), len(unlabeled)])
+    return labeled_step(labeled_logits, batch.labeled.candidates), logits
+
+
 def pseudo_cross_entropy(log_probs: Tensor, label: Tensor, keep: Tensor) -> Tensor:
     """Returns the cross-entropy of each kept sample, 0 for the others.
 

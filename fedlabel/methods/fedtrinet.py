@@ -43,7 +43,7 @@ from fedlabel.methods.base import (
     Step,
     Survey,
     cross_entropy_on_labels,
-    labeled_step,
+    labeled_and,
     pseudo_cross_entropy,
     semi_supervised_step,
 )
@@ -186,9 +186,7 @@ class FedTriNet(Method):
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, weight: float = 1.0) -> Step:
         """Returns CE(labels) + weight * CE(pseudo-labels), on weak views."""
-        labeled, unlabeled = batch.labeled.views["weak"], batch.unlabeled.views["weak"]
-        labeled_logits, logits = student(torch.cat([labeled, unlabeled])).split([len(labeled), len(unlabeled)])
-        supervised = labeled_step(labeled_logits, batch.labeled.candidates)
+        supervised, logits = labeled_and(student, batch, "weak")
         label = batch.unlabeled.targets["label"]
         keep = torch.ones_like(label, dtype=torch.bool)
         return semi_supervised_step(supervised, pseudo_cross_entropy(logits.log_softmax(-1), label, keep), weight, keep)

@@ -21,7 +21,7 @@ from fedlabel.methods.base import (
     Model,
     Phase,
     Step,
-    labeled_step,
+    labeled_and,
     pseudo_cross_entropy,
     semi_supervised_step,
 )
@@ -33,6 +33,8 @@ class FixMatch(MaskedMethod):
     """Hyper-parameters of FixMatch."""
 
     name: str = "fixmatch"
+    confidence_threshold: float = 0.95
+    """tau: a pseudo-label is used if the largest probability reaches it."""
     lambda_u: float = 1.0
     """Weight of the unlabelled loss."""
 
@@ -44,26 +46,14 @@ class FixMatch(MaskedMethod):
             raise ValueError(f"`method.lambda_u` (={self.lambda_u}) must be a finite number of at least 0.")
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
-        surveys = self.mask.surveys
-        return (
-            Phase(
-                "train",
-                self.loss,
-                labeled=("weak",),
-                unlabeled=("weak", "strong"),
-                teachers=("global",) if surveys else (),
-                prepare=self.prepare if surveys else None,
-            ),
-        )
+        return (self.masked_phase(self.loss, ("weak", "strong")),)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns CE(labels, weak) + lambda_u * mean(keep * CE(pseudo-label of the weak view, strong view))."""
         with torch.no_grad():
             weak_logits = student(batch.unlabeled.views["weak"])
         chosen = self.mask.select(weak_logits, self.confidence_threshold, batch.memory)
-        labeled, strong = batch.labeled.views["weak"], batch.unlabeled.views["strong"]
-        labeled_logits, strong_logits = student(torch.cat([labeled, strong])).split([len(labeled), len(strong)])
-        supervised = labeled_step(labeled_logits, batch.labeled.candidates)
+        supervised, strong_logits = labeled_and(student, batch, "strong")
         unsupervised = pseudo_cross_entropy(strong_logits.log_softmax(-1), chosen.label, chosen.keep)
         return semi_supervised_step(
             supervised, unsupervised, self.lambda_u, chosen.keep, chosen.pseudo_labels(False), chosen.memory

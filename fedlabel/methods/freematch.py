@@ -19,20 +19,16 @@ from torch import Tensor
 
 from fedlabel.methods.base import (
     Batch,
-    Method,
     Model,
     Phase,
-    Prepared,
-    State,
     Step,
-    Survey,
-    labeled_step,
+    labeled_and,
     mean_metric,
     one_hot,
     pseudo_cross_entropy,
     semi_supervised_step,
 )
-from fedlabel.methods.masks import Mask
+from fedlabel.methods.masks import Mask, MaskedMethod
 
 
 def fairness(strong_probs: Tensor, keep: Tensor, class_mean: Tensor, class_share: Tensor) -> Tensor:
@@ -68,7 +64,7 @@ def _ratio(mean: Tensor, share: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FreeMatch(Method):
+class FreeMatch(MaskedMethod):
     """Hyper-parameters of FreeMatch."""
 
     name: str = "freematch"
@@ -92,26 +88,14 @@ class FreeMatch(Method):
             )
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
-        surveys = self.mask.surveys
-        return (
-            Phase(
-                "train",
-                self.loss,
-                labeled=("weak",),
-                unlabeled=("weak", "strong"),
-                teachers=("global",) if surveys else (),
-                prepare=self.prepare if surveys else None,
-            ),
-        )
+        return (self.masked_phase(self.loss, ("weak", "strong")),)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns CE(labels) + lambda_u * mean(keep * CE(pseudo-label, strong)) + lambda_f * fairness."""
         with torch.no_grad():
             weak_logits = student(batch.unlabeled.views["weak"])
         chosen = self.mask.select(weak_logits, 0.0, batch.memory)
-        labeled, strong = batch.labeled.views["weak"], batch.unlabeled.views["strong"]
-        labeled_logits, strong_logits = student(torch.cat([labeled, strong])).split([len(labeled), len(strong)])
-        supervised = labeled_step(labeled_logits, batch.labeled.candidates)
+        supervised, strong_logits = labeled_and(student, batch, "strong")
         unsupervised = pseudo_cross_entropy(strong_logits.log_softmax(-1), chosen.label, chosen.keep)
         step = semi_supervised_step(
             supervised, unsupervised, self.lambda_u, chosen.keep, chosen.pseudo_labels(False), chosen.memory
@@ -126,19 +110,3 @@ class FreeMatch(Method):
             "pseudo/threshold": mean_metric(memory["threshold"][None], torch.ones_like(chosen.keep.any())[None]),
         }
         return step._replace(loss=loss, metrics=metrics)
-
-    def prepare(self, survey: Survey) -> Prepared:
-        """The mask's E step over a client's whole data (debiasing)."""
-        return Prepared({}, memory=self.mask.prepare(survey, 0.0))
-
-    def initial_memory(self, candidates: Tensor) -> State:
-        return self.mask.initial_memory(candidates)
-
-    def initial_shared(self, num_classes: int) -> State:
-        return self.mask.initial_shared(num_classes)
-
-    def statistics(self, memory: State) -> State:
-        return self.mask.statistics(memory)
-
-    def server_step(self, shared: State, total: State) -> State:
-        return self.mask.server_step(shared, total)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, Prepared, PseudoLabels, State, Survey, one_hot
+from fedlabel.methods.base import LossFunction, Method, Phase, Prepared, PseudoLabels, State, Survey, one_hot
 
 KINDS = ("fixed", "flexmatch", "freematch", "cbafed")
 
@@ -219,17 +219,24 @@ class Mask:
 
 @dataclass(frozen=True)
 class MaskedMethod(Method):
-    """Base of the methods that have a confidence threshold and a `Mask`; it only passes the mask's hooks on."""
+    """Base of the methods that have a `Mask`: one phase, and the mask's hooks passed on."""
 
-    confidence_threshold: float = 0.95
-    """tau: a pseudo-label is used if the largest probability reaches it."""
     mask: Mask = field(default_factory=Mask)
     """Thresholds per class, debiasing."""
+
+    # Not a field: a method whose mask looks at a threshold has one of this name.
+    confidence_threshold = 0.0
 
     def check_mask(self) -> None:
         """Raises ValueError if the threshold is out of range."""
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"`method.confidence_threshold` (={self.confidence_threshold}) must lie in [0, 1].")
+
+    def masked_phase(self, loss: LossFunction, unlabeled: tuple[str, ...], prepares: bool = False) -> Phase:
+        """Returns the one phase of a round; prepares: whether it has an E step beside the mask's own."""
+        looks = prepares or self.mask.surveys
+        teachers, prepare = (("global",), self.prepare) if looks else ((), None)
+        return Phase("train", loss, labeled=("weak",), unlabeled=unlabeled, teachers=teachers, prepare=prepare)
 
     def prepare(self, survey: Survey) -> Prepared:
         """The mask's E step over a client's whole data."""

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
-import torch
-
 from fedlabel.methods.base import (
     Batch,
     Model,
@@ -24,7 +22,7 @@ from fedlabel.methods.base import (
     Prepared,
     Step,
     Survey,
-    labeled_step,
+    labeled_and,
     pseudo_cross_entropy,
     semi_supervised_step,
 )
@@ -36,6 +34,8 @@ class PseudoLabel(MaskedMethod):
     """Hyper-parameters of pseudo-labelling."""
 
     name: str = "pseudo_label"
+    confidence_threshold: float = 0.95
+    """tau: a pseudo-label is used if the largest probability reaches it."""
     relabel: str = "batch"
     """batch: by the weights of the moment; round: once, by the received model on plain images."""
     lambda_u: float = 1.0
@@ -56,17 +56,7 @@ class PseudoLabel(MaskedMethod):
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
         weight = self.lambda_u * min(1.0, round_number / self.ramp_rounds) if self.ramp_rounds else self.lambda_u
-        looks = self.mask.surveys or self.relabel == "round"
-        return (
-            Phase(
-                "train",
-                partial(self.loss, weight=weight),
-                labeled=("weak",),
-                unlabeled=("weak",),
-                teachers=("global",) if looks else (),
-                prepare=self.prepare if looks else None,
-            ),
-        )
+        return (self.masked_phase(partial(self.loss, weight=weight), ("weak",), prepares=self.relabel == "round"),)
 
     def prepare(self, survey: Survey) -> Prepared:
         """Labels the client's whole data with the received model, where that is the way."""
@@ -82,9 +72,7 @@ class PseudoLabel(MaskedMethod):
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, weight: float = 1.0) -> Step:
         """Returns CE(labels) + weight * mean(keep * CE(pseudo-labels)), both on the weak view."""
-        labeled, unlabeled = batch.labeled.views["weak"], batch.unlabeled.views["weak"]
-        labeled_logits, logits = student(torch.cat([labeled, unlabeled])).split([len(labeled), len(unlabeled)])
-        supervised = labeled_step(labeled_logits, batch.labeled.candidates)
+        supervised, logits = labeled_and(student, batch, "weak")
         if self.relabel == "round":
             label, keep = batch.unlabeled.targets["label"], batch.unlabeled.targets["keep"]
             unsupervised = pseudo_cross_entropy(logits.log_softmax(-1), label, keep)

@@ -24,7 +24,7 @@ from fedlabel.methods.base import (
     Phase,
     PseudoLabels,
     Step,
-    labeled_step,
+    labeled_and,
     one_hot,
     semi_supervised_step,
 )
@@ -93,9 +93,7 @@ class SAGE(Method):
             local_probs = student(weak).softmax(-1)
         global_probs = teachers["global"](weak).detach().softmax(-1)
         mixed = mix(local_probs, global_probs, self.confidence_threshold, self.kappa)
-        labeled, strong = batch.labeled.views["weak"], batch.unlabeled.views["strong"]
-        labeled_logits, strong_logits = student(torch.cat([labeled, strong])).split([len(labeled), len(strong)])
-        supervised = labeled_step(labeled_logits, batch.labeled.candidates)
+        supervised, strong_logits = labeled_and(student, batch, "strong")
         divergence = (
             torch.special.xlogy(mixed.target, mixed.target) - mixed.target * strong_logits.log_softmax(-1)
         ).sum(-1)

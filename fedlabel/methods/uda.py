@@ -84,17 +84,7 @@ class UDA(MaskedMethod):
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
         progress = min(1.0, round_number / self.tsa_rounds) if self.tsa_rounds else 1.0
-        surveys = self.mask.surveys
-        return (
-            Phase(
-                "train",
-                partial(self.loss, progress=progress),
-                labeled=("weak",),
-                unlabeled=("weak", "strong"),
-                teachers=("global",) if surveys else (),
-                prepare=self.prepare if surveys else None,
-            ),
-        )
+        return (self.masked_phase(partial(self.loss, progress=progress), ("weak", "strong")),)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, progress: float = 1.0) -> Step:
         """Returns CE(labels) + lambda_u * mean(keep * KL(sharpened weak view || strong view))."""
