@@ -90,6 +90,8 @@ class Cnn(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits (batch, classes) of images (batch, channels, height, width)."""
         features = F.relu(self.norm1(self.conv1(images)))
+        # Channels last in memory: max-pooling is several times faster so. `contiguous` itself cannot do it under vmap.
+        features = features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         features = F.relu(self.norm2(F.max_pool2d(self.conv2(features), 2)))
         features = F.avg_pool2d(features, self.window, ceil_mode=True)
         logits: Tensor = self.output(F.relu(self.hidden(features.flatten(1))))
