@@ -17,7 +17,7 @@ from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.skew import SkewConfig
-from fedlabel.data.supervision import COUNTS, SupervisionConfig
+from fedlabel.data.supervision_config import SupervisionConfig, fill_amounts
 from fedlabel.methods import method_class
 from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
@@ -282,10 +282,7 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
         training, supervision = user.get("training", {}), user.get("supervision", {})
         if training.get("local_epochs") is not None:
             training.setdefault("local_steps", None)
-        if any(supervision.get(count) is not None for count in COUNTS):
-            supervision["label_rate"] = None
-        if supervision.get("labels_at") == "some_clients":
-            supervision.setdefault("label_rate", None)
+        fill_amounts(supervision)
         for law in (user.get("partition"), user.get("labeled_partition")):
             if law and isinstance(law.get("partitioner_args"), dict):  # a mapping in YAML or on the command line
                 law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text

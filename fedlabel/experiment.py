@@ -13,7 +13,6 @@ from fedlabel.config import ExperimentConfig, parse_config
 from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.skew import shift_features
-from fedlabel.data.supervision import Supervision
 from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import resolve_device
 from fedlabel.methods.base import State, StateDict
@@ -77,16 +76,14 @@ class Experiment:
     def client_data(self, client: int) -> ClientData:
         """Returns what training may see of `client`, on the device."""
         rows = torch.from_numpy(self.federation.parts[client]).to(self.device)
-        supervision = Supervision(self.federation.supervision(client).candidates.to(self.device))
-        return ClientData(self.images[rows], supervision)
+        return ClientData(self.images[rows], self.federation.supervision(client).to(self.device))
 
     def server_data(self) -> ClientData | None:
         """Returns the server's labelled samples, on the device; None if it has none."""
         rows = torch.from_numpy(self.federation.server_rows).to(self.device)
         if len(rows) == 0:
             return None
-        supervision = Supervision(self.federation.server_supervision().candidates.to(self.device))
-        return ClientData(self.images[rows], supervision)
+        return ClientData(self.images[rows], self.federation.server_supervision().to(self.device))
 
     def train(
         self,

@@ -119,11 +119,12 @@ class ImageTransform:
         return (images.float() / 255 - self.mean) / self.std
 
     def views(self, images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        """Returns the named views ("clean", "weak", "strong") of uint8 images, each with random numbers of its own."""
+        """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn for itself."""
         makers = {
             "clean": lambda: images,
             "weak": lambda: weak(images, generator, self.augment, self.allow_flip),
             "strong": lambda: strong(images, generator, self.augment, self.allow_flip),
+            "strong2": lambda: strong(images, generator, self.augment, self.allow_flip),
         }
         return {name: self.normalize(makers[name]()) for name in names}
 
@@ -325,7 +326,8 @@ class _Run:
 
     def _index(self, phase: Phase, config: TrainingConfig) -> tuple[Tensor, Tensor]:
         """Returns the positions of labelled and of unlabelled samples that a phase draws from, on the CPU."""
-        known = self.data.supervision.labeled.cpu()
+        supervision = self.data.supervision
+        known = (supervision.informed if phase.informed else supervision.labeled).cpu()
         labeled, unlabeled = known.nonzero().squeeze(1), (~known).nonzero().squeeze(1)
         if config.unlabeled_includes_labeled:
             unlabeled = torch.arange(len(known))
@@ -356,7 +358,7 @@ class _Run:
             chunks = images.split(SURVEY_BATCH)
             return torch.cat([teachers[teacher](transform.views(c, (view,), generator)[view]) for c in chunks])
 
-        return phase.prepare(Survey(predict, self.data.supervision.candidates, self.memory))
+        return phase.prepare(Survey(predict, self.data.supervision, self.memory))
 
     def _steps(
         self,
@@ -384,9 +386,9 @@ class _Run:
         for labeled, unlabeled, mix in zip(*streams, strict=True):
             share = mixing.beta(phase.mix_alpha, phase.mix_alpha) if phase.mix else 1.0
             batch = Batch(
-                labeled=self._part(labeled, phase.labeled, True, targets, generator),
-                unlabeled=self._part(unlabeled, phase.unlabeled, False, targets, generator),
-                mix=self._part(mix, phase.mix, False, targets, generator),
+                labeled=self._part(labeled, phase.labeled, phase, targets, generator, labeled=True),
+                unlabeled=self._part(unlabeled, phase.unlabeled, phase, targets, generator),
+                mix=self._part(mix, phase.mix, phase, targets, generator),
                 mixing=torch.tensor(share, dtype=torch.float32, device=device),
                 memory=self.memory,
             )
@@ -396,7 +398,7 @@ class _Run:
                 buffers = [buffer.clone() for buffer in student.buffers()]
                 self._with_gradient = 0
                 step = update.loss(self._student, teachers, batch._replace(memory=self.memory))
-                self._log(step, unlabeled)
+                self._log(step, torch.cat([labeled, unlabeled]) if phase.informed else unlabeled)
                 if not step.examples:  # nothing to learn from: no step, not even of momentum, a penalty or BatchNorm
                     for buffer, value in zip(student.buffers(), buffers, strict=True):
                         buffer.copy_(value)
@@ -448,22 +450,27 @@ class _Run:
         self,
         rows: Tensor,
         views: tuple[str, ...],
-        labeled: bool,
+        phase: Phase,
         targets: Mapping[str, Tensor],
         generator: torch.Generator,
+        labeled: bool = False,
     ) -> Part:
         rows = rows.to(self.data.images.device)
-        candidates = self.data.supervision.candidates[rows]
+        known = self.data.supervision
+        candidates, noisy, annotations = known.candidates[rows], known.noisy[rows], known.annotations[rows]
         if not labeled:  # a labelled sample drawn as an unlabelled one keeps its label to itself
-            candidates = candidates | (candidates.sum(1, keepdim=True) == 1)
+            hidden = torch.ones_like(noisy) if phase.informed else candidates.sum(1) == 1
+            candidates, noisy = candidates | hidden[:, None], noisy & ~hidden
+            annotations = torch.where(hidden[:, None], -1, annotations)
         made = self.trainer.transform.views(self.data.images[rows], views, generator)
-        return Part(made, candidates, {name: values[rows] for name, values in targets.items()})
+        drawn = {name: values[rows] for name, values in targets.items()}
+        return Part(made, candidates, drawn, noisy, annotations, rows)
 
-    def _log(self, step: Step, unlabeled: Tensor) -> None:
+    def _log(self, step: Step, rows: Tensor) -> None:
         for name, pair in step.metrics.items():
             self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
         if step.pseudo is not None:
-            self.rows.append(unlabeled)
+            self.rows.append(rows)
             self.pseudo.append(step.pseudo)
         if step.memory is not None:
             self.memory = step.memory

@@ -410,7 +410,7 @@ def test_a_loss_that_looks_for_labels_among_unlabelled_samples_finds_none() -> N
 def test_unlabelled_samples_keep_the_classes_that_they_may_have() -> None:
     """Sample 0 is labelled, 1 is one of two classes, nothing is known of 2."""
     sets = torch.tensor([[True, False, False], [True, False, True], [True, True, True]])
-    data = ClientData(client(n=3)[0].images, Supervision(sets))
+    data = ClientData(client(n=3)[0].images, Supervision.certain(sets))
     loss, seen = noted(to_class(0))
     phase = Phase("train", loss, unlabeled=("weak",))
     train(Made(made=(phase,)), data, replace(CONFIG, unlabeled_includes_labeled=True, local_steps=1))
@@ -612,7 +612,7 @@ def test_targets_of_the_e_step_reach_the_rows_that_they_are_of() -> None:
             expected = net()(data.images.float() / 255)
         logits = survey.predict("global", "clean")
         torch.testing.assert_close(logits, expected)
-        assert torch.equal(survey.candidates, data.supervision.candidates)
+        assert torch.equal(survey.supervision.candidates, data.supervision.candidates)
         return Prepared({"row": torch.arange(30), "logits": logits})
 
     phase = Phase("train", loss, ("weak",), ("weak", "strong"), teachers=("global",), prepare=prepare, mix=("weak",))

@@ -72,6 +72,8 @@ class Dataset:
     """Per channel, of `train`, with pixels in [0, 1]; 1 for a constant channel, so that one can divide by it."""
     allow_flip: bool
     """Whether an image mirrored left to right still shows its class."""
+    train_rows: Tensor
+    """(n,) int64, where in the set's own order, before validation was taken off, the samples of `train` stand."""
 
     @property
     def num_classes(self) -> int:
@@ -117,13 +119,13 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         )
     order = torch.from_numpy(numpy_generator(seed, "validation").permutation(len(loaded.train.labels)))
     count = int(config.validation_fraction * len(order))
-    train, validation = _take(loaded.train, order[count:]), _take(loaded.train, order[:count])
+    rows = order[count:].sort().values
+    train, validation = _take(loaded.train, rows), _take(loaded.train, order[:count].sort().values)
     mean, std = _channel_statistics(train.images)
-    return Dataset(config.name, train, validation, loaded.test, loaded.class_names, mean, std, entry.allow_flip)
+    return Dataset(config.name, train, validation, loaded.test, loaded.class_names, mean, std, entry.allow_flip, rows)
 
 
 def _take(split: Split, indices: Tensor) -> Split:
-    indices = indices.sort().values
     return Split(split.images[indices], split.labels[indices])
 
 

@@ -6,12 +6,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
+from fedlabel.data.imprecision import Resemblance
+from fedlabel.data.label_amounts import kind_of_samples
+from fedlabel.data.loaders import data_root
 from fedlabel.data.partition import (
     MAX_DRAWS,
     LabeledPartitionConfig,
@@ -22,7 +26,8 @@ from fedlabel.data.partition import (
     too_small,
 )
 from fedlabel.data.skew import SkewConfig, long_tails
-from fedlabel.data.supervision import Supervision, SupervisionConfig, labeled_mask, supervise
+from fedlabel.data.supervision import KIND_NAMES, Supervision, impart, supervise
+from fedlabel.data.supervision_config import SupervisionConfig
 from fedlabel.seeding import derive_seed, numpy_generator
 
 
@@ -33,23 +38,25 @@ class Federation:
     dataset: Dataset
     parts: list[np.ndarray]
     """Per client: sorted rows of the training split, (n_k,) int64."""
-    labeled: np.ndarray
-    """(n,) bool over the training split: whose label its holder (a client or the server) knows."""
+    record: Supervision
+    """What the holder of each sample (a client or the server) knows of it, over the training split."""
     test_parts: list[np.ndarray]
     """Per client: rows of the evaluation split, with the client's class mix, (m_k,) int64."""
     server_rows: np.ndarray
     """Sorted rows of the training split that the server holds, all of them labelled, (n_s,) int64; mostly none."""
 
+    @cached_property
+    def labeled(self) -> np.ndarray:
+        """(n,) bool over the training split: of which samples something is known."""
+        return self.record.informed.numpy()
+
     def supervision(self, client: int) -> Supervision:
-        """Returns what `client` knows of the labels of its samples; hidden labels are not read."""
-        return self._supervise(self.parts[client])
+        """Returns what `client` knows of the labels of its samples."""
+        return self.record.rows(torch.from_numpy(self.parts[client]))
 
     def server_supervision(self) -> Supervision:
         """Returns what the server knows of the labels of its samples: all of them."""
-        return self._supervise(self.server_rows)
-
-    def _supervise(self, rows: np.ndarray) -> Supervision:
-        return supervise(self.dataset.train.labels[rows], self.labeled[rows], self.dataset.num_classes)
+        return self.record.rows(torch.from_numpy(self.server_rows))
 
     def hidden_labels(self, client: int) -> torch.Tensor:
         """Returns (n_k,) true labels. For the evaluator only: nothing that trains may call this."""
@@ -66,7 +73,10 @@ class Federation:
             for rows, test_rows in zip(self.parts, self.test_parts, strict=True)
         ]
         holders = {"clients": clients, "server": self.server_rows.tolist()}
-        digest = hashlib.sha256(json.dumps(holders).encode()).hexdigest()
+        known = b"".join(
+            t.numpy().tobytes() for t in (self.record.candidates, self.record.noisy, self.record.annotations)
+        )
+        digest = hashlib.sha256(json.dumps(holders).encode() + known).hexdigest()
         return json.dumps({"sha256": digest, "dataset": self.dataset.name, **holders})
 
     def histograms(self) -> tuple[np.ndarray, np.ndarray]:
@@ -79,6 +89,42 @@ class Federation:
         labeled = label_histogram(labels, [rows[self.labeled[rows]] for rows in self.parts], classes)
         unlabeled = label_histogram(labels, [rows[~self.labeled[rows]] for rows in self.parts], classes)
         return labeled, unlabeled
+
+    def kinds(self) -> np.ndarray:
+        """Returns how many samples of each kind of label every client has, (clients, len(KIND_NAMES)) int64."""
+        kind = self.record.kind.numpy()
+        return np.stack([np.bincount(kind[rows], minlength=len(KIND_NAMES)) for rows in self.parts])
+
+    def audit(self) -> dict[str, Any]:
+        """Returns what was made of the labels: `supervision.json`. It compares with the truth: for the evaluator only.
+
+        Per client how many samples of each kind, how many candidates the sets have and how many hold the truth, and
+        of noisy labels the matrix of counts (true class, label).
+        """
+        rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
+        record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
+        sets = (record.kind == 2) | (record.kind == 4) | (record.kind == 6)
+        size = record.candidates[sets].sum(1)
+        holds = record.candidates[sets].gather(1, truth[sets][:, None])
+        counts = self.noise_counts()
+        return {
+            "kinds": {"names": list(KIND_NAMES), "clients": self.kinds().tolist()},
+            "candidate_sets": {
+                "sizes": torch.bincount(size, minlength=self.dataset.num_classes + 1).tolist(),
+                "hold_the_truth": int(holds.sum()),
+            },
+            "noisy_labels": {"counts": counts.tolist(), "wrong": int(counts.sum() - np.trace(counts))},
+        }
+
+    def noise_counts(self) -> np.ndarray:
+        """Returns (classes, classes) int64: noisy labels, of all annotators, by true class. For the evaluator only."""
+        classes, truth = self.dataset.num_classes, self.dataset.train.labels
+        label = torch.where(self.record.noisy, self.record.label, -1)
+        counts = torch.zeros(classes, classes, dtype=torch.int64)
+        for given in (label, *self.record.annotations.unbind(1)):
+            known = given >= 0
+            counts += torch.bincount(truth[known] * classes + given[known], minlength=classes**2).view(classes, classes)
+        return counts.numpy()
 
 
 @lru_cache(maxsize=2)
@@ -116,10 +162,13 @@ def build_federation(
     recipe = _Recipe(
         labels, classes, num_clients, partition_config, labeled_partition, supervision, skew, all_labels, seed
     )
-    parts, mask, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
+    parts, kinds, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
     if all_labels:
-        mask[np.concatenate(parts)] = True
-    if not mask.any():
+        record = supervise(labels, np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows])), classes)
+    else:
+        resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero(kinds >= 0))
+        record = impart(labels, kinds, supervision.parts, classes, resemblance, seed)
+    if not record.informed.any():
         raise ValueError(
             f"`supervision` ({supervision}) leaves no label at any of `num_clients` (={num_clients}) clients of "
             f"{min(map(len, parts))} to {max(map(len, parts))} samples or at the server; raise supervision.label_rate, "
@@ -133,7 +182,7 @@ def build_federation(
         )
     rng = numpy_generator(seed, "evaluation_parts")
     test_parts = split_like(labels, parts, split.labels.numpy(), classes, rng)
-    return Federation(dataset, parts, mask, test_parts, server_rows)
+    return Federation(dataset, parts, record, test_parts, server_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +202,8 @@ class _Recipe:
     @property
     def chosen_over_all(self) -> bool:
         """Whether the labelled samples are chosen from the whole training set, whoever will hold them."""
+        if self.supervision.mix:
+            return False
         counted = self.supervision.labels_per_class is not None or self.supervision.labels_total is not None
         at = self.supervision.labels_at
         return at == "server" or self.labeled_partition is not None or (at == "clients" and counted)
@@ -161,19 +212,19 @@ class _Recipe:
         """Chooses labels, cuts the tails, and spreads what is left.
 
         Returns:
-            The clients' parts; (n,) bool, whose label is known; the server's rows.
+            The clients' parts; (n,) int64, which kind of label is known (see `kind_of_samples`); the server's rows.
         """
-        mask, kept = self._choose([np.arange(len(self.labels))])
-        mask &= kept
-        known, unknown = np.flatnonzero(mask), np.flatnonzero(kept & ~mask)
+        kinds, kept = self._choose([np.arange(len(self.labels))])
+        kinds = np.where(kept, kinds, -1)
+        known, unknown = np.flatnonzero(kinds >= 0), np.flatnonzero(kept & (kinds < 0))
         if self.labeled_partition is not None:
             labeled = self._spread(known, self.labeled_partition, derive_seed(self.seed, "labeled_partition"))
             unlabeled = self._spread(unknown, self.partition, self.seed, [len(rows) for rows in labeled])
             parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled, unlabeled, strict=True)]
-            return parts, mask, known[:0]
+            return parts, kinds, known[:0]
         if self.supervision.labels_at == "server" and not self.all_labels:
-            return self._spread(unknown, self.partition, self.seed), mask, known
-        return self._spread(np.flatnonzero(kept), self.partition, self.seed), mask, known[:0]
+            return self._spread(unknown, self.partition, self.seed), kinds, known
+        return self._spread(np.flatnonzero(kept), self.partition, self.seed), kinds, known[:0]
 
     def labels_last(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """Spreads all, chooses labels inside the parts, cuts the tails; anew if a client is left with too little.
@@ -187,20 +238,20 @@ class _Recipe:
         for draw in range(MAX_DRAWS):
             seed = self.seed if draw == 0 else derive_seed(self.seed, "partition_again", draw)
             parts = self._spread(np.arange(len(self.labels)), self.partition, seed)
-            mask, kept = self._choose(parts)
+            kinds, kept = self._choose(parts)
             parts = [rows[kept[rows]] for rows in parts]
             smallest = min(map(len, parts))
             if smallest >= self.partition.min_samples:
-                return parts, mask & kept, np.arange(0)
+                return parts, np.where(kept, kinds, -1), np.arange(0)
             best = max(best, smallest)
         reason = too_small(int(kept.sum()), self.num_clients, self.partition, best, MAX_DRAWS)
         raise ValueError(f"{reason} Or take smaller skew.labeled_imbalance and skew.unlabeled_imbalance.")
 
     def _choose(self, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns two (n,) bool: which samples have a label, before the tails; which ones the tails leave."""
+        """Returns (n,) int64, the kinds of label before the tails, and (n,) bool, the samples that the tails leave."""
         hidden = self.skew.unlabeled_only_classes
-        mask = labeled_mask(self.labels, parts, self.num_classes, self.supervision, self.seed, hidden)
-        return mask, long_tails(self.labels, mask, self.num_classes, self.skew, self.seed)
+        kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, hidden)
+        return kinds, long_tails(self.labels, kinds >= 0, self.num_classes, self.skew, self.seed)
 
     def _spread(
         self, rows: np.ndarray, config: PartitionConfig, seed: int, held: Sequence[int] | None = None

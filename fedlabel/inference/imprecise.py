@@ -2,8 +2,8 @@
 
 Source: Chen et al., "Imprecise Label Learning: A Unified Framework for Learning with Various Imprecise Label
 Configurations", NeurIPS 2024 (arXiv 2305.12715). Whatever is known of a sample becomes a row l in R^classes with
-l_y = log p(information | y): a label is 0 at one class and -inf elsewhere, a candidate set 0 on the set, a noisy label a
-column of log T, nothing zeros. Kinds of information that are independent given y add up, and the E step is
+l_y = log p(information | y): a label is 0 at one class and -inf elsewhere, a candidate set 0 on the set, a noisy label
+a column of log T, nothing zeros. Kinds of information that are independent given y add up, and the E step is
 softmax(log p + l) for all of them.
 """
 
@@ -154,9 +154,7 @@ def log_likelihood(
         transitions: (1, classes, classes), shared by all, or one per annotator; noisy candidates go by the first.
         sets: the likelihood of noisy sets.
     """
-    value = torch.where(
-        noisy[:, None], sets.log(candidates, transitions[0]), candidates_log_likelihood(candidates)
-    )
+    value = torch.where(noisy[:, None], sets.log(candidates, transitions[0]), candidates_log_likelihood(candidates))
     for annotator in range(annotations.shape[1]):
         transition = transitions[annotator if len(transitions) > 1 else 0]
         value = value + label_log_likelihood(annotations[:, annotator], transition)

@@ -13,6 +13,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fedlabel.data.supervision import Supervision
+
 Model = Callable[[Tensor], Tensor]
 """Images (batch, channels, height, width) -> logits (batch, classes)."""
 
@@ -27,11 +29,17 @@ class Part(NamedTuple):
     """The labelled or the unlabelled samples of one batch; a part that a phase does not ask for has batch 0."""
 
     views: dict[str, Tensor]
-    """"clean", "weak" or "strong" -> normalised images (batch, channels, height, width), float."""
+    """"clean", "weak", "strong" or "strong2" -> normalised images (batch, channels, height, width), float."""
     candidates: Tensor
     """(batch, classes) bool: the classes the sample may have; exactly one True where it is labelled."""
     targets: dict[str, Tensor]
     """What the phase's `prepare` said of these samples: name -> (batch, ...)."""
+    noisy: Tensor
+    """(batch,) bool, see `Supervision`."""
+    annotations: Tensor
+    """(batch, annotators) int64, see `Supervision`."""
+    rows: Tensor
+    """(batch,) int64, positions in the client's data, for what is remembered of each sample."""
 
 
 class Batch(NamedTuple):
@@ -48,7 +56,9 @@ class Batch(NamedTuple):
 
 
 class PseudoLabels(NamedTuple):
-    """What a method believed of the unlabelled samples of one batch; all detached, all (batch,)."""
+    """What a method believed of the unlabelled samples of one batch (of a phase with `Phase.informed`: of the labelled
+    and then of the unlabelled ones); all detached, all (batch,).
+    """
 
     label: Tensor
     """int64, the class chosen."""
@@ -82,8 +92,8 @@ class Survey(NamedTuple):
 
     predict: Callable[[str, str], Tensor]
     """(teacher, view) -> logits (n, classes) of the client's n samples, without gradient."""
-    candidates: Tensor
-    """(n, classes) bool, see `Part`."""
+    supervision: Supervision
+    """What the client knows of them."""
     memory: State
 
 
@@ -141,6 +151,9 @@ class Phase:
     """Views wanted of a second draw of as many unlabelled samples, from all of them whatever `Prepared.draw` says."""
     mix_alpha: float = 1.0
     """Parameter of the Beta distribution that `Batch.mixing` is drawn from."""
+    informed: bool = False
+    """Whether the labelled samples are all of which anything is known (candidates, noisy labels), and the unlabelled
+    ones the rest. False: the labelled ones are those with one candidate left."""
 
     @property
     def updates(self) -> tuple[Update, ...]:

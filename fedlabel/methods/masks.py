@@ -159,7 +159,7 @@ class Mask:
     def prepare(self, survey: Survey, threshold: float) -> State:
         """Returns the memory after a look at all of a client's unlabelled samples with the received model."""
         probs = survey.predict("global", "clean").softmax(-1)
-        unlabeled = survey.candidates.sum(-1) != 1
+        unlabeled = survey.supervision.candidates.sum(-1) != 1
         count = unlabeled.sum().clamp_min(1)
         memory = dict(survey.memory)
         if self.debias == "prior":

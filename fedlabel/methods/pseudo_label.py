@@ -63,7 +63,7 @@ class PseudoLabel(MaskedMethod):
         memory = self.mask.prepare(survey, self.confidence_threshold) if self.mask.surveys else survey.memory
         if self.relabel == "batch":
             return Prepared({}, memory=memory)
-        logits, unlabeled = survey.predict("global", "clean"), survey.candidates.sum(-1) != 1
+        logits, unlabeled = survey.predict("global", "clean"), survey.supervision.candidates.sum(-1) != 1
         # Averages and counts are over unlabelled samples; labelled ones, which may be drawn too, are judged by them.
         memory = self.mask.select(logits[unlabeled], self.confidence_threshold, memory).memory
         chosen = replace(self.mask, ema=1.0).select(logits, self.confidence_threshold, memory)

@@ -14,7 +14,7 @@ from fedlabel.data.datasets import DataConfig, Split, load_dataset
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.skew import SkewConfig, client_shift, tail_sizes
-from fedlabel.data.supervision import SupervisionConfig
+from fedlabel.data.supervision_config import SupervisionConfig
 from fedlabel.experiment import Experiment
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedlabel.data.label_amounts import labeled_clients, labeled_mask
 from fedlabel.data.partition import PartitionConfig, partition
-from fedlabel.data.supervision import Supervision, SupervisionConfig, labeled_clients, labeled_mask, supervise
+from fedlabel.data.supervision import Supervision, supervise
+from fedlabel.data.supervision_config import SupervisionConfig
 
 SEEDS = (0, 1, 2)
 NUM_CLASSES = 10
@@ -22,28 +24,28 @@ def make(seed: int = 0, n: int = 3000, num_clients: int = 12) -> tuple[np.ndarra
 
 
 def test_record_reads_labels_from_candidates() -> None:
-    record = Supervision(torch.tensor([[0, 1, 0], [1, 1, 1], [1, 0, 1], [0, 0, 1]]).bool())
+    record = Supervision.certain(torch.tensor([[0, 1, 0], [1, 1, 1], [1, 0, 1], [0, 0, 1]]).bool())
     assert record.labeled.tolist() == [True, False, False, True]
     assert record.label.tolist() == [1, -1, -1, 2]
     assert record.label.dtype == torch.int64
 
 
 def test_empty_record() -> None:
-    record = Supervision(torch.ones(0, 3, dtype=torch.bool))
+    record = Supervision.certain(torch.ones(0, 3, dtype=torch.bool))
     assert record.labeled.shape == record.label.shape == (0,)
 
 
 @pytest.mark.parametrize("candidates", [torch.ones(2, 3), torch.ones(3, dtype=torch.bool)])
 def test_record_must_be_a_boolean_matrix(candidates: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"`candidates` \(torch.* of shape .*\) must be bool of shape \(n, classes\)"):
-        Supervision(candidates)
+        Supervision.certain(candidates)
 
 
 def test_record_names_the_first_impossible_sample() -> None:
     candidates = torch.ones(5, 3, dtype=torch.bool)
     candidates[[2, 4]] = False
     with pytest.raises(ValueError, match="`candidates` of sample 2 are all False"):
-        Supervision(candidates)
+        Supervision.certain(candidates)
 
 
 # ------------------------------------------------------------------------------------------------------------ amounts
@@ -248,7 +250,7 @@ def test_more_labels_than_samples(config: SupervisionConfig, message: str) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "noisy"}, r"`supervision.kind` \(=noisy\) must be one of few_labels, full\."),
+        ({"kind": "nosy"}, r"`supervision.kind` \(=nosy\) must be one of few_labels, full, partial, noisy, "),
         ({"label_rate": 1.5}, r"`supervision.label_rate` \(=1.5\) must lie in \[0, 1\]"),
         ({"label_rate": float("nan")}, r"`supervision.label_rate` \(=nan\)"),
         ({"label_rate": None}, r"`supervision.label_rate` \(=None\) .*supervision.labels_per_class"),

@@ -30,9 +30,7 @@ def test_one_step_of_em_by_hand() -> None:
     expected = torch.tensor([[0.975904, 0.024096], [0.529412, 0.470588], [0.157895, 0.842105]])
     torch.testing.assert_close(q, expected, atol=1e-6, rtol=0)
     counts = expected_counts(q, labels)
-    torch.testing.assert_close(
-        counts, torch.tensor([[1.505315, 0.157895], [0.494685, 0.842105]]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(counts, torch.tensor([[1.505315, 0.157895], [0.494685, 0.842105]]), atol=1e-6, rtol=0)
     after = from_counts(counts, torch.zeros(2, 2))
     torch.testing.assert_close(after, torch.tensor([[0.905066, 0.094934], [0.370054, 0.629946]]), atol=1e-6, rtol=0)
     likelihoods = [-marginal_nll(p.log(), label_log_likelihood(labels, m)).sum().item() for m in (before, after)]

@@ -10,13 +10,20 @@ from fedlabel.methods.base import Batch, Part, State
 VIEWS = ("clean", "weak", "strong")
 
 
+def certain_part(views: dict[str, Tensor], candidates: Tensor, targets: dict[str, Tensor]) -> Part:
+    """A part of samples whose candidates hold the truth and of which nothing else is known."""
+    n = len(candidates)
+    nobody = torch.full((n, 0), -1)
+    return Part(views, candidates, targets, torch.zeros(n, dtype=torch.bool), nobody, torch.arange(n))
+
+
 def make_part(n: int, classes: int, labels: Tensor | None = None, targets: dict[str, Tensor] | None = None) -> Part:
     """n samples whose images hold their position; labels (n,) make them labelled."""
     images = torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1)
     candidates = torch.ones(n, classes, dtype=torch.bool)
     if labels is not None:
         candidates = labels[:, None] == torch.arange(classes)
-    return Part(dict.fromkeys(VIEWS, images), candidates, targets or {})
+    return certain_part(dict.fromkeys(VIEWS, images), candidates, targets or {})
 
 
 def make_batch(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.supervision import supervise
-from fedlabel.methods.base import Batch, Method, Model, Part, Phase, State, StateDict, Step
+from fedlabel.methods.base import Batch, Method, Model, Phase, State, StateDict, Step
 from fedlabel.methods.supervised import Supervised
 from fedlabel.training import ClientData, ClientUpdate, ImageTransform, Trainer, TrainingConfig, train_client
+from tests.methods.batches import certain_part
 
 NOTHING: Mapping[str, Model] = {}
 
@@ -47,9 +48,9 @@ class Table:
         unknown = torch.ones(unlabeled, classes, dtype=torch.bool)
         views = {"weak": images(count, unlabeled), "strong": images(count + unlabeled, unlabeled)}
         return Batch(
-            labeled=Part({"weak": images(0, count)}, self.labels[:, None] == torch.arange(classes), {}),
-            unlabeled=Part(views, unknown, targets or {}),
-            mix=Part({}, unknown[:0], {}),
+            labeled=certain_part({"weak": images(0, count)}, self.labels[:, None] == torch.arange(classes), {}),
+            unlabeled=certain_part(views, unknown, targets or {}),
+            mix=certain_part({}, unknown[:0], {}),
             mixing=torch.tensor(1.0),
             memory=memory or {},
         )

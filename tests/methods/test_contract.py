@@ -13,13 +13,14 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._pytree import tree_map
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.supervision import supervise
+from fedlabel.data.supervision import Supervision, supervise
 from fedlabel.methods import METHODS, method_class
 from fedlabel.methods.base import Batch, Method, Model, Part, Phase, Prepared, State, Survey, Update
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.masks import MaskedMethod
 from fedlabel.models.additive import Additive
 from fedlabel.training import ClientData, ImageTransform, Trainer, TrainingConfig, train_client
+from tests.methods.batches import certain_part
 
 CLASSES, BATCH = 4, 6
 LATE = 1000
@@ -60,7 +61,7 @@ class Case(NamedTuple):
             views = {name: torch.randn(n, 1, 6, 6, generator=generator) for name in names}
             labels = torch.randint(CLASSES, (n,), generator=generator)
             candidates = supervise(labels, torch.full((n,), labeled), CLASSES).candidates
-            return Part(views, candidates, self.targets(candidates, generator))
+            return certain_part(views, candidates, self.targets(candidates, generator))
 
         parts = [part(self.phase.labeled, True), part(self.phase.unlabeled, False), part(self.phase.mix, False)]
         return Batch(*parts, torch.rand((), generator=generator), self.memory(generator))
@@ -84,7 +85,7 @@ class Case(NamedTuple):
             assert teacher in self.phase.teachers
             return torch.randn(len(candidates), CLASSES, generator=generator)
 
-        return self.phase.prepare(Survey(predict, candidates, memory))
+        return self.phase.prepare(Survey(predict, Supervision.certain(candidates), memory))
 
 
 def cases() -> list[Case]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedlabel.data.supervision import Supervision
 from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, State, StateDict, Survey
 from fedlabel.methods.fedtrinet import FedTriNet, head_names, label_together
 from fedlabel.methods.supervised import Supervised
@@ -150,7 +151,7 @@ def test_labels_per_sample(seed: int) -> None:
 
     survey = Survey(
         predict,
-        torch.ones(40, 4, dtype=torch.bool),
+        Supervision.certain(torch.ones(40, 4, dtype=torch.bool)),
         {"pseudo_label": known, "confidence": given, "old/x": torch.ones(1)},
     )
     prepared = FedTriNet().prepare(survey, threshold=0.6)

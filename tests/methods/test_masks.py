@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlabel.data.supervision import Supervision
 from fedlabel.methods.base import Method, State, Survey
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch
@@ -41,7 +42,7 @@ def survey(logits: Tensor, unlabeled: list[bool]) -> Survey:
         assert (teacher, view) == ("global", "clean")
         return logits
 
-    return Survey(predict, candidates, {})
+    return Survey(predict, Supervision.certain(candidates), {})
 
 
 def started(mask: Mask, classes: int = 4) -> State:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedlabel.data.supervision import Supervision
 from fedlabel.methods.base import Step, Survey, Update
 from fedlabel.methods.masks import Mask
 from fedlabel.methods.pseudo_label import PseudoLabel
@@ -102,7 +103,7 @@ def test_labels_of_the_round_are_the_received_models(seed: int) -> None:
         return received
 
     assert phase.prepare is not None
-    prepared = phase.prepare(Survey(predict, torch.ones(8, 4, dtype=torch.bool), {}))
+    prepared = phase.prepare(Survey(predict, Supervision.certain(torch.ones(8, 4, dtype=torch.bool)), {}))
     assert asked == [("global", "clean")]
     assert phase.teachers == ("global",)
     assert prepared.draw is None
@@ -187,7 +188,9 @@ def test_debiased_labels_of_the_round() -> None:
     """Nine times p = (.75, .25), once (.65, .35): prior (.74, .26), the last one's q ~ (.878, 1.346): label 1."""
     method = PseudoLabel(confidence_threshold=0.6, relabel="round", mask=Mask(debias="prior"))
     logits = logits_of(*[[0.75, 0.25]] * 9, [0.65, 0.35])
-    prepared = method.prepare(Survey(lambda teacher, view: logits, torch.ones(10, 2, dtype=torch.bool), {}))
+    prepared = method.prepare(
+        Survey(lambda teacher, view: logits, Supervision.certain(torch.ones(10, 2, dtype=torch.bool)), {})
+    )
     assert prepared.targets["label"].tolist() == [0] * 9 + [1]
     assert prepared.targets["keep"].tolist() == [False] * 9 + [True]
 
@@ -206,7 +209,7 @@ def test_labels_of_the_round_count_unlabelled_samples_only() -> None:
         mask = Mask(kind=kind, ema=0.5, base=0.6, cap=0.7)  # no counts yet: .5 * 2 / 10 + .6 = .7
         method = PseudoLabel(relabel="round", mask=mask)
         memory = {**method.initial_memory(candidates), **method.initial_shared(2)}
-        prepared = method.prepare(Survey(lambda teacher, view: logits, candidates, memory))
+        prepared = method.prepare(Survey(lambda teacher, view: logits, Supervision.certain(candidates), memory))
         assert prepared.memory is not None
         statistics = method.statistics(prepared.memory)
         assert prepared.targets["keep"].tolist() == [True] * 12 + [False, True]

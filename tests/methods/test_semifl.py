@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Part, Phase, PhaseResult, StateDict, Survey
+from fedlabel.data.supervision import Supervision
+from fedlabel.methods.base import Batch, Method, Phase, PhaseResult, StateDict, Survey
 from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
 from fedlabel.seeding import numpy_generator, torch_generator
@@ -23,6 +24,7 @@ from fedlabel.training import (
     train_client,
     train_server,
 )
+from tests.methods.batches import certain_part
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import NOTHING, ROUND, best, client, model, net, same, softmax
 
@@ -51,9 +53,9 @@ def make_batch(
         return rows.view(len(rows), 1, 1, -1)
 
     return Batch(
-        labeled=Part({"weak": image(labeled)}, labels[:, None] == torch.arange(classes), {}),
-        unlabeled=Part({"weak": image(views[0]), "strong": image(views[1])}, unknown, {"label": given}),
-        mix=Part({"weak": image(mix[0])}, unknown, {"label": mix[1]}),
+        labeled=certain_part({"weak": image(labeled)}, labels[:, None] == torch.arange(classes), {}),
+        unlabeled=certain_part({"weak": image(views[0]), "strong": image(views[1])}, unknown, {"label": given}),
+        mix=certain_part({"weak": image(mix[0])}, unknown, {"label": mix[1]}),
         mixing=torch.tensor(share),
         memory={},
     )
@@ -152,7 +154,9 @@ def test_prepare_labels_everything_and_draws_the_sure() -> None:
         asked.append((teacher, view))
         return probs.double().log()
 
-    prepared = SemiFL(confidence_threshold=0.9499).prepare(Survey(predict, torch.ones(4, 2, dtype=torch.bool), {}))
+    prepared = SemiFL(confidence_threshold=0.9499).prepare(
+        Survey(predict, Supervision.certain(torch.ones(4, 2, dtype=torch.bool)), {})
+    )
     assert asked == [("global", "clean")]
     assert prepared.draw is not None
     assert prepared.pseudo is not None
@@ -161,7 +165,7 @@ def test_prepare_labels_everything_and_draws_the_sure() -> None:
     assert prepared.pseudo.confidence.tolist() == pytest.approx([0.94, 0.95, 0.96, 0.5])
     assert prepared.pseudo.from_global.all()
     inclusive = SemiFL(confidence_threshold=0.5).prepare(
-        Survey(lambda teacher, view: torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), {})
+        Survey(lambda teacher, view: torch.zeros(1, 2), Supervision.certain(torch.ones(1, 2, dtype=torch.bool)), {})
     )
     assert inclusive.draw is not None
     assert inclusive.draw.tolist() == [True]
@@ -170,7 +174,7 @@ def test_prepare_labels_everything_and_draws_the_sure() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_prepare_per_sample(seed: int) -> None:
     logits = 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(seed))
-    survey = Survey(lambda teacher, view: logits, torch.ones(50, 4, dtype=torch.bool), {})
+    survey = Survey(lambda teacher, view: logits, Supervision.certain(torch.ones(50, 4, dtype=torch.bool)), {})
     prepared = SemiFL(confidence_threshold=0.8).prepare(survey)
     assert prepared.draw is not None
     expected = [best(softmax(row)) for row in logits]

@@ -1,0 +1,241 @@
+"""What the configuration says of labels: which kind, how many, who holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+KINDS = ("few_labels", "full", "partial", "noisy", "partial_and_noisy")
+COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
+HOLDERS = ("clients", "server", "some_clients")
+CANDIDATES = ("uniform", "similar", "instance")
+NOISE = ("symmetric", "asymmetric", "pair_flip", "instance", "file")
+
+
+@dataclass(frozen=True)
+class LabelKind:
+    """One kind of label and how many samples have it.
+
+    The amount is one of four. `label_rate` is the default; a count replaces it, and at most one count may be given.
+    """
+
+    kind: str = "few_labels"
+    """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it.
+    partial: a set of candidates that holds the truth (with `noise_rate`: that may miss it). noisy: a label that may be
+    wrong, or one of each annotator. partial_and_noisy: a set that holds the truth and a label that may be wrong."""
+    label_rate: float | None = 0.1
+    """Part of the n samples of each client with labels (of the training set for labels_at=server), in [0, 1]: exactly
+    int(label_rate * n). Not given for another kind than few_labels, or for labels_at=some_clients: null, all n."""
+    labels_per_class: int | None = None
+    """Samples with a label per class, in the whole federation, whoever holds them (of those who have labels)."""
+    labels_per_client: int | None = None
+    """Samples with a label per client."""
+    labels_total: int | None = None
+    """Samples with a label in the whole federation, whoever holds them (of those who have labels)."""
+    stratified: bool = False
+    """Whether the labelled samples have the class shares of what they are drawn from: the client's samples, or for
+    `labels_total` and labels_at=server all samples. False (FedLabel's paper): uniformly at random. No effect on
+    `labels_per_class`."""
+    partial_ratio: float | None = None
+    """Kinds with candidates: the probability q in [0, 1] that a wrong class is one; in the mean over the wrong classes
+    for candidates=similar and instance."""
+    candidates: str = "uniform"
+    """uniform: every wrong class with probability q. similar: classes that a small network confuses with the true one
+    more often. instance: those that it finds probable for this very sample (Xu et al., 2021)."""
+    noise: str = "symmetric"
+    """Kinds with noisy labels. symmetric: a class drawn from all. asymmetric: a fixed similar class, known for MNIST,
+    digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance: a class that a small network finds probable,
+    for the samples that it finds hard. file: from `labels_file`."""
+    noise_rate: float = 0.0
+    """noisy: the share of samples whose label is drawn anew (symmetric: from all classes, so that a part keeps it),
+    exact per federation (symmetric, instance) or class (asymmetric, pair_flip). partial: the probability that a class
+    outside the set takes the truth's place in it."""
+    labels_file: str | None = None
+    """noise=file: a .npz below `data.root`, in the order of the data set's training samples."""
+    labels_keys: tuple[str, ...] = ()
+    """noise=file: arrays of the file. One is a noisy label; several are those of as many annotators, -1 = none."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels_keys", tuple(self.labels_keys))  # YAML gives a list; must be hashable
+        self._check_kind()
+        given = [name for name in COUNTS if getattr(self, name) is not None]
+        values = " and ".join(f"`supervision.{name}` (={getattr(self, name)})" for name in given)
+        if len(given) > 1:
+            raise ValueError(f"{values} exclude each other: give one of them.")
+        if self.kind == "full" and given:
+            raise ValueError(f"{values} has no place beside supervision.kind=full: take supervision.kind=few_labels.")
+        for name in given:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`supervision.{name}` (={getattr(self, name)}) must be at least 1.")
+        if self.label_rate is None:
+            if not given and self.kind == "few_labels" and not self._all_without_amount():
+                raise ValueError(
+                    "`supervision.label_rate` (=None) says nothing of the amount: "
+                    f"give it, or one of {', '.join(f'supervision.{name}' for name in COUNTS)}."
+                )
+        elif not 0 <= self.label_rate <= 1:
+            raise ValueError(f"`supervision.label_rate` (={self.label_rate}) must lie in [0, 1].")
+
+    def _all_without_amount(self) -> bool:
+        return False
+
+    def _check_kind(self) -> None:
+        for key, allowed in {"kind": KINDS, "candidates": CANDIDATES, "noise": NOISE}.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"`supervision.{key}` (={getattr(self, key)}) must be one of {', '.join(allowed)}.")
+        if not 0 <= self.noise_rate <= 1:
+            raise ValueError(f"`supervision.noise_rate` (={self.noise_rate}) must lie in [0, 1].")
+        if self.has_candidates != (self.partial_ratio is not None):
+            raise ValueError(
+                f"`supervision.partial_ratio` (={self.partial_ratio}) must be given for supervision.kind=partial and "
+                f"partial_and_noisy, and for no other; supervision.kind is {self.kind}."
+            )
+        if self.partial_ratio is not None and not 0 <= self.partial_ratio <= 1:
+            raise ValueError(f"`supervision.partial_ratio` (={self.partial_ratio}) must lie in [0, 1].")
+        if self.candidates != "uniform" and not self.has_candidates:
+            raise ValueError(
+                f"`supervision.candidates` (={self.candidates}) has no place beside supervision.kind={self.kind}: take "
+                "supervision.kind=partial, or leave it out."
+            )
+        from_file = self.noise == "file"
+        if from_file != (self.labels_file is not None) or from_file != bool(self.labels_keys):
+            raise ValueError(
+                f"`supervision.noise` (={self.noise}), `supervision.labels_file` (={self.labels_file}) and "
+                f"`supervision.labels_keys` (={list(self.labels_keys)}): noise=file needs both others; they need it."
+            )
+        if self.has_noisy_labels:
+            if from_file == (self.noise_rate > 0):
+                raise ValueError(
+                    f"`supervision.noise_rate` (={self.noise_rate}) must be above 0 for supervision.kind={self.kind}, "
+                    "and is not given for supervision.noise=file, where the file has the noise."
+                )
+        elif self.noise != "symmetric" or (self.noise_rate > 0 and self.kind != "partial"):
+            raise ValueError(
+                f"`supervision.noise` (={self.noise}) and `supervision.noise_rate` (={self.noise_rate}) have no place "
+                f"beside supervision.kind={self.kind}: take supervision.kind=noisy, or leave them out."
+            )
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether samples have sets of candidates."""
+        return self.kind in ("partial", "partial_and_noisy")
+
+    @property
+    def has_noisy_labels(self) -> bool:
+        """Whether samples have labels that may be wrong."""
+        return self.kind in ("noisy", "partial_and_noisy")
+
+    @property
+    def everything(self) -> bool:
+        """Whether those who have labels have a label of each of their samples."""
+        return self.kind == "full" or (self.label_rate in (None, 1) and all(getattr(self, c) is None for c in COUNTS))
+
+
+@dataclass(frozen=True)
+class MixPart(LabelKind):
+    """One kind of label in a mix."""
+
+    share: float = 0.0
+    """Part of the clients, or of each client's samples, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise ValueError(f"`supervision.mix[].share` (={self.share}) must lie in (0, 1]: give each part one.")
+
+
+@dataclass(frozen=True)
+class SupervisionConfig(LabelKind):
+    """Who is told what about the labels."""
+
+    labels_at: str = "clients"
+    """clients: every client has labels of its own samples. server: the labelled samples are chosen over the whole
+    training set and are the server's; the clients share the others and have no label. some_clients: `labeled_clients`
+    clients have labels as the amount says, or all of theirs where no amount is given; the others have none."""
+    labeled_clients: int | None = None
+    """Of labels_at=some_clients: how many clients have labels; which ones is drawn from the seed."""
+    mix: tuple[MixPart, ...] = ()
+    """Several kinds of label in one federation, each with a `share`, in place of `kind` and its keys here. Shares sum
+    to at most 1; of what is left nothing is known."""
+    mix_over: str = "clients"
+    """clients: every client has one kind of label; samples: every client has all of them, by chance."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mix", tuple(self.mix))
+        if self.mix:
+            self._check_mix()
+        else:
+            super().__post_init__()
+        self._check_holder()
+
+    def _all_without_amount(self) -> bool:
+        return self.labels_at == "some_clients"
+
+    def _check_mix(self) -> None:
+        if self.mix_over not in ("clients", "samples"):
+            raise ValueError(f"`supervision.mix_over` (={self.mix_over}) must be one of clients, samples.")
+        default = LabelKind()
+        beside = [f.name for f in fields(LabelKind) if getattr(self, f.name) != getattr(default, f.name)]
+        beside += ["labels_at"] if self.labels_at != "clients" else []
+        if beside:
+            name = beside[0]
+            raise ValueError(
+                f"`supervision.{name}` (={getattr(self, name)}) has no place beside supervision.mix, whose parts say "
+                "it themselves: leave it out."
+            )
+        total = sum(part.share for part in self.mix)
+        if total > 1 + 1e-9:
+            raise ValueError(f"The shares of `supervision.mix` sum to {total:g}; they must sum to at most 1.")
+
+    def _check_holder(self) -> None:
+        if self.labels_at not in HOLDERS:
+            raise ValueError(f"`supervision.labels_at` (={self.labels_at}) must be one of {', '.join(HOLDERS)}.")
+        if not self.mix and self.mix_over != "clients":
+            raise ValueError(
+                f"`supervision.mix_over` (={self.mix_over}) needs supervision.mix: give it, or leave it out."
+            )
+        if self.labels_at == "some_clients":
+            if self.labeled_clients is None or self.labeled_clients < 1:
+                raise ValueError(
+                    f"`supervision.labeled_clients` (={self.labeled_clients}) must be at least 1 for "
+                    "supervision.labels_at=some_clients: say how many clients have labels."
+                )
+        elif self.labeled_clients is not None:
+            raise ValueError(
+                f"`supervision.labeled_clients` (={self.labeled_clients}) has no place beside "
+                f"supervision.labels_at={self.labels_at}: take supervision.labels_at=some_clients, or leave it out."
+            )
+        if self.labels_at == "server":
+            if self.kind not in ("few_labels", "full"):
+                raise ValueError(
+                    f"`supervision.kind` (={self.kind}) must be few_labels for supervision.labels_at=server, whose own "
+                    "training is on true labels."
+                )
+            if self.labels_per_client is not None:
+                raise ValueError(
+                    f"`supervision.labels_per_client` (={self.labels_per_client}) has no place beside "
+                    "supervision.labels_at=server, where no client has a label: take labels_per_class or labels_total."
+                )
+            if self.everything:
+                raise ValueError(
+                    f"`supervision.kind` (={self.kind}) and `supervision.label_rate` (={self.label_rate}) beside "
+                    "supervision.labels_at=server leave no sample to the clients: take supervision.kind=few_labels and "
+                    "a smaller amount."
+                )
+
+    @property
+    def parts(self) -> Sequence[LabelKind]:
+        """The kinds of label in the federation: those of the mix, or this one."""
+        return self.mix or [self]
+
+
+def fill_amounts(user: dict[str, Any]) -> None:
+    """Writes into a user's mapping what giving one way to say the amount of labels means for the other."""
+    if any(user.get(count) is not None for count in COUNTS):
+        user["label_rate"] = None
+    if user.get("labels_at") == "some_clients" or user.get("kind", "few_labels") not in ("few_labels", "full"):
+        user.setdefault("label_rate", None)
+    for part in user.get("mix") or []:
+        if isinstance(part, dict):
+            fill_amounts(part)
