@@ -78,7 +78,9 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
     if update.pseudo is not None:
         truth = experiment.federation.hidden_labels(client).to(experiment.device)
         rows = update.pseudo_index.to(experiment.device)
-        counts = pseudo_label_counts(update.pseudo, truth[rows], experiment.federation.dataset.num_classes)
+        kind = experiment.federation.supervision(client).kind.to(experiment.device)
+        classes = experiment.federation.dataset.num_classes
+        counts = pseudo_label_counts(update.pseudo, truth[rows], classes, kind[rows])
     counts["passes"] = [float(update.forward), float(update.backward)]
     return RecordDict(
         {

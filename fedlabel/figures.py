@@ -116,6 +116,35 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     return figure
 
 
+def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_names: Sequence[str]) -> Figure:
+    """Shows a noise matrix, and the true one beside it where there is one, in percent of the true class.
+
+    Args:
+        transition: (classes, classes), rows sum to 1: row = true class, column = noisy label.
+        truth: of the same shape, or None; rows of NaN: unknown.
+        class_names: one per class.
+    """
+    classes = len(transition)
+    panels = {"learnt": transition, **({"true": truth} if truth is not None else {})}
+    side = float(np.clip(0.46 * classes, 3.6, 8.5))
+    figure = _figure(side * len(panels) + 2.6, side + 1.6)
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True)).tolist()
+    for axis, (name, matrix) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(100 * matrix, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
+        if classes <= NUMBERED_CLASSES:
+            texts = [[_percent(cell) if np.isfinite(cell) else "" for cell in row] for row in matrix]
+            known = np.nan_to_num(matrix)
+            _write_cells(axis, np.rint(1000 * known), known, texts)
+        _class_ticks(axis, "x", class_names, side)
+        axis.set_xlabel("noisy label")
+        axis.set_title(f"Noise matrix, {name}, %")
+    _grid_between(axes, classes, classes)
+    _class_ticks(axes[0], "y", class_names, side)
+    axes[0].set_ylabel("true class")
+    figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04, aspect=30).set_label("% of the true class")
+    return figure
+
+
 def reliability_figure(bins: np.ndarray, title: str) -> Figure:
     """Shows how often predictions are right against how confident they are, and how many have which confidence.
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.methods.base import PseudoLabels
 
 Counts = dict[str, list[float]]
@@ -82,23 +83,25 @@ def calibration_error(bins: np.ndarray) -> float:
     return float(np.abs(correct - confidence).sum() / count.sum()) if count.sum() > 0 else math.nan
 
 
-def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int) -> Counts:
+def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, kind: Tensor) -> Counts:
     """Returns what the evaluator counts on a client: pseudo-labels against the hidden truth.
 
     Args:
         pseudo: all pseudo-labels of a client in a round, (n,) each.
         truth: (n,) int64 hidden labels of the same samples; -1 where nobody knows.
         num_classes: number of classes.
+        kind: (n,) int64, what was known of each sample, see `Supervision.kind`.
 
     Returns:
         "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global);
+        "drawn_by_kind", "correct_by_kind", where a label counts as correct whether or not it was kept;
         `calibration_bins` of all draws and of the kept ones, a list per row (see `bins_of`); nothing where no truth is
         known.
     """
     known = truth >= 0
     if not known.any():
         return {}
-    truth, pseudo = truth[known], PseudoLabels(*(values[known] for values in pseudo))
+    truth, kind, pseudo = truth[known], kind[known], PseudoLabels(*(values[known] for values in pseudo))
     correct = pseudo.keep & (pseudo.label == truth)
 
     def per_class(mask: Tensor) -> list[float]:
@@ -114,6 +117,8 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int) -
         "drawn_by_expert": per_expert(torch.ones_like(pseudo.keep)),
         "kept_by_expert": per_expert(pseudo.keep),
         "correct_by_expert": per_expert(correct),
+        "drawn_by_kind": torch.bincount(kind, minlength=len(KIND_NAMES)).double().tolist(),
+        "correct_by_kind": torch.bincount(kind[pseudo.label == truth], minlength=len(KIND_NAMES)).double().tolist(),
         **_to_lists("bins", calibration_bins(pseudo.confidence, pseudo.label == truth)),
         **_to_lists("kept_bins", calibration_bins(pseudo.confidence[pseudo.keep], correct[pseudo.keep])),
     }
@@ -135,7 +140,8 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
     """Returns `pseudo/...` scalars from summed `pseudo_label_counts`; those without a sample are left out.
 
     Coverage is kept / drawn; accuracy is correct / kept, over all, and per expert; correct_wrong_ratio is correct /
-    wrong among the kept; ece is the calibration error over all draws, ece_kept over the kept ones.
+    wrong among the kept; posterior/accuracy_<kind> is over all draws of which that kind of thing was known; ece is the
+    calibration error over all draws, ece_kept over the kept ones.
     """
     if not counts:
         return {}
@@ -151,5 +157,9 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
         "pseudo/correct_wrong_ratio": ratio([correct], [kept - correct])[0],
         "pseudo/ece": calibration_error(bins_of(counts)),
         "pseudo/ece_kept": calibration_error(bins_of(counts, "kept_bins")),
+    }
+    by_kind = ratio(counts["correct_by_kind"], counts["drawn_by_kind"])
+    values |= {
+        f"posterior/accuracy_{name.replace(' ', '_')}": value for name, value in zip(KIND_NAMES, by_kind, strict=True)
     }
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}

@@ -125,6 +125,11 @@ class RunFolder:
         return self.path / "partition.json"
 
     @property
+    def supervision_json(self) -> Path:
+        """What was made of the labels: kinds per client, sizes of candidate sets, counts of noisy labels."""
+        return self.path / "supervision.json"
+
+    @property
     def partition_png(self) -> Path:
         """Who holds what, as a picture."""
         return self.path / "partition.png"

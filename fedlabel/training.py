@@ -398,7 +398,8 @@ class _Run:
                 buffers = [buffer.clone() for buffer in student.buffers()]
                 self._with_gradient = 0
                 step = update.loss(self._student, teachers, batch._replace(memory=self.memory))
-                self._log(step, torch.cat([labeled, unlabeled]) if phase.informed else unlabeled)
+                rows = torch.cat([labeled, unlabeled]) if phase.informed else unlabeled
+                self._log(step, rows, phase.informed)
                 if not step.examples:  # nothing to learn from: no step, not even of momentum, a penalty or BatchNorm
                     for buffer, value in zip(student.buffers(), buffers, strict=True):
                         buffer.copy_(value)
@@ -466,12 +467,15 @@ class _Run:
         drawn = {name: values[rows] for name, values in targets.items()}
         return Part(made, candidates, drawn, noisy, annotations, rows)
 
-    def _log(self, step: Step, rows: Tensor) -> None:
+    def _log(self, step: Step, rows: Tensor, informed: bool = False) -> None:
         for name, pair in step.metrics.items():
             self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
         if step.pseudo is not None:
-            self.rows.append(rows)
-            self.pseudo.append(step.pseudo)
+            known = self.data.supervision
+            told = (known.labeled & ~known.noisy).cpu()[rows] if informed else torch.zeros(len(rows), dtype=torch.bool)
+            self.rows.append(rows[~told])  # where the label is certain there is nothing to believe
+            guessed = (~told).to(step.pseudo.label.device)
+            self.pseudo.append(PseudoLabels(*(values[guessed] for values in step.pseudo)))
         if step.memory is not None:
             self.memory = step.memory
 

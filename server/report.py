@@ -19,6 +19,7 @@ from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.methods.base import State, StateDict, state_from_lists, state_to_lists
 from fedlabel.metrics import Counts, add_counts, bins_of, means, pseudo_label_metrics, ratio
 from fedlabel.tracking import RunFolder, summarize
+from server.noise import NoiseWatch
 from server.strategy import decode
 
 PANEL_EVERY = 10
@@ -149,6 +150,7 @@ def log_round(
     tally: RoundTally,
     model: StateDict | None,
     client_states: Mapping[int, RecordDict] | None,
+    noise: tuple[NoiseWatch, State],
     started: float,
 ) -> dict[str, float]:
     """Writes one round into the run folder and returns its metrics.
@@ -159,10 +161,12 @@ def log_round(
         tally: the finished tally of the round.
         model: the new global model, or None where this round is not evaluated.
         client_states: what the clients kept when the round began; None: not in this process.
+        noise: shows the noise matrix in the state that the server shares from now on.
         started: `time.perf_counter()` at the start of the round.
     """
     counts = add_counts(tally.client_counts.values())
     metrics = {**means(tally.sums), **pseudo_label_metrics(counts if "drawn" in counts else {})}
+    metrics |= noise[0].metrics(noise[1], tally.round_number)
     lists: dict[str, np.ndarray] = {}
     figures: dict[str, Figure] = {}
     if "drawn" in counts:
@@ -183,6 +187,7 @@ def log_round(
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
             figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
+            figures |= noise[0].figures(noise[1])
             panel = pseudo_panel(experiment, tally, client_states)
             figures |= {"pseudo/samples": panel} if panel is not None else {}
             if "drawn" in counts:
@@ -250,7 +255,7 @@ def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str,
     config = experiment.config
     keys = ("system/round_seconds", *_COUNTED, *_CLAIMED)
     total = add_counts({key: [row.get(key) or 0.0] for key in keys} for row in rows)
-    measured = sorted({key for row in rows for key in row if key.startswith(("eval/", "pseudo/", "train/loss"))})
+    measured = sorted({key for row in rows for key in row if key.startswith(_SUMMARIZED)})
     scalars = [key for key in measured if not any(isinstance(row.get(key), list) for row in rows)]
     return {
         **{key: summarize(rows, key) for key in scalars},
@@ -270,6 +275,7 @@ def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str,
     }
 
 
+_SUMMARIZED = ("eval/", "pseudo/", "posterior/", "transition/", "train/loss")
 _COUNTED = (
     "comm/bytes_up",
     "comm/bytes_down",

@@ -6,6 +6,7 @@ messages and aggregation are Flower's.
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import time
@@ -28,6 +29,7 @@ from fedlabel.tracking import RunFolder, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from server.grids import SimulationGrid
 from server.helpers import HelperPool
+from server.noise import NoiseWatch
 from server.report import RoundTally, log_round, summary
 from server.strategy import (
     aggregate,
@@ -122,6 +124,8 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     else:
         folder = RunFolder.create(path, text, flatten(experiment.config))
     write_atomic(folder.partition_json, experiment.federation.to_json())
+    audit = {**experiment.federation.audit(), "partition_sha256": experiment.federation.sha256}
+    write_atomic(folder.supervision_json, json.dumps(audit) + "\n")
     figure = partition_figure(*experiment.federation.histograms(), experiment.federation.dataset.class_names)
     save_png(figure, folder.partition_png)
     folder.log_figure("partition", figure)
@@ -143,6 +147,7 @@ def _rounds(
     pool = HelperPool(experiment, method.helpers) if method.helpers is not None else None
     if pool is not None and checkpoint.helpers:
         pool.load(checkpoint.helpers)
+    noise = NoiseWatch(experiment)
     train_config = ConfigRecord({"experiment": to_yaml(config)})
     for round_number in range(checkpoint.round_number + 1, config.num_rounds + 1):
         started = time.perf_counter()
@@ -176,7 +181,7 @@ def _rounds(
         shared = method.server_step(shared, tally.statistics(experiment.device))
         last = round_number == config.num_rounds
         evaluated = model if last or round_number % config.evaluation.every == 0 else None
-        metrics = log_round(folder, experiment, tally, evaluated, states, started)
+        metrics = log_round(folder, experiment, tally, evaluated, states, (noise, shared), started)
         if last or round_number % config.checkpoint.every == 0:
             kept = grid.dump_states() if isinstance(grid, SimulationGrid) else {}
             helpers = pool.dump() if pool is not None else {}

@@ -25,6 +25,8 @@ CONFIDENCE = torch.tensor([0.91, 0.92, 0.98, 1.0, 0.42])
 TRUTH = torch.tensor([0, 1, 1, 2, 0])
 LABEL = torch.tensor([0, 1, 1, 0, 2])
 """Right, right, right, wrong, wrong."""
+KIND = torch.tensor([0, 0, 2, 3, 0])
+"""Candidates were known of the third, a noisy label of the fourth."""
 
 
 def pseudo_labels(keep: list[bool], label: torch.Tensor = LABEL) -> PseudoLabels:
@@ -56,7 +58,7 @@ def test_pseudo_label_metrics() -> None:
 
     Calibration of the kept: bin 6 |0 - 0.42|, bin 13 |2 - 1.83|, bin 14 |0 - 1|, in all 1.59 over four.
     """
-    counts = pseudo_label_counts(pseudo_labels([True, True, False, True, True]), TRUTH, 3)
+    counts = pseudo_label_counts(pseudo_labels([True, True, False, True, True]), TRUTH, 3, KIND)
     assert (counts["drawn"], counts["kept"], counts["correct"]) == ([2, 2, 1], [2, 1, 1], [1, 1, 0])
     assert pseudo_label_metrics(counts) == pytest.approx(
         {
@@ -68,6 +70,9 @@ def test_pseudo_label_metrics() -> None:
             "pseudo/correct_wrong_ratio": 1.0,
             "pseudo/ece": 0.314,
             "pseudo/ece_kept": 1.59 / 4,
+            "posterior/accuracy_nothing": 2 / 3,
+            "posterior/accuracy_candidates": 1.0,
+            "posterior/accuracy_noisy_label": 0.0,
         }
     )
 
@@ -76,29 +81,33 @@ def test_counts_of_clients_add_up_to_those_of_their_union() -> None:
     """Two and three samples on two clients count as all five on one."""
     whole = pseudo_labels([True, True, False, True, True])
     parts = [
-        pseudo_label_counts(PseudoLabels(*(values[rows] for values in whole)), TRUTH[rows], 3)
+        pseudo_label_counts(PseudoLabels(*(values[rows] for values in whole)), TRUTH[rows], 3, KIND[rows])
         for rows in (slice(0, 2), slice(2, 5))
     ]
     together = pseudo_label_metrics(add_counts(parts))
-    assert together == pytest.approx(pseudo_label_metrics(pseudo_label_counts(whole, TRUTH, 3)))
+    assert together == pytest.approx(pseudo_label_metrics(pseudo_label_counts(whole, TRUTH, 3, KIND)))
     assert together["pseudo/ece"] == pytest.approx(0.314)
 
 
 def test_what_has_no_sample_is_left_out() -> None:
     """Nothing kept: no accuracy, no ratio. Nothing wrong: no ratio. No truth: nothing at all."""
-    none = pseudo_label_metrics(pseudo_label_counts(pseudo_labels([False] * 5), TRUTH, 3))
-    assert set(none) == {"pseudo/coverage_local", "pseudo/coverage_global", "pseudo/ece"}
-    right = pseudo_label_metrics(pseudo_label_counts(pseudo_labels([True] * 5, label=TRUTH), TRUTH, 3))
+    none = pseudo_label_metrics(pseudo_label_counts(pseudo_labels([False] * 5), TRUTH, 3, KIND))
+    assert {name for name in none if name.startswith("pseudo/")} == {
+        "pseudo/coverage_local",
+        "pseudo/coverage_global",
+        "pseudo/ece",
+    }
+    right = pseudo_label_metrics(pseudo_label_counts(pseudo_labels([True] * 5, label=TRUTH), TRUTH, 3, KIND))
     assert right["pseudo/accuracy"] == 1
     assert "pseudo/correct_wrong_ratio" not in right
-    assert pseudo_label_counts(pseudo_labels([True] * 5), torch.full((5,), -1), 3) == {}
+    assert pseudo_label_counts(pseudo_labels([True] * 5), torch.full((5,), -1), 3, KIND) == {}
     assert pseudo_label_metrics({}) == {}
 
 
 def test_unknown_truth_does_not_count() -> None:
     """Only the third sample's truth is known, with confidence 0.98: error 0.02."""
     truth = torch.tensor([-1, -1, 1, -1, -1])
-    counts = pseudo_label_counts(pseudo_labels([True] * 5), truth, 3)
+    counts = pseudo_label_counts(pseudo_labels([True] * 5), truth, 3, KIND)
     assert bins_of(counts).sum(1) == pytest.approx([1, 0.98, 1])
     assert pseudo_label_metrics(counts)["pseudo/ece_kept"] == pytest.approx(0.02)
 

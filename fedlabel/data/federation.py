@@ -64,6 +64,10 @@ class Federation:
 
     def to_json(self) -> str:
         """Returns the index lists of every client and of the server and a hash over all, as JSON."""
+        return json.dumps({"sha256": self.sha256, "dataset": self.dataset.name, **self._holders})
+
+    @property
+    def _holders(self) -> dict[str, Any]:
         clients = [
             {
                 "labeled": rows[self.labeled[rows]].tolist(),
@@ -72,12 +76,14 @@ class Federation:
             }
             for rows, test_rows in zip(self.parts, self.test_parts, strict=True)
         ]
-        holders = {"clients": clients, "server": self.server_rows.tolist()}
-        known = b"".join(
-            t.numpy().tobytes() for t in (self.record.candidates, self.record.noisy, self.record.annotations)
-        )
-        digest = hashlib.sha256(json.dumps(holders).encode() + known).hexdigest()
-        return json.dumps({"sha256": digest, "dataset": self.dataset.name, **holders})
+        return {"clients": clients, "server": self.server_rows.tolist()}
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash over who holds which samples and what is known of them."""
+        record = (self.record.candidates, self.record.noisy, self.record.annotations)
+        known = b"".join(values.numpy().tobytes() for values in record)
+        return hashlib.sha256(json.dumps(self._holders).encode() + known).hexdigest()
 
     def histograms(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns labelled and unlabelled samples per client and class, two (clients, classes) int64 arrays.
@@ -106,7 +112,7 @@ class Federation:
         sets = (record.kind == 2) | (record.kind == 4) | (record.kind == 6)
         size = record.candidates[sets].sum(1)
         holds = record.candidates[sets].gather(1, truth[sets][:, None])
-        counts = self.noise_counts()
+        counts = self.noise_counts()[0]
         return {
             "kinds": {"names": list(KIND_NAMES), "clients": self.kinds().tolist()},
             "candidate_sets": {
@@ -116,14 +122,19 @@ class Federation:
             "noisy_labels": {"counts": counts.tolist(), "wrong": int(counts.sum() - np.trace(counts))},
         }
 
-    def noise_counts(self) -> np.ndarray:
-        """Returns (classes, classes) int64: noisy labels, of all annotators, by true class. For the evaluator only."""
+    def noise_counts(self, annotators: int = 1) -> np.ndarray:
+        """Returns noisy labels by true class, (annotators, classes, classes) int64. For the evaluator only.
+
+        Args:
+            annotators: 1 counts all labels together, more those of each annotator.
+        """
         classes, truth = self.dataset.num_classes, self.dataset.train.labels
+        counts = torch.zeros(annotators, classes, classes, dtype=torch.int64)
         label = torch.where(self.record.noisy, self.record.label, -1)
-        counts = torch.zeros(classes, classes, dtype=torch.int64)
-        for given in (label, *self.record.annotations.unbind(1)):
+        for place, given in [(0, label), *enumerate(self.record.annotations.unbind(1))]:
             known = given >= 0
-            counts += torch.bincount(truth[known] * classes + given[known], minlength=classes**2).view(classes, classes)
+            pairs = torch.bincount(truth[known] * classes + given[known], minlength=classes**2)
+            counts[place if annotators > 1 else 0] += pairs.view(classes, classes)
         return counts.numpy()
 
 

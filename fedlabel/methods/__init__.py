@@ -11,6 +11,7 @@ from fedlabel.methods.fedmatch import FedMatch
 from fedlabel.methods.fedtrinet import FedTriNet
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch
+from fedlabel.methods.ill import ILL
 from fedlabel.methods.pseudo_label import PseudoLabel
 from fedlabel.methods.sage import SAGE
 from fedlabel.methods.semifl import SemiFL
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "fedmatch": FedMatch,
     "fedtrinet": FedTriNet,
     "semifl": SemiFL,
+    "ill": ILL,
 }
 
 

@@ -286,6 +286,12 @@ class Method:
         """Returns the next shared state from the current one and the summed `statistics` of a round."""
         return shared
 
+    def noise_matrix(self, shared: State) -> Tensor | None:
+        """Returns p(noisy label | true label) as far as the server knows it, (matrices, classes, classes), to be shown;
+        None: the method has none.
+        """
+        return None
+
     def server_phases(self, round_number: int) -> tuple[Phase, ...]:
         """Returns what the server trains after each aggregation, where it holds labels (supervision.labels_at)."""
         return (Phase("server", lambda student, _, batch: cross_entropy_on_labels(student, batch.labeled), ("weak",)),)
