@@ -292,6 +292,12 @@ class ILL(Method):
 
     def _information(self, part: Part, matrices: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the log-likelihoods of what is certain (0 or -inf) and of what is noisy (finite), (n, classes)."""
+        given = part.annotations.shape[-1]
+        if 1 < len(matrices) < given or len(matrices) > max(given, 1):
+            raise ValueError(
+                f"`method.noise.annotators` (={len(matrices)}) must be 1, one matrix for all, or as many as the data "
+                f"have: {given}."
+            )
         shown = torch.where(part.noisy[:, None], torch.ones_like(part.candidates), part.candidates)
         hidden = torch.where(part.noisy[:, None], part.candidates, torch.ones_like(part.candidates))
         noise = log_likelihood(hidden, part.noisy, part.annotations, matrices, self.set_likelihood)
@@ -338,11 +344,6 @@ class ILL(Method):
         """The E step over a client's whole data with the received model: expected counts, and its own T."""
         memory, known = dict(survey.memory), survey.supervision
         part = Part({}, known.candidates, {}, known.noisy, known.annotations, torch.arange(len(known.noisy)))
-        if self.noise.annotators not in (1, known.annotations.shape[1]):
-            raise ValueError(
-                f"`method.noise.annotators` (={self.noise.annotators}) must be 1 or how many annotators there are "
-                f"(={known.annotations.shape[1]})."
-            )
         matrices = self._matrices(memory)
         counts = torch.zeros_like(matrices)
         if bool(self._has_noise(part).any()):
