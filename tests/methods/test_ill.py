@@ -236,7 +236,7 @@ def test_same_view_of_an_unlabelled_sample_gives_no_gradient() -> None:
     assert sizes[1] > 0.1
 
 
-# -------------------------------------------------------------------------------------------- the federated noise matrix
+# ------------------------------------------------------------------------------------------- the federated noise matrix
 
 
 def noisy_client(seed: int, n: int = 40, annotators: int = 0) -> ClientData:
