@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.skew import SkewConfig
-from fedlabel.data.supervision_config import SupervisionConfig, fill_amounts
+from fedlabel.data.supervision_config import MixPart, SupervisionConfig, fill_amounts
 from fedlabel.methods import method_class
 from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
@@ -169,6 +169,11 @@ class ExperimentConfig:
             )
         if self.labeled_partition is None:
             return
+        if supervision.mix:
+            raise ValueError(
+                "`labeled_partition` has no place beside supervision.mix, whose kinds of label are handed out among "
+                "what the clients hold: set labeled_partition=null, or give one kind of label."
+            )
         if supervision.labels_at != "clients":
             raise ValueError(
                 f"`supervision.labels_at` (={supervision.labels_at}) says by itself who holds the labelled samples: "
@@ -266,8 +271,7 @@ def _load_yaml(path: Path) -> DictConfig:
 
 def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
     try:
-        user = OmegaConf.to_container(OmegaConf.merge({}, *layers))
-        assert isinstance(user, dict)
+        user = _merged(layers)
         base = OmegaConf.structured(ExperimentConfig)
         for key, value in user.items():
             if key == "labeled_partition" and value is None:
@@ -283,6 +287,9 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
         if training.get("local_epochs") is not None:
             training.setdefault("local_steps", None)
         fill_amounts(supervision)
+        _check_names(supervision, "supervision")
+        if "mix" in supervision:
+            supervision["mix"] = _mix_parts(supervision["mix"])
         for law in (user.get("partition"), user.get("labeled_partition")):
             if law and isinstance(law.get("partitioner_args"), dict):  # a mapping in YAML or on the command line
                 law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
@@ -304,6 +311,47 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
     return resolved
 
 
+def _merged(layers: Sequence[DictConfig]) -> dict[Any, Any]:
+    """Returns what the user's files and overrides say together."""
+    merged = OmegaConf.create({})
+    for layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer)  # type: ignore[assignment]
+        except TypeError as error:  # a mapping where a list was, or the other way round
+            raise ConfigError(
+                f"`{', '.join(map(str, layer))}`: {OmegaConf.to_container(layer)} does not fit what was said before. "
+                "A list is replaced as a whole, e.g. supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
+            ) from error
+    user = OmegaConf.to_container(merged)
+    assert isinstance(user, dict)
+    return user
+
+
+def _mix_parts(value: Any) -> list[MixPart]:
+    """Returns the parts of a mix; OmegaConf would leave them as mappings, and its messages would not say of which."""
+    example = "e.g. supervision.mix=[{share: 0.5, kind: full}, {share: 0.5, kind: partial, partial_ratio: 0.3}]"
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise ConfigError(f"`supervision.mix` (={value}) must be a list of mappings, {example}.")
+    parts = []
+    for place, part in enumerate(value):
+        where = f"supervision.mix[{place}]"
+        _check_names(part, where)
+        try:
+            parts.append(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MixPart), part)))
+        except OmegaConfBaseException as error:
+            raise ConfigError(_describe(error, MixPart, f"{where}.")) from error
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    return parts  # type: ignore[return-value]
+
+
+def _check_names(kind: Mapping[str, Any], where: str) -> None:
+    """OmegaConf's own message would not name the value."""
+    value = kind.get("labels_keys", [])
+    if not isinstance(value, list):
+        raise ConfigError(f"`{where}.labels_keys` (={value}) must be a list of names, e.g. [{value}].")
+
+
 def _check_classes(value: Any) -> None:
     """OmegaConf's own message would not name the value."""
     if not isinstance(value, list) or not all(type(label) is int for label in value):
@@ -313,8 +361,8 @@ def _check_classes(value: Any) -> None:
         )
 
 
-def _describe(error: OmegaConfBaseException) -> str:
-    """Returns OmegaConf's message in one line, with the full key."""
+def _describe(error: OmegaConfBaseException, schema: type = ExperimentConfig, prefix: str = "") -> str:
+    """Returns OmegaConf's message in one line, with the full key: `prefix` and what it is in `schema`."""
     message = str(error.msg or error).split("\n")[0]
     key = error.full_key
     if "not in '" in message:
@@ -323,8 +371,8 @@ def _describe(error: OmegaConfBaseException) -> str:
         if error.object_type is not None and hasattr(error.object_type, "__dataclass_fields__"):
             allowed = " Allowed here: " + ", ".join(f.name for f in fields(error.object_type)) + "."
         suggestion = f" Did you mean {hint}?" if hint else ""
-        return f"`{key}` is not a configuration key.{suggestion.replace('??', '?')}{allowed}"
+        return f"`{prefix}{key}` is not a configuration key.{suggestion.replace('??', '?')}{allowed}"
     if not key:
         return message
-    default = OmegaConf.select(OmegaConf.structured(ExperimentConfig), str(key))
-    return f"`{key}`: {message}; its default is {default}."
+    default = OmegaConf.select(OmegaConf.structured(schema), str(key))
+    return f"`{prefix}{key}`: {message}; its default is {default}."

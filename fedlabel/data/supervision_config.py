@@ -163,6 +163,7 @@ class SupervisionConfig(LabelKind):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mix", tuple(self.mix))
+        object.__setattr__(self, "labels_keys", tuple(self.labels_keys))
         if self.mix:
             self._check_mix()
         else:
@@ -176,8 +177,8 @@ class SupervisionConfig(LabelKind):
         if self.mix_over not in ("clients", "samples"):
             raise ValueError(f"`supervision.mix_over` (={self.mix_over}) must be one of clients, samples.")
         default = LabelKind()
-        beside = [f.name for f in fields(LabelKind) if getattr(self, f.name) != getattr(default, f.name)]
-        beside += ["labels_at"] if self.labels_at != "clients" else []
+        beside = ["labels_at"] if self.labels_at != "clients" else []
+        beside += [f.name for f in fields(LabelKind) if getattr(self, f.name) != getattr(default, f.name)]
         if beside:
             name = beside[0]
             raise ValueError(
