@@ -153,7 +153,8 @@ def sweep(
         asked = load_sweep(file, overrides)
         groups = plan_sweep(asked)
         done = finished_cells(groups, folder)
-        searches, finals = sum(len(group.search) for group in groups), len(groups) * len(asked.seeds)
+        searches = len({cell.path for group in groups for cell in group.search})
+        finals = len(groups) * len(asked.seeds)
         console.print(
             f"{len(asked.methods)} methods x {len(asked.sections)} settings: {searches} runs to search, {finals} final "
             f"ones ({len(asked.seeds)} seeds), {folder}",

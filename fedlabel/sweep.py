@@ -26,7 +26,7 @@ COLUMNS = ("last", "best", "mean_last_10")
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """One search per method and setting, over as many values for every method."""
+    """One search per method and setting, or per method, over as many values for every method."""
 
     key: str = "training.lr"
     """The configuration key that is searched."""
@@ -34,6 +34,9 @@ class SearchConfig:
     """What is tried for every method."""
     per_method_values: dict[str, list[float]] = field(default_factory=dict)
     """Method -> what is tried instead, for one whose scale differs; as many as `values`."""
+    setting: str | None = None
+    """The setting in which each method is searched, once; all settings then take what was chosen there. null: each
+    setting has a search of its own."""
     seed: int = 100
     """Seed of the search's runs; none of the sweep's `seeds`."""
     split: str = "validation"
@@ -111,11 +114,14 @@ class SweepConfig:
         named = {f"published.{setting}": rows for setting, rows in self.published.items()}
         if self.search:
             named["search.per_method_values"] = dict.fromkeys(self.search.per_method_values, "")
+            if self.search.setting is not None:
+                named["search.setting"] = {self.search.setting: ""}
+        of_settings = ("published", "search.setting")
         for where, rows in {"published": dict.fromkeys(self.published, ""), **named}.items():
-            known = list(self.sections if where == "published" else self.methods)
+            known = list(self.sections if where in of_settings else self.methods)
             for name in rows:
                 if name not in known:
-                    kind = "settings" if where == "published" else "methods"
+                    kind = "settings" if where in of_settings else "methods"
                     raise ValueError(f"`{where}` names {name!r}, which must be one of the {kind}: {_near(name, known)}")
 
     @property
@@ -223,7 +229,7 @@ class Group:
     setting: str
     method: str
     search: tuple[Cell, ...]
-    """One per value; empty without a search."""
+    """One per value; empty without a search. With `search.setting` they are that setting's."""
     final: dict[float | None, tuple[Cell, ...]]
     """Value -> one per seed; only those of the chosen value are run."""
 
@@ -251,6 +257,9 @@ def plan_sweep(sweep: SweepConfig) -> list[Group]:
                     search.append(_at(cell, "search", sweep.search.seed, sweep.search.split))
                 final[value] = tuple(_at(cell, "final", seed, sweep.final_split) for seed in sweep.seeds)
             groups.append(Group(setting, method, tuple(search), final))
+    if sweep.search is not None and sweep.search.setting is not None:
+        once = {group.method: group.search for group in groups if group.setting == sweep.search.setting}
+        groups = [replace(group, search=once[group.method]) for group in groups]
     cells = [cell for group in groups for cells in group.final.values() for cell in cells]
     if all(cell.config is None for cell in cells):
         raise ConfigError(cells[0].error)

@@ -152,10 +152,9 @@ class _Ledger:
         self.rows: dict[str, dict[str, Any]] = {}
         """Path -> a run that finished, as sweep.json has it; a search's and a final run never share one."""
         self.chosen: list[dict[str, Any]] = []
-        self.planned = sum(len(group.search) + len(sweep.seeds) for group in groups)
-        self.waiting: list[Cell] = []
-        for group in groups:
-            self.waiting += [cell for cell in group.search if not self._known(cell)]
+        searches = list({cell.path: cell for group in groups for cell in group.search}.values())
+        self.planned = len(searches) + len(groups) * len(sweep.seeds)
+        self.waiting = [cell for cell in searches if not self._known(cell)]
         for group in groups:
             self._choose(group)
 
@@ -173,7 +172,9 @@ class _Ledger:
         self._enter(cell, error)
         self.report(Event("failed" if error else "done", cell, error))
         if cell.role == "search":
-            self._choose(next(group for group in self.groups if cell in group.search))
+            for group in self.groups:
+                if cell in group.search:
+                    self._choose(group)
         self.write()
 
     def write(self) -> None:
@@ -223,7 +224,8 @@ class _Ledger:
                 cell.value: self._score(cell, self.sweep.search) for cell in group.search if cell.value is not None
             }
             value = choose(scores, lower_is_better(self.sweep.search.metric))
-            warning = self._warning(group, value, scores)
+            own = self.sweep.search.setting in (None, group.setting)
+            warning = self._warning(group, value, scores) if own else ""
             self.chosen.append(
                 {
                     "setting": group.setting,

@@ -67,6 +67,10 @@ def ledger(out: Path) -> dict[str, Any]:
             {"search": {"values": [1], "per_method_values": {"FedLabl": [3]}}},
             ["`search.per_method_values` names 'FedLabl'", "Did you mean FedLabel?"],
         ),
+        (
+            {"settings": {"a": []}, "search": {"values": [1], "setting": "b"}},
+            ["`search.setting` names 'b', which must be one of the settings: a"],
+        ),
         ({"published": {"alpha 1": {}}}, ["`published` names 'alpha 1'", "all"]),
         ({"published": {"all": {"fedlabel": "46"}}}, ["`published.all` names 'fedlabel'", "Did you mean FedLabel?"]),
         ({"overrides": ["seed=3"]}, ["`overrides` sets seed=3", "use seeds"]),
@@ -280,6 +284,23 @@ def test_a_second_call_runs_what_is_left(tmp_path: Path) -> None:
         "all/fedlabel/lr0.1-seed5",
     }
     assert complete
+
+
+@pytest.mark.slow
+def test_one_search_for_all_settings(tmp_path: Path) -> None:
+    """Both settings take what was chosen at alpha 0.1: 2 methods x 3 values searched, 2 x 2 x 2 final runs."""
+    search = {"values": [0.05, 0.1, 0.15], "seed": 7, "setting": "alpha 0.1"}
+    methods = {"A": ["method.name=supervised"], "B": ["method.name=supervised", "training.prox_mu=0.1"]}
+    complete, events = sweep_with_fakes(tmp_path, search=search, methods=methods)
+    assert complete
+    found = ledger(tmp_path)
+    assert found["planned_runs"] == len(found["runs"]) == 2 * 3 + 8
+    assert {row["setting"] for row in found["runs"] if row["role"] == "search"} == {"alpha 0.1"}
+    assert [row["value"] for row in found["chosen"]] == [0.1] * 4
+    assert sum(event.kind == "started" for event in events) == 14
+    again, events = sweep_with_fakes(tmp_path, search=search, methods=methods)
+    assert again
+    assert {event.kind for event in events} == {"kept", "chosen"}
 
 
 @pytest.mark.slow

@@ -288,8 +288,9 @@ def _protocol(sweep: SweepConfig) -> str:
     search = sweep.search
     if search is None:
         return ""
+    where = "and setting alike" if search.setting is None else f"alike in setting {search.setting}, for all settings"
     text = (
-        f"{search.key} was searched for every method and setting alike, over "
+        f"{search.key} was searched for every method {where}, over "
         f"{', '.join(map(format_value, search.values))} with seed {search.seed} on the {search.split} split, by "
         f"{search.metric} ({search.column}); a tie goes to the smaller."
     )
