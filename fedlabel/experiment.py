@@ -18,6 +18,7 @@ from fedlabel.hardware import resolve_device
 from fedlabel.methods.base import State, StateDict
 from fedlabel.models import build_model
 from fedlabel.models.additive import Additive
+from fedlabel.models.twins import Twins
 from fedlabel.seeding import derive_seed
 from fedlabel.training import (
     ClientData,
@@ -69,9 +70,18 @@ class Experiment:
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
 
     def _build_model(self, seed: int) -> nn.Module:
-        dataset, scales = self.federation.dataset, self.config.method.additive
-        model = build_model(self.config.model, dataset.input_shape, dataset.num_classes, seed)
-        return (Additive(model, scales) if scales else model).to(self.device)
+        dataset, method = self.federation.dataset, self.config.method
+        if method.additive and method.networks > 1:
+            raise ValueError(
+                f"`networks` (={method.networks}) of method {method.name} must be 1 where its model is a sum of parts "
+                f"(`additive` ={', '.join(method.additive)}): leave out one of the two."
+            )
+        # The first network is what a method of one network starts from.
+        seeds = [seed, *(derive_seed(seed, "network", place) for place in range(1, method.networks))]
+        models = [build_model(self.config.model, dataset.input_shape, dataset.num_classes, own) for own in seeds]
+        if len(models) > 1:
+            return Twins(models).to(self.device)
+        return (Additive(models[0], method.additive) if method.additive else models[0]).to(self.device)
 
     def client_data(self, client: int) -> ClientData:
         """Returns what training may see of `client`, on the device."""

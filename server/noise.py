@@ -70,10 +70,12 @@ class NoiseWatch:
                 continue
             self._warned |= {(place, label) for label in lost}
             listed = ", ".join(f"{names[label]} (most often {names[int(matrix[label].argmax())]})" for label in lost)
+            whose = f" of annotator {place}" if len(matrices) > 1 else ""
             logger.warning(
-                "Round %d: the noise matrix is not dominant on its diagonal for %s. It is learnt up to a permutation "
+                "Round %d: the noise matrix%s is not dominant on its diagonal for %s. It is learnt up to a permutation "
                 "of the classes, so these may be exchanged: a longer method.noise.warmup_rounds, more "
                 "method.noise.smoothing, or some true labels help.",
                 round_number,
+                whose,
                 listed,
             )

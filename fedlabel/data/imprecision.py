@@ -11,6 +11,8 @@ finds hard, exactly as many as asked for.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +49,7 @@ class Resemblance:
 
     dataset: Dataset
     root: Path
-    """`data.root`, where the files of labels are."""
+    """`data.root`, where the files of labels are; beside it where it is a file itself (npz)."""
     seed: int
     known: np.ndarray
     """(m,) int64, the samples of the training split of which something will be known: no other label is looked at."""
@@ -121,35 +123,40 @@ class Resemblance:
             DataError: the file is missing, has no such array, or one of another length or of other classes.
         """
         assert part.labels_file is not None
-        path = self.root / part.labels_file
+        path = (self.root.parent if self.root.is_file() else self.root) / part.labels_file
         try:
-            with np.load(path) as arrays:
-                missing = [key for key in part.labels_keys if key not in arrays]
-                if missing:
-                    raise DataError(
-                        f"`supervision.labels_keys`: {path} has no array {missing[0]}, only {', '.join(arrays)}."
-                    )
-                columns = [arrays[key].astype(np.int64) for key in part.labels_keys]
-        except (OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+            # Opened here, as numpy leaves a broken archive open.
+            with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
+                given = list(archive.files)
+                columns = {key: archive[key] for key in part.labels_keys if key in given}
+        except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
             raise DataError(
-                f"`supervision.labels_file`: {path} cannot be read as .npz ({error}). It must lie below data.root."
+                f"`supervision.labels_file` (={part.labels_file}): {path} cannot be read as .npz ({error}). It must "
+                "lie below data.root, or beside it if that is a file."
             ) from error
-        rows, classes = self.dataset.train_rows.numpy(), self.dataset.num_classes
-        for key, values in zip(part.labels_keys, columns, strict=True):
-            needed = int(rows.max()) + 1
-            if values.ndim != 1 or len(values) < needed:
+        for key in part.labels_keys:
+            if key not in columns:
                 raise DataError(
-                    f"{path}: array {key} of shape {values.shape} must hold one label per training sample of "
-                    f"{self.dataset.name}, at least {needed}."
+                    f"`supervision.labels_keys`: {path} has no array {key}, only {', '.join(given) or 'none at all'}."
                 )
-            wrong = np.flatnonzero((values < -1) | (values >= classes))
-            if len(wrong):
-                raise DataError(
-                    f"{path}: label {wrong[0]} of {key} (={values[wrong[0]]}) must lie in [0, {classes - 1}], or be -1."
-                )
-        return np.stack([values[rows] for values in columns], 1)
+            self._check_column(f"{path}: array {key}", columns[key])
+        rows = self.dataset.train_rows.numpy()
+        return np.stack([columns[key].astype(np.int64)[rows] for key in part.labels_keys], 1)
+
+    def _check_column(self, what: str, values: np.ndarray) -> None:
+        classes, needed = self.dataset.num_classes, len(self.dataset.train.labels) + len(self.dataset.validation.labels)
+        if not np.issubdtype(values.dtype, np.integer):
+            raise DataError(f"{what} of {values.dtype} must hold integers.")
+        if values.shape != (needed,):
+            raise DataError(
+                f"{what} of shape {values.shape} must have shape ({needed},): one label for each training sample of "
+                f"{self.dataset.name}, those held out for validation among them."
+            )
+        wrong = np.flatnonzero((values < -1) | (values >= classes))
+        if len(wrong):
+            raise DataError(
+                f"{what}: label {wrong[0]} (={values[wrong[0]]}) must lie in [0, {classes - 1}], or be -1 for none."
+            )
 
 
 def draw_candidates(

@@ -115,7 +115,8 @@ class _Choice:
         if kind.labels_per_class is not None:
             for label in self.classes:
                 samples = everyone[labels[everyone] == label]
-                _check_enough("labels_per_class", kind.labels_per_class, len(samples), f"class {label} has")
+                whose = f"class {label} in part {self.scope[0]} of the mix has" if self.scope else f"class {label} has"
+                _check_enough("labels_per_class", kind.labels_per_class, len(samples), whose)
                 rng = self._generator("class", label)
                 chosen.append(rng.choice(samples, kind.labels_per_class, replace=False))
         elif kind.labels_total is not None:

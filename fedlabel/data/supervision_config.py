@@ -52,7 +52,8 @@ class LabelKind:
     exact per federation (symmetric, instance) or class (asymmetric, pair_flip). partial: the probability that a class
     outside the set takes the truth's place in it."""
     labels_file: str | None = None
-    """noise=file: a .npz below `data.root`, in the order of the data set's training samples."""
+    """noise=file: a .npz below `data.root` (data.name=npz: beside it), in the order of the data set's training
+    samples."""
     labels_keys: tuple[str, ...] = ()
     """noise=file: arrays of the file. One is a noisy label; several are those of as many annotators, -1 = none."""
 

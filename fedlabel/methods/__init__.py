@@ -6,12 +6,19 @@ import difflib
 import importlib
 
 from fedlabel.methods.base import Method
+from fedlabel.methods.cc import CC
+from fedlabel.methods.co_teaching import CoTeaching
+from fedlabel.methods.elr import ELR
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.fedmatch import FedMatch
 from fedlabel.methods.fedtrinet import FedTriNet
 from fedlabel.methods.fixmatch import FixMatch
+from fedlabel.methods.forward import Forward
 from fedlabel.methods.freematch import FreeMatch
+from fedlabel.methods.gce import GCE
 from fedlabel.methods.ill import ILL
+from fedlabel.methods.lws import LWS
+from fedlabel.methods.proden import PRODEN
 from fedlabel.methods.pseudo_label import PseudoLabel
 from fedlabel.methods.sage import SAGE
 from fedlabel.methods.semifl import SemiFL
@@ -30,6 +37,13 @@ METHODS: dict[str, type[Method]] = {
     "fedtrinet": FedTriNet,
     "semifl": SemiFL,
     "ill": ILL,
+    "proden": PRODEN,
+    "cc": CC,
+    "lws": LWS,
+    "forward": Forward,
+    "gce": GCE,
+    "elr": ELR,
+    "co_teaching": CoTeaching,
 }
 
 

@@ -212,6 +212,13 @@ class Method:
         return {}
 
     @property
+    def networks(self) -> int:
+        """How many networks the model is made of, see `models/twins.py`; with 1 it is the network itself. Several
+        exclude `additive`, and the default `server_phases`.
+        """
+        return 1
+
+    @property
     def helpers(self) -> Helpers | None:
         """Which models of other clients the server sends along, as teachers "helper0", "helper1", ...; None: none."""
         return None

@@ -19,6 +19,7 @@ from fedlabel.methods.base import Batch, Method, Model, Part, Phase, Prepared, S
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.masks import MaskedMethod
 from fedlabel.models.additive import Additive
+from fedlabel.models.twins import Twins
 from fedlabel.training import ClientData, ImageTransform, Trainer, TrainingConfig, train_client
 from tests.methods.batches import certain_part
 
@@ -41,8 +42,10 @@ def make(name: str) -> Method:
 
 
 def make_student(name: str, seed: int = 0) -> nn.Module:
-    scales = make(name).additive
-    return Additive(net(seed), scales) if scales else net(seed)
+    method = make(name)
+    if method.networks > 1:
+        return Twins([net(100 * place + seed) for place in range(method.networks)])
+    return Additive(net(seed), method.additive) if method.additive else net(seed)
 
 
 class Case(NamedTuple):
@@ -67,7 +70,7 @@ class Case(NamedTuple):
         return Batch(*parts, torch.rand((), generator=generator), self.memory(generator))
 
     def memory(self, generator: torch.Generator) -> State:
-        nothing = torch.ones(1, CLASSES, dtype=torch.bool)
+        nothing = torch.ones(BATCH, CLASSES, dtype=torch.bool)
         method = make(self.name)
         start = {**method.initial_memory(nothing), **method.initial_shared(CLASSES)}
         return self.prepare(nothing, generator, start).memory or start
