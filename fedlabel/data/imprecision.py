@@ -5,8 +5,8 @@ Partial Label Learning", NeurIPS 2021), symmetric and asymmetric noise (Patrini 
 miss the truth (Chen et al., "Imprecise Label Learning", NeurIPS 2024).
 
 What differs: similar candidates, instance-dependent candidates and instance-dependent noise all come from one small
-network that is trained on the true labels of the training split; the noise then goes to the samples that the network
-finds hard, exactly as many as asked for.
+network that is trained on the true labels of the samples of which something will be known; the noise then goes to the
+samples that the network finds hard, exactly as many as asked for.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from fedlabel.data.loaders import DataError
 from fedlabel.data.supervision_config import LabelKind
 from fedlabel.seeding import derive_seed, torch_generator
 
-HIDDEN, EPOCHS, BATCH = 64, 3, 128
-"""The small network: its hidden layer, and how it is trained (Adam, learning rate .001)."""
+HIDDEN, EPOCHS, STEPS, BATCH = 64, 3, 150, 128
+"""The small network: its hidden layer, and how it is trained (Adam, learning rate .001): for so many epochs, and where
+these are fewer steps (few samples, of which it would have learnt nothing), for so many steps at least."""
 MNIST_PAIRS = {7: 1, 2: 7, 5: 6, 6: 5, 3: 8}
 ASYMMETRIC = {
     "cifar10": {9: 1, 2: 0, 3: 5, 5: 3, 4: 7},  # truck, bird, cat, dog, deer
@@ -77,7 +78,8 @@ class Resemblance:
         known = torch.from_numpy(self.known)
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         generator = torch_generator(self.seed, "supervision", "network", "order")
-        for _ in range(EPOCHS):
+        batches = -(-len(known) // BATCH)
+        for _ in range(max(EPOCHS, -(-STEPS // batches)) if batches else 0):
             for rows in known[torch.randperm(len(known), generator=generator)].split(BATCH):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(network(x[rows]), split.labels[rows]).backward()
