@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, parse_config, to_yaml
 from fedlabel.data.partition import LabeledPartitionConfig
 from fedlabel.data.skew import SkewConfig
+from fedlabel.data.supervision_config import MixPart, SupervisionConfig
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.supervised import Supervised
 
@@ -165,3 +167,113 @@ def test_classes_are_a_list_in_text_and_hashable_in_the_configuration() -> None:
 def test_labels_and_skew_that_cannot_be(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config([], overrides)
+
+
+# Kinds of label, and mixes of them.
+
+MIX = "supervision.mix=[{share: 0.25, kind: partial, partial_ratio: 0.3}, {share: 0.5, labels_per_client: 3}]"
+
+
+def test_a_mix_in_yaml_and_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mix.yaml"
+    file.write_text(
+        "supervision:\n  mix_over: samples\n  mix:\n"
+        "    - {share: 0.5, kind: noisy, noise: file, labels_file: a.npz, labels_keys: [x, y]}\n"
+        "    - {share: 0.3}\n"
+    )
+    config = load_config([file])
+    shipped = MixPart(
+        share=0.5, kind="noisy", noise="file", labels_file="a.npz", labels_keys=("x", "y"), label_rate=None
+    )
+    assert config.supervision == SupervisionConfig(mix=(shipped, MixPart(share=0.3)), mix_over="samples")
+    assert all(type(part) is MixPart for part in config.supervision.mix)
+    replaced = load_config([file], [MIX])  # a list is replaced as a whole
+    partial = MixPart(share=0.25, kind="partial", partial_ratio=0.3, label_rate=None)
+    few = MixPart(share=0.5, labels_per_client=3, label_rate=None)
+    assert replaced.supervision == SupervisionConfig(mix=(partial, few), mix_over="samples")
+    for each in (config, replaced):
+        assert parse_config(to_yaml(each)) == each
+        assert hash(parse_config(to_yaml(each)).supervision) == hash(each.supervision)
+    flat = flatten(replaced)
+    assert json.loads(str(flat["supervision.mix"]))[1]["labels_per_client"] == 3
+    assert flat["supervision.mix"] != flatten(config)["supervision.mix"]
+    assert parse_config(to_yaml(config), ["supervision.mix=[]", "supervision.mix_over=clients"]) == load_config()
+    assert flatten(load_config())["supervision.mix"] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        ([], 0.1),
+        (["supervision.kind=full"], 0.1),
+        (["supervision.kind=partial", "supervision.partial_ratio=0.3"], None),
+        (["supervision.kind=noisy", "supervision.noise_rate=0.3"], None),
+        (["supervision.kind=noisy", "supervision.noise_rate=0.3", "supervision.label_rate=0.4"], 0.4),
+        (["supervision.kind=noisy", "supervision.noise_rate=0.3", "supervision.labels_total=9"], None),
+        (
+            ["supervision.kind=partial_and_noisy", "supervision.noise_rate=0.3", "supervision.partial_ratio=0.3"],
+            None,
+        ),
+    ],
+)
+def test_imprecise_labels_are_those_of_all_samples_unless_an_amount_is_given(
+    overrides: list[str], rate: float | None
+) -> None:
+    config = load_config([], overrides)
+    assert config.supervision.label_rate == rate
+    assert parse_config(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["supervision.mix=[{share: 0.5}, {share: 0.5, kindd: partial}]"],
+            r"`supervision.mix\[1\].kindd` is not a configuration key. Did you mean 'kind'\? Allowed .*share",
+        ),
+        (
+            ["supervision.mix=[{kind: full}]"],
+            r"supervision.mix\[0\]: `supervision.mix\[\].share` \(=0.0\) must lie in \(0, 1\]: give each part one",
+        ),
+        (
+            ["supervision.mix=[{share: 0.5}, {share: 0.5, kind: partial}]"],
+            r"supervision.mix\[1\]: `supervision.partial_ratio` \(=None\) must be given",
+        ),
+        (
+            ["supervision.mix=[{share: 0.5}, {share: much}]"],
+            r"`supervision.mix\[1\].share`: Value 'much' .* Float; its default is 0.0",
+        ),
+        (["supervision.mix=[{share: 0.5, labels_total: 2.5}]"], r"`supervision.mix\[0\].labels_total`: Value '2.5'"),
+        (
+            ["supervision.mix=[{share: 0.5, labels_keys: x}]"],
+            r"`supervision.mix\[0\].labels_keys` \(=x\) must be a list of names, e.g. \[x\]",
+        ),
+        (["supervision.labels_keys=x"], r"`supervision.labels_keys` \(=x\) must be a list of names, e.g. \[x\]"),
+        (["supervision.mix=[{share: 0.6}, {share: 0.6}]"], r"The shares of `supervision.mix` sum to 1.2"),
+        (["supervision.mix=half"], r"`supervision.mix` \(=half\) must be a list of mappings, e.g. supervision.mix=\["),
+        (["supervision.mix={share: 0.5}"], r"`supervision.mix` \(=\{'share': 0.5\}\) must be a list of mappings"),
+        (["supervision.mix=[half]"], r"`supervision.mix` \(=\['half'\]\) must be a list of mappings"),
+        (["supervision.mix=null"], r"`supervision.mix` \(=None\) must be a list of mappings"),
+        (
+            ["supervision.mix.0.share=0.5"],
+            r"`supervision.mix` \(=\{'0': \{'share': 0.5\}\}\) must be a list of mappings",
+        ),
+        ([MIX, "supervision.mix.0.share=0.5"], r"'mix': \{'0': \{'share': 0.5\}\}.* A list is replaced as a whole"),
+        (
+            [MIX, "supervision.labels_at=some_clients", "supervision.labeled_clients=2"],
+            r"`supervision.labels_at` \(=some_clients\) has no place beside supervision.mix",
+        ),
+        (
+            [MIX, "labeled_partition.kind=iid"],
+            r"`labeled_partition` has no place beside supervision.mix.*: set labeled_partition=null",
+        ),
+        (
+            ["supervision.kind=noisy", "supervision.noise_rate=0.2", "labeled_partition.kind=iid"],
+            r"`supervision.kind` \(=noisy\) .* label all samples, .*set labeled_partition=null",
+        ),
+    ],
+)
+def test_kinds_of_label_that_cannot_be(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config([], overrides)
+    assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedlabel.cli import app
-from fedlabel.config import ConfigError, ExperimentConfig, load_config, to_yaml
+from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.sweep import format_value, load_sweep, parse_sweep, plan_sweep
 from fedlabel.sweep_run import Event, choose, finished_cells, run_sweep
 from fedlabel.tracking import read_metrics
@@ -167,6 +167,19 @@ def test_plan_is_every_method_in_every_setting() -> None:
     )
     paths = [c.path for g in groups for c in [*g.search, *(c for cells in g.final.values() for c in cells)]]
     assert len(set(paths)) == len(paths) == 4 * (2 + 2 * 3)
+
+
+def test_settings_may_be_mixes_of_kinds_of_label() -> None:
+    kinds = {"two kinds": ["supervision.mix=[{share: 0.5, kind: noisy, noise_rate: 0.2}, {share: 0.5}]"], "one": []}
+    groups = plan_sweep(parse_sweep({"methods": METHODS, "settings": kinds}))
+    for group in groups:
+        config = group.final[None][0].config
+        assert config is not None
+        assert [part.kind for part in config.supervision.mix] == (
+            ["noisy", "few_labels"] if len(group.setting) > 3 else []
+        )
+        assert parse_config(to_yaml(config)) == config
+    assert [cell.error for group in groups for cell in group.final[None]] == [""] * 12
 
 
 def test_plan_without_search_or_settings() -> None:
