@@ -1,0 +1,76 @@
+"""ELR: what the model believed of a sample early, before it learns wrong labels by heart, holds it back later.
+
+Source: Liu, Niles-Weed, Razavian, Fernandez-Granda, "Early-Learning Regularization Prevents Memorization of Noisy
+Labels", NeurIPS 2020 (arXiv 2007.00151), and its released code. Setting: labels at the clients, some of them wrong.
+
+Every sample has a target t, 0 at first and then the moving average of the model's predictions, t <- beta t + (1 - beta)
+p. The loss is CE(y, p) + lambda log(1 - <p, t>): it falls as p agrees with t, whatever the label says.
+
+What differs, and why:
+- t stays at the client from round to round (n x classes floats) and moves when the sample is drawn, so it counts the
+  sample's visits (one for all in the same batch): for a client that trains in few rounds t is young for long. `beta`
+  may want to be lower then.
+- ELR+ (two networks, weight averages, mixup) is left out.
+- A label that is certain is treated like the others.
+
+As in the released code, p is cut to [.0001, .9999] in both places, and what enters t is normalised after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlabel.methods.base import Batch, Method, Model, Phase, PhaseResult, State, Step
+from fedlabel.methods.gce import label_step
+from fedlabel.methods.proden import replace_rows
+
+SMALLEST = 1e-4
+"""Probabilities are cut to [SMALLEST, 1 - SMALLEST], so that the log is finite."""
+
+
+@dataclass(frozen=True)
+class ELR(Method):
+    """Hyper-parameters of early-learning regularisation."""
+
+    name: str = "elr"
+    lambda_elr: float = 3.0
+    """lambda: weight of the regularisation."""
+    beta: float = 0.7
+    """Share of the old target in the moving average, in [0, 1)."""
+
+    description: ClassVar[str] = "noisy labels: early-learning regularisation (Liu et al., NeurIPS 2020)"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lambda_elr < float("inf"):
+            raise ValueError(f"`method.lambda_elr` (={self.lambda_elr}) must be a finite number of at least 0.")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"`method.beta` (={self.beta}) must lie in [0, 1).")
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        return (Phase("train", self.loss, labeled=("weak",)),)
+
+    def initial_memory(self, candidates: Tensor) -> State:
+        return {"early_target": torch.zeros_like(candidates, dtype=torch.float32)}
+
+    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
+        return {"early_target": memory["early_target"]}
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        """Returns the mean of CE(y, p) + lambda log(1 - <p, t>), where this batch's p is in t already."""
+        labeled, table = batch.labeled, batch.memory["early_target"]
+        log_probs = student(labeled.views["weak"]).log_softmax(-1)
+        probs = log_probs.exp().clamp(SMALLEST, 1 - SMALLEST)
+        seen = probs.detach() / probs.detach().sum(-1, keepdim=True)
+        old = table[labeled.rows]
+        target = self.beta * old + (1 - self.beta) * seen
+        agreement = (probs * target).sum(-1)
+        values = -(log_probs * labeled.candidates).sum(-1) + self.lambda_elr * torch.log1p(-agreement)
+        # Samples without a label are not trained on, so nothing is learnt of them here.
+        target = torch.where((labeled.candidates.sum(-1) == 1)[:, None], target, old)
+        memory = {**batch.memory, "early_target": replace_rows(table, labeled.rows, target)}
+        return label_step(values, labeled.candidates, memory)

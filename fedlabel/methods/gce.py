@@ -1,0 +1,61 @@
+"""GCE: a loss between cross-entropy and the mean absolute error, which wrong labels pull less.
+
+Source: Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels", NeurIPS
+2018 (arXiv 1805.07836). Setting: labels at the clients, some of them wrong.
+
+The loss of a sample with label y is (1 - p_y^q) / q: towards q = 0 cross-entropy, for q = 1 it is 1 - p_y. Its gradient
+is that of cross-entropy times p_y^q, so a label that the model finds improbable counts little.
+
+What differs: the paper's truncated variant, which leaves samples out between epochs over all data, is left out. A label
+that is certain is treated like the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlabel.methods.base import Batch, Method, Model, Phase, State, Step, mean_metric
+
+
+def label_step(values: Tensor, candidates: Tensor, memory: State | None = None) -> Step:
+    """Returns the mean loss over the samples with one candidate, 0 for none; with the metrics of `labeled_step`.
+
+    Args:
+        values: (n,) loss per sample.
+        candidates: (n, classes) bool.
+        memory: see `Step.memory`.
+    """
+    labeled = candidates.sum(-1) == 1
+    values = torch.where(labeled, values, torch.zeros_like(values))
+    metrics = {"train/loss_supervised": mean_metric(values, labeled), "train/loss": mean_metric(values, labeled)}
+    count = labeled.sum()
+    return Step(values.sum() / count.clamp_min(1), metrics, count, memory=memory)
+
+
+@dataclass(frozen=True)
+class GCE(Method):
+    """Hyper-parameters of generalised cross-entropy."""
+
+    name: str = "gce"
+    q: float = 0.7
+    """In (0, 1]: near 0 as cross-entropy, 1 as the mean absolute error."""
+
+    description: ClassVar[str] = "noisy labels: generalised cross-entropy (Zhang & Sabuncu, NeurIPS 2018)"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.q <= 1:
+            raise ValueError(f"`method.q` (={self.q}) must lie in (0, 1]; for q = 0 take method.name=supervised.")
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        return (Phase("train", self.loss, labeled=("weak",)),)
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        """Returns the mean of (1 - p_y^q) / q."""
+        candidates = batch.labeled.candidates
+        log_prob = (student(batch.labeled.views["weak"]).log_softmax(-1) * candidates).sum(-1)
+        return label_step(-torch.expm1(self.q * log_prob) / self.q, candidates)
