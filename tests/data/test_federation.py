@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import fedlabel.data.federation
 from fedlabel.config import load_config
 from fedlabel.data.datasets import DataConfig, Split, load_dataset
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.skew import SkewConfig, client_shift, tail_sizes
-from fedlabel.data.supervision_config import SupervisionConfig
+from fedlabel.data.supervision import KIND_NAMES, impart
+from fedlabel.data.supervision_config import MixPart, SupervisionConfig
 from fedlabel.experiment import Experiment
 
 
@@ -22,15 +26,14 @@ def build(
     num_clients: int = 8,
     all_labels: bool = False,
     seed: int = 0,
+    data: DataConfig = DataConfig(),  # noqa: B008  frozen
     partition: PartitionConfig = PartitionConfig(dirichlet_alpha=0.5),  # noqa: B008  frozen
     labeled_partition: LabeledPartitionConfig | None = None,
     skew: SkewConfig = SkewConfig(),  # noqa: B008  frozen
     **supervision: object,
 ) -> Federation:
     told = SupervisionConfig(**({"label_rate": 0.2} | supervision))  # type: ignore[arg-type]
-    return build_federation(
-        DataConfig(), partition, labeled_partition, told, skew, num_clients, "test", all_labels, seed
-    )
+    return build_federation(data, partition, labeled_partition, told, skew, num_clients, "test", all_labels, seed)
 
 
 def test_every_sample_has_one_owner_and_its_label_is_known_or_hidden() -> None:
@@ -348,3 +351,194 @@ def test_the_servers_images_are_not_changed() -> None:
     assert torch.equal(data.images, train.images[experiment.federation.server_rows])
     assert torch.equal(data.supervision.label, train.labels[experiment.federation.server_rows])
     assert Experiment(load_config([], ["num_clients=8", "device=cpu"])).server_data() is None
+
+
+# ------------------------------------------------------------------------------------------------------- kinds of label
+
+NOISY = {"kind": "noisy", "noise_rate": 0.3, "label_rate": None}
+PARTIAL = {"kind": "partial", "partial_ratio": 0.3, "label_rate": None}
+BOTH = {"kind": "partial_and_noisy", "partial_ratio": 0.2, "noise_rate": 0.4, "label_rate": None}
+ALL_KINDS: dict[str, Any] = {
+    "label_rate": 0.1,  # as without: the parts have their own
+    "mix_over": "samples",
+    "mix": (
+        MixPart(share=0.1, kind="full"),
+        MixPart(share=0.2, **NOISY),
+        MixPart(share=0.2, **PARTIAL),
+        MixPart(share=0.2, **PARTIAL, noise_rate=0.4),
+        MixPart(share=0.2, **BOTH),
+    ),
+}
+
+
+def crowd(folder: Path) -> dict[str, Any]:
+    """Settings of a federation with three annotators: b saw half of the samples, c nothing."""
+    labels = np.random.default_rng(0).integers(0, 10, 1437)
+    np.savez(folder / "crowd.npz", a=labels, b=np.where(np.arange(1437) % 2, -1, (labels + 1) % 10), c=0 * labels - 1)
+    keys = {"kind": "noisy", "noise": "file", "labels_file": "crowd.npz", "labels_keys": ("a", "b", "c")}
+    return {**keys, "label_rate": None, "data": DataConfig(root=str(folder))}
+
+
+def slow_counts(federation: Federation, annotators: int) -> list[list[list[int]]]:
+    counts = [[[0] * 10 for _ in range(10)] for _ in range(annotators)]
+    record, truth = federation.record, federation.dataset.train.labels.tolist()
+    for i, y in enumerate(truth):
+        if record.noisy[i] and record.candidates[i].sum() == 1:
+            counts[0][y][int(record.candidates[i].nonzero())] += 1
+        for annotator, label in enumerate(record.annotations[i].tolist()):
+            if label >= 0:
+                counts[annotator if annotators > 1 else 0][y][label] += 1
+    return counts
+
+
+@pytest.mark.parametrize("settings", [ALL_KINDS, NOISY, PARTIAL, {}])
+def test_noise_is_counted_by_true_class(settings: dict[str, Any]) -> None:
+    federation = build(**settings)
+    counts = federation.noise_counts()
+    assert counts.tolist() == slow_counts(federation, 1)
+    assert (counts.sum() > 0) == (settings in (ALL_KINDS, NOISY))
+
+
+def test_noise_is_counted_by_annotator(tmp_path: Path) -> None:
+    federation = build(**crowd(tmp_path))
+    each, together = federation.noise_counts(3), federation.noise_counts()
+    assert each.tolist() == slow_counts(federation, 3)
+    assert together.tolist() == slow_counts(federation, 1)
+    assert each.sum((1, 2))[0] == 1294
+    assert 500 < each.sum((1, 2))[1] < 800
+    assert each.sum((1, 2))[2] == 0
+    assert federation.audit()["kinds"]["clients"] == [[0] * 5 + [len(rows), 0] for rows in federation.parts]
+
+
+@pytest.mark.parametrize(
+    "settings", [ALL_KINDS, {**ALL_KINDS, "mix_over": "clients"}, NOISY, PARTIAL, {}, {"labels_at": "server"}]
+)
+def test_the_audit_is_what_slow_counting_gives(settings: dict[str, Any]) -> None:
+    federation = build(**settings)
+    record, truth = federation.record, federation.dataset.train.labels
+    audit = federation.audit()
+    assert json.loads(json.dumps(audit)) == audit
+    assert audit["kinds"]["names"] == list(KIND_NAMES)
+    clients = []
+    for rows in federation.parts:
+        counts = dict.fromkeys(KIND_NAMES, 0)
+        for row in rows:
+            size, several = int(record.candidates[row].sum()), bool((record.annotations[row] >= 0).any())
+            name = "nothing" if size == 10 else "label" if size == 1 else "candidates"
+            if record.noisy[row] and name != "nothing":
+                name = f"noisy {name}"
+            if several:
+                name = "annotators" if name == "nothing" else "candidates and labels"
+            counts[name] += 1
+        clients.append(list(counts.values()))
+    assert audit["kinds"]["clients"] == clients == federation.kinds().tolist()
+    sizes, holds = [0] * 11, 0
+    for row in sorted(np.concatenate([*federation.parts, federation.server_rows])):
+        if KIND_NAMES[int(record.kind[row])] in ("candidates", "noisy candidates", "candidates and labels"):
+            sizes[int(record.candidates[row].sum())] += 1
+            holds += bool(record.candidates[row, truth[row]])
+    assert audit["candidate_sets"] == {"sizes": sizes, "hold_the_truth": holds}
+    counts = np.array(slow_counts(federation, 1)[0])
+    assert audit["noisy_labels"]["counts"] == counts.tolist()
+    assert audit["noisy_labels"]["wrong"] == counts[~np.eye(10, dtype=bool)].sum()
+
+
+def test_the_audit_shows_the_noise_that_was_asked_for() -> None:
+    """Pair flip, .4: of each class of n labels round(.4 n) are the next class, the others right."""
+    federation = build(**{**NOISY, "noise": "pair_flip", "noise_rate": 0.4})
+    counts = np.array(federation.audit()["noisy_labels"]["counts"])
+    sizes = np.bincount(federation.dataset.train.labels.numpy())
+    wrong = [round(0.4 * size) for size in sizes]
+    expected = np.diag(sizes - wrong) + np.roll(np.diag(wrong), 1, 1)
+    assert counts.tolist() == expected.tolist()
+
+
+def test_the_tails_leave_nothing_of_those_they_cut_in_the_audit() -> None:
+    federation = build(**ALL_KINDS, skew=TAILS)
+    held = np.concatenate(federation.parts)
+    assert len(held) < 1294
+    audit = federation.audit()
+    assert np.sum(audit["kinds"]["clients"]) == len(held)
+    others = np.setdiff1d(np.arange(1294), held)
+    assert not federation.record.informed[others].any()
+    assert np.sum(audit["noisy_labels"]["counts"]) == np.sum(slow_counts(federation, 1))
+
+
+def test_the_hash_tells_federations_apart_that_differ_in_what_is_known_alone() -> None:
+    """The same samples, of all of them a label: who holds what is the same, and so is that something is known."""
+    ways = [
+        {"kind": "full"},
+        NOISY,
+        {**NOISY, "noise_rate": 0.31},
+        {**NOISY, "noise": "pair_flip"},
+        PARTIAL,
+        {**PARTIAL, "noise_rate": 0.1},
+        BOTH,
+    ]
+    federations = [build(**way) for way in ways]
+    texts = [json.loads(federation.to_json()) for federation in federations]
+    assert len({json.dumps(text["clients"]) for text in texts}) == 1
+    assert len({text["sha256"] for text in texts}) == len(ways)
+    record = federations[1].record
+    marked = replace(federations[1], record=replace(record, noisy=torch.zeros_like(record.noisy)))
+    assert marked.sha256 != federations[1].sha256
+
+
+def test_the_upper_bound_has_true_labels_whatever_the_kinds() -> None:
+    federation = build(**ALL_KINDS, all_labels=True)
+    assert torch.equal(federation.record.label, federation.dataset.train.labels)
+    assert not federation.record.noisy.any()
+    assert federation.noise_counts().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ALL_KINDS,
+        {**ALL_KINDS, "mix_over": "clients"},
+        {**NOISY, "labels_at": "some_clients", "labeled_clients": 3},
+        {**NOISY, "noise": "instance", "labels_total": 200},
+        {**PARTIAL, "candidates": "similar", "labels_per_class": 10},
+        {**BOTH, "candidates": "instance", "label_rate": 0.3},
+        {**PARTIAL, "skew": SkewConfig(unlabeled_only_classes=(1, 2))},
+    ],
+)
+def test_what_is_known_is_made_without_a_look_at_what_is_hidden(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels that nobody is told are set to -1 where the record is made: it comes out the same to the bit.
+
+    The choice of the samples and the law that spreads them are the experimenter's and see all labels.
+    """
+    build_federation.cache_clear()
+    clear = build(**settings)
+    blinded = []
+
+    def blind(labels: np.ndarray, kinds: np.ndarray, parts: Any, classes: int, like: Any, seed: int) -> Any:
+        shown = np.where(kinds >= 0, labels, -1)
+        train = Split(like.dataset.train.images, torch.from_numpy(shown))
+        blinded.append(int((kinds < 0).sum()))
+        return impart(shown, kinds, parts, classes, replace(like, dataset=replace(like.dataset, train=train)), seed)
+
+    monkeypatch.setattr(fedlabel.data.federation, "impart", blind)
+    build_federation.cache_clear()
+    again = build(**settings)
+    build_federation.cache_clear()
+    assert blinded[0] > 0
+    for name in ("candidates", "noisy", "annotations"):
+        assert torch.equal(getattr(clear.record, name), getattr(again.record, name)), name
+    assert clear.sha256 == again.sha256
+
+
+def test_tails_are_exact_over_a_mix_too() -> None:
+    """Labelled: of which something is known, whatever."""
+    without, run = build(**ALL_KINDS), build(skew=TAILS, **ALL_KINDS)
+    labels = run.dataset.train.labels.numpy()
+    expected = tail_sizes(np.bincount(labels[without.labeled], minlength=10), 10.0)
+    assert np.bincount(labels[run.labeled], minlength=10).tolist() == expected.tolist()
+
+
+def test_a_federation_that_a_file_says_nothing_of_is_an_error(tmp_path: Path) -> None:
+    settings = {**crowd(tmp_path), "labels_keys": ("c",)}
+    with pytest.raises(ValueError, match="leaves no label at any of"):
+        build(**settings)

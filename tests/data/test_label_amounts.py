@@ -120,7 +120,7 @@ def test_counts_inside_a_part(over: str) -> None:
 
 
 def test_parts_of_the_same_rule_draw_numbers_of_their_own() -> None:
-    """Half of one client's 2,000 samples each: with the same numbers both would choose the same places of their rows."""
+    """Half of one client's 2,000 samples each: with the same numbers both would choose the same places."""
     labels, parts = np.zeros(2000, np.int64), [np.arange(2000)]
     everything = kind_of_samples(labels, parts, 1, mix(full(0.5), full(0.5), over="samples"), 0)
     few = mix(MixPart(share=0.5, label_rate=0.3), MixPart(share=0.5, label_rate=0.3), over="samples")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from fedlabel.data.datasets import DataConfig, load_dataset
+from fedlabel.data.imprecision import Resemblance
 from fedlabel.data.label_amounts import labeled_clients, labeled_mask
 from fedlabel.data.partition import PartitionConfig, partition
-from fedlabel.data.supervision import Supervision, supervise
-from fedlabel.data.supervision_config import SupervisionConfig
+from fedlabel.data.supervision import KIND_NAMES, Supervision, impart, supervise
+from fedlabel.data.supervision_config import LabelKind, SupervisionConfig
 
 SEEDS = (0, 1, 2)
 NUM_CLASSES = 10
@@ -46,6 +50,170 @@ def test_record_names_the_first_impossible_sample() -> None:
     candidates[[2, 4]] = False
     with pytest.raises(ValueError, match="`candidates` of sample 2 are all False"):
         Supervision.certain(candidates)
+
+
+def record(
+    candidates: list[list[int]], noisy: list[int] | None = None, annotations: list[list[int]] | None = None
+) -> Supervision:
+    n = len(candidates)
+    return Supervision(
+        torch.tensor(candidates).bool(),
+        torch.tensor(noisy or [0] * n).bool(),
+        torch.tensor(annotations or [[]] * n, dtype=torch.int64),
+    )
+
+
+EVERY_KIND = record(
+    [[1, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 1], [1, 1, 0], [1, 1, 1], [0, 1, 1], [1, 0, 0], [1, 1, 1], [1, 0, 0]],
+    [0, 0, 0, 1, 1, 0, 0, 0, 1, 1],
+    [[-1, -1], [-1, -1], [-1, -1], [-1, -1], [-1, -1], [2, -1], [-1, 0], [1, 1], [-1, -1], [0, -1]],
+)
+"""Nothing, a label, a set, a noisy label, a noisy set, annotators; a set and annotators, a label and annotators; a
+noisy set of all classes, which says nothing; a noisy label and annotators."""
+
+
+def test_kinds_of_record() -> None:
+    names = [KIND_NAMES[place] for place in EVERY_KIND.kind.tolist()]
+    assert names == [
+        "nothing",
+        "label",
+        "candidates",
+        "noisy label",
+        "noisy candidates",
+        "annotators",
+        "candidates and labels",
+        "candidates and labels",
+        "nothing",
+        "candidates and labels",
+    ]
+    assert EVERY_KIND.informed.tolist() == [name != "nothing" for name in names]
+    assert EVERY_KIND.labeled.tolist() == [False, True, False, True, False, False, False, True, False, True]
+    assert EVERY_KIND.label.tolist() == [-1, 1, -1, 2, -1, -1, -1, 0, -1, 0]
+
+
+def test_rows_of_a_record() -> None:
+    index = torch.tensor([6, 3, 3])
+    for rows in (EVERY_KIND.rows(index), EVERY_KIND.to(torch.device("cpu")).rows(index)):
+        assert rows.candidates.tolist() == [[False, True, True], [False, False, True], [False, False, True]]
+        assert rows.noisy.tolist() == [False, True, True]
+        assert rows.annotations.tolist() == [[-1, 0], [-1, -1], [-1, -1]]
+    assert EVERY_KIND.rows(EVERY_KIND.noisy).label.tolist() == [2, -1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noisy": torch.zeros(3)}, r"`noisy` \(torch.float32 of shape \(3,\)\) must be bool of shape \(3,\)"),
+        ({"noisy": torch.zeros(2).bool()}, r"`noisy` \(torch.bool of shape \(2,\)\) must be bool of shape \(3,\)"),
+        ({"noisy": torch.zeros(3, 1).bool()}, r"`noisy` \(torch.bool of shape \(3, 1\)\)"),
+        (
+            {"annotations": torch.zeros(3, 1)},
+            r"`annotations` \(torch.float32 of shape \(3, 1\)\) must be int64 of shape",
+        ),
+        ({"annotations": torch.zeros(3).long()}, r"`annotations` \(torch.int64 of shape \(3,\)\) .*\(3, annotators\)"),
+        ({"annotations": torch.zeros(2, 1).long()}, r"`annotations` \(torch.int64 of shape \(2, 1\)\)"),
+        (
+            {"annotations": torch.tensor([[0, 1], [1, 3], [-2, 0]])},
+            r"The label of sample 1 by annotator 1 \(=3\) must lie in \[0, 2\], or be -1 for none",
+        ),
+        ({"annotations": torch.tensor([[0], [-1], [-2]])}, r"sample 2 by annotator 0 \(=-2\) must lie in \[0, 2\]"),
+        ({"candidates": torch.zeros(3, 3)}, r"`candidates` \(torch.float32 of shape \(3, 3\)\) must be bool"),
+        ({"candidates": torch.eye(3).bool() & False}, r"`candidates` of sample 0 are all False: no class is possible"),
+    ],
+)
+def test_a_malformed_record_is_named(changes: dict[str, torch.Tensor], message: str) -> None:
+    good = vars(Supervision.certain(torch.ones(3, 3, dtype=torch.bool)))
+    with pytest.raises(ValueError, match=message):
+        Supervision(**{**good, **changes})
+
+
+# ------------------------------------------------------------------------------------------------------------- impart
+
+
+def alike() -> Resemblance:
+    """Nothing is asked of it by uniform candidates and symmetric noise."""
+    return Resemblance(None, Path(), 0, np.arange(0))  # type: ignore[arg-type]
+
+
+def given(*parts: LabelKind, kinds: np.ndarray | None = None, seed: int = 0) -> tuple[np.ndarray, Supervision]:
+    labels = np.random.default_rng(3).integers(0, NUM_CLASSES, 4000)
+    kinds = np.arange(4000) % len(parts) if kinds is None else kinds
+    return labels, impart(labels, kinds, parts, NUM_CLASSES, alike(), seed)
+
+
+PARTIAL = LabelKind(kind="partial", partial_ratio=0.3, label_rate=None)
+NOISY_SETS = LabelKind(kind="partial", partial_ratio=0.3, noise_rate=0.2, label_rate=None)
+NOISY = LabelKind(kind="noisy", noise_rate=0.4, label_rate=None)
+BOTH = LabelKind(kind="partial_and_noisy", partial_ratio=0.3, noise_rate=0.4, label_rate=None)
+
+
+def test_every_kind_of_label_is_imparted_to_its_own_samples() -> None:
+    parts = (LabelKind(), PARTIAL, NOISY, NOISY_SETS, BOTH)
+    kinds = np.arange(4000) % 6 - 1  # a sixth knows nothing
+    labels, record = given(*parts, kinds=kinds)
+    truth = torch.from_numpy(labels)
+    holds = record.candidates.gather(1, truth[:, None])[:, 0]
+    places = [torch.from_numpy(kinds == place) for place in range(-1, 5)]
+    nothing, label, sets, noisy, noisy_sets, both = (record.rows(place) for place in places)
+    assert not nothing.informed.any()
+    assert torch.equal(label.label, truth[places[1]])
+    assert holds[places[2]].all()
+    assert not sets.noisy.any()
+    assert abs(sets.candidates.sum(1).double().mean() - 3.7) < 0.25  # 666 sets: standard deviation of the mean .053
+    assert noisy.noisy.all()
+    assert noisy.labeled.all()
+    wrong = (noisy.label != truth[places[3]]).sum()
+    assert abs(int(wrong) - 0.4 * 0.9 * len(noisy.noisy)) < 4 * (0.4 * 0.09 * len(noisy.noisy)) ** 0.5
+    assert noisy_sets.noisy.all()
+    assert abs(float(holds[places[4]].double().mean()) - 0.8) < 4 * (0.16 / 666) ** 0.5
+    assert holds[places[5]].all()
+    assert not both.noisy.any()
+    assert (both.annotations >= 0).all()
+    wrong = (both.annotations[:, 0] != truth[places[5]]).sum()
+    assert abs(int(wrong) - 0.4 * 0.9 * len(both.noisy)) < 4 * (0.4 * 0.09 * len(both.noisy)) ** 0.5
+    assert record.annotations.shape == (4000, 1)
+    assert (record.annotations[~places[5]] == -1).all()
+
+
+@pytest.mark.parametrize("part", [PARTIAL, NOISY, NOISY_SETS, BOTH])
+def test_what_is_imparted_is_drawn_from_the_seed_and_from_the_place_in_the_mix(part: LabelKind) -> None:
+    def bits(record: Supervision) -> list[object]:
+        return [record.candidates.tolist(), record.annotations.tolist()]
+
+    one, again, other = (given(part, seed=seed)[1] for seed in (1, 1, 2))
+    assert bits(one) == bits(again)
+    assert bits(one) != bits(other)
+    halves = given(part, part, kinds=np.zeros(4000, np.int64))[1], given(part, part, kinds=np.ones(4000, np.int64))[1]
+    assert bits(halves[0]) != bits(halves[1])
+
+
+@pytest.mark.parametrize("part", [LabelKind(), PARTIAL, NOISY, NOISY_SETS, BOTH])
+def test_imparting_looks_at_no_label_of_which_nothing_is_to_be_known(part: LabelKind) -> None:
+    labels = np.random.default_rng(3).integers(0, NUM_CLASSES, 1000)
+    kinds = np.where(np.arange(1000) % 3 == 0, 0, -1)
+    clear, blind = (
+        impart(shown, kinds, [part], NUM_CLASSES, alike(), 0) for shown in (labels, np.where(kinds == 0, labels, -1))
+    )
+    for name in ("candidates", "noisy", "annotations"):
+        assert torch.equal(getattr(clear, name), getattr(blind, name)), name
+    labels[33] = 10
+    with pytest.raises(ValueError, match=r"the label of sample 33 \(=10\) must lie in \[0, 9\]"):
+        impart(labels, kinds, [part], NUM_CLASSES, alike(), 0)
+
+
+def test_annotators_of_two_parts_stand_side_by_side(tmp_path: Path) -> None:
+    """One part has three annotators, the other a set and one noisy label; the table has three columns."""
+    dataset = load_dataset(DataConfig(), 0)
+    n, whole = len(dataset.train.labels), len(dataset.train.labels) + len(dataset.validation.labels)
+    np.savez(tmp_path / "a.npz", a=np.zeros(whole, int), b=np.ones(whole, int), c=np.full(whole, 2))
+    crowd = LabelKind(kind="noisy", noise="file", labels_file="a.npz", labels_keys=("a", "b", "c"), label_rate=None)
+    kinds = np.arange(n) % 2
+    like = Resemblance(dataset, tmp_path, 0, np.arange(n))
+    record = impart(dataset.train.labels.numpy(), kinds, [crowd, BOTH], NUM_CLASSES, like, 0)
+    assert (record.annotations[::2] == torch.tensor([0, 1, 2])).all()
+    assert (record.annotations[1::2, 1:] == -1).all()
+    assert (record.annotations[1::2, 0] >= 0).all()
+    assert record.candidates[::2].all()
 
 
 # ------------------------------------------------------------------------------------------------------------ amounts
