@@ -420,6 +420,113 @@ def test_unlabelled_samples_keep_the_classes_that_they_may_have() -> None:
     assert torch.equal(batch.unlabeled.candidates, expected[order])
 
 
+# Phases that go by what is known, whatever it is.
+
+
+def mixed_client() -> ClientData:
+    """30 samples, five of each: a label, a set, a noisy label, annotators, nothing, a label and annotators."""
+    images, truth = client()[0].images, torch.arange(30) % CLASSES
+    kind = torch.arange(30) // 5
+    candidates = torch.ones(30, CLASSES, dtype=torch.bool)
+    single = (kind == 0) | (kind == 2) | (kind == 5)
+    candidates[single] = (truth[:, None] == torch.arange(CLASSES))[single]
+    candidates[kind == 1] = (truth[:, None] != torch.arange(CLASSES))[kind == 1]
+    annotations = torch.full((30, 2), -1)
+    annotations[(kind == 3) | (kind == 5), 1] = 2
+    return ClientData(images, Supervision(candidates, kind == 2, annotations))
+
+
+CERTAIN = set(range(5)) | set(range(25, 30))
+KNOWN = set(range(30)) - set(range(20, 25))
+
+
+def believing(student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+    """Uses all samples, and believes of each that its class is its position in the client's data."""
+    drawn = torch.cat([batch.labeled.rows, batch.unlabeled.rows])
+    views = torch.cat([batch.labeled.views["weak"], batch.unlabeled.views["weak"]])
+    loss = student(views).square().mean()
+    true = torch.ones_like(drawn).bool()
+    return Step(loss, {}, torch.tensor(len(drawn)), PseudoLabels(drawn, true, true, drawn / 30))
+
+
+@pytest.mark.parametrize("informed", [False, True])
+@pytest.mark.parametrize("includes", [False, True])
+def test_which_samples_are_the_labelled_ones(informed: bool, includes: bool) -> None:
+    data = mixed_client()
+    loss, seen = noted(to_class(0))
+    phase = Phase("train", loss, labeled=("weak",), unlabeled=("weak",), mix=("weak",), informed=informed)
+    config = replace(CONFIG, batch_size=25, local_steps=3, unlabeled_includes_labeled=includes)
+    train(Made(made=(phase,)), data, config)
+    labeled = KNOWN if informed else CERTAIN | set(range(10, 15))
+    everyone = set(range(30))
+    assert {row for batch in seen for row in batch.labeled.rows.tolist()} == labeled
+    for part in ("unlabeled", "mix"):
+        rows = {row for batch in seen for row in getattr(batch, part).rows.tolist()}
+        assert rows == (everyone if includes else everyone - labeled)
+    for batch in seen:  # the labelled part shows all that is known of its samples
+        known = data.supervision.rows(batch.labeled.rows)
+        assert torch.equal(batch.labeled.candidates, known.candidates)
+        assert torch.equal(batch.labeled.noisy, known.noisy)
+        assert torch.equal(batch.labeled.annotations, known.annotations)
+        assert rows_of(batch.labeled.views["weak"], data) == batch.labeled.rows.tolist()
+
+
+@pytest.mark.parametrize("includes", [False, True])
+def test_unlabelled_parts_of_an_informed_phase_show_nothing(includes: bool) -> None:
+    loss, seen = noted(believing)
+    phase = Phase("train", loss, labeled=("weak",), unlabeled=("weak",), mix=("weak",), informed=True)
+    train(Made(made=(phase,)), mixed_client(), replace(CONFIG, batch_size=30, unlabeled_includes_labeled=includes))
+    for part in ("unlabeled", "mix"):
+        for batch in seen:
+            drawn = getattr(batch, part)
+            assert len(drawn.rows) == (30 if includes else 5)
+            assert drawn.candidates.all()
+            assert not drawn.noisy.any()
+            assert (drawn.annotations == -1).all()
+
+
+def test_unlabelled_parts_of_other_phases_hide_what_stands_for_a_label() -> None:
+    """Sets and annotators are no label: they stay in sight; a label, noisy or not, goes with all that is with it."""
+    data = mixed_client()
+    loss, seen = noted(to_class(0))
+    phase = Phase("train", loss, unlabeled=("weak",))
+    train(Made(made=(phase,)), data, replace(CONFIG, batch_size=30, local_steps=1, unlabeled_includes_labeled=True))
+    (batch,) = seen
+    part, order = batch.unlabeled, batch.unlabeled.rows
+    hidden = data.supervision.labeled[order]
+    assert part.candidates[hidden].all()
+    assert (part.annotations[hidden] == -1).all()
+    assert not part.noisy.any()
+    kept = data.supervision.rows(order[~hidden])
+    assert torch.equal(part.candidates[~hidden], kept.candidates)
+    assert torch.equal(part.annotations[~hidden], kept.annotations)
+
+
+@pytest.mark.parametrize("includes", [False, True])
+def test_pseudo_labels_of_certain_labels_are_not_counted(includes: bool) -> None:
+    """Of an informed phase's samples all are believed something of; where the label is certain that is no news."""
+    phase = Phase("train", believing, labeled=("weak",), unlabeled=("weak",), informed=True)
+    config = replace(CONFIG, batch_size=30, local_steps=2, unlabeled_includes_labeled=includes)
+    update = train(Made(made=(phase,)), mixed_client(), config)
+    assert update.pseudo is not None
+    rows = update.pseudo_index
+    assert torch.equal(update.pseudo.label, rows)  # each belief stands beside its own sample
+    assert torch.equal(update.pseudo.confidence, rows / 30)
+    counts = torch.bincount(rows, minlength=30).tolist()
+    uninformed = {row for row in range(30) if row not in KNOWN}
+    each = {row: 0 if row in CERTAIN else 4 if includes and row not in uninformed else 2 for row in range(30)}
+    assert counts == list(each.values())
+    assert update.parts["model"].weight == 2 * (25 + (30 if includes else 5))
+
+
+def test_a_client_that_is_told_everything_for_certain_has_no_pseudo_labels() -> None:
+    data, _ = client(n=10)
+    phase = Phase("train", believing, labeled=("weak",), unlabeled=("weak",), informed=True)
+    update = train(Made(made=(phase,)), data)
+    assert len(update.pseudo_index) == 0
+    assert update.pseudo is None or len(update.pseudo.label) == 0
+
+
 @pytest.mark.parametrize(("includes", "expected"), [(False, 30), (True, 30)])
 def test_weight_by_size_counts_a_sample_once(includes: bool, expected: int) -> None:
     """Two phases draw the ten labelled samples, one of them also the twenty others (or all thirty)."""
