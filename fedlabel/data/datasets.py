@@ -46,6 +46,8 @@ class DataConfig:
     """Whether a missing set is downloaded to `root`. Without effect on digits, npz and image_folder."""
     validation_fraction: float = 0.1
     """Part of the training set held out for choosing hyper-parameters, in [0, 1)."""
+    train_samples: int | None = None
+    """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
 
     def __post_init__(self) -> None:
         if self.name not in DATASETS:
@@ -54,6 +56,8 @@ class DataConfig:
             raise DataError(f"`data.name` (={self.name}) must be one of {', '.join(DATASETS)}.{hint}")
         if not 0 <= self.validation_fraction < 1:
             raise DataError(f"`data.validation_fraction` (={self.validation_fraction}) must lie in [0, 1).")
+        if self.train_samples is not None and self.train_samples < 1:
+            raise DataError(f"`data.train_samples` (={self.train_samples}) must be at least 1 (or null).")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +123,13 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         )
     order = torch.from_numpy(numpy_generator(seed, "validation").permutation(len(loaded.train.labels)))
     count = int(config.validation_fraction * len(order))
-    rows = order[count:].sort().values
+    kept = len(order) - count if config.train_samples is None else config.train_samples
+    if kept > len(order) - count:
+        raise DataError(
+            f"`data.train_samples` (={kept}) is more than the training set has: {len(order) - count} samples of "
+            f"{config.name} besides those held out for validation."
+        )
+    rows = order[count : count + kept].sort().values
     train, validation = _take(loaded.train, rows), _take(loaded.train, order[:count].sort().values)
     mean, std = _channel_statistics(train.images)
     return Dataset(config.name, train, validation, loaded.test, loaded.class_names, mean, std, entry.allow_flip, rows)

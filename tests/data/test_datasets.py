@@ -106,6 +106,19 @@ def test_validation_is_taken_off_the_training_set(fraction: float) -> None:
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, whole.images.flatten(1).tolist()))
 
 
+def test_training_set_can_be_cut_and_the_validation_set_stays() -> None:
+    whole, small = (load_dataset(DataConfig(train_samples=n), seed=3) for n in (None, 100))
+    assert torch.equal(small.validation.images, whole.validation.images)
+    assert len(small.train.labels) == 100
+    kept = torch.isin(whole.train_rows, small.train_rows)
+    assert torch.equal(whole.train.images[kept], small.train.images)
+    assert small.train.labels.unique().numel() == 10
+    with pytest.raises(DataError, match=r"`data.train_samples` \(=5000\) is more than the training set has: 1294"):
+        load_dataset(DataConfig(train_samples=5000), seed=3)
+    with pytest.raises(DataError, match=r"`data.train_samples` \(=0\) must be at least 1"):
+        DataConfig(train_samples=0)
+
+
 def test_validation_depends_on_the_seed_alone() -> None:
     first = load_dataset(DataConfig(), seed=5)
     load_dataset.cache_clear()
