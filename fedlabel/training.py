@@ -120,9 +120,10 @@ class ImageTransform:
 
     def views(self, images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
         """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn for itself."""
+        mild = strong if self.augment.weak_as_strong else weak
         makers = {
             "clean": lambda: images,
-            "weak": lambda: weak(images, generator, self.augment, self.allow_flip),
+            "weak": lambda: mild(images, generator, self.augment, self.allow_flip),
             "strong": lambda: strong(images, generator, self.augment, self.allow_flip),
             "strong2": lambda: strong(images, generator, self.augment, self.allow_flip),
         }

@@ -67,6 +67,10 @@ class AugmentConfig:
     cutout: float = 0.0
     """Side of the grey square as a fraction of the shorter image side; 0 = no square (strong view only)."""
 
+    weak_as_strong: bool = False
+    """Whether weak views are strong ones, too: gives a method that only trains on weak views the augmentation of one
+    that trains on strong ones, so that the two can be compared."""
+
     def __post_init__(self) -> None:
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"`augment.crop_padding` (={self.crop_padding}) must be at least 0; 0 turns cropping off.")
