@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Column, Table
@@ -23,6 +24,9 @@ from fedlabel.progress import OnRound, run_progress, sweep_progress
 if TYPE_CHECKING:
     from fedlabel.workers import Tell
     from server.grids import SimulationGrid
+
+MAX_CLIENT_ROWS = 20
+"""A table has a row per client up to so many."""
 
 app = typer.Typer(help="Federated learning where labels are few.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -239,9 +243,10 @@ def partition(
     items: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for partition.json and partition.png.")] = Path("partition"),
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("partition"),
 ) -> None:
-    """Write and plot who holds what (labelled and unlabelled separately), without training."""
+    """Write and plot who holds what, and what is known of it, without training."""
+    from fedlabel.data.supervision import KIND_NAMES
     from fedlabel.figures import partition_figure, save_png
     from fedlabel.tracking import write_atomic
 
@@ -252,6 +257,7 @@ def partition(
     labeled, unlabeled = federation.histograms()
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "partition.json", federation.to_json())
+    write_atomic(out / "supervision.json", federation.audit_json())
     save_png(partition_figure(labeled, unlabeled, federation.dataset.class_names), out / "partition.png")
     table = Table("", "labelled", "unlabelled", "classes held", "classes labelled", title="samples per client")
     held = (labeled + unlabeled > 0).sum(1)
@@ -259,7 +265,33 @@ def partition(
         columns = (labeled.sum(1), unlabeled.sum(1), held, (labeled > 0).sum(1))
         table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
     console.print(table)
-    console.print(f"{len(labeled)} clients. Written: {out / 'partition.json'}, {out / 'partition.png'}")
+    kinds = federation.kinds()
+    if kinds[:, [name not in ("nothing", "label") for name in KIND_NAMES]].any():
+        console.print(_kinds_table(kinds, KIND_NAMES))
+    if len(federation.server_rows):
+        console.print(f"The server holds {len(federation.server_rows)} labelled samples.", highlight=False)
+    written = ", ".join(str(out / name) for name in ("partition.json", "partition.png", "supervision.json"))
+    console.print(f"{len(labeled)} clients. Written: {written}", soft_wrap=True, highlight=False)
+
+
+def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
+    """Returns a table of how many samples of each kind of label every client has, or how many clients in short.
+
+    Args:
+        kinds: (clients, names); kinds that no client has are left out.
+        names: of the kinds.
+    """
+    used = np.flatnonzero(kinds.any(0)).tolist()
+    counts = kinds[:, used]
+    table = Table("client", *(names[kind] for kind in used), title="kinds of label per client")
+    if len(kinds) <= MAX_CLIENT_ROWS:
+        for client, row in enumerate(counts.tolist()):
+            table.add_row(str(client), *map(str, row))
+        return table
+    table.columns[0].header = ""
+    for name, values in {"smallest": counts.min(0), "mean": counts.mean(0), "largest": counts.max(0)}.items():
+        table.add_row(name, *(f"{value:.4g}" for value in values))
+    return table
 
 
 @app.command("list")

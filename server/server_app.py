@@ -6,7 +6,6 @@ messages and aggregation are Flower's.
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import time
@@ -124,8 +123,7 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     else:
         folder = RunFolder.create(path, text, flatten(experiment.config))
     write_atomic(folder.partition_json, experiment.federation.to_json())
-    audit = {**experiment.federation.audit(), "partition_sha256": experiment.federation.sha256}
-    write_atomic(folder.supervision_json, json.dumps(audit) + "\n")
+    write_atomic(folder.supervision_json, experiment.federation.audit_json())
     figure = partition_figure(*experiment.federation.histograms(), experiment.federation.dataset.class_names)
     save_png(figure, folder.partition_png)
     folder.log_figure("partition", figure)

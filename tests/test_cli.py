@@ -191,7 +191,62 @@ def test_partition_writes_and_plots_without_training(tmp_path: Path) -> None:
     assert len(written["clients"]) == 4
     assert all({"labeled", "unlabeled"} <= set(client) for client in written["clients"])
     assert (tmp_path / "p" / "partition.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["partition.json", "partition.png"]
+    audit = json.loads((tmp_path / "p" / "supervision.json").read_text())
+    assert audit["partition_sha256"] == written["sha256"]
+    assert audit["kinds"]["clients"][0][:2] == [len(written["clients"][0][key]) for key in ("unlabeled", "labeled")]
+    names = ["partition.json", "partition.png", "supervision.json"]
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == names
+    assert "Written: " + ", ".join(str(tmp_path / "p" / name) for name in names) in result.output
+    assert "kinds of label" not in result.output
+    assert "The server holds" not in result.output
+
+
+def cells(output: str, title: str) -> list[list[str]]:
+    """The cells of the table below a title, its head first."""
+    lines = output[output.index(title) :].splitlines()[1:]
+    rows = [
+        [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines if line[:1] in "│┃"
+    ]
+    end = next((i for i, line in enumerate(lines) if line.startswith("└")), len(lines))
+    return rows[: sum(line[:1] in "│┃" for line in lines[:end])]
+
+
+KINDS = "supervision.mix=[{share: 0.5, kind: partial, partial_ratio: 0.3}, {share: 0.25, kind: noisy, noise_rate: 0.2}]"
+
+
+def test_partition_shows_kinds_of_label_per_client(tmp_path: Path) -> None:
+    """Of four clients two have sets (some of them of one class: labels), one noisy labels, one nothing."""
+    arguments = ["partition", "num_clients=4", "partition.kind=iid", "evaluation.split=validation"]
+    result = call(*arguments, KINDS, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    kinds = json.loads((tmp_path / "supervision.json").read_text())["kinds"]
+    head, *rows = cells(result.output, "kinds of label per client")
+    assert head == ["client", "nothing", "label", "candidates", "noisy label"]  # noisy candidates, ...: nobody has any
+    places = [kinds["names"].index(name) for name in head[1:]]
+    shown = [[str(counts[place]) for place in places] for counts in kinds["clients"]]
+    assert rows == [[str(client), *counts] for client, counts in enumerate(shown)]
+    assert [sum(row[place] != "0" for row in shown) for place in (0, 2, 3)] == [1, 2, 1]
+
+
+def test_partition_of_many_clients_shows_kinds_in_short(tmp_path: Path) -> None:
+    arguments = ["partition", "num_clients=21", KINDS, "--out", str(tmp_path)]
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    kinds = json.loads((tmp_path / "supervision.json").read_text())["kinds"]
+    head, *rows = cells(result.output, "kinds of label per client")
+    assert head == ["", "nothing", "label", "candidates", "noisy label"]
+    counts = np.array(kinds["clients"])[:, [kinds["names"].index(name) for name in head[1:]]]
+    assert len(counts) == 21
+    expected = {"smallest": counts.min(0), "mean": counts.mean(0), "largest": counts.max(0)}
+    assert rows == [[name, *(f"{value:.4g}" for value in values)] for name, values in expected.items()]
+
+
+def test_partition_mentions_what_the_server_holds(tmp_path: Path) -> None:
+    labels = ["supervision.labels_at=server", "supervision.labels_total=70"]
+    result = call("partition", "num_clients=4", *labels, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "The server holds 70 labelled samples." in result.output
+    assert "kinds of label" not in result.output
 
 
 def test_partition_refuses_what_run_refuses(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fedlabel.figures import (
     reliability_figure,
     save_png,
     svg_bytes,
+    transition_figure,
 )
 
 NAMES = ["cat", "dog", "horse"]
@@ -246,3 +247,43 @@ def test_pyplot_is_never_loaded():
     figure = client_accuracy_figure(np.array([0.5]))
     png_shape(figure)
     assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(("classes", "numbered"), [(2, True), (3, True), (20, True), (21, False)])
+@pytest.mark.parametrize("truth", ["none", "all", "some"])
+def test_noise_matrices_of_any_size_beside_the_truth_as_far_as_it_is_known(classes, numbered, truth):
+    learnt = np.full((classes, classes), 0.2 / (classes - 1))
+    np.fill_diagonal(learnt, 0.8)
+    true = None if truth == "none" else np.eye(classes)
+    if truth == "some":
+        true[::2] = np.nan
+    figure = transition_figure(learnt, true, [f"class {i}" for i in range(classes)])
+    height, width, _ = png_shape(figure)
+    assert max(height, width) <= 2100
+    *panels, bar = figure.axes
+    assert len(panels) == (1 if true is None else 2)
+    assert len(panels[0].texts) == (classes**2 if numbered else 0)
+    if true is not None:
+        known = np.isfinite(true).all(1)
+        assert len(panels[1].texts) == (known.sum() if numbered else 0)
+        assert np.array_equal(np.ma.getmaskarray(panels[1].images[0].get_array()).all(1), ~known)
+    assert bar.get_ylabel() == "% of the true class"
+
+
+def test_noise_matrix_is_in_percent_of_the_true_class():
+    """Row = truth, column = label. Less than half a thousandth is not written; in the third row nothing is known."""
+    learnt = np.array([[0.9, 0.096, 0.004], [0.3, 0.7, 0.0003], [0, 0, 1]])
+    true = np.array([[1, 0, 0], [0.25, 0.75, 0], [np.nan] * 3])
+    figure = transition_figure(learnt, true, NAMES)
+    left, right, _ = figure.axes
+
+    def cells(axis):
+        return {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axis.texts}
+
+    assert cells(left) == {(0, 0): "90", (0, 1): "10", (0, 2): "<1", (1, 0): "30", (1, 1): "70", (2, 2): "100"}
+    assert cells(right) == {(0, 0): "100", (1, 0): "25", (1, 1): "75"}
+    assert (left.images[0].get_clim(), right.images[0].get_clim()) == ((0, 100), (0, 100))
+    assert np.allclose(left.images[0].get_array(), 100 * learnt)
+    assert {*NAMES, "true class", "noisy label", "Noise matrix, learnt, %", "Noise matrix, true, %"} <= texts(figure)
+    assert left.get_ylim()[0] > left.get_ylim()[1], "first class on top"
+    assert texts(transition_figure(learnt, None, NAMES)) >= {"Noise matrix, learnt, %"}

@@ -122,6 +122,10 @@ class Federation:
             "noisy_labels": {"counts": counts.tolist(), "wrong": int(counts.sum() - np.trace(counts))},
         }
 
+    def audit_json(self) -> str:
+        """Returns the audit and the federation's hash as JSON, in one line."""
+        return json.dumps({**self.audit(), "partition_sha256": self.sha256}) + "\n"
+
     def noise_counts(self, annotators: int = 1) -> np.ndarray:
         """Returns noisy labels by true class, (annotators, classes, classes) int64. For the evaluator only.
 
