@@ -7,10 +7,21 @@ import math
 import pytest
 import torch
 
+from fedlabel.data.supervision import Supervision
 from fedlabel.methods.cc import CC
 from fedlabel.methods.supervised import Supervised
+from fedlabel.training import ClientData
 from tests.methods.sets import Known, assert_stacks, client_with_sets, random_known, sets
-from tests.methods.tables import assert_all_moved, client, logits_of, model, same, softmax, train_round
+from tests.methods.tables import (
+    LabelsOnly,
+    assert_all_moved,
+    client,
+    logits_of,
+    model,
+    same,
+    softmax,
+    train_round,
+)
 
 SEEDS = range(5)
 
@@ -74,12 +85,21 @@ def test_clients_stack() -> None:
 
 
 def test_a_round_moves_every_parameter_and_counts_what_is_known() -> None:
-    """Sets count whether or not they are noisy; labels alone give cross-entropy's round."""
-    update = train_round(CC(), client_with_sets())
+    """Nothing is made of the five samples without a set, nor said of labels; sets may as well be called noisy."""
+    data = client_with_sets()
+    update = train_round(CC(), data)
     assert_all_moved(update)
-    assert 0 < update.parts["model"].weight == 5 * 4
+    assert update.parts["model"].weight == 5 * 4
     assert update.pseudo is not None
     assert (update.pseudo_index < 25).all()
     assert not (update.pseudo_index % 3 == 0).any()  # these have labels
+    known = data.supervision
+    noisy = Supervision(known.candidates, torch.ones_like(known.noisy), known.annotations)
+    assert same(model(train_round(CC(), ClientData(data.images, noisy))), model(update))
+
+
+def test_a_round_on_labels_is_a_round_of_cross_entropy() -> None:
     labels = client(10, 10)
-    assert not same(model(train_round(CC(), labels)), model(update))
+    expected = model(train_round(LabelsOnly(), labels))
+    for name, value in model(train_round(CC(), labels)).items():
+        torch.testing.assert_close(value, expected[name])

@@ -95,7 +95,7 @@ def kept(losses: list[float], share: float, counted: list[bool] | None = None) -
 
 
 def test_how_many_are_kept() -> None:
-    """floor(R n), at least 1; ties go to the first; 1 - .9 of 10 is 1, though .99999... in floating point."""
+    """floor(R n), at least 1; ties go to the first; 1 - .9 of 20 is 2, though 1.99999... in floating point."""
     assert kept([3.0, 1.0, 2.0], 0.67) == [False, True, True]
     assert kept([3.0, 1.0, 2.0], 0.66) == [False, True, False]
     assert kept([3.0, 1.0, 2.0], 0.0) == [False, True, False]

@@ -22,7 +22,8 @@ def test_loss_by_hand() -> None:
 
     .625 ln 2 - .375 ln .3 = .433217 + .451490 = .884707; -ln .8 = .223144; with beta = 2 together 1.330994.
     p = (.4, .3, .2, .1), S = {0}: -ln .4 = .916291; outside w = (1/2, 1/3, 1/6), -(ln .7 / 2 + ln .8 / 3 + ln .9 / 6)
-    = .178337 + .074381 + .017560 = .270279; with beta = 1 together 1.186570.
+    = .178337 + .074381 + .017560 = .270279; with beta = 1 together 1.186570. If all classes are candidates there is
+    nothing outside: -sum p ln p = .5 ln 2 + .5 ln 4 = 1.039721 for p = (.5, .25, .25).
     """
     known = Known(logits_of([0.5, 0.3, 0.2], [0.1, 0.1, 0.8]), sets([0, 1], [0, 1, 2], classes=3))
     step, gradient = known.run(LWS().loss)
@@ -31,6 +32,8 @@ def test_loss_by_hand() -> None:
     assert gradient[1].tolist() == [0, 0, 0]
     value = leveraged_loss(logits_of([0.4, 0.3, 0.2, 0.1]), sets([0], classes=4), 1.0)
     assert value.item() == pytest.approx(1.186570, abs=1e-5)
+    everything = leveraged_loss(logits_of([0.5, 0.25, 0.25]), sets([0, 1, 2], classes=3), 2.0)
+    assert everything.item() == pytest.approx(1.039721, abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
