@@ -274,7 +274,7 @@ class ILL(Method):
             "posterior/entropy": mean_metric(entropy, imprecise),
             "posterior/candidates": mean_metric(sizes, imprecise),
             "posterior/effective_classes": mean_metric(entropy.exp(), imprecise),
-            **{name: pair for name, pair in pseudo_metrics(pseudo).items() if name == "pseudo/confidence"},
+            **pseudo_metrics(pseudo),
         }
         examples = torch.ones_like(confidence).sum()
         return Step(loss, metrics, examples, pseudo, memory)
