@@ -132,8 +132,8 @@ def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_na
     for axis, (name, matrix) in zip(axes, panels.items(), strict=True):
         image = axis.imshow(100 * matrix, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
         if classes <= NUMBERED_CLASSES:
-            texts = [[_percent(cell) if np.isfinite(cell) else "" for cell in row] for row in matrix]
-            known = np.nan_to_num(matrix)
+            texts = [[_percent(cell) for cell in row] for row in matrix]
+            known = np.nan_to_num(matrix)  # of an unknown row nothing is written
             _write_cells(axis, np.rint(1000 * known), known, texts)
         _class_ticks(axis, "x", class_names, side)
         axis.set_xlabel("noisy label")

@@ -80,10 +80,19 @@ def test_over_samples_chance_decides_which_sample_has_which_kind() -> None:
     assert np.array_equal(drawn[1], np.concatenate(kinds_of(config, 1)))
 
 
+def test_over_samples_clients_of_one_size_differ() -> None:
+    """Two of 500: both have nothing at the same place in a hundredth of them, 5 (standard deviation 2.2), not 50."""
+    labels, parts = np.zeros(1000, np.int64), [np.arange(500), np.arange(500, 1000)]
+    kinds = kind_of_samples(labels, parts, 1, mix(*THREE, over="samples"), 0)
+    first, second = (set(np.flatnonzero(kinds[rows] == -1)) for rows in parts)
+    assert len(first) == len(second) == 50
+    assert len(first & second) < 15
+
+
 @pytest.mark.parametrize("over", ["clients", "samples"])
 def test_shares_of_one_leave_nobody_out(over: str) -> None:
-    """A tenth, two tenths and seven tenths sum to a little less than 1 in floating point."""
-    clients = kinds_of(mix(full(0.1), full(0.2), full(0.7), over=over))
+    """In this order .7, .2 and .1 sum to a little less than 1 in floating point."""
+    clients = kinds_of(mix(full(0.7), full(0.2), full(0.1), over=over))
     assert min(kinds.min() for kinds in clients) == 0
 
 

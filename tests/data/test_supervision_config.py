@@ -155,8 +155,8 @@ def test_shares_may_leave_something_and_may_be_thirds() -> None:
     third = MixPart(share=1 / 3)
     assert len(SupervisionConfig(mix=(third, third, third)).parts) == 3
     assert SupervisionConfig(mix=(replace(third, share=0.1),)).parts[0].share == 0.1  # type: ignore[attr-defined]
-    tenths = tuple(replace(third, share=share) for share in (0.1, 0.2, 0.7))
-    assert SupervisionConfig(mix=tenths).parts == tenths
+    whole = tuple(replace(third, share=share) for share in (0.05, 0.55, 0.3, 0.1))  # 1.0000000000000002
+    assert SupervisionConfig(mix=whole).parts == whole
 
 
 def test_without_a_mix_the_federation_is_its_one_part() -> None:

@@ -109,13 +109,13 @@ def test_a_lost_diagonal_is_said_of_its_annotator(caplog: pytest.LogCaptureFixtu
     caplog.set_level(logging.WARNING, logger="fedlabel")
     sure, lost = np.eye(3).tolist(), [[0.4, 0, 0.6], [0, 1, 0], [0, 0.7, 0.3]]
     seen = watch([[1] * 3] * 3, [[1] * 3] * 3)
-    seen.metrics(sharing(sure, lost), 1)
+    seen.metrics(sharing(lost, sure), 1)
     seen.metrics(sharing(lost, lost), 2)
     seen.metrics(sharing(lost, lost), 3)
     first, second = caplog.messages
-    assert first.startswith("Round 1: the noise matrix of annotator 1 is not dominant")
+    assert first.startswith("Round 1: the noise matrix of annotator 0 is not dominant")
     assert "cat (most often cow), cow (most often dog)" in first
-    assert second.startswith("Round 2: the noise matrix of annotator 0 is not dominant")
+    assert second.startswith("Round 2: the noise matrix of annotator 1 is not dominant")
 
 
 NOISY = ("supervision.kind=noisy", "supervision.label_rate=null", "supervision.noise_rate=0.4")
