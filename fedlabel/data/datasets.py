@@ -78,6 +78,8 @@ class Dataset:
     """Whether an image mirrored left to right still shows its class."""
     train_rows: Tensor
     """(n,) int64, where in the set's own order, before validation was taken off, the samples of `train` stand."""
+    own_size: int
+    """How many training samples the set has in that order, whatever is kept of them."""
 
     @property
     def num_classes(self) -> int:
@@ -132,7 +134,8 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     rows = order[count : count + kept].sort().values
     train, validation = _take(loaded.train, rows), _take(loaded.train, order[:count].sort().values)
     mean, std = _channel_statistics(train.images)
-    return Dataset(config.name, train, validation, loaded.test, loaded.class_names, mean, std, entry.allow_flip, rows)
+    names, size = loaded.class_names, len(loaded.train.labels)
+    return Dataset(config.name, train, validation, loaded.test, names, mean, std, entry.allow_flip, rows, size)
 
 
 def _take(split: Split, indices: Tensor) -> Split:

@@ -146,13 +146,13 @@ class Resemblance:
         return np.stack([columns[key].astype(np.int64)[rows] for key in part.labels_keys], 1)
 
     def _check_column(self, what: str, values: np.ndarray) -> None:
-        classes, needed = self.dataset.num_classes, len(self.dataset.train.labels) + len(self.dataset.validation.labels)
+        classes, needed = self.dataset.num_classes, self.dataset.own_size
         if not np.issubdtype(values.dtype, np.integer):
             raise DataError(f"{what} of {values.dtype} must hold integers.")
         if values.shape != (needed,):
             raise DataError(
                 f"{what} of shape {values.shape} must have shape ({needed},): one label for each training sample of "
-                f"{self.dataset.name}, those held out for validation among them."
+                f"{self.dataset.name}, also of those held out."
             )
         wrong = np.flatnonzero((values < -1) | (values >= classes))
         if len(wrong):

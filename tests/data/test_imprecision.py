@@ -46,7 +46,8 @@ def blank(name: str = "digits", classes: int = K, n: int = 20, held_out: int = 0
 
     names = tuple(f"class {label}" for label in range(classes))
     test = split(order < 0)
-    return Dataset(name, split(~validation), split(validation), test, names, (0.0,), (1.0,), False, order[~validation])
+    parts = (split(~validation), split(validation), test)
+    return Dataset(name, *parts, names, (0.0,), (1.0,), False, order[~validation], n)
 
 
 def resemblance(dataset: Dataset | None = None, root: Path = Path(), seed: int = 0) -> Resemblance:
@@ -403,6 +404,17 @@ def test_labels_of_a_file_are_those_of_the_samples_that_are_left(tmp_path: Path)
     rows = np.array([3, 7, 8])
     given = draw_noisy_labels(np.zeros(3, np.int64), rows, K, from_file("worse"), like, rng())
     assert given.tolist() == left[rows][:, None].tolist()
+
+
+def test_labels_of_a_file_are_found_where_the_training_set_was_cut(tmp_path: Path) -> None:
+    """Each sample's label is its number in the set's own order, modulo 10."""
+    np.savez(tmp_path / "labels.npz", number=np.arange(1797 - 360) % 10)
+    dataset = load_dataset(DataConfig(train_samples=300), 0)
+    given = Resemblance(dataset, tmp_path, 0, np.arange(300)).file_labels(from_file("number"))[:, 0]
+    assert torch.equal(
+        load_dataset(DataConfig(validation_fraction=0.0), 0).train.images[dataset.train_rows], dataset.train.images
+    )
+    assert given.tolist() == (dataset.train_rows % 10).tolist()
 
 
 def test_a_data_set_that_is_a_file_has_its_labels_beside_it(tmp_path: Path) -> None:
