@@ -83,6 +83,12 @@ def _holders(parts: Sequence[np.ndarray], config: SupervisionConfig, seed: int) 
         return [{client: np.sort(split[place]) for client, split in enumerate(groups)} for place in range(len(shares))]
     order = numpy_generator(seed, "supervision", "mix").permutation(len(parts))
     split = np.split(order, _borders(shares, len(parts)))
+    empty = [place for place in range(len(shares)) if len(split[place]) == 0]
+    if empty:
+        raise ValueError(
+            f"`supervision.mix[{empty[0]}].share` (={shares[empty[0]]:g}) of {len(parts)} clients is none of them: give "
+            "it more, take more clients, or supervision.mix_over=samples."
+        )
     return [{int(client): parts[client] for client in np.sort(split[place])} for place in range(len(shares))]
 
 

@@ -171,9 +171,11 @@ def impart(
                 noisy[index[told]] = True
             else:
                 annotated.append((index, torch.from_numpy(given)))
-    annotations = torch.full((n, max((given.shape[1] for _, given in annotated), default=0)), -1)
-    for index, labels_given in annotated:
-        annotations[index, : labels_given.shape[1]] = labels_given
+    annotations = torch.full((n, sum(given.shape[1] for _, given in annotated)), -1)
+    first = 0
+    for index, labels_given in annotated:  # each part has annotators of its own
+        annotations[index, first : first + labels_given.shape[1]] = labels_given
+        first += labels_given.shape[1]
     return Supervision(candidates, noisy, annotations)
 
 

@@ -55,7 +55,8 @@ class LabelKind:
     """noise=file: a .npz below `data.root` (data.name=npz: beside it), in the order of the data set's training
     samples."""
     labels_keys: tuple[str, ...] = ()
-    """noise=file: arrays of the file. One is a noisy label; several are those of as many annotators, -1 = none."""
+    """noise=file: arrays of the file. One is a noisy label; several are those of as many annotators, -1 = none. In a
+    mix the annotators of each part are others."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels_keys", tuple(self.labels_keys))  # YAML gives a list; must be hashable

@@ -184,10 +184,8 @@ def test_more_labels_than_a_part_has(part: dict[str, int], message: str) -> None
         kind_of_samples(labels, [np.arange(20), np.arange(20, 40)], 2, config, 0)
 
 
-def test_a_part_too_small_for_a_client_has_none() -> None:
-    """A twentieth of four clients rounds to none of them; what asks for labels by number says so."""
+def test_a_part_too_small_for_a_client_is_an_error() -> None:
+    """A twentieth of four clients rounds to none of them."""
     labels, parts = np.arange(40) % 2, list(np.arange(40).reshape(4, 10))
-    kinds = kind_of_samples(labels, parts, 2, mix(full(0.05), full(0.95)), 0)
-    assert np.bincount(kinds).tolist() == [0, 40]
-    with pytest.raises(ValueError, match=r"`supervision.labels_total` \(=1\) .*part 0 of the mix has 0"):
-        kind_of_samples(labels, parts, 2, mix(MixPart(share=0.05, labels_total=1), full(0.95)), 0)
+    with pytest.raises(ValueError, match=r"`supervision.mix\[0\].share` \(=0.05\) of 4 clients is none of them"):
+        kind_of_samples(labels, parts, 2, mix(full(0.05), full(0.95)), 0)

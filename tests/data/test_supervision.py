@@ -202,7 +202,7 @@ def test_imparting_looks_at_no_label_of_which_nothing_is_to_be_known(part: Label
 
 
 def test_annotators_of_two_parts_stand_side_by_side(tmp_path: Path) -> None:
-    """One part has three annotators, the other a set and one noisy label; the table has three columns."""
+    """One part has three annotators, the other a set and one noisy label, of a fourth; nobody is two people."""
     dataset = load_dataset(DataConfig(), 0)
     n, whole = len(dataset.train.labels), len(dataset.train.labels) + len(dataset.validation.labels)
     np.savez(tmp_path / "a.npz", a=np.zeros(whole, int), b=np.ones(whole, int), c=np.full(whole, 2))
@@ -210,9 +210,9 @@ def test_annotators_of_two_parts_stand_side_by_side(tmp_path: Path) -> None:
     kinds = np.arange(n) % 2
     like = Resemblance(dataset, tmp_path, 0, np.arange(n))
     record = impart(dataset.train.labels.numpy(), kinds, [crowd, BOTH], NUM_CLASSES, like, 0)
-    assert (record.annotations[::2] == torch.tensor([0, 1, 2])).all()
-    assert (record.annotations[1::2, 1:] == -1).all()
-    assert (record.annotations[1::2, 0] >= 0).all()
+    assert (record.annotations[::2] == torch.tensor([0, 1, 2, -1])).all()
+    assert (record.annotations[1::2, :3] == -1).all()
+    assert (record.annotations[1::2, 3] >= 0).all()
     assert record.candidates[::2].all()
 
 
