@@ -86,8 +86,8 @@ def _holders(parts: Sequence[np.ndarray], config: SupervisionConfig, seed: int) 
     empty = [place for place in range(len(shares)) if len(split[place]) == 0]
     if empty:
         raise ValueError(
-            f"`supervision.mix[{empty[0]}].share` (={shares[empty[0]]:g}) of {len(parts)} clients is none of them: give "
-            "it more, take more clients, or supervision.mix_over=samples."
+            f"`supervision.mix[{empty[0]}].share` (={shares[empty[0]]:g}) of {len(parts)} clients is none of them: "
+            "give it more, take more clients, or supervision.mix_over=samples."
         )
     return [{int(client): parts[client] for client in np.sort(split[place])} for place in range(len(shares))]
 

@@ -364,13 +364,22 @@ def cross_entropy_on_labels(student: Model, part: Part) -> Step:
 
 def labeled_step(logits: Tensor, candidates: Tensor) -> Step:
     """Returns the mean cross-entropy over the rows with one candidate; logits and candidates are (n, classes)."""
+    return label_step(-(logits.log_softmax(-1) * candidates).sum(-1), candidates)
+
+
+def label_step(values: Tensor, candidates: Tensor, memory: State | None = None) -> Step:
+    """Returns the mean loss over the samples with one candidate, 0 for none; with the metrics that labelled parts have.
+
+    Args:
+        values: (n,) loss per sample.
+        candidates: (n, classes) bool.
+        memory: see `Step.memory`.
+    """
     labeled = candidates.sum(-1) == 1
-    nll = -(logits.log_softmax(-1) * candidates).sum(-1)
-    nll = torch.where(labeled, nll, torch.zeros_like(nll))
+    values = torch.where(labeled, values, torch.zeros_like(values))
+    metrics = {"train/loss_supervised": mean_metric(values, labeled), "train/loss": mean_metric(values, labeled)}
     count = labeled.sum()
-    loss = nll.sum() / count.clamp_min(1)
-    metrics = {"train/loss_supervised": mean_metric(nll, labeled), "train/loss": mean_metric(nll, labeled)}
-    return Step(loss, metrics, count)
+    return Step(values.sum() / count.clamp_min(1), metrics, count, memory=memory)
 
 
 def labeled_and(student: Model, batch: Batch, view: str) -> tuple[Step, Tensor]:

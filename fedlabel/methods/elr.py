@@ -25,8 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, PhaseResult, State, Step
-from fedlabel.methods.gce import label_step
+from fedlabel.methods.base import Batch, Method, Model, Phase, PhaseResult, State, Step, label_step
 from fedlabel.methods.proden import replace_rows
 
 SMALLEST = 1e-4

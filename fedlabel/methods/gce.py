@@ -17,24 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, State, Step, mean_metric
-
-
-def label_step(values: Tensor, candidates: Tensor, memory: State | None = None) -> Step:
-    """Returns the mean loss over the samples with one candidate, 0 for none; with the metrics of `labeled_step`.
-
-    Args:
-        values: (n,) loss per sample.
-        candidates: (n, classes) bool.
-        memory: see `Step.memory`.
-    """
-    labeled = candidates.sum(-1) == 1
-    values = torch.where(labeled, values, torch.zeros_like(values))
-    metrics = {"train/loss_supervised": mean_metric(values, labeled), "train/loss": mean_metric(values, labeled)}
-    count = labeled.sum()
-    return Step(values.sum() / count.clamp_min(1), metrics, count, memory=memory)
+from fedlabel.methods.base import Batch, Method, Model, Phase, Step, label_step
 
 
 @dataclass(frozen=True)
