@@ -153,7 +153,16 @@ def log_likelihood(
         annotations: (n, annotators) int64, -1 = none.
         transitions: (1, classes, classes), shared by all, or one per annotator; noisy candidates go by the first.
         sets: the likelihood of noisy sets.
+
+    Raises:
+        ValueError: the matrices do not fit the classes or the annotators.
     """
+    classes, annotators = candidates.shape[-1], annotations.shape[-1]
+    if transitions.shape[1:] != (classes, classes) or len(transitions) not in (1, annotators):
+        raise ValueError(
+            f"`transitions` of shape {tuple(transitions.shape)} must be (matrices, classes, classes) for {classes} "
+            f"classes: one matrix for all labels, or one for each of the {annotators} annotators of the data."
+        )
     value = torch.where(noisy[:, None], sets.log(candidates, transitions[0]), candidates_log_likelihood(candidates))
     for annotator in range(annotations.shape[1]):
         transition = transitions[annotator if len(transitions) > 1 else 0]

@@ -292,11 +292,10 @@ class ILL(Method):
 
     def _information(self, part: Part, matrices: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the log-likelihoods of what is certain (0 or -inf) and of what is noisy (finite), (n, classes)."""
-        given = part.annotations.shape[-1]
-        if 1 < len(matrices) < given or len(matrices) > max(given, 1):
+        if len(matrices) not in (1, part.annotations.shape[-1]):
             raise ValueError(
                 f"`method.noise.annotators` (={len(matrices)}) must be 1, one matrix for all, or as many as the data "
-                f"have: {given}."
+                f"have: {part.annotations.shape[-1]}."
             )
         shown = torch.where(part.noisy[:, None], torch.ones_like(part.candidates), part.candidates)
         hidden = torch.where(part.noisy[:, None], part.candidates, torch.ones_like(part.candidates))

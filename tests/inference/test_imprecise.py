@@ -134,6 +134,14 @@ def test_errors_name_the_sample() -> None:
         posterior(torch.zeros(2, 3), torch.zeros(1, 3))
 
 
+def test_matrices_must_fit_classes_and_annotators() -> None:
+    known = {"candidates": sets("111"), "noisy": torch.tensor([False]), "sets": SetLikelihood()}
+    labels = torch.tensor([[1, 2, -1]])
+    for shape, words in (((1, 2, 2), r"\(1, 2, 2\) must be .* for 3 classes"), ((2, 3, 3), "each of the 3 annotators")):
+        with pytest.raises(ValueError, match=words):
+            log_likelihood(annotations=labels, transitions=torch.ones(shape), **known)  # type: ignore[arg-type]
+
+
 def test_bad_set_likelihoods_are_refused() -> None:
     with pytest.raises(ValueError, match=r"kind` \(=max\) must be one of product, sum, generator"):
         SetLikelihood("max")
