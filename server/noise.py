@@ -42,6 +42,11 @@ class NoiseWatch:
             metrics |= {"transition/largest_error": max(largest), "transition/mean_error": float(np.mean(mean))}
         return metrics
 
+    def is_shown(self, round_number: int) -> bool:
+        """Whether this is one of the ten or so rounds of a run that get a figure; the last one is."""
+        rounds = self._experiment.config.num_rounds
+        return round_number == rounds or round_number % max(1, rounds // 10) == 0
+
     def figures(self, shared: State) -> dict[str, Figure]:
         """Returns a figure per matrix, beside the truth where there is one."""
         matrices = self._experiment.config.method.noise_matrix(shared)

@@ -176,6 +176,8 @@ def log_round(
         drawn, kept, correct = ([sum(c.get(key, [0.0])) for c in clients] for key in ("drawn", "kept", "correct"))
         lists["pseudo/client_coverage"] = ratio(kept, drawn)  # NaN for clients that did not train this round
         lists["pseudo/client_accuracy"] = ratio(correct, kept)
+    if noise[0].is_shown(tally.round_number):
+        figures |= noise[0].figures(noise[1])
     if model is not None:
         evaluation = experiment.evaluate(model)
         metrics |= evaluation.metrics()
@@ -187,7 +189,6 @@ def log_round(
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
             figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
-            figures |= noise[0].figures(noise[1])
             panel = pseudo_panel(experiment, tally, client_states)
             figures |= {"pseudo/samples": panel} if panel is not None else {}
             if "drawn" in counts:

@@ -118,6 +118,14 @@ def test_a_lost_diagonal_is_said_of_its_annotator(caplog: pytest.LogCaptureFixtu
     assert second.startswith("Round 2: the noise matrix of annotator 1 is not dominant")
 
 
+@pytest.mark.parametrize(
+    ("rounds", "shown"), [(4, [1, 2, 3, 4]), (25, [*range(2, 25, 2), 25]), (60, [*range(6, 61, 6)])]
+)
+def test_about_ten_rounds_have_a_figure(rounds: int, shown: list[int]) -> None:
+    watch_of = NoiseWatch(SimpleNamespace(config=SimpleNamespace(num_rounds=rounds)))  # type: ignore[arg-type]
+    assert [number for number in range(1, rounds + 1) if watch_of.is_shown(number)] == shown
+
+
 NOISY = ("supervision.kind=noisy", "supervision.label_rate=null", "supervision.noise_rate=0.4")
 
 

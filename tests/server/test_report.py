@@ -196,6 +196,7 @@ class Folder:
 EXPERIMENT: Any = SimpleNamespace(
     config=SimpleNamespace(
         num_clients=3,
+        num_rounds=9,
         seed=5,
         method=SimpleNamespace(name="m", noise_matrix=lambda shared: None),
         data=SimpleNamespace(name="d"),
