@@ -167,6 +167,25 @@ def soft_cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
     return -(target * logits.log_softmax(-1)).sum(-1)
 
 
+def observed(belief: Tensor, candidates: Tensor, imprecise: Tensor) -> tuple[PseudoLabels, dict[str, Tensor]]:
+    """Returns what is reported of the posterior of a batch: every sample's class, and how much was learnt.
+
+    Args:
+        belief: q (n, classes).
+        candidates: (n, classes) bool, as given.
+        imprecise: (n,) bool, which samples the means are over.
+    """
+    confidence, label = belief.max(-1)
+    pseudo = PseudoLabels(label, torch.ones_like(imprecise), torch.zeros_like(imprecise), confidence)
+    entropy = -torch.special.xlogy(belief, belief).sum(-1)
+    metrics = {
+        "posterior/entropy": mean_metric(entropy, imprecise),
+        "posterior/candidates": mean_metric(candidates.sum(-1).to(belief.dtype), imprecise),
+        "posterior/effective_classes": mean_metric(entropy.exp(), imprecise),
+    }
+    return pseudo, {**metrics, **pseudo_metrics(pseudo)}
+
+
 @dataclass(frozen=True)
 class ILL(Method):
     """Hyper-parameters of ILL."""
@@ -259,25 +278,19 @@ class ILL(Method):
         if self.balance_weight > 0:
             loss = loss + self.balance_weight * balance(torch.cat([weak, weak_u]))
 
-        everyone = torch.cat([q, q_u])
-        confidence, label = everyone.max(-1)
-        pseudo = PseudoLabels(label, torch.ones_like(label).bool(), torch.zeros_like(label).bool(), confidence)
-        entropy = -torch.special.xlogy(everyone, everyone).sum(-1)
-        imprecise = torch.cat([~is_label, torch.ones_like(unlabeled.noisy)])
-        sizes = torch.cat([labeled.candidates, unlabeled.candidates]).sum(-1).to(weak.dtype)
-        metrics = {
+        losses = {
             "train/loss": torch.stack([loss, torch.ones_like(loss)]).detach(),
             "train/loss_supervised": mean_metric(supervised, is_label),
             "train/loss_em": mean_metric(em, ~is_label),
             "train/loss_forward": mean_metric(forward, has_noise & ~is_label),
             "train/loss_unsupervised": mean_metric(unsupervised, torch.ones_like(unlabeled.noisy)),
-            "posterior/entropy": mean_metric(entropy, imprecise),
-            "posterior/candidates": mean_metric(sizes, imprecise),
-            "posterior/effective_classes": mean_metric(entropy.exp(), imprecise),
-            **pseudo_metrics(pseudo),
         }
-        examples = torch.ones_like(confidence).sum()
-        return Step(loss, metrics, examples, pseudo, memory)
+        pseudo, metrics = observed(
+            torch.cat([q, q_u]),
+            torch.cat([labeled.candidates, unlabeled.candidates]),
+            torch.cat([~is_label, torch.ones_like(unlabeled.noisy)]),
+        )
+        return Step(loss, {**losses, **metrics}, torch.ones_like(pseudo.confidence).sum(), pseudo, memory)
 
     def _em(self, q: Tensor, weak: Tensor, strong: Sequence[Tensor], noise: Tensor, has_noise: Tensor) -> Tensor:
         """Returns CE(q, strong view) of each sample, (n,), or one of the released code's variants."""
