@@ -50,6 +50,7 @@ class Experiment:
             config.method.oracle_labels,
             config.seed,
         )
+        config.method.check(self.federation.record)
         dataset, skew = self.federation.dataset, config.skew
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")
         self.images = images.to(self.device)

@@ -50,7 +50,8 @@ class TrainingConfig:
     local_steps: int | None = 15
     """Steps per phase. Set to null to count in `local_epochs` instead."""
     local_epochs: int | None = None
-    """Passes per phase over the samples that the phase draws from (unlabelled ones if it draws both)."""
+    """Passes per phase over the samples that the phase draws from: the unlabelled ones if it draws both; where a method
+    goes by all that is known (ill), those that take more steps."""
     unlabeled_ratio: int = 1
     """mu: unlabelled samples per labelled one in a step: `unlabeled_ratio * batch_size` of them are drawn."""
     unlabeled_includes_labeled: bool = False
@@ -318,8 +319,12 @@ class _Run:
                     drawn = unlabeled[prepared.draw.cpu()[unlabeled]]
                 if len(labeled) + len(drawn) == 0:
                     return
-            batch_size = config.batch_size * (config.unlabeled_ratio if len(drawn) else 1)
-            steps = count_steps(phase, config, len(drawn) or len(labeled), batch_size)
+            over_labeled = count_steps(phase, config, len(labeled), config.batch_size)
+            over_drawn = count_steps(phase, config, len(drawn), config.batch_size * config.unlabeled_ratio)
+            if phase.informed:  # a single sample of which nothing is known must not end the epoch after a step
+                steps = max(over_labeled, over_drawn)
+            else:
+                steps = over_drawn if len(drawn) else over_labeled
             examples = self._steps(phase, config, steps, (labeled, drawn, unlabeled), targets, teachers)
         state = {name: value.detach().clone() for name, value in self.trainer.student.state_dict().items()}
         self.results.append(PhaseResult(phase.name, state, examples, phase.start))
@@ -387,9 +392,9 @@ class _Run:
         for labeled, unlabeled, mix in zip(*streams, strict=True):
             share = mixing.beta(phase.mix_alpha, phase.mix_alpha) if phase.mix else 1.0
             batch = Batch(
-                labeled=self._part(labeled, phase.labeled, phase, targets, generator, labeled=True),
-                unlabeled=self._part(unlabeled, phase.unlabeled, phase, targets, generator),
-                mix=self._part(mix, phase.mix, phase, targets, generator),
+                labeled=self._part(labeled, len(positions[0]), phase.labeled, phase, targets, generator, labeled=True),
+                unlabeled=self._part(unlabeled, len(positions[1]), phase.unlabeled, phase, targets, generator),
+                mix=self._part(mix, len(positions[2]), phase.mix, phase, targets, generator),
                 mixing=torch.tensor(share, dtype=torch.float32, device=device),
                 memory=self.memory,
             )
@@ -399,8 +404,10 @@ class _Run:
                 buffers = [buffer.clone() for buffer in student.buffers()]
                 self._with_gradient = 0
                 step = update.loss(self._student, teachers, batch._replace(memory=self.memory))
-                rows = torch.cat([labeled, unlabeled]) if phase.informed else unlabeled
-                self._log(step, rows, phase.informed)
+                if phase.informed:
+                    self._log(step, torch.cat([labeled, unlabeled]), self._guessed(labeled, unlabeled))
+                else:
+                    self._log(step, unlabeled)
                 if not step.examples:  # nothing to learn from: no step, not even of momentum, a penalty or BatchNorm
                     for buffer, value in zip(student.buffers(), buffers, strict=True):
                         buffer.copy_(value)
@@ -451,6 +458,7 @@ class _Run:
     def _part(
         self,
         rows: Tensor,
+        size: int,
         views: tuple[str, ...],
         phase: Phase,
         targets: Mapping[str, Tensor],
@@ -466,17 +474,22 @@ class _Run:
             annotations = torch.where(hidden[:, None], -1, annotations)
         made = self.trainer.transform.views(self.data.images[rows], views, generator)
         drawn = {name: values[rows] for name, values in targets.items()}
-        return Part(made, candidates, drawn, noisy, annotations, rows)
+        return Part(made, candidates, drawn, noisy, annotations, rows, torch.tensor(float(size), device=rows.device))
 
-    def _log(self, step: Step, rows: Tensor, informed: bool = False) -> None:
+    def _guessed(self, labeled: Tensor, unlabeled: Tensor) -> Tensor:
+        """Returns (draws,) bool: not where the label is certain, nor a sample that hid what is known of it."""
+        known = self.data.supervision
+        certain = (known.labeled & ~known.noisy).cpu()
+        return torch.cat([~certain[labeled], ~known.informed.cpu()[unlabeled]])
+
+    def _log(self, step: Step, rows: Tensor, guessed: Tensor | None = None) -> None:
         for name, pair in step.metrics.items():
             self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
         if step.pseudo is not None:
-            known = self.data.supervision
-            told = (known.labeled & ~known.noisy).cpu()[rows] if informed else torch.zeros(len(rows), dtype=torch.bool)
-            self.rows.append(rows[~told])  # where the label is certain there is nothing to believe
-            guessed = (~told).to(step.pseudo.label.device)
-            self.pseudo.append(PseudoLabels(*(values[guessed] for values in step.pseudo)))
+            guessed = torch.ones(len(rows), dtype=torch.bool) if guessed is None else guessed
+            self.rows.append(rows[guessed])
+            here = guessed.to(step.pseudo.label.device)
+            self.pseudo.append(PseudoLabels(*(values[here] for values in step.pseudo)))
         if step.memory is not None:
             self.memory = step.memory
 

@@ -391,6 +391,16 @@ def test_epochs_are_passes_over_the_unlabelled_samples_at_their_batch_size() -> 
     assert len(labels[1]) == 6
 
 
+def test_one_unknown_sample_does_not_end_an_epoch_over_the_known_ones() -> None:
+    """29 samples with labels and one of which nothing is known: ceil(29 / 4) = 8 steps; 29 unknown, 12 a step: 3."""
+    for known, steps in ((29, 8), (1, 3)):
+        data, _ = client(n=30, labeled=known)
+        loss, calls = noted(to_class(0))
+        phase = Phase("both", loss, labeled=("weak",), unlabeled=("weak",), informed=True)
+        train(Made(made=(phase,)), data, replace(CONFIG, unlabeled_ratio=3, local_steps=None, local_epochs=1))
+        assert len(calls) == steps
+
+
 @pytest.mark.parametrize("includes", [False, True])
 def test_labelled_samples_are_drawn_as_unlabelled_ones_without_their_label(includes: bool) -> None:
     """30 samples, 10 labelled: one pass of 5 steps of 6 draws over all of them, or one and a half over 20."""
@@ -517,7 +527,8 @@ def test_unlabelled_parts_of_other_phases_hide_what_stands_for_a_label() -> None
 
 @pytest.mark.parametrize("includes", [False, True])
 def test_pseudo_labels_of_certain_labels_are_not_counted(includes: bool) -> None:
-    """Of an informed phase's samples all are believed something of; where the label is certain that is no news."""
+    """Of an informed phase's samples all are believed something of; where the label is certain that is no news, and
+    what is believed of a known sample that is drawn without what is known of it is not counted."""
     phase = Phase("train", believing, labeled=("weak",), unlabeled=("weak",), informed=True)
     config = replace(CONFIG, batch_size=30, local_steps=2, unlabeled_includes_labeled=includes)
     update = train(Made(made=(phase,)), mixed_client(), config)
@@ -526,8 +537,7 @@ def test_pseudo_labels_of_certain_labels_are_not_counted(includes: bool) -> None
     assert torch.equal(update.pseudo.label, rows)  # each belief stands beside its own sample
     assert torch.equal(update.pseudo.confidence, rows / 30)
     counts = torch.bincount(rows, minlength=30).tolist()
-    uninformed = {row for row in range(30) if row not in KNOWN}
-    each = {row: 0 if row in CERTAIN else 4 if includes and row not in uninformed else 2 for row in range(30)}
+    each = {row: 0 if row in CERTAIN else 2 for row in range(30)}
     assert counts == list(each.values())
     assert update.parts["model"].weight == 2 * (25 + (30 if includes else 5))
 

@@ -88,10 +88,10 @@ def label_log_likelihood(labels: Tensor, transition: Tensor) -> Tensor:
 class SetLikelihood:
     """p(S | y) of a candidate set S that may miss the truth."""
 
-    kind: str = "product"
-    """product: each candidate is a noisy label of its own, prod_{j in S} T[y, j]. sum: S holds a noisy label,
-    sum_{j in S} T[y, j]. generator: how `supervision.kind=partial` with noise makes them, from the two numbers below
-    and without T."""
+    kind: str = "sum"
+    """sum: S holds a noisy label, sum_{j in S} T[y, j]. product: each candidate is a noisy label of its own,
+    prod_{j in S} T[y, j]; take a fixed T with it. generator: how `supervision.kind=partial` with noise makes them, from
+    the two numbers below and without T."""
     partial_ratio: float = 0.1
     """generator: the probability r in (0, 1) of a wrong label to be a candidate."""
     noise_rate: float = 0.1

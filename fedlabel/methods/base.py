@@ -40,6 +40,8 @@ class Part(NamedTuple):
     """(batch, annotators) int64, see `Supervision`."""
     rows: Tensor
     """(batch,) int64, positions in the client's data, for what is remembered of each sample."""
+    size: Tensor
+    """() float, how many samples of the client this part is drawn from."""
 
 
 class Batch(NamedTuple):
@@ -292,6 +294,20 @@ class Method:
     def server_step(self, shared: State, total: State) -> State:
         """Returns the next shared state from the current one and the summed `statistics` of a round."""
         return shared
+
+    def check(self, known: Supervision) -> None:
+        """Looks at what is known in the whole federation before anything starts.
+
+        Raises:
+            ValueError: the method could not learn from it.
+        """
+        wants_labels = any(phase.labeled and not phase.informed for phase in self.phases(1))
+        if wants_labels and not bool(known.labeled.any()):
+            raise ValueError(
+                f"`method.name` (={self.name}) learns from labels, and no sample has one: what is known are sets of "
+                "candidates or the labels of several annotators. Take method.name=ill, or supervision.vote=true for "
+                "annotators."
+            )
 
     def noise_matrix(self, shared: State) -> Tensor | None:
         """Returns p(noisy label | true label) as far as the server knows it, (matrices, classes, classes), to be shown;

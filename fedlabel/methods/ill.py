@@ -4,8 +4,8 @@ Source: Chen et al., "Imprecise Label Learning: A Unified Framework for Learning
 Configurations", NeurIPS 2024 (arXiv 2305.12715). Setting: any; every sample has what is known of it (`Supervision`).
 
 E step, per batch, on the weak view: q(y) ~ p(y | x) p(information | y), see `inference/imprecise.py`. M step: CE(q,
-strong view); CE on the weak view where the label is certain; the forward-corrected likelihood of noisy labels on the
-weak view. The noise matrix T is learnt beside.
+strong view); CE on the weak view where the label is certain (or on the strong one, too: `label_view`); the
+forward-corrected likelihood of noisy labels on the weak view. The noise matrix T is learnt beside.
 
 What differs, and why:
 - T is row-stochastic and the same in the E step and in the likelihood; the released code normalises rows in one and
@@ -14,9 +14,13 @@ What differs, and why:
   up), or T's logits after their steps (gradient, the paper's).
 - What the released code has beyond the paper is off by default: three views, complement loss, balance term, the target
   re-weighted by T (`view_mean`, `complement_weight`, `balance_weight`, `reweighted`), distribution alignment and the
-  cut to the largest classes for unlabelled samples (`alignment`, `top_k`); with all of them on and
-  `training.unlabeled_includes_labeled` it is the released recipe but for T's normalisation and a further term,
-  consistency of the two views of noisy samples.
+  cut to the largest classes for unlabelled samples (`alignment`, `top_k`). Left out are its normalisations of T and a
+  further term, consistency of the two views of noisy samples; its balance term is over one part of the batch, here over
+  all weak views, and `reweighted` is here also for noisy sets.
+- Samples of which nothing is known weigh no more than the others where they are fewer: EM's objective is a sum over
+  samples, and a candidate set that came out as all classes would else be drawn in every step.
+- Noisy sets go by the sum rule, not the released code's product: with the product, T is a distribution over all the
+  candidates drawn, flattens, and EM can end where nothing is known (see docs/decisions/0005).
 - Noise that depends on the sample is modelled by the same T per class.
 """
 
@@ -30,6 +34,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedlabel.data.supervision import Supervision
 from fedlabel.inference.imprecise import (
     SetLikelihood,
     candidates_log_likelihood,
@@ -83,12 +88,13 @@ class NoiseMatrix:
     start: float = 0.3
     """T starts with 1 - start on the diagonal, in (0, 1); a dominant diagonal says which class is which."""
     smoothing: float = 1.0
-    """form=closed: how many counts per class the start is worth, forever."""
-    decay: float = 0.0
-    """form=closed: what remains of the counts of earlier rounds, in [0, 1); for cohorts that are a small part of the
-    federation. 0: T is of the last round's clients alone."""
+    """form=closed, above 0: how many counts per class the T before is worth; a class that no noisy label can be of
+    keeps its row."""
+    decay: float = 0.8
+    """form=closed: what remains of the counts of earlier rounds, in [0, 1), as a cohort is a part of the federation. 0:
+    T is of the last round's clients alone, which is EM's M step if all take part."""
     warmup_rounds: int = 3
-    """Rounds in which T stays as it starts, lest it take on the errors of the untrained model."""
+    """Rounds that clients train with T as it starts, lest it take on the errors of the untrained model."""
     lr: float = 0.1
     """form=gradient: learning rate of T's logits."""
 
@@ -102,9 +108,8 @@ class NoiseMatrix:
                 "have: take method.noise.form=closed."
             )
         for key in ("strength", "smoothing", "lr"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                value = getattr(self, key)
-                raise ValueError(f"`method.noise.{key}` (={value}) must be a finite number of at least 0.")
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ValueError(f"`method.noise.{key}` (={getattr(self, key)}) must be a finite number above 0.")
         if not 0 < self.start < 1:
             raise ValueError(f"`method.noise.start` (={self.start}) must lie in (0, 1).")
         if not 0 <= self.decay < 1:
@@ -115,7 +120,16 @@ class NoiseMatrix:
             raise ValueError(f"`method.noise.warmup_rounds` (={self.warmup_rounds}) must be at least 0.")
 
     def initial(self, num_classes: int) -> Tensor:
-        """Returns the start, (matrices, classes, classes)."""
+        """Returns the start, (matrices, classes, classes).
+
+        Raises:
+            ValueError: its diagonal would not be dominant.
+        """
+        if self.start >= 1 - 1 / num_classes:
+            raise ValueError(
+                f"`method.noise.start` (={self.start}) must be below {1 - 1 / num_classes:g} for {num_classes} "
+                "classes: a dominant diagonal says which class is which."
+            )
         return diagonal_transition(num_classes, self.start).expand(self.annotators, -1, -1).clone()
 
 
@@ -197,6 +211,9 @@ class ILL(Method):
     """Weight of -log sum_y p(y | weak view) T[y, label] for noisy labels, beside CE(q, strong view)."""
     noise: NoiseMatrix = field(default_factory=NoiseMatrix)
     """The noise matrix."""
+    label_view: str = "weak"
+    """Where the label is certain. weak: CE on the weak view (the paper's semi-supervised form). strong: it is a set of
+    one class and learnt as the other sets are (the paper's partial labels, where sets may have one class)."""
     set_likelihood: SetLikelihood = field(default_factory=SetLikelihood)
     """What a candidate set that may miss the truth says."""
     view_mean: bool = False
@@ -220,6 +237,8 @@ class ILL(Method):
         for key in ("lambda_u", "forward_weight", "complement_weight", "balance_weight"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
+        if self.label_view not in ("weak", "strong"):
+            raise ValueError(f"`method.label_view` (={self.label_view}) must be one of weak, strong.")
         if not 0 <= self.alignment_ema < 1:
             raise ValueError(f"`method.alignment_ema` (={self.alignment_ema}) must lie in [0, 1).")
         if self.top_k is not None and self.top_k < 1:
@@ -261,20 +280,23 @@ class ILL(Method):
         if learn:
             memory = self._learnt(memory, labeled, q, matrices)
 
-        is_label = (labeled.candidates.sum(-1) == 1) & ~labeled.noisy
-        has_noise = self._has_noise(labeled)
-        in_set = (labeled.candidates.sum(-1) > 1) & ~labeled.candidates.all(-1)
+        certainly = (labeled.candidates.sum(-1) == 1) & ~labeled.noisy
+        is_label = certainly & (self.label_view == "weak")
+        has_noise = self._has_noise(labeled) & ~certainly
+        in_set = ~is_label & ~labeled.candidates.all(-1) & ((labeled.candidates.sum(-1) > 1) | certainly)
         zero = torch.zeros_like(is_label, dtype=weak.dtype)
         supervised = torch.where(is_label, marginal_nll(weak, certain), zero)
         em = torch.where(is_label, zero, self._em(q, weak, strong, noise, has_noise))
-        forward = torch.where(has_noise & ~is_label, marginal_nll(weak, certain + noise), zero)
+        forward = torch.where(has_noise, marginal_nll(weak, certain + noise), zero)
         terms = supervised + em + self.forward_weight * forward
         if self.complement_weight > 0:
             said = torch.where(labeled.noisy[:, None], weak.softmax(-1) @ matrices[0], weak.softmax(-1))
             outside = -_log_one_minus(said, ~labeled.candidates)
             terms = terms + self.complement_weight * torch.where(in_set, outside, zero)
         unsupervised = soft_cross_entropy(q_u, strong_u)
-        loss = batch_mean(terms) + self.lambda_u * batch_mean(unsupervised)
+        # Where fewer samples are unknown than known, each weighs as much as a known one.
+        share = torch.where(labeled.size > 0, (unlabeled.size / labeled.size.clamp_min(1)).clamp_max(1), 1.0)
+        loss = batch_mean(terms) + self.lambda_u * share * batch_mean(unsupervised)
         if self.balance_weight > 0:
             loss = loss + self.balance_weight * balance(torch.cat([weak, weak_u]))
 
@@ -282,15 +304,20 @@ class ILL(Method):
             "train/loss": torch.stack([loss, torch.ones_like(loss)]).detach(),
             "train/loss_supervised": mean_metric(supervised, is_label),
             "train/loss_em": mean_metric(em, ~is_label),
-            "train/loss_forward": mean_metric(forward, has_noise & ~is_label),
+            "train/loss_forward": mean_metric(forward, has_noise),
             "train/loss_unsupervised": mean_metric(unsupervised, torch.ones_like(unlabeled.noisy)),
         }
         pseudo, metrics = observed(
             torch.cat([q, q_u]),
             torch.cat([labeled.candidates, unlabeled.candidates]),
-            torch.cat([~is_label, torch.ones_like(unlabeled.noisy)]),
+            torch.cat([~certainly, torch.ones_like(unlabeled.noisy)]),
         )
-        return Step(loss, {**losses, **metrics}, torch.ones_like(pseudo.confidence).sum(), pseudo, memory)
+        if self.noise.scope != "global" and self.noise.form != "fixed":
+            dominant = matrices.argmax(-1) == torch.arange(matrices.shape[-1], device=matrices.device)
+            metrics["transition/own_dominant"] = mean_metric(dominant.to(weak.dtype), torch.ones_like(dominant))
+        used = len(terms) + (len(unsupervised) if self.lambda_u > 0 else 0)
+        examples = torch.full((), float(used), device=weak.device)
+        return Step(loss, {**losses, **metrics}, examples, pseudo, memory)
 
     def _em(self, q: Tensor, weak: Tensor, strong: Sequence[Tensor], noise: Tensor, has_noise: Tensor) -> Tensor:
         """Returns CE(q, strong view) of each sample, (n,), or one of the released code's variants."""
@@ -303,20 +330,15 @@ class ILL(Method):
 
     # ------------------------------------------------------------------------------------- information and the matrix
 
-    def _information(self, part: Part, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    def _information(self, part: Part | Supervision, matrices: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the log-likelihoods of what is certain (0 or -inf) and of what is noisy (finite), (n, classes)."""
-        if len(matrices) not in (1, part.annotations.shape[-1]):
-            raise ValueError(
-                f"`method.noise.annotators` (={len(matrices)}) must be 1, one matrix for all, or as many as the data "
-                f"have: {part.annotations.shape[-1]}."
-            )
         shown = torch.where(part.noisy[:, None], torch.ones_like(part.candidates), part.candidates)
         hidden = torch.where(part.noisy[:, None], part.candidates, torch.ones_like(part.candidates))
         noise = log_likelihood(hidden, part.noisy, part.annotations, matrices, self.set_likelihood)
         return candidates_log_likelihood(shown), noise
 
     @staticmethod
-    def _has_noise(part: Part) -> Tensor:
+    def _has_noise(part: Part | Supervision) -> Tensor:
         """Returns (n,) bool, whether something noisy is known of a sample."""
         return part.noisy | (part.annotations >= 0).any(-1)
 
@@ -324,9 +346,9 @@ class ILL(Method):
         """Returns the matrices in use, (matrices, classes, classes)."""
         if self.noise.form == "gradient":
             return memory["own_logits" if self.noise.scope == "client" else "logits"].softmax(-1)
-        return memory["transition" if self.noise.scope == "global" else "own_transition"]
+        return memory.get("own_transition", memory["transition"])
 
-    def _counts(self, part: Part, q: Tensor, matrices: Tensor) -> Tensor:
+    def _counts(self, part: Part | Supervision, q: Tensor, matrices: Tensor) -> Tensor:
         """Returns the expected counts of samples with posterior q (n, classes), (matrices, classes, classes)."""
         several = len(matrices) > 1
         first = expected_set_counts(q, part.candidates, part.noisy, matrices[0], self.set_likelihood)
@@ -355,17 +377,15 @@ class ILL(Method):
     def prepare(self, survey: Survey, round_number: int) -> Prepared:
         """The E step over a client's whole data with the received model: expected counts, and its own T."""
         memory, known = dict(survey.memory), survey.supervision
-        part = Part({}, known.candidates, {}, known.noisy, known.annotations, torch.arange(len(known.noisy)))
         matrices = self._matrices(memory)
         counts = torch.zeros_like(matrices)
-        if bool(self._has_noise(part).any()):
-            certain, noise = self._information(part, matrices)
+        if bool(self._has_noise(known).any()):
+            certain, noise = self._information(known, matrices)
             q = posterior(survey.predict("global", "clean"), certain + noise)
-            counts = self._counts(part, q, matrices)
+            counts = self._counts(known, q, matrices)
         memory["expected_counts"] = counts
         if self.noise.scope != "global" and round_number > self.noise.warmup_rounds:
-            start = self.noise.initial(counts.shape[-1]).to(counts)
-            prior = self.noise.smoothing * start
+            prior = self.noise.smoothing * matrices
             if self.noise.scope == "prior":
                 prior = self.noise.strength * memory["transition"]
             memory["own_transition"] = from_counts(counts, prior)
@@ -380,8 +400,7 @@ class ILL(Method):
         if self.noise.form == "gradient":
             memory |= {"noisy_samples": zero}
             return {**memory, "own_logits": start.log()} if self.noise.scope == "client" else memory
-        memory |= {"expected_counts": torch.zeros_like(start)}
-        return {**memory, "own_transition": start} if self.noise.scope != "global" else memory
+        return {**memory, "expected_counts": torch.zeros_like(start)}
 
     def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
         return {name: value for name, value in memory.items() if name in ("own_transition", "own_logits")}
@@ -416,12 +435,19 @@ class ILL(Method):
         if self.noise.form == "gradient" and "logits" in total and total["noisy_samples"] > 0:
             shared["logits"] = total["logits"] / total["noisy_samples"]
         if "counts" in total:
-            shared["counts"] = self.noise.decay * shared["counts"] + total["counts"]
             shared["rounds"] = shared["rounds"] + 1
-            if shared["rounds"] > self.noise.warmup_rounds:
-                start = self.noise.initial(shared["counts"].shape[-1]).to(shared["counts"])
-                shared["transition"] = from_counts(shared["counts"], self.noise.smoothing * start)
+            if shared["rounds"] >= self.noise.warmup_rounds:
+                shared["counts"] = self.noise.decay * shared["counts"] + total["counts"]
+                shared["transition"] = from_counts(shared["counts"], self.noise.smoothing * shared["transition"])
         return shared
+
+    def check(self, known: Supervision) -> None:
+        annotators = known.annotations.shape[1]
+        if self.noise.annotators not in (1, annotators):
+            raise ValueError(
+                f"`method.noise.annotators` (={self.noise.annotators}) must be 1, one matrix for all, or as many as "
+                f"the data have: {annotators}."
+            )
 
     def noise_matrix(self, shared: State) -> Tensor | None:
         if self.noise.scope == "client":

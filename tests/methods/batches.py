@@ -14,7 +14,8 @@ def certain_part(views: dict[str, Tensor], candidates: Tensor, targets: dict[str
     """A part of samples whose candidates hold the truth and of which nothing else is known."""
     n = len(candidates)
     nobody = torch.full((n, 0), -1)
-    return Part(views, candidates, targets, torch.zeros(n, dtype=torch.bool), nobody, torch.arange(n))
+    size = torch.tensor(float(n))
+    return Part(views, candidates, targets, torch.zeros(n, dtype=torch.bool), nobody, torch.arange(n), size)
 
 
 def make_part(n: int, classes: int, labels: Tensor | None = None, targets: dict[str, Tensor] | None = None) -> Part:

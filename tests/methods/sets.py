@@ -43,8 +43,10 @@ class Known:
         n, classes = self.candidates.shape
         images = torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1)
         nobody = torch.full((n, 0), -1)
-        part = Part({"weak": images}, self.candidates, {}, self.noisy, nobody, self.rows)
-        none = Part({}, torch.ones(0, classes).bool(), {}, self.noisy[:0], nobody[:0], self.rows[:0])
+        part = Part(
+            {"weak": images}, self.candidates, {}, self.noisy, nobody, self.rows, torch.tensor(float(len(self.rows)))
+        )
+        none = Part({}, torch.ones(0, classes).bool(), {}, self.noisy[:0], nobody[:0], self.rows[:0], torch.tensor(0.0))
         return Batch(part, none, none, torch.tensor(1.0), memory)
 
     def run(self, loss: LossFunction, memory: State = NOTHING) -> tuple[Step, Tensor]:

@@ -53,7 +53,9 @@ class Views:
 
 
 def part(views: dict[str, Tensor], known: Supervision) -> Part:
-    return Part(views, known.candidates, {}, known.noisy, known.annotations, torch.arange(len(known.noisy)))
+    n = len(known.noisy)
+    size = torch.tensor(float(n))
+    return Part(views, known.candidates, {}, known.noisy, known.annotations, torch.arange(n), size)
 
 
 def record(*rows: str, noisy: Sequence[bool] = (), annotations: Sequence[Sequence[int]] = ()) -> Supervision:
@@ -199,7 +201,7 @@ def test_mixed_batch_per_sample(seed: int) -> None:
     (p_strong - q) / n for all but the label, and on the weak view p - q of the label and of what is noisy."""
     generator = torch.Generator().manual_seed(seed)
     tables = [2 * torch.randn(n, 3, generator=generator) for n in (6, 6, 2, 2)]
-    method = ILL(lambda_u=0.5, forward_weight=0.7)
+    method = ILL(lambda_u=1.5, forward_weight=0.7, set_likelihood=SetLikelihood("product"))
     views = Views(tables[:2], tables[2:])
     step = method.loss(views.student, NOTHING, views.batch(MIXED, memory_of(method)))
     weak, strong, weak_u, strong_u = views.gradients(step)
@@ -216,7 +218,7 @@ def test_mixed_batch_per_sample(seed: int) -> None:
         assert weak[i].tolist() == pytest.approx([on_weak * (b - a) / 6 for a, b in zip(q, p, strict=True)], abs=1e-6)
     for i in range(2):
         q, p = softmax(tables[2][i]), softmax(tables[3][i])
-        total -= 0.5 * sum(a * math.log(b) for a, b in zip(q, p, strict=True)) / 2
+        total -= 0.5 * sum(a * math.log(b) for a, b in zip(q, p, strict=True)) / 2  # 1.5 * 2 unknown / 6 known
         assert strong_u[i].tolist() == pytest.approx([0.5 * (b - a) / 2 for a, b in zip(q, p, strict=True)], abs=1e-6)
     assert weak_u.abs().sum() == 0
     assert step.loss.item() == pytest.approx(total, abs=1e-5)
@@ -258,7 +260,7 @@ def summed(method: ILL, clients: Sequence[ClientData], shared: State) -> State:
     return {name: sum((s[name] for s in all_of_them), torch.zeros(())) for name in all_of_them[0]}
 
 
-def central_step(clients: Sequence[ClientData], transition: Tensor, smoothing: float) -> Tensor:
+def central_step(clients: Sequence[ClientData], transition: Tensor) -> Tensor:
     """One EM step of T on the union of all clients' data, in double precision, straight from the definition."""
     images = torch.cat([data.images for data in clients]).float() / 255
     with torch.no_grad():
@@ -268,16 +270,16 @@ def central_step(clients: Sequence[ClientData], transition: Tensor, smoothing: f
     for p, label in zip(probs, labels.tolist(), strict=True):
         joint = p * transition[:, label].double()
         counts[:, label] += joint / joint.sum()
-    total = counts + smoothing * diagonal_transition(CLASSES, 0.3)
+    total = counts + transition
     return total / total.sum(1, keepdim=True)
 
 
 def test_closed_form_is_that_of_the_union_of_all_clients() -> None:
-    method = ILL(noise=NoiseMatrix(warmup_rounds=0))
+    method = ILL(noise=NoiseMatrix(warmup_rounds=0, decay=0.0))
     clients = [noisy_client(seed, n) for seed, n in ((1, 40), (2, 7), (3, 80))]
     shared = method.initial_shared(CLASSES)
     for _ in range(3):
-        expected = central_step(clients, shared["transition"][0], 1.0)
+        expected = central_step(clients, shared["transition"][0])
         shared = method.server_step(shared, summed(method, clients, shared))
         torch.testing.assert_close(shared["transition"][0].double(), expected, atol=1e-6, rtol=0)
     assert (shared["transition"][0] - diagonal_transition(CLASSES, 0.3)).abs().max() > 0.02
@@ -299,16 +301,21 @@ def test_annotators_have_matrices_of_their_own() -> None:
 
 
 def test_warm_up_and_decay() -> None:
-    """T stays for two rounds; then the counts are those of the round plus half of what was there."""
-    method = ILL(noise=NoiseMatrix(warmup_rounds=2, decay=0.5))
+    """Clients of rounds 1 and 2 have the start; then the counts are those of the round plus half of what was there,
+    without the first round's, and a class without counts keeps its row."""
+    method = ILL(noise=NoiseMatrix(warmup_rounds=2, decay=0.5, smoothing=2.0))
     start = method.initial_shared(CLASSES)
-    counts = torch.arange(9.0).view(1, 3, 3)
-    shared = method.server_step(start, {"counts": counts})
-    shared = method.server_step(shared, {"counts": 0 * counts})
+    counts = torch.tensor([[[5.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]])
+    shared = method.server_step(start, {"counts": 7 * counts})
     assert torch.equal(shared["transition"], start["transition"])
     shared = method.server_step(shared, {"counts": counts})
-    expected = from_counts(1.25 * counts, start["transition"])
-    torch.testing.assert_close(shared["transition"], expected)
+    second = from_counts(counts, 2 * start["transition"])
+    torch.testing.assert_close(shared["transition"], second)
+    shared = method.server_step(shared, {"counts": counts})
+    torch.testing.assert_close(shared["transition"], from_counts(1.5 * counts, 2 * second))
+    torch.testing.assert_close(shared["transition"][0, 1], start["transition"][0, 1])
+    nobody = method.server_step(shared, {"counts": 0 * counts})
+    assert (nobody["transition"] - shared["transition"]).abs().max() < 0.1
 
 
 def test_own_matrix_of_a_client() -> None:
@@ -321,6 +328,9 @@ def test_own_matrix_of_a_client() -> None:
     update = train_round(own, data)
     assert update.statistics == {}
     torch.testing.assert_close(update.kept["own_transition"][0], from_counts(counts, 2 * start))
+    with torch.no_grad():  # a client that comes late starts from the global matrix
+        q = posterior(net()(data.images.float() / 255), label_log_likelihood(data.supervision.label, T))
+    counts = expected_counts(q, data.supervision.label)
     drawn = ILL(noise=NoiseMatrix(scope="prior", warmup_rounds=0, strength=5.0))
     shared = {**drawn.initial_shared(CLASSES), "transition": T[None]}
     update = train_round(drawn, data, shared=shared)
@@ -367,6 +377,30 @@ def test_nobody_with_noisy_labels_leaves_the_start() -> None:
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
+def test_a_few_unknown_samples_weigh_no_more_than_known_ones() -> None:
+    """Of a client's 40 samples one is unknown: its loss weighs 1/39 of the mean over the others; of 80, once."""
+    views = Views([logits_of(WEAK), logits_of(STRONG)], [logits_of(WEAK), logits_of(STRONG)])
+    batch = views.batch(record("110"), memory_of(ILL()))
+    alone = -sum(a * math.log(b) for a, b in zip(WEAK, STRONG, strict=True))
+    for known, unknown, weight in ((39, 1, 1 / 39), (39, 41, 1.0), (0, 5, 1.0)):
+        sized = batch._replace(
+            labeled=batch.labeled._replace(size=torch.tensor(float(known))),
+            unlabeled=batch.unlabeled._replace(size=torch.tensor(float(unknown))),
+        )
+        step = ILL().loss(views.student, NOTHING, sized)
+        assert step.loss.item() == pytest.approx(0.9162907 + weight * alone, abs=1e-6)
+
+
+def test_certain_label_on_the_strong_view() -> None:
+    """As a set of one class: -ln .4 on the strong view, in place of -ln .3 on the weak one; complement -ln(.5 * .8)."""
+    strong = evaluate(ILL(label_view="strong"), record("010"), WEAK, STRONG)
+    assert strong.loss.item() == pytest.approx(-math.log(0.4))
+    both = evaluate(ILL(label_view="strong", complement_weight=1.0), record("010"), WEAK, STRONG)
+    assert both.loss.item() == pytest.approx(-math.log(0.4) - math.log(0.5 * 0.8), abs=1e-5)
+    weak = evaluate(ILL(complement_weight=1.0), record("010"), WEAK, STRONG)
+    assert weak.loss.item() == pytest.approx(-math.log(0.3))
+
+
 def test_full_label_overrides_what_annotators_say() -> None:
     plain = evaluate(ILL(), record("010"), WEAK, STRONG)
     both = evaluate(ILL(), record("010", annotations=[[2]]), WEAK, STRONG)
@@ -396,7 +430,9 @@ def test_set_of_all_and_nothing_known_are_one_loss() -> None:
         (partial(NoiseMatrix, decay=1.0), r"`method.noise.decay` \(=1.0\) must lie in \[0, 1\)"),
         (partial(NoiseMatrix, annotators=0), r"`method.noise.annotators` \(=0\) must be at least 1"),
         (partial(NoiseMatrix, warmup_rounds=-1), r"warmup_rounds` \(=-1\) must be at least 0"),
-        (partial(NoiseMatrix, smoothing=-1), r"`method.noise.smoothing` \(=-1\) must be a finite number"),
+        (partial(NoiseMatrix, smoothing=0), r"`method.noise.smoothing` \(=0\) must be a finite number above 0"),
+        (partial(NoiseMatrix(start=0.6).initial, 2), r"`method.noise.start` \(=0.6\) must be below 0.5 for 2 classes"),
+        (partial(ILL, label_view="clean"), r"`method.label_view` \(=clean\) must be one of weak, strong"),
     ],
 )
 def test_errors(make: Any, message: str) -> None:
@@ -405,12 +441,11 @@ def test_errors(make: Any, message: str) -> None:
 
 
 def test_wrong_number_of_annotators_is_named() -> None:
-    method = ILL(noise=NoiseMatrix(annotators=3))
+    known = noisy_client(1, annotators=2).supervision
+    for annotators in (1, 2):
+        ILL(noise=NoiseMatrix(annotators=annotators)).check(known)
     with pytest.raises(ValueError, match=r"`method.noise.annotators` \(=3\) must be 1, .* 2"):
-        train_round(method, noisy_client(1, annotators=2))
-    gradient = ILL(noise=NoiseMatrix(annotators=3, form="gradient"))
-    with pytest.raises(ValueError, match=r"`method.noise.annotators` \(=3\) must be 1, .* 2"):
-        train_round(gradient, noisy_client(1, annotators=2))
+        ILL(noise=NoiseMatrix(annotators=3)).check(known)
 
 
 def test_generator_likelihood_reaches_the_loss() -> None:
