@@ -64,6 +64,8 @@ class NoiseWatch:
     def _truth(self, annotators: int) -> np.ndarray:
         """Returns (annotators, classes, classes), NaN in the rows of classes without a noisy label."""
         counts = self._experiment.federation.noise_counts(annotators)
+        if self._experiment.federation.has_noisy_sets:
+            counts = np.zeros_like(counts)  # what T means then is the set likelihood's affair
         totals = np.repeat(counts.sum(2, keepdims=True), counts.shape[2], 2)
         return ratio(counts.ravel(), totals.ravel()).reshape(counts.shape)
 
@@ -78,8 +80,7 @@ class NoiseWatch:
             whose = f" of annotator {place}" if len(matrices) > 1 else ""
             logger.warning(
                 "Round %d: the noise matrix%s is not dominant on its diagonal for %s. It is learnt up to a permutation "
-                "of the classes, so these may be exchanged: a longer method.noise.warmup_rounds, more "
-                "method.noise.smoothing, or some true labels help.",
+                "of the classes, so these may be exchanged: a longer warm-up or some true labels help.",
                 round_number,
                 whose,
                 listed,

@@ -42,6 +42,8 @@ class Federation:
     """What the holder of each sample (a client or the server) knows of it, over the training split."""
     test_parts: list[np.ndarray]
     """Per client: rows of the evaluation split, with the client's class mix, (m_k,) int64."""
+    in_sets: np.ndarray
+    """(n,) bool over the training split: whose kind of label is a set of candidates, be it of one class or of all."""
     server_rows: np.ndarray
     """Sorted rows of the training split that the server holds, all of them labelled, (n_s,) int64; mostly none."""
 
@@ -104,12 +106,13 @@ class Federation:
     def audit(self) -> dict[str, Any]:
         """Returns what was made of the labels: `supervision.json`. It compares with the truth: for the evaluator only.
 
-        Per client how many samples of each kind, how many candidates the sets have and how many hold the truth, and
-        of noisy labels the matrix of counts (true class, label).
+        Per client how many samples of each kind (a set of one class counts as a label, one of all as nothing), how many
+        candidates the sets have and how many hold the truth, and of noisy labels the matrix of counts (true class,
+        label).
         """
         rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
         record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
-        sets = (record.kind == 2) | (record.kind == 4) | (record.kind == 6)
+        sets = torch.from_numpy(self.in_sets)[rows]
         size = record.candidates[sets].sum(1)
         holds = record.candidates[sets].gather(1, truth[sets][:, None])
         counts = self.noise_counts()[0]
@@ -125,6 +128,11 @@ class Federation:
     def audit_json(self) -> str:
         """Returns the audit and the federation's hash as JSON, in one line."""
         return json.dumps({**self.audit(), "partition_sha256": self.sha256}) + "\n"
+
+    @property
+    def has_noisy_sets(self) -> bool:
+        """Whether some sets of several candidates may miss the truth; these have no single true noise matrix."""
+        return bool((self.record.noisy & ~self.record.labeled).any())
 
     def noise_counts(self, annotators: int = 1) -> np.ndarray:
         """Returns noisy labels by true class, (annotators, classes, classes) int64. For the evaluator only.
@@ -185,9 +193,11 @@ def build_federation(
         record = impart(labels, kinds, supervision.parts, classes, resemblance, seed)
     if not record.informed.any():
         raise ValueError(
-            f"`supervision` ({supervision}) leaves no label at any of `num_clients` (={num_clients}) clients of "
+            f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
             f"{min(map(len, parts))} to {max(map(len, parts))} samples or at the server; raise supervision.label_rate, "
-            "or set supervision.labels_per_client, labels_per_class or labels_total."
+            "or set supervision.labels_per_client, labels_per_class or labels_total; where labels are imprecise, see "
+            "that not every set has all classes (supervision.partial_ratio below 1) and not every label of "
+            "supervision.labels_file is -1."
         )
     split = dataset.validation if evaluation_split == "validation" else dataset.test
     if len(split.labels) == 0:
@@ -197,7 +207,8 @@ def build_federation(
         )
     rng = numpy_generator(seed, "evaluation_parts")
     test_parts = split_like(labels, parts, split.labels.numpy(), classes, rng)
-    return Federation(dataset, parts, record, test_parts, server_rows)
+    with_sets = [place for place, part in enumerate(supervision.parts) if part.has_candidates and not all_labels]
+    return Federation(dataset, parts, record, test_parts, np.isin(kinds, with_sets), server_rows)
 
 
 @dataclass(frozen=True, eq=False)

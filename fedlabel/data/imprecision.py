@@ -209,9 +209,24 @@ def scale_to_mean(weights: np.ndarray, truth: np.ndarray, mean: float) -> np.nda
     for _ in range(weights.shape[1]):  # each pass cuts at least one more class, or nothing is left to give
         free = np.where(probability < 1, wanted, 0)
         left = total - probability.sum(1, keepdims=True)
+        if left.max(initial=0.0) < 1e-12:
+            break
         share = free / np.maximum(free.sum(1, keepdims=True), 1e-12)
         probability = np.minimum(probability + left * share, 1)
     return probability
+
+
+def majority(given: np.ndarray, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns (m, 1) the label that most annotators gave, one of them by chance where several did; -1 where none did.
+
+    Args:
+        given: (m, annotators) labels, -1 = none.
+        num_classes: how many classes.
+        rng: breaks ties.
+    """
+    votes = (given[:, :, None] == np.arange(num_classes)).sum(1)
+    chosen = (votes + rng.random(votes.shape)).argmax(1)  # less than a vote is added
+    return np.where(votes.any(1), chosen, -1)[:, None]
 
 
 def swap_truth(candidates: np.ndarray, truth: np.ndarray, noise_rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -243,7 +258,8 @@ def draw_noisy_labels(
 ) -> np.ndarray:
     """Returns (m, annotators) int64 labels, -1 = none; arguments as for `draw_candidates`."""
     if part.noise == "file":
-        return resemblance.file_labels(part)[rows]
+        given = resemblance.file_labels(part)[rows]
+        return majority(given, num_classes, rng) if part.vote else given
     noisy = truth.copy()
     if part.noise == "symmetric":
         hit = rng.permutation(len(truth))[: round(part.noise_rate * len(truth))]

@@ -57,6 +57,8 @@ class LabelKind:
     labels_keys: tuple[str, ...] = ()
     """noise=file: arrays of the file. One is a noisy label; several are those of as many annotators, -1 = none. In a
     mix the annotators of each part are others."""
+    vote: bool = False
+    """noise=file, several keys: their labels become one noisy label, the most frequent; a tie is decided by chance."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels_keys", tuple(self.labels_keys))  # YAML gives a list; must be hashable
@@ -105,6 +107,11 @@ class LabelKind:
             raise ValueError(
                 f"`supervision.noise` (={self.noise}), `supervision.labels_file` (={self.labels_file}) and "
                 f"`supervision.labels_keys` (={list(self.labels_keys)}): noise=file needs both others; they need it."
+            )
+        if self.vote and len(self.labels_keys) < 2:
+            raise ValueError(
+                f"`supervision.vote` (=True) needs several `supervision.labels_keys` (={list(self.labels_keys)}): give "
+                "the keys of at least two annotators, or leave it out."
             )
         if self.has_noisy_labels:
             if from_file == (self.noise_rate > 0):
@@ -185,7 +192,7 @@ class SupervisionConfig(LabelKind):
             name = beside[0]
             raise ValueError(
                 f"`supervision.{name}` (={getattr(self, name)}) has no place beside supervision.mix, whose parts say "
-                "it themselves: leave it out."
+                "it themselves: leave it out, or take supervision.mix=[]."
             )
         total = sum(part.share for part in self.mix)
         if total > 1 + 1e-9:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -434,7 +435,9 @@ def test_the_audit_is_what_slow_counting_gives(settings: dict[str, Any]) -> None
     assert audit["kinds"]["clients"] == clients == federation.kinds().tolist()
     sizes, holds = [0] * 11, 0
     for row in sorted(np.concatenate([*federation.parts, federation.server_rows])):
-        if KIND_NAMES[int(record.kind[row])] in ("candidates", "noisy candidates", "candidates and labels"):
+        several = 1 < int(record.candidates[row].sum()) < 10
+        assert federation.in_sets[row] or not several
+        if federation.in_sets[row]:  # a set may also be of one class, or of all
             sizes[int(record.candidates[row].sum())] += 1
             holds += bool(record.candidates[row, truth[row]])
     assert audit["candidate_sets"] == {"sizes": sizes, "hold_the_truth": holds}
@@ -542,3 +545,12 @@ def test_a_federation_that_a_file_says_nothing_of_is_an_error(tmp_path: Path) ->
     settings = {**crowd(tmp_path), "labels_keys": ("c",)}
     with pytest.raises(ValueError, match="leaves no label at any of"):
         build(**settings)
+
+
+def test_sets_of_one_class_and_of_all_are_in_the_audit() -> None:
+    """1294 sets with q = .1: a share of .9^9 = .387 has one class; with few labels there is none."""
+    federation = build(**{**PARTIAL, "partial_ratio": 0.1})
+    sizes = federation.audit()["candidate_sets"]["sizes"]
+    assert sum(sizes) == 1294
+    assert abs(sizes[1] - 1294 * 0.9**9) < 3 * math.sqrt(1294 * 0.387 * 0.613)
+    assert not build().in_sets.any()

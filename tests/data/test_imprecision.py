@@ -16,6 +16,7 @@ from fedlabel.data.imprecision import (
     Resemblance,
     draw_candidates,
     draw_noisy_labels,
+    majority,
     scale_to_mean,
     swap_truth,
 )
@@ -504,3 +505,28 @@ def test_the_key_that_is_wrong_is_the_one_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "labels.npz", a=GOOD, b=GOOD[:3])
     with pytest.raises(DataError, match=r"array b of shape \(3,\)"):
         resemblance(root=tmp_path).file_labels(from_file("a", "b"))
+
+
+def test_the_majority_of_annotators() -> None:
+    """Two of three say 1; nobody says anything; a tie goes to either one of the two, and to no other."""
+    generator = rng()
+    given = np.array([[1, 2, 1], [-1, -1, -1], [-1, 3, -1]])
+    assert majority(given, 4, generator).tolist() == [[1], [-1], [3]]
+    tied = majority(np.tile([[0, 3]], (200, 1)), 4, generator)[:, 0]
+    assert set(tied.tolist()) == {0, 3}
+    assert 70 < (tied == 0).sum() < 130
+
+
+def test_annotators_may_vote(tmp_path: Path) -> None:
+    dataset = load_dataset(DataConfig(), 0)
+    n, whole = len(dataset.train.labels), dataset.own_size
+    np.savez(tmp_path / "a.npz", a=np.zeros(whole, int), b=np.ones(whole, int), c=np.ones(whole, int))
+    keys = ("a", "b", "c")
+    part = LabelKind(kind="noisy", noise="file", labels_file="a.npz", labels_keys=keys, vote=True, label_rate=None)
+    like = Resemblance(dataset, tmp_path, 0, np.arange(n))
+    record = impart(dataset.train.labels.numpy(), np.zeros(n, int), [part], 10, like, 0)
+    assert record.annotations.shape == (n, 0)
+    assert record.noisy.all()
+    assert (record.label == 1).all()
+    with pytest.raises(ValueError, match=r"`supervision.vote` \(=True\) needs several .*\['a'\]"):
+        LabelKind(kind="noisy", noise="file", labels_file="a.npz", labels_keys=("a",), vote=True)

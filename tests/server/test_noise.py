@@ -39,7 +39,9 @@ def watch(*counts: list[list[int]]) -> NoiseWatch:
 
     experiment: Any = SimpleNamespace(
         config=SimpleNamespace(method=SimpleNamespace(noise_matrix=noise_matrix)),
-        federation=SimpleNamespace(dataset=SimpleNamespace(class_names=NAMES), noise_counts=noise_counts),
+        federation=SimpleNamespace(
+            dataset=SimpleNamespace(class_names=NAMES), noise_counts=noise_counts, has_noisy_sets=False
+        ),
     )
     return NoiseWatch(experiment)
 
@@ -102,7 +104,7 @@ def test_a_lost_diagonal_is_said_once_per_class(caplog: pytest.LogCaptureFixture
     first, second = caplog.messages
     assert first.startswith("Round 2: the noise matrix is not dominant on its diagonal for dog (most often cat). It is")
     assert second.startswith("Round 4: the noise matrix is not dominant on its diagonal for cat (most often cow). It")
-    assert "method.noise.warmup_rounds" in first
+    assert "a longer warm-up" in first
 
 
 def test_a_lost_diagonal_is_said_of_its_annotator(caplog: pytest.LogCaptureFixture) -> None:
