@@ -308,6 +308,11 @@ class Method:
                 "candidates or the labels of several annotators. Take method.name=ill, or supervision.vote=true for "
                 "annotators."
             )
+        if any(phase.informed for phase in self.phases(1)) and bool(known.candidates.all()):
+            raise ValueError(
+                f"`method.name` (={self.name}) learns from sets of candidates, and no sample has one. Take "
+                "method.name=ill, or supervision.vote=true for annotators."
+            )
 
     def noise_matrix(self, shared: State) -> Tensor | None:
         """Returns p(noisy label | true label) as far as the server knows it, (matrices, classes, classes), to be shown;

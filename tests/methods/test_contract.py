@@ -234,3 +234,16 @@ def test_unknown_method_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(ValueError, match="must be a subclass"):
         method_class("collections:OrderedDict")
     assert method_class("fedlabel.methods.fedlabel:FedLabel") is FedLabel
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_method_that_could_learn_nothing_is_refused(name: str) -> None:
+    """Annotators' labels alone are something for ILL only; labels for all."""
+    nothing = torch.ones(5, CLASSES, dtype=torch.bool)
+    crowd = Supervision(nothing, torch.zeros(5, dtype=torch.bool), torch.zeros(5, 2, dtype=torch.int64))
+    if name == "ill":
+        make(name).check(crowd)
+    else:
+        with pytest.raises(ValueError, match=rf"`method.name` \(={name}\) learns from .*method.name=ill"):
+            make(name).check(crowd)
+    make(name).check(supervise(torch.zeros(5, dtype=torch.int64), torch.arange(5) < 1, CLASSES))
