@@ -321,10 +321,9 @@ class _Run:
                     return
             over_labeled = count_steps(phase, config, len(labeled), config.batch_size)
             over_drawn = count_steps(phase, config, len(drawn), config.batch_size * config.unlabeled_ratio)
+            steps = over_drawn if len(drawn) else over_labeled
             if phase.informed:  # a single sample of which nothing is known must not end the epoch after a step
                 steps = max(over_labeled, over_drawn)
-            else:
-                steps = over_drawn if len(drawn) else over_labeled
             examples = self._steps(phase, config, steps, (labeled, drawn, unlabeled), targets, teachers)
         state = {name: value.detach().clone() for name, value in self.trainer.student.state_dict().items()}
         self.results.append(PhaseResult(phase.name, state, examples, phase.start))
