@@ -97,9 +97,9 @@ def test_the_comparison_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def poisoned(*arguments: Any) -> Federation:
         federation = build_federation(*arguments)
-        train = federation.dataset.train
-        labels = (train.labels + torch.from_numpy(federation.labeled)) % federation.dataset.num_classes
-        return replace(federation, dataset=replace(federation.dataset, train=Split(train.images, labels)))
+        return replace(
+            federation, record=replace(federation.record, candidates=federation.record.candidates.roll(1, 1))
+        )
 
     fedlabel.experiment.open_experiment.cache_clear()
     monkeypatch.setattr(fedlabel.experiment, "build_federation", poisoned)
