@@ -4,14 +4,14 @@ Source: Chen et al., "Imprecise Label Learning: A Unified Framework for Learning
 Configurations", NeurIPS 2024 (arXiv 2305.12715). Setting: any; every sample has what is known of it (`Supervision`).
 
 E step, per batch, on the weak view: q(y) ~ p(y | x) p(information | y), see `inference/imprecise.py`. M step: CE(q,
-strong view); CE on the weak view where the label is certain (or on the strong one, too: `label_view`); the
+strong view); CE on the weak view where the label is certain (or on the strong one: `label_view`); the
 forward-corrected likelihood of noisy labels on the weak view. The noise matrix T is learnt beside.
 
 What differs, and why:
 - T is row-stochastic and the same in the E step and in the likelihood; the released code normalises rows in one and
   columns in the other, which agree only for symmetric T.
-- T is federated: clients send expected counts (`transition.form`=closed: exactly what EM on all their data would sum
-  up), or T's logits after their steps (gradient, the paper's).
+- T is federated: clients send expected counts (`noise.form`=closed: with `noise.decay`=0 and all clients in the cohort
+  exactly EM on all their data), or T's logits after their steps (gradient, the paper's).
 - What the released code has beyond the paper is off by default: three views, complement loss, balance term, the target
   re-weighted by T (`view_mean`, `complement_weight`, `balance_weight`, `reweighted`), distribution alignment and the
   cut to the largest classes for unlabelled samples (`alignment`, `top_k`). Left out are its normalisations of T and a
