@@ -387,6 +387,9 @@ class _Run:
         ]
         generator = torch_generator(self.seed, phase.name, "augment", device=device)
         mixing = numpy_generator(self.seed, phase.name, "mixing")
+        known = self.data.supervision
+        # Nothing is guessed where the label is certain, nor of a sample that is drawn without what is known of it.
+        unsure, unknown = (~known.labeled | known.noisy).cpu(), ~known.informed.cpu()
         examples = torch.zeros((), dtype=torch.float64, device=device)
         for labeled, unlabeled, mix in zip(*streams, strict=True):
             share = mixing.beta(phase.mix_alpha, phase.mix_alpha) if phase.mix else 1.0
@@ -404,7 +407,7 @@ class _Run:
                 self._with_gradient = 0
                 step = update.loss(self._student, teachers, batch._replace(memory=self.memory))
                 if phase.informed:
-                    self._log(step, torch.cat([labeled, unlabeled]), self._guessed(labeled, unlabeled))
+                    self._log(step, torch.cat([labeled, unlabeled]), torch.cat([unsure[labeled], unknown[unlabeled]]))
                 else:
                     self._log(step, unlabeled)
                 if not step.examples:  # nothing to learn from: no step, not even of momentum, a penalty or BatchNorm
@@ -474,12 +477,6 @@ class _Run:
         made = self.trainer.transform.views(self.data.images[rows], views, generator)
         drawn = {name: values[rows] for name, values in targets.items()}
         return Part(made, candidates, drawn, noisy, annotations, rows, torch.tensor(float(size), device=rows.device))
-
-    def _guessed(self, labeled: Tensor, unlabeled: Tensor) -> Tensor:
-        """Returns (draws,) bool: not where the label is certain, nor a sample that hid what is known of it."""
-        known = self.data.supervision
-        certain = (known.labeled & ~known.noisy).cpu()
-        return torch.cat([~certain[labeled], ~known.informed.cpu()[unlabeled]])
 
     def _log(self, step: Step, rows: Tensor, guessed: Tensor | None = None) -> None:
         for name, pair in step.metrics.items():

@@ -57,18 +57,6 @@ def kind_of_samples(
     return kind
 
 
-def labeled_mask(
-    labels: np.ndarray,
-    parts: Sequence[np.ndarray],
-    num_classes: int,
-    config: SupervisionConfig,
-    seed: int,
-    unlabeled_only: Sequence[int] = (),
-) -> np.ndarray:
-    """Returns (n,) bool, whether something is known of a sample; see `kind_of_samples`."""
-    return kind_of_samples(labels, parts, num_classes, config, seed, unlabeled_only) >= 0
-
-
 def _holders(parts: Sequence[np.ndarray], config: SupervisionConfig, seed: int) -> list[dict[int, np.ndarray]]:
     """Returns for every part of the mix: client -> the rows that may get its kind of label."""
     if not config.mix:

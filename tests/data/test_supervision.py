@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,18 @@ import torch
 
 from fedlabel.data.datasets import DataConfig, load_dataset
 from fedlabel.data.imprecision import Resemblance
-from fedlabel.data.label_amounts import labeled_clients, labeled_mask
+from fedlabel.data.label_amounts import kind_of_samples, labeled_clients
 from fedlabel.data.partition import PartitionConfig, partition
 from fedlabel.data.supervision import KIND_NAMES, Supervision, impart, supervise
 from fedlabel.data.supervision_config import LabelKind, SupervisionConfig
 
 SEEDS = (0, 1, 2)
 NUM_CLASSES = 10
+
+
+def labeled_mask(*arguments: Any) -> np.ndarray:
+    """(n,) bool, whether something is known of a sample."""
+    return kind_of_samples(*arguments) >= 0
 
 
 def make(seed: int = 0, n: int = 3000, num_clients: int = 12) -> tuple[np.ndarray, list[np.ndarray]]:
