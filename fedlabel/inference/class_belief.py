@@ -1,0 +1,167 @@
+"""Belief propagation over bags and neighbours for labels of several classes: `belief.py` with counts of every class."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedlabel.inference.belief import (
+    CELLS,
+    CERTAIN,
+    Bags,
+    Beliefs,
+    check_edges,
+    check_members,
+    check_settings,
+    count_members,
+    of_bag,
+)
+from fedlabel.inference.cardinality import CLASS_STATES, LARGEST, check_counts, check_evidence, class_posterior
+
+
+def class_marginals(
+    log_probs: Tensor,
+    bag: Tensor,
+    bag_counts: Tensor,
+    edges: Tensor,
+    edge_weight: Tensor,
+    lambda_edge: float = 1.0,
+    damping: float = 0.5,
+    max_iterations: int = 200,
+    tolerance: float = 1e-4,
+) -> Beliefs:
+    """Returns p(y_i = c) of labels y of several classes, whose number in each bag is known for every class.
+
+    Neighbours are coupled by exp(-lambda_edge K_ij |z_i - z_j|^2) of the one-hot z, so for two classes with half the
+    `lambda_edge` of `marginals`. A bag whose counts have at most `cardinality.CLASS_STATES` vectors below them is one
+    exact factor (`class_posterior`). If any bag's have more, every bag has one factor per class, an approximation even
+    without edges: it is near for large bags (mean error .003 in 30 labels of 3 classes) and too sure in tiny ones.
+
+    Args:
+        log_probs: (n, classes) float, what else is known of each label; 0 is nothing, -inf impossible.
+        bag: (n,) int64, each label's bag, -1 for none.
+        bag_counts: (bags, classes) counts.
+        edges: see `marginals`, also for what follows.
+        edge_weight: (e,).
+        lambda_edge: see above.
+        damping: in [0, 1).
+        max_iterations: at least 1.
+        tolerance: see `Beliefs.converged`.
+
+    Raises:
+        ValueError: see `marginals`; also counts of a bag that do not sum to its size.
+    """
+    n, classes = log_probs.shape
+    sizes = check_members(bag, len(bag_counts), n)
+    check_edges(edges, edge_weight, n)
+    check_settings(1.0, lambda_edge, "cardinality", damping, max_iterations, tolerance)
+    check_counts(bag_counts.flatten(), bag_counts.flatten(), sizes.repeat_interleave(classes), classes)
+    counts = bag_counts.long()
+    wrong = (counts.sum(1) != sizes).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise ValueError(
+            f"The counts of bag {first} (={counts[first].tolist()}) must sum to its size, {int(sizes[first])}."
+        )
+    possible = log_probs > -math.inf
+    only = possible & (possible.sum(1, keepdim=True) == 1)
+    for c in range(classes):
+        ones, zeros = count_members(bag, only[:, c], len(sizes)), count_members(bag, ~possible[:, c], len(sizes))
+        check_evidence(ones, zeros, counts[:, c], counts[:, c], sizes)
+    possible &= ~of_bag(bag, counts == 0)
+    unary = log_probs.masked_fill(~possible, -CERTAIN)
+    joint = len(sizes) == 0 or int((counts.double() + 1).prod(1).max()) <= CLASS_STATES
+    bags: _JointBags | _ClassBags = (_JointBags if joint else _ClassBags)(bag, counts, sizes)
+    graph = _ClassEdges(edges, edge_weight.to(unary.dtype) * (2 * lambda_edge), classes)
+    from_bag, from_edges = torch.zeros_like(unary), torch.zeros_like(unary)
+    alone = joint and len(edges) == 0
+    residual, iteration = math.inf, 0
+    while residual >= tolerance and iteration < max_iterations:
+        iteration += 1
+        residual = graph.send(unary + from_bag + from_edges, damping)
+        from_edges = graph.arrived(unary)
+        change = bags.messages(unary + from_edges, from_bag) - from_bag
+        from_bag += (1.0 if alone else 1 - damping) * change
+        residual = 0.0 if alone else max(residual, float(change.abs().amax()))
+    probability = (unary + from_bag + from_edges).softmax(1).masked_fill(~possible, 0.0)
+    return Beliefs(probability / probability.sum(1, keepdim=True), residual < tolerance, iteration, residual)
+
+
+class _ClassEdges:
+    """Messages between neighbours of several classes, logarithms (e, classes)."""
+
+    def __init__(self, edges: Tensor, coupling: Tensor, classes: int) -> None:
+        self.first, self.second = edges.unbind(1)
+        self.differs = (-coupling).exp()[:, None]
+        self.forward, self.backward = (coupling.new_zeros(len(coupling), classes) for _ in range(2))
+
+    def send(self, total: Tensor, damping: float) -> float:
+        """See `_Edges.send`; total: (n, classes)."""
+        if len(self.first) == 0:
+            return 0.0
+        onward = self._agree(total[self.first] - self.backward) - self.forward
+        back = self._agree(total[self.second] - self.forward) - self.backward
+        self.forward += (1 - damping) * onward
+        self.backward += (1 - damping) * back
+        return float(torch.maximum(onward.abs().amax(), back.abs().amax()))
+
+    def _agree(self, cavity: Tensor) -> Tensor:
+        return (self.differs + (1 - self.differs) * cavity.softmax(1)).log().clamp_min(-LARGEST)
+
+    def arrived(self, like: Tensor) -> Tensor:
+        """See `_Edges.arrived`; (n, classes)."""
+        total = torch.zeros_like(like).index_add_(0, self.second, self.forward)
+        return total.index_add_(0, self.first, self.backward)
+
+
+class _ClassBags:
+    """One factor per bag and class: a label is in a class or not."""
+
+    def __init__(self, bag: Tensor, counts: Tensor, sizes: Tensor) -> None:
+        classes = counts.shape[1]
+        each = torch.arange(classes, device=bag.device)
+        places = torch.where(bag[:, None] >= 0, bag[:, None] * classes + each, -1).flatten()
+        limits = counts.flatten()
+        self.bags = Bags(places, limits, limits, sizes.repeat_interleave(classes), math.inf)
+
+    def messages(self, cavity: Tensor, from_bag: Tensor) -> Tensor:
+        """Returns log messages (n, classes) from what others say (n, classes) and the factors' messages now."""
+        total = cavity + from_bag
+        others = torch.stack([_without(total, c).logsumexp(1) for c in range(total.shape[1])], 1)
+        return self.bags.messages((cavity - others).flatten()).view_as(cavity)
+
+
+def _without(values: Tensor, column: int) -> Tensor:
+    return torch.cat([values[:, :column], values[:, column + 1 :]], 1)
+
+
+class _JointBags:
+    """One exact factor per bag for the counts of all classes."""
+
+    def __init__(self, bag: Tensor, counts: Tensor, sizes: Tensor) -> None:
+        samples = bag.argsort(stable=True)[int((bag < 0).sum()) :]
+        first = sizes.cumsum(0) - sizes
+        states = (counts + 1).prod(1)
+        order = (sizes * (int(states.max()) + 1 if len(states) else 1) + states).argsort(stable=True)
+        self.stacks: list[tuple[Tensor, Tensor]] = []
+        start = 0
+        while start < len(order):
+            size = int(sizes[order[start]])
+            same = order[start : start + CELLS][sizes[order[start : start + CELLS]] == size]
+            cells = states[same] * torch.arange(1, len(same) + 1, device=bag.device) * counts.shape[1] * 4
+            rows = same[: max(1, int((cells <= CELLS * 16).sum()))]
+            members = samples[first[rows, None] + torch.arange(size, device=bag.device)]
+            self.stacks.append((members, counts[rows]))
+            start += len(rows)
+
+    def messages(self, cavity: Tensor, from_bag: Tensor) -> Tensor:
+        """See `_ClassBags.messages`."""
+        result = torch.zeros_like(cavity)
+        for members, counts in self.stacks:
+            given = cavity[members].log_softmax(2).clamp_min(-LARGEST)
+            message = class_posterior(given, counts).log() - given
+            message = message - message.amax(2, keepdim=True)
+            result[members] = message.clamp_min(-LARGEST)
+        return result
