@@ -456,7 +456,7 @@ def mixed_client() -> ClientData:
     candidates[kind == 1] = (truth[:, None] != torch.arange(CLASSES))[kind == 1]
     annotations = torch.full((30, 2), -1)
     annotations[(kind == 3) | (kind == 5), 1] = 2
-    return ClientData(images, Supervision(candidates, kind == 2, annotations))
+    return ClientData(images, Supervision.without_bags(candidates, kind == 2, annotations))
 
 
 CERTAIN = set(range(5)) | set(range(25, 30))

@@ -83,7 +83,9 @@ class Federation:
     @cached_property
     def sha256(self) -> str:
         """A hash over who holds which samples and what is known of them."""
-        record = (self.record.candidates, self.record.noisy, self.record.annotations)
+        record: tuple[torch.Tensor, ...] = (self.record.candidates, self.record.noisy, self.record.annotations)
+        if len(self.record.bag_counts):
+            record = (*record, self.record.bag, self.record.bag_counts)
         known = b"".join(values.numpy().tobytes() for values in record)
         return hashlib.sha256(json.dumps(self._holders).encode() + known).hexdigest()
 
@@ -107,8 +109,8 @@ class Federation:
         """Returns what was made of the labels: `supervision.json`. It compares with the truth: for the evaluator only.
 
         Per client how many samples of each kind (a set of one class counts as a label, one of all as nothing), how many
-        candidates the sets have and how many hold the truth, and of noisy labels the matrix of counts (true class,
-        label).
+        candidates the sets have and how many hold the truth, of bags how many there are of each size and how many have
+        wrong counts, and of noisy labels the matrix of counts (true class, label).
         """
         rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
         record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
@@ -122,8 +124,17 @@ class Federation:
                 "sizes": torch.bincount(size, minlength=self.dataset.num_classes + 1).tolist(),
                 "hold_the_truth": int(holds.sum()),
             },
+            "bags": self._bags(record, truth),
             "noisy_labels": {"counts": counts.tolist(), "wrong": int(counts.sum() - np.trace(counts))},
         }
+
+    def _bags(self, record: Supervision, truth: torch.Tensor) -> dict[str, Any]:
+        """Returns what `audit` says of bags: how many of each size, and how many counts are not the true ones."""
+        inside, classes = record.bag >= 0, self.dataset.num_classes
+        sizes = record.bag_counts.sum(1)
+        true = torch.bincount(record.bag[inside] * classes + truth[inside], minlength=len(sizes) * classes)
+        wrong = (true.view(-1, classes) != record.bag_counts).any(1)
+        return {"sizes": torch.bincount(sizes).tolist(), "wrong_counts": int(wrong.sum())}
 
     def audit_json(self) -> str:
         """Returns the audit and the federation's hash as JSON, in one line."""
@@ -190,8 +201,8 @@ def build_federation(
         record = supervise(labels, np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows])), classes)
     else:
         resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero(kinds >= 0))
-        record = impart(labels, kinds, supervision.parts, classes, resemblance, seed)
-    if not record.informed.any():
+        record = impart(labels, kinds, supervision.parts, classes, resemblance, seed, parts)
+    if not record.informed.any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
             f"{min(map(len, parts))} to {max(map(len, parts))} samples or at the server; raise supervision.label_rate, "

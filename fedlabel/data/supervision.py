@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedlabel.data.bags import draw_bags
 from fedlabel.data.imprecision import Resemblance, draw_candidates, draw_noisy_labels, swap_truth
 from fedlabel.data.supervision_config import LabelKind
 from fedlabel.seeding import numpy_generator
@@ -21,6 +22,7 @@ KIND_NAMES = (
     "noisy candidates",
     "annotators",
     "candidates and labels",
+    "bag",
 )
 """What `Supervision.kind` numbers."""
 
@@ -35,6 +37,10 @@ class Supervision:
     """(n,) bool. False: the truth is among the candidates; True: they passed through the noise matrix T."""
     annotations: Tensor
     """(n, annotators) int64: noisy labels beside the candidates, -1 = none."""
+    bag: Tensor
+    """(n,) int64, the group of samples that each belongs to, -1 = none."""
+    bag_counts: Tensor
+    """(bags, classes) int64, how many samples of each bag are in each class; summing to its size."""
 
     def __post_init__(self) -> None:
         shape, dtype = tuple(self.candidates.shape), self.candidates.dtype
@@ -63,12 +69,48 @@ class Supervision:
                 f"The label of sample {sample} by annotator {annotator} (={int(given[sample, annotator])}) must lie in "
                 f"[0, {shape[1] - 1}], or be -1 for none."
             )
+        self._check_bags()
+
+    def _check_bags(self) -> None:
+        n, classes = self.candidates.shape
+        bag, counts = self.bag, self.bag_counts
+        if bag.dtype != torch.int64 or bag.shape != (n,):
+            raise ValueError(f"`bag` ({bag.dtype} of shape {tuple(bag.shape)}) must be int64 of shape ({n},).")
+        if counts.dtype != torch.int64 or counts.dim() != 2 or counts.shape[1] != classes:
+            raise ValueError(
+                f"`bag_counts` ({counts.dtype} of shape {tuple(counts.shape)}) must be int64 of shape "
+                f"(bags, {classes})."
+            )
+        wrong = ((bag < -1) | (bag >= len(counts))).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            raise ValueError(
+                f"The bag of sample {first} (={int(bag[first])}) must lie in [0, {len(counts) - 1}], or be -1 for none."
+            )
+        sizes = torch.bincount(bag[bag >= 0], minlength=len(counts))
+        wrong = ((counts < 0).any(1) | (counts.sum(1) != sizes) | (sizes == 0)).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            raise ValueError(
+                f"The counts of bag {first} (={counts[first].tolist()}) must be non-negative and sum to the number of "
+                f"its samples, {int(sizes[first])}, which must be at least 1."
+            )
 
     @classmethod
     def certain(cls, candidates: Tensor) -> Supervision:
         """Returns the record of (n, classes) bool candidates that hold the truth, and of nothing else."""
-        nobody = torch.zeros(len(candidates), 0, dtype=torch.int64, device=candidates.device)
-        return cls(candidates, torch.zeros(len(candidates), dtype=torch.bool, device=candidates.device), nobody)
+        n, device = len(candidates), candidates.device
+        nobody = torch.zeros(n, 0, dtype=torch.int64, device=device)
+        return cls.without_bags(candidates, torch.zeros(n, dtype=torch.bool, device=device), nobody)
+
+    @classmethod
+    def without_bags(cls, candidates: Tensor, noisy: Tensor, annotations: Tensor) -> Supervision:
+        """Returns the record of samples that are in no bag; for the arguments see the fields."""
+        alone = torch.full(candidates.shape[:1], -1, device=candidates.device)
+        classes = candidates.shape[-1]
+        return cls(
+            candidates, noisy, annotations, alone, torch.zeros(0, classes, dtype=torch.int64, device=alone.device)
+        )
 
     @property
     def labeled(self) -> Tensor:
@@ -82,7 +124,7 @@ class Supervision:
 
     @property
     def informed(self) -> Tensor:
-        """(n,) bool, something is known."""
+        """(n,) bool, something is known of the sample itself, bags aside."""
         return ~self.candidates.all(1) | (self.annotations >= 0).any(1)
 
     @property
@@ -91,16 +133,25 @@ class Supervision:
         annotated = (self.annotations >= 0).any(1)
         limited = ~self.candidates.all(1)
         kind = torch.where(self.labeled, 1, 2) + 2 * self.noisy.long()
-        kind = torch.where(limited, kind, 0)
+        kind = torch.where(limited, kind, torch.where(self.bag >= 0, 7, 0))
         return torch.where(annotated, torch.where(limited, 6, 5), kind)
 
     def rows(self, index: Tensor) -> Supervision:
-        """Returns the record of the samples `index`, (m,) int64 or (n,) bool."""
-        return Supervision(self.candidates[index], self.noisy[index], self.annotations[index])
+        """Returns the record of the samples `index`, (m,) int64 or (n,) bool; bags are numbered anew, in their order.
+
+        Raises:
+            ValueError: some, but not all samples of a bag are taken: its counts would no longer hold.
+        """
+        bag = self.bag[index]
+        kept, place = bag[bag >= 0].unique(return_inverse=True)
+        bag = bag.masked_scatter(bag >= 0, place)
+        return Supervision(
+            self.candidates[index], self.noisy[index], self.annotations[index], bag, self.bag_counts[kept]
+        )
 
     def to(self, device: torch.device) -> Supervision:
         """Returns the record on `device`."""
-        return Supervision(self.candidates.to(device), self.noisy.to(device), self.annotations.to(device))
+        return Supervision(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def supervise(labels: np.ndarray | Tensor, mask: np.ndarray | Tensor, num_classes: int) -> Supervision:
@@ -131,6 +182,7 @@ def impart(
     num_classes: int,
     resemblance: Resemblance,
     seed: int,
+    holders: Sequence[np.ndarray] = (),
 ) -> Supervision:
     """Makes the record of all samples of a federation.
 
@@ -141,6 +193,7 @@ def impart(
         num_classes: how many classes.
         resemblance: which classes look alike, and the labels of files.
         seed: the experiment's seed.
+        holders: per client the rows of its samples; a bag lies within one client.
 
     Raises:
         ValueError: a label that is needed is not in [0, num_classes), or what a part asks for is impossible.
@@ -149,10 +202,18 @@ def impart(
     candidates = torch.ones(n, num_classes, dtype=torch.bool)
     noisy = torch.zeros(n, dtype=torch.bool)
     annotated = []
+    bag, counts = torch.full((n,), -1), [torch.zeros(0, num_classes, dtype=torch.int64)]
     for place, part in enumerate(parts):
         rows = np.flatnonzero(kinds == place)
         index = torch.from_numpy(rows)
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
+        if part.kind == "bags":
+            bags = draw_bags(
+                labels, [mine[kinds[mine] == place] for mine in holders], num_classes, part, resemblance, seed
+            )
+            bag[index] = torch.where(bags.bag[index] >= 0, bags.bag[index] + sum(map(len, counts)), -1)
+            counts.append(bags.counts)
+            continue
         rng = numpy_generator(seed, "supervision", "imprecision", place)
         if not part.has_candidates and not part.has_noisy_labels:
             candidates[index] = torch.from_numpy(truth[:, None] == np.arange(num_classes))
@@ -176,7 +237,7 @@ def impart(
     for index, labels_given in annotated:  # each part has annotators of its own
         annotations[index, first : first + labels_given.shape[1]] = labels_given
         first += labels_given.shape[1]
-    return Supervision(candidates, noisy, annotations)
+    return Supervision(candidates, noisy, annotations, bag, torch.cat(counts))
 
 
 def _checked(labels: Tensor, rows: Tensor, num_classes: int) -> Tensor:

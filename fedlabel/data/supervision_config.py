@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-KINDS = ("few_labels", "full", "partial", "noisy", "partial_and_noisy")
+KINDS = ("few_labels", "full", "partial", "noisy", "partial_and_noisy", "bags")
 COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
 HOLDERS = ("clients", "server", "some_clients")
 CANDIDATES = ("uniform", "similar", "instance")
@@ -23,7 +23,8 @@ class LabelKind:
     kind: str = "few_labels"
     """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it.
     partial: a set of candidates that holds the truth (with `noise_rate`: that may miss it). noisy: a label that may be
-    wrong, or one of each annotator. partial_and_noisy: a set that holds the truth and a label that may be wrong."""
+    wrong, or one of each annotator. partial_and_noisy: a set that holds the truth and a label that may be wrong.
+    bags: groups of a client's samples of which only the number in each class is known."""
     label_rate: float | None = 0.1
     """Part of the n samples of each client with labels (of the training set for labels_at=server), in [0, 1]: exactly
     int(label_rate * n). Not given for another kind than few_labels, or for labels_at=some_clients: null, all n."""
@@ -59,6 +60,15 @@ class LabelKind:
     mix the annotators of each part are others."""
     vote: bool = False
     """noise=file, several keys: their labels become one noisy label, the most frequent; a tie is decided by chance."""
+    bag_size: int | None = None
+    """kind=bags: samples per bag; what is left of a client's samples is its last bag."""
+    bag_size_max: int | None = None
+    """kind=bags: sizes are drawn from bag_size to this; null: all are `bag_size`."""
+    bag_feature: int | None = None
+    """kind=bags: samples with neighbouring values of this feature (a number from 0, of a table's columns after
+    preparation or of an image's pixels) share a bag; null: bags are drawn at random."""
+    count_epsilon: float | None = None
+    """kind=bags: counts have Laplace noise, each bag epsilon-differentially private; null: counts are exact."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels_keys", tuple(self.labels_keys))  # YAML gives a list; must be hashable
@@ -102,6 +112,7 @@ class LabelKind:
                 f"`supervision.candidates` (={self.candidates}) has no place beside supervision.kind={self.kind}: take "
                 "supervision.kind=partial, or leave it out."
             )
+        self._check_bag()
         from_file = self.noise == "file"
         if from_file != (self.labels_file is not None) or from_file != bool(self.labels_keys):
             raise ValueError(
@@ -124,6 +135,27 @@ class LabelKind:
                 f"`supervision.noise` (={self.noise}) and `supervision.noise_rate` (={self.noise_rate}) have no place "
                 f"beside supervision.kind={self.kind}: take supervision.kind=noisy, or leave them out."
             )
+
+    def _check_bag(self) -> None:
+        if self.kind != "bags":
+            for key in ("bag_size", "bag_size_max", "bag_feature", "count_epsilon"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"`supervision.{key}` (={getattr(self, key)}) has no place beside supervision.kind="
+                        f"{self.kind}: take supervision.kind=bags, or leave it out."
+                    )
+            return
+        if self.bag_size is None or self.bag_size < 1:
+            raise ValueError(f"`supervision.bag_size` (={self.bag_size}) must be at least 1 for supervision.kind=bags.")
+        if self.bag_size_max is not None and self.bag_size_max < self.bag_size:
+            raise ValueError(
+                f"`supervision.bag_size_max` (={self.bag_size_max}) must be at least supervision.bag_size "
+                f"(={self.bag_size}), or null."
+            )
+        if self.bag_feature is not None and self.bag_feature < 0:
+            raise ValueError(f"`supervision.bag_feature` (={self.bag_feature}) must be at least 0, or null.")
+        if self.count_epsilon is not None and not 0 < self.count_epsilon < float("inf"):
+            raise ValueError(f"`supervision.count_epsilon` (={self.count_epsilon}) must be a positive number, or null.")
 
     @property
     def has_candidates(self) -> bool:

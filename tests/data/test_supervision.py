@@ -62,7 +62,7 @@ def record(
     candidates: list[list[int]], noisy: list[int] | None = None, annotations: list[list[int]] | None = None
 ) -> Supervision:
     n = len(candidates)
-    return Supervision(
+    return Supervision.without_bags(
         torch.tensor(candidates).bool(),
         torch.tensor(noisy or [0] * n).bool(),
         torch.tensor(annotations or [[]] * n, dtype=torch.int64),

@@ -94,7 +94,7 @@ def test_a_round_moves_every_parameter_and_counts_what_is_known() -> None:
     assert (update.pseudo_index < 25).all()
     assert not (update.pseudo_index % 3 == 0).any()  # these have labels
     known = data.supervision
-    noisy = Supervision(known.candidates, torch.ones_like(known.noisy), known.annotations)
+    noisy = Supervision.without_bags(known.candidates, torch.ones_like(known.noisy), known.annotations)
     assert same(model(train_round(CC(), ClientData(data.images, noisy))), model(update))
 
 

@@ -240,7 +240,7 @@ def test_unknown_method_is_an_error_with_a_suggestion() -> None:
 def test_a_method_that_could_learn_nothing_is_refused(name: str) -> None:
     """Annotators' labels alone are something for ILL only; labels for all."""
     nothing = torch.ones(5, CLASSES, dtype=torch.bool)
-    crowd = Supervision(nothing, torch.zeros(5, dtype=torch.bool), torch.zeros(5, 2, dtype=torch.int64))
+    crowd = Supervision.without_bags(nothing, torch.zeros(5, dtype=torch.bool), torch.zeros(5, 2, dtype=torch.int64))
     if name == "ill":
         make(name).check(crowd)
     else:

@@ -45,7 +45,7 @@ def random_matrix(seed: int, classes: int = 4) -> Tensor:
 def noisy_client() -> ClientData:
     data = client(30, 20)
     known = data.supervision
-    return ClientData(data.images, Supervision(known.candidates, known.labeled, known.annotations))
+    return ClientData(data.images, Supervision.without_bags(known.candidates, known.labeled, known.annotations))
 
 
 def test_loss_by_hand() -> None:

@@ -63,7 +63,7 @@ def record(*rows: str, noisy: Sequence[bool] = (), annotations: Sequence[Sequenc
     candidates = torch.tensor([[digit == "1" for digit in row] for row in rows])
     flags = torch.tensor(list(noisy) or [False] * len(rows))
     given = torch.tensor(annotations) if annotations else torch.zeros(len(rows), 0, dtype=torch.int64)
-    return Supervision(candidates, flags, given)
+    return Supervision.without_bags(candidates, flags, given)
 
 
 def memory_of(method: ILL, transition: Tensor = T) -> State:
@@ -251,7 +251,7 @@ def noisy_client(seed: int, n: int = 40, annotators: int = 0) -> ClientData:
     if annotators:
         candidates, noisy = torch.ones_like(candidates), torch.zeros_like(noisy)
         given = torch.randint(-1, CLASSES, (n, annotators), generator=generator)
-    return ClientData(images, Supervision(candidates, noisy, given))
+    return ClientData(images, Supervision.without_bags(candidates, noisy, given))
 
 
 def summed(method: ILL, clients: Sequence[ClientData], shared: State) -> State:

@@ -1,0 +1,106 @@
+"""Bags: groups of samples of one client of which only the number in each class is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlabel.data.imprecision import Resemblance
+from fedlabel.data.supervision_config import LabelKind
+from fedlabel.seeding import numpy_generator
+
+
+class Bags(NamedTuple):
+    """Who is in which bag."""
+
+    bag: Tensor
+    """(n,) int64, -1 = in none."""
+    counts: Tensor
+    """(bags, classes) int64."""
+
+
+def draw_bags(
+    labels: np.ndarray,
+    holders: Sequence[np.ndarray],
+    num_classes: int,
+    part: LabelKind,
+    resemblance: Resemblance,
+    seed: int,
+) -> Bags:
+    """Puts samples into bags, client by client, and counts their classes.
+
+    Args:
+        labels: (n,) the truth.
+        holders: per client the rows that are to be in bags.
+        num_classes: how many classes.
+        part: size and order of the bags, and the noise on their counts.
+        resemblance: has the data set's samples, for bags of neighbouring values of one feature.
+        seed: the experiment's seed; every client draws numbers of its own.
+
+    Returns:
+        The bags; the last one of a client may be smaller than asked for.
+
+    Raises:
+        ValueError: there is no such feature.
+    """
+    bag, counts = np.full(len(labels), -1), []
+    for client, rows in enumerate(holders):
+        rng = numpy_generator(seed, "supervision", "bags", client)
+        order = rng.permutation(rows)
+        if part.bag_feature is not None:
+            order = order[np.argsort(_feature(part.bag_feature, resemblance)[order], kind="stable")]
+        assert part.bag_size is not None
+        start = 0
+        while start < len(order):
+            size = (
+                part.bag_size if part.bag_size_max is None else int(rng.integers(part.bag_size, part.bag_size_max + 1))
+            )
+            members = order[start : start + size]
+            bag[members] = len(counts)
+            exact = np.bincount(labels[members], minlength=num_classes)
+            counts.append(exact if part.count_epsilon is None else noisy_counts(exact, part.count_epsilon, rng))
+            start += size
+    return Bags(torch.from_numpy(bag), torch.from_numpy(np.array(counts, dtype=np.int64).reshape(-1, num_classes)))
+
+
+def noisy_counts(counts: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
+    """Returns counts with Laplace noise, brought back to non-negative integers of the same sum.
+
+    One sample that changes its class changes two counts by one each (of two classes: the only free one by one), so
+    noise of scale 2 / epsilon (1 / epsilon) on each is epsilon-differentially private for a bag whose size is public
+    (Dwork et al., TCC 2006). What is done after that has no access to the true counts.
+
+    Args:
+        counts: (classes,) integers.
+        epsilon: the privacy budget of a bag.
+        rng: draws the noise.
+
+    Returns:
+        (classes,) int64.
+    """
+    size = int(counts.sum())
+    if len(counts) == 2:
+        one = int(np.clip(np.rint(counts[1] + rng.laplace(scale=1 / epsilon)), 0, size))
+        return np.array([size - one, one])
+    noised = np.clip(counts + rng.laplace(scale=2 / epsilon, size=len(counts)), 0, None)
+    if noised.sum() == 0:
+        noised = np.ones(len(counts))
+    share = noised * size / noised.sum()
+    rounded = np.floor(share).astype(np.int64)
+    rounded[np.argsort(rounded - share, kind="stable")[: size - rounded.sum()]] += 1  # largest remainder
+    return rounded
+
+
+def _feature(number: int, resemblance: Resemblance) -> np.ndarray:
+    """Returns one value of every sample, (n,): a column of a table, or a pixel in the order of memory."""
+    samples = resemblance.dataset.train.images.flatten(1)
+    if number >= samples.shape[1]:
+        raise ValueError(
+            f"`supervision.bag_feature` (={number}) must be one of the {samples.shape[1]} features of a sample: "
+            f"0 to {samples.shape[1] - 1}."
+        )
+    return samples[:, number].numpy()
