@@ -504,6 +504,13 @@ def test_the_upper_bound_has_true_labels_whatever_the_kinds() -> None:
         {**PARTIAL, "candidates": "similar", "labels_per_class": 10},
         {**BOTH, "candidates": "instance", "label_rate": 0.3},
         {**PARTIAL, "skew": SkewConfig(unlabeled_only_classes=(1, 2))},
+        {
+            "kind": "bags",
+            "label_rate": None,
+            "bag_size": 7,
+            "labels_at": "some_clients",
+            "labeled_clients": 2,
+        },
     ],
 )
 def test_what_is_known_is_made_without_a_look_at_what_is_hidden(
@@ -517,18 +524,18 @@ def test_what_is_known_is_made_without_a_look_at_what_is_hidden(
     clear = build(**settings)
     blinded = []
 
-    def blind(labels: np.ndarray, kinds: np.ndarray, parts: Any, classes: int, like: Any, seed: int) -> Any:
+    def blind(labels: np.ndarray, kinds: np.ndarray, parts: Any, classes: int, like: Any, *others: Any) -> Any:
         shown = np.where(kinds >= 0, labels, -1)
         train = Split(like.dataset.train.images, torch.from_numpy(shown))
         blinded.append(int((kinds < 0).sum()))
-        return impart(shown, kinds, parts, classes, replace(like, dataset=replace(like.dataset, train=train)), seed)
+        return impart(shown, kinds, parts, classes, replace(like, dataset=replace(like.dataset, train=train)), *others)
 
     monkeypatch.setattr(fedlabel.data.federation, "impart", blind)
     build_federation.cache_clear()
     again = build(**settings)
     build_federation.cache_clear()
     assert blinded[0] > 0
-    for name in ("candidates", "noisy", "annotations"):
+    for name in ("candidates", "noisy", "annotations", "bag", "bag_counts"):
         assert torch.equal(getattr(clear.record, name), getattr(again.record, name)), name
     assert clear.sha256 == again.sha256
 
