@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp
+from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp, Net, Part
 from fedlabel.models.resnet import Bottleneck, ResNet, ResNet9, WideResNet
 
 NORMS = ("group", "batch", "none")
@@ -34,8 +34,13 @@ class ModelConfig:
     """Multiplies the channels of the convolutions (WRN: on top of its 2); torchvision's networks and mlp ignore it."""
     hidden: int = 128
     """Width of the hidden linear layer of cnn and mlp; the others have none."""
+    hidden_layers: tuple[int, ...] = ()
+    """Widths of mlp's hidden layers, the first next to the input, e.g. [256, 128, 64]; empty: one, of `hidden`. For
+    mlp alone."""
 
     def __post_init__(self) -> None:
+        # YAML gives a list; configurations must be hashable.
+        object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
         if self.name.startswith(TORCHVISION):
             nets = torchvision.models.list_models(module=torchvision.models)
             allowed = [TORCHVISION + net for net in nets if net not in AUXILIARY_OUTPUTS]
@@ -52,6 +57,14 @@ class ModelConfig:
         for key in ("width", "hidden"):
             if getattr(self, key) < 1:
                 raise ValueError(f"`model.{key}` (={getattr(self, key)}) must be at least 1.")
+        layers = list(self.hidden_layers)
+        if min(layers, default=1) < 1:
+            raise ValueError(f"`model.hidden_layers` (={layers}) must be widths of at least 1, e.g. [256, 128, 64].")
+        if layers and self.name != "mlp":
+            raise ValueError(
+                f"`model.hidden_layers` (={layers}) is for model.name=mlp, not {self.name}; take model.name=mlp, or "
+                "leave it empty."
+            )
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ def _build_cnn(config: ModelConfig, input_shape: InputShape, num_classes: int) -
 
 
 def _build_mlp(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
-    return Mlp(input_shape, num_classes, config.hidden)
+    return Mlp(input_shape, num_classes, config.hidden_layers or (config.hidden,))
 
 
 def _build_resnet8(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
@@ -118,7 +131,7 @@ def _build_torchvision(config: ModelConfig, input_shape: InputShape, num_classes
 
 MODELS: dict[str, ModelEntry] = {
     "cnn": ModelEntry("two convolutions, two linear layers; fast on a CPU", 4, _build_cnn),
-    "mlp": ModelEntry("one hidden layer", 1, _build_mlp),
+    "mlp": ModelEntry("linear layers: one hidden layer, or model.hidden_layers; for tables, too", 1, _build_mlp),
     "resnet8": ModelEntry("ResNet-8, widths 16-32-64", 4, _build_resnet8),
     "resnet9": ModelEntry("DAWNBench ResNet-9", 8, _build_resnet9),
     "resnet18": ModelEntry("ResNet-18 in the form for CIFAR, widths 64-128-256-512", 8, _build_resnet18),
@@ -143,8 +156,9 @@ def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, 
         seed: any integer torch accepts as a seed.
 
     Returns:
-        A module that maps images (batch, channels, height, width) to logits (batch, num_classes). Our own accept an
-        empty batch, and with `norm="group"` have no buffers and treat every sample by itself.
+        A module that maps images (batch, channels, height, width) to logits (batch, num_classes). Our own are a `Net`,
+        which also gives embeddings; they accept an empty batch, and with `norm="group"` have no buffers and treat every
+        sample by itself.
 
     Raises:
         ValueError: the model does not accept images of this shape.
@@ -160,10 +174,11 @@ def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, 
 
 def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:
     shape = "x".join(map(str, input_shape))
+    hint = " For tables, whose rows are images of one pixel, take model.name=mlp." if input_shape[1:] == (1, 1) else ""
     return ValueError(
         f"`model.name` (={name}) does not accept images of shape {shape} (channels x height x width): "
-        f"it needs {needs}. Choose another model or data set."
+        f"it needs {needs}. Choose another model or data set.{hint}"
     )
 
 
-__all__ = ["MODELS", "ModelConfig", "ModelEntry", "build_model"]
+__all__ = ["MODELS", "ModelConfig", "ModelEntry", "Net", "Part", "build_model"]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fedlabel.models.nets import Part
+
 
 class Additive(nn.Module):
     """Works with the sum of its parts' weights; buffers (BatchNorm's statistics) are the first part's.
@@ -27,10 +29,11 @@ class Additive(nn.Module):
                     parameter.mul_(scale)
             self.add_module(name, part)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (batch, classes) of images (batch, channels, height, width)."""
+    def forward(self, inputs: Tensor, part: Part = "all") -> Tensor:
+        """Returns logits (batch, classes) of images (batch, channels, height, width); `part` as `Net` has it."""
         first, *others = (self.get_submodule(name) for name in self.parts)
         terms = [dict(part.named_parameters()) for part in others]
         total = {name: sum((term[name] for term in terms), weight) for name, weight in first.named_parameters()}
-        logits: Tensor = torch.func.functional_call(first, total, (images,))  # type: ignore[arg-type]
-        return logits
+        arguments = (inputs,) if part == "all" else (inputs, part)  # torchvision's networks know no parts
+        outputs: Tensor = torch.func.functional_call(first, total, arguments)  # type: ignore[arg-type]
+        return outputs

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 InputShape = tuple[int, int, int]
-"""(channels, height, width) of one image."""
+"""(channels, height, width) of one image; a row of a table is (features, 1, 1)."""
+
+Part = Literal["all", "embed", "classify"]
+"""What of a `Net` is run: from images to logits, from images to embeddings, or from embeddings to logits."""
 
 MAX_GROUPS = 8
 """GroupNorm splits channels into the largest number of equal groups that does not exceed this."""
@@ -32,30 +39,59 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
     return nn.Identity()
 
 
-class Mlp(nn.Module):
-    """One hidden layer and ReLU: the smallest net that is not linear (McMahan et al., 2017, use two hidden layers).
+class Net(nn.Module):
+    """A network that ends in the linear layer `output`, whose input is called the image's embedding.
 
-    Parameters for 1x28x28 and 10 classes: 784 * 128 + 128 + 128 * 10 + 10 = 101,770.
+    Both halves can be run alone through `forward`, because `torch.func.functional_call`, which runs a network with
+    weights that are handed in, reaches nothing else: `functional_call(net, state, (images, "embed"))`.
+    """
+
+    output: nn.Linear
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Returns embeddings (batch, features) of images (batch, channels, height, width)."""
+        raise NotImplementedError
+
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """Returns logits (batch, classes) of embeddings (batch, features)."""
+        logits: Tensor = self.output(embeddings)
+        return logits
+
+    def forward(self, inputs: Tensor, part: Part = "all") -> Tensor:
+        """Returns logits (batch, classes) of images (batch, channels, height, width), or what `part` says."""
+        if part == "classify":
+            return self.classify(inputs)
+        embeddings = self.embed(inputs)
+        return embeddings if part == "embed" else self.classify(embeddings)
+
+
+class Mlp(Net):
+    """Linear layers with ReLU between them; with one hidden layer the smallest net that is not linear.
+
+    Parameters for 1x28x28, 10 classes and one hidden layer of 128: 784 * 128 + 128 + 128 * 10 + 10 = 101,770.
 
     Args:
         input_shape: (channels, height, width).
         num_classes: length of the logits.
-        hidden: width of the hidden layer.
+        widths: of the hidden layers, at least one.
     """
 
-    def __init__(self, input_shape: InputShape, num_classes: int, hidden: int) -> None:
+    def __init__(self, input_shape: InputShape, num_classes: int, widths: Sequence[int]) -> None:
         super().__init__()
         channels, height, width = input_shape
-        self.hidden = nn.Linear(channels * height * width, hidden)
-        self.output = nn.Linear(hidden, num_classes)
+        self.hidden = nn.Linear(channels * height * width, widths[0])
+        self.deeper = nn.ModuleList(nn.Linear(inputs, outputs) for inputs, outputs in pairwise(widths))
+        self.output = nn.Linear(widths[-1], num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (batch, classes) of images (batch, channels, height, width)."""
-        logits: Tensor = self.output(F.relu(self.hidden(images.flatten(1))))
-        return logits
+    def embed(self, images: Tensor) -> Tensor:
+        """Returns embeddings (batch, features) of images (batch, channels, height, width)."""
+        features = F.relu(self.hidden(images.flatten(1)))
+        for layer in self.deeper:
+            features = F.relu(layer(features))
+        return features
 
 
-class Cnn(nn.Module):
+class Cnn(Net):
     """Two convolutions and two linear layers, in the manner of LeNet-5 (LeCun et al., 1998).
 
     Chosen for the time of a training step on one CPU core: the first convolution has stride 2 in place of a max-pool,
@@ -87,15 +123,14 @@ class Cnn(nn.Module):
         self.hidden = nn.Linear(32 * width * pixels, hidden)
         self.output = nn.Linear(hidden, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (batch, classes) of images (batch, channels, height, width)."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Returns embeddings (batch, features) of images (batch, channels, height, width)."""
         features = F.relu(self.norm1(self.conv1(images)))
         # Channels last in memory: max-pooling is several times faster so. `contiguous` itself cannot do it under vmap.
         features = features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         features = F.relu(self.norm2(F.max_pool2d(self.conv2(features), 2)))
         features = F.avg_pool2d(features, self.window, ceil_mode=True)
-        logits: Tensor = self.output(F.relu(self.hidden(features.flatten(1))))
-        return logits
+        return F.relu(self.hidden(features.flatten(1)))
 
 
 class GreyToRgb(nn.Module):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlabel.models.nets import norm_layer
+from fedlabel.models.nets import Net, norm_layer
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int, norm: str) -> nn.Conv2d:
@@ -89,7 +89,7 @@ class PreActivationBlock(nn.Module):
         return skip + self.conv2(F.relu(self.norm2(self.conv1(active))))
 
 
-class ResNet(nn.Module):
+class ResNet(Net):
     """Stem, stages of residual blocks, global average pooling, one linear layer.
 
     Every stage but the first halves the image. Parameters for 3x32x32, 10 classes and GroupNorm:
@@ -132,14 +132,13 @@ class ResNet(nn.Module):
         self.output = nn.Linear(inputs, num_classes)
         _init_convolutions(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (batch, classes) of images (batch, channels, height, width)."""
-        features = self.blocks(F.relu(self.norm(self.stem(images))))
-        logits: Tensor = self.output(features.mean((2, 3)))
-        return logits
+    def embed(self, images: Tensor) -> Tensor:
+        """Returns embeddings (batch, features) of images (batch, channels, height, width)."""
+        features: Tensor = self.blocks(F.relu(self.norm(self.stem(images))))
+        return features.mean((2, 3))
 
 
-class ResNet9(nn.Module):
+class ResNet9(Net):
     """The network of David Page's DAWNBench entry: wide, shallow, two residual blocks, logits scaled by 1/8.
 
     Global max-pooling replaces the last 4x4 max-pool, which is the same for 32x32 images.
@@ -165,15 +164,18 @@ class ResNet9(nn.Module):
         self.output = nn.Linear(8 * width, num_classes, bias=False)
         _init_convolutions(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (batch, classes) of images (batch, channels, height, width)."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Returns embeddings (batch, features) of images (batch, channels, height, width)."""
         features = F.max_pool2d(self.layer1(self.stem(images)), 2)
         features = features + self.residual1(features)
         features = F.max_pool2d(self.layer2(features), 2)
         features = F.max_pool2d(self.layer3(features), 2)
         features = features + self.residual2(features)
-        logits: Tensor = self.output(features.amax((2, 3))) * 0.125
-        return logits
+        return features.amax((2, 3))
+
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """Returns logits (batch, classes) of embeddings (batch, features): the linear layer's output / 8."""
+        return super().classify(embeddings) * 0.125
 
 
 class _ConvNormRelu(nn.Module):
@@ -189,7 +191,7 @@ class _ConvNormRelu(nn.Module):
         return F.relu(self.norm(self.conv(features)))
 
 
-class WideResNet(nn.Module):
+class WideResNet(Net):
     """Wide ResNet of pre-activation blocks, without dropout; WRN-28-2 is the network of MixMatch and FixMatch.
 
     Parameters of WRN-28-2 for 3x32x32, 10 classes and GroupNorm: stem 432; stages 70,112 + 279,488 + 1,116,032; last
@@ -218,8 +220,7 @@ class WideResNet(nn.Module):
         self.output = nn.Linear(inputs, num_classes)
         _init_convolutions(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns logits (batch, classes) of images (batch, channels, height, width)."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Returns embeddings (batch, features) of images (batch, channels, height, width)."""
         features = F.relu(self.norm(self.blocks(self.stem(images))))
-        logits: Tensor = self.output(features.mean((2, 3)))
-        return logits
+        return features.mean((2, 3))

@@ -44,6 +44,12 @@ def test_starts_as_the_network_at_the_sum_of_the_scales() -> None:
     assert model(images(0)).shape == (0, 4)
 
 
+def test_halves_are_those_of_the_network_at_the_sum() -> None:
+    plain, model = scaled(net(), 1.2), Additive(net(), SCALES)
+    torch.testing.assert_close(model(images(), "embed"), plain(images(), "embed"))
+    torch.testing.assert_close(model(model(images(), "embed"), "classify"), plain(images()))
+
+
 def test_worked_number() -> None:
     """w = 3, b = 1: at 1 + .5 - 2 times it the logit of x = 2 is -.5 (3 * 2 + 1) = -3.5."""
     plain = nn.Linear(1, 1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from fedlabel.models import MODELS, ModelConfig, build_model
-from fedlabel.models.nets import norm_layer
+from fedlabel.models.nets import Net, norm_layer
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 SMALL = {"cnn", "mlp", "resnet8"}  # cheap enough for many passes
@@ -223,6 +223,67 @@ def test_width_and_hidden_scale_the_model():
     assert build("wrn28_2", width=2).output.in_features == 256
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_embedding_is_what_the_last_linear_layer_gets(name):
+    """ResNet-9 divides by 8 what comes out of that layer."""
+    model = build(name).train()
+    batch, seen = images(3, (1, 8, 8)), []
+    model.output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    logits = model(batch)
+    embeddings = model(batch, "embed")
+    assert isinstance(model, Net)
+    assert len(seen) == 1  # embedding alone does not classify
+    assert embeddings.shape == (3, model.output.in_features)
+    assert torch.equal(embeddings, seen[0])
+    assert torch.equal(model(embeddings, "classify"), logits)
+    assert torch.equal(model.embed(batch), embeddings)
+    assert torch.equal(model.classify(embeddings), logits)
+    assert torch.equal(model.output(embeddings) * (0.125 if name == "resnet9" else 1), logits)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_both_halves_of_stacked_models_run_with_weights_that_are_handed_in(name):
+    models = [build(name, seed=seed) for seed in range(3)]
+    inputs = torch.stack([images(4, (1, 8, 8), seed) for seed in range(3)])
+    parameters, _ = stack_module_state(models)
+
+    def halves(state: dict[str, Tensor], batch: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings = functional_call(models[0], state, (batch, "embed"))
+        return embeddings, functional_call(models[0], state, (embeddings, "classify"))
+
+    embeddings, logits = vmap(halves)(parameters, inputs)
+    for place, model in enumerate(models):
+        torch.testing.assert_close(embeddings[place], model(inputs[place], "embed"), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[place], model(inputs[place]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_hidden_layers_of_mlp():
+    """On 30 features: 30 * 16 + 16 + 16 * 8 + 8 + 8 * 4 + 4 + 4 * 2 + 2 = 678; ReLU after each but the last."""
+    model = build("mlp", (30, 1, 1), classes=2, hidden_layers=[16, 8, 4])
+    assert sum(parameter.numel() for parameter in model.parameters()) == 678
+    features = images(5, (30, 1, 1))
+    by_hand = features.flatten(1)
+    for layer in (model.hidden, *model.deeper):
+        by_hand = layer(by_hand).clamp_min(0)
+    assert torch.equal(model(features, "embed"), by_hand)
+    assert torch.equal(model(features), model.output(by_hand))
+    assert hash(ModelConfig(name="mlp", hidden_layers=[16, 8])) == hash(ModelConfig(name="mlp", hidden_layers=(16, 8)))
+
+
+def test_one_hidden_layer_is_the_default_of_mlp():
+    """Runs of earlier versions must come out the same: weights drawn from the same seed, under the same names."""
+    default, named = (build("mlp", hidden=50, hidden_layers=layers).state_dict() for layers in ((), (50,)))
+    assert list(default) == ["hidden.weight", "hidden.bias", "output.weight", "output.bias"]
+    assert all(torch.equal(default[key], named[key]) for key in default)
+    assert default["hidden.weight"].flatten()[:3].tolist() == pytest.approx([-0.00093, 0.06705, -0.10288], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_a_table_is_refused_by_all_but_mlp(name):
+    with pytest.raises(ValueError, match=rf"`model.name` \(={name}\) .* 30x1x1 .*For tables, .* take model.name=mlp"):
+        build(name, (30, 1, 1))
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 def test_torchvision_models_take_grey_and_colour(shape):
     model = build("torchvision:resnet18", shape, classes=7)
@@ -253,6 +314,8 @@ def test_torchvision_models_refuse_shapes_they_cannot_take(name, shape, message)
         ({"norm": "layer"}, r"`model.norm` \(=layer\) must be one of group, batch, none\."),
         ({"width": 0}, r"`model.width` \(=0\) must be at least 1\."),
         ({"hidden": -3}, r"`model.hidden` \(=-3\) must be at least 1\."),
+        ({"name": "mlp", "hidden_layers": (8, 0)}, r"`model.hidden_layers` \(=\[8, 0\]\) must be widths of at least 1"),
+        ({"hidden_layers": (8,)}, r"`model.hidden_layers` \(=\[8\]\) is for model.name=mlp, not cnn"),
     ],
 )
 def test_configuration_errors_name_key_value_and_what_is_allowed(fields, message):

@@ -1,0 +1,31 @@
+"""A second output beside a network's own: class shares of a bag from the mean of its samples' embeddings (LLP-BP)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedlabel.models.nets import Net, Part
+
+
+class BagHead(nn.Module):
+    """A network with two more linear layers, which see means of embeddings.
+
+    Args:
+        net: the network.
+        hidden: width of the hidden one of the two layers.
+    """
+
+    def __init__(self, net: Net, hidden: int) -> None:
+        super().__init__()
+        self.net = net
+        self.bag_hidden = nn.Linear(net.output.in_features, hidden)
+        self.bag_output = nn.Linear(hidden, net.output.out_features)
+
+    def forward(self, inputs: Tensor, part: Part = "all") -> Tensor:
+        """Returns what the network returns; of part "bags" logits (bags, classes) of means (bags, features)."""
+        if part == "bags":
+            logits: Tensor = self.bag_output(F.relu(self.bag_hidden(inputs)))
+            return logits
+        outputs: Tensor = self.net(inputs, part)
+        return outputs
