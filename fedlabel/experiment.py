@@ -16,8 +16,9 @@ from fedlabel.data.skew import shift_features
 from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import resolve_device
 from fedlabel.methods.base import State, StateDict
-from fedlabel.models import build_model
+from fedlabel.models import Net, build_model
 from fedlabel.models.additive import Additive
+from fedlabel.models.bag_head import BagHead
 from fedlabel.models.twins import Twins
 from fedlabel.seeding import derive_seed
 from fedlabel.training import (
@@ -80,9 +81,23 @@ class Experiment:
         # The first network is what a method of one network starts from.
         seeds = [seed, *(derive_seed(seed, "network", place) for place in range(1, method.networks))]
         models = [build_model(self.config.model, dataset.input_shape, dataset.num_classes, own) for own in seeds]
+        if method.bag_head:
+            if method.additive or method.networks > 1 or not isinstance(models[0], Net):
+                raise ValueError(
+                    f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs "
+                    "for its second output: take a network of our own, e.g. cnn or mlp, or method.lambda_aggregate=0."
+                )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(seed, "bag_head"))
+                return BagHead(models[0], method.bag_head).to(self.device)
         if len(models) > 1:
             return Twins(models).to(self.device)
         return (Additive(models[0], method.additive) if method.additive else models[0]).to(self.device)
+
+    def fresh_state(self, round_number: int) -> StateDict:
+        """Returns the weights that a stage which starts in this round starts from (see `Method.starts_stage`)."""
+        state = self._build_model(derive_seed(self.config.seed, "model", round_number)).state_dict()
+        return {name: value.clone() for name, value in state.items()}
 
     def client_data(self, client: int) -> ClientData:
         """Returns what training may see of `client`, on the device."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ SURVEY_BATCH = 500
 
 _ZERO = torch.zeros(())
 _NOTHING: Mapping[str, StateDict] = MappingProxyType({})
+_FROM_IMAGES = ((), ("all",), ("embed",))
+"""The parts of a network that begin with images: a pass through the rest is not counted as another."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,12 @@ class ImageTransform:
     allow_flip: bool
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Returns (batch, channels, height, width) uint8 as float32 with zero mean and unit variance per channel."""
-        return (images.float() / 255 - self.mean) / self.std
+        """Returns (batch, channels, height, width) uint8 as float32 with zero mean and unit variance per channel.
+
+        Rows of tables (float32) are not pixels of [0, 255]: of them only mean and std are taken.
+        """
+        values = images if images.is_floating_point() else images.float() / 255
+        return (values - self.mean) / self.std
 
     def views(self, images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
         """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn for itself."""
@@ -161,10 +168,12 @@ class ClientUpdate:
     """Samples sent through a model, student's and teachers' alike."""
     backward: int
     """Samples whose gradient was propagated back."""
+    pairs: Tensor | None
+    """See `Prepared.pairs`."""
 
 
 def frozen_model(module: nn.Module, state: Mapping[str, Tensor], lender: nn.Module | None = None) -> Model:
-    """Returns `images -> logits` of `module` (left in eval mode) with the weights `state`, without gradients.
+    """Returns the `Model` of `module` (left in eval mode) with the weights `state`, without gradients.
 
     Args:
         module: gives the architecture.
@@ -173,11 +182,11 @@ def frozen_model(module: nn.Module, state: Mapping[str, Tensor], lender: nn.Modu
     """
     module.eval()
 
-    def model(images: Tensor) -> Tensor:
+    def model(*inputs: Any) -> Tensor:
         borrowed = lender.state_dict() if lender is not None else {}
         with torch.no_grad():
-            logits: Tensor = torch.func.functional_call(module, {**borrowed, **state}, (images,))
-        return logits
+            outputs: Tensor = torch.func.functional_call(module, {**borrowed, **state}, inputs)
+        return outputs
 
     return model
 
@@ -201,6 +210,37 @@ def count_steps(phase: Phase, config: TrainingConfig, num_samples: int, batch_si
         return config.local_steps
     assert config.local_epochs is not None
     return config.local_epochs * -(-num_samples // batch_size)
+
+
+class Units(NamedTuple):
+    """What a phase by bags draws: bags, and samples on their own."""
+
+    rows: Tensor
+    """(units, k) int64, positions in the client's data, -1 where a unit has fewer than k samples."""
+    counts: Tensor
+    """(units, classes) int64, samples in each class; all 0 where it is not known."""
+
+    def samples(self) -> Tensor:
+        """Returns the sorted positions of all samples, (m,)."""
+        return self.rows[self.rows >= 0].sort().values
+
+    def per_step(self, batch_size: int) -> int:
+        """Returns how many units have about `batch_size` samples."""
+        return max(1, round(batch_size * len(self.rows) / max(1, int((self.rows >= 0).sum()))))
+
+
+def bag_units(supervision: Supervision, unlabeled: bool) -> Units:
+    """Returns bags, then the labelled samples in no bag and, if asked for, the unlabelled ones; on the CPU."""
+    bag, counts, labeled = (x.cpu() for x in (supervision.bag, supervision.bag_counts, supervision.labeled))
+    alone = ((bag < 0) & (labeled | unlabeled)).nonzero().squeeze(1)
+    order = bag.argsort(stable=True)[int((bag < 0).sum()) :]
+    sizes = torch.bincount(bag[order], minlength=len(counts))
+    k = int(sizes.max()) if len(sizes) else 1
+    rows = torch.full((len(counts) + len(alone), k), -1)
+    rows[bag[order], torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[bag[order]]] = order
+    rows[len(counts) :, 0] = alone
+    known = supervision.candidates.cpu()[alone] & labeled[alone, None]
+    return Units(rows, torch.cat([counts, known.long()]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,6 +298,7 @@ def train_client(
         pseudo=PseudoLabels(*map(torch.cat, zip(*run.pseudo, strict=True))) if run.pseudo else None,
         forward=run.forward,
         backward=run.backward,
+        pairs=run.pairs,
     )
 
 
@@ -292,12 +333,14 @@ class _Run:
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         self.forward = 0
         self.backward = 0
+        self.pairs: Tensor | None = None
         self._with_gradient = 0
         """Samples sent through the student in this step whose gradient may be asked for."""
 
     def phase(self, phase: Phase, config: TrainingConfig) -> None:
         """Runs a phase, if it has samples and steps; its end goes to `results` and `states`."""
-        labeled, unlabeled = self._index(phase, config)
+        units = bag_units(self.data.supervision, bool(phase.unlabeled)) if phase.bags else None
+        labeled, unlabeled = self._index(phase, config, units)
         self.drawn_from[torch.cat([labeled, unlabeled])] = True
         self.states[phase.name] = self.states[phase.start]
         if len(labeled) + len(unlabeled) == 0 or count_steps(phase, config, 1, 1) == 0:
@@ -312,6 +355,8 @@ class _Run:
             if phase.prepare is not None:
                 prepared = self._prepare(phase, teachers)
                 targets, self.memory = prepared.targets, prepared.memory or self.memory
+                self.pairs = prepared.pairs
+                self._log(Step(_ZERO, dict(prepared.metrics), _ZERO), unlabeled)
                 if prepared.pseudo is not None:
                     labels = PseudoLabels(*(values[unlabeled.to(values.device)] for values in prepared.pseudo))
                     self._log(Step(_ZERO, pseudo_metrics(labels), _ZERO, labels), unlabeled)
@@ -322,16 +367,23 @@ class _Run:
             over_labeled = count_steps(phase, config, len(labeled), config.batch_size)
             over_drawn = count_steps(phase, config, len(drawn), config.batch_size * config.unlabeled_ratio)
             steps = over_drawn if len(drawn) else over_labeled
-            if phase.informed:  # a single sample of which nothing is known must not end the epoch after a step
+            if units is not None:
+                labeled = torch.arange(len(units.rows))
+                steps = count_steps(phase, config, len(labeled), units.per_step(config.batch_size))
+                drawn = drawn[:0]
+            elif phase.informed:  # a single sample of which nothing is known must not end the epoch after a step
                 steps = max(over_labeled, over_drawn)
-            examples = self._steps(phase, config, steps, (labeled, drawn, unlabeled), targets, teachers)
+            examples = self._steps(phase, config, steps, (labeled, drawn, unlabeled), targets, teachers, units)
         state = {name: value.detach().clone() for name, value in self.trainer.student.state_dict().items()}
         self.results.append(PhaseResult(phase.name, state, examples, phase.start))
         self.states[phase.name] = state
 
-    def _index(self, phase: Phase, config: TrainingConfig) -> tuple[Tensor, Tensor]:
+    def _index(self, phase: Phase, config: TrainingConfig, units: Units | None) -> tuple[Tensor, Tensor]:
         """Returns the positions of labelled and of unlabelled samples that a phase draws from, on the CPU."""
         supervision = self.data.supervision
+        if units is not None:
+            samples, known = units.samples(), supervision.labeled.cpu()
+            return samples[known[samples]], samples[~known[samples]]
         known = (supervision.informed if phase.informed else supervision.labeled).cpu()
         labeled, unlabeled = known.nonzero().squeeze(1), (~known).nonzero().squeeze(1)
         if config.unlabeled_includes_labeled:
@@ -342,28 +394,32 @@ class _Run:
         partial = len(state) < len(self.states["global"])
         frozen = frozen_model(self.trainer.teacher, state, self.trainer.student if partial else None)
 
-        def counted(images: Tensor) -> Tensor:
-            self.forward += len(images)
-            return frozen(images)
+        def counted(inputs: Tensor, *part: str) -> Tensor:
+            self.forward += len(inputs) if part in _FROM_IMAGES else 0
+            return frozen(inputs, *part)
 
         return counted
 
-    def _student(self, images: Tensor) -> Tensor:
-        self.forward += len(images)
-        self._with_gradient += len(images) if torch.is_grad_enabled() else 0
-        logits: Tensor = self.trainer.student(images)
-        return logits
+    def _student(self, inputs: Tensor, *part: str) -> Tensor:
+        count = len(inputs) if part in _FROM_IMAGES else 0
+        self.forward += count
+        self._with_gradient += count if torch.is_grad_enabled() else 0
+        outputs: Tensor = self.trainer.student(inputs, *part)
+        return outputs
 
     def _prepare(self, phase: Phase, teachers: Mapping[str, Model]) -> Prepared:
         assert phase.prepare is not None
         images, transform = self.data.images, self.trainer.transform
 
-        def predict(teacher: str, view: str) -> Tensor:
+        def predict(teacher: str, view: str, *part: str) -> Tensor:
             generator = torch_generator(self.seed, phase.name, "prepare", teacher, view, device=images.device)
             chunks = images.split(SURVEY_BATCH)
-            return torch.cat([teachers[teacher](transform.views(c, (view,), generator)[view]) for c in chunks])
+            return torch.cat([teachers[teacher](transform.views(c, (view,), generator)[view], *part) for c in chunks])
 
-        return phase.prepare(Survey(predict, self.data.supervision, self.memory))
+        def inputs() -> Tensor:
+            return transform.normalize(images)
+
+        return phase.prepare(Survey(predict, self.data.supervision, self.memory, inputs))
 
     def _steps(
         self,
@@ -373,13 +429,18 @@ class _Run:
         index: tuple[Tensor, Tensor, Tensor],
         targets: Mapping[str, Tensor],
         teachers: Mapping[str, Model],
+        units: Units | None,
     ) -> float:
-        """Trains the student on positions `index` (labelled, unlabelled, to mix); returns how many samples it used."""
+        """Trains the student on positions `index` (labelled, unlabelled, to mix); returns how many samples it used.
+
+        With `units` the first are places in it.
+        """
         student, device = self.trainer.student, self.data.images.device
         student.train()
         updates = [(update, *self._optimizer(update, config)) for update in phase.updates]
         size = config.batch_size * config.unlabeled_ratio
-        sizes = {"labeled": config.batch_size, "unlabeled": size, "mix": min(size, len(index[1]))}
+        per_step = config.batch_size if units is None else units.per_step(config.batch_size)
+        sizes = {"labeled": per_step, "unlabeled": size, "mix": min(size, len(index[1]))}
         positions = (index[0], index[1], index[2] if phase.mix else index[2][:0])
         streams = [
             draw_batches(rows, count, steps, torch_generator(self.seed, phase.name, kind))
@@ -393,8 +454,12 @@ class _Run:
         examples = torch.zeros((), dtype=torch.float64, device=device)
         for labeled, unlabeled, mix in zip(*streams, strict=True):
             share = mixing.beta(phase.mix_alpha, phase.mix_alpha) if phase.mix else 1.0
+            bags = None if units is None else Units(units.rows[labeled], units.counts[labeled])
+            labeled = labeled if bags is None else bags.rows[bags.rows >= 0]
             batch = Batch(
-                labeled=self._part(labeled, len(positions[0]), phase.labeled, phase, targets, generator, labeled=True),
+                labeled=self._part(
+                    labeled, len(positions[0]), phase.labeled, phase, targets, generator, labeled=True, bags=bags
+                ),
                 unlabeled=self._part(unlabeled, len(positions[1]), phase.unlabeled, phase, targets, generator),
                 mix=self._part(mix, len(positions[2]), phase.mix, phase, targets, generator),
                 mixing=torch.tensor(share, dtype=torch.float32, device=device),
@@ -408,6 +473,8 @@ class _Run:
                 step = update.loss(self._student, teachers, batch._replace(memory=self.memory))
                 if phase.informed:
                     self._log(step, torch.cat([labeled, unlabeled]), torch.cat([unsure[labeled], unknown[unlabeled]]))
+                elif bags is not None:
+                    self._log(step, labeled, unsure[labeled])
                 else:
                     self._log(step, unlabeled)
                 if not step.examples:  # nothing to learn from: no step, not even of momentum, a penalty or BatchNorm
@@ -466,8 +533,15 @@ class _Run:
         targets: Mapping[str, Tensor],
         generator: torch.Generator,
         labeled: bool = False,
+        bags: Units | None = None,
     ) -> Part:
-        rows = rows.to(self.data.images.device)
+        device = self.data.images.device
+        members = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        counts = self.data.supervision.bag_counts[:0]
+        if bags is not None:
+            members = bags.rows.masked_scatter(bags.rows >= 0, torch.arange(len(rows))).to(device)
+            counts = bags.counts.to(device)
+        rows = rows.to(device)
         known = self.data.supervision
         candidates, noisy, annotations = known.candidates[rows], known.noisy[rows], known.annotations[rows]
         if not labeled:  # a labelled sample drawn as an unlabelled one keeps its label to itself
@@ -476,7 +550,8 @@ class _Run:
             annotations = torch.where(hidden[:, None], -1, annotations)
         made = self.trainer.transform.views(self.data.images[rows], views, generator)
         drawn = {name: values[rows] for name, values in targets.items()}
-        return Part(made, candidates, drawn, noisy, annotations, rows, torch.tensor(float(size), device=rows.device))
+        amount = torch.tensor(float(size), device=device)
+        return Part(made, candidates, drawn, noisy, annotations, rows, amount, members, counts)
 
     def _log(self, step: Step, rows: Tensor, guessed: Tensor | None = None) -> None:
         for name, pair in step.metrics.items():

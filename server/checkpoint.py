@@ -52,6 +52,8 @@ class Checkpoint:
     """See `Method.initial_shared`."""
     helpers: dict[str, Any] = field(default_factory=dict)
     """See `HelperPool.dump`."""
+    previous: dict[str, Tensor] = field(default_factory=dict)
+    """What the model was at the end of the stage before (see `Method.starts_stage`); empty in the first."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

@@ -96,6 +96,7 @@ def run_federation(
     if resume:
         checkpoint = latest_checkpoint(path / "checkpoints", config, experiment.initial_state)
         checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
+        checkpoint.previous = {name: value.to(experiment.device) for name, value in checkpoint.previous.items()}
         checkpoint.shared = {
             name: value.to(experiment.device) for name, value in {**shared, **checkpoint.shared}.items()
         }
@@ -140,7 +141,7 @@ def _rounds(
     checkpoint: Checkpoint,
     on_round: Callable[[int, Mapping[str, float]], None],
 ) -> None:
-    config, model, shared = experiment.config, checkpoint.model, checkpoint.shared
+    config, model, shared, previous = experiment.config, checkpoint.model, checkpoint.shared, checkpoint.previous
     method = config.method
     pool = HelperPool(experiment, method.helpers) if method.helpers is not None else None
     if pool is not None and checkpoint.helpers:
@@ -149,11 +150,16 @@ def _rounds(
     train_config = ConfigRecord({"experiment": to_yaml(config)})
     for round_number in range(checkpoint.round_number + 1, config.num_rounds + 1):
         started = time.perf_counter()
+        if method.starts_stage(round_number):
+            previous, model = model, experiment.fresh_state(round_number)
+            strategy = build_strategy(config.strategy)  # its momentum belongs to the stage before
         cohort = sample_cohort(config.seed, round_number, config.num_clients, config.fraction_train)
         client_of = {nodes[client]: client for client in cohort}
         messages = configure_round(strategy, round_number, ArrayRecord(model), train_config, nodes, cohort)
         for content in {id(message.content): message.content for message in messages}.values():
             content["shared"] = ConfigRecord(dict(state_to_lists(shared)))
+            if previous:
+                content["previous"] = ArrayRecord(previous)
         if pool is not None:
             messages = pool.attach(messages, client_of, round_number)
         states = dict(grid.states) if isinstance(grid, SimulationGrid) else None
@@ -184,7 +190,14 @@ def _rounds(
             kept = grid.dump_states() if isinstance(grid, SimulationGrid) else {}
             helpers = pool.dump() if pool is not None else {}
             saved = Checkpoint(
-                round_number, _cpu(model), to_yaml(config), strategy_state(strategy), kept, _cpu(shared), helpers
+                round_number,
+                _cpu(model),
+                to_yaml(config),
+                strategy_state(strategy),
+                kept,
+                _cpu(shared),
+                helpers,
+                _cpu(previous),
             )
             save_checkpoint(folder.checkpoints, saved, config.checkpoint.keep)
         on_round(round_number, metrics)

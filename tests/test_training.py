@@ -627,6 +627,7 @@ def test_prox_mu_holds_every_method_near_the_global_weights(name: str) -> None:
             LATE,
             3,
             {**method.initial_shared(4)},
+            {"previous": start},
         )
         for mu in (0.0, 8.0)
     )

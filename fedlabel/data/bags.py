@@ -47,7 +47,8 @@ def draw_bags(
     Raises:
         ValueError: there is no such feature.
     """
-    bag, counts = np.full(len(labels), -1), []
+    bag = np.full(len(labels), -1)
+    counts: list[np.ndarray] = []
     for client, rows in enumerate(holders):
         rng = numpy_generator(seed, "supervision", "bags", client)
         order = rng.permutation(rows)

@@ -8,6 +8,9 @@ import importlib
 from fedlabel.methods.base import Method
 from fedlabel.methods.cc import CC
 from fedlabel.methods.co_teaching import CoTeaching
+from fedlabel.methods.count_likelihood import CountLikelihood
+from fedlabel.methods.dllp import DLLP
+from fedlabel.methods.easy_llp import EasyLLP
 from fedlabel.methods.elr import ELR
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.fedmatch import FedMatch
@@ -16,13 +19,17 @@ from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.forward import Forward
 from fedlabel.methods.freematch import FreeMatch
 from fedlabel.methods.gce import GCE
+from fedlabel.methods.gen_bags import GenBags
 from fedlabel.methods.ill import ILL
+from fedlabel.methods.llp_bp import LLPBP
+from fedlabel.methods.llp_vat import LLPVAT
 from fedlabel.methods.lws import LWS
 from fedlabel.methods.proden import PRODEN
 from fedlabel.methods.pseudo_label import PseudoLabel
 from fedlabel.methods.sage import SAGE
 from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.top_count import TopCount
 from fedlabel.methods.uda import UDA
 
 METHODS: dict[str, type[Method]] = {
@@ -44,6 +51,13 @@ METHODS: dict[str, type[Method]] = {
     "gce": GCE,
     "elr": ELR,
     "co_teaching": CoTeaching,
+    "llp_bp": LLPBP,
+    "dllp": DLLP,
+    "easy_llp": EasyLLP,
+    "gen_bags": GenBags,
+    "count_likelihood": CountLikelihood,
+    "top_count": TopCount,
+    "llp_vat": LLPVAT,
 }
 
 

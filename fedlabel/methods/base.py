@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from fedlabel.data.supervision import Supervision
 
-Model = Callable[[Tensor], Tensor]
-"""Images (batch, channels, height, width) -> logits (batch, classes)."""
+Model = Callable[..., Tensor]
+"""Images (batch, channels, height, width) -> logits (batch, classes). A second argument runs a part of the network, see
+`fedlabel.models.Net`."""
 
 StateDict = dict[str, Tensor]
 """Weights and buffers of one model, by name."""
@@ -42,6 +44,11 @@ class Part(NamedTuple):
     """(batch,) int64, positions in the client's data, for what is remembered of each sample."""
     size: Tensor
     """() float, how many samples of the client this part is drawn from."""
+    members: Tensor = torch.zeros(0, 0, dtype=torch.int64)
+    """(bags, k) int64, positions in this part of each bag's samples, -1 where a bag has fewer than k; there are 0 bags
+    in a phase without `Phase.bags`."""
+    bag_counts: Tensor = torch.zeros(0, 0, dtype=torch.int64)
+    """(bags, classes) int64, samples of each bag in each class; all 0 where it is not known."""
 
 
 class Batch(NamedTuple):
@@ -92,11 +99,14 @@ LossFunction = Callable[[Model, Mapping[str, Model], Batch], Step]
 class Survey(NamedTuple):
     """All of a client's samples at once, for `Phase.prepare`."""
 
-    predict: Callable[[str, str], Tensor]
-    """(teacher, view) -> logits (n, classes) of the client's n samples, without gradient."""
+    predict: Callable[..., Tensor]
+    """(teacher, view, part="all") -> logits (n, classes) of the client's n samples, without gradient; with part="embed"
+    their embeddings (n, features), see `fedlabel.models.Net`."""
     supervision: Supervision
     """What the client knows of them."""
     memory: State
+    inputs: Callable[[], Tensor] = torch.Tensor
+    """() -> the n samples themselves as a model sees them, (n, channels, height, width) normalised float."""
 
 
 class Prepared(NamedTuple):
@@ -110,6 +120,10 @@ class Prepared(NamedTuple):
     """What to carry on; None: unchanged."""
     pseudo: PseudoLabels | None = None
     """Pseudo-labels of all n samples, for the evaluator, which looks at the unlabelled ones; None: none made here."""
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
+    """See `Step.metrics`."""
+    pairs: Tensor | None = None
+    """(e, 2) int64, samples taken for alike, for the evaluator, which looks at their labels; None: none."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,9 @@ class Phase:
     """Views wanted of a second draw of as many unlabelled samples, from all of them whatever `Prepared.draw` says."""
     mix_alpha: float = 1.0
     """Parameter of the Beta distribution that `Batch.mixing` is drawn from."""
+    bags: bool = False
+    """Whether a step draws whole bags, as many as have about `training.batch_size` samples, for the labelled part. A
+    sample in no bag is one of its own: a labelled one, and of a phase with `unlabeled` any other, too."""
     informed: bool = False
     """Whether the labelled samples are all of which anything is known (candidates, noisy labels), and the unlabelled
     ones the rest. False: the labelled ones are those with one candidate left."""
@@ -219,6 +236,17 @@ class Method:
         exclude `additive`, and the default `server_phases`.
         """
         return 1
+
+    @property
+    def bag_head(self) -> int:
+        """Width of the hidden layer of a second output, for means of embeddings, see `models/bag_head.py`; 0: none."""
+        return 0
+
+    def starts_stage(self, round_number: int) -> bool:
+        """Returns whether the server starts this round (1-based) with fresh weights. What the model was until then goes
+        to the clients from then on, as the teacher "previous". Default: never.
+        """
+        return False
 
     @property
     def helpers(self) -> Helpers | None:
@@ -301,12 +329,18 @@ class Method:
         Raises:
             ValueError: the method could not learn from it.
         """
-        wants_labels = any(phase.labeled and not phase.informed for phase in self.phases(1))
+        by_bags = any(phase.bags for phase in self.phases(1))
+        if by_bags and len(known.bag_counts) == 0 and not bool(known.labeled.any()):
+            raise ValueError(
+                f"`method.name` (={self.name}) learns from bags of known counts, and there is none. Take "
+                "supervision.kind=bags, with supervision.bag_size."
+            )
+        wants_labels = any(phase.labeled and not phase.informed and not phase.bags for phase in self.phases(1))
         if wants_labels and not bool(known.labeled.any()):
             raise ValueError(
                 f"`method.name` (={self.name}) learns from labels, and no sample has one: what is known are sets of "
-                "candidates or the labels of several annotators. Take method.name=ill, or supervision.vote=true for "
-                "annotators."
+                "candidates, the labels of several annotators or the counts of bags. Take method.name=ill, "
+                "supervision.vote=true for annotators, or method.name=llp_bp for bags."
             )
         if any(phase.informed for phase in self.phases(1)) and bool(known.candidates.all()):
             raise ValueError(

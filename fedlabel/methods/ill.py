@@ -442,6 +442,11 @@ class ILL(Method):
         return shared
 
     def check(self, known: Supervision) -> None:
+        if not bool(known.informed.any()):
+            raise ValueError(
+                f"`method.name` (={self.name}) learns from what is known of single samples, and nothing is: there are "
+                "only bags of known counts. Take method.name=llp_bp."
+            )
         annotators = known.annotations.shape[1]
         if self.noise.annotators not in (1, annotators):
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlabel.models.nets import Net, Part
+from fedlabel.models.nets import Net
 
 
 class BagHead(nn.Module):
@@ -22,7 +22,7 @@ class BagHead(nn.Module):
         self.bag_hidden = nn.Linear(net.output.in_features, hidden)
         self.bag_output = nn.Linear(hidden, net.output.out_features)
 
-    def forward(self, inputs: Tensor, part: Part = "all") -> Tensor:
+    def forward(self, inputs: Tensor, part: str = "all") -> Tensor:
         """Returns what the network returns; of part "bags" logits (bags, classes) of means (bags, features)."""
         if part == "bags":
             logits: Tensor = self.bag_output(F.relu(self.bag_hidden(inputs)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -15,10 +16,13 @@ from torch.utils._pytree import tree_map
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.supervision import Supervision, supervise
 from fedlabel.methods import METHODS, method_class
+from fedlabel.methods.bags import BagMethod
 from fedlabel.methods.base import Batch, Method, Model, Part, Phase, Prepared, State, Survey, Update
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.masks import MaskedMethod
 from fedlabel.models.additive import Additive
+from fedlabel.models.bag_head import BagHead
+from fedlabel.models.nets import Mlp
 from fedlabel.models.twins import Twins
 from fedlabel.training import ClientData, ImageTransform, Trainer, TrainingConfig, train_client
 from tests.methods.batches import certain_part
@@ -43,6 +47,10 @@ def make(name: str) -> Method:
 
 def make_student(name: str, seed: int = 0) -> nn.Module:
     method = make(name)
+    if method.bag_head:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return BagHead(Mlp((1, 6, 6), CLASSES, (8,)), method.bag_head)
     if method.networks > 1:
         return Twins([net(100 * place + seed) for place in range(method.networks)])
     return Additive(net(seed), method.additive) if method.additive else net(seed)
@@ -63,32 +71,51 @@ class Case(NamedTuple):
             n = size if names else 0
             views = {name: torch.randn(n, 1, 6, 6, generator=generator) for name in names}
             labels = torch.randint(CLASSES, (n,), generator=generator)
-            candidates = supervise(labels, torch.full((n,), labeled), CLASSES).candidates
-            return certain_part(views, candidates, self.targets(candidates, generator))
+            if self.phase.bags:
+                return self.bags(views, labels, generator)
+            known = supervise(labels, torch.full((n,), labeled), CLASSES)
+            return certain_part(views, known.candidates, self.targets(known, generator))
 
         parts = [part(self.phase.labeled, True), part(self.phase.unlabeled, False), part(self.phase.mix, False)]
         return Batch(*parts, torch.rand((), generator=generator), self.memory(generator))
+
+    def bags(self, views: dict[str, Tensor], labels: Tensor, generator: torch.Generator) -> Part:
+        """A bag of three, one of two and a sample of which nothing is known; or none of them."""
+        n = len(labels)
+        none = torch.ones(n, CLASSES, dtype=torch.bool)
+        members, bag = torch.tensor([[0, 1, 2], [3, 4, -1], [5, -1, -1]]), torch.tensor([0, 0, 0, 1, 1, -1])
+        counts = torch.stack([torch.bincount(labels[bag[:n] == b], minlength=CLASSES) for b in (0, 1)])
+        known = Supervision.certain(none)
+        if n:
+            known = replace(known, bag=bag, bag_counts=counts)
+        part = certain_part(views, none, self.targets(known, generator))
+        counts = torch.cat([counts, torch.zeros(1, CLASSES, dtype=torch.int64)])
+        return part._replace(members=members[: n // 2], bag_counts=counts[: n // 2])
 
     def memory(self, generator: torch.Generator) -> State:
         nothing = torch.ones(BATCH, CLASSES, dtype=torch.bool)
         method = make(self.name)
         start = {**method.initial_memory(nothing), **method.initial_shared(CLASSES)}
-        return self.prepare(nothing, generator, start).memory or start
+        return self.prepare(Supervision.certain(nothing), generator, start).memory or start
 
-    def targets(self, candidates: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def targets(self, known: Supervision, generator: torch.Generator) -> dict[str, Tensor]:
         method = make(self.name)
-        memory = {**method.initial_memory(candidates), **method.initial_shared(CLASSES)}
-        return self.prepare(candidates, generator, memory).targets
+        memory = {**method.initial_memory(known.candidates), **method.initial_shared(CLASSES)}
+        return self.prepare(known, generator, memory).targets
 
-    def prepare(self, candidates: Tensor, generator: torch.Generator, memory: State) -> Prepared:
+    def prepare(self, known: Supervision, generator: torch.Generator, memory: State) -> Prepared:
         if self.phase.prepare is None:
             return Prepared({})
+        n = len(known.candidates)
 
-        def predict(teacher: str, view: str) -> Tensor:
+        def predict(teacher: str, view: str, part: str = "all") -> Tensor:
             assert teacher in self.phase.teachers
-            return torch.randn(len(candidates), CLASSES, generator=generator)
+            return torch.randn(n, CLASSES if part == "all" else 8, generator=generator)
 
-        return self.phase.prepare(Survey(predict, Supervision.certain(candidates), memory))
+        def inputs() -> Tensor:
+            return torch.randn(n, 1, 6, 6, generator=generator)
+
+        return self.phase.prepare(Survey(predict, known, memory, inputs))
 
 
 def cases() -> list[Case]:
@@ -170,7 +197,7 @@ def test_three_stacked_clients_equal_one_by_one(case: Case) -> None:
 
     def loss(params: Mapping[str, Tensor], teacher_params: list[Mapping[str, Tensor]], batch: Batch) -> Tensor:
         def bind(weights: Mapping[str, Tensor]) -> Model:
-            return lambda images: functional_call(skeleton, dict(weights), (images,))
+            return lambda *inputs: functional_call(skeleton, dict(weights), inputs)
 
         bound = {key: bind(weights) for key, weights in zip(names, teacher_params, strict=True)}
         return case.update.loss(bind(params), bound, batch).loss
@@ -204,7 +231,8 @@ def test_round_is_reproducible_and_survives_empty_parts(name: str, n: int, label
         config = TrainingConfig(local_steps=2, batch_size=4)
         trainer = Trainer(make_student(name, 5), make_student(name, 6), transform, config)
         shared = make(name).initial_shared(CLASSES)
-        updates.append(train_client(make(name), trainer, state, data, round_number, seed=3, memory=shared))
+        before = {"previous": state}
+        updates.append(train_client(make(name), trainer, state, data, round_number, 3, shared, before))
     first, second = updates
     for part, uploaded in first.parts.items():
         assert uploaded.weight >= 0
@@ -223,7 +251,7 @@ def test_method_is_picklable_final_and_described(name: str) -> None:
     assert pickle.loads(pickle.dumps(method)) == method
     assert method.name == name
     assert METHODS[name].description
-    assert METHODS[name].__base__ in (Method, MaskedMethod)
+    assert METHODS[name].__base__ in (Method, MaskedMethod, BagMethod)
 
 
 def test_unknown_method_is_an_error_with_a_suggestion() -> None:
@@ -238,12 +266,22 @@ def test_unknown_method_is_an_error_with_a_suggestion() -> None:
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_method_that_could_learn_nothing_is_refused(name: str) -> None:
-    """Annotators' labels alone are something for ILL only; labels for all."""
+    """Annotators' labels alone are something for ILL only, bags for those that learn from them; labels for all."""
     nothing = torch.ones(5, CLASSES, dtype=torch.bool)
     crowd = Supervision.without_bags(nothing, torch.zeros(5, dtype=torch.bool), torch.zeros(5, 2, dtype=torch.int64))
     if name == "ill":
         make(name).check(crowd)
     else:
-        with pytest.raises(ValueError, match=rf"`method.name` \(={name}\) learns from .*method.name=ill"):
+        with pytest.raises(ValueError, match=rf"`method.name` \(={name}\) learns from .*(method.name=ill|kind=bags)"):
             make(name).check(crowd)
-    make(name).check(supervise(torch.zeros(5, dtype=torch.int64), torch.arange(5) < 1, CLASSES))
+    classes = 2 if name == "top_count" else CLASSES
+    make(name).check(supervise(torch.zeros(5, dtype=torch.int64), torch.arange(5) < 1, classes))
+    bags = Supervision.certain(torch.ones(5, classes, dtype=torch.bool))
+    bags = replace(
+        bags, bag=torch.zeros(5, dtype=torch.int64), bag_counts=torch.eye(classes, dtype=torch.int64)[:1] * 5
+    )
+    if any(phase.bags for phase in make(name).phases(1)):
+        make(name).check(bags)
+    else:
+        with pytest.raises(ValueError, match=rf"`method.name` \(={name}\) learns from .*method.name="):
+            make(name).check(bags)

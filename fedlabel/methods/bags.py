@@ -1,0 +1,84 @@
+"""What methods that learn from bags of known counts share: batches of whole bags, and a loss per bag."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlabel.methods.base import Batch, Method, Model, Part, Phase, State, Step, mean_metric
+
+
+def by_bag(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the rows of each bag.
+
+    Args:
+        values: (n, ...).
+        members: (bags, k) int64, -1 for none.
+
+    Returns:
+        (bags, k, ...) with 0 for none; (bags, k) bool, where there is one.
+    """
+    there = members >= 0
+    rows = values[members.clamp_min(0)] if len(values) else values.new_zeros((*members.shape, *values.shape[1:]))
+    mask = there.view(*there.shape, *[1] * (values.dim() - 1))
+    return torch.where(mask, rows, torch.zeros_like(rows)), there
+
+
+def bag_sums(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sums (bags, ...) of the rows of each bag, and (bags,) float how many there are."""
+    rows, there = by_bag(values, members)
+    return rows.sum(1), there.sum(1).to(values.dtype)
+
+
+def bag_means(values: Tensor, members: Tensor) -> Tensor:
+    """Returns the mean of the rows of each bag, (bags, ...)."""
+    sums, sizes = bag_sums(values, members)
+    return sums / sizes.clamp_min(1).view(-1, *[1] * (values.dim() - 1))
+
+
+def known_bags(part: Part) -> Tensor:
+    """Returns (bags,) bool, whose counts are known."""
+    return part.bag_counts.sum(-1) > 0
+
+
+def shares(part: Part) -> Tensor:
+    """Returns (bags, classes) float, the known share of each class in each bag; 0 where it is not known."""
+    counts = part.bag_counts.float()
+    return counts / counts.sum(-1, keepdim=True).clamp_min(1)
+
+
+def bag_step(values: Tensor, logits: Tensor, part: Part, memory: State | None = None) -> Step:
+    """Returns the mean loss over the bags whose counts are known, 0 for none.
+
+    Args:
+        values: (bags,) loss of each.
+        logits: (n, classes) of the part's samples, for the metrics.
+        part: the bags.
+        memory: see `Step.memory`.
+    """
+    known = known_bags(part)
+    values = torch.where(known, values, torch.zeros_like(values))
+    predicted = bag_means(logits.detach().softmax(-1), part.members)
+    error = (predicted - shares(part)).abs().sum(-1) / 2  # of two classes: of the share of one
+    metrics = {"train/loss": mean_metric(values, known), "bag/share_error": mean_metric(error, known)}
+    samples = ((part.members >= 0) & known[:, None]).sum()
+    return Step(values.sum() / known.sum().clamp_min(1), metrics, samples, memory=memory)
+
+
+@dataclass(frozen=True)
+class BagMethod(Method):
+    """One phase over whole bags. A labelled sample in no bag is a bag of one; unlabelled ones there are not used."""
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        return (Phase("train", self.loss, labeled=("weak",), bags=True),)
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        logits = student(batch.labeled.views["weak"])
+        return bag_step(self.bag_loss(logits, batch), logits, batch.labeled)
+
+    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Returns the loss of every bag of the labelled part, (bags,); anything where its counts are not known."""
+        raise NotImplementedError

@@ -1,0 +1,42 @@
+"""The exact likelihood of a bag's counts (Shukla et al., "A Unified Approach to Count-Based Weakly Supervised
+Learning", NeurIPS 2023). Of several classes each is counted against the rest, as in GLWS (arXiv 2402.01922).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlabel.inference.cardinality import LARGEST, count_log_likelihood
+from fedlabel.methods.bags import BagMethod, by_bag
+from fedlabel.methods.base import Batch
+
+
+def one_against_rest(logits: Tensor) -> Tensor:
+    """Returns log p(class) / p(other classes), (..., classes), of logits (..., classes); of one class alone: of two."""
+    others = []
+    for c in range(logits.shape[-1]):
+        others.append(torch.cat([logits[..., :c], logits[..., c + 1 :]], -1).logsumexp(-1))
+    return logits - torch.stack(others, -1)
+
+
+@dataclass(frozen=True)
+class CountLikelihood(BagMethod):
+    """-log p(count), per bag and, with more than two classes, in the mean over them."""
+
+    name: str = "count_likelihood"
+    description: ClassVar[str] = "bags: exact likelihood of their counts"
+
+    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        odds, there = by_bag(one_against_rest(logits), batch.labeled.members)
+        classes = range(1, 2) if logits.shape[-1] == 2 else range(logits.shape[-1])
+        # Who is not there is a 0 for certain: its own factor is 1.
+        absent = torch.full_like(odds[..., 0], -LARGEST)
+        losses = [
+            -count_log_likelihood(torch.where(there, odds[..., c], absent), batch.labeled.bag_counts[:, c])
+            for c in classes
+        ]
+        return torch.stack(losses).mean(0)

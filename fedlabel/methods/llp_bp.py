@@ -1,0 +1,303 @@
+"""LLP-BP: belief propagation makes labels from bag counts and neighbours, a learner learns them, its embeddings make a
+better graph, and a fresh learner learns from that (Havaldar et al., "Learning from Label Proportions: Bootstrapping
+Supervised Learners via Belief Propagation", ICLR 2024, arXiv 2310.08056).
+
+Bags, graph and beliefs stay at the client; the learner is federated, and the server says when a stage ends. What
+differs from the released code, each a field: one exact factor per bag instead of all its pairs (`factor`), a length
+scale of the kernel (`length_scale`), and what a model says of each sample as further evidence (`evidence`). Labels that
+are known are evidence, too, and there may be several classes. A sample that nothing reaches is not learnt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlabel.data.supervision import Supervision
+from fedlabel.inference.belief import FACTORS, Beliefs, marginals
+from fedlabel.inference.cardinality import LARGEST
+from fedlabel.inference.class_belief import class_marginals
+from fedlabel.inference.neighbors import BACKENDS, Graph, neighbor_graph
+from fedlabel.methods.bags import bag_means, bag_step, shares
+from fedlabel.methods.base import (
+    Batch,
+    Method,
+    Model,
+    Phase,
+    PhaseResult,
+    Prepared,
+    PseudoLabels,
+    State,
+    Step,
+    Survey,
+    mean_metric,
+    one_hot,
+)
+from fedlabel.methods.dllp import dllp_loss
+
+RULES = ("threshold", "top_count", "soft")
+EVIDENCE = ("none", "previous", "current")
+UNDECIDED = 1e-6
+"""A belief this near to an even one says nothing."""
+
+
+def top_count_labels(belief: Tensor, bag: Tensor, counts: Tensor, otherwise: Tensor) -> Tensor:
+    """Returns (n,) bool, in each bag the counts[b] samples of highest belief; ties go to the first.
+
+    Args:
+        belief: (n,).
+        bag: (n,) int64, -1 for none.
+        counts: (bags,) int64.
+        otherwise: (n,) bool, for samples in no bag.
+    """
+    order = belief.argsort(descending=True, stable=True)
+    order = order[bag[order].argsort(stable=True)]  # by bag, and in it by belief
+    place = torch.arange(len(bag), device=bag.device)
+    first = torch.searchsorted(bag[order].contiguous(), bag[order].contiguous())
+    chosen = torch.zeros_like(otherwise)
+    limit = torch.cat([counts, counts.new_zeros(1)])[bag[order]]  # -1 takes the last
+    chosen[order] = place - first < limit
+    return torch.where(bag >= 0, chosen, otherwise)
+
+
+@dataclass(frozen=True)
+class LLPBP(Method):
+    """Stages of `stage_rounds` rounds: beliefs at each client, once a stage, and a fresh learner of them."""
+
+    name: str = "llp_bp"
+    description: ClassVar[str] = "bags: beliefs from counts and neighbours, then a learner of them"
+
+    num_stages: int = 2
+    """How often the learner is begun. The first graph is of the samples themselves, the others of the embeddings that
+    the learner of the stage before gives them."""
+    stage_rounds: int = 20
+    """Rounds of a stage; the last one goes on to the end of the run."""
+    num_neighbors: int = 5
+    """k of the graph; 0: no graph, each bag for itself (with evidence=current the E step of GLWS)."""
+    max_distance: float = 2.0
+    """Neighbours of this cosine distance or more are not joined; 2: all are."""
+    length_scale: float | None = None
+    """Of the kernel exp(-distance / length_scale); null: the median distance of neighbours. The paper: 1."""
+    backend: str = "sklearn"
+    """sklearn: exact neighbours. faiss (an extra): for clients with hundreds of thousands of samples."""
+    factor: str = "cardinality"
+    """cardinality: one exact factor per bag. pairwise: the paper's, all pairs of a bag; it often does not converge."""
+    lambda_bag: float = math.inf
+    """Weight of the squared error of a bag's count; .inf: counts are exact. pairwise and noisy counts need a number."""
+    lambda_edge: float = 1.0
+    """Weight of two neighbours that differ, beside the kernel."""
+    damping: float = 0.5
+    """Share of the old message in the new one."""
+    max_iterations: int = 200
+    """Of belief propagation."""
+    rule: str = "threshold"
+    """What is learnt. threshold: the class believed most (of two: 1 from `threshold` on). top_count: of each bag as
+    many as are counted, those believed most; two classes. soft: the beliefs themselves."""
+    threshold: float = 0.5
+    """For rule=threshold and two classes."""
+    evidence: str = "none"
+    """What else a label's belief goes by. none: the paper's. previous: what the learner of the stage before says of the
+    sample. current: what the global model says, anew in every round."""
+    evidence_weight: float = 1.0
+    """Multiplies the log-odds of the evidence."""
+    lambda_aggregate: float = 0.1
+    """Weight of the loss on bags, of a second output for means of embeddings; 0: there is none."""
+    head_hidden: int = 64
+    """Width of that output's hidden layer."""
+
+    def __post_init__(self) -> None:
+        for key, allowed in {"factor": FACTORS, "backend": BACKENDS, "rule": RULES, "evidence": EVIDENCE}.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be one of {', '.join(allowed)}.")
+        for key in ("num_stages", "stage_rounds", "max_iterations", "head_hidden"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be at least 1.")
+        for key in ("num_neighbors", "lambda_bag", "lambda_edge", "evidence_weight", "lambda_aggregate"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be at least 0.")
+        for key in ("lambda_edge", "evidence_weight", "lambda_aggregate"):
+            if getattr(self, key) == math.inf:
+                raise ValueError(f"`method.{key}` (=inf) must be finite.")
+        if not 0 < self.max_distance <= 2:
+            raise ValueError(f"`method.max_distance` (={self.max_distance}) must lie in (0, 2].")
+        if self.length_scale is not None and not 0 < self.length_scale < math.inf:
+            raise ValueError(f"`method.length_scale` (={self.length_scale}) must be a positive number, or null.")
+        if not 0 <= self.damping < 1:
+            raise ValueError(f"`method.damping` (={self.damping}) must lie in [0, 1).")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"`method.threshold` (={self.threshold}) must lie in (0, 1).")
+        if self.factor == "pairwise" and self.lambda_bag == math.inf:
+            raise ValueError(
+                "`method.lambda_bag` (=inf) must be finite for method.factor=pairwise: a count that cannot be missed "
+                "is no sum of pairs. Take e.g. method.lambda_bag=10, or method.factor=cardinality."
+            )
+        if self.evidence == "previous" and self.num_stages == 1:
+            raise ValueError("`method.evidence` (=previous) needs method.num_stages (=1) of at least 2.")
+
+    def check(self, known: Supervision) -> None:
+        super().check(known)
+        classes = known.candidates.shape[1]
+        if classes > 2 and (self.rule == "top_count" or self.factor == "pairwise" or self.lambda_bag < math.inf):
+            raise ValueError(
+                f"`method.rule` (={self.rule}), `method.factor` (={self.factor}) and `method.lambda_bag` "
+                f"(={self.lambda_bag}): with {classes} classes rule=top_count, factor=pairwise and a finite "
+                "lambda_bag have no place; leave them out, or set data.positive_classes for two classes."
+            )
+
+    @property
+    def bag_head(self) -> int:
+        return self.head_hidden if self.lambda_aggregate > 0 else 0
+
+    def stage(self, round_number: int) -> int:
+        """Returns the stage of a round (1-based), from 0."""
+        return min((round_number - 1) // self.stage_rounds, self.num_stages - 1)
+
+    def starts_stage(self, round_number: int) -> bool:
+        return round_number > 1 and self.stage(round_number) != self.stage(round_number - 1)
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        stage = self.stage(round_number)
+        teachers = ("previous",) if stage > 0 else ()
+        if self.evidence == "current":
+            teachers = (*teachers, "global")
+        prepare = partial(self.prepare, stage=stage)
+        train = Phase(
+            "train", self.loss, labeled=("weak",), unlabeled=("weak",), bags=True, teachers=teachers, prepare=prepare
+        )
+        return (train,)
+
+    # ------------------------------------------------------------------------------------------------------- E step
+
+    def prepare(self, survey: Survey, stage: int) -> Prepared:
+        """Propagates beliefs over the client's bags and neighbours, unless that was done in this stage."""
+        known, memory = survey.supervision, survey.memory
+        n, classes = known.candidates.shape
+        belief, metrics, pairs = memory["belief"], {}, None
+        if len(belief) != n or int(memory["stage"]) != stage or self.evidence == "current":
+            features = survey.inputs() if stage == 0 else survey.predict("previous", "clean", "embed")
+            graph = neighbor_graph(
+                features.flatten(1), self.num_neighbors, self.max_distance, self.length_scale, self.backend
+            )
+            beliefs = self.infer(known, graph, self._evidence(survey, stage))
+            belief, pairs = beliefs.probability.float(), graph.edges
+            metrics = self._metrics(beliefs, belief, known)
+            memory = {**memory, "belief": belief, "stage": torch.tensor(float(stage), device=belief.device)}
+        label = self.label(belief, known)
+        reached = belief.amax(1) > 1 / classes + UNDECIDED
+        pseudo = PseudoLabels(label, reached, torch.zeros_like(reached), belief.gather(1, label[:, None]).squeeze(1))
+        target = (belief if self.rule == "soft" else one_hot(label, classes)) * reached[:, None]
+        return Prepared({"target": target}, memory=memory, pseudo=pseudo, metrics=metrics, pairs=pairs)
+
+    def _evidence(self, survey: Survey, stage: int) -> Tensor:
+        """Returns (n, classes) logarithms of what a model says of the samples; 0 for nothing."""
+        who = {"none": None, "previous": "previous" if stage > 0 else None, "current": "global"}[self.evidence]
+        if who is None:
+            return torch.zeros_like(survey.supervision.candidates, dtype=torch.float32)
+        return self.evidence_weight * survey.predict(who, "clean").log_softmax(-1)
+
+    def infer(self, known: Supervision, graph: Graph, evidence: Tensor) -> Beliefs:
+        """Returns the beliefs (n, classes) of all samples, in double precision.
+
+        Args:
+            known: bags, and candidates of which the truth is one; what is noisy is not evidence.
+            graph: of neighbours.
+            evidence: (n, classes) logarithms.
+
+        Raises:
+            ValueError: what is known of a bag contradicts itself.
+        """
+        possible = known.candidates | known.noisy[:, None]
+        log_probs = evidence.double().masked_fill(~possible, -math.inf)
+        weight = graph.weight.double()
+        if possible.shape[1] > 2:
+            return class_marginals(
+                log_probs,
+                known.bag,
+                known.bag_counts,
+                graph.edges,
+                weight,
+                self.lambda_edge / 2,  # of two classes the same as below
+                self.damping,
+                self.max_iterations,
+            )
+        log_odds = log_probs[:, 1] - log_probs[:, 0]
+        beliefs = marginals(
+            log_odds.clamp(-LARGEST, LARGEST) if self.factor == "pairwise" else log_odds,  # it knows no certainty
+            known.bag,
+            known.bag_counts[:, 1],
+            graph.edges,
+            weight,
+            self.lambda_bag,
+            self.lambda_edge,
+            self.factor,
+            self.damping,
+            self.max_iterations,
+        )
+        return beliefs._replace(probability=torch.stack([1 - beliefs.probability, beliefs.probability], 1))
+
+    def label(self, belief: Tensor, known: Supervision) -> Tensor:
+        """Returns (n,) int64, the class of each sample by `rule`, of beliefs (n, classes)."""
+        if belief.shape[1] > 2:
+            return belief.argmax(1)
+        above = belief[:, 1] >= self.threshold
+        if self.rule == "top_count":
+            above = top_count_labels(belief[:, 1], known.bag, known.bag_counts[:, 1], above)
+        return above.long()
+
+    def _metrics(self, beliefs: Beliefs, belief: Tensor, known: Supervision) -> dict[str, Tensor]:
+        inside = known.bag >= 0
+        sums = torch.zeros_like(known.bag_counts, dtype=belief.dtype).index_add_(0, known.bag[inside], belief[inside])
+        missed = (sums - known.bag_counts).abs().sum(1) / 2  # of two classes: of the count of one
+        one = torch.ones(1, device=belief.device)
+
+        def once(value: float) -> Tensor:
+            return mean_metric(one * value, one)
+
+        return {
+            "belief/converged": once(float(beliefs.converged)),
+            "belief/iterations": once(float(beliefs.iterations)),
+            "belief/residual": once(beliefs.residual),
+            "belief/bag_residual": mean_metric(missed, torch.ones_like(missed)),
+        }
+
+    # ------------------------------------------------------------------------------------------------------- M step
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        """Returns the cross-entropy of the samples to their labels, plus that of their bags' mean embeddings."""
+        part = batch.labeled
+        images, target = part.views["weak"], part.targets["target"]
+        if self.lambda_aggregate == 0:
+            logits = student(images)
+        else:
+            embeddings = student(images, "embed")
+            logits = student(embeddings, "classify")
+        values = -(target * logits.log_softmax(-1)).sum(-1)
+        told = target.sum(-1) > 0
+        loss = values.sum() / told.sum().clamp_min(1)
+        metrics, examples = {"train/loss_beliefs": mean_metric(values, told)}, told.sum()
+        if self.lambda_aggregate > 0:
+            predicted = student(bag_means(embeddings, part.members), "bags").softmax(-1)
+            of_bags = bag_step(dllp_loss(predicted, shares(part)), logits, part)
+            loss = loss + self.lambda_aggregate * of_bags.loss
+            examples = torch.maximum(examples, of_bags.examples)
+            metrics |= {
+                "train/loss_aggregate": of_bags.metrics["train/loss"],
+                "bag/share_error": of_bags.metrics["bag/share_error"],
+            }
+        metrics["train/loss"] = torch.stack([loss, torch.ones_like(loss)]).detach()
+        return Step(loss, metrics, examples)
+
+    # -------------------------------------------------------------------------------------------- what is remembered
+
+    def initial_memory(self, candidates: Tensor) -> State:
+        nothing = torch.zeros(0, candidates.shape[1], device=candidates.device)
+        return {"belief": nothing, "stage": torch.tensor(-1.0, device=candidates.device)}
+
+    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
+        return {name: memory[name] for name in ("belief", "stage")}

@@ -1,0 +1,70 @@
+"""LLP-VAT: class shares of bags and virtual adversarial training (Tsai & Lin, "Learning from Label Proportions with
+Consistency Regularization", ACML 2020; Miyato et al., "Virtual Adversarial Training", TPAMI 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlabel.methods.bags import BagMethod, bag_means, bag_step, shares
+from fedlabel.methods.base import Batch, Model, Step, batch_mean, mean_metric
+from fedlabel.methods.dllp import dllp_loss
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Returns the samples (n, ...) scaled to Euclidean length 1."""
+    length = vectors.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return vectors / length.view(-1, *[1] * (vectors.dim() - 1))
+
+
+def divergence(log_target: Tensor, log_probs: Tensor) -> Tensor:
+    """Returns KL(target || probs) of each row, (n,); both (n, classes) logarithms."""
+    return (log_target.exp() * (log_target - log_probs)).sum(-1)
+
+
+@dataclass(frozen=True)
+class LLPVAT(BagMethod):
+    """DLLP's loss plus the divergence between the predictions of a sample and of its worst small change."""
+
+    name: str = "llp_vat"
+    description: ClassVar[str] = "bags: mean prediction against class shares, and virtual adversarial training"
+
+    lambda_vat: float = 0.05
+    """Weight of the second."""
+    radius: float = 1.0
+    """Euclidean length of the change, of normalised inputs."""
+    xi: float = 1e-2
+    """Length of the probe in the one power iteration that finds the worst direction."""
+
+    def __post_init__(self) -> None:
+        if not self.lambda_vat >= 0:
+            raise ValueError(f"`method.lambda_vat` (={self.lambda_vat}) must be at least 0.")
+        for key in ("radius", "xi"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be positive.")
+
+    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return dllp_loss(bag_means(logits.softmax(-1), batch.labeled.members), shares(batch.labeled))
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        inputs = batch.labeled.views["weak"]
+        logits = student(inputs)
+        step = bag_step(self.bag_loss(logits, batch), logits, batch.labeled)
+        if self.lambda_vat == 0:
+            return step
+        target = logits.detach().log_softmax(-1)
+        # Any fixed start does that is not orthogonal to the worst direction; the input's own needs no random numbers.
+        start = unit(inputs + torch.linspace(-1, 1, inputs[:1].numel(), device=inputs.device).view_as(inputs[:1]))
+
+        def moved(direction: Tensor) -> Tensor:
+            return divergence(target, student(inputs + self.xi * direction).log_softmax(-1)).sum()
+
+        worst = unit(torch.func.grad(moved)(start)).detach() if len(inputs) else start
+        values = divergence(target, student(inputs + self.radius * worst).log_softmax(-1))
+        metrics = {**step.metrics, "train/loss_vat": mean_metric(values, torch.ones_like(values))}
+        return step._replace(loss=step.loss + self.lambda_vat * batch_mean(values), metrics=metrics)
