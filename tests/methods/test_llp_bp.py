@@ -1,0 +1,392 @@
+"""LLP-BP: beliefs at the client, what is learnt of them, stages, and the whole method on made-up data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedlabel.data.augment import AugmentConfig
+from fedlabel.data.supervision import Supervision, supervise
+from fedlabel.inference.belief import marginals
+from fedlabel.inference.cardinality import bag_posterior
+from fedlabel.inference.neighbors import Graph, neighbor_graph
+from fedlabel.methods.base import Survey
+from fedlabel.methods.llp_bp import LLPBP, top_count_labels
+from fedlabel.models.bag_head import BagHead
+from fedlabel.models.nets import Mlp
+from fedlabel.training import ClientData, ImageTransform, Trainer, TrainingConfig, bag_units, train_client
+from tests.methods.batches import make_batch
+
+NO_GRAPH = Graph(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))
+
+
+def in_bags(labels: Tensor, size: int, classes: int = 2) -> Supervision:
+    bag = torch.arange(len(labels)) // size
+    counts = torch.stack([torch.bincount(labels[bag == b], minlength=classes) for b in range(int(bag.max()) + 1)])
+    known = Supervision.certain(torch.ones(len(labels), classes, dtype=torch.bool))
+    return replace(known, bag=bag, bag_counts=counts)
+
+
+def gaussians(n: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two Gaussians in 8 dimensions that differ in 2 of them, 30 % positive: section 3's set."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(n, generator=generator) < 0.3).long()
+    x = torch.randn(n, 8, generator=generator)
+    x[:, :2] += 4 * labels[:, None] - 2.0
+    return x, labels
+
+
+def belief(method: LLPBP, x: Tensor, known: Supervision) -> Tensor:
+    graph = neighbor_graph(x, method.num_neighbors, method.max_distance, method.length_scale)
+    return method.infer(known, graph, torch.zeros(known.candidates.shape)).probability
+
+
+@pytest.mark.parametrize(("size", "least"), [(8, 0.95), (32, 0.93), (128, 0.9)])
+def test_beliefs_find_the_labels_from_counts_and_neighbours(size: int, least: float) -> None:
+    """Check 14: far above what the bags' shares alone tell; features shuffled against labels destroy it."""
+    x, labels = gaussians()
+    known = in_bags(labels, size)
+    method = LLPBP(lambda_bag=10, lambda_edge=10, length_scale=1.0)
+    auc = roc_auc_score(labels, belief(method, x, known)[:, 1])
+    share = (known.bag_counts[:, 1] / known.bag_counts.sum(1))[known.bag]
+    assert auc > least
+    assert auc > roc_auc_score(labels, share) + 0.2
+    shuffled = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))]
+    assert roc_auc_score(labels, belief(method, shuffled, known)[:, 1]) < roc_auc_score(labels, share) + 0.05
+
+
+def test_the_pairwise_form_reports_that_it_does_not_converge() -> None:
+    x, labels = gaussians(256)
+    graph, known = neighbor_graph(x), in_bags(labels, 8)
+    nothing = torch.zeros(256, 2)
+    oscillating = LLPBP(factor="pairwise", lambda_bag=10, lambda_edge=10).infer(known, graph, nothing)
+    assert not oscillating.converged
+    calm = LLPBP(factor="pairwise", lambda_bag=0.05, lambda_edge=0.3).infer(known, graph, nothing)
+    same = LLPBP(lambda_bag=0.05, lambda_edge=0.3).infer(known, graph, nothing)
+    assert calm.converged
+    torch.testing.assert_close(calm.probability, same.probability, rtol=0, atol=5e-3)
+
+
+def test_without_a_graph_it_is_the_exact_posterior_of_each_bag() -> None:
+    """num_neighbors=0 and evidence: the E step of GLWS."""
+    labels = torch.tensor([1, 0, 0, 1, 1, 0])
+    log_probs = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).log_softmax(1)
+    found = LLPBP(num_neighbors=0).infer(in_bags(labels, 3), NO_GRAPH, log_probs).probability
+    odds = (log_probs[:, 1] - log_probs[:, 0]).double()
+    expected = torch.cat([bag_posterior(odds[:3], 1), bag_posterior(odds[3:], 2)])
+    torch.testing.assert_close(found[:, 1], expected)
+
+
+def test_known_labels_are_evidence_and_noisy_ones_are_not() -> None:
+    labels = torch.tensor([1, 0, 0, 0])
+    known = in_bags(labels, 4)
+    candidates = known.candidates.clone()
+    candidates[1, 1] = False  # sample 1 is certainly 0
+    certain = LLPBP(num_neighbors=0).infer(replace(known, candidates=candidates), NO_GRAPH, torch.zeros(4, 2))
+    torch.testing.assert_close(certain.probability[:, 1], torch.tensor([1 / 3, 0, 1 / 3, 1 / 3]).double())
+    noisy = replace(known, candidates=candidates, noisy=torch.tensor([False, True, False, False]))
+    even = LLPBP(num_neighbors=0).infer(noisy, NO_GRAPH, torch.zeros(4, 2))
+    torch.testing.assert_close(even.probability[:, 1], torch.full((4,), 0.25).double())
+    with pytest.raises(ValueError, match="Bag 0 contradicts itself"):
+        LLPBP().infer(supervised_bag(), NO_GRAPH, torch.zeros(4, 2))
+
+
+def supervised_bag() -> Supervision:
+    """Two samples are known to be 1, one is counted."""
+    candidates = torch.ones(4, 2, dtype=torch.bool)
+    candidates[:2, 0] = False
+    return replace(in_bags(torch.tensor([1, 0, 0, 0]), 4), candidates=candidates)
+
+
+def test_two_classes_may_be_inferred_as_several() -> None:
+    """The third class is never counted: the couplings are those of two classes."""
+    x, labels = gaussians(64)
+    graph = neighbor_graph(x)
+    two = LLPBP().infer(in_bags(labels, 8), graph, torch.zeros(64, 2)).probability
+    three = LLPBP().infer(in_bags(labels, 8, 3), graph, torch.zeros(64, 3)).probability
+    torch.testing.assert_close(three[:, :2], two, rtol=0, atol=1e-4)
+    assert three[:, 2].abs().max() == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_rules() -> None:
+    p = torch.tensor([0.9, 0.6, 0.55, 0.1, 0.3, 0.2, 0.8])
+    beliefs = torch.stack([1 - p, p], 1)
+    known = replace(
+        in_bags(torch.tensor([0, 0, 1, 1, 1, 0, 0]), 3), bag=torch.tensor([0, 0, 0, 1, 1, 1, -1]),
+        bag_counts=torch.tensor([[2, 1], [1, 2]]),
+    )  # fmt: skip
+    assert LLPBP().label(beliefs, known).tolist() == [1, 1, 1, 0, 0, 0, 1]
+    assert LLPBP(threshold=0.85).label(beliefs, known).tolist() == [1, 0, 0, 0, 0, 0, 0]
+    assert LLPBP(rule="top_count").label(beliefs, known).tolist() == [1, 0, 0, 0, 1, 1, 1]
+
+
+def test_top_count_in_bags_of_any_order() -> None:
+    bag = torch.tensor([2, 0, 2, 1, 0, 2, -1])
+    chosen = top_count_labels(
+        torch.tensor([0.3, 0.2, 0.9, 0.1, 0.4, 0.5, 0.7]), bag, torch.tensor([1, 0, 2]), torch.ones(7, dtype=torch.bool)
+    )
+    assert chosen.tolist() == [False, False, True, False, True, True, True]
+
+
+def survey(known: Supervision, x: Tensor, memory: dict[str, Tensor], calls: list[tuple[str, ...]]) -> Survey:
+    def predict(*arguments: str) -> Tensor:
+        calls.append(arguments)
+        if arguments[-1] == "embed":
+            return x
+        return torch.stack([torch.zeros(len(x)), 8 * (x[:, 0] > 0)], 1)
+
+    return Survey(predict, known, memory, lambda: x.view(*x.shape, 1, 1))
+
+
+def test_beliefs_are_made_once_a_stage_of_inputs_and_then_of_embeddings() -> None:
+    x, labels = gaussians(64)
+    known, method = in_bags(labels, 8), LLPBP()
+    calls: list[tuple[str, ...]] = []
+    memory = method.initial_memory(known.candidates)
+    first = method.prepare(survey(known, x, memory, calls), stage=0)
+    assert calls == []
+    assert first.memory is not None
+    expected = belief(method, x, known)
+    torch.testing.assert_close(first.memory["belief"], expected.float())
+    assert first.pseudo is not None
+    assert first.pseudo.label.tolist() == (expected[:, 1] >= 0.5).long().tolist()
+    assert first.metrics["belief/converged"].tolist() == [1, 1]
+    assert float(first.metrics["belief/bag_residual"][0]) < 1e-3
+    assert first.pairs is not None
+    assert len(first.pairs) > 64
+    again = method.prepare(survey(known, -x, first.memory, calls), stage=0)
+    assert torch.equal(again.targets["target"], first.targets["target"])
+    assert not again.metrics
+    later = method.prepare(survey(known, -x, first.memory, calls), stage=1)
+    assert calls == [("previous", "clean", "embed")]
+    assert later.memory is not None
+    assert int(later.memory["stage"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("evidence", "asked"), [("previous", [[], [("previous", "clean")]]), ("current", [[("global", "clean")]] * 2)]
+)
+def test_evidence_of_models(evidence: str, asked: list[list[tuple[str, str]]]) -> None:
+    """Alone in a bag of unknown use it decides; evidence_weight=0 takes it away."""
+    x, labels = gaussians(32)
+    known = in_bags(labels, 16)
+    for stage in (0, 1):
+        calls: list[tuple[str, ...]] = []
+        method = LLPBP(evidence=evidence, num_neighbors=0)
+        found = method.prepare(survey(known, x, method.initial_memory(known.candidates), calls), stage)
+        assert [call for call in calls if call[-1] != "embed"] == asked[stage]
+        assert found.memory is not None
+        spread = float(found.memory["belief"][:, 1].std())
+        without = replace(method, evidence_weight=0.0)
+        other = without.prepare(survey(known, x, method.initial_memory(known.candidates), []), stage)
+        assert other.memory is not None
+        assert (spread > float(other.memory["belief"][:, 1].std()) + 0.1) == bool(asked[stage])
+
+
+def test_what_nothing_reaches_is_not_learnt() -> None:
+    """A bag with as many ones as zeros, without a graph: beliefs of one half."""
+    known = in_bags(torch.tensor([1, 0, 0, 0, 0, 1]), 2)
+    prepared = LLPBP(num_neighbors=0).prepare(
+        survey(known, torch.ones(6, 2), LLPBP().initial_memory(known.candidates), []), 0
+    )
+    assert prepared.targets["target"].sum(1).tolist() == [0, 0, 1, 1, 0, 0]
+    assert prepared.pseudo is not None
+    assert prepared.pseudo.keep.tolist() == [False, False, True, True, False, False]
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_loss_is_cross_entropy_to_the_labels_plus_that_of_mean_embeddings() -> None:
+    """By hand: a bag of two and one of one; the second sample is not learnt."""
+    torch.manual_seed(0)
+    model = BagHead(Mlp((1, 1, 1), 2, (3,)), 4)
+    target = torch.tensor([[0.0, 1], [0, 0], [1, 0]])
+    batch = make_batch(2, torch.tensor([0, 0, 0]), targets=None)
+    part = batch.labeled._replace(
+        targets={"target": target}, members=torch.tensor([[0, 1], [2, -1]]), bag_counts=torch.tensor([[1, 1], [0, 0]])
+    )
+    step = LLPBP(lambda_aggregate=0.3).loss(model, {}, batch._replace(labeled=part))
+    images = part.views["weak"]
+    logits = model(images)
+    each = cross_entropy(logits, torch.tensor([1, 0, 0]), reduction="none")
+    mean = model.net(images, "embed")[:2].mean(0, keepdim=True)
+    shares = model.bag_output(torch.relu(model.bag_hidden(mean))).log_softmax(1)[0]
+    expected = (each[0] + each[2]) / 2 - 0.3 * (shares[0] + shares[1]) / 2
+    torch.testing.assert_close(step.loss, expected)
+    assert step.examples == 2
+
+
+def test_without_weight_the_bag_output_is_not_there_and_the_trunk_moves_as_without_it() -> None:
+    """Check 14: lambda_aggregate = 0."""
+    assert LLPBP(lambda_aggregate=0).bag_head == 0
+    torch.manual_seed(0)
+    net = Mlp((1, 1, 1), 2, (3,))
+    batch = make_batch(2, torch.tensor([0, 1, 0]))
+    part = batch.labeled._replace(
+        targets={"target": torch.eye(2)[[1, 0, 1]]},
+        members=torch.arange(3)[:, None],
+        bag_counts=torch.eye(2).long()[[0, 1, 0]],
+    )
+    batch = batch._replace(labeled=part)
+    plain = torch.autograd.grad(LLPBP(lambda_aggregate=0).loss(net, {}, batch).loss, list(net.parameters()))
+    loss = cross_entropy(net(part.views["weak"]), torch.tensor([1, 0, 1]))
+    for found, expected in zip(plain, torch.autograd.grad(loss, list(net.parameters())), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- rounds
+
+
+def test_stages() -> None:
+    method = LLPBP(num_stages=3, stage_rounds=4)
+    assert [method.stage(r) for r in range(1, 14)] == [0] * 4 + [1] * 4 + [2] * 5
+    assert [r for r in range(1, 30) if method.starts_stage(r)] == [5, 9]
+    assert method.phases(4)[0].teachers == ()
+    assert method.phases(5)[0].teachers == ("previous",)
+
+
+def transform(features: int) -> ImageTransform:
+    return ImageTransform(torch.zeros(features, 1, 1), torch.ones(features, 1, 1), AugmentConfig(crop_padding=0), False)
+
+
+def test_a_client_learns_its_labels_from_counts() -> None:
+    """Both stages; the second no worse than the first but for .02, and the loss on bags falls. Check 14."""
+    x, labels = gaussians(512)
+    known = in_bags(labels, 8)
+    data = ClientData((x * 16 + 128).clamp(0, 255).to(torch.uint8).view(512, 8, 1, 1), known)
+    method = LLPBP(stage_rounds=8)
+    torch.manual_seed(0)
+    modules = [BagHead(Mlp((8, 1, 1), 2, (16,)), 8) for _ in range(3)]
+    trainer = Trainer(modules[0], modules[1], transform(8), TrainingConfig(lr=0.5, local_steps=20, batch_size=64))
+    fresh = {name: value.clone() for name, value in modules[2].state_dict().items()}
+    auc, loss, kept, before = [], [], {}, {}
+    for first in (1, 9):
+        state = fresh
+        for round_number in range(first, first + 8):
+            update = train_client(method, trainer, state, data, round_number, round_number, kept, before)
+            state, kept = update.parts["model"].state, update.kept
+            total, count = update.sums["train/loss_aggregate"]
+            loss.append(total / count)
+        before = {"previous": state}
+        modules[1].load_state_dict(state)
+        logits = modules[1](transform(8).normalize(data.images))
+        auc.append(roc_auc_score(labels, (logits[:, 1] - logits[:, 0]).detach()))
+    assert auc[0] > 0.95
+    assert auc[1] > auc[0] - 0.02
+    assert loss[7] < loss[0] - 0.02
+
+
+def test_units_of_a_client() -> None:
+    """Bags of any order and size, then a labelled sample in none and, if asked for, one of which nothing is known."""
+    candidates = torch.ones(7, 3, dtype=torch.bool)
+    candidates[2] = torch.tensor([False, True, False])
+    known = replace(
+        Supervision.certain(candidates),
+        bag=torch.tensor([1, 0, -1, 1, 1, 0, -1]),
+        bag_counts=torch.tensor([[2, 0, 0], [1, 1, 1]]),
+    )
+    units = bag_units(known, unlabeled=False)
+    assert units.rows.tolist() == [[1, 5, -1], [0, 3, 4], [2, -1, -1]]
+    assert units.counts.tolist() == [[2, 0, 0], [1, 1, 1], [0, 1, 0]]
+    assert units.samples().tolist() == [0, 1, 2, 3, 4, 5]
+    assert [units.per_step(size) for size in (1, 2, 4, 6, 8)] == [1, 1, 2, 3, 4]
+    units = bag_units(known, unlabeled=True)
+    assert units.rows[3].tolist() == [6, -1, -1]
+    assert units.counts[3].tolist() == [0, 0, 0]
+    none = bag_units(supervise(torch.zeros(2, dtype=torch.int64), torch.tensor([False, False]), 3), unlabeled=False)
+    assert len(none.rows) == 0
+
+
+def test_a_step_draws_whole_bags() -> None:
+    """Every batch has the samples of its bags, in their places, with their counts, and each bag once an epoch."""
+    x, labels = gaussians(60)
+    known = in_bags(labels, 5)
+    data = ClientData((x * 16 + 128).clamp(0, 255).to(torch.uint8).view(60, 8, 1, 1), known)
+    seen: list[int] = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.layer(images.flatten(1))
+
+    from fedlabel.methods.dllp import DLLP
+
+    class Spy(DLLP):
+        def bag_loss(self, logits, batch):
+            part = batch.labeled
+            for members, counts in zip(part.members, part.bag_counts, strict=True):
+                rows = part.rows[members[members >= 0]]
+                (number,) = known.bag[rows].unique().tolist()
+                assert len(rows) == 5
+                assert torch.bincount(labels[rows], minlength=2).tolist() == counts.tolist()
+                seen.append(number)
+            assert len(part.members) == 4
+            return super().bag_loss(logits, batch)
+
+    config = TrainingConfig(local_epochs=2, local_steps=None, batch_size=20)
+    update = train_client(
+        Spy(), Trainer(Watching(), Watching(), transform(8), config), Watching().state_dict(), data, 1, 0
+    )
+    assert sorted(seen) == sorted(list(range(12)) * 2)
+    assert update.forward == update.backward == 120
+    assert update.parts["model"].weight == 120
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"factor": "pairwise"}, r"`method.lambda_bag` \(=inf\) must be finite for method.factor=pairwise"),
+        ({"factor": "pairs"}, r"`method.factor` \(=pairs\) must be one of"),
+        ({"rule": "map"}, r"`method.rule` \(=map\)"),
+        ({"evidence": "yes"}, r"`method.evidence` \(=yes\)"),
+        ({"backend": "annoy"}, r"`method.backend` \(=annoy\)"),
+        ({"num_stages": 0}, r"`method.num_stages` \(=0\)"),
+        ({"stage_rounds": 0}, r"`method.stage_rounds` \(=0\)"),
+        ({"num_neighbors": -1}, r"`method.num_neighbors` \(=-1\)"),
+        ({"lambda_bag": -1.0}, r"`method.lambda_bag` \(=-1.0\)"),
+        ({"lambda_edge": math.inf}, r"`method.lambda_edge` \(=inf\) must be finite"),
+        ({"max_distance": 0.0}, r"`method.max_distance` \(=0.0\)"),
+        ({"length_scale": 0.0}, r"`method.length_scale` \(=0.0\)"),
+        ({"damping": 1.0}, r"`method.damping` \(=1.0\)"),
+        ({"threshold": 1.0}, r"`method.threshold` \(=1.0\)"),
+        ({"evidence": "previous", "num_stages": 1}, r"`method.evidence` \(=previous\) needs method.num_stages"),
+    ],
+)
+def test_bad_fields_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLPBP(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rule": "top_count"}, {"lambda_bag": 1.0}, {"factor": "pairwise", "lambda_bag": 1.0}]
+)
+def test_what_is_for_two_classes_is_refused_for_more(changes: dict[str, object]) -> None:
+    known = in_bags(torch.tensor([0, 1, 2, 0]), 2, 3)
+    LLPBP().check(known)
+    with pytest.raises(ValueError, match="with 3 classes rule=top_count, factor=pairwise and a finite lambda_bag"):
+        LLPBP(**changes).check(known)  # type: ignore[arg-type]
+
+
+def test_marginals_are_those_of_the_inference() -> None:
+    """lambda_bag, lambda_edge, damping and iterations are handed on."""
+    x, labels = gaussians(32)
+    known, graph = in_bags(labels, 8), neighbor_graph(x)
+    method = LLPBP(lambda_bag=0.5, lambda_edge=0.7, damping=0.2, max_iterations=3)
+    direct = marginals(
+        torch.zeros(32).double(), known.bag, known.bag_counts[:, 1], graph.edges, graph.weight.double(), 0.5, 0.7,
+        damping=0.2, max_iterations=3,
+    )  # fmt: skip
+    torch.testing.assert_close(method.infer(known, graph, torch.zeros(32, 2)).probability[:, 1], direct.probability)
