@@ -15,6 +15,7 @@ import torch
 import fedlabel
 import server.server_app
 from fedlabel.cli import run_experiment
+from fedlabel.experiment import open_experiment
 from fedlabel.tracking import RunFolder
 from server.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 
@@ -108,3 +109,27 @@ def test_what_a_method_remembers_is_resumed(method: str, tmp_path: Path, monkeyp
     assert rows(forgetful.path)[:-1] == rows(whole.path)[:-1]
     assert rows(forgetful.path) != rows(whole.path)
     assert not all(torch.equal(value, expected[name]) for name, value in final_weights(forgetful.path).items())
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_stage_begins_with_fresh_weights_and_is_resumed(tmp_path: Path) -> None:
+    """Round 2 begins the second stage: from other weights than the first did, with the end of round 1 beside them."""
+    overrides = ["method.name=llp_bp", "method.stage_rounds=1", "supervision.kind=bags", "supervision.bag_size=4"]
+    overrides += ["model.name=mlp", "training.lr=0.01", "checkpoint.keep=3"]
+    whole = fedlabel.run([], [*TINY, *overrides], name="whole", out=tmp_path)
+    stop_at(2, tmp_path, *overrides)
+    resumed = fedlabel.run(name="x", out=tmp_path, resume=True)
+    assert rows(resumed.path) == rows(whole.path)
+    expected = final_weights(whole.path)
+    assert all(torch.equal(value, expected[name]) for name, value in final_weights(resumed.path).items())
+    first, second, third = (load_checkpoint(path) for path in sorted((whole.path / "checkpoints").glob("round_*.ckpt")))
+    assert first.previous == {}
+    for later in (second, third):
+        assert all(torch.equal(value, first.model[name]) for name, value in later.previous.items())
+    name = "net.hidden.weight"
+    start = open_experiment((whole.path / "config.yaml").read_text())
+    fresh = start.fresh_state(2)[name]
+    assert (fresh - start.initial_state[name]).abs().mean() > 0.01  # drawn anew
+    assert (second.model[name] - fresh).abs().mean() < 0.2 * (second.model[name] - first.model[name]).abs().mean()
+    down = [row["comm/bytes_down"] for row in rows(whole.path)]
+    assert down[1] == down[2] > 1.9 * down[0]  # type: ignore[operator]
