@@ -1,15 +1,15 @@
-"""Image data sets as plain tensors: one door (`load_dataset`), one loader per kind of file, one error (`DataError`).
+"""Data sets as plain tensors: one door (`load_dataset`), one loader per kind of file, one error (`DataError`).
 
-All sets end up as uint8 images (n, channels, height, width) and int64 labels (n,) in memory. Normalisation, flips and
+Sets of images end up as uint8 (n, channels, height, width) and int64 labels (n,) in memory. Normalisation, flips and
 crops are left to `fedlabel.data.augment`; what it needs to know of a set (mean, std, whether a mirrored image still
-shows its class) is kept beside the images.
+shows its class) is kept beside the images. Tables end up as float32 (n, features, 1, 1), see `fedlabel.data.tables`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ from fedlabel.data.loaders import (
     load_npz,
     load_svhn,
 )
+from fedlabel.data.table_files import load_adult, load_bank_marketing, load_breast_cancer, load_magic, load_table
+from fedlabel.data.tables import LoadedTable, encode
 from fedlabel.seeding import numpy_generator
 
 
@@ -40,14 +42,31 @@ class DataConfig:
     name: str = "digits"
     """One of `DATASETS`."""
     root: str = "data"
-    """The folder of the data sets in torchvision's layout. For npz the file, for image_folder the folder with `train`
-    and `test`. Not used by digits, which comes with scikit-learn."""
+    """The folder of the data sets in torchvision's layout; for adult, bank_marketing and magic that of UCI's files (as
+    they are or .gz), or one that has them in `[tabular/]adult`, `[tabular/]bank-marketing`, `[tabular/]magic`. For npz
+    and table the file, for image_folder the folder with `train` and `test`. Not used by digits and breast_cancer, which
+    come with scikit-learn."""
     download: bool = False
-    """Whether a missing set is downloaded to `root`. Without effect on digits, npz and image_folder."""
+    """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
     validation_fraction: float = 0.1
     """Part of the training set held out for choosing hyper-parameters, in [0, 1)."""
     train_samples: int | None = None
     """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
+    positive_classes: tuple[str, ...] = ()
+    """Names (or else numbers) of classes that are put together as class 1, against the rest as class 0: makes a task of
+    two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty: the classes as they are. Numbers of classes
+    elsewhere, and in files of labels, then are 0 and 1."""
+    label_column: str | None = None
+    """table: the column that holds the labels."""
+    categorical: tuple[str, ...] | None = None
+    """Tables: columns whose cells are categories, not numbers; null: those with a training cell that is no number."""
+    drop_columns: tuple[str, ...] | None = None
+    """Tables: columns that are left out; null: none, but of bank_marketing `duration`, which tells the label."""
+    test_fraction: float = 0.2
+    """Tables without a test set of their own (bank_marketing, magic, breast_cancer; table without `test_file`): share
+    of every class's rows that is split off as test set, in (0, 1); drawn once and for all, whatever the seed."""
+    test_file: str | None = None
+    """table: a second file beside the first, with the same columns, as test set."""
 
     def __post_init__(self) -> None:
         if self.name not in DATASETS:
@@ -58,6 +77,22 @@ class DataConfig:
             raise DataError(f"`data.validation_fraction` (={self.validation_fraction}) must lie in [0, 1).")
         if self.train_samples is not None and self.train_samples < 1:
             raise DataError(f"`data.train_samples` (={self.train_samples}) must be at least 1 (or null).")
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        for key in ("positive_classes", "categorical", "drop_columns"):  # YAML gives lists; this must be hashable
+            value = getattr(self, key)
+            object.__setattr__(self, key, None if value is None else tuple(map(str, value)))
+        for key in ("categorical", "drop_columns"):
+            if getattr(self, key) is not None and not DATASETS[self.name].tabular:
+                raise DataError(f"`data.{key}` (={list(getattr(self, key))}) is for tables, not for {self.name}.")
+        for key in ("label_column", "test_file"):
+            if getattr(self, key) is not None and self.name != "table":
+                raise DataError(f"`data.{key}` (={getattr(self, key)}) is for data.name=table, not for {self.name}.")
+        if self.name == "table" and self.label_column is None:
+            raise DataError("`data.label_column` (=None) must name the column of labels for data.name=table.")
+        if not 0 < self.test_fraction < 1:
+            raise DataError(f"`data.test_fraction` (={self.test_fraction}) must lie in (0, 1).")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +100,17 @@ class Dataset:
     """A data set in memory. The tensors are shared by all who load it: do not write to them."""
 
     name: str
+    """`data.name`; with `data.positive_classes` also which they are."""
     train: Split
     validation: Split
     """Taken off the training set; empty if `data.validation_fraction` is 0."""
     test: Split
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
-    """Per channel, of `train`, with pixels in [0, 1]."""
+    """Per channel, of `train`, with pixels in [0, 1]; 0 for tables, which are standardised."""
     std: tuple[float, ...]
-    """Per channel, of `train`, with pixels in [0, 1]; 1 for a constant channel, so that one can divide by it."""
+    """Per channel, of `train`, with pixels in [0, 1]; 1 for a constant channel, so that one can divide by it, and for
+    tables."""
     allow_flip: bool
     """Whether an image mirrored left to right still shows its class."""
     train_rows: Tensor
@@ -88,17 +125,23 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image."""
+        """(channels, height, width) of an image; (features, 1, 1) of a row."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    @property
+    def tabular(self) -> bool:
+        """Whether the samples are rows of a table, as float32 (n, features, 1, 1), and not uint8 images."""
+        return self.train.images.is_floating_point()
 
 
 class DatasetEntry(NamedTuple):
     """One line of `DATASETS`."""
 
     description: str
-    load: Callable[[DataConfig], Loaded]
+    load: Callable[[DataConfig], Loaded | LoadedTable]
     allow_flip: bool
+    tabular: bool = False
 
 
 @lru_cache(maxsize=2)
@@ -123,6 +166,9 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
             f"`data.root` (={data_root(config)}): the data set has {len(loaded.class_names)} class; "
             "at least 2 are needed."
         )
+    name = config.name
+    if config.positive_classes:
+        loaded, name = _positive_against_rest(loaded, config)
     order = torch.from_numpy(numpy_generator(seed, "validation").permutation(len(loaded.train.labels)))
     count = int(config.validation_fraction * len(order))
     kept = len(order) - count if config.train_samples is None else config.train_samples
@@ -131,11 +177,43 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
             f"`data.train_samples` (={kept}) is more than the training set has: {len(order) - count} samples of "
             f"{config.name} besides those held out for validation."
         )
-    rows = order[count : count + kept].sort().values
-    train, validation = _take(loaded.train, rows), _take(loaded.train, order[:count].sort().values)
-    mean, std = _channel_statistics(train.images)
+    rows, held_out = order[count : count + kept].sort().values, order[:count].sort().values
+    if isinstance(loaded, LoadedTable):
+        whole = loaded.train
+        train, validation, test = encode(whole.rows(rows), (whole.rows(held_out), loaded.test))
+        features = train.images.shape[1]
+        mean, std = (0.0,) * features, (1.0,) * features
+    else:
+        train, validation, test = _take(loaded.train, rows), _take(loaded.train, held_out), loaded.test
+        mean, std = _channel_statistics(train.images)
     names, size = loaded.class_names, len(loaded.train.labels)
-    return Dataset(config.name, train, validation, loaded.test, names, mean, std, entry.allow_flip, rows, size)
+    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size)
+
+
+def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:
+    """Returns the set with labels 1 for `data.positive_classes` and 0 for the others, and what to call it."""
+    classes, key = loaded.class_names, f"`data.positive_classes` (={list(config.positive_classes)})"
+    chosen = []
+    for given in config.positive_classes:
+        number = classes.index(given) if given in classes else int(given) if given.isdecimal() else -1
+        if not 0 <= number < len(classes):
+            near = difflib.get_close_matches(given, classes, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise DataError(
+                f"{key}: {given} is no class of {config.name}; it must be one of {', '.join(classes)}, or a number "
+                f"from 0 to {len(classes) - 1}.{hint}"
+            )
+        chosen.append(number)
+    if len(set(chosen)) < len(chosen):
+        raise DataError(f"{key} names a class twice: {', '.join(classes[number] for number in chosen)}.")
+    if len(chosen) == len(classes):
+        raise DataError(f"{key} names all {len(classes)} classes, which leaves none for the rest: leave one out.")
+    positive = torch.zeros(len(classes), dtype=torch.int64)
+    positive[chosen] = 1
+    train, test = (replace(split, labels=positive[split.labels]) for split in (loaded.train, loaded.test))
+    name = "+".join(classes[number] for number in chosen)
+    made = loaded._replace(train=train, test=test, class_names=("rest", name))  # type: ignore[arg-type]
+    return made, f"{config.name} ({name} against the rest)"
 
 
 def _take(split: Split, indices: Tensor) -> Split:
@@ -197,5 +275,19 @@ DATASETS: dict[str, DatasetEntry] = {
     "svhn": DatasetEntry("SVHN, cropped: 99,289 colour 32x32, 10 digits", load_svhn, False),
     "image_folder": DatasetEntry("a folder of yours: train/<class>/* and test/<class>/*", load_image_folder, True),
     "npz": DatasetEntry("a numpy file of yours: x_train, y_train, x_test, y_test", load_npz, False),
+    "breast_cancer": DatasetEntry(
+        "scikit-learn's table: 569 tumours, 30 features, malignant or benign, no download",
+        load_breast_cancer,
+        False,
+        tabular=True,
+    ),
+    "adult": DatasetEntry("UCI's table: 48,842 people of a census, income above 50K or not", load_adult, False, True),
+    "bank_marketing": DatasetEntry(
+        "UCI's table: 45,211 calls of a bank, sold or not", load_bank_marketing, False, tabular=True
+    ),
+    "magic": DatasetEntry("UCI's table: 19,020 showers in a telescope, gamma or hadron", load_magic, False, True),
+    "table": DatasetEntry(
+        "a CSV or Parquet file of yours: data.label_column names the labels", load_table, False, True
+    ),
 }
-"""Name -> description, loader, whether images may be mirrored."""
+"""Name -> description, loader, whether images may be mirrored, whether it is a table."""

@@ -33,7 +33,7 @@ class Split:
     """Images and their true labels."""
 
     images: Tensor
-    """(n, channels, height, width) uint8."""
+    """(n, channels, height, width) uint8; rows of a table: (n, features, 1, 1) float32, standardised."""
     labels: Tensor
     """(n,) int64."""
 
