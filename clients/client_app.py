@@ -62,7 +62,7 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
     """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies want it, and counts beside.
 
     The counts compare pseudo-labels with the hidden truth where the client has it (a simulation); they are sums over
-    all its draws of a round, per true class.
+    all its draws of a round, per true class. So does graph/homophily: neighbours of the same class, and all.
     """
     single = len(update.parts) == 1
     arrays = {
@@ -81,12 +81,18 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
         kind = experiment.federation.supervision(client).kind.to(experiment.device)
         classes = experiment.federation.dataset.num_classes
         counts = pseudo_label_counts(update.pseudo, truth[rows], classes, kind[rows])
+    sums = dict(update.sums)
+    if update.pairs is not None:
+        truth = experiment.federation.hidden_labels(client)
+        pairs = truth[update.pairs.cpu()]
+        first, second = pairs[(pairs >= 0).all(1)].unbind(1)
+        sums["graph/homophily"] = [float((first == second).sum()), float(len(first))]
     counts["passes"] = [float(update.forward), float(update.backward)]
     return RecordDict(
         {
             "arrays": ArrayRecord(arrays),
             "metrics": MetricRecord({"num-examples": weight, "train_loss": loss, **weights}),
-            "sums": ConfigRecord(dict(update.sums)),
+            "sums": ConfigRecord(dict(sums)),
             "counts": ConfigRecord(dict(counts)),
             "statistics": ConfigRecord(dict(state_to_lists(update.statistics))),
         }
