@@ -33,9 +33,12 @@ class HelperPool:
         self._helpers = helpers
         self._models: dict[int, dict[str, np.ndarray]] = {}
         self._outputs: dict[int, np.ndarray] = {}
-        shape = experiment.federation.dataset.input_shape
-        noise = numpy_generator(experiment.config.seed, "helpers").normal(125, 125, (1, *shape)).clip(0, 255)
-        self._probe = experiment.transform.normalize(torch.from_numpy(noise.astype(np.uint8)).to(experiment.device))
+        dataset, rng = experiment.federation.dataset, numpy_generator(experiment.config.seed, "helpers")
+        if dataset.tabular:
+            noise = rng.normal(size=(1, *dataset.input_shape)).astype(np.float32)
+        else:
+            noise = rng.normal(125, 125, (1, *dataset.input_shape)).clip(0, 255).astype(np.uint8)
+        self._probe = experiment.transform.normalize(torch.from_numpy(noise).to(experiment.device))
 
     def watch(self, replies: Iterable[Message], client_of: Mapping[int, int]) -> Iterator[Message]:
         """Hands on usable replies, and remembers the models in them; client_of: node id -> client."""

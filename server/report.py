@@ -213,9 +213,9 @@ def pseudo_panel(
 
     Nothing is asked of the client: this process trains its own copy of the (simulated) client once more, which gives
     the same draws and the same experts. Where what clients keep is not in this process, a method that keeps something
-    has no panel.
+    has no panel; nor have tables, whose samples are no pictures.
     """
-    size = experiment.config.evaluation.panel_samples
+    size = 0 if experiment.federation.dataset.tabular else experiment.config.evaluation.panel_samples
     client = next((c for c, counts in tally.client_counts.items() if "drawn" in counts), None)
     if size == 0 or client is None:
         return None

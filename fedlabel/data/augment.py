@@ -14,6 +14,8 @@ What differs from torchvision, and why:
 
 What differs from Cutout as published: the square always lies wholly inside the image, so its area never varies, and it
 is mid-grey, as usual with FixMatch (Sohn et al., 2020, https://arxiv.org/abs/2001.07685), so it shows on black ground.
+
+Rows of tables, which are float32, get noise and lose features instead: see `fedlabel.data.augment_tables`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
+
+from fedlabel.data.augment_tables import drop_features, jitter
 
 NUM_MAGNITUDE_BINS = 31
 """Magnitudes are 0 to 30, as in torchvision's `RandAugment`."""
@@ -49,7 +53,9 @@ _PER_IMAGE_START = 2 * len(_GEOMETRIC + _POINTWISE)
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How strongly images are augmented."""
+    """How strongly samples are augmented. What is for images has no effect on tables, and what is for tables none on
+    images; to ask for a crop, a flip or Cutout of tables is an error.
+    """
 
     crop_padding: int | None = None
     """Pixels of reflect padding on each side before a random crop of the original size; 0 = no crop; None = an eighth
@@ -71,6 +77,13 @@ class AugmentConfig:
     """Whether weak views are strong ones, too: gives a method that only trains on weak views the augmentation of one
     that trains on strong ones, so that the two can be compared."""
 
+    jitter: float = 0.1
+    """Tables: standard deviation of the Gaussian noise on every feature, where a number's over the training samples is
+    1; 0 = no noise."""
+
+    feature_dropout: float = 0.2
+    """Tables: probability with which a feature is set to 0, the mean of a numeric column (strong view only)."""
+
     def __post_init__(self) -> None:
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"`augment.crop_padding` (={self.crop_padding}) must be at least 0; 0 turns cropping off.")
@@ -80,23 +93,39 @@ class AugmentConfig:
             raise ValueError(f"`augment.magnitude` (={self.magnitude}) must lie in [0, {NUM_MAGNITUDE_BINS - 1}].")
         if not 0.0 <= self.cutout <= 1.0:
             raise ValueError(f"`augment.cutout` (={self.cutout}) must lie in [0, 1]; 0 turns it off.")
+        if not 0.0 <= self.jitter < math.inf:
+            raise ValueError(f"`augment.jitter` (={self.jitter}) must be a finite number of at least 0.")
+        if not 0.0 <= self.feature_dropout <= 1.0:
+            raise ValueError(f"`augment.feature_dropout` (={self.feature_dropout}) must lie in [0, 1]; 0 turns it off.")
+
+    def check_table(self) -> None:
+        """Raises a ValueError if something is asked for that only images can have."""
+        for key in ("crop_padding", "flip", "cutout"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"`augment.{key}` (={getattr(self, key)}) is for images, not for tables: leave it out; "
+                    "augment.jitter and augment.feature_dropout are for tables."
+                )
 
 
 def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip: bool) -> Tensor:
-    """Returns a random crop of every image, mirrored for half of them.
+    """Returns a random crop of every image, mirrored for half of them; of a table, rows with jitter.
 
     Args:
-        images: (batch, channels, height, width), uint8. The batch may be empty.
+        images: (batch, channels, height, width), uint8; or (batch, features, 1, 1), float32. The batch may be empty.
         generator: source of all random numbers, on the device of `images`.
-        config: `crop_padding` and `flip` are used.
+        config: of images `crop_padding` and `flip` are used, of tables `jitter`.
         flip: whether the data set allows mirroring; `config.flip`, if not None, overrides it.
 
     Returns:
         Images of the same shape, type and device.
 
     Raises:
-        ValueError: if `config.crop_padding` is not smaller than height and width.
+        ValueError: if `config.crop_padding` is not smaller than height and width; see also `check_table`.
     """
+    if images.is_floating_point():
+        config.check_table()
+        return jitter(images, generator, config.jitter)
     assert images.dtype == torch.uint8, images.dtype
     height, width = images.shape[-2:]
     padding = min(height, width) // 8 if config.crop_padding is None else config.crop_padding
@@ -125,10 +154,12 @@ def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip
 def strong(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip: bool) -> Tensor:
     """Returns RandAugment of every image, then cropped and mirrored as by `weak`, then with a grey square if asked.
 
-    Each image gets its own operations and signs. The grouping waits for the device once per operation round.
+    Each image gets its own operations and signs. The grouping waits for the device once per operation round. A row of
+    a table gets jitter as by `weak`, and then loses features.
 
     Args:
-        images: (batch, channels, height, width), uint8, 1 or 3 channels. The batch may be empty.
+        images: (batch, channels, height, width), uint8, 1 or 3 channels; or (batch, features, 1, 1), float32. The
+            batch may be empty.
         generator: source of all random numbers, on the device of `images`.
         config: all fields are used.
         flip: whether the data set allows mirroring; `config.flip`, if not None, overrides it.
@@ -137,8 +168,10 @@ def strong(images: Tensor, generator: torch.Generator, config: AugmentConfig, fl
         Images of the same shape, type and device.
 
     Raises:
-        ValueError: if `config.crop_padding` is not smaller than height and width.
+        ValueError: as by `weak`.
     """
+    if images.is_floating_point():
+        return drop_features(weak(images, generator, config, flip), generator, config.feature_dropout)
     assert images.dtype == torch.uint8, images.dtype
     for _ in range(config.num_ops):
         codes = torch.randint(NUM_CODES, (len(images),), generator=generator, device=images.device)

@@ -206,9 +206,14 @@ def shift_features(images: Tensor, parts: Sequence[np.ndarray], config: SkewConf
 
     Returns:
         A changed copy; `images` itself without a shift.
+
+    Raises:
+        ValueError: a shift is asked for of rows of a table.
     """
     if config.feature_shift == "none":
         return images
+    if images.is_floating_point():
+        raise ValueError(f"`skew.feature_shift` (={config.feature_shift}) is for images; for tables it must be none.")
     shifted = images.clone()
     for client, rows in enumerate(parts):
         shift = client_shift(client, min(images.shape[-2:]), config, seed)

@@ -235,3 +235,11 @@ def test_list_of_classes_is_kept_as_a_tuple_so_that_it_can_be_hashed() -> None:
     config = SkewConfig(unlabeled_only_classes=[2, 1])  # type: ignore[arg-type]
     assert config.unlabeled_only_classes == (2, 1)
     assert hash(config) == hash(SkewConfig(unlabeled_only_classes=(2, 1)))
+
+
+def test_tables_are_not_shifted() -> None:
+    rows = torch.randn(6, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    assert shift_features(rows, [np.arange(6)], SkewConfig(), 0, "train") is rows
+    for kind in (*SHIFTS, "mixed"):
+        with pytest.raises(ValueError, match=rf"`skew.feature_shift` \(={kind}\) is for images; for tables"):
+            shift_features(rows, [np.arange(6)], SkewConfig(feature_shift=kind), 0, "train")

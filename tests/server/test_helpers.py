@@ -49,13 +49,15 @@ class Biased(nn.Module):
         return (self.psi.bias + self.sigma.bias).expand(len(images), -1)
 
 
-def make_pool(count: int = 2, every: int = 1, seed: int = 0, shape: tuple[int, ...] = (1, 2, 2)) -> HelperPool:
+def make_pool(
+    count: int = 2, every: int = 1, seed: int = 0, shape: tuple[int, ...] = (1, 2, 2), tabular: bool = False
+) -> HelperPool:
     teacher = Biased()
     experiment: Any = SimpleNamespace(
         config=SimpleNamespace(seed=seed),
-        federation=SimpleNamespace(dataset=SimpleNamespace(input_shape=shape)),
+        federation=SimpleNamespace(dataset=SimpleNamespace(input_shape=shape, tabular=tabular)),
         device=torch.device("cpu"),
-        transform=SimpleNamespace(normalize=lambda images: images.float() / 255),
+        transform=SimpleNamespace(normalize=lambda images: images if tabular else images.float() / 255),
         initial_state=teacher.state_dict(),
         teacher=teacher,
     )
@@ -264,3 +266,12 @@ def test_in_a_run_helpers_are_what_the_others_sent_last(tmp_path: Path, monkeypa
     for round_number, row in enumerate(rows, 1):  # and they are counted: half a model each
         number = sum(count for r, count in sent if r == round_number)
         assert row / rows[0] == pytest.approx(1 + number / 2 / 3, rel=0.02)
+
+
+def test_the_probe_of_a_table_is_standard_normal() -> None:
+    pool = make_pool(shape=(3000, 1, 1), tabular=True)
+    watch(pool, {7: OUTPUTS[7]})
+    (probe,) = pool._experiment.teacher.seen  # type: ignore[attr-defined]
+    assert (probe.shape, probe.dtype) == ((1, 3000, 1, 1), torch.float32)
+    assert float(probe.mean()) == pytest.approx(0, abs=0.06)
+    assert float(probe.std()) == pytest.approx(1, abs=0.05)
