@@ -126,7 +126,7 @@ def run(
             configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=on_round
         )
     table = Table("metric", "last", "best", "mean of last 10", title=str(result.path))
-    for key in ("eval/accuracy", "eval/worst_client_accuracy", "pseudo/coverage", "pseudo/accuracy"):
+    for key in ("eval/accuracy", "eval/auc", "eval/worst_client_accuracy", "pseudo/coverage", "pseudo/accuracy"):
         if key in result.summary:
             values = result.summary[key]
             table.add_row(key, *(f"{values[column]:.4f}" for column in ("last", "best", "mean_last_10")))

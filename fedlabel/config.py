@@ -81,7 +81,8 @@ class EvaluationConfig:
     """test | validation: use validation to choose hyper-parameters, test only to report."""
     panel_samples: int = 16
     """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last round and every 10th evaluation;
-    0 = no panel. Made in the server's process from its own copy of a simulated client; nothing is asked of clients."""
+    0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is
+    asked of clients."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -294,6 +295,7 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
             if law and isinstance(law.get("partitioner_args"), dict):  # a mapping in YAML or on the command line
                 law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
         _check_classes(user.get("skew", {}).get("unlabeled_only_classes", []))
+        _check_lists(user)
         schema = method_class(user.get("method", {}).get("name", FedLabel.name))
         # The schema node replaces the default method: another method has other fields.
         OmegaConf.set_readonly(base, False)
@@ -359,6 +361,19 @@ def _check_classes(value: Any) -> None:
             f"`skew.unlabeled_only_classes` (={value}) must be a list of integers, e.g. "
             "skew.unlabeled_only_classes=[8,9]."
         )
+
+
+def _check_lists(user: Mapping[str, Any]) -> None:
+    """OmegaConf's own message would not name the value."""
+    for section, key, types, what in (
+        ("data", "positive_classes", (str, int), "names or numbers of classes, e.g. [ship,truck]"),
+        ("data", "categorical", (str,), "names of columns, e.g. [month,job]"),
+        ("data", "drop_columns", (str,), "names of columns, e.g. [month,job]"),
+        ("model", "hidden_layers", (int,), "widths, e.g. [256,128,64]"),
+    ):
+        value = user.get(section, {}).get(key)
+        if value is not None and not (isinstance(value, list) and all(type(each) in types for each in value)):
+            raise ConfigError(f"`{section}.{key}` (={value}) must be a list of {what}.")
 
 
 def _describe(error: OmegaConfBaseException, schema: type = ExperimentConfig, prefix: str = "") -> str:

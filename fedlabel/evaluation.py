@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedlabel.data.datasets import Split
 from fedlabel.methods.base import Model
 from fedlabel.metrics import (
+    area_under_curve,
     calibration_bins,
     calibration_error,
     confusion_matrix,
@@ -36,6 +38,9 @@ class Evaluation:
     """(clients,) accuracy on each client's share of the split; NaN for a client without a sample in it."""
     calibration: np.ndarray
     """(3, bins), see `calibration_bins`."""
+    auc: float = math.nan
+    """Area under the ROC curve of class 1 against class 0, where these are all classes; NaN otherwise, or if the split
+    has samples of one class only."""
 
     @property
     def class_accuracy(self) -> np.ndarray:
@@ -46,6 +51,7 @@ class Evaluation:
         """Returns the `eval/...` scalars."""
         clients = self.client_accuracy[np.isfinite(self.client_accuracy)]
         return {
+            **({"eval/auc": self.auc} if np.isfinite(self.auc) else {}),
             "eval/accuracy": float(np.trace(self.confusion) / self.confusion.sum()),
             "eval/loss": self.loss,
             "eval/balanced_accuracy": float(np.nanmean(self.class_accuracy)),
@@ -65,7 +71,7 @@ def evaluate(
 
     Args:
         model: images -> logits, in eval mode.
-        split: uint8 images and labels on the model's device, at least one sample.
+        split: images (or rows of a table) and labels on the model's device, at least one sample.
         transform: normalises.
         num_classes: number of classes.
         client_parts: rows of the split that each client is judged on.
@@ -73,12 +79,14 @@ def evaluate(
     losses: list[Tensor] = []
     predictions: list[Tensor] = []
     confidences: list[Tensor] = []
+    margins: list[Tensor] = []
     with torch.no_grad():
         for images, labels in zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True):
             logits = model(transform.normalize(images))
             losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").double())
             predictions.append(logits.argmax(-1))
             confidences.append(logits.softmax(-1).amax(-1))
+            margins.append((logits[:, -1] - logits[:, 0]).double())  # probabilities near 1 would round to ties
     predicted = torch.cat(predictions)
     correct = (predicted == split.labels).cpu()
     return Evaluation(
@@ -88,4 +96,5 @@ def evaluate(
             [correct.numpy()[rows].sum() for rows in client_parts], [len(rows) for rows in client_parts]
         ),
         calibration=calibration_bins(torch.cat(confidences), correct),
+        auc=area_under_curve(torch.cat(margins), split.labels) if num_classes == 2 else math.nan,
     )

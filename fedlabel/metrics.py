@@ -42,6 +42,24 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> T
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def area_under_curve(scores: Tensor, labels: Tensor) -> float:
+    """Returns the probability that a sample of class 1 scores higher than one of class 0, ties counting half.
+
+    This is the area under the ROC curve; NaN without samples of both classes, or if a score is not finite.
+
+    Args:
+        scores: (n,) the higher, the rather class 1.
+        labels: (n,) int64, 0 or 1.
+    """
+    # Imported here: scikit-learn takes a second to import, and only tasks of two classes need it.
+    from sklearn.metrics import roc_auc_score
+
+    values, truth = scores.cpu().numpy(), labels.cpu().numpy()
+    if not np.isfinite(values).all() or len(np.unique(truth)) < 2:
+        return math.nan
+    return float(roc_auc_score(truth, values))
+
+
 def jain_index(values: np.ndarray) -> float:
     """Returns Jain's fairness index (sum x)^2 / (n sum x^2) in [1/n, 1]; 1 = all equal (also when all are 0)."""
     squares = float((values**2).sum())

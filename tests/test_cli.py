@@ -52,6 +52,19 @@ def assert_refused(result: Result, *words: str) -> None:
         (["grid.kind=rays"], ["`grid.kind` (=rays)", "in_process, ray"]),
         (["device=cuda:77"], ["`device` (=cuda:77)", "device=auto or cpu"]),
         (["device=tpu"], ["`device` (=tpu)", "auto, cpu, cuda"]),
+        (["data.name=breast_cancer"], ["`model.name` (=cnn)", "30x1x1", "For tables", "model.name=mlp"]),
+        (["data.name=breast_cancer", "model.name=mlp", "augment.flip=true"], ["`augment.flip` (=True)", "for images"]),
+        (["data.name=breast_cancer", "model.name=mlp", "skew.feature_shift=blur"], ["`skew.feature_shift` (=blur)"]),
+        (["data.name=adult", "data.root=/nonexistent"], ["adult.data.gz", "/nonexistent/tabular/adult", "data.root"]),
+        (
+            [
+                "data.positive_classes=[8]",
+                "supervision.kind=noisy",
+                "supervision.noise=asymmetric",
+                "supervision.noise_rate=0.3",
+            ],
+            ["`supervision.noise` (=asymmetric)", "digits (8 against the rest)"],
+        ),
         (["data.name=cifar10", "data.root=/nonexistent"], ["/nonexistent", "data.root", "data.download=true"]),
         (["num_clients=5000"], ["`num_clients` (=5000)", "training samples"]),
         (
@@ -257,7 +270,8 @@ def test_partition_refuses_what_run_refuses(tmp_path: Path) -> None:
 def test_list_names_everything_that_can_be_chosen() -> None:
     result = call("list")
     assert result.exit_code == 0
-    for name in ("fedlabel", "supervised", "digits", "fashion_mnist", "npz", "cnn", "wrn28_2", "weighted_mean", "Krum"):
+    names = ("fedlabel", "supervised", "digits", "npz", "adult", "table", "cnn", "wrn28_2", "weighted_mean", "Krum")
+    for name in names:
         assert f" {name} " in result.output
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, parse_config, to_yaml
+from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision_config import MixPart, SupervisionConfig
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.supervised import Supervised
+from fedlabel.models import ModelConfig
 
 
 def test_defaults_are_fedlabel_on_digits() -> None:
@@ -141,6 +143,19 @@ def test_classes_are_a_list_in_text_and_hashable_in_the_configuration() -> None:
     assert parse_config(to_yaml(config), ["skew.unlabeled_only_classes=[]"]).skew == SkewConfig()
 
 
+def test_lists_of_data_and_model_survive_yaml() -> None:
+    """Numbers of classes become texts, and null is not the same as no column."""
+    asked = ["data.positive_classes=[3,8]", "model.name=mlp", "model.hidden_layers=[16,8]"]
+    config = load_config([], asked)
+    assert config.data == DataConfig(positive_classes=("3", "8"))
+    assert config.model == ModelConfig(name="mlp", hidden_layers=(16, 8))
+    assert parse_config(to_yaml(config)) == config
+    table = load_config([], ["data.name=bank_marketing", "data.drop_columns=[]", "data.categorical=[day]"]).data
+    assert (table.drop_columns, table.categorical) == ((), ("day",))
+    assert hash(table) != hash(load_config([], ["data.name=bank_marketing"]).data)
+    assert load_config([], ["data.name=bank_marketing", "data.drop_columns=null"]).data.drop_columns is None
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -159,6 +174,11 @@ def test_classes_are_a_list_in_text_and_hashable_in_the_configuration() -> None:
             ["labeled_partition.kind=iid", "supervision.kind=full"],
             r"`supervision.kind` \(=full\).*set labeled_partition=null",
         ),
+        (["data.positive_classes=ship"], r"`data.positive_classes` \(=ship\) must be a list of names or numbers of"),
+        (["data.positive_classes=[[1]]"], r"`data.positive_classes` \(=\[\[1\]\]\) must be a list of names"),
+        (["data.drop_columns={a: b}"], r"`data.drop_columns` \(=\{'a': 'b'\}\) must be a list of names of columns"),
+        (["data.categorical=age"], r"`data.categorical` \(=age\) must be a list of names of columns"),
+        (["model.hidden_layers=[8,x]"], r"`model.hidden_layers` \(=\[8, 'x'\]\) must be a list of widths"),
         (["skew.unlabeled_only_classes=3"], r"`skew.unlabeled_only_classes` \(=3\) must be a list of integers"),
         (["skew.unlabeled_only_classes=[cat]"], r"`skew.unlabeled_only_classes` \(=\['cat'\]\) must be a list"),
         (["skew.labeled_imbalance=0"], r"`skew.labeled_imbalance` \(=0.0\)"),

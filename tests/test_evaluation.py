@@ -20,7 +20,7 @@ def test_evaluation_by_hand() -> None:
     Classes 0, 0, 1, 1 are predicted as 0, 1, 1, 1: accuracy 3/4, recall 1/2 and 1. Client 0 has the first two images
     (1/2), client 1 the others (1), client 2 none: mean 3/4, sd 1/4, worst 1/2, Jain (3/2)^2 / (2 * 5/4) = 0.9. All
     confidences are 3/4, as is the accuracy in their bin: the calibration error is 0. The loss is -ln of 3/4 three times
-    and of 1/4 once.
+    and of 1/4 once. Of the four pairs of an image of class 0 and one of class 1 two are in order and two tie: AUC 3/4.
     """
     images = torch.tensor([0, 1, 1, 1], dtype=torch.uint8).view(4, 1, 1, 1)
     split = Split(images, torch.tensor([0, 0, 1, 1]))
@@ -34,6 +34,7 @@ def test_evaluation_by_hand() -> None:
     assert evaluation.confusion.tolist() == [[1, 1], [0, 2]]
     assert evaluation.metrics() == pytest.approx(
         {
+            "eval/auc": 0.75,
             "eval/accuracy": 0.75,
             "eval/loss": (3 * math.log(4 / 3) + math.log(4)) / 4,
             "eval/balanced_accuracy": 0.75,
@@ -48,3 +49,18 @@ def test_evaluation_by_hand() -> None:
     )
     sure = evaluate(lambda batch: 100 * model(batch), split, transform, 2, [np.arange(4)])
     assert sure.metrics()["eval/ece"] == pytest.approx(0.25)  # certain, and wrong in one of four
+
+
+def test_auc_ranks_where_probabilities_are_all_one_and_is_for_two_classes() -> None:
+    """Logits (0, 50), (0, 60), (0, 70): float32 probabilities are all 1, but the sample of class 0 is lowest."""
+    split = Split(torch.tensor([50, 60, 70], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([0, 1, 1]))
+    transform = ImageTransform(torch.zeros(1, 1, 1), torch.full((1, 1, 1), 1 / 255), AugmentConfig(), allow_flip=False)
+
+    def model(batch: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(batch.view(-1, 1), (1, 0))
+
+    assert evaluate(model, split, transform, 2, [np.arange(3)]).metrics()["eval/auc"] == 1
+    third = evaluate(lambda batch: torch.nn.functional.pad(model(batch), (0, 1)), split, transform, 3, [np.arange(3)])
+    assert "eval/auc" not in third.metrics()
+    alone = Split(split.images[1:], split.labels[1:])
+    assert "eval/auc" not in evaluate(model, alone, transform, 2, [np.arange(2)]).metrics()

@@ -12,6 +12,7 @@ from fedlabel.methods.base import PseudoLabels
 from fedlabel.metrics import (
     CALIBRATION_BINS,
     add_counts,
+    area_under_curve,
     bins_of,
     calibration_bins,
     calibration_error,
@@ -51,6 +52,17 @@ def test_calibration_error() -> None:
     assert calibration_error(calibration_bins(torch.ones(3), torch.ones(3, dtype=torch.bool))) == 0
     assert calibration_error(calibration_bins(torch.ones(3), torch.zeros(3, dtype=torch.bool))) == 1
     assert math.isnan(calibration_error(calibration_bins(torch.ones(0), torch.ones(0, dtype=torch.bool))))
+
+
+def test_area_under_curve() -> None:
+    """Scores of class 1: 3, 1, of class 0: 2, 1, 0. Of the six pairs class 1 wins (3: 3) + (1: 1 and a tie): 4.5."""
+    scores, labels = torch.tensor([3.0, 2.0, 1.0, 1.0, 0.0]), torch.tensor([1, 0, 1, 0, 0])
+    assert area_under_curve(scores, labels) == pytest.approx(4.5 / 6)
+    assert area_under_curve(-scores, labels) == pytest.approx(1.5 / 6)
+    for undefined in (torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int64)):
+        assert math.isnan(area_under_curve(scores, undefined))
+    assert math.isnan(area_under_curve(scores.log(), labels))  # -inf
+    assert math.isnan(area_under_curve(torch.ones(0), torch.ones(0, dtype=torch.int64)))
 
 
 def test_pseudo_label_metrics() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fedlabel
 from fedlabel.cli import RunResult
+from fedlabel.comparison.output import write_comparison
+from fedlabel.comparison.runs import read_comparison
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 
@@ -86,3 +89,34 @@ def test_what_is_evaluated_on_does_not_touch_training(tmp_path: Path) -> None:
     test = fedlabel.run(overrides=[*TINY, "evaluation.split=test"], name="t", out=tmp_path)
     assert [row["train/loss"] for row in validation.metrics] == [row["train/loss"] for row in test.metrics]
     assert [row["eval/loss"] for row in validation.metrics] != [row["eval/loss"] for row in test.metrics]
+
+
+def test_a_table_is_learnt_from_few_labels_and_judged_by_auc(tmp_path: Path) -> None:
+    """Ten labels of each class: measured accuracies of seeds 0 to 4 are 0.86 to 0.94, AUC 0.95 to 0.99."""
+    few = ["supervision.labels_per_class=10", "supervision.label_rate=null", "partition.kind=iid"]
+    overrides = ["data.name=breast_cancer", "model.name=mlp", "model.hidden_layers=[32,16]", "method.name=fixmatch"]
+    size = ["num_clients=4", "num_rounds=5", "fraction_train=1.0"]
+    result = fedlabel.run(overrides=[*overrides, *few, *size], name="run", out=tmp_path)
+    last = result.metrics[-1]
+    assert last["eval/accuracy"] > 0.85
+    assert last["eval/auc"] > 0.95
+    assert last["pseudo/coverage"] > 0
+    events = EventAccumulator(str(result.path), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.value for event in events.Scalars("eval/auc")] == pytest.approx(
+        [row["eval/auc"] for row in result.metrics]
+    )
+    assert "eval/confusion" in events.Tags()["images"]
+    assert "pseudo/samples" not in events.Tags()["images"]  # rows are no pictures
+    write_comparison(read_comparison([result.path]), tmp_path / "compared")
+    with (tmp_path / "compared" / "compare_runs.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["auc"]) == pytest.approx(result.summary["eval/auc"]["mean_last_10"])
+    assert "AUC" in (tmp_path / "compared" / "compare.md").read_text()
+
+
+def test_a_binary_task_of_images_has_an_auc_and_its_classes_are_named(tmp_path: Path) -> None:
+    result = fedlabel.run(overrides=[*TINY, "data.positive_classes=[1,3,5,7,9]"], name="run", out=tmp_path)
+    assert 0 < result.metrics[-1]["eval/auc"] <= 1
+    assert len(result.metrics[-1]["eval/class_accuracy"]) == 2
+    assert json.loads((result.path / "partition.json").read_text())["dataset"] == "digits (1+3+5+7+9 against the rest)"

@@ -27,7 +27,10 @@ from fedlabel.tracking import write_atomic
 MEAN = "mean of last 10"
 """Title of the column that rows are ranked by, beside which the published numbers stand."""
 TABLES = {
-    "accuracy": ("Accuracy", "in %; ECE: expected calibration error of the global model."),
+    "accuracy": (
+        "Accuracy",
+        "in %; AUC: area under the ROC curve (two classes); ECE: expected calibration error of the global model.",
+    ),
     "pseudo": (
         "Pseudo-labels",
         "in %; coverage: share of the unlabelled draws that were kept; right: share of these; right / wrong: its "
