@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from fedlabel.inference.cardinality import (
     EXACT_UP_TO,
@@ -47,6 +46,10 @@ MOST_PAIRS = 50_000_000
 """The most pairs in bags that the pairwise form is written out for."""
 CERTAIN = 1e4
 """Log-odds that stand for certainty: no sum of messages comes near."""
+VISIBLE = 10.0
+"""Log-odds beyond this are not told apart where it is asked whether beliefs still change: p = 4.5e-5."""
+_LARGEST_CAVITY = 80.0
+"""exp(-80) is still a number in single precision."""
 CELLS = 1 << 16
 """Numbers per position of a stack of bags: what stays in a processor's cache."""
 
@@ -57,11 +60,12 @@ class Beliefs(NamedTuple):
     probability: Tensor
     """(n,) p(z_i = 1); for several classes (n, classes)."""
     converged: bool
-    """Whether no message was to change by `tolerance` or more in the last iteration."""
+    """Whether no belief was to change by `tolerance` or more in the last iteration."""
     iterations: int
     """How many there were."""
     residual: float
-    """The largest change of a message that the last iteration asked for, before damping; log-odds."""
+    """The largest change of a belief that the last iteration asked for, before damping: in log-odds, cut to
+    +-`VISIBLE`."""
 
 
 def marginals(
@@ -109,7 +113,7 @@ def marginals(
             )
         weight = edge_weight.to(log_odds.dtype) * lambda_edge
         total, iteration, residual = sum_product(
-            *ising(log_odds, bag, least, sizes, edges, weight, lambda_bag), damping, max_iterations, tolerance
+            *ising(log_odds, bag, least, sizes, edges, weight, lambda_bag), damping, max_iterations, tolerance, change
         )
         return Beliefs(total.sigmoid(), residual < tolerance, iteration, residual)
     ones, zeros = log_odds == torch.inf, log_odds == -torch.inf
@@ -122,16 +126,15 @@ def marginals(
         total, residual, iteration = unary + bags.messages(unary), 0.0, 1
     else:
         graph = _Edges(edges, edge_weight.to(unary.dtype) * lambda_edge)
-        from_bag, from_edges = torch.zeros_like(unary), torch.zeros_like(unary)
-        residual, iteration = math.inf, 0
+        from_bag = torch.zeros_like(unary)
+        total, residual, iteration = unary, math.inf, 0
         while residual >= tolerance and iteration < max_iterations:
             iteration += 1
-            residual = graph.send(unary + from_bag + from_edges, damping)
+            graph.send(total, damping)
             from_edges = graph.arrived(unary)
-            change = bags.messages(unary + from_edges) - from_bag
-            from_bag += (1 - damping) * change
-            residual = max(residual, float(change.abs().amax()))
-        total = unary + from_bag + from_edges
+            from_bag.lerp_(bags.messages(unary + from_edges), 1 - damping)
+            before, total = total, unary + from_bag + from_edges
+            residual = change(before, total) / (1 - damping)
     probability = total.sigmoid().masked_fill(ones, 1.0).masked_fill(zeros, 0.0)
     return Beliefs(probability, residual < tolerance, iteration, residual)
 
@@ -216,16 +219,21 @@ class _Edges:
 
     def __init__(self, edges: Tensor, coupling: Tensor) -> None:
         self.first, self.second = edges.unbind(1)
-        self.coupling = coupling
+        self.differs = (-coupling).exp()
         self.forward, self.backward = torch.zeros_like(coupling), torch.zeros_like(coupling)
 
-    def send(self, total: Tensor, damping: float) -> float:
-        """Sends new messages along both directions; returns the largest change asked for. total: (n,) beliefs."""
-        onward = _agree(total[self.first] - self.backward, self.coupling) - self.forward
-        back = _agree(total[self.second] - self.forward, self.coupling) - self.backward
-        self.forward += (1 - damping) * onward
-        self.backward += (1 - damping) * back
-        return float(torch.maximum(onward.abs().amax(), back.abs().amax()))
+    def send(self, total: Tensor, damping: float) -> None:
+        """Sends new messages along both directions; total: (n,) beliefs."""
+        onward = self._agree(total.index_select(0, self.first) - self.backward)
+        back = self._agree(total.index_select(0, self.second) - self.forward)
+        self.forward.lerp_(onward, 1 - damping)
+        self.backward.lerp_(back, 1 - damping)
+
+    def _agree(self, cavity: Tensor) -> Tensor:
+        """Returns log (exp(-a) + exp(c)) / (1 + exp(c - a)): a label of log-odds c, to one that differs at cost a."""
+        against = (-cavity.abs()).clamp_min_(-_LARGEST_CAVITY).exp_()
+        message = (against * self.differs).add_(1).div_(against.add_(self.differs)).log_()
+        return message.copysign_(cavity)
 
     def arrived(self, like: Tensor) -> Tensor:
         """Returns the sum of the messages that each variable receives, (n,)."""
@@ -233,11 +241,9 @@ class _Edges:
         return total.index_add_(0, self.first, self.backward)
 
 
-def _agree(cavity: Tensor, coupling: Tensor) -> Tensor:
-    """Returns log (exp(-a) + exp(c)) / (1 + exp(c - a)): a label of log-odds c, to one that differs at cost a."""
-    size = cavity.abs()
-    message = torch.minimum(size, coupling) + logsigmoid((size - coupling).abs()) - logsigmoid(size + coupling)
-    return torch.where(cavity < 0, -message, message)
+def change(before: Tensor, after: Tensor) -> float:
+    """Returns the largest difference of two beliefs, (n,) log-odds cut to +-`VISIBLE`."""
+    return float((after.clamp(-VISIBLE, VISIBLE) - before.clamp(-VISIBLE, VISIBLE)).abs().amax())
 
 
 # ----------------------------------------------------------------------------------------------------- checks

@@ -12,6 +12,7 @@ from fedlabel.inference.belief import (
     CERTAIN,
     Bags,
     Beliefs,
+    change,
     check_edges,
     check_members,
     check_settings,
@@ -75,17 +76,17 @@ def class_marginals(
     joint = len(sizes) == 0 or int((counts.double() + 1).prod(1).max()) <= CLASS_STATES
     bags: _JointBags | _ClassBags = (_JointBags if joint else _ClassBags)(bag, counts, sizes)
     graph = _ClassEdges(edges, edge_weight.to(unary.dtype) * (2 * lambda_edge), classes)
-    from_bag, from_edges = torch.zeros_like(unary), torch.zeros_like(unary)
+    from_bag, total = torch.zeros_like(unary), unary
     alone = joint and len(edges) == 0
     residual, iteration = math.inf, 0
     while residual >= tolerance and iteration < max_iterations:
         iteration += 1
-        residual = graph.send(unary + from_bag + from_edges, damping)
+        graph.send(total, damping)
         from_edges = graph.arrived(unary)
-        change = bags.messages(unary + from_edges, from_bag) - from_bag
-        from_bag += (1.0 if alone else 1 - damping) * change
-        residual = 0.0 if alone else max(residual, float(change.abs().amax()))
-    probability = (unary + from_bag + from_edges).softmax(1).masked_fill(~possible, 0.0)
+        from_bag.lerp_(bags.messages(unary + from_edges, from_bag), 1.0 if alone else 1 - damping)
+        before, total = total, unary + from_bag + from_edges
+        residual = 0.0 if alone else change(before.log_softmax(1), total.log_softmax(1)) / (1 - damping)
+    probability = total.softmax(1).masked_fill(~possible, 0.0)
     return Beliefs(probability / probability.sum(1, keepdim=True), residual < tolerance, iteration, residual)
 
 
@@ -97,15 +98,12 @@ class _ClassEdges:
         self.differs = (-coupling).exp()[:, None]
         self.forward, self.backward = (coupling.new_zeros(len(coupling), classes) for _ in range(2))
 
-    def send(self, total: Tensor, damping: float) -> float:
+    def send(self, total: Tensor, damping: float) -> None:
         """See `_Edges.send`; total: (n, classes)."""
-        if len(self.first) == 0:
-            return 0.0
-        onward = self._agree(total[self.first] - self.backward) - self.forward
-        back = self._agree(total[self.second] - self.forward) - self.backward
-        self.forward += (1 - damping) * onward
-        self.backward += (1 - damping) * back
-        return float(torch.maximum(onward.abs().amax(), back.abs().amax()))
+        onward = self._agree(total[self.first] - self.backward)
+        back = self._agree(total[self.second] - self.forward)
+        self.forward.lerp_(onward, 1 - damping)
+        self.backward.lerp_(back, 1 - damping)
 
     def _agree(self, cavity: Tensor) -> Tensor:
         return (self.differs + (1 - self.differs) * cavity.softmax(1)).log().clamp_min(-LARGEST)

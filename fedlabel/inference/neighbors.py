@@ -8,7 +8,7 @@ neighbours.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def _faiss(directions: np.ndarray, count: int) -> np.ndarray:
     except ImportError:
         raise ValueError("`backend` (=faiss) needs the package faiss-cpu: pip install 'fedlabel[faiss]'.") from None
     n, dimensions = directions.shape
-    index = faiss.IndexFlatIP(dimensions)
+    index: Any = faiss.IndexFlatIP(dimensions)
     if n > FAISS_EXACT:
         index = faiss.IndexIVFFlat(index, dimensions, FAISS_CELLS, faiss.METRIC_INNER_PRODUCT)
         index.nprobe = FAISS_PROBES

@@ -6,13 +6,21 @@ ICLR 2024 (arXiv 2310.08056) and its released code: synchronous messages from 0,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
 def sum_product(
-    unary: Tensor, pairs: Tensor, coupling: Tensor, damping: float, max_iterations: int, tolerance: float
+    unary: Tensor,
+    pairs: Tensor,
+    coupling: Tensor,
+    damping: float,
+    max_iterations: int,
+    tolerance: float,
+    change: Callable[[Tensor, Tensor], float],
 ) -> tuple[Tensor, int, float]:
     """Runs plain sum-product on exp(sum u_i z_i + sum J_ij z_i z_j), all messages at once.
 
@@ -24,7 +32,8 @@ def sum_product(
         coupling: (p,) J.
         damping: share of the old message in the new one.
         max_iterations: at least 1.
-        tolerance: it stops when no message is to change by this.
+        tolerance: it stops when no belief is to change by this.
+        change: how far apart two beliefs are, (n,) log-odds each.
 
     Returns:
         (n,) log-odds; iterations; the largest change that the last one asked for.
@@ -35,12 +44,10 @@ def sum_product(
     while residual >= tolerance and iteration < max_iterations:
         iteration += 1
         onward, back = total[first] - backward, total[second] - forward
-        onward = logsigmoid(-onward) - logsigmoid(-onward - coupling) - forward
-        back = logsigmoid(-back) - logsigmoid(-back - coupling) - backward
-        forward += (1 - damping) * onward
-        backward += (1 - damping) * back
-        total = unary.index_add(0, second, forward).index_add(0, first, backward)
-        residual = float(torch.maximum(onward.abs(), back.abs()).amax()) if len(pairs) else 0.0
+        forward.lerp_(logsigmoid(-onward) - logsigmoid(-onward - coupling), 1 - damping)
+        backward.lerp_(logsigmoid(-back) - logsigmoid(-back - coupling), 1 - damping)
+        before, total = total, unary.index_add(0, second, forward).index_add(0, first, backward)
+        residual = change(before, total) / (1 - damping)
     return total, iteration, residual
 
 
