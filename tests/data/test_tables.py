@@ -56,20 +56,20 @@ def load(path: Path, seed: int = 0, **keys: object) -> Dataset:
 
 
 def test_features_by_hand() -> None:
-    """Train numbers 1, 3, missing, 5: the median 3 fills in, so mean 3 and variance (4 + 0 + 0 + 4) / 4 = 2.
+    """Train numbers 0, 0, missing, 4: the median 0 fills in, so mean 1 and variance (1 + 1 + 1 + 9) / 4 = 3.
 
-    The second column is constant: all 0. Categories in order: b, r. Missing elsewhere is 3, too: 0.
+    The second column is constant: all 0. Categories in order: b, r. Missing elsewhere is 0, too, and scaled.
     """
     nan = float("nan")
-    train = table([[1, 7], [3, 7], [nan, 7], [5, 7]], [["r"], ["b"], ["r"], ["r"]])
+    train = table([[0, 7], [0, 7], [nan, 7], [4, 7]], [["r"], ["b"], ["r"], ["r"]])
     other = table([[nan, 8], [7, 7]], [["green"], ["b"]])
     made = encode(train, (other,))
     assert all(split.images.dtype == torch.float32 for split in made)
     assert made[0].images.shape == (4, 4, 1, 1)
-    far = 2 / 2**0.5
-    expected = [[-far, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1], [far, 0, 0, 1]]
+    unit = 1 / 3**0.5
+    expected = [[-unit, 0, 0, 1], [-unit, 0, 1, 0], [-unit, 0, 0, 1], [3 * unit, 0, 0, 1]]
     assert np.allclose(values(made[0]), expected)
-    assert np.allclose(values(made[1]), [[0, 1, 0, 0], [2 * far, 0, 1, 0]])  # an unknown colour is 0 everywhere
+    assert np.allclose(values(made[1]), [[-unit, 1, 0, 0], [6 * unit, 0, 1, 0]])  # an unknown colour is 0 everywhere
 
 
 def test_only_numbers_only_categories_and_no_rows() -> None:
@@ -221,6 +221,7 @@ def test_csv_with_quotes_blanks_and_missing_cells(tmp_path: Path, separator: str
     far = 2**0.5
     assert np.allclose(values(data.train), [[-far, 1, 0], [far, 0, 1], [0, 0, 1], [0, 1, 0]])
     assert values(data.test) == values(data.train)
+    assert load(path, label_column="class", test_file="set.csv", drop_columns=["weight"]).input_shape == (2, 1, 1)
 
 
 def test_columns_can_be_dropped_and_declared_categories(tmp_path: Path) -> None:
