@@ -42,5 +42,7 @@ class GenBags(BagMethod):
         bags = len(errors)
         blocks = -(-bags // BLOCK)
         filled = torch.cat([errors, errors.new_zeros(blocks * BLOCK - bags, errors.shape[1])])
-        per_block = expected_square(filled.view(blocks, BLOCK, errors.shape[1]).transpose(1, 2)).mean(-1)  # over classes
+        per_block = expected_square(filled.view(blocks, BLOCK, errors.shape[1]).transpose(1, 2)).mean(
+            -1
+        )  # over classes
         return per_block.repeat_interleave(BLOCK)[:bags] / BLOCK
