@@ -41,6 +41,8 @@ class Evaluation:
     auc: float = math.nan
     """Area under the ROC curve of class 1 against class 0, where these are all classes; NaN otherwise, or if the split
     has samples of one class only."""
+    bag_mae: float = math.nan
+    """See `bag_error`; NaN without bags."""
 
     @property
     def class_accuracy(self) -> np.ndarray:
@@ -52,6 +54,7 @@ class Evaluation:
         clients = self.client_accuracy[np.isfinite(self.client_accuracy)]
         return {
             **({"eval/auc": self.auc} if np.isfinite(self.auc) else {}),
+            **({"eval/bag_mae": self.bag_mae} if np.isfinite(self.bag_mae) else {}),
             "eval/accuracy": float(np.trace(self.confusion) / self.confusion.sum()),
             "eval/loss": self.loss,
             "eval/balanced_accuracy": float(np.nanmean(self.class_accuracy)),
@@ -64,8 +67,32 @@ class Evaluation:
         }
 
 
+def bag_error(probabilities: Tensor, labels: Tensor, bags: Tensor) -> float:
+    """Returns the mean absolute error of the predicted share of a class in a bag, over bags and classes.
+
+    Needs only the counts of the bags: what may choose a model where no single label is known.
+
+    Args:
+        probabilities: (n, classes).
+        labels: (n,) int64.
+        bags: (n,) int64, -1 for none.
+    """
+    inside = bags >= 0
+    kept, place = bags[inside].unique(return_inverse=True)
+    classes = probabilities.shape[1]
+    error = probabilities[inside].double() - torch.nn.functional.one_hot(labels[inside], classes)
+    sums = error.new_zeros(len(kept), classes).index_add_(0, place, error)
+    shares = sums / torch.bincount(place, minlength=len(kept))[:, None]
+    return float(shares.abs().mean())
+
+
 def evaluate(
-    model: Model, split: Split, transform: ImageTransform, num_classes: int, client_parts: Sequence[np.ndarray]
+    model: Model,
+    split: Split,
+    transform: ImageTransform,
+    num_classes: int,
+    client_parts: Sequence[np.ndarray],
+    bags: Tensor | None = None,
 ) -> Evaluation:
     """Evaluates a model.
 
@@ -75,16 +102,19 @@ def evaluate(
         transform: normalises.
         num_classes: number of classes.
         client_parts: rows of the split that each client is judged on.
+        bags: (n,) int64, the bag of each sample of the split, -1 for none; None: there are none.
     """
     losses: list[Tensor] = []
     predictions: list[Tensor] = []
     confidences: list[Tensor] = []
     margins: list[Tensor] = []
+    probabilities: list[Tensor] = []
     with torch.no_grad():
         for images, labels in zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True):
             logits = model(transform.normalize(images))
             losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").double())
             predictions.append(logits.argmax(-1))
+            probabilities.append(logits.softmax(-1) if bags is not None else logits[:0])
             confidences.append(logits.softmax(-1).amax(-1))
             margins.append((logits[:, -1] - logits[:, 0]).double())  # probabilities near 1 would round to ties
     predicted = torch.cat(predictions)
@@ -97,4 +127,5 @@ def evaluate(
         ),
         calibration=calibration_bins(torch.cat(confidences), correct),
         auc=area_under_curve(torch.cat(margins), split.labels) if num_classes == 2 else math.nan,
+        bag_mae=math.nan if bags is None else bag_error(torch.cat(probabilities), split.labels, bags),
     )

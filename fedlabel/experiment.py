@@ -58,6 +58,8 @@ class Experiment:
         evaluation = dataset.validation if config.evaluation.split == "validation" else dataset.test
         judged = shift_features(evaluation.images, self.federation.test_parts, skew, config.seed, "evaluation")
         self.evaluation_split = Split(judged.to(self.device), evaluation.labels.to(self.device))
+        bags = self.federation.test_bags
+        self.evaluation_bags = None if bags is None else bags.to(self.device)
         self.transform = ImageTransform(
             mean=torch.tensor(dataset.mean, device=self.device).view(-1, 1, 1),
             std=torch.tensor(dataset.std, device=self.device).view(-1, 1, 1),
@@ -81,12 +83,13 @@ class Experiment:
         # The first network is what a method of one network starts from.
         seeds = [seed, *(derive_seed(seed, "network", place) for place in range(1, method.networks))]
         models = [build_model(self.config.model, dataset.input_shape, dataset.num_classes, own) for own in seeds]
+        if method.needs_embeddings and not isinstance(models[0], Net):
+            raise ValueError(
+                f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs: "
+                "take a network of our own, e.g. cnn or mlp."
+            )
         if method.bag_head:
-            if method.additive or method.networks > 1 or not isinstance(models[0], Net):
-                raise ValueError(
-                    f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs "
-                    "for its second output: take a network of our own, e.g. cnn or mlp, or method.lambda_aggregate=0."
-                )
+            assert isinstance(models[0], Net), "who has a bag head needs embeddings"
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(seed, "bag_head"))
                 return BagHead(models[0], method.bag_head).to(self.device)
@@ -140,6 +143,7 @@ class Experiment:
             self.transform,
             self.federation.dataset.num_classes,
             self.federation.test_parts,
+            self.evaluation_bags,
         )
 
 

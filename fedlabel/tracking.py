@@ -278,9 +278,9 @@ def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> 
 
 
 def lower_is_better(key: str) -> bool:
-    """Returns whether low values of a metric are good: losses, calibration errors and spreads over clients."""
+    """Returns whether low values of a metric are good: losses, errors and spreads over clients."""
     name = key.rpartition("/")[2]
-    return name.startswith(("loss", "ece")) or name.endswith("_sd")
+    return name.startswith(("loss", "ece")) or name.endswith(("_sd", "_mae"))
 
 
 def write_atomic(path: Path, *data: bytes | memoryview | str) -> None:

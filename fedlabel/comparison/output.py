@@ -29,7 +29,8 @@ MEAN = "mean of last 10"
 TABLES = {
     "accuracy": (
         "Accuracy",
-        "in %; AUC: area under the ROC curve (two classes); ECE: expected calibration error of the global model.",
+        "in %; AUC: area under the ROC curve (two classes); bag error: mean absolute error of the predicted share of a "
+        "class in bags of the split; ECE: expected calibration error of the global model.",
     ),
     "pseudo": (
         "Pseudo-labels",

@@ -157,6 +157,7 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         percent("accuracy_best", "best", "accuracy", ACCURACY, "best"),
         percent("balanced_accuracy", "balanced", "accuracy", "eval/balanced_accuracy"),
         percent("auc", "AUC", "accuracy", "eval/auc"),
+        percent("bag_mae", "bag error", "accuracy", "eval/bag_mae"),
         percent("ece", "ECE", "accuracy", "eval/ece"),
         percent("worst_client_accuracy", "worst client", "clients", "eval/worst_client_accuracy"),
         percent("worst_10pct_client_accuracy", "worst 10 %", "clients", "eval/worst_10pct_client_accuracy"),

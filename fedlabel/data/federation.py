@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedlabel.data.bags import draw_bags
 from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
 from fedlabel.data.imprecision import Resemblance
 from fedlabel.data.label_amounts import kind_of_samples
@@ -46,6 +47,9 @@ class Federation:
     """(n,) bool over the training split: whose kind of label is a set of candidates, be it of one class or of all."""
     server_rows: np.ndarray
     """Sorted rows of the training split that the server holds, all of them labelled, (n_s,) int64; mostly none."""
+    test_bags: torch.Tensor | None
+    """(m,) int64, bags over the evaluation split, drawn within the clients' shares, -1 = in none; None where clients
+    have none."""
 
     @cached_property
     def labeled(self) -> np.ndarray:
@@ -219,7 +223,16 @@ def build_federation(
     rng = numpy_generator(seed, "evaluation_parts")
     test_parts = split_like(labels, parts, split.labels.numpy(), classes, rng)
     with_sets = [place for place, part in enumerate(supervision.parts) if part.has_candidates and not all_labels]
-    return Federation(dataset, parts, record, test_parts, np.isin(kinds, with_sets), server_rows)
+    test_bags = None
+    for part in supervision.parts:
+        if part.kind == "bags" and test_bags is None:
+            plain = replace(part, bag_feature=None, count_epsilon=None)
+            nothing = Resemblance(dataset, data_root(data), seed, np.arange(0))
+            drawn = draw_bags(
+                split.labels.numpy(), test_parts, classes, plain, nothing, derive_seed(seed, "evaluation")
+            )
+            test_bags = drawn.bag
+    return Federation(dataset, parts, record, test_parts, np.isin(kinds, with_sets), server_rows, test_bags)
 
 
 @dataclass(frozen=True, eq=False)

@@ -242,6 +242,11 @@ class Method:
         """Width of the hidden layer of a second output, for means of embeddings, see `models/bag_head.py`; 0: none."""
         return 0
 
+    @property
+    def needs_embeddings(self) -> bool:
+        """Whether the network must give embeddings, see `fedlabel.models.Net`."""
+        return False
+
     def starts_stage(self, round_number: int) -> bool:
         """Returns whether the server starts this round (1-based) with fresh weights. What the model was until then goes
         to the clients from then on, as the teacher "previous". Default: never.

@@ -154,6 +154,10 @@ class LLPBP(Method):
     def bag_head(self) -> int:
         return self.head_hidden if self.lambda_aggregate > 0 else 0
 
+    @property
+    def needs_embeddings(self) -> bool:
+        return self.bag_head > 0 or self.num_stages > 1
+
     def stage(self, round_number: int) -> int:
         """Returns the stage of a round (1-based), from 0."""
         return min((round_number - 1) // self.stage_rounds, self.num_stages - 1)
