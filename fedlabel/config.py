@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -153,6 +154,13 @@ class ExperimentConfig:
             raise ValueError(
                 f"`strategy.name` (={self.strategy.name}) would apply its optimiser or noise to BatchNorm's running "
                 f"statistics (`model.norm` =batch); use model.norm=group, or one of {', '.join(averages)}."
+            )
+        self.method.check_rounds(self.num_rounds)
+        noisy = [part.count_epsilon for part in self.supervision.parts if part.count_epsilon is not None]
+        if noisy and getattr(self.method, "lambda_bag", 0.0) == math.inf:
+            raise ValueError(
+                f"`method.lambda_bag` (=inf) takes counts for exact, and those of `supervision.count_epsilon` "
+                f"(={noisy[0]}) are not: take a number, e.g. method.lambda_bag=1."
             )
         merge = getattr(self.method, "merge", "sum")
         if merge == "mean" and self.strategy.name != "weighted_mean":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
 from fedlabel.methods.base import Model
 from fedlabel.metrics import (
@@ -67,23 +68,19 @@ class Evaluation:
         }
 
 
-def bag_error(probabilities: Tensor, labels: Tensor, bags: Tensor) -> float:
+def bag_error(probabilities: Tensor, bags: Bags) -> float:
     """Returns the mean absolute error of the predicted share of a class in a bag, over bags and classes.
 
     Needs only the counts of the bags: what may choose a model where no single label is known.
 
     Args:
         probabilities: (n, classes).
-        labels: (n,) int64.
-        bags: (n,) int64, -1 for none.
+        bags: (n,) the bag of each sample, and (bags, classes) counts.
     """
-    inside = bags >= 0
-    kept, place = bags[inside].unique(return_inverse=True)
-    classes = probabilities.shape[1]
-    error = probabilities[inside].double() - torch.nn.functional.one_hot(labels[inside], classes)
-    sums = error.new_zeros(len(kept), classes).index_add_(0, place, error)
-    shares = sums / torch.bincount(place, minlength=len(kept))[:, None]
-    return float(shares.abs().mean())
+    inside = bags.bag >= 0
+    counts = bags.counts.double()
+    sums = torch.zeros_like(counts).index_add_(0, bags.bag[inside], probabilities[inside].double())
+    return float(((sums - counts) / counts.sum(1, keepdim=True)).abs().mean())
 
 
 def evaluate(
@@ -92,7 +89,7 @@ def evaluate(
     transform: ImageTransform,
     num_classes: int,
     client_parts: Sequence[np.ndarray],
-    bags: Tensor | None = None,
+    bags: Bags | None = None,
 ) -> Evaluation:
     """Evaluates a model.
 
@@ -102,7 +99,7 @@ def evaluate(
         transform: normalises.
         num_classes: number of classes.
         client_parts: rows of the split that each client is judged on.
-        bags: (n,) int64, the bag of each sample of the split, -1 for none; None: there are none.
+        bags: of the samples of the split; None: there are none.
     """
     losses: list[Tensor] = []
     predictions: list[Tensor] = []
@@ -127,5 +124,5 @@ def evaluate(
         ),
         calibration=calibration_bins(torch.cat(confidences), correct),
         auc=area_under_curve(torch.cat(margins), split.labels) if num_classes == 2 else math.nan,
-        bag_mae=math.nan if bags is None else bag_error(torch.cat(probabilities), split.labels, bags),
+        bag_mae=math.nan if bags is None else bag_error(torch.cat(probabilities), bags),
     )

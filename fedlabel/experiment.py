@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedlabel.config import ExperimentConfig, parse_config
+from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.skew import shift_features
@@ -59,7 +60,7 @@ class Experiment:
         judged = shift_features(evaluation.images, self.federation.test_parts, skew, config.seed, "evaluation")
         self.evaluation_split = Split(judged.to(self.device), evaluation.labels.to(self.device))
         bags = self.federation.test_bags
-        self.evaluation_bags = None if bags is None else bags.to(self.device)
+        self.evaluation_bags = None if bags is None else Bags(*(values.to(self.device) for values in bags))
         self.transform = ImageTransform(
             mean=torch.tensor(dataset.mean, device=self.device).view(-1, 1, 1),
             std=torch.tensor(dataset.std, device=self.device).view(-1, 1, 1),
@@ -88,10 +89,16 @@ class Experiment:
                 f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs: "
                 "take a network of our own, e.g. cnn or mlp."
             )
+        batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in models[0].modules())
+        if method.input_gradients and batch_norm:
+            raise ValueError(
+                f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}) is BatchNorm, "
+                f"which method {method.name} cannot differentiate by its inputs: take model.norm=group."
+            )
         if method.bag_head:
             assert isinstance(models[0], Net), "who has a bag head needs embeddings"
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(seed, "bag_head"))
+                torch.default_generator.manual_seed(derive_seed(seed, "bag_head"))  # and no GPU's
                 return BagHead(models[0], method.bag_head).to(self.device)
         if len(models) > 1:
             return Twins(models).to(self.device)

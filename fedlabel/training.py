@@ -224,22 +224,26 @@ class Units(NamedTuple):
         """Returns the sorted positions of all samples, (m,)."""
         return self.rows[self.rows >= 0].sort().values
 
-    def per_step(self, batch_size: int) -> int:
-        """Returns how many units have about `batch_size` samples."""
-        return max(1, round(batch_size * len(self.rows) / max(1, int((self.rows >= 0).sum()))))
+    def per_step(self, batch_size: int, least: int = 1) -> int:
+        """Returns how many units have about `batch_size` samples, or `least`."""
+        return max(least, round(batch_size * len(self.rows) / max(1, int((self.rows >= 0).sum()))))
 
 
 def bag_units(supervision: Supervision, unlabeled: bool) -> Units:
-    """Returns bags, then the labelled samples in no bag and, if asked for, the unlabelled ones; on the CPU."""
+    """Returns bags, then the labelled samples in no bag and, if asked for, the others; on the CPU.
+
+    A noisy label is none: it would count as exact.
+    """
     bag, counts, labeled = (x.cpu() for x in (supervision.bag, supervision.bag_counts, supervision.labeled))
-    alone = ((bag < 0) & (labeled | unlabeled)).nonzero().squeeze(1)
+    certain = labeled & ~supervision.noisy.cpu()
+    alone = ((bag < 0) & (certain | unlabeled)).nonzero().squeeze(1)
     order = bag.argsort(stable=True)[int((bag < 0).sum()) :]
     sizes = torch.bincount(bag[order], minlength=len(counts))
     k = int(sizes.max()) if len(sizes) else 1
     rows = torch.full((len(counts) + len(alone), k), -1)
     rows[bag[order], torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[bag[order]]] = order
     rows[len(counts) :, 0] = alone
-    known = supervision.candidates.cpu()[alone] & labeled[alone, None]
+    known = supervision.candidates.cpu()[alone] & certain[alone, None]
     return Units(rows, torch.cat([counts, known.long()]))
 
 
@@ -369,7 +373,7 @@ class _Run:
             steps = over_drawn if len(drawn) else over_labeled
             if units is not None:
                 labeled = torch.arange(len(units.rows))
-                steps = count_steps(phase, config, len(labeled), units.per_step(config.batch_size))
+                steps = count_steps(phase, config, len(labeled), units.per_step(config.batch_size, phase.least_bags))
                 drawn = drawn[:0]
             elif phase.informed:  # a single sample of which nothing is known must not end the epoch after a step
                 steps = max(over_labeled, over_drawn)
@@ -439,7 +443,7 @@ class _Run:
         student.train()
         updates = [(update, *self._optimizer(update, config)) for update in phase.updates]
         size = config.batch_size * config.unlabeled_ratio
-        per_step = config.batch_size if units is None else units.per_step(config.batch_size)
+        per_step = config.batch_size if units is None else units.per_step(config.batch_size, phase.least_bags)
         sizes = {"labeled": per_step, "unlabeled": size, "mix": min(size, len(index[1]))}
         positions = (index[0], index[1], index[2] if phase.mix else index[2][:0])
         streams = [

@@ -297,3 +297,28 @@ def test_kinds_of_label_that_cannot_be(overrides: list[str], message: str) -> No
     with pytest.raises(ConfigError, match=message) as caught:
         load_config([], overrides)
     assert "\n" not in str(caught.value)
+
+
+BAGS = ["supervision.kind=bags", "supervision.bag_size=4"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["method.name=llp_bp", "supervision.count_epsilon=1"],
+            r"`method.lambda_bag` \(=inf\) takes counts for exact, .* `supervision.count_epsilon` \(=1.0\)",
+        ),
+        (["method.name=llp_bp", "num_rounds=20"], r"`num_rounds` \(=20\) ends before the last of `method.num_stages`"),
+        (["method.name=llp_bp", "supervision.bag_size=0"], r"`supervision.bag_size` \(=0\)"),
+    ],
+)
+def test_bags_that_make_no_sense_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config([], [*BAGS, *overrides])
+
+
+def test_bags_with_noise_on_their_counts_need_a_number() -> None:
+    config = load_config([], [*BAGS, "method.name=llp_bp", "supervision.count_epsilon=1", "method.lambda_bag=1"])
+    assert config.supervision.label_rate is None
+    assert load_config([], [*BAGS, "method.name=dllp", "supervision.count_epsilon=1"]).method.name == "dllp"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedlabel.data.augment import AugmentConfig
+from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
 from fedlabel.evaluation import bag_error, evaluate
 from fedlabel.training import ImageTransform
@@ -52,14 +53,12 @@ def test_evaluation_by_hand() -> None:
 
 
 def test_error_of_bags_is_that_of_their_predicted_shares() -> None:
-    """Bag 3: p = (.9, .6), both counted; bag 1: (.2, .1, .4), one counted; a sample in none: (.25 + 1/10) / 2."""
+    """Bag 1: p = (.9, .6), both counted; bag 0: (.2, .1, .4), one counted; a sample in none: (.25 + 1/10) / 2."""
     p = torch.tensor([0.9, 0.2, 0.6, 0.1, 0.5, 0.4])
-    bags = torch.tensor([3, 1, 3, 1, -1, 1])
-    labels = torch.tensor([1, 0, 1, 1, 0, 0])
-    expected = (0.5 / 2 + 0.3 / 3) / 2
-    assert bag_error(torch.stack([1 - p, p], 1), labels, bags) == pytest.approx(expected)
-    perfect = torch.nn.functional.one_hot(labels, 2).float()
-    assert bag_error(perfect, labels, bags) == 0
+    bags = Bags(torch.tensor([1, 0, 1, 0, -1, 0]), torch.tensor([[2, 1], [0, 2]]))
+    assert bag_error(torch.stack([1 - p, p], 1), bags) == pytest.approx((0.5 / 2 + 0.3 / 3) / 2)
+    perfect = torch.nn.functional.one_hot(torch.tensor([1, 0, 1, 1, 0, 0]), 2).float()
+    assert bag_error(perfect, bags) == 0
 
 
 def test_auc_ranks_where_probabilities_are_all_one_and_is_for_two_classes() -> None:

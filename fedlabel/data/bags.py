@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlabel.data.imprecision import Resemblance
 from fedlabel.data.supervision_config import LabelKind
 from fedlabel.seeding import numpy_generator
 
@@ -28,8 +27,9 @@ def draw_bags(
     holders: Sequence[np.ndarray],
     num_classes: int,
     part: LabelKind,
-    resemblance: Resemblance,
+    samples: Tensor,
     seed: int,
+    place: int = 0,
 ) -> Bags:
     """Puts samples into bags, client by client, and counts their classes.
 
@@ -38,8 +38,9 @@ def draw_bags(
         holders: per client the rows that are to be in bags.
         num_classes: how many classes.
         part: size and order of the bags, and the noise on their counts.
-        resemblance: has the data set's samples, for bags of neighbouring values of one feature.
+        samples: (n, ...), for bags of neighbouring values of one feature; anything where these are not asked for.
         seed: the experiment's seed; every client draws numbers of its own.
+        place: which part of the mix this is; each has numbers of its own, and noise of its own.
 
     Returns:
         The bags; the last one of a client may be smaller than asked for.
@@ -50,10 +51,11 @@ def draw_bags(
     bag = np.full(len(labels), -1)
     counts: list[np.ndarray] = []
     for client, rows in enumerate(holders):
-        rng = numpy_generator(seed, "supervision", "bags", client)
+        rng = numpy_generator(seed, "supervision", "bags", place, client)
+        noise = numpy_generator(seed, "supervision", "count_noise", place, client)
         order = rng.permutation(rows)
         if part.bag_feature is not None:
-            order = order[np.argsort(_feature(part.bag_feature, resemblance)[order], kind="stable")]
+            order = order[np.argsort(_feature(part.bag_feature, samples)[order], kind="stable")]
         assert part.bag_size is not None
         start = 0
         while start < len(order):
@@ -63,17 +65,19 @@ def draw_bags(
             members = order[start : start + size]
             bag[members] = len(counts)
             exact = np.bincount(labels[members], minlength=num_classes)
-            counts.append(exact if part.count_epsilon is None else noisy_counts(exact, part.count_epsilon, rng))
+            counts.append(exact if part.count_epsilon is None else noisy_counts(exact, part.count_epsilon, noise))
             start += size
     return Bags(torch.from_numpy(bag), torch.from_numpy(np.array(counts, dtype=np.int64).reshape(-1, num_classes)))
 
 
 def noisy_counts(counts: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns counts with Laplace noise, brought back to non-negative integers of the same sum.
+    """Returns counts with discrete Laplace noise, brought back to non-negative integers of the same sum.
 
     One sample that changes its class changes two counts by one each (of two classes: the only free one by one), so
-    noise of scale 2 / epsilon (1 / epsilon) on each is epsilon-differentially private for a bag whose size is public
-    (Dwork et al., TCC 2006). What is done after that has no access to the true counts.
+    noise with P(k) ~ exp(-epsilon |k| / 2) (exp(-epsilon |k|)) on each is epsilon-differentially private for a bag of
+    public size (Ghosh et al., STOC 2009). What is done after that has no access to the true counts.
+
+    A simulation of the mechanism: its noise is drawn from the experiment's seed, which everyone knows.
 
     Args:
         counts: (classes,) integers.
@@ -84,10 +88,15 @@ def noisy_counts(counts: np.ndarray, epsilon: float, rng: np.random.Generator) -
         (classes,) int64.
     """
     size = int(counts.sum())
+
+    def laplace(scale: float, number: int) -> np.ndarray:
+        stop = -np.expm1(-1 / scale)
+        return rng.geometric(stop, number) - rng.geometric(stop, number)
+
     if len(counts) == 2:
-        one = int(np.clip(np.rint(counts[1] + rng.laplace(scale=1 / epsilon)), 0, size))
+        one = int(np.clip(counts[1] + laplace(1 / epsilon, 1)[0], 0, size))
         return np.array([size - one, one])
-    noised = np.clip(counts + rng.laplace(scale=2 / epsilon, size=len(counts)), 0, None)
+    noised = np.clip(counts + laplace(2 / epsilon, len(counts)), 0, None).astype(float)
     if noised.sum() == 0:
         noised = np.ones(len(counts))
     share = noised * size / noised.sum()
@@ -96,9 +105,9 @@ def noisy_counts(counts: np.ndarray, epsilon: float, rng: np.random.Generator) -
     return rounded
 
 
-def _feature(number: int, resemblance: Resemblance) -> np.ndarray:
+def _feature(number: int, samples: Tensor) -> np.ndarray:
     """Returns one value of every sample, (n,): a column of a table, or a pixel in the order of memory."""
-    samples = resemblance.dataset.train.images.flatten(1)
+    samples = samples.flatten(1)
     if number >= samples.shape[1]:
         raise ValueError(
             f"`supervision.bag_feature` (={number}) must be one of the {samples.shape[1]} features of a sample: "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedlabel.data.bags import draw_bags
+from fedlabel.data.bags import Bags, draw_bags
 from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
 from fedlabel.data.imprecision import Resemblance
 from fedlabel.data.label_amounts import kind_of_samples
@@ -47,9 +47,9 @@ class Federation:
     """(n,) bool over the training split: whose kind of label is a set of candidates, be it of one class or of all."""
     server_rows: np.ndarray
     """Sorted rows of the training split that the server holds, all of them labelled, (n_s,) int64; mostly none."""
-    test_bags: torch.Tensor | None
-    """(m,) int64, bags over the evaluation split, drawn within the clients' shares, -1 = in none; None where clients
-    have none."""
+    test_bags: Bags | None
+    """Bags over the evaluation split, made as the clients' (of a mix: as its first part with bags) within the clients'
+    shares, with noise on their counts where those have it; None where clients have none."""
 
     @cached_property
     def labeled(self) -> np.ndarray:
@@ -226,12 +226,8 @@ def build_federation(
     test_bags = None
     for part in supervision.parts:
         if part.kind == "bags" and test_bags is None:
-            plain = replace(part, bag_feature=None, count_epsilon=None)
-            nothing = Resemblance(dataset, data_root(data), seed, np.arange(0))
-            drawn = draw_bags(
-                split.labels.numpy(), test_parts, classes, plain, nothing, derive_seed(seed, "evaluation")
-            )
-            test_bags = drawn.bag
+            scope = derive_seed(seed, "evaluation")
+            test_bags = draw_bags(split.labels.numpy(), test_parts, classes, part, split.images, scope)
     return Federation(dataset, parts, record, test_parts, np.isin(kinds, with_sets), server_rows, test_bags)
 
 

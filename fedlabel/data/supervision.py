@@ -208,9 +208,9 @@ def impart(
         index = torch.from_numpy(rows)
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":
-            bags = draw_bags(
-                labels, [mine[kinds[mine] == place] for mine in holders], num_classes, part, resemblance, seed
-            )
+            own = [mine[kinds[mine] == place] for mine in holders]
+            samples = resemblance.dataset.train.images if part.bag_feature is not None else candidates
+            bags = draw_bags(labels, own, num_classes, part, samples, seed, place)
             bag[index] = torch.where(bags.bag[index] >= 0, bags.bag[index] + sum(map(len, counts)), -1)
             counts.append(bags.counts)
             continue

@@ -68,7 +68,8 @@ class LabelKind:
     """kind=bags: samples with neighbouring values of this feature (a number from 0, of a table's columns after
     preparation or of an image's pixels) share a bag; null: bags are drawn at random."""
     count_epsilon: float | None = None
-    """kind=bags: counts have Laplace noise, each bag epsilon-differentially private; null: counts are exact."""
+    """kind=bags: counts have discrete Laplace noise, as if each bag were to be epsilon-differentially private (a
+    simulation: the noise comes from `seed`); null: counts are exact."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels_keys", tuple(self.labels_keys))  # YAML gives a list; must be hashable

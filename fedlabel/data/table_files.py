@@ -96,7 +96,7 @@ def load_table(config: DataConfig) -> LoadedTable:
             )
     labels = [table.pop(column) for table in tables]
     for each, values in zip(paths, labels, strict=True):
-        missing = np.flatnonzero(values == "")
+        missing = np.flatnonzero(np.isin(np.char.lower(values), ("", "nan")))
         if len(missing):
             raise DataError(
                 f"{each}: column {column} has no label in data row {missing[0] + 1}. Every row needs one: delete the "

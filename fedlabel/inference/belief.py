@@ -5,7 +5,8 @@ Binary labels z in {0, 1}^n have
     P(z) ~ prod_i exp(log_odds_i z_i) * prod_bags f_b(sum of z in b) * prod_edges exp(-lambda_edge K_ij (z_i - z_j)^2).
 
 - factor="cardinality": f_b is one factor per bag, see `fedlabel.inference.cardinality`; for a finite `lambda_bag` the
-  distribution is the paper's. Exact where bags and edges form a tree, so always without edges.
+  distribution is the paper's. Exact where bags and edges form a tree, so always without edges, but for bags above
+  `cardinality.EXACT_UP_TO` whose count varies: there the others' sum is taken as Gaussian.
 - factor="pairwise": the paper's. The same penalty as a term for every sample and one for every pair in a bag, and then
   plain sum-product; it oscillates where lambda_bag times the bags' size is large, and says so.
 
@@ -26,8 +27,8 @@ import torch
 from torch import Tensor
 
 from fedlabel.inference.cardinality import (
+    CERTAIN,
     EXACT_UP_TO,
-    LARGEST,
     SMALLEST_VARIANCE,
     bag_posterior,
     check_counts,
@@ -44,10 +45,8 @@ __all__ = ["Beliefs", "bag_posterior", "count_log_likelihood", "marginals"]
 FACTORS = ("cardinality", "pairwise")
 MOST_PAIRS = 50_000_000
 """The most pairs in bags that the pairwise form is written out for."""
-CERTAIN = 1e4
-"""Log-odds that stand for certainty: no sum of messages comes near."""
 VISIBLE = 10.0
-"""Log-odds beyond this are not told apart where it is asked whether beliefs still change: p = 4.5e-5."""
+"""Log-odds beyond this, p = 4.5e-5, count a thousandth where it is asked whether beliefs still change."""
 _LARGEST_CAVITY = 80.0
 """exp(-80) is still a number in single precision."""
 CELLS = 1 << 16
@@ -64,8 +63,8 @@ class Beliefs(NamedTuple):
     iterations: int
     """How many there were."""
     residual: float
-    """The largest change of a belief that the last iteration asked for, before damping: in log-odds, cut to
-    +-`VISIBLE`."""
+    """The largest change of a belief that the last iteration asked for, before damping: in log-odds, of which what is
+    beyond +-`VISIBLE` counts a thousandth."""
 
 
 def marginals(
@@ -130,11 +129,12 @@ def marginals(
         total, residual, iteration = unary, math.inf, 0
         while residual >= tolerance and iteration < max_iterations:
             iteration += 1
-            graph.send(total, damping)
+            keep = damping if iteration > 1 else 0.0  # of the first messages there are no old ones
+            graph.send(total, keep)
             from_edges = graph.arrived(unary)
-            from_bag.lerp_(bags.messages(unary + from_edges), 1 - damping)
+            from_bag.lerp_(bags.messages(unary + from_edges), 1 - keep)
             before, total = total, unary + from_bag + from_edges
-            residual = change(before, total) / (1 - damping)
+            residual = change(before, total) / (1 - keep)
     probability = total.sigmoid().masked_fill(ones, 1.0).masked_fill(zeros, 0.0)
     return Beliefs(probability, residual < tolerance, iteration, residual)
 
@@ -163,7 +163,7 @@ class Bags:
 
     def messages(self, cavity: Tensor) -> Tensor:
         """Returns the messages (n,) to all variables from what the other factors say of them, (n,); 0 without a bag."""
-        extended = torch.cat([cavity.clamp(-LARGEST, LARGEST), cavity.new_zeros(1)])
+        extended = torch.cat([cavity.clamp(-CERTAIN, CERTAIN), cavity.new_zeros(1)])
         result = torch.zeros_like(extended)
         for place, stack in enumerate(self.stacks):
             theta = extended[stack.members]
@@ -209,6 +209,7 @@ def _stacks(order: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
     while start < len(sizes):
         end = start + max(1, CELLS // (sizes[start] + 1))
         largest = sizes[start] + sizes[start] // 4 + 1
+        largest = min(largest, EXACT_UP_TO) if sizes[start] <= EXACT_UP_TO else largest
         end = min(end, bisect_right(sizes, largest))
         yield order[start:end]
         start = end
@@ -242,8 +243,12 @@ class _Edges:
 
 
 def change(before: Tensor, after: Tensor) -> float:
-    """Returns the largest difference of two beliefs, (n,) log-odds cut to +-`VISIBLE`."""
-    return float((after.clamp(-VISIBLE, VISIBLE) - before.clamp(-VISIBLE, VISIBLE)).abs().amax())
+    """Returns the largest difference of two beliefs, (n,) log-odds, see `Beliefs.residual`."""
+
+    def seen(log_odds: Tensor) -> Tensor:
+        return log_odds.clamp(-VISIBLE, VISIBLE) * 0.999 + log_odds * 0.001
+
+    return float((seen(after) - seen(before)).abs().amax())
 
 
 # ----------------------------------------------------------------------------------------------------- checks

@@ -26,8 +26,12 @@ from torch.nn.functional import logsigmoid, pad
 EXACT_UP_TO = 256
 """The largest bag whose messages are exact; above, they are those of a Gaussian."""
 LARGEST = 50.0
-"""Log-odds are cut to this: the probability of the other class is then 2e-22."""
-SMALLEST_VARIANCE = 2.0
+"""After the tilt log-odds are cut to this: the probability of the other class is then 2e-22."""
+CERTAIN = 1e4
+"""Log-odds that stand for certainty: no sum of messages comes near."""
+MOST_CELLS = 200_000_000
+"""The most numbers that the exact messages of one stack of bags are computed from: 0.8 GB in single precision."""
+SMALLEST_VARIANCE = 10.0
 """A bag above `EXACT_UP_TO` whose count varies less than this has exact messages, too: it is far from Gaussian."""
 CLASS_STATES = 100_000
 """The most count vectors that `class_posterior` looks at together."""
@@ -53,7 +57,7 @@ def bag_posterior(log_odds: Tensor, count: int | Tensor) -> Tensor:
     sizes = torch.full_like(counts, theta.shape[1])
     check_counts(counts, counts, sizes)
     check_evidence((theta == torch.inf).sum(1), (theta == -torch.inf).sum(1), counts, counts, sizes)
-    cut = theta.clamp(-LARGEST, LARGEST)
+    cut = theta.clamp(-CERTAIN, CERTAIN)
     posterior = (cut + exact_messages(cut, counts, counts)).sigmoid()
     truth = torch.where(theta.isinf(), theta > 0, (counts > 0)[:, None])
     certain = theta.isinf() | (counts == 0)[:, None] | (counts == sizes)[:, None]
@@ -64,10 +68,11 @@ def count_log_likelihood(log_odds: Tensor, count: int | Tensor) -> Tensor:
     """Returns log p(sum of z = count) of independent z; differentiable by the log-odds, also under `torch.func.vmap`.
 
     p = (.9, .6, .2) with count 1 gives log .344. The gradient is `bag_posterior` minus p. Exact up to `EXACT_UP_TO`
-    labels; above, the saddlepoint approximation.
+    labels; above, after the tilt, the mass that a Gaussian of the same variance has within half a label of its mean: at
+    most 1, and exact again where all labels are certain.
 
     Args:
-        log_odds: (..., n) finite.
+        log_odds: (..., n), finite, or -inf where there is no label, for bags smaller than n.
         count: in 0..n (not checked): one integer for all, or (...).
 
     Returns:
@@ -77,11 +82,16 @@ def count_log_likelihood(log_odds: Tensor, count: int | Tensor) -> Tensor:
     counts = torch.as_tensor(count, device=log_odds.device).expand(log_odds.shape[:-1])
     target = counts.to(log_odds.dtype)
     t = tilt(log_odds.detach(), target, target, checks=False)[..., None]
-    terms = logsigmoid(-log_odds) - logsigmoid(-log_odds - t) - t * (target / size)[..., None]
+    there = log_odds > -math.inf
+    share = (target / there.sum(-1).clamp_min(1))[..., None]
+    terms = logsigmoid(-log_odds) - logsigmoid(-log_odds - t) - torch.where(there, t * share, torch.zeros_like(t))
     p, q = (log_odds + t).sigmoid(), (-log_odds - t).sigmoid()
     if size > EXACT_UP_TO:
-        possible = (counts > 0) & (counts < size)
-        return terms.sum(-1) - 0.5 * torch.where(possible, 2 * math.pi * (p * q).sum(-1), 1.0).log()
+        # The tilt moves with the log-odds: one more step of Newton's, which moves nothing, has its derivative.
+        step = (p.sum(-1) - target) / (p * q).sum(-1).detach().clamp_min(1e-3)
+        moved = log_odds + t - step[..., None]
+        variance = (moved.sigmoid() * (-moved).sigmoid()).sum(-1).clamp_min(1e-4)  # erf is 1 there
+        return terms.sum(-1) + (0.5 / (2 * variance).sqrt()).erf().log()
     row = pad(torch.ones_like(p[..., :1]), (0, size))
     for one, zero in zip(p.unbind(-1), q.unbind(-1), strict=True):
         row = row * zero[..., None] + pad(row[..., :-1], (1, 0)) * one[..., None]
@@ -110,8 +120,8 @@ def tilt(
         lambda_bag: see the top of this file.
         start: (...) a guess; None: 0.
         tolerance: on the expected sum.
-        checks: whether to stop as soon as all are within `tolerance`; False: always 12 steps, for `torch.func.vmap`: near
-            enough, as the tilt only has to keep numbers in range.
+        checks: whether to stop as soon as all are within `tolerance`; False: always 12 steps, for `torch.func.vmap`:
+            near enough, as the tilt only has to keep numbers in range.
 
     Returns:
         (...) float.
@@ -150,14 +160,23 @@ def exact_messages(
         start: (bags,) a guess of `tilt`, replaced by its value; None: 0.
 
     Returns:
-        (bags, k) log-odds in [-LARGEST, LARGEST]; anything where there is no variable.
+        (bags, k) log-odds; anything where there is no variable.
+
+    Raises:
+        ValueError: it would take too much memory.
     """
     bags, size = theta.shape
+    if size * bags * (size + 1 if lambda_bag < math.inf else int(most.max()) + 1) > MOST_CELLS:
+        raise ValueError(
+            f"The exact messages of {bags} bags of {size} samples and counts up to {int(most.max())} need more than "
+            f"{MOST_CELLS} numbers. Take smaller bags, or one exact count for each."
+        )
     t = tilt(theta, least.to(theta.dtype), most.to(theta.dtype), lambda_bag, start)
     if start is not None:
         start.copy_(t)
     last = min(size, int(most.max())) if lambda_bag == math.inf else size
-    one, zero = (theta + t[:, None]).sigmoid().t()[..., None], (-theta - t[:, None]).sigmoid().t()[..., None]
+    shifted = (theta + t[:, None]).clamp(-LARGEST, LARGEST).masked_fill(theta == -math.inf, -math.inf)
+    one, zero = shifted.sigmoid().t()[..., None], (-shifted).sigmoid().t()[..., None]
     before = theta.new_zeros(size, bags, last + 1)
     before[0, :, 0] = 1
     for i in range(size - 1):
@@ -171,7 +190,7 @@ def exact_messages(
         following = after * zero[i]
         following[:, :-1].addcmul_(after[:, 1:], one[i])
         after = following
-    return (messages + t[:, None]).nan_to_num(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST)
+    return messages.nan_to_num(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST) + t[:, None]
 
 
 def gaussian_messages(
@@ -190,7 +209,7 @@ def gaussian_messages(
     variance = p * (1 - p)
     others, spread = p.sum(1, keepdim=True) - p, variance.sum(1, keepdim=True) - variance
     sought = (counts - t / (2 * lambda_bag))[:, None]
-    return (t[:, None] + (2 * (sought - others) - 1) / (2 * spread + 1 / lambda_bag)).clamp_(-LARGEST, LARGEST)
+    return t[:, None] + ((2 * (sought - others) - 1) / (2 * spread + 1 / lambda_bag)).clamp_(-LARGEST, LARGEST)
 
 
 def class_posterior(log_probs: Tensor, counts: Tensor) -> Tensor:

@@ -176,8 +176,8 @@ class LabelModel:
             nonlocal total
             start = 0
             for part in symbols.split(_CHUNK):
-                joint = self._joint(part)
-                posterior = joint.softmax(1)
+                joint = self._joint(part, 1.0)
+                posterior = joint.softmax(1) if self.temperature == 1 else self._joint(part).softmax(1)
                 evidence = joint.logsumexp(1)
                 if labels is not None:
                     given = labels[start : start + len(part)]

@@ -42,7 +42,7 @@ def neighbor_graph(
     Args:
         features: (n, d) float.
         num_neighbors: how many; all others if there are fewer.
-        max_distance: edges of this cosine distance or more, in [0, 2], are left out.
+        max_distance: edges of this cosine distance or more, in [0, 2], are left out; 2: none is.
         length_scale: of the kernel; None: the median length of the edges.
         backend: sklearn is exact; faiss, an extra, is for hundreds of thousands of samples and then approximate.
 
@@ -55,7 +55,7 @@ def neighbor_graph(
         raise ValueError(f"`num_neighbors` (={num_neighbors}) must be at least 0.")
     if length_scale is not None and not 0 < length_scale < float("inf"):
         raise ValueError(f"`length_scale` (={length_scale}) must be a positive number, or None.")
-    values = features.detach().cpu().double().numpy().astype(np.float32)
+    values = features.detach().cpu().double().numpy()
     if values.ndim != 2 or not np.isfinite(values).all():
         raise ValueError(f"`features` (of shape {values.shape}) must be (n, d) finite numbers.")
     n = len(values)
@@ -63,13 +63,14 @@ def neighbor_graph(
     if count < 1:
         return Graph(torch.zeros(0, 2, dtype=torch.int64, device=features.device), features.new_zeros(0))
     norm = np.linalg.norm(values, axis=1, keepdims=True)
-    directions = values / np.maximum(norm, np.finfo(np.float32).tiny)
+    directions = (values / np.maximum(norm, np.finfo(np.float64).tiny)).astype(np.float32)
     nearest = (_sklearn if backend == "sklearn" else _faiss)(directions, count)
     pairs = np.stack([np.repeat(np.arange(n), nearest.shape[1]), nearest.ravel()], 1)
     pairs = pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs[:, 1] >= 0)]
     edges = np.unique(np.sort(pairs, axis=1), axis=0)
     first, second = edges.T
-    edges = edges[1 - (directions[first] * directions[second]).sum(1) < max_distance]
+    if max_distance < 2:
+        edges = edges[1 - (directions[first] * directions[second]).sum(1) < max_distance]
     lengths = np.linalg.norm(values[edges[:, 0]] - values[edges[:, 1]], axis=1)
     scale = length_scale or (float(np.median(lengths)) if len(lengths) else 1.0) or 1.0
     weight = torch.from_numpy(np.exp(-lengths / scale).astype(np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,6 +38,14 @@ def bag_means(values: Tensor, members: Tensor) -> Tensor:
     """Returns the mean of the rows of each bag, (bags, ...)."""
     sums, sizes = bag_sums(values, members)
     return sums / sizes.clamp_min(1).view(-1, *[1] * (values.dim() - 1))
+
+
+def log_bag_means(log_values: Tensor, members: Tensor) -> Tensor:
+    """Returns the log of the mean of exp(row) over the rows of each bag, (bags, ...); its gradient never vanishes."""
+    rows, there = by_bag(log_values, members)
+    mask = there.view(*there.shape, *[1] * (log_values.dim() - 1))
+    size = there.sum(1).clamp_min(1).to(log_values.dtype).log()
+    return rows.masked_fill(~mask, -math.inf).logsumexp(1) - size.view(-1, *[1] * (log_values.dim() - 1))
 
 
 def known_bags(part: Part) -> Tensor:

@@ -170,6 +170,8 @@ class Phase:
     bags: bool = False
     """Whether a step draws whole bags, as many as have about `training.batch_size` samples, for the labelled part. A
     sample in no bag is one of its own: a labelled one, and of a phase with `unlabeled` any other, too."""
+    least_bags: int = 1
+    """Bags that a step draws at least, if the client has as many."""
     informed: bool = False
     """Whether the labelled samples are all of which anything is known (candidates, noisy labels), and the unlabelled
     ones the rest. False: the labelled ones are those with one candidate left."""
@@ -246,6 +248,18 @@ class Method:
     def needs_embeddings(self) -> bool:
         """Whether the network must give embeddings, see `fedlabel.models.Net`."""
         return False
+
+    @property
+    def input_gradients(self) -> bool:
+        """Whether its loss differentiates the network by its inputs, which BatchNorm in training does not allow."""
+        return False
+
+    def check_rounds(self, num_rounds: int) -> None:
+        """Looks at the length of a run before anything starts.
+
+        Raises:
+            ValueError: something that is configured would never happen.
+        """
 
     def starts_stage(self, round_number: int) -> bool:
         """Returns whether the server starts this round (1-based) with fresh weights. What the model was until then goes

@@ -4,13 +4,14 @@ Learning", NeurIPS 2023). Of several classes each is counted against the rest, a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlabel.inference.cardinality import LARGEST, count_log_likelihood
+from fedlabel.inference.cardinality import count_log_likelihood
 from fedlabel.methods.bags import BagMethod, by_bag
 from fedlabel.methods.base import Batch
 
@@ -33,8 +34,7 @@ class CountLikelihood(BagMethod):
     def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         odds, there = by_bag(one_against_rest(logits), batch.labeled.members)
         classes = range(1, 2) if logits.shape[-1] == 2 else range(logits.shape[-1])
-        # Who is not there is a 0 for certain: its own factor is 1.
-        absent = torch.full_like(odds[..., 0], -LARGEST)
+        absent = torch.full_like(odds[..., 0], -math.inf)
         losses = [
             -count_log_likelihood(torch.where(there, odds[..., c], absent), batch.labeled.bag_counts[:, c])
             for c in classes

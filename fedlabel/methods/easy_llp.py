@@ -42,7 +42,7 @@ class EasyLLP(BagMethod):
     def prepare(self, survey: Survey) -> Prepared:
         """Finds the client's class shares in all its bags and its labels."""
         known = survey.supervision
-        labels = known.candidates[known.labeled & (known.bag < 0)]
+        labels = known.candidates[known.labeled & ~known.noisy & (known.bag < 0)]
         counts = known.bag_counts.sum(0) + labels.sum(0)
         return Prepared({}, memory={**survey.memory, "prior": counts / counts.sum().clamp_min(1)})
 

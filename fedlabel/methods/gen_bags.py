@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.methods.bags import BagMethod, bag_sums, known_bags
-from fedlabel.methods.base import Batch
+from fedlabel.methods.base import Batch, Phase
 
 BLOCK = 4
 """Bags that are combined."""
@@ -29,20 +29,26 @@ def expected_square(errors: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GenBags(BagMethod):
-    """The squared error of combined bags, in shares of a bag: d is (sum of p - count) / size."""
+    """The squared error of combined bags, in shares of a bag: d is (sum of p - count) / size. Every step draws at least
+    four bags.
+    """
 
     name: str = "gen_bags"
     description: ClassVar[str] = "bags: squared error of random combinations of four"
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        return (Phase("train", self.loss, labeled=("weak",), bags=True, least_bags=BLOCK),)
 
     def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         part = batch.labeled
         sums, sizes = bag_sums(logits.softmax(-1), part.members)
         errors = (sums - part.bag_counts) / sizes.clamp_min(1)[:, None]
         errors = torch.where(known_bags(part)[:, None], errors, torch.zeros_like(errors))
-        bags = len(errors)
+        bags, known = len(errors), known_bags(part).to(errors.dtype)
         blocks = -(-bags // BLOCK)
         filled = torch.cat([errors, errors.new_zeros(blocks * BLOCK - bags, errors.shape[1])])
         per_block = expected_square(filled.view(blocks, BLOCK, errors.shape[1]).transpose(1, 2)).mean(
             -1
         )  # over classes
-        return per_block.repeat_interleave(BLOCK)[:bags] / BLOCK
+        in_block = torch.cat([known, known.new_zeros(blocks * BLOCK - bags)]).view(blocks, BLOCK).sum(1).clamp_min(1)
+        return (per_block / in_block).repeat_interleave(BLOCK)[:bags]

@@ -44,7 +44,7 @@ from fedlabel.methods.dllp import dllp_loss
 RULES = ("threshold", "top_count", "soft")
 EVIDENCE = ("none", "previous", "current")
 UNDECIDED = 1e-6
-"""A belief this near to an even one says nothing."""
+"""A belief this near to an even one, in no bag, says nothing."""
 
 
 def top_count_labels(belief: Tensor, bag: Tensor, counts: Tensor, otherwise: Tensor) -> Tensor:
@@ -143,11 +143,18 @@ class LLPBP(Method):
     def check(self, known: Supervision) -> None:
         super().check(known)
         classes = known.candidates.shape[1]
-        if classes > 2 and (self.rule == "top_count" or self.factor == "pairwise" or self.lambda_bag < math.inf):
+        if classes > 2 and (self.rule == "top_count" or self.factor == "pairwise"):
             raise ValueError(
-                f"`method.rule` (={self.rule}), `method.factor` (={self.factor}) and `method.lambda_bag` "
-                f"(={self.lambda_bag}): with {classes} classes rule=top_count, factor=pairwise and a finite "
-                "lambda_bag have no place; leave them out, or set data.positive_classes for two classes."
+                f"`method.rule` (={self.rule}) and `method.factor` (={self.factor}): with {classes} classes "
+                "rule=top_count and factor=pairwise have no place; leave them out, or set data.positive_classes for "
+                "two classes."
+            )
+
+    def check_rounds(self, num_rounds: int) -> None:
+        if num_rounds <= (self.num_stages - 1) * self.stage_rounds:
+            raise ValueError(
+                f"`num_rounds` (={num_rounds}) ends before the last of `method.num_stages` (={self.num_stages}) of "
+                f"`method.stage_rounds` (={self.stage_rounds}) begins: take more rounds, or fewer or shorter stages."
             )
 
     @property
@@ -193,7 +200,7 @@ class LLPBP(Method):
             metrics = self._metrics(beliefs, belief, known)
             memory = {**memory, "belief": belief, "stage": torch.tensor(float(stage), device=belief.device)}
         label = self.label(belief, known)
-        reached = belief.amax(1) > 1 / classes + UNDECIDED
+        reached = (known.bag >= 0) | (belief.amax(1) > 1 / classes + UNDECIDED)
         pseudo = PseudoLabels(label, reached, torch.zeros_like(reached), belief.gather(1, label[:, None]).squeeze(1))
         target = (belief if self.rule == "soft" else one_hot(label, classes)) * reached[:, None]
         return Prepared({"target": target}, memory=memory, pseudo=pseudo, metrics=metrics, pairs=pairs)
@@ -226,7 +233,8 @@ class LLPBP(Method):
                 known.bag_counts,
                 graph.edges,
                 weight,
-                self.lambda_edge / 2,  # of two classes the same as below
+                self.lambda_bag / 2,  # of two classes the same as below
+                self.lambda_edge / 2,
                 self.damping,
                 self.max_iterations,
             )
@@ -286,7 +294,7 @@ class LLPBP(Method):
         loss = values.sum() / told.sum().clamp_min(1)
         metrics, examples = {"train/loss_beliefs": mean_metric(values, told)}, told.sum()
         if self.lambda_aggregate > 0:
-            predicted = student(bag_means(embeddings, part.members), "bags").softmax(-1)
+            predicted = student(bag_means(embeddings, part.members), "bags").log_softmax(-1)
             of_bags = bag_step(dllp_loss(predicted, shares(part)), logits, part)
             loss = loss + self.lambda_aggregate * of_bags.loss
             examples = torch.maximum(examples, of_bags.examples)

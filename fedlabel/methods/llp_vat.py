@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.bags import BagMethod, bag_means, bag_step, shares
+from fedlabel.methods.bags import BagMethod, bag_step, log_bag_means, shares
 from fedlabel.methods.base import Batch, Model, Step, batch_mean, mean_metric
 from fedlabel.methods.dllp import dllp_loss
 
@@ -41,6 +41,10 @@ class LLPVAT(BagMethod):
     xi: float = 1e-2
     """Length of the probe in the one power iteration that finds the worst direction."""
 
+    @property
+    def input_gradients(self) -> bool:
+        return self.lambda_vat > 0
+
     def __post_init__(self) -> None:
         if not self.lambda_vat >= 0:
             raise ValueError(f"`method.lambda_vat` (={self.lambda_vat}) must be at least 0.")
@@ -49,7 +53,7 @@ class LLPVAT(BagMethod):
                 raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be positive.")
 
     def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return dllp_loss(bag_means(logits.softmax(-1), batch.labeled.members), shares(batch.labeled))
+        return dllp_loss(log_bag_means(logits.log_softmax(-1), batch.labeled.members), shares(batch.labeled))
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         inputs = batch.labeled.views["weak"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from fedlabel.data.bags import draw_bags, noisy_counts
 from fedlabel.data.datasets import DataConfig, load_dataset
 from fedlabel.data.federation import build_federation
-from fedlabel.data.imprecision import Resemblance
 from fedlabel.data.partition import PartitionConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision import KIND_NAMES, Supervision
@@ -23,13 +21,8 @@ HOLDERS = [np.arange(0, 503), np.arange(503, 1000)]
 BAGS = LabelKind(kind="bags", label_rate=None, bag_size=8)
 
 
-def alike() -> Resemblance:
-    """Nothing is asked of it by bags drawn at random."""
-    return Resemblance(None, Path(), 0, np.arange(0))  # type: ignore[arg-type]
-
-
-def draw(part: LabelKind = BAGS, seed: int = 0, resemblance: Resemblance | None = None):
-    return draw_bags(LABELS, HOLDERS, 3, part, resemblance or alike(), seed)
+def draw(part: LabelKind = BAGS, seed: int = 0, place: int = 0):
+    return draw_bags(LABELS, HOLDERS, 3, part, torch.zeros(0), seed, place)
 
 
 def test_bags_have_their_size_lie_in_one_client_and_count_its_classes() -> None:
@@ -59,12 +52,11 @@ def test_sorted_bags_hold_neighbouring_values() -> None:
     holder = np.arange(len(labels))
     values = dataset.train.images.flatten(1)[:, pixel].numpy()
     part = replace(BAGS, bag_size=50, bag_feature=pixel)
-    resemblance = Resemblance(dataset, Path(), 0, np.arange(0))
-    bag = draw_bags(labels, [holder], 10, part, resemblance, 0).bag.numpy()
+    bag = draw_bags(labels, [holder], 10, part, dataset.train.images, 0).bag.numpy()
     for number in range(bag.max()):
         assert values[bag == number].max() <= values[bag == number + 1].min()
     with pytest.raises(ValueError, match=r"`supervision.bag_feature` \(=64\) must be one of the 64 features"):
-        draw_bags(labels, [holder], 10, replace(part, bag_feature=64), resemblance, 0)
+        draw_bags(labels, [holder], 10, replace(part, bag_feature=64), dataset.train.images, 0)
 
 
 @pytest.mark.parametrize("exact", [[20, 12], [0, 5], [7, 0, 3], [0, 0, 0, 4]])
@@ -78,10 +70,24 @@ def test_noisy_counts_stay_counts(exact: list[int]) -> None:
     assert (exactly == exact).all()
 
 
-def test_noise_of_two_classes_is_laplace_of_scale_one_over_epsilon() -> None:
+def test_noise_of_two_classes_is_epsilon_private() -> None:
+    """P(k + 1) / P(k) = exp(-epsilon) for k >= 0, so one sample more or less changes no probability by more."""
     rng = np.random.default_rng(1)
-    error = np.array([noisy_counts(np.array([500, 500]), 0.2, rng)[1] - 500 for _ in range(20_000)])
-    assert np.abs(error).mean() == pytest.approx(5, rel=0.05)  # E|Laplace(b)| = b
+    error = np.array([noisy_counts(np.array([500, 500]), 0.5, rng)[1] - 500 for _ in range(40_000)])
+    shares = np.array([(error == k).mean() for k in range(-3, 4)])
+    assert shares[3] == pytest.approx((1 - np.exp(-0.5)) / (1 + np.exp(-0.5)), rel=0.05)
+    np.testing.assert_allclose(shares[4:] / shares[3:-1], np.exp(-0.5), rtol=0.1)
+    np.testing.assert_allclose(shares[:3], shares[:3:-1], rtol=0.1)
+
+
+def test_parts_of_a_mix_have_noise_of_their_own() -> None:
+    """Equal bags twice: the difference of their counts would else be exact."""
+    labels, holders = np.ones(400, dtype=np.int64), [np.arange(400)]
+    part = replace(BAGS, count_epsilon=0.3)
+    first, second = (draw_bags(labels, holders, 2, part, torch.zeros(0), 0, place).counts[:, 1] for place in (0, 1))
+    assert not torch.equal(first, second)
+    one, two = draw(place=0), draw(place=1)
+    assert not torch.equal(one.bag, two.bag)
 
 
 def federation(supervision: SupervisionConfig, **changes: bool):

@@ -420,6 +420,38 @@ def test_bad_input_is_named(changes, message):
         line(**changes)
 
 
+def test_evidence_beyond_the_cut_is_weighed_by_its_differences() -> None:
+    """Log-odds of 60 and 55 and one count: sigmoid(5); with an edge that hardly counts the same."""
+    sure = {"log_odds": numbers(60, 55, -200, -190), "tolerance": 1e-8}
+    for edges, weight in ((NO_EDGES, NO_WEIGHT), (torch.tensor([[0, 2]]), numbers(1e-9))):
+        beliefs = line(**sure, edges=edges, edge_weight=weight)
+        assert beliefs.converged
+        assert beliefs.probability.tolist() == pytest.approx([0.993307, 0.006693, 0.000045, 0.999955], abs=1e-6)
+
+
+def test_a_nearly_certain_large_bag_keeps_its_count() -> None:
+    """300 labels of which 12 are open: not Gaussian, so exact."""
+    log_odds = torch.full((300,), -40.0, dtype=torch.float64)
+    log_odds[:12] = torch.linspace(-1, 1, 12)
+    zero = torch.zeros(300, dtype=torch.int64)
+    beliefs = marginals(log_odds, zero, torch.tensor([6]), NO_EDGES, NO_WEIGHT)
+    torch.testing.assert_close(beliefs.probability, bag_posterior(log_odds, 6), rtol=0, atol=1e-12)
+
+
+def test_bags_of_up_to_256_are_exact_whoever_is_stacked_with_them() -> None:
+    generator = torch.Generator().manual_seed(8)
+    log_odds = torch.randn(530, generator=generator, dtype=torch.float64)
+    bag = torch.cat([torch.zeros(250), torch.ones(280)]).long()
+    beliefs = marginals(log_odds, bag, torch.tensor([100, 100]), NO_EDGES, NO_WEIGHT)
+    torch.testing.assert_close(beliefs.probability[:250], bag_posterior(log_odds[:250], 100), rtol=0, atol=1e-12)
+
+
+def test_what_would_not_fit_into_memory_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("fedlabel.inference.cardinality.MOST_CELLS", 7)
+    with pytest.raises(ValueError, match="need more than 7 numbers"):
+        line()
+
+
 def test_soft_counts_may_be_missed_by_what_is_certain():
     beliefs = line(log_odds=numbers(math.inf, math.inf, 0, 0), lambda_bag=2.0)
     assert beliefs.probability[:2].tolist() == [1, 1]
@@ -437,6 +469,7 @@ def test_pairs_beyond_memory_are_refused(monkeypatch):
         ([[1, 1, 0], [1, 1, 1]], r"counts of bag 1 \(=\[1, 1, 1\]\) must sum to its size, 2"),
         ([[3, -1, 0], [1, 1, 0]], r"count of bag 0 \(=3\)"),
         ([[0, 2, 0], [1, 1, 0]], "Bag 0 contradicts itself"),
+        ([[1, 1], [1, 1]], r"`bag_counts` \(of shape \(2, 2\)\) must be of shape \(bags, 3\)"),
     ],
 )
 def test_bad_counts_of_classes_are_named(counts, message):
@@ -444,3 +477,44 @@ def test_bad_counts_of_classes_are_named(counts, message):
     log_probs[0, 1:] = -math.inf
     with pytest.raises(ValueError, match=message):
         class_marginals(log_probs, torch.tensor([0, 0, 1, 1]), torch.tensor(counts), NO_EDGES, NO_WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("limited", "counts"),
+    [
+        ({0: [3, 4]}, [1, 1, 1, 0, 0]),
+        ({0: [0, 1], 1: [0, 1], 2: [0, 1]}, [1, 1, 1, 1, 0]),
+    ],
+)
+def test_sets_of_classes_that_contradict_counts_together_are_named(limited, counts):
+    """No class is left, or three samples share two."""
+    n = sum(counts)
+    log_probs = torch.zeros(n, 5, dtype=torch.float64)
+    for sample, classes in limited.items():
+        log_probs[sample] = -math.inf
+        log_probs[sample, classes] = 0
+    with pytest.raises(ValueError, match="Bag 0 contradicts itself"):
+        class_marginals(log_probs, torch.zeros(n, dtype=torch.int64), torch.tensor([counts]), NO_EDGES, NO_WEIGHT)
+
+
+def test_soft_counts_of_several_classes_are_near_enumeration():
+    """One factor per class, loopy even in one bag; the penalty is over all classes."""
+    generator = torch.Generator().manual_seed(9)
+    log_probs = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    counts, bag = torch.tensor([[2, 2, 1]]), torch.zeros(5, dtype=torch.int64)
+    z = torch.nn.functional.one_hot(torch.tensor(list(itertools.product(range(3), repeat=5))), 3).double()
+    energy = (z * log_probs).sum((1, 2)) - 0.1 * (z.sum(1) - counts[0]).square().sum(1)
+    exact = torch.einsum("l,lnc->nc", energy.softmax(0), z)
+    beliefs = class_marginals(log_probs, bag, counts, NO_EDGES, NO_WEIGHT, lambda_bag=0.1)
+    assert beliefs.converged
+    torch.testing.assert_close(beliefs.probability, exact, rtol=0, atol=0.01)
+    free = class_marginals(log_probs, bag, counts, NO_EDGES, NO_WEIGHT, lambda_bag=0.0)
+    torch.testing.assert_close(free.probability, log_probs.softmax(1))
+    assert float((exact - free.probability).abs().max()) > 0.03
+
+
+def test_impossible_rows_are_named():
+    log_probs = torch.zeros(2, 3)
+    log_probs[1] = -math.inf
+    with pytest.raises(ValueError, match="with a possible class in every row"):
+        class_marginals(log_probs, torch.zeros(2, dtype=torch.int64), torch.tensor([[1, 1, 0]]), NO_EDGES, NO_WEIGHT)

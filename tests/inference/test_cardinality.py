@@ -134,6 +134,31 @@ def test_likelihood_of_a_large_bag_is_near_the_exact_one(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("absent", [0, 295])
+def test_absent_labels_change_nothing(absent: int) -> None:
+    """Also where the rest of the row makes it wide, whose likelihood is then not exact: within 2 %."""
+    theta = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.3], dtype=torch.float64)
+    padded = torch.cat([theta, torch.full((absent,), -math.inf, dtype=torch.float64)]).requires_grad_()
+    for count in range(6):
+        value = count_log_likelihood(padded, count)
+        assert float(value.detach()) == pytest.approx(
+            float(count_log_likelihood(theta, count)), abs=0.06 if absent else 1e-12
+        )
+        (gradient,) = torch.autograd.grad(value, padded)
+        assert gradient[5:].abs().sum() == 0
+        posterior = bag_posterior(theta, count)
+        torch.testing.assert_close(gradient[:5], posterior - theta.sigmoid(), rtol=0, atol=0.07 if absent else 1e-12)
+
+
+def test_likelihood_of_a_large_bag_is_at_most_one() -> None:
+    """300 labels that are all but certain of the right count: log p near 0, and no reward for being surer."""
+    for sure in (2.0, 8.0, 20.0, 60.0):
+        theta = torch.where(torch.arange(300) < 100, sure, -sure).double()
+        value = float(count_log_likelihood(theta, 100))
+        assert value <= 0
+        assert value > -0.2 or sure < 8
+
+
 @pytest.mark.parametrize(("size", "error"), [(64, 0.006), (256, 0.001), (1024, 0.0002)])
 def test_gaussian_messages_approach_the_exact_ones(size, error):
     """Check 15, and far from the mode, too: the count is four standard deviations off."""

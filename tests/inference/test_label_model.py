@@ -150,6 +150,7 @@ def test_temperature_flattens() -> None:
     expected = (sharp.posterior(votes).log() / 2).softmax(1)  # the prior is even
     torch.testing.assert_close(flat.posterior(votes), expected)
     assert torch.equal(flat.log_likelihood(votes), sharp.log_likelihood(votes))
+    assert float(flat.expected_counts(votes).log_likelihood) == pytest.approx(float(sharp.log_likelihood(votes)))
 
 
 # ------------------------------------------------------------------------------------------------------------------- EM

@@ -59,6 +59,14 @@ def test_length_scale_is_the_median_length() -> None:
     assert float(weight.median()) == pytest.approx(math.exp(-1), rel=0.02)
 
 
+def test_opposite_and_huge_samples_are_joined() -> None:
+    """max_distance=2 joins all; lengths beyond single precision are no trouble."""
+    assert neighbor_graph(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).edges.tolist() == [[0, 1]]
+    graph = neighbor_graph(torch.tensor([[1e20, 0.0], [1e20, 1e19], [0.0, 1e20]]), 1)
+    assert graph.edges.tolist() == [[0, 1], [1, 2]]
+    assert graph.weight.isfinite().all()
+
+
 def test_equal_samples_are_joined_with_weight_one() -> None:
     graph = neighbor_graph(torch.ones(4, 3), 2)
     assert torch.equal(graph.weight, torch.ones(len(graph.edges)))

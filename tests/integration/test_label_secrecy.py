@@ -40,6 +40,7 @@ def method_overrides(method: str) -> list[str]:
     if any(phase.bags for phase in METHODS[method]().phases(1)):
         bags = ["supervision.kind=bags", "supervision.label_rate=null", "supervision.bag_size=5"]
         two = ["data.positive_classes=[1,3,5]"] if method == "top_count" else []
+        two += ["method.stage_rounds=1", "method.evidence=current"] if method == "llp_bp" else []
         return [*bags, *two, f"method.name={method}"]
     threshold = "confidence_threshold" in METHODS[method].__dataclass_fields__
     lowered = ["method.confidence_threshold=0.2"] if threshold else []

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedlabel.config import load_config
+from fedlabel.data.supervision import Supervision
+from fedlabel.experiment import Experiment
 from fedlabel.inference.cardinality import bag_posterior
 from fedlabel.methods.bags import BagMethod, bag_means, by_bag
 from fedlabel.methods.base import Batch, State, Survey
@@ -19,6 +22,7 @@ from fedlabel.methods.easy_llp import EasyLLP, easy_weights
 from fedlabel.methods.gen_bags import GenBags, expected_square
 from fedlabel.methods.llp_vat import LLPVAT, divergence, unit
 from fedlabel.methods.top_count import TopCount, top_counts
+from fedlabel.training import bag_units
 from tests.methods.batches import make_part
 
 MEMBERS = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1], [6, -1, -1, -1], [7, -1, -1, -1]])
@@ -66,7 +70,7 @@ def test_unknown_counts_have_no_say_and_a_labelled_sample_is_a_bag_of_one(method
     assert (gradient[:7].abs().sum(1) > 0).all()
     alone = make_batch({"prior": torch.tensor([0.0, 1.0])}, torch.tensor([[0]]), torch.tensor([[0, 1]]))
     value, _ = run(method, two(P[6:7]), alone)
-    expected = expected_square(torch.tensor(0.2).view(1, 1)).item() / 4 if method.name == "gen_bags" else -math.log(0.8)
+    expected = expected_square(torch.tensor(0.2).view(1, 1)).item() if method.name == "gen_bags" else -math.log(0.8)
     assert value == pytest.approx(expected, abs=1e-6)
 
 
@@ -82,8 +86,8 @@ def test_step_counts_the_samples_of_known_bags_and_their_error(method: BagMethod
 def test_dllp() -> None:
     """p = (.9, .6, .2, .1), share .25: mean .45, loss .6480047; least at the share itself, .5623351."""
     predicted, share = torch.tensor([[0.55, 0.45]]), torch.tensor([[0.75, 0.25]])
-    assert float(dllp_loss(predicted, share)) == pytest.approx(0.6480047)
-    assert float(dllp_loss(share, share)) == pytest.approx(0.5623351)
+    assert float(dllp_loss(predicted.log(), share)) == pytest.approx(0.6480047)
+    assert float(dllp_loss(share.log(), share)) == pytest.approx(0.5623351)
     value, _ = run(DLLP(), two(P), make_batch())
     of_two = -0.5 * math.log(0.55) - 0.5 * math.log(0.45)
     assert value == pytest.approx((0.6480047 + of_two - math.log(0.8)) / 3)
@@ -113,8 +117,6 @@ def test_easy_llp_is_unbiased(size: int) -> None:
 
 def test_easy_llp_takes_the_clients_own_prior() -> None:
     """Bags with 3 + 1 zeros and 1 + 1 ones, and a labelled one: prior (4, 3) / 7; unlabelled samples do not count."""
-    from fedlabel.data.supervision import Supervision
-
     candidates = torch.ones(8, 2, dtype=torch.bool)
     candidates[6, 0] = False
     nobody = torch.zeros(8, 0, dtype=torch.int64)
@@ -141,8 +143,18 @@ def test_gen_bags_combines_bags_in_blocks_of_four() -> None:
     members, counts = torch.arange(5)[:, None], torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1]])
     value, _ = run(GenBags(), two(P[:5]), make_batch({}, members, counts))
     errors = P[:5] - counts[:, 1]
-    expected = (4 * expected_square(errors[:4]) + expected_square(errors[4:])) / 4 / 5
+    expected = (expected_square(errors[:4]) + expected_square(errors[4:])) / 5
     assert value == pytest.approx(float(expected))
+
+
+def test_gen_bags_has_one_scale_whatever_the_number_of_bags() -> None:
+    """All errors of one half with signs that cancel or not: near 1.331 / 4 a bag, and not less for an odd one out."""
+    for bags in (1, 2, 4, 6, 8):
+        members, counts = torch.arange(bags)[:, None], torch.eye(2).long()[torch.arange(bags) % 2]
+        value, _ = run(GenBags(), two(torch.full((bags,), 0.5).double()), make_batch({}, members, counts))
+        assert 0.24 < value < 0.35
+    (phase,) = GenBags().phases(1)
+    assert phase.least_bags == 4
 
 
 def test_count_likelihood_and_its_gradient() -> None:
@@ -233,3 +245,55 @@ def test_bad_fields_are_named(changes: dict[str, float]) -> None:
     ((key, value),) = changes.items()
     with pytest.raises(ValueError, match=rf"`method.{key}` \(={value}\)"):
         LLPVAT(**changes)
+
+
+def test_dllp_does_not_lose_its_gradient_where_it_is_most_wrong() -> None:
+    """A bag of four, share .75, log-odds -20: p - share p / mean = -.75 / 4 each."""
+    logits = torch.tensor([[0.0, -20.0]]).repeat(4, 1).double()
+    _, gradient = run(DLLP(), logits, make_batch({}, torch.arange(4)[None], torch.tensor([[1, 3]])))
+    assert gradient[:, 1].tolist() == pytest.approx([-0.75 / 4] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [DLLP(), CountLikelihood(), TopCount(), EasyLLP()], ids=lambda m: m.name)
+def test_who_shares_the_batch_does_not_matter(method: BagMethod) -> None:
+    """A labelled sample and a full bag beside a bag of 300, and beside nothing."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(303, generator=generator).double()
+    members = torch.full((3, 300), -1)
+    members[0] = torch.arange(300)
+    members[1, :2] = torch.tensor([300, 301])
+    members[2, 0] = 302
+    counts = torch.tensor([[200, 100], [0, 2], [1, 0]])
+    memory = {"prior": torch.tensor([0.6, 0.4], dtype=torch.float64)}
+    _, together = run(method, two(p), make_batch(memory, members, counts))
+    small = torch.tensor([[0, 1], [2, -1]])
+    _, apart = run(method, two(p[300:]), make_batch(memory, small, counts[1:]))
+    torch.testing.assert_close(together[300:] * 3, apart * 2, rtol=1e-6, atol=1e-5)
+
+
+def test_count_likelihood_of_sure_predictions_in_a_padded_bag() -> None:
+    """One sample of log-odds -80 that is counted beside a bag of two: log p = -80, and it is pulled up alone."""
+    logits = torch.tensor([[0.0, -80.0], [0.0, 1.0], [0.0, -1.0]]).double()
+    members, counts = torch.tensor([[0, -1], [1, 2]]), torch.tensor([[0, 1], [1, 1]])
+    value, gradient = run(CountLikelihood(), logits, make_batch({}, members, counts))
+    alone, _ = run(CountLikelihood(), logits[1:], make_batch({}, torch.tensor([[0, 1]]), counts[1:]))
+    assert value == pytest.approx((80 + alone) / 2)
+    assert float(gradient[0, 1]) == pytest.approx(-0.5)
+
+
+def test_noisy_labels_are_no_bags_of_one() -> None:
+    candidates = torch.eye(2, dtype=torch.bool)
+    known = Supervision.without_bags(candidates, torch.tensor([True, False]), torch.zeros(2, 0, dtype=torch.int64))
+    assert bag_units(known, unlabeled=False).rows.tolist() == [[1]]
+    prior = EasyLLP().prepare(Survey(lambda *_: torch.zeros(0), known, {})).memory
+    assert prior is not None
+    assert prior["prior"].tolist() == [0, 1]
+
+
+def test_vat_refuses_batch_norm() -> None:
+    """Its probe would change running statistics inside a derivative."""
+    vat = ["method.name=llp_vat", "supervision.kind=bags", "supervision.bag_size=4", "device=cpu"]
+    Experiment(load_config([], vat))
+    with pytest.raises(ValueError, match=r"`model.norm` \(=batch\) .* is BatchNorm, which method llp_vat cannot"):
+        Experiment(load_config([], [*vat, "model.norm=batch"]))
+    Experiment(load_config([], [*vat, "model.norm=batch", "method.lambda_vat=0"]))
