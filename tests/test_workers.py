@@ -93,8 +93,10 @@ def test_no_worker_outlives_its_parent(signal_number: int, tmp_path: Path) -> No
     """Two workers in the middle of endless jobs; the parent is interrupted, ended or killed: all go."""
     mark = str(tmp_path)
     code = (
+        "import signal\n"
         "from fedlabel.workers import run_parallel\n"
         "from tests.test_workers import work\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run in the background
         "jobs = iter(['endless', 'endless', None, None])\n"
         "run_parallel(work, 2, jobs.__next__, lambda job, message: print(message, flush=True), print)\n"
     )

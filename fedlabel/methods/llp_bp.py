@@ -66,6 +66,21 @@ def top_count_labels(belief: Tensor, bag: Tensor, counts: Tensor, otherwise: Ten
     return torch.where(bag >= 0, chosen, otherwise)
 
 
+def centering(coupling: Tensor, log_odds: float) -> Tensor:
+    """Returns h, (e,): what to add to the log-odds of both ends of an edge so that it tells labels of `log_odds` nothing.
+
+    exp(h (z_i + z_j) - a (z_i - z_j)^2) then leaves them these very log-odds: with x = exp(log_odds + h), b = exp(-a) and
+    o = exp(log_odds), x^2 + b (1 - o) x - o = 0.
+
+    Args:
+        coupling: (e,) a = lambda_edge K.
+        log_odds: log of ones by zeros.
+    """
+    odds = math.exp(log_odds)
+    half = (-coupling).exp() * (1 - odds) / 2
+    return ((half.square() + odds).sqrt() - half).log() - log_odds
+
+
 @dataclass(frozen=True)
 class LLPBP(Method):
     """Stages of `stage_rounds` rounds: beliefs at each client, once a stage, and a fresh learner of them."""
@@ -92,6 +107,9 @@ class LLPBP(Method):
     """Weight of the squared error of a bag's count; .inf: counts are exact. pairwise and noisy counts need a number."""
     lambda_edge: float = 1.0
     """Weight of two neighbours that differ, beside the kernel."""
+    centered: bool = False
+    """Ours, two classes: neighbours agree relative to the client's share of ones. The paper's coupling is even-handed:
+    where ones are few a sample is the likelier a zero the more neighbours it has. See `centering`."""
     damping: float = 0.5
     """Share of the old message in the new one."""
     max_iterations: int = 200
@@ -143,11 +161,11 @@ class LLPBP(Method):
     def check(self, known: Supervision) -> None:
         super().check(known)
         classes = known.candidates.shape[1]
-        if classes > 2 and (self.rule == "top_count" or self.factor == "pairwise"):
+        if classes > 2 and (self.rule == "top_count" or self.factor == "pairwise" or self.centered):
             raise ValueError(
-                f"`method.rule` (={self.rule}) and `method.factor` (={self.factor}): with {classes} classes "
-                "rule=top_count and factor=pairwise have no place; leave them out, or set data.positive_classes for "
-                "two classes."
+                f"`method.rule` (={self.rule}), `method.factor` (={self.factor}) and `method.centered` "
+                f"(={self.centered}): with {classes} classes rule=top_count, factor=pairwise and centered=true have no "
+                "place; leave them out, or set data.positive_classes for two classes."
             )
 
     def check_rounds(self, num_rounds: int) -> None:
@@ -239,6 +257,11 @@ class LLPBP(Method):
                 self.max_iterations,
             )
         log_odds = log_probs[:, 1] - log_probs[:, 0]
+        ones, zeros = known.bag_counts[:, 1].sum(), known.bag_counts[:, 0].sum()
+        if self.centered and ones > 0 and zeros > 0:
+            field = centering(self.lambda_edge * weight, math.log(float(ones / zeros)))
+            for ends in graph.edges.unbind(1):
+                log_odds = log_odds.index_add(0, ends, field)
         beliefs = marginals(
             log_odds.clamp(-LARGEST, LARGEST) if self.factor == "pairwise" else log_odds,  # it knows no certainty
             known.bag,

@@ -17,7 +17,7 @@ from fedlabel.inference.belief import marginals
 from fedlabel.inference.cardinality import bag_posterior
 from fedlabel.inference.neighbors import Graph, neighbor_graph
 from fedlabel.methods.base import Survey
-from fedlabel.methods.llp_bp import LLPBP, top_count_labels
+from fedlabel.methods.llp_bp import LLPBP, centering, top_count_labels
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.nets import Mlp
 from fedlabel.training import ClientData, ImageTransform, Trainer, TrainingConfig, bag_units, train_client
@@ -383,12 +383,36 @@ def test_bad_fields_are_named(changes: dict[str, object], message: str) -> None:
         LLPBP(**changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [{"rule": "top_count"}, {"factor": "pairwise", "lambda_bag": 1.0}])
+def test_centered_edges_say_nothing_where_all_bags_have_one_share() -> None:
+    """Whatever the graph, beliefs stay at the share; the paper's coupling moves those with many neighbours to zero."""
+    x, _ = gaussians(64)
+    graph, known = neighbor_graph(x), in_bags(torch.tensor([1, 0, 0, 0]).repeat(16), 4)
+    quarter = torch.full((64,), 0.25).double()
+    found = LLPBP(centered=True, max_iterations=500).infer(known, graph, torch.zeros(64, 2))
+    torch.testing.assert_close(found.probability[:, 1], quarter, rtol=0, atol=1e-3)
+    plain = LLPBP(max_iterations=500).infer(known, graph, torch.zeros(64, 2)).probability[:, 1]
+    assert float((plain - quarter).abs().max()) > 0.05
+    degree = torch.bincount(graph.edges.flatten(), minlength=64).double()
+    assert float(torch.corrcoef(torch.stack([degree, plain]))[0, 1]) < -0.3
+
+
+def test_centering_is_the_field_of_a_factor_with_the_given_marginals() -> None:
+    """By enumeration of two labels of log-odds c + h each."""
+    coupling, c = torch.tensor([0.0, 0.3, 2.0]).double(), math.log(0.2 / 0.8)
+    x = (c + centering(coupling, c)).exp()
+    differ = (-coupling).exp() * x
+    marginal = (x**2 + differ) / (1 + 2 * differ + x**2)
+    torch.testing.assert_close(marginal, torch.full((3,), 0.2).double())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rule": "top_count"}, {"centered": True}, {"factor": "pairwise", "lambda_bag": 1.0}]
+)
 def test_what_is_for_two_classes_is_refused_for_more(changes: dict[str, object]) -> None:
     known = in_bags(torch.tensor([0, 1, 2, 0]), 2, 3)
     LLPBP().check(known)
     LLPBP(lambda_bag=2.0).check(known)
-    with pytest.raises(ValueError, match="with 3 classes rule=top_count and factor=pairwise"):
+    with pytest.raises(ValueError, match="with 3 classes rule=top_count, factor=pairwise and centered"):
         LLPBP(**changes).check(known)  # type: ignore[arg-type]
 
 
