@@ -67,10 +67,10 @@ def top_count_labels(belief: Tensor, bag: Tensor, counts: Tensor, otherwise: Ten
 
 
 def centering(coupling: Tensor, log_odds: float) -> Tensor:
-    """Returns h, (e,): what to add to the log-odds of both ends of an edge so that it tells labels of `log_odds` nothing.
+    """Returns h, (e,): what to add to the log-odds of both ends of an edge so that labels of `log_odds` hear nothing.
 
-    exp(h (z_i + z_j) - a (z_i - z_j)^2) then leaves them these very log-odds: with x = exp(log_odds + h), b = exp(-a) and
-    o = exp(log_odds), x^2 + b (1 - o) x - o = 0.
+    exp(h (z_i + z_j) - a (z_i - z_j)^2) then leaves them these very log-odds: with x = exp(log_odds + h), b = exp(-a)
+    and o = exp(log_odds), x^2 + b (1 - o) x - o = 0.
 
     Args:
         coupling: (e,) a = lambda_edge K.
