@@ -42,6 +42,13 @@ REMEMBERING = {
     "fedtrinet": ["method.warmup_rounds=1", "method.quality_start=0.2", "method.ramp_end=1"],
     "freematch": [],
     "fixmatch": ["method.mask.kind=cbafed", "method.mask.base=0", "method.mask.cap=0.2", "method.mask.debias=prior"],
+    "llp_bp": [
+        "method.stage_rounds=1",
+        "method.evidence=previous",
+        "supervision.kind=bags",
+        "supervision.label_rate=null",
+        "supervision.bag_size=5",
+    ],
     "semifl": [
         "method.confidence_threshold=0.2",
         "supervision.labels_at=server",
@@ -49,7 +56,7 @@ REMEMBERING = {
         "strategy.args.server_momentum=0.5",
     ],
 }
-"""Method -> options under which its memory, helpers, shared state or training at the server matter in three rounds."""
+"""Method -> options under which its memory, helpers, stages, shared state or training at the server matter in three rounds."""
 
 
 @pytest.mark.slow
