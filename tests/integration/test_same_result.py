@@ -56,7 +56,7 @@ REMEMBERING = {
         "strategy.args.server_momentum=0.5",
     ],
 }
-"""Method -> options under which its memory, helpers, stages, shared state or training at the server matter in three rounds."""
+"""Method -> options under which its memory, helpers, stages, shared state or server training matter in three rounds."""
 
 
 @pytest.mark.slow
