@@ -89,7 +89,7 @@ class Experiment:
                 f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs: "
                 "take a network of our own, e.g. cnn or mlp."
             )
-        batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in models[0].modules())
+        batch_norm = any(isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)) for part in models[0].modules())
         if method.input_gradients and batch_norm:
             raise ValueError(
                 f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}) is BatchNorm, "

@@ -17,6 +17,7 @@ Source: Xu et al., "DP-SSL: Towards Robust Semi-supervised Learning with A Few L
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -161,47 +162,40 @@ class LabelModel:
         """Returns the sums over first guesses: each class's votes divided by how many functions may vote for it; a row
         without votes by the prior. EM starts from here, so that class c of the model is class c.
         """
-        symbols = self._symbols_of(votes)
-        guesses = (self._guess(part) for part in symbols.split(_CHUNK))
-        return self._sum(symbols, guesses)
+        return self._sum(self._symbols_of(votes), lambda start, part: (self._guess(part), part.new_zeros(()).double()))
 
     def _guess(self, symbols: Tensor) -> Tensor:
         share = coverage_normalized_votes(self._votes_of(symbols), self.class_sets)
         return torch.where(share.sum(1, keepdim=True) > 0, share / share.sum(1, keepdim=True), self.prior)
 
     def _counts(self, symbols: Tensor, labels: Tensor | None, label_weight: float) -> Counts:
-        total = torch.zeros((), dtype=torch.float64, device=symbols.device)
+        def look(start: int, part: Tensor) -> tuple[Tensor, Tensor]:
+            joint = self._joint(part, 1.0)
+            posterior = joint.softmax(1) if self.temperature == 1 else self._joint(part).softmax(1)
+            evidence = joint.logsumexp(1)
+            if labels is not None:
+                given = labels[start : start + len(part)]
+                known, place = given >= 0, given.clamp_min(0)[:, None]
+                clamped = label_weight * torch.zeros_like(posterior).scatter_(1, place, 1.0)
+                posterior = torch.where(known[:, None], clamped, posterior)
+                evidence = torch.where(known, label_weight * joint.gather(1, place).squeeze(1), evidence)
+            return posterior, evidence.sum()
 
-        def posteriors():  # type: ignore[no-untyped-def]
-            nonlocal total
-            start = 0
-            for part in symbols.split(_CHUNK):
-                joint = self._joint(part, 1.0)
-                posterior = joint.softmax(1) if self.temperature == 1 else self._joint(part).softmax(1)
-                evidence = joint.logsumexp(1)
-                if labels is not None:
-                    given = labels[start : start + len(part)]
-                    known = given >= 0
-                    clamped = torch.nn.functional.one_hot(given.clamp_min(0), self.num_classes).double()
-                    posterior = torch.where(known[:, None], label_weight * clamped, posterior)
-                    of_label = joint.gather(1, given.clamp_min(0)[:, None]).squeeze(1)
-                    evidence = torch.where(known, label_weight * of_label, evidence)
-                total = total + evidence.sum()
-                start += len(part)
-                yield posterior
+        return self._sum(symbols, look)
 
-        counts = self._sum(symbols, posteriors())
-        return counts._replace(log_likelihood=total)
-
-    def _sum(self, symbols: Tensor, posteriors) -> Counts:  # type: ignore[no-untyped-def]
+    def _sum(self, symbols: Tensor, look: Callable[[int, Tensor], tuple[Tensor, Tensor]]) -> Counts:
+        """Adds up, chunk by chunk, what `look(first row, symbols)` says: posteriors (n, C), and the log-likelihood."""
         k, symbol_count, classes = self.tables.shape
         votes = torch.zeros(k * symbol_count, classes, dtype=torch.float64, device=symbols.device)
-        total = torch.zeros(classes, dtype=torch.float64, device=symbols.device)
-        for part, posterior in zip(symbols.split(_CHUNK), posteriors, strict=True):
+        total, log_likelihood, start = votes.new_zeros(classes), votes.new_zeros(()), 0
+        for part in symbols.split(_CHUNK):
+            posterior, evidence = look(start, part)
             total += posterior.sum(0)
+            log_likelihood += evidence
             for function in range(k):
                 votes.index_add_(0, part[:, function], posterior)
-        return Counts(votes.view(k, symbol_count, classes), total, torch.zeros_like(total.sum()))
+            start += len(part)
+        return Counts(votes.view(k, symbol_count, classes), total, log_likelihood)
 
     def _joint(self, symbols: Tensor, temperature: float | None = None) -> Tensor:
         """Returns log pi_y + kappa sum_k log T_k[y, v_k], (n, C)."""

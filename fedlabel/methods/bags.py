@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Model, Part, Phase, State, Step, mean_metric
+from fedlabel.methods.base import Batch, Method, Model, Part, Phase, Step, mean_metric
 
 
 def by_bag(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,14 +59,13 @@ def shares(part: Part) -> Tensor:
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
-def bag_step(values: Tensor, logits: Tensor, part: Part, memory: State | None = None) -> Step:
+def bag_step(values: Tensor, logits: Tensor, part: Part) -> Step:
     """Returns the mean loss over the bags whose counts are known, 0 for none.
 
     Args:
         values: (bags,) loss of each.
         logits: (n, classes) of the part's samples, for the metrics.
         part: the bags.
-        memory: see `Step.memory`.
     """
     known = known_bags(part)
     values = torch.where(known, values, torch.zeros_like(values))
@@ -74,7 +73,7 @@ def bag_step(values: Tensor, logits: Tensor, part: Part, memory: State | None = 
     error = (predicted - shares(part)).abs().sum(-1) / 2  # of two classes: of the share of one
     metrics = {"train/loss": mean_metric(values, known), "bag/share_error": mean_metric(error, known)}
     samples = ((part.members >= 0) & known[:, None]).sum()
-    return Step(values.sum() / known.sum().clamp_min(1), metrics, samples, memory=memory)
+    return Step(values.sum() / known.sum().clamp_min(1), metrics, samples)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,14 @@ Learning from Label Proportions", NeurIPS 2023).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlabel.methods.bags import BagMethod, bag_step, by_bag, shares
-from fedlabel.methods.base import Batch, Model, Phase, Prepared, Step, Survey
+from fedlabel.methods.bags import BagMethod, by_bag, shares
+from fedlabel.methods.base import Batch, Phase, Prepared, Survey
 
 
 def easy_weights(share: Tensor, size: Tensor, prior: Tensor) -> Tensor:
@@ -49,10 +48,6 @@ class EasyLLP(BagMethod):
     def initial_memory(self, candidates: Tensor) -> dict[str, Tensor]:
         classes = candidates.shape[1]
         return {"prior": torch.full((classes,), 1 / classes, device=candidates.device)}
-
-    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        logits = student(batch.labeled.views["weak"])
-        return bag_step(self.bag_loss(logits, batch), logits, batch.labeled)
 
     def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         rows, there = by_bag(-logits.log_softmax(-1), batch.labeled.members)

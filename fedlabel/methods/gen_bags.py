@@ -47,8 +47,7 @@ class GenBags(BagMethod):
         bags, known = len(errors), known_bags(part).to(errors.dtype)
         blocks = -(-bags // BLOCK)
         filled = torch.cat([errors, errors.new_zeros(blocks * BLOCK - bags, errors.shape[1])])
-        per_block = expected_square(filled.view(blocks, BLOCK, errors.shape[1]).transpose(1, 2)).mean(
-            -1
-        )  # over classes
+        by_class = filled.view(blocks, BLOCK, errors.shape[1]).transpose(1, 2)
+        per_block = expected_square(by_class).mean(-1)
         in_block = torch.cat([known, known.new_zeros(blocks * BLOCK - bags)]).view(blocks, BLOCK).sum(1).clamp_min(1)
         return (per_block / in_block).repeat_interleave(BLOCK)[:bags]
