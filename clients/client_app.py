@@ -8,10 +8,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlabel.data.labeling_functions import NOT_ASKED
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
 from fedlabel.methods.base import StateDict, state_from_lists, state_to_lists
-from fedlabel.metrics import means, pseudo_label_counts
+from fedlabel.metrics import function_counts, means, pseudo_label_counts
 from fedlabel.training import ClientUpdate
 
 app = ClientApp()
@@ -62,7 +63,8 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
     """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies want it, and counts beside.
 
     The counts compare pseudo-labels with the hidden truth where the client has it (a simulation); they are sums over
-    all its draws of a round, per true class. So does graph/homophily: neighbours of the same class, and all.
+    all its draws of a round, per true class. So does graph/homophily: neighbours of the same class, and all; and so are
+    labelling functions' votes on the samples without a label counted.
     """
     single = len(update.parts) == 1
     arrays = {
@@ -87,6 +89,10 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
         pairs = truth[update.pairs.cpu()]
         first, second = pairs[(pairs >= 0).all(1)].unbind(1)
         sums["graph/homophily"] = [float((first == second).sum()), float(len(first))]
+    if update.votes is not None:
+        votes, sets = (values.cpu() for values in update.votes)
+        free = ~experiment.federation.supervision(client).labeled & (votes > NOT_ASKED).any(1)
+        counts |= function_counts(votes[free], sets, experiment.federation.hidden_labels(client)[free])
     counts["passes"] = [float(update.forward), float(update.backward)]
     return RecordDict(
         {

@@ -20,6 +20,7 @@ from fedlabel.methods.base import State, StateDict
 from fedlabel.models import Net, build_model
 from fedlabel.models.additive import Additive
 from fedlabel.models.bag_head import BagHead
+from fedlabel.models.labeling_heads import LabelingHeads
 from fedlabel.models.twins import Twins
 from fedlabel.seeding import derive_seed
 from fedlabel.training import (
@@ -95,11 +96,15 @@ class Experiment:
                 f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}) is BatchNorm, "
                 f"which method {method.name} cannot differentiate by its inputs: take model.norm=group."
             )
-        if method.bag_head:
-            assert isinstance(models[0], Net), "who has a bag head needs embeddings"
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(derive_seed(seed, "bag_head"))  # and no GPU's
-                return BagHead(models[0], method.bag_head).to(self.device)
+        for name, size, wrap in (
+            ("bag_head", method.bag_head, BagHead),
+            ("labeling_heads", method.labeling_heads, LabelingHeads),
+        ):
+            if size:
+                assert isinstance(models[0], Net), "who has heads of its own needs embeddings"
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(derive_seed(seed, name))  # and no GPU's
+                    return wrap(models[0], size).to(self.device)
         if len(models) > 1:
             return Twins(models).to(self.device)
         return (Additive(models[0], method.additive) if method.additive else models[0]).to(self.device)
@@ -142,10 +147,16 @@ class Experiment:
         seed = derive_seed(self.config.seed, "server", "round", round_number)
         return train_server(self.config.method, self.trainer, global_state, data, round_number, seed)
 
-    def evaluate(self, state: StateDict) -> Evaluation:
-        """Evaluates the model with weights `state` (on the device) on the configured split."""
+    def evaluate(self, states: Mapping[str, StateDict], shared: State = MappingProxyType({})) -> Evaluation:  # type: ignore[assignment]
+        """Evaluates on the configured split what the method takes for the global model (see `Method.judged`).
+
+        Args:
+            states: weights on the device: "model", and "average" and "previous" where there are such.
+            shared: what the server shares.
+        """
+        models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
         return evaluate(
-            frozen_model(self.teacher, state),
+            self.config.method.judged(models, shared),
             self.evaluation_split,
             self.transform,
             self.federation.dataset.num_classes,

@@ -177,6 +177,33 @@ def reliability_figure(bins: np.ndarray, title: str) -> Figure:
     return figure
 
 
+def functions_figure(coverage: np.ndarray, accuracy: np.ndarray, estimated: np.ndarray) -> Figure:
+    """Shows how often each labelling function is right where it votes, and how often the label model thinks it is.
+
+    Args:
+        coverage: (functions,) share of the samples that it votes on.
+        accuracy: (functions,) share of its votes that are right, NaN where not known.
+        estimated: (functions,) the label model's estimate; NaN where there is none.
+    """
+    figure = _figure(4.8, 4.4)
+    axis = figure.subplots()
+    axis.plot([0, 100], [0, 100], "--", color="black", linewidth=1, zorder=3)
+    shown = np.isfinite(accuracy) & np.isfinite(estimated)
+    points = axis.scatter(
+        100 * estimated[shown], 100 * accuracy[shown], c=100 * coverage[shown], cmap=_sequential(), zorder=4, s=28
+    )
+    points.set_clim(0, None)
+    points.set_edgecolor("black")
+    points.set_linewidth(0.5)
+    figure.colorbar(points, ax=axis, label="coverage (%)")
+    axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="right where it votes, estimated (%)", ylabel="in truth (%)")
+    axis.grid(True, color="#E5E5E5", zorder=0)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{len(coverage)} labelling functions")
+    return figure
+
+
 def pseudo_label_panel(
     images: Tensor | np.ndarray,
     true_names: Sequence[str] | None,

@@ -181,3 +181,36 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
         f"posterior/accuracy_{name.replace(' ', '_')}": value for name, value in zip(KIND_NAMES, by_kind, strict=True)
     }
     return {name: float(value) for name, value in values.items() if np.isfinite(value)}
+
+
+def function_counts(votes: Tensor, class_sets: Tensor, truth: Tensor) -> Counts:
+    """Returns what the evaluator counts of labelling functions' votes on a client.
+
+    Args:
+        votes: (n, K) int64, -1 = abstained.
+        class_sets: (K, C) bool, what each may vote for.
+        truth: (n,) int64 hidden labels; -1 where nobody knows.
+
+    Returns:
+        "function_votes": (K, C) flattened, votes for each class; "function_counts": (K, 4) flattened, votes on samples
+        that another function votes on, too; that another one votes otherwise on; that are right; whose truth is known;
+        "function_samples": (5,) samples; those with any vote; those whose truth is known; of these, how many the
+        majority gets right and how many the votes by class, divided by how many functions may vote for it. A tie goes
+        to the first class.
+    """
+    classes = class_sets.shape[1]
+    cast, right = votes >= 0, votes == truth[:, None]
+    tallies = torch.stack([(votes == label).sum(1) for label in range(classes)], 1)  # (n, C)
+    others = cast.sum(1, keepdim=True) - cast.long()
+    alike = torch.where(cast, tallies.gather(1, votes.clamp_min(0)) - 1, 0)
+    known = truth >= 0
+    per_function = [cast & (others > 0), cast & (others > alike), cast & right, cast & known[:, None]]
+    by_class = torch.stack([(votes == label).sum(0) for label in range(classes)], 1)
+    normalized = tallies.double() / class_sets.sum(0).clamp_min(1)
+    samples = [torch.ones_like(known), cast.any(1), known]
+    samples += [known & (scores.argmax(1) == truth) for scores in (tallies, normalized)]
+    return {
+        "function_votes": by_class.double().flatten().tolist(),
+        "function_counts": torch.stack([mask.sum(0) for mask in per_function], 1).double().flatten().tolist(),
+        "function_samples": torch.stack([mask.sum() for mask in samples]).double().tolist(),
+    }

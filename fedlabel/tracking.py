@@ -130,6 +130,11 @@ class RunFolder:
         return self.path / "supervision.json"
 
     @property
+    def functions_csv(self) -> Path:
+        """Analysis of labelling functions, all clients' and each one's; absent without such functions."""
+        return self.path / "labeling_functions.csv"
+
+    @property
     def partition_png(self) -> Path:
         """Who holds what, as a picture."""
         return self.path / "partition.png"

@@ -28,6 +28,7 @@ from fedlabel.methods.base import (
     Step,
     Survey,
     Update,
+    Votes,
     pseudo_metrics,
 )
 from fedlabel.seeding import derive_seed, numpy_generator, torch_generator
@@ -38,7 +39,7 @@ SURVEY_BATCH = 500
 
 _ZERO = torch.zeros(())
 _NOTHING: Mapping[str, StateDict] = MappingProxyType({})
-_FROM_IMAGES = ((), ("all",), ("embed",))
+_FROM_IMAGES = ((), ("all",), ("embed",), ("heads",))
 """The parts of a network that begin with images: a pass through the rest is not counted as another."""
 
 
@@ -170,6 +171,8 @@ class ClientUpdate:
     """Samples whose gradient was propagated back."""
     pairs: Tensor | None
     """See `Prepared.pairs`."""
+    votes: Votes | None
+    """See `Prepared.votes`."""
 
 
 def frozen_model(module: nn.Module, state: Mapping[str, Tensor], lender: nn.Module | None = None) -> Model:
@@ -303,6 +306,7 @@ def train_client(
         forward=run.forward,
         backward=run.backward,
         pairs=run.pairs,
+        votes=run.votes,
     )
 
 
@@ -338,6 +342,7 @@ class _Run:
         self.forward = 0
         self.backward = 0
         self.pairs: Tensor | None = None
+        self.votes: Votes | None = None
         self._with_gradient = 0
         """Samples sent through the student in this step whose gradient may be asked for."""
 
@@ -347,7 +352,8 @@ class _Run:
         labeled, unlabeled = self._index(phase, config, units)
         self.drawn_from[torch.cat([labeled, unlabeled])] = True
         self.states[phase.name] = self.states[phase.start]
-        if len(labeled) + len(unlabeled) == 0 or count_steps(phase, config, 1, 1) == 0:
+        idle = count_steps(phase, config, 1, 1) == 0
+        if len(labeled) + len(unlabeled) == 0 or (idle and phase.prepare is None):
             return
         # Models of other clients come along only in some rounds.
         present = [name for name in phase.teachers if name in self.states or not name.startswith("helper")]
@@ -359,14 +365,14 @@ class _Run:
             if phase.prepare is not None:
                 prepared = self._prepare(phase, teachers)
                 targets, self.memory = prepared.targets, prepared.memory or self.memory
-                self.pairs = prepared.pairs
+                self.pairs, self.votes = prepared.pairs, prepared.votes
                 self._log(Step(_ZERO, dict(prepared.metrics), _ZERO), unlabeled)
                 if prepared.pseudo is not None:
                     labels = PseudoLabels(*(values[unlabeled.to(values.device)] for values in prepared.pseudo))
                     self._log(Step(_ZERO, pseudo_metrics(labels), _ZERO, labels), unlabeled)
                 if prepared.draw is not None:
                     drawn = unlabeled[prepared.draw.cpu()[unlabeled]]
-                if len(labeled) + len(drawn) == 0:
+                if idle or len(labeled) + len(drawn) == 0:
                     return
             over_labeled = count_steps(phase, config, len(labeled), config.batch_size)
             over_drawn = count_steps(phase, config, len(drawn), config.batch_size * config.unlabeled_ratio)

@@ -54,6 +54,8 @@ class Checkpoint:
     """See `HelperPool.dump`."""
     previous: dict[str, Tensor] = field(default_factory=dict)
     """What the model was at the end of the stage before (see `Method.starts_stage`); empty in the first."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """See `Method.averaging`."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

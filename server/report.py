@@ -19,6 +19,7 @@ from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.methods.base import State, StateDict, state_from_lists, state_to_lists
 from fedlabel.metrics import Counts, add_counts, bins_of, means, pseudo_label_metrics, ratio
 from fedlabel.tracking import RunFolder, summarize
+from server.functions import FunctionWatch
 from server.noise import NoiseWatch
 from server.strategy import decode
 
@@ -148,9 +149,10 @@ def log_round(
     folder: RunFolder,
     experiment: Experiment,
     tally: RoundTally,
-    model: StateDict | None,
+    models: Mapping[str, StateDict] | None,
     client_states: Mapping[int, RecordDict] | None,
-    noise: tuple[NoiseWatch, State],
+    shared: State,
+    watches: tuple[NoiseWatch, FunctionWatch],
     started: float,
 ) -> dict[str, float]:
     """Writes one round into the run folder and returns its metrics.
@@ -159,14 +161,17 @@ def log_round(
         folder: the run's.
         experiment: evaluates.
         tally: the finished tally of the round.
-        model: the new global model, or None where this round is not evaluated.
+        models: the new global model and what belongs to it (see `Experiment.evaluate`), or None where this round is not
+            evaluated.
         client_states: what the clients kept when the round began; None: not in this process.
-        noise: shows the noise matrix in the state that the server shares from now on.
+        shared: the state that the server shares from now on.
+        watches: what is shown of it.
         started: `time.perf_counter()` at the start of the round.
     """
     counts = add_counts(tally.client_counts.values())
     metrics = {**means(tally.sums), **pseudo_label_metrics(counts if "drawn" in counts else {})}
-    metrics |= noise[0].metrics(noise[1], tally.round_number)
+    noise, functions = watches
+    metrics |= noise.metrics(shared, tally.round_number)
     lists: dict[str, np.ndarray] = {}
     figures: dict[str, Figure] = {}
     if "drawn" in counts:
@@ -176,10 +181,12 @@ def log_round(
         drawn, kept, correct = ([sum(c.get(key, [0.0])) for c in clients] for key in ("drawn", "kept", "correct"))
         lists["pseudo/client_coverage"] = ratio(kept, drawn)  # NaN for clients that did not train this round
         lists["pseudo/client_accuracy"] = ratio(correct, kept)
-    if noise[0].is_shown(tally.round_number):
-        figures |= noise[0].figures(noise[1])
-    if model is not None:
-        evaluation = experiment.evaluate(model)
+    if noise.is_shown(tally.round_number):
+        figures |= noise.figures(shared)
+    if "function_votes" in counts:
+        metrics |= functions.watch(tally.round_number, counts, tally.client_counts, shared)
+    if models is not None:
+        evaluation = experiment.evaluate(models, shared)
         metrics |= evaluation.metrics()
         lists["eval/class_accuracy"] = evaluation.class_accuracy
         lists["eval/client_accuracy"] = evaluation.client_accuracy
@@ -276,7 +283,7 @@ def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str,
     }
 
 
-_SUMMARIZED = ("eval/", "pseudo/", "posterior/", "transition/", "train/loss")
+_SUMMARIZED = ("eval/", "pseudo/", "posterior/", "transition/", "functions/", "train/loss")
 _COUNTED = (
     "comm/bytes_up",
     "comm/bytes_down",

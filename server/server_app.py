@@ -26,6 +26,7 @@ from fedlabel.hardware import source_commit, source_hash
 from fedlabel.methods.base import StateDict, state_to_lists
 from fedlabel.tracking import RunFolder, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from server.functions import FunctionWatch
 from server.grids import SimulationGrid
 from server.helpers import HelperPool
 from server.noise import NoiseWatch
@@ -97,6 +98,7 @@ def run_federation(
         checkpoint = latest_checkpoint(path / "checkpoints", config, experiment.initial_state)
         checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
         checkpoint.previous = {name: value.to(experiment.device) for name, value in checkpoint.previous.items()}
+        checkpoint.average = {name: value.to(experiment.device) for name, value in checkpoint.average.items()}
         checkpoint.shared = {
             name: value.to(experiment.device) for name, value in {**shared, **checkpoint.shared}.items()
         }
@@ -142,16 +144,17 @@ def _rounds(
     on_round: Callable[[int, Mapping[str, float]], None],
 ) -> None:
     config, model, shared, previous = experiment.config, checkpoint.model, checkpoint.shared, checkpoint.previous
-    method = config.method
+    method, average = config.method, checkpoint.average
     pool = HelperPool(experiment, method.helpers) if method.helpers is not None else None
     if pool is not None and checkpoint.helpers:
         pool.load(checkpoint.helpers)
-    noise = NoiseWatch(experiment)
+    watches = (NoiseWatch(experiment), FunctionWatch(experiment, folder))
     train_config = ConfigRecord({"experiment": to_yaml(config)})
     for round_number in range(checkpoint.round_number + 1, config.num_rounds + 1):
         started = time.perf_counter()
         if method.starts_stage(round_number):
-            previous, model = model, experiment.fresh_state(round_number)
+            previous, average = average or model, {}
+            model = method.begin_stage(previous, experiment.fresh_state(round_number))
             strategy = build_strategy(config.strategy)  # its momentum belongs to the stage before
         cohort = sample_cohort(config.seed, round_number, config.num_clients, config.fraction_train)
         client_of = {nodes[client]: client for client in cohort}
@@ -183,9 +186,12 @@ def _rounds(
         model = experiment.train_server(model, round_number)
         _check_finite(model, "The server's own training made", round_number, "steps in training.server_steps")
         shared = method.server_step(shared, tally.statistics(experiment.device))
+        average = _moving_average(average, model, method.averaging)
         last = round_number == config.num_rounds
-        evaluated = model if last or round_number % config.evaluation.every == 0 else None
-        metrics = log_round(folder, experiment, tally, evaluated, states, (noise, shared), started)
+        judged = {"model": model, "average": average, "previous": previous}
+        judged = {name: state for name, state in judged.items() if state}
+        evaluated = judged if last or round_number % config.evaluation.every == 0 else None
+        metrics = log_round(folder, experiment, tally, evaluated, states, shared, watches, started)
         if last or round_number % config.checkpoint.every == 0:
             kept = grid.dump_states() if isinstance(grid, SimulationGrid) else {}
             helpers = pool.dump() if pool is not None else {}
@@ -198,9 +204,20 @@ def _rounds(
                 _cpu(shared),
                 helpers,
                 _cpu(previous),
+                _cpu(average),
             )
             save_checkpoint(folder.checkpoints, saved, config.checkpoint.keep)
         on_round(round_number, metrics)
+
+
+def _moving_average(average: StateDict, model: StateDict, decay: float) -> StateDict:
+    """Returns decay * average + (1 - decay) * model, the model itself for no average, and {} for decay 0."""
+    if not decay:
+        return {}
+    return {
+        name: torch.lerp(value, average[name], decay) if average and value.is_floating_point() else value
+        for name, value in model.items()
+    }
 
 
 def _check_finite(model: StateDict, who: str, round_number: int, what: str) -> None:

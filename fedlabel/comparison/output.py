@@ -37,6 +37,14 @@ TABLES = {
         "in %; coverage: share of the unlabelled draws that were kept; right: share of these; right / wrong: its "
         "ratio to the rest; ECE: expected calibration error of the confidence.",
     ),
+    "functions": (
+        "Labelling functions",
+        "in %; coverage, overlap, conflict: share of the samples that a function votes on, with another one, and "
+        "against another one; right: of its votes; all four are means over the functions. estimate's error: mean "
+        "distance of the label model's estimate from it. Right by majority, and by votes per class divided by the "
+        "number of functions that may vote for it: of all samples; what the label model gets right is under "
+        "Pseudo-labels.",
+    ),
     "clients": ("Clients", "the global model on each client's share of the split, in %; Jain index: 1 = all equal."),
     "cost": (
         "Cost",

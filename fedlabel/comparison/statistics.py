@@ -120,7 +120,7 @@ class Column:
     """Name in the CSV files."""
     title: str
     table: str
-    """accuracy | pseudo | clients | cost: the table it stands in."""
+    """accuracy | pseudo | functions | clients | cost: the table it stands in."""
     read: Callable[[Run], float]
     """NaN where a run has none."""
     scale: float = 1.0
@@ -168,6 +168,13 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         Column("pseudo_correct_wrong_ratio", "right / wrong", "pseudo", lambda r: odds(r.value("pseudo/accuracy"))),
         percent("pseudo_ece", "ECE of all", "pseudo", "pseudo/ece"),
         percent("pseudo_ece_kept", "ECE of kept", "pseudo", "pseudo/ece_kept"),
+        percent("function_coverage", "coverage", "functions", "functions/coverage"),
+        percent("function_overlap", "overlap", "functions", "functions/overlap"),
+        percent("function_conflict", "conflict", "functions", "functions/conflict"),
+        percent("function_accuracy", "right", "functions", "functions/accuracy"),
+        percent("function_estimation_error", "estimate's error", "functions", "functions/estimation_error"),
+        percent("majority_accuracy", "by majority", "functions", "functions/majority_accuracy"),
+        percent("normalized_vote_accuracy", "by share of votes", "functions", "functions/normalized_vote_accuracy"),
         *to_target,
         mean("bytes_up", "MB up", "comm/bytes_up", 1e-6, 1),
         mean("bytes_down", "MB down", "comm/bytes_down", 1e-6, 1),

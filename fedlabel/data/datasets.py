@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor
@@ -31,7 +32,7 @@ from fedlabel.data.loaders import (
     load_svhn,
 )
 from fedlabel.data.table_files import load_adult, load_bank_marketing, load_breast_cancer, load_magic, load_table
-from fedlabel.data.tables import LoadedTable, encode
+from fedlabel.data.tables import LoadedTable, Table, encode
 from fedlabel.seeding import numpy_generator
 
 
@@ -117,6 +118,17 @@ class Dataset:
     """(n,) int64, where in the set's own order, before validation was taken off, the samples of `train` stand."""
     own_size: int
     """How many training samples the set has in that order, whatever is kept of them."""
+    table: Table | None = None
+    """The rows of `train` before they became features; None for images."""
+
+    def sample(self, place: int) -> np.ndarray | dict[str, float | str]:
+        """Returns a sample of `train` as labelling functions get it: (channels, height, width) uint8, or a row's cells
+        by column.
+        """
+        if self.table is not None:
+            return self.table.row(place)
+        image: np.ndarray = self.train.images[place].numpy()
+        return image
 
     @property
     def num_classes(self) -> int:
@@ -181,13 +193,14 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     if isinstance(loaded, LoadedTable):
         whole = loaded.train
         train, validation, test = encode(whole.rows(rows), (whole.rows(held_out), loaded.test))
-        features = train.images.shape[1]
+        features, table = train.images.shape[1], whole.rows(rows)
         mean, std = (0.0,) * features, (1.0,) * features
     else:
+        table = None
         train, validation, test = _take(loaded.train, rows), _take(loaded.train, held_out), loaded.test
         mean, std = _channel_statistics(train.images)
     names, size = loaded.class_names, len(loaded.train.labels)
-    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size)
+    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, table)
 
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:

@@ -90,6 +90,8 @@ class Federation:
         record: tuple[torch.Tensor, ...] = (self.record.candidates, self.record.noisy, self.record.annotations)
         if len(self.record.bag_counts):
             record = (*record, self.record.bag, self.record.bag_counts)
+        if self.record.votes.shape[1]:
+            record = (*record, self.record.votes)
         known = b"".join(values.numpy().tobytes() for values in record)
         return hashlib.sha256(json.dumps(self._holders).encode() + known).hexdigest()
 
@@ -206,7 +208,7 @@ def build_federation(
     else:
         resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero(kinds >= 0))
         record = impart(labels, kinds, supervision.parts, classes, resemblance, seed, parts)
-    if not record.informed.any() and len(record.bag_counts) == 0:
+    if not (record.informed | record.voted_on).any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
             f"{min(map(len, parts))} to {max(map(len, parts))} samples or at the server; raise supervision.label_rate, "

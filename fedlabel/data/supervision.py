@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlabel.data.bags import draw_bags
 from fedlabel.data.imprecision import Resemblance, draw_candidates, draw_noisy_labels, swap_truth
+from fedlabel.data.labeling_functions import NOT_ASKED, cast_votes, load_functions
 from fedlabel.data.supervision_config import LabelKind
 from fedlabel.seeding import numpy_generator
 
@@ -23,6 +24,7 @@ KIND_NAMES = (
     "annotators",
     "candidates and labels",
     "bag",
+    "votes",
 )
 """What `Supervision.kind` numbers."""
 
@@ -41,6 +43,8 @@ class Supervision:
     """(n,) int64, the group of samples that each belongs to, -1 = none."""
     bag_counts: Tensor
     """(bags, classes) int64, how many samples of each bag are in each class; summing to its size."""
+    votes: Tensor
+    """(n, functions) int64, what written labelling functions say, -1 = abstain; rows of -2 were not given to them."""
 
     def __post_init__(self) -> None:
         shape, dtype = tuple(self.candidates.shape), self.candidates.dtype
@@ -68,6 +72,11 @@ class Supervision:
             raise ValueError(
                 f"The label of sample {sample} by annotator {annotator} (={int(given[sample, annotator])}) must lie in "
                 f"[0, {shape[1] - 1}], or be -1 for none."
+            )
+        votes = self.votes
+        if votes.dtype != torch.int64 or votes.dim() != 2 or len(votes) != shape[0]:
+            raise ValueError(
+                f"`votes` ({votes.dtype} of shape {tuple(votes.shape)}) must be int64 of shape ({shape[0]}, functions)."
             )
         self._check_bags()
 
@@ -107,9 +116,9 @@ class Supervision:
     def without_bags(cls, candidates: Tensor, noisy: Tensor, annotations: Tensor) -> Supervision:
         """Returns the record of samples that are in no bag; for the arguments see the fields."""
         alone = torch.full(candidates.shape[:1], -1, device=candidates.device)
-        classes = candidates.shape[-1]
+        none = alone[:0].view(0, 1)
         return cls(
-            candidates, noisy, annotations, alone, torch.zeros(0, classes, dtype=torch.int64, device=alone.device)
+            candidates, noisy, annotations, alone, none.expand(0, candidates.shape[-1]), alone[:, None].expand(-1, 0)
         )
 
     @property
@@ -124,8 +133,13 @@ class Supervision:
 
     @property
     def informed(self) -> Tensor:
-        """(n,) bool, something is known of the sample itself, bags aside."""
+        """(n,) bool, something is known of the sample itself, bags and the votes of functions aside."""
         return ~self.candidates.all(1) | (self.annotations >= 0).any(1)
+
+    @property
+    def voted_on(self) -> Tensor:
+        """(n,) bool, labelling functions were given the sample."""
+        return (self.votes > NOT_ASKED).any(1)
 
     @property
     def kind(self) -> Tensor:
@@ -133,7 +147,8 @@ class Supervision:
         annotated = (self.annotations >= 0).any(1)
         limited = ~self.candidates.all(1)
         kind = torch.where(self.labeled, 1, 2) + 2 * self.noisy.long()
-        kind = torch.where(limited, kind, torch.where(self.bag >= 0, 7, 0))
+        aside = torch.where(self.bag >= 0, 7, torch.where(self.voted_on, 8, 0))
+        kind = torch.where(limited, kind, aside)
         return torch.where(annotated, torch.where(limited, 6, 5), kind)
 
     def rows(self, index: Tensor) -> Supervision:
@@ -146,7 +161,12 @@ class Supervision:
         kept, place = bag[bag >= 0].unique(return_inverse=True)
         bag = bag.masked_scatter(bag >= 0, place)
         return Supervision(
-            self.candidates[index], self.noisy[index], self.annotations[index], bag, self.bag_counts[kept]
+            self.candidates[index],
+            self.noisy[index],
+            self.annotations[index],
+            bag,
+            self.bag_counts[kept],
+            self.votes[index],
         )
 
     def to(self, device: torch.device) -> Supervision:
@@ -203,6 +223,7 @@ def impart(
     noisy = torch.zeros(n, dtype=torch.bool)
     annotated = []
     bag, counts = torch.full((n,), -1), [torch.zeros(0, num_classes, dtype=torch.int64)]
+    votes = torch.zeros(n, 0, dtype=torch.int64)
     for place, part in enumerate(parts):
         rows = np.flatnonzero(kinds == place)
         index = torch.from_numpy(rows)
@@ -213,6 +234,12 @@ def impart(
             bags = draw_bags(labels, own, num_classes, part, samples, seed, place)
             bag[index] = torch.where(bags.bag[index] >= 0, bags.bag[index] + sum(map(len, counts)), -1)
             counts.append(bags.counts)
+            continue
+        if part.module is not None:
+            functions, dataset = load_functions(part.module), resemblance.dataset
+            given = cast_votes(functions, (dataset.sample(int(row)) for row in rows), dataset.class_names)
+            votes = torch.full((n, len(functions)), NOT_ASKED)
+            votes[index] = torch.from_numpy(given)
             continue
         rng = numpy_generator(seed, "supervision", "imprecision", place)
         if not part.has_candidates and not part.has_noisy_labels:
@@ -237,7 +264,7 @@ def impart(
     for index, labels_given in annotated:  # each part has annotators of its own
         annotations[index, first : first + labels_given.shape[1]] = labels_given
         first += labels_given.shape[1]
-    return Supervision(candidates, noisy, annotations, bag, torch.cat(counts))
+    return Supervision(candidates, noisy, annotations, bag, torch.cat(counts), votes)
 
 
 def _checked(labels: Tensor, rows: Tensor, num_classes: int) -> Tensor:

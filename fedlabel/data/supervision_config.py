@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-KINDS = ("few_labels", "full", "partial", "noisy", "partial_and_noisy", "bags")
+KINDS = ("few_labels", "full", "partial", "noisy", "partial_and_noisy", "bags", "labeling_functions")
 COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
 HOLDERS = ("clients", "server", "some_clients")
 CANDIDATES = ("uniform", "similar", "instance")
@@ -24,7 +24,8 @@ class LabelKind:
     """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it.
     partial: a set of candidates that holds the truth (with `noise_rate`: that may miss it). noisy: a label that may be
     wrong, or one of each annotator. partial_and_noisy: a set that holds the truth and a label that may be wrong.
-    bags: groups of a client's samples of which only the number in each class is known."""
+    bags: groups of a client's samples of which only the number in each class is known. labeling_functions: what the
+    functions of `module` say of samples."""
     label_rate: float | None = 0.1
     """Part of the n samples of each client with labels (of the training set for labels_at=server), in [0, 1]: exactly
     int(label_rate * n). Not given for another kind than few_labels, or for labels_at=some_clients: null, all n."""
@@ -67,6 +68,9 @@ class LabelKind:
     bag_feature: int | None = None
     """kind=bags: samples with neighbouring values of this feature (a number from 0, of a table's columns after
     preparation or of an image's pixels) share a bag; null: bags are drawn at random."""
+    module: str | None = None
+    """kind=labeling_functions: a module of functions, or the path of its file, which every node imports; see
+    `fedlabel/data/labeling_functions.py`."""
     count_epsilon: float | None = None
     """kind=bags: counts have discrete Laplace noise, as if each bag were to be epsilon-differentially private (a
     simulation: the noise comes from `seed`); null: counts are exact."""
@@ -114,6 +118,11 @@ class LabelKind:
                 "supervision.kind=partial, or leave it out."
             )
         self._check_bag()
+        if (self.kind == "labeling_functions") != (self.module is not None):
+            raise ValueError(
+                f"`supervision.module` (={self.module}) must be given for supervision.kind=labeling_functions, and for "
+                f"no other; supervision.kind is {self.kind}."
+            )
         from_file = self.noise == "file"
         if from_file != (self.labels_file is not None) or from_file != bool(self.labels_keys):
             raise ValueError(
@@ -226,6 +235,12 @@ class SupervisionConfig(LabelKind):
             raise ValueError(
                 f"`supervision.{name}` (={getattr(self, name)}) has no place beside supervision.mix, whose parts say "
                 "it themselves: leave it out, or take supervision.mix=[]."
+            )
+        modules = [part.module for part in self.mix if part.module is not None]
+        if len(modules) > 1:
+            raise ValueError(
+                f"`supervision.mix` has several parts of kind labeling_functions ({', '.join(modules)}): give one, "
+                "with a module that has the functions of all."
             )
         total = sum(part.share for part in self.mix)
         if total > 1 + 1e-9:

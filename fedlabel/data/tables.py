@@ -40,10 +40,17 @@ class Table:
     """(n, categorical columns) texts."""
     labels: Tensor
     """(n,) int64."""
+    names: tuple[str, ...] = ()
+    """Of the numeric columns, then of the categorical ones."""
 
     def rows(self, index: Tensor) -> Table:
         """Returns the rows `index`."""
-        return Table(self.numbers[index.numpy()], self.categories[index.numpy()], self.labels[index])
+        return Table(self.numbers[index.numpy()], self.categories[index.numpy()], self.labels[index], self.names)
+
+    def row(self, place: int) -> dict[str, float | str]:
+        """Returns a row's cells by column, numbers as they are in the file."""
+        cells = [*self.numbers[place].tolist(), *self.categories[place].tolist()]
+        return dict(zip(self.names, cells, strict=True))
 
 
 class LoadedTable(NamedTuple):
@@ -156,6 +163,7 @@ def as_tables(
             numbers=np.stack(numbers, 1) if numbers else empty,
             categories=np.stack(texts, 1) if texts else empty.astype(str),
             labels=_label_numbers(labels, class_names, where, part),
+            names=(*(name for name in kept if name not in categorical), *categorical),
         )
 
     return LoadedTable(table(train, train_labels, "training"), table(test, test_labels, "test"), class_names)

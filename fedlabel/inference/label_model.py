@@ -164,6 +164,10 @@ class LabelModel:
         """
         return self._sum(self._symbols_of(votes), lambda start, part: (self._guess(part), part.new_zeros(()).double()))
 
+    def guess(self, votes: Tensor) -> Tensor:
+        """Returns the first guesses that `initial_counts` sums, (n, C) float64."""
+        return self._guess(self._symbols_of(votes))
+
     def _guess(self, symbols: Tensor) -> Tensor:
         share = coverage_normalized_votes(self._votes_of(symbols), self.class_sets)
         return torch.where(share.sum(1, keepdim=True) > 0, share / share.sum(1, keepdim=True), self.prior)
@@ -228,6 +232,11 @@ class LabelModel:
     def _votes_of(self, symbols: Tensor) -> Tensor:
         votes = symbols % (self.num_classes + 1)
         return torch.where(votes == self.num_classes, ABSTAIN, votes)
+
+    def accuracy(self) -> Tensor:
+        """Returns how often each function is right where it votes, by the model, (K,) float64."""
+        voted = self.tables[:, :-1] * self.prior
+        return voted.diagonal(dim1=1, dim2=2).sum(1) / voted.sum((1, 2)).clamp_min(1e-300)
 
     # ---------------------------------------------------------------------------------------------------------- M step
 

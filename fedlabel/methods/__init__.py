@@ -10,6 +10,7 @@ from fedlabel.methods.cc import CC
 from fedlabel.methods.co_teaching import CoTeaching
 from fedlabel.methods.count_likelihood import CountLikelihood
 from fedlabel.methods.dllp import DLLP
+from fedlabel.methods.dp_ssl import DPSSL
 from fedlabel.methods.easy_llp import EasyLLP
 from fedlabel.methods.elr import ELR
 from fedlabel.methods.fedlabel import FedLabel
@@ -51,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
     "gce": GCE,
     "elr": ELR,
     "co_teaching": CoTeaching,
+    "dp_ssl": DPSSL,
     "llp_bp": LLPBP,
     "dllp": DLLP,
     "easy_llp": EasyLLP,

@@ -109,6 +109,15 @@ class Survey(NamedTuple):
     """() -> the n samples themselves as a model sees them, (n, channels, height, width) normalised float."""
 
 
+class Votes(NamedTuple):
+    """What K labelling functions say of n samples."""
+
+    cast: Tensor
+    """(n, K) int64, -1 = abstained; rows of -2 were not given to them."""
+    class_sets: Tensor
+    """(K, classes) bool, what each of them may vote for."""
+
+
 class Prepared(NamedTuple):
     """What an E step over a client's whole data leaves for the phase that follows."""
 
@@ -124,6 +133,8 @@ class Prepared(NamedTuple):
     """See `Step.metrics`."""
     pairs: Tensor | None = None
     """(e, 2) int64, samples taken for alike, for the evaluator, which looks at their labels; None: none."""
+    votes: Votes | None = None
+    """What labelling functions said of all samples, for the evaluator; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,8 @@ class Phase:
     """"global" (the received weights), the name of an earlier phase (its final weights) or of one of
     `Method.states`; frozen in eval mode. A state that lacks weights borrows them from the student as it is now."""
     steps: int | None = None
-    """Local steps of this phase; None: as `training.local_steps` or `training.local_epochs` says."""
+    """Local steps of this phase; None: as `training.local_steps` or `training.local_epochs` says. With 0 there is only
+    its `prepare`, if it has one."""
     proximal: Callable[[Tensor], float] | None = None
     """Parameter tensor p -> c, where c * (p - p_global) is added to its gradient, on top of `training.prox_mu`."""
     start: str = "global"
@@ -245,6 +257,11 @@ class Method:
         return 0
 
     @property
+    def labeling_heads(self) -> int:
+        """How many heads vote for a class or abstain, see `models/labeling_heads.py`; 0: none."""
+        return 0
+
+    @property
     def needs_embeddings(self) -> bool:
         """Whether the network must give embeddings, see `fedlabel.models.Net`."""
         return False
@@ -266,6 +283,26 @@ class Method:
         to the clients from then on, as the teacher "previous". Default: never.
         """
         return False
+
+    def begin_stage(self, previous: StateDict, fresh: StateDict) -> StateDict:
+        """Returns what a stage starts from, of the stage before's end and of fresh weights. Default: the fresh ones."""
+        return fresh
+
+    @property
+    def averaging(self) -> float:
+        """Decay of the moving average of the global model over the rounds of a stage. The average is what the model
+        "was until then" (see `starts_stage`) and what `judged` gets; the rounds go on from the model itself. 0: none.
+        """
+        return 0.0
+
+    def judged(self, models: Mapping[str, Model], shared: State) -> Model:
+        """Returns what is evaluated as the global model, images -> logits.
+
+        Args:
+            models: "model", the global one; where there are such, "average" (see `averaging`) and "previous".
+            shared: as of now.
+        """
+        return models["model"]
 
     @property
     def helpers(self) -> Helpers | None:
@@ -358,8 +395,9 @@ class Method:
         if wants_labels and not bool(known.labeled.any()):
             raise ValueError(
                 f"`method.name` (={self.name}) learns from labels, and no sample has one: what is known are sets of "
-                "candidates, the labels of several annotators or the counts of bags. Take method.name=ill, "
-                "supervision.vote=true for annotators, or method.name=llp_bp for bags."
+                "candidates, the labels of several annotators, the counts of bags or the votes of functions. Take "
+                "method.name=ill, supervision.vote=true for annotators, method.name=llp_bp for bags, or "
+                "method.name=dp_ssl with method.functions=written for votes."
             )
         if any(phase.informed for phase in self.phases(1)) and bool(known.candidates.all()):
             raise ValueError(
@@ -370,6 +408,12 @@ class Method:
     def noise_matrix(self, shared: State) -> Tensor | None:
         """Returns p(noisy label | true label) as far as the server knows it, (matrices, classes, classes), to be shown;
         None: the method has none.
+        """
+        return None
+
+    def function_accuracy(self, shared: State) -> Tensor | None:
+        """Returns how often each labelling function is right where it votes, as far as the server can tell without any
+        label, (functions,), to be shown; None: the method has none, or cannot tell yet.
         """
         return None
 

@@ -22,6 +22,7 @@ from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.masks import MaskedMethod
 from fedlabel.models.additive import Additive
 from fedlabel.models.bag_head import BagHead
+from fedlabel.models.labeling_heads import LabelingHeads
 from fedlabel.models.nets import Mlp
 from fedlabel.models.twins import Twins
 from fedlabel.training import ClientData, ImageTransform, Trainer, TrainingConfig, train_client
@@ -51,6 +52,10 @@ def make_student(name: str, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return BagHead(Mlp((1, 6, 6), CLASSES, (8,)), method.bag_head)
+    if method.labeling_heads:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return LabelingHeads(Mlp((1, 6, 6), CLASSES, (8,)), method.labeling_heads)
     if method.networks > 1:
         return Twins([net(100 * place + seed) for place in range(method.networks)])
     return Additive(net(seed), method.additive) if method.additive else net(seed)
@@ -110,7 +115,8 @@ class Case(NamedTuple):
 
         def predict(teacher: str, view: str, part: str = "all") -> Tensor:
             assert teacher in self.phase.teachers
-            return torch.randn(n, CLASSES if part == "all" else 8, generator=generator)
+            shapes = {"all": (CLASSES,), "embed": (8,), "heads": (make(self.name).labeling_heads, CLASSES + 1)}
+            return torch.randn(n, *shapes[part], generator=generator)
 
         def inputs() -> Tensor:
             return torch.randn(n, 1, 6, 6, generator=generator)

@@ -19,6 +19,7 @@ from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods.base import StateDict, state_to_lists
 from fedlabel.training import ClientUpdate
+from server.functions import FunctionWatch
 from server.grids import InProcessGrid
 from server.noise import NoiseWatch
 from server.report import RoundTally, log_round, summary
@@ -205,7 +206,7 @@ EXPERIMENT: Any = SimpleNamespace(
     device=torch.device("cpu"),
 )
 
-NO_NOISE: Any = (NoiseWatch(EXPERIMENT), {})
+NO_WATCH: Any = (NoiseWatch(EXPERIMENT), FunctionWatch(EXPERIMENT, None))  # type: ignore[arg-type]
 
 
 def counted(passes: list[float], claimed: list[float] | None) -> RecordDict:
@@ -218,14 +219,14 @@ def test_passes_and_claimed_bytes_are_summed_over_clients_and_rounds() -> None:
     """Forward 10 + 20, backward 4 + 8; claimed up 100 + 1000, down 7 + 70; a failed client's do not count."""
     folder: Any = Folder()
     first = [reply(11, counted([10, 4], [100, 7])), reply(12, counted([20, 8], [1000, 70])), reply(13, Error(2, "no"))]
-    rows = [log_round(folder, EXPERIMENT, tally_of(first)[0], None, None, NO_NOISE, 0.0)]
+    rows = [log_round(folder, EXPERIMENT, tally_of(first)[0], None, None, {}, NO_WATCH, 0.0)]
     assert rows[0]["train/forward_samples"] == 30
     assert rows[0]["train/backward_samples"] == 12
     assert rows[0]["comm/claimed_bytes_up"] == 1100
     assert rows[0]["comm/claimed_bytes_down"] == 77
     assert rows[0]["system/failed_clients"] == 1
     rows.append(
-        log_round(folder, EXPERIMENT, tally_of([reply(11, counted([1, 1], [5, 5]))])[0], None, None, NO_NOISE, 0.0)
+        log_round(folder, EXPERIMENT, tally_of([reply(11, counted([1, 1], [5, 5]))])[0], None, None, {}, NO_WATCH, 0.0)
     )
     total = summary(folder, EXPERIMENT, "0123abc")
     assert total["commit"] == "0123abc"
@@ -236,7 +237,7 @@ def test_passes_and_claimed_bytes_are_summed_over_clients_and_rounds() -> None:
 
 def test_without_a_claim_none_is_logged() -> None:
     folder: Any = Folder()
-    row = log_round(folder, EXPERIMENT, tally_of([reply(11, counted([1, 1], None))])[0], None, None, NO_NOISE, 0.0)
+    row = log_round(folder, EXPERIMENT, tally_of([reply(11, counted([1, 1], None))])[0], None, None, {}, NO_WATCH, 0.0)
     assert "comm/claimed_bytes_up" not in row
     assert "comm/claimed_bytes_up" not in summary(folder, EXPERIMENT, "0123abc")
     assert row["comm/bytes_up"] > 0

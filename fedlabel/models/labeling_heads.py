@@ -1,0 +1,30 @@
+"""Labelling functions on one trunk: beside a network's own output K heads that vote for a class or abstain (DP-SSL)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fedlabel.models.nets import Net
+
+
+class LabelingHeads(nn.Module):
+    """A network with K linear heads over its classes and one symbol more, to abstain.
+
+    Args:
+        net: the network; its own output is not one of the heads.
+        heads: K.
+    """
+
+    def __init__(self, net: Net, heads: int) -> None:
+        super().__init__()
+        self.net = net
+        self.symbols = net.output.out_features + 1
+        self.heads = nn.Linear(net.output.in_features, heads * self.symbols)
+
+    def forward(self, inputs: Tensor, part: str = "all") -> Tensor:
+        """Returns what the network returns; of part "heads" logits (batch, K, classes + 1) of images."""
+        if part == "heads":
+            logits: Tensor = self.heads(self.net(inputs, "embed")).unflatten(-1, (-1, self.symbols))
+            return logits
+        outputs: Tensor = self.net(inputs, part)
+        return outputs

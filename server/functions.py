@@ -1,0 +1,125 @@
+"""What is shown of labelling functions: the table that weak supervision looks at, over all clients and of each."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedlabel.experiment import Experiment
+from fedlabel.figures import functions_figure
+from fedlabel.methods.base import State
+from fedlabel.metrics import Counts, add_counts, ratio
+from fedlabel.tracking import RunFolder, write_atomic
+
+ALL = "all"
+RATES = ("coverage", "overlap", "conflict", "accuracy")
+COUNTED = ("function_votes", "function_counts", "function_samples")
+"""See `metrics.function_counts`."""
+
+
+class FunctionWatch:
+    """Keeps each client's latest votes; in the CSV are the clients that voted since this process began."""
+
+    def __init__(self, experiment: Experiment, folder: RunFolder) -> None:
+        self._experiment = experiment
+        self._folder = folder
+        self._clients: dict[int, Counts] = {}
+        self._shown = False
+
+    def watch(
+        self, round_number: int, total: Counts, client_counts: Mapping[int, Counts], shared: State
+    ) -> dict[str, float]:
+        """Writes the table (CSV; TensorBoard's at the first and at the last round) and returns `functions/...`.
+
+        Args:
+            round_number: of the votes.
+            total: the round's counts over its clients.
+            client_counts: the same per client.
+            shared: what the server shares after the round.
+        """
+        estimated = self._experiment.config.method.function_accuracy(shared)
+        guess = np.full(self._size(total), np.nan) if estimated is None else estimated.cpu().double().numpy()
+        self._clients |= {
+            client: {key: counts[key] for key in COUNTED}
+            for client, counts in client_counts.items()
+            if COUNTED[0] in counts
+        }
+        known = add_counts([self._clients[client] for client in sorted(self._clients)])
+        tables = {ALL: known, **{str(client): self._clients[client] for client in sorted(self._clients)}}
+        self._write({name: self._rows(counts, guess) for name, counts in tables.items()})
+        last = round_number == self._experiment.config.num_rounds
+        if last or (not self._shown and estimated is not None):
+            self._shown = True
+            self._folder.log_text("functions", markdown(self._rows(known, guess)), round_number)
+            rates = self._rates(known)
+            figure = functions_figure(rates["coverage"], rates["accuracy"], guess)
+            self._folder.log_figure("functions", figure, round_number)
+        return self._metrics(total, guess)
+
+    def _size(self, counts: Counts) -> int:
+        return len(counts["function_counts"]) // 4
+
+    def _rates(self, counts: Counts) -> dict[str, np.ndarray]:
+        """Returns each function's rates; accuracy is of its votes."""
+        cast = np.reshape(counts["function_votes"], (self._size(counts), -1)).sum(1)
+        overlaps, conflicts, right, known = np.reshape(counts["function_counts"], (-1, 4)).T
+        samples = np.full_like(cast, counts["function_samples"][0])
+        top, bottom = (cast, overlaps, conflicts, right), (samples, samples, samples, known)
+        return {name: ratio(a, b) for name, a, b in zip(RATES, top, bottom, strict=True)}
+
+    def _rows(self, counts: Counts, guess: np.ndarray) -> list[dict[str, object]]:
+        names = self._experiment.federation.dataset.class_names
+        votes = np.reshape(counts["function_votes"], (self._size(counts), -1))
+        rates = self._rates(counts)
+        return [
+            {
+                "function": place,
+                "polarity": ", ".join(name for name, number in zip(names, row, strict=True) if number),
+                **{name: values[place] for name, values in rates.items()},
+                "estimated_accuracy": guess[place],
+                "votes": int(row.sum()),
+                "samples": int(counts["function_samples"][0]),
+            }
+            for place, row in enumerate(votes)
+        ]
+
+    def _write(self, tables: Mapping[str, list[dict[str, object]]]) -> None:
+        text = io.StringIO()
+        first = next(iter(tables.values()))[0]
+        writer = csv.DictWriter(text, ["client", *first], lineterminator="\n")
+        writer.writeheader()
+        for client, rows in tables.items():
+            for row in rows:
+                shown = {key: _cell(value, 6) for key, value in row.items()}
+                writer.writerow({"client": client, **shown})
+        write_atomic(self._folder.functions_csv, text.getvalue())
+
+    def _metrics(self, counts: Counts, guess: np.ndarray) -> dict[str, float]:
+        samples, voted, known, majority, normalized = counts["function_samples"]
+        if not samples:
+            return {}
+        rates = self._rates(counts)
+        found = {f"functions/{name}": values for name, values in rates.items()}
+        found["functions/estimation_error"] = np.abs(guess - rates["accuracy"])
+        metrics = {tag: float(np.nanmean(values)) for tag, values in found.items() if np.isfinite(values).any()}
+        metrics["functions/voted"] = voted / samples
+        if known:
+            metrics["functions/majority_accuracy"] = majority / known
+            metrics["functions/normalized_vote_accuracy"] = normalized / known
+        return metrics
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """Returns rows of equal keys as a table."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(_cell(value, 3) for value in row.values()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object, digits: int) -> str:
+    if isinstance(value, float):
+        return f"{value:.{digits}f}" if np.isfinite(value) else ""
+    return str(value)
