@@ -12,7 +12,7 @@ pandas = pytest.importorskip("pandas", reason="crowd-kit is not installed: pip i
 aggregation = pytest.importorskip("crowdkit.aggregation", reason="pip install -e '.[crosscheck]'")
 
 
-@pytest.mark.filterwarnings("ignore:The inplace keyword")  # of pandas, in crowd-kit
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # crowd-kit uses what pandas gives up
 def test_without_abstentions_it_is_dawid_skene() -> None:
     """3,000 samples, seven annotators of accuracies from .45 to .9, four classes of shares .4 to .1."""
     rng = np.random.default_rng(0)
