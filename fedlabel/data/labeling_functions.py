@@ -15,6 +15,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,9 +48,8 @@ def load_functions(module: str) -> list[LabelingFunction]:
         ) from error
     listed = getattr(loaded, "labeling_functions", None)
     if listed is None:
-        own = [f for _, f in inspect.getmembers(loaded, inspect.isfunction) if f.__module__ == loaded.__name__]
-        own.sort(key=lambda f: f.__code__.co_firstlineno)
-        listed = [f for f in own if not f.__name__.startswith("_")]
+        public = [value for name, value in vars(loaded).items() if not name.startswith("_")]
+        listed = [f for f in public if inspect.isfunction(f) and f.__module__ == loaded.__name__]
     functions = list(listed)
     if not functions or not all(map(callable, functions)):
         raise ValueError(f"{key} has no labelling functions: define some, or list them as `labeling_functions`.")
@@ -82,7 +82,7 @@ def cast_votes(functions: Sequence[LabelingFunction], samples: Iterable[Any], cl
 def _vote(function: LabelingFunction, sample: Any, place: int, number_of: dict[str, int]) -> int:
     name = getattr(function, "__name__", repr(function))
     try:
-        answer = function(sample)
+        answer = function(copy(sample))  # what it writes on it is for itself
     except Exception as error:
         raise ValueError(
             f"Labelling function `{name}` fails on sample {place}: {type(error).__name__}: {error}. Let it return "
