@@ -227,6 +227,12 @@ def impart(
     for place, part in enumerate(parts):
         rows = np.flatnonzero(kinds == place)
         index = torch.from_numpy(rows)
+        if part.module is not None:
+            functions, dataset = load_functions(part.module), resemblance.dataset
+            given = cast_votes(functions, (dataset.sample(int(row)) for row in rows), dataset.class_names)
+            votes = torch.full((n, len(functions)), NOT_ASKED)
+            votes[index] = torch.from_numpy(given)
+            continue
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":
             own = [mine[kinds[mine] == place] for mine in holders]
@@ -234,12 +240,6 @@ def impart(
             bags = draw_bags(labels, own, num_classes, part, samples, seed, place)
             bag[index] = torch.where(bags.bag[index] >= 0, bags.bag[index] + sum(map(len, counts)), -1)
             counts.append(bags.counts)
-            continue
-        if part.module is not None:
-            functions, dataset = load_functions(part.module), resemblance.dataset
-            given = cast_votes(functions, (dataset.sample(int(row)) for row in rows), dataset.class_names)
-            votes = torch.full((n, len(functions)), NOT_ASKED)
-            votes[index] = torch.from_numpy(given)
             continue
         rng = numpy_generator(seed, "supervision", "imprecision", place)
         if not part.has_candidates and not part.has_noisy_labels:
