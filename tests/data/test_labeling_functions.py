@@ -1,0 +1,351 @@
+"""Written labelling functions: how a module is read, what counts as a vote, and who is asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlabel.data.datasets import DataConfig, load_dataset
+from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.imprecision import Resemblance
+from fedlabel.data.labeling_functions import cast_votes, load_functions
+from fedlabel.data.partition import PartitionConfig
+from fedlabel.data.skew import SkewConfig
+from fedlabel.data.supervision import KIND_NAMES, Supervision, impart, supervise
+from fedlabel.data.supervision_config import LabelKind, MixPart, SupervisionConfig
+
+NAMES = ("cat", "dog", "cow")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def names_of(functions: list[Callable[[Any], Any]]) -> list[str]:
+    return [function.__name__ for function in functions]
+
+
+# -------------------------------------------------------------------------------------------------------------- modules
+
+THREE = """
+from math import floor  # is not this module's own
+from os.path import join
+
+def zebra(sample):
+    return 0
+
+def _helper(sample):
+    return 1
+
+def apple(sample):
+    return _helper(sample)
+
+mango = lambda sample: 2
+NUMBER = 4
+
+class Thing:
+    pass
+"""
+
+
+def test_own_public_functions_in_the_order_of_the_file(tmp_path: Path) -> None:
+    functions = load_functions(write(tmp_path / "mine.py", THREE))
+    assert [function(None) for function in functions] == [0, 1, 2]
+    assert names_of(functions)[:2] == ["zebra", "apple"]
+
+
+def test_a_module_that_python_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "votes_of_us").mkdir()
+    write(tmp_path / "votes_of_us" / "__init__.py", "")
+    write(tmp_path / "votes_of_us" / "rules.py", THREE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert names_of(load_functions("votes_of_us.rules"))[:2] == ["zebra", "apple"]
+    del sys.modules["votes_of_us.rules"], sys.modules["votes_of_us"]
+
+
+def test_a_list_says_which_and_in_what_order(tmp_path: Path) -> None:
+    text = "\nfrom functools import partial\nlabeling_functions = [_helper, zebra, partial(max, 5)]\n"
+    functions = load_functions(write(tmp_path / "listed.py", THREE + text))
+    assert [function(3) for function in functions] == [1, 0, 5]
+
+
+def test_functions_that_are_made_or_decorated_keep_their_order_and_their_own_names(tmp_path: Path) -> None:
+    """What counts is the name in the module: of their code it is `vote` for all."""
+    text = """
+def _upside_down(function):
+    def _wrapper(sample):
+        return function(-sample)
+    return _wrapper
+
+def _above(limit):
+    def vote(sample):
+        return int(sample > limit)
+    return vote
+
+@_upside_down
+def second_letter(sample):
+    return sample
+
+_hidden = _above(100)
+above_two = _above(2)
+above_one = _above(1)
+"""
+    functions = load_functions(write(tmp_path / "made.py", text))
+    assert [function(2) for function in functions] == [-2, 0, 1]
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    for place in (0, 1):
+        (tmp_path / str(place)).mkdir()
+        (tmp_path / str(place) / "mine.py").write_text(f"def vote(sample):\n    return {place}\n")
+    both = [load_functions(str(tmp_path / str(place) / "mine.py"))[0] for place in (0, 1)]
+    assert [vote(None) for vote in both] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"`supervision.module` \(=.*mine.py\) cannot be imported: FileNotFoundError"),
+        ("def vote(sample):\nreturn 1\n", "cannot be imported: IndentationError"),
+        ("1 / 0\n", "cannot be imported: ZeroDivisionError: division by zero. Give a module that"),
+        ("def _vote(sample):\n    return 1\n", "has no labelling functions: define some, or list them"),
+        ("labeling_functions = []\ndef vote(sample):\n    return 1\n", "has no labelling functions"),
+        ("labeling_functions = [len, 'max']\n", "has no labelling functions"),
+    ],
+)
+def test_a_module_without_functions_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_functions(str(path))
+
+
+def test_a_module_that_is_not_there_is_named() -> None:
+    message = r"`supervision.module` \(=no.such.module\) cannot be imported: ModuleNotFoundError"
+    with pytest.raises(ValueError, match=message):
+        load_functions("no.such.module")
+
+
+# ---------------------------------------------------------------------------------------------------------------- votes
+
+
+def test_classes_by_number_or_name_and_three_ways_to_abstain() -> None:
+    functions: list[Callable[[Any], Any]] = [
+        lambda x: x,
+        lambda x: None,
+        lambda x: -1,
+        lambda x: NAMES[x],
+        lambda x: np.int8(x),
+        lambda x: np.array([3, 1, 2]).argmin(),
+        lambda x: np.str_("cow"),
+        lambda x: torch.tensor(x),
+    ]
+    votes = cast_votes(functions, [2, 0], NAMES)
+    assert votes.tolist() == [[2, -1, -1, 2, 2, 1, 2, 2], [0, -1, -1, 0, 0, 1, 2, 0]]
+    assert votes.dtype == np.int64
+
+
+def test_no_samples_give_no_rows() -> None:
+    assert cast_votes([lambda x: 0, lambda x: 1], [], NAMES).shape == (0, 2)
+
+
+def of_dogs(sample: Any) -> Any:
+    return "dog" if sample == "right" else sample
+
+
+@pytest.mark.parametrize("answer", [3, -2, 1.0, "fox", "1", [1], np.float32(1), float("nan"), 10**30])
+def test_what_is_no_class_is_named(answer: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"`of_dogs` says .* of sample 1: it must return a class, one of cat, dog, cow"
+    ):
+        cast_votes([of_dogs], ["right", answer], NAMES)
+
+
+def test_a_function_that_fails_is_named() -> None:
+    def lookup(sample: dict[str, int]) -> int:
+        return sample["size"]
+
+    with pytest.raises(ValueError, match=r"`lookup` fails on sample 1: KeyError: 'size'. Let it return None where"):
+        cast_votes([lambda x: 0, lookup], [{"size": 1}, {}], NAMES)
+
+
+# --------------------------------------------------------------------------------------------------------------- record
+
+
+def recorded() -> Supervision:
+    """A labelled sample, one of which nothing is known, three that functions saw (of one they said nothing)."""
+    plain = supervise(torch.tensor([1, 0, 0, 0, 0]), torch.arange(5) < 1, 3)
+    return replace(plain, votes=torch.tensor([[-2, -2], [-2, -2], [0, -1], [-1, -1], [2, 1]]))
+
+
+def test_votes_tell_kinds_apart() -> None:
+    record = recorded()
+    assert record.voted_on.tolist() == [False, False, True, True, True]
+    assert record.informed.tolist() == [True, False, False, False, False]
+    assert [KIND_NAMES[kind] for kind in record.kind] == ["label", "nothing", "votes", "votes", "votes"]
+    assert not record.labeled[2:].any()
+
+
+def test_votes_follow_their_samples() -> None:
+    record = recorded()
+    assert record.rows(torch.tensor([4, 0])).votes.tolist() == [[2, 1], [-2, -2]]
+    assert record.rows(torch.arange(5) == 2).votes.tolist() == [[0, -1]]
+    assert torch.equal(record.to(torch.device("cpu")).votes, record.votes)
+    assert supervise(torch.zeros(4).long(), torch.ones(4).bool(), 3).votes.shape == (4, 0)
+
+
+@pytest.mark.parametrize("votes", [torch.zeros(5, 2), torch.zeros(4, 2).long(), torch.zeros(5).long()])
+def test_votes_of_a_wrong_shape_are_named(votes: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"`votes` \(torch.* must be int64 of shape \(5, functions\)"):
+        replace(recorded(), votes=votes)
+
+
+# ---------------------------------------------------------------------------------------------------------- federation
+
+IMAGES = """
+import numpy as np
+
+def is_an_image(image):
+    assert image.dtype == np.uint8 and image.shape == (1, 8, 8)
+    return int(image.sum()) % 10
+
+def dark(image):
+    return "1" if image.mean() < 70 else None
+"""
+
+
+def build(data: str = "digits", clients: int = 4, seed: int = 0, **supervision: Any) -> Federation:
+    told = SupervisionConfig(**({"label_rate": None} | supervision))
+    config = DataConfig(name=data)
+    return build_federation(config, PartitionConfig(), None, told, SkewConfig(), clients, "test", False, seed)
+
+
+def test_images_are_given_as_they_are_and_only_where_asked(tmp_path: Path) -> None:
+    federation = build(kind="labeling_functions", module=write(tmp_path / "images.py", IMAGES))
+    votes, images = federation.record.votes, federation.dataset.train.images
+    assert votes[:, 0].tolist() == (images.long().sum((1, 2, 3)) % 10).tolist()
+    assert votes[:, 1].tolist() == torch.where(images.float().mean((1, 2, 3)) < 70, 1, -1).tolist()
+    assert 0 < (votes[:, 1] == 1).sum() < len(votes)
+    assert not federation.record.informed.any()
+    rows = torch.from_numpy(federation.parts[2])
+    assert torch.equal(federation.supervision(2).votes, votes[rows])
+
+
+def test_a_function_may_write_on_its_sample(tmp_path: Path) -> None:
+    """Neither training nor the next function sees it."""
+    text = (
+        "def wipe(image):\n    image[:] = 0\n    return 1\n\ndef dark(image):\n    return None if image.any() else 1\n"
+    )
+    before = load_dataset(DataConfig(), 0).train.images.clone()
+    federation = build(kind="labeling_functions", module=write(tmp_path / "wipe.py", text))
+    assert torch.equal(federation.dataset.train.images, before)
+    assert federation.record.votes[:, 1].unique().tolist() == [-1]
+
+
+def test_tables_give_cells_by_column_as_in_the_file(tmp_path: Path) -> None:
+    text = """
+def radius(row):
+    assert set(map(type, row.values())) == {float} and len(row) == 30
+    return "malignant" if row["mean radius"] > 15 else None
+
+def texture(row):
+    return 1 if row["mean texture"] < 18 else -1
+"""
+    federation = build("breast_cancer", kind="labeling_functions", module=write(tmp_path / "rules.py", text))
+    table = federation.dataset.table
+    assert table is not None
+    assert federation.dataset.class_names[0] == "malignant"
+    values = dict(zip(table.names, table.numbers.T, strict=True))
+    votes = federation.record.votes.numpy()
+    assert votes[:, 0].tolist() == np.where(values["mean radius"] > 15, 0, -1).tolist()
+    assert votes[:, 1].tolist() == np.where(values["mean texture"] < 18, 1, -1).tolist()
+    said = votes[:, 0] == 0
+    assert (federation.dataset.train.labels.numpy()[said] == 0).mean() > 0.8
+
+
+def test_texts_of_a_table_stay_texts(tmp_path: Path) -> None:
+    lines = ["size,colour,kind", *(f"{i % 7}.50,{('red', 'blue')[i % 3 == 0]},{'ab'[i % 2]}" for i in range(60))]
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    load_dataset.cache_clear()
+    dataset = load_dataset(DataConfig(name="table", root=str(tmp_path / "table.csv"), label_column="kind"), 0)
+    sizes, colours = set(), set()
+    for place in range(len(dataset.train.labels)):
+        row = dataset.sample(place)
+        assert isinstance(row, dict)
+        assert list(row) == ["size", "colour"]
+        sizes.add(row["size"])
+        colours.add(row["colour"])
+    assert sizes == {i + 0.5 for i in range(7)}
+    assert colours == {"red", "blue"}
+
+
+@pytest.mark.parametrize("over", ["clients", "samples"])
+def test_a_mix_asks_functions_about_its_share_alone(over: str, tmp_path: Path) -> None:
+    parts = (
+        MixPart("labeling_functions", share=0.5, label_rate=None, module=write(tmp_path / "mix.py", IMAGES)),
+        MixPart("few_labels", share=0.5, label_rate=0.2),
+    )
+    federation = build(mix=parts, mix_over=over, label_rate=0.1)
+    record = federation.record
+    asked = record.voted_on
+    assert (record.votes[~asked] == -2).all()
+    assert (record.votes[asked] >= -1).all()
+    assert not (asked & record.labeled).any()
+    shares = [float(asked[torch.from_numpy(rows)].double().mean()) for rows in federation.parts]
+    if over == "clients":
+        assert sorted(shares) == [0, 0, 1, 1]
+    else:
+        assert all(0.4 < share < 0.6 for share in shares)
+    kinds = torch.bincount(record.kind, minlength=len(KIND_NAMES))
+    assert kinds[KIND_NAMES.index("votes")] == asked.sum()
+    assert kinds[KIND_NAMES.index("label")] == record.labeled.sum() > 0
+
+
+def test_hidden_labels_are_not_looked_at_and_votes_are_part_of_the_hash(tmp_path: Path) -> None:
+    module = write(tmp_path / "images.py", IMAGES)
+    dataset = load_dataset(DataConfig(), 0)
+    n = len(dataset.train.labels)
+    part = LabelKind("labeling_functions", label_rate=None, module=module)
+    kinds = np.where(np.arange(n) < 50, 0, -1)
+    resemblance = Resemblance(dataset, tmp_path, 0, np.arange(50))
+    record = impart(np.full(n, -99), kinds, [part], 10, resemblance, 0)
+    assert record.voted_on.tolist() == [True] * 50 + [False] * (n - 50)
+    federation = build(kind="labeling_functions", module=module)
+    turned = replace(federation, record=replace(federation.record, votes=federation.record.votes.flip(1)))
+    assert turned.sha256 != federation.sha256
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_votes_do_not_depend_on_the_number_of_clients(seed: int, tmp_path: Path) -> None:
+    module = write(tmp_path / "images.py", IMAGES)
+    few, many = (build(clients=c, seed=seed, kind="labeling_functions", module=module) for c in (2, 9))
+    assert torch.equal(few.record.votes, many.record.votes)
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"), [({"kind": "labeling_functions"}, "labeling_functions"), ({"module": "rules"}, "few_labels")]
+)
+def test_a_module_is_for_labelling_functions_and_they_need_one(keys: dict[str, Any], kind: str) -> None:
+    message = rf"`supervision.module` \(=.*\) must be given for supervision.kind=labeling_functions.*kind is {kind}"
+    with pytest.raises(ValueError, match=message):
+        SupervisionConfig(**keys)
+
+
+def test_two_parts_of_functions_are_refused() -> None:
+    parts = tuple(MixPart("labeling_functions", share=0.4, label_rate=None, module=name) for name in ("a.py", "b.py"))
+    with pytest.raises(ValueError, match=r"`supervision.mix` has several parts .* \(a.py, b.py\): give one, with"):
+        SupervisionConfig(mix=parts)
+    with pytest.raises(ValueError, match=r"`supervision.module` \(=c.py\)"):
+        SupervisionConfig(mix=parts[:1], module="c.py")
