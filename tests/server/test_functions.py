@@ -1,0 +1,335 @@
+"""Labelling functions under watch: what is counted of votes, the table and the figure, and whole runs of DP-SSL."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import fedlabel
+import server.server_app
+from fedlabel.cli import run_experiment
+from fedlabel.figures import functions_figure
+from fedlabel.metrics import Counts, add_counts, function_counts
+from fedlabel.tracking import RunFolder, read_metrics
+from server.checkpoint import load_checkpoint
+from server.functions import FunctionWatch, markdown
+from tests.integration.tiny import assert_same_run, final_weights
+
+NAMES = ("cat", "dog", "cow")
+SETS = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 1, 1]]).bool()
+VOTES = torch.tensor([[0, 1, -1], [1, 1, -1], [-1, -1, -1], [0, -1, -1], [1, 2, 2], [0, 1, 1]])
+TRUTH = torch.tensor([0, 1, 2, 1, -1, 0])
+"""Two against one in the last row, a tie in the first; of the fifth sample nobody knows the class."""
+
+
+# --------------------------------------------------------------------------------------------------------------- counts
+
+
+def test_counts_by_hand() -> None:
+    """Majority: cat (a tie), dog, cat (no vote), cat, -, dog: two are right. Of one function for cats, three for dogs:
+    in the last row 1 / 1 against 2 / 3, so cat: three are right."""
+    counts = function_counts(VOTES, SETS, TRUTH)
+    assert np.reshape(counts["function_votes"], (3, 3)).tolist() == [[3, 2, 0], [0, 3, 1], [0, 1, 1]]
+    overlap, conflict, right, known = np.reshape(counts["function_counts"], (3, 4)).T.tolist()
+    assert overlap == [4, 4, 2]
+    assert conflict == [3, 3, 2]
+    assert right == [3, 1, 0]
+    assert known == [4, 3, 1]
+    assert counts["function_samples"] == [6, 5, 5, 2, 3]
+
+
+def test_who_agrees_does_not_conflict() -> None:
+    """Three say dog, and then a fourth something else, which is against all of them and they against it."""
+    sets, truth = torch.ones(4, 3).bool(), torch.tensor([1])
+    for votes, conflict in (([1, 1, 1, -1], [0, 0, 0, 0]), ([1, 1, 1, 2], [1, 1, 1, 1])):
+        counts = function_counts(torch.tensor([votes]), sets, truth)
+        assert np.reshape(counts["function_counts"], (4, 4))[:, 1].tolist() == conflict
+
+
+def test_counts_of_clients_add_up() -> None:
+    parts = [function_counts(VOTES[rows], SETS, TRUTH[rows]) for rows in torch.arange(6).split([1, 5])]
+    parts.append(function_counts(VOTES[:0], SETS, TRUTH[:0]))
+    assert add_counts(parts) == function_counts(VOTES, SETS, TRUTH)
+
+
+# ---------------------------------------------------------------------------------------------------------------- watch
+
+
+class Folder:
+    """Where a run writes, and what it was given for TensorBoard."""
+
+    def __init__(self, path: Path) -> None:
+        self.functions_csv = path / "labeling_functions.csv"
+        self.texts: list[tuple[int, str]] = []
+        self.figures: list[tuple[int, Figure]] = []
+
+    def log_text(self, tag: str, text: str, round_number: int) -> None:
+        assert tag == "functions"
+        self.texts.append((round_number, text))
+
+    def log_figure(self, tag: str, figure: Figure, round_number: int) -> None:
+        assert tag == "functions"
+        self.figures.append((round_number, figure))
+
+    def rows(self) -> dict[str, list[dict[str, str]]]:
+        """Client -> its rows of the table."""
+        found: dict[str, list[dict[str, str]]] = {}
+        for row in csv.DictReader(self.functions_csv.read_text().splitlines()):
+            found.setdefault(row.pop("client"), []).append(row)
+        return found
+
+
+def watching(path: Path, rounds: int = 5) -> tuple[FunctionWatch, Folder]:
+    """A watch over a method that shares its estimates as they are."""
+    method = SimpleNamespace(function_accuracy=lambda shared: shared.get("estimates"))
+    experiment: Any = SimpleNamespace(
+        config=SimpleNamespace(method=method, num_rounds=rounds),
+        federation=SimpleNamespace(dataset=SimpleNamespace(class_names=NAMES)),
+    )
+    folder: Any = Folder(path)
+    return FunctionWatch(experiment, folder), folder
+
+
+def counts_of(rows: slice) -> Counts:
+    return {**function_counts(VOTES[rows], SETS, TRUTH[rows]), "drawn": [7.0]}
+
+
+ESTIMATES = {"estimates": torch.tensor([0.5, 0.5, 0.25])}
+
+
+def test_metrics_are_means_over_functions_of_the_rounds_votes(tmp_path: Path) -> None:
+    """Of six samples: coverage (5, 4, 2) / 6, right (3/4, 1/3, 0/1), the estimates off by (1/4, 1/6, 1/4)."""
+    watch, _ = watching(tmp_path)
+    clients = {0: counts_of(slice(0, 2)), 1: counts_of(slice(2, 6))}
+    metrics = watch.watch(1, add_counts(clients.values()), clients, ESTIMATES)
+    assert metrics == pytest.approx(
+        {
+            "functions/coverage": 11 / 18,
+            "functions/overlap": 10 / 18,
+            "functions/conflict": 8 / 18,
+            "functions/accuracy": (3 / 4 + 1 / 3) / 3,
+            "functions/estimation_error": (1 / 4 + 1 / 6 + 1 / 4) / 3,
+            "functions/voted": 5 / 6,
+            "functions/majority_accuracy": 2 / 5,
+            "functions/normalized_vote_accuracy": 3 / 5,
+        }
+    )
+
+
+def test_table_has_a_row_of_each_function_over_all_and_at_each_client(tmp_path: Path) -> None:
+    watch, folder = watching(tmp_path)
+    clients = {1: counts_of(slice(2, 6)), 0: counts_of(slice(0, 2))}
+    watch.watch(1, add_counts(clients.values()), clients, ESTIMATES)
+    rows = folder.rows()
+    assert list(rows) == ["all", "0", "1"]
+    assert [row["function"] for row in rows["all"]] == ["0", "1", "2"]
+    assert rows["all"][0] == {
+        "function": "0",
+        "polarity": "cat, dog",
+        "coverage": "0.833333",
+        "overlap": "0.666667",
+        "conflict": "0.500000",
+        "accuracy": "0.750000",
+        "estimated_accuracy": "0.500000",
+        "votes": "5",
+        "samples": "6",
+    }
+    assert [row["polarity"] for row in rows["all"]] == ["cat, dog", "dog, cow", "dog, cow"]
+    assert [row["coverage"] for row in rows["0"]] == ["1.000000", "1.000000", "0.000000"]
+    assert [row["accuracy"] for row in rows["0"]] == ["1.000000", "0.500000", ""]  # the third said nothing there
+    assert rows["0"][2]["polarity"] == ""
+    assert [row["samples"] for row in rows["1"]] == ["4"] * 3
+
+
+def test_a_client_that_is_not_drawn_stays_and_one_that_is_drawn_again_is_new(tmp_path: Path) -> None:
+    watch, folder = watching(tmp_path)
+    first, second = counts_of(slice(0, 2)), counts_of(slice(2, 6))
+    watch.watch(1, add_counts([first, second]), {0: first, 1: second, 2: {"drawn": [3.0]}}, {})
+    assert list(folder.rows()) == ["all", "0", "1"]
+    assert {row["estimated_accuracy"] for rows in folder.rows().values() for row in rows} == {""}
+    before = folder.rows()
+    again = counts_of(slice(4, 5))
+    metrics = watch.watch(2, again, {1: again}, ESTIMATES)
+    after = folder.rows()
+    unestimated = [{**row, "estimated_accuracy": ""} for row in after["0"]]
+    assert unestimated == before["0"]
+    assert [row["samples"] for row in after["1"]] == ["1"] * 3
+    assert [row["samples"] for row in after["all"]] == ["3"] * 3
+    assert [row["estimated_accuracy"] for row in after["1"]] == ["0.500000", "0.500000", "0.250000"]
+    assert metrics["functions/coverage"] == 1  # of the round alone
+    assert "functions/accuracy" not in metrics  # of this sample nobody knows the class
+    assert "functions/majority_accuracy" not in metrics
+
+
+def test_table_and_figure_are_shown_with_the_first_estimate_and_at_the_end(tmp_path: Path) -> None:
+    watch, folder = watching(tmp_path)
+    counts = counts_of(slice(0, 6))
+    for round_number, shared in ((2, {}), (3, ESTIMATES), (4, ESTIMATES), (5, ESTIMATES)):
+        watch.watch(round_number, counts, {0: counts}, shared)
+    assert [round_number for round_number, _ in folder.texts] == [3, 5]
+    assert [round_number for round_number, _ in folder.figures] == [3, 5]
+    lines = folder.texts[0][1].splitlines()
+    assert lines[0].startswith("| function | polarity | coverage |")
+    assert lines[2] == "| 0 | cat, dog | 0.833 | 0.667 | 0.500 | 0.750 | 0.500 | 5 | 6 |"
+    assert len(lines) == 5
+
+
+def test_a_round_without_an_unlabelled_sample_is_shown_as_nothing(tmp_path: Path) -> None:
+    watch, folder = watching(tmp_path, rounds=1)
+    nobody = counts_of(slice(0, 0))
+    assert watch.watch(1, nobody, {0: nobody}, ESTIMATES) == {}
+    assert folder.rows()["all"][0]["coverage"] == ""
+    assert len(folder.figures) == 1
+
+
+def test_markdown_leaves_out_what_is_not_known() -> None:
+    table = markdown([{"name": "a", "rate": 0.12345, "count": 3}, {"name": "b", "rate": float("nan"), "count": 0}])
+    assert table == "| name | rate | count |\n|---|---|---|\n| a | 0.123 | 3 |\n| b |  | 0 |"
+
+
+def test_figure_has_a_point_for_each_function_that_is_known_and_estimated() -> None:
+    nan = float("nan")
+    figure = functions_figure(np.array([0.5, 0.1, 0.9]), np.array([0.8, nan, 0.4]), np.array([0.7, 0.5, 0.6]))
+    (points,) = figure.axes[0].collections
+    assert np.allclose(points.get_offsets(), [[70, 80], [60, 40]])
+    assert np.allclose(np.asarray(points.get_array()), [50, 90])
+    assert figure.axes[0].get_title() == "3 labelling functions"
+    functions_figure(*[np.array([nan])] * 3)
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr(server.server_app, "save_png", lambda figure, path: None)
+    monkeypatch.setattr(RunFolder, "_add_figure", lambda self, tag, figure, round_number: None)
+
+
+COMMON = (
+    *("num_clients=3", "fraction_train=1", "partition.kind=iid", "model.name=mlp", "training.local_steps=15"),
+    *("evaluation.panel_samples=0", "device=cpu", "method.name=dp_ssl", "training.batch_size=16"),
+)
+GROWN = (
+    *COMMON,
+    *("supervision.label_rate=0.2", "num_rounds=9", "method.num_functions=10", "method.functions_rounds=5"),
+    *("method.assignment_rounds=2", "method.label_model_rounds=2", "method.averaging_decay=0.3"),
+    *("method.confidence_threshold=0.9", "training.lr=0.5", "training.local_steps=40"),
+    *("evaluation.every=3", "checkpoint.keep=20"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
+def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_same(tmp_path: Path) -> None:
+    """Stopped at the end of the functions' stage: what the clients' votes come from is their moving average.
+
+    Measured: posteriors .79, the majority .70, the end model .84; what the functions say after three rounds .68.
+    """
+    whole = fedlabel.run([], GROWN, name="whole", out=tmp_path)
+
+    def stop(done: int, metrics: Mapping[str, float]) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment([], GROWN, name="x", out=tmp_path, on_round=stop)
+    resumed = fedlabel.run(name="x", out=tmp_path, resume=True)
+    assert_same_run(resumed.path, whole.path)
+    assert (resumed.path / "labeling_functions.csv").read_bytes() == (
+        whole.path / "labeling_functions.csv"
+    ).read_bytes()
+
+    states = [load_checkpoint(path) for path in sorted((whole.path / "checkpoints").glob("round_*.ckpt"))]
+    assert all(torch.equal(states[0].model[name], value) for name, value in states[0].average.items())
+    for before, after in pairwise(states[:5]):
+        for name, value in after.average.items():
+            expected = 0.3 * before.average[name] + 0.7 * after.model[name]
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+    for later in states[5:]:
+        assert all(torch.equal(value, states[4].average[name]) for name, value in later.previous.items())
+    heads = "heads.weight"
+    assert all(torch.equal(later.model[heads], states[5].model[heads]) for later in states[6:])
+    assert torch.equal(states[6].model["net.output.weight"], states[5].model["net.output.weight"])
+    assert not torch.equal(states[7].model["net.output.weight"], states[6].model["net.output.weight"])
+    assert [bool(torch.equal(states[i].shared["sets"], states[1].shared["sets"])) for i in range(2, 9)] == [True] * 7
+    assert [float(state.shared["fitted"]) for state in states] == [0, 0, 0, 0, 0, 1, 2, 2, 2]
+
+    rows = read_metrics(whole.path)
+    votes = [row for row in rows if "functions/coverage" in row]
+    assert [row["round"] for row in votes] == [6, 7, 8, 9]
+    names = "coverage overlap conflict accuracy estimation_error voted majority_accuracy normalized_vote_accuracy"
+    assert {f"functions/{name}" for name in names.split()} <= set(votes[0])
+    assert [row["round"] for row in rows if "functions/kept" in row] == [2, 3, 4, 5]
+    assert rows[0]["train/backward_samples"] == rows[5]["train/backward_samples"] == 0
+    assert rows[-1]["pseudo/accuracy"] > rows[-1]["functions/majority_accuracy"] + 0.03
+    accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+    assert len(accuracies) == 3
+    assert min(accuracies) > 0.5
+    assert accuracies[-1] > 0.7
+    assert json.loads((whole.path / "summary.json").read_text())["rounds"] == 9
+    with (whole.path / "labeling_functions.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["client"] for row in table[::10]] == ["all", "0", "1", "2"]
+    assert len(table) == 40
+    mean = np.mean([float(row["accuracy"]) for row in table[:10] if row["accuracy"]])
+    assert rows[-1]["functions/accuracy"] == pytest.approx(mean, abs=1e-5)
+
+
+RULES = """
+import numpy as np
+
+def large(row):
+    return "malignant" if row["worst radius"] > 18 else None
+
+def small(row):
+    return "benign" if row["worst radius"] < 15 else None
+
+def smooth(row):
+    return "benign" if row["worst concave points"] < 0.12 else None
+
+def dented(row):
+    return 0 if row["worst concave points"] > 0.16 else -1
+
+def coarse(row):
+    return int(row["mean texture"] < 20)
+"""
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_written_functions_teach_a_table_without_any_label(tmp_path: Path) -> None:
+    (tmp_path / "rules.py").write_text(RULES)
+    overrides = [*COMMON, "data.name=breast_cancer", "num_rounds=5", "method.functions=written"]
+    overrides += ["method.num_functions=5", "method.label_model_rounds=3", "supervision.kind=labeling_functions"]
+    path = fedlabel.run([], [*overrides, f"supervision.module={tmp_path / 'rules.py'}"], name="a", out=tmp_path).path
+    rows = read_metrics(path)
+    assert all("functions/accuracy" in row for row in rows)
+    assert rows[-1]["pseudo/accuracy"] > 0.85
+    assert rows[-1]["eval/accuracy"] > 0.85
+    first, later = (load_checkpoint(path / "checkpoints" / f"round_{i:06d}.ckpt").model for i in (4, 5))
+    assert first.keys() == later.keys() == final_weights(path).keys()
+    assert not any(name.startswith("heads.") for name in later)
+    with (path / "labeling_functions.csv").open() as file:
+        table = {row["function"]: row for row in csv.DictReader(file) if row["client"] == "all"}
+    assert [table[str(place)]["polarity"] for place in range(5)] == [
+        "malignant",
+        "benign",
+        "benign",
+        "malignant",
+        "malignant, benign",
+    ]
+    for row in table.values():
+        assert abs(float(row["accuracy"]) - float(row["estimated_accuracy"])) < 0.15
+    audit = json.loads((path / "supervision.json").read_text())
+    assert "votes" in json.dumps(audit)
