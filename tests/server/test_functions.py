@@ -18,9 +18,12 @@ from matplotlib.figure import Figure
 import fedlabel
 import server.server_app
 from fedlabel.cli import run_experiment
+from fedlabel.experiment import open_experiment
 from fedlabel.figures import functions_figure
+from fedlabel.methods.dp_ssl import votes_of
 from fedlabel.metrics import Counts, add_counts, function_counts
 from fedlabel.tracking import RunFolder, read_metrics
+from fedlabel.training import frozen_model
 from server.checkpoint import load_checkpoint
 from server.functions import FunctionWatch, markdown
 from tests.integration.tiny import assert_same_run, final_weights
@@ -265,6 +268,15 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
     assert not torch.equal(states[7].model["net.output.weight"], states[6].model["net.output.weight"])
     assert [bool(torch.equal(states[i].shared["sets"], states[1].shared["sets"])) for i in range(2, 9)] == [True] * 7
     assert [float(state.shared["fitted"]) for state in states] == [0, 0, 0, 0, 0, 1, 2, 2, 2]
+
+    experiment = open_experiment((whole.path / "config.yaml").read_text())
+    split = experiment.evaluation_split
+    voters = frozen_model(experiment.teacher, states[4].average)
+    sets = states[4].shared["sets"] > 0.5
+    silent = votes_of(voters(experiment.transform.normalize(split.images), "heads"), sets) < 0
+    inside = sets.T[split.labels]
+    rates = [[float(silent[where[:, head], head].double().mean()) for where in (inside, ~inside)] for head in range(10)]
+    assert sum(outside > own + 0.1 for own, outside in rates) >= 9  # check 8
 
     rows = read_metrics(whole.path)
     votes = [row for row in rows if "functions/coverage" in row]
