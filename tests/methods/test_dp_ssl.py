@@ -702,6 +702,24 @@ def test_hard_labels_and_least_confidence() -> None:
     torch.testing.assert_close(strict.pseudo.confidence, confidence)
 
 
+def test_threshold_and_temperature_reach_votes_and_posterior() -> None:
+    """Heads that are sure at e^.5 / (e^.5 + |set|) at most, so abstain; kappa = .5 under tables that are fitted."""
+    method, votes, sets, shared = functions_of("grown")
+    known = told(votes, classes=10)
+    unsure = Survey(lambda *_: certainly(votes, 10) / 18, known, memory_of(method, shared, 10))
+    for threshold, said in ((0.0, votes), (0.7, torch.full_like(votes, -1))):
+        cast = replace(method, vote_threshold=threshold).annotate(unsure, True).votes
+        assert cast is not None
+        assert torch.equal(cast.cast, said)
+    shared = a_round(method, [votes], [known], shared)
+    flat = LabelModel(10, sets, temperature=0.5)
+    flat.tables, flat.prior = shared["tables"].double(), shared["prior"].double() / shared["prior"].double().sum()
+    found = annotated(replace(method, temperature=0.5), votes, known, shared).targets["target"]
+    torch.testing.assert_close(found, flat.posterior(votes).float())
+    sharp = annotated(method, votes, known, shared).targets["target"]
+    assert (found - sharp).abs().max() > 0.05
+
+
 def test_samples_that_functions_were_not_given_are_not_learnt_nor_counted() -> None:
     method, votes, _, shared = functions_of("written")
     known = told(votes.masked_fill((torch.arange(300) < 100)[:, None], -2), classes=10)
