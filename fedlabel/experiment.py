@@ -53,6 +53,11 @@ class Experiment:
             config.method.oracle_labels,
             config.seed,
         )
+        if len(self.federation.server_rows) and not config.method.server_labels:
+            raise ValueError(
+                f"`supervision.labels_at` (=server): method {config.method.name} learns from labels at the clients. "
+                "Take supervision.labels_at=clients or some_clients."
+            )
         config.method.check(self.federation.record)
         dataset, skew = self.federation.dataset, config.skew
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")

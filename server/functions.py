@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fedlabel.data.labeling_functions import function_name, load_functions
 from fedlabel.experiment import Experiment
 from fedlabel.figures import functions_figure
 from fedlabel.methods.base import State
@@ -26,6 +27,10 @@ class FunctionWatch:
     def __init__(self, experiment: Experiment, folder: RunFolder) -> None:
         self._experiment = experiment
         self._folder = folder
+        parts = experiment.config.supervision.parts
+        modules = [part.module for part in parts if part.module is not None]
+        self._names = [function_name(function) for module in modules for function in load_functions(module)]
+        """Of written functions; grown ones have numbers."""
         self._clients: dict[int, Counts] = {}
         self._shown = False
 
@@ -76,7 +81,7 @@ class FunctionWatch:
         rates = self._rates(counts)
         return [
             {
-                "function": place,
+                "function": self._names[place] if self._names else place,
                 "polarity": ", ".join(name for name, number in zip(names, row, strict=True) if number),
                 **{name: values[place] for name, values in rates.items()},
                 "estimated_accuracy": guess[place],

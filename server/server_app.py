@@ -160,7 +160,7 @@ def _rounds(
         client_of = {nodes[client]: client for client in cohort}
         messages = configure_round(strategy, round_number, ArrayRecord(model), train_config, nodes, cohort)
         for content in {id(message.content): message.content for message in messages}.values():
-            content["shared"] = ConfigRecord(dict(state_to_lists(shared)))
+            content["shared"] = ConfigRecord(dict(state_to_lists(method.told(shared))))
             if previous:
                 content["previous"] = ArrayRecord(previous)
         if pool is not None:
@@ -186,7 +186,8 @@ def _rounds(
         model = experiment.train_server(model, round_number)
         _check_finite(model, "The server's own training made", round_number, "steps in training.server_steps")
         shared = method.server_step(shared, tally.statistics(experiment.device))
-        average = _moving_average(average, model, method.averaging)
+        if aggregated is not None:
+            average = _moving_average(average, model, method.averaging)
         last = round_number == config.num_rounds
         judged = {"model": model, "average": average, "previous": previous}
         judged = {name: state for name, state in judged.items() if state}

@@ -50,7 +50,7 @@ def load_functions(module: str) -> list[LabelingFunction]:
     if listed is None:
         public = [value for name, value in vars(loaded).items() if not name.startswith("_")]
         listed = [f for f in public if inspect.isfunction(f) and f.__module__ == loaded.__name__]
-    functions = list(listed)
+    functions = list(listed) if isinstance(listed, (list, tuple)) else []
     if not functions or not all(map(callable, functions)):
         raise ValueError(f"{key} has no labelling functions: define some, or list them as `labeling_functions`.")
     return functions
@@ -79,8 +79,13 @@ def cast_votes(functions: Sequence[LabelingFunction], samples: Iterable[Any], cl
     return np.array(votes, dtype=np.int64).reshape(-1, len(functions))
 
 
+def function_name(function: LabelingFunction) -> str:
+    """Returns what to call a function in messages and tables."""
+    return str(getattr(function, "__name__", repr(function)))
+
+
 def _vote(function: LabelingFunction, sample: Any, place: int, number_of: dict[str, int]) -> int:
-    name = getattr(function, "__name__", repr(function))
+    name = function_name(function)
     try:
         answer = function(copy(sample))  # what it writes on it is for itself
     except Exception as error:
@@ -91,6 +96,8 @@ def _vote(function: LabelingFunction, sample: Any, place: int, number_of: dict[s
     if answer is None:
         return ABSTAIN
     try:
+        if isinstance(answer, (bool, np.bool_)):  # True is no vote for class 1, nor False one for class 0
+            raise TypeError
         vote = number_of[answer] if isinstance(answer, str) else operator.index(answer)
     except (KeyError, TypeError):
         vote = NOT_ASKED

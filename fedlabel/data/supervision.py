@@ -228,10 +228,13 @@ def impart(
         rows = np.flatnonzero(kinds == place)
         index = torch.from_numpy(rows)
         if part.module is not None:
+            # A client that has the functions also asks them of its samples of which something else is known.
+            own = [mine[kinds[mine] >= 0] for mine in holders if (kinds[mine] == place).any()]
+            asked = np.concatenate(own) if own else rows
             functions, dataset = load_functions(part.module), resemblance.dataset
-            given = cast_votes(functions, (dataset.sample(int(row)) for row in rows), dataset.class_names)
+            given = cast_votes(functions, (dataset.sample(int(row)) for row in asked), dataset.class_names)
             votes = torch.full((n, len(functions)), NOT_ASKED)
-            votes[index] = torch.from_numpy(given)
+            votes[torch.from_numpy(asked)] = torch.from_numpy(given)
             continue
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":

@@ -232,6 +232,8 @@ class Method:
 
     description: ClassVar[str] = ""
     """One line for `fedlabel list`."""
+    server_labels: ClassVar[bool] = True
+    """Whether it can use labels that only the server has (supervision.labels_at=server)."""
     oracle_labels: ClassVar[bool] = False
     """True only where the method is defined as an upper bound that sees every training label."""
 
@@ -374,6 +376,10 @@ class Method:
     def initial_shared(self, num_classes: int) -> State:
         """Returns the state that the server shares with all clients in round 1. Default: nothing."""
         return {}
+
+    def told(self, shared: State) -> State:
+        """Returns what of the shared state the clients get. Default: all of it."""
+        return shared
 
     def server_step(self, shared: State, total: State) -> State:
         """Returns the next shared state from the current one and the summed `statistics` of a round."""

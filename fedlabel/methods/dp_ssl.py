@@ -170,6 +170,8 @@ class DPSSL(Method):
     name: str = "dp_ssl"
     description: ClassVar[str] = "labelling functions that grow or are written, a label model, an end model (DP-SSL)"
 
+    server_labels: ClassVar[bool] = False
+
     functions: str = "grown"
     """grown: heads learn to vote. written: the functions of supervision.kind=labeling_functions vote."""
     num_functions: int = 50
@@ -212,8 +214,8 @@ class DPSSL(Method):
     temperature: float = 1.0
     """kappa in (0, 1]: log-likelihoods of votes are multiplied by it, as votes of one trunk are not independent."""
     label_weight: float = 0.0
-    """Weight of labelled samples in EM, clamped to their label. Heads were fitted on these: they look better than they
-    are there."""
+    """Weight of labelled samples in EM, clamped to their label. Heads were fitted on these and look better there than
+    they are; written functions were not."""
     decay: float = 0.0
     """What remains of the counts of earlier rounds, in [0, 1). 0: EM's M step where all clients take part; where a
     round's cohort is a part of the federation take more."""
@@ -332,6 +334,8 @@ class DPSSL(Method):
         super().check(known)
         k = self.num_functions
         if self.assignment == "random":
+            if self.most_classes > classes:
+                raise ValueError(f"`method.most_classes` (={self.most_classes}) must be at most the {classes} classes.")
             random_classes(k, classes, self.least_classes, self.most_classes, self.sets_seed)
         elif not math.ceil(k / classes) <= self._heads_per_class(classes) <= k:
             raise ValueError(
@@ -418,7 +422,8 @@ class DPSSL(Method):
             "functions/kept": mean_metric(keep.to(nll.dtype), everyone),
             "functions/abstained": mean_metric((vote == sets.shape[1]).to(nll.dtype), everyone),
         }
-        return Step(loss, metrics, count + keep.any(1).sum())
+        # The sum over heads: the trunk gets the mean of their gradients all the same, see `LabelingHeads`.
+        return Step(len(sets) * loss, metrics, count + keep.any(1).sum())
 
     # --------------------------------------------------------------------------------------------- stage 2: label model
 
@@ -454,16 +459,18 @@ class DPSSL(Method):
         if begun and self.prior == "client" and len(free):
             model.prior = client_prior(model, free)
         posterior = model.posterior(votes) if begun else model.guess(votes)
+        metrics: dict[str, Tensor] = {}
         if count:
             sums = self._counts(model, free, votes[asked], label[asked], begun)
             memory = {**memory, "vote_counts": sums.votes.float(), "class_counts": sums.classes.float()}
-            memory |= {"log_likelihood": sums.log_likelihood.float()}
+            metrics = {"functions/log_likelihood": torch.stack([sums.log_likelihood, sums.classes.sum()])}
         confidence, likeliest = posterior.float().max(1)
         keep = asked & (confidence >= self.least_confidence)
         target = one_hot(likeliest, sets.shape[1]) if self.hard else posterior.float()
         pseudo = PseudoLabels(likeliest, keep, torch.ones_like(keep), confidence)
         cast = votes.masked_fill(~asked[:, None], NOT_ASKED)
-        return Prepared({"target": target * keep[:, None]}, memory=memory, pseudo=pseudo, votes=Votes(cast, sets))
+        said = {"target": target * keep[:, None]}
+        return Prepared(said, memory=memory, pseudo=pseudo, metrics=metrics, votes=Votes(cast, sets))
 
     def _counts(self, model: LabelModel, free: Tensor, votes: Tensor, label: Tensor, begun: bool) -> Counts:
         if not begun:
@@ -478,7 +485,7 @@ class DPSSL(Method):
         """Returns cross-entropy on labels plus the noise-aware risk, cross-entropy to the posterior on strong views."""
         unlabeled = batch.unlabeled
         supervised, strong = labeled_and(student, batch, "strong")
-        target = unlabeled.targets["target"]
+        target = unlabeled.targets["target"].detach()
         log_probs = strong.log_softmax(-1)
         values = -(target * log_probs).sum(-1)
         told = target.sum(-1) > 0
@@ -525,16 +532,21 @@ class DPSSL(Method):
         memory = {
             "vote_counts": torch.zeros(k, c + 1, c),
             "class_counts": torch.zeros(c),
-            "log_likelihood": torch.zeros(()),
             "head_losses": torch.zeros(k, c),
             "class_samples": torch.zeros(c),
         }
         return {name: value.to(device) for name, value in memory.items()}
 
+    def told(self, shared: State) -> State:
+        kept = ["rounds", "fitted", "sets"]
+        if self.stage(int(shared["rounds"]) + 1) != "functions":
+            kept += ["tables", "prior"]
+        return {name: shared[name] for name in kept}
+
     def statistics(self, memory: State) -> State:
         stage = self.stage(self._round(memory))
         if stage == "label model":
-            return {name: memory[name] for name in ("vote_counts", "class_counts", "log_likelihood")}
+            return {name: memory[name] for name in ("vote_counts", "class_counts")}
         if stage == "functions" and self.assignment == "wta" and self._round(memory) <= self.assignment_rounds:
             return {name: memory[name] for name in ("head_losses", "class_samples")}
         return {}
@@ -555,7 +567,7 @@ class DPSSL(Method):
             begun = bool(shared["fitted"] > 0)
             sets = shared["sets"] > 0.5
             model = self.label_model(sets, shared["tables"], shared["prior"]) if begun else self.label_model(sets)
-            model.update(Counts(counts.double(), classes.double(), total["log_likelihood"].double()))
+            model.update(Counts(counts.double(), classes.double(), classes.new_zeros(()).double()))
             shared |= {"counts": counts, "classes": classes, "fitted": shared["fitted"] + 1}
             shared |= {"tables": model.tables.float(), "prior": model.prior.float()}
         return shared
@@ -596,6 +608,6 @@ def client_prior(model: LabelModel, votes: Tensor) -> Tensor:
     prior = model.prior
     for _ in range(_PRIOR_STEPS):
         joint = ratio * prior
-        prior = (joint / joint.sum(1, keepdim=True)).sum(0) + model.smoothing / len(prior)
+        prior = (joint / joint.sum(1, keepdim=True)).sum(0) + model.smoothing
         prior = prior / prior.sum()
     return prior

@@ -414,6 +414,9 @@ class ILL(Method):
             return {**shared, "transition": start}
         return {**shared, "transition": start, "counts": torch.zeros_like(start), "rounds": torch.zeros(())}
 
+    def told(self, shared: State) -> State:
+        return {name: value for name, value in shared.items() if name not in ("counts", "rounds")}
+
     def statistics(self, memory: State) -> State:
         total: State = {}
         if self.alignment:

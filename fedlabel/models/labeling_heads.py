@@ -10,6 +10,9 @@ from fedlabel.models.nets import Net
 class LabelingHeads(nn.Module):
     """A network with K linear heads over its classes and one symbol more, to abstain.
 
+    The trunk gets the mean of the heads' gradients, not their sum: so a loss that is summed over heads suits both under
+    one learning rate, whatever K.
+
     Args:
         net: the network; its own output is not one of the heads.
         heads: K.
@@ -24,7 +27,10 @@ class LabelingHeads(nn.Module):
     def forward(self, inputs: Tensor, part: str = "all") -> Tensor:
         """Returns what the network returns; of part "heads" logits (batch, K, classes + 1) of images."""
         if part == "heads":
-            logits: Tensor = self.heads(self.net(inputs, "embed")).unflatten(-1, (-1, self.symbols))
+            embeddings = self.net(inputs, "embed")
+            share = self.symbols / self.heads.out_features  # 1 / K
+            embeddings = share * embeddings + (1 - share) * embeddings.detach()
+            logits: Tensor = self.heads(embeddings).unflatten(-1, (-1, self.symbols))
             return logits
         outputs: Tensor = self.net(inputs, part)
         return outputs

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedlabel.config import load_config
 from fedlabel.data.supervision import Supervision, supervise
+from fedlabel.experiment import Experiment
 from fedlabel.inference.label_model import LabelModel
 from fedlabel.methods.base import (
     Batch,
@@ -251,15 +253,15 @@ def test_functions_step_per_sample_and_head(seed: int, frozen: bool) -> None:
     for head in range(3):
         for i, label in enumerate(heads.labels.tolist()):
             p, inside = probabilities(labeled[i, head], head), bool(heads.sets[head, label])
-            target, share = (label, 1 / 12) if inside else (3, weight[head] / 12)  # 4 samples, 3 heads
+            target, share = (label, 1 / 4) if inside else (3, weight[head] / 4)  # 4 samples; summed over heads
             total -= share * math.log(p[target])
             push(expected[0][i, head], p, target, share)
         for i in range(5):
             q, p = probabilities(weak[i, head], head), probabilities(strong[i, head], head)
             if max(q) >= 0.8:
                 kept += 1
-                total -= 1.5 / 15 * math.log(p[q.index(max(q))])
-                push(expected[2][i, head], p, q.index(max(q)), 1.5 / 15)
+                total -= 1.5 / 5 * math.log(p[q.index(max(q))])
+                push(expected[2][i, head], p, q.index(max(q)), 1.5 / 5)
     assert 0 < kept < 15
     assert step.loss.item() == pytest.approx(total, abs=1e-5)
     for found, wanted in zip(heads.gradients(step), expected, strict=True):
@@ -544,7 +546,7 @@ def test_classes_stay_after_the_rounds_of_assignment() -> None:
     for rounds in range(8):
         memory = memory_of(method, {**method.initial_shared(3), "rounds": torch.tensor(float(rounds))}, 3)
         sent.append("".join(sorted(name[0] for name in method.statistics(memory))))
-    assert sent == ["ch"] * 2 + [""] * 3 + ["clv"] * 3
+    assert sent == ["ch"] * 2 + [""] * 3 + ["cv"] * 3
     shared = method.initial_shared(3)
     after = method.server_step(shared, {})
     assert all(torch.equal(after[name], shared[name]) for name in shared if name != "rounds")
@@ -672,7 +674,7 @@ def test_decay_keeps_a_part_of_earlier_counts() -> None:
 
     def total(votes: list[list[float]]) -> State:
         counts = torch.tensor([votes])
-        return {"vote_counts": counts, "class_counts": counts[0].sum(0), "log_likelihood": torch.zeros(())}
+        return {"vote_counts": counts, "class_counts": counts[0].sum(0)}
 
     shared = method.server_step(shared, total([[6, 0], [0, 4], [0, 0]]))
     expected = torch.tensor([[7 / 9, 1 / 7], [1 / 9, 5 / 7], [1 / 9, 1 / 7]])
@@ -770,7 +772,7 @@ def test_client_prior_is_em_of_the_prior_alone() -> None:
     ]
     prior = model.prior.tolist()
     for _ in range(50):
-        new = [0.1] * 10  # smoothing 1 over 10 classes
+        new = [1.0] * 10  # smoothing
         for row in likelihood:
             joint = [p * value for p, value in zip(prior, row, strict=True)]
             new = [count + value / sum(joint) for count, value in zip(new, joint, strict=True)]
@@ -962,3 +964,19 @@ def test_written_functions_need_no_label_and_may_vote_for_all_classes() -> None:
     assert method.initial_shared(3)["sets"].tolist() == [[1, 1, 1], [1, 1, 1]]
     drawn = DPSSL(assignment="random", num_functions=30, sets_seed=4)
     assert (drawn.initial_shared(3)["sets"].numpy() == random_classes(30, 3, 1, 3, 4)).all()
+
+
+def test_clients_are_told_what_they_need_alone() -> None:
+    method = DPSSL(num_functions=4, heads_per_class=2, functions_rounds=2, assignment_rounds=1, label_model_rounds=2)
+    shared = method.initial_shared(CLASSES)
+    needed = {"rounds", "fitted", "sets"}
+    assert method.told(shared).keys() == needed
+    assert method.told({**shared, "rounds": torch.tensor(1.0)}).keys() == needed
+    for rounds in (2, 3, 4):
+        assert method.told({**shared, "rounds": torch.tensor(float(rounds))}).keys() == needed | {"tables", "prior"}
+
+
+def test_labels_that_only_the_server_has_are_refused() -> None:
+    overrides = ["method.name=dp_ssl", "supervision.labels_at=server", "supervision.labels_total=50", "device=cpu"]
+    with pytest.raises(ValueError, match=r"`supervision.labels_at` \(=server\): method dp_ssl learns from labels at"):
+        Experiment(load_config([], [*overrides, "num_rounds=60"]))

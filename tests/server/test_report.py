@@ -201,6 +201,7 @@ EXPERIMENT: Any = SimpleNamespace(
         seed=5,
         method=SimpleNamespace(name="m", noise_matrix=lambda shared: None),
         data=SimpleNamespace(name="d"),
+        supervision=SimpleNamespace(parts=[]),
         evaluation=SimpleNamespace(split="test"),
     ),
     device=torch.device("cpu"),
