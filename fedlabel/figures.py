@@ -319,7 +319,7 @@ def curves_figure(
     """
     if band not in ("minmax", "sd"):
         raise ValueError(f"`band` (={band}) must be one of minmax, sd.")
-    below = len(runs) > 6  # a long legend would hide the lines
+    below = len(runs) > 4  # a long legend would hide the lines
     figure = _figure(6.8, 4.2 + 0.2 * -(-len(runs) // 2) * below)
     axis = figure.subplots()
     for place, (label, seeds) in enumerate(runs.items()):

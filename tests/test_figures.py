@@ -203,7 +203,7 @@ def test_ten_curves_are_told_apart():
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 10
 
 
-@pytest.mark.parametrize(("count", "below"), [(6, False), (7, True), (20, True)])
+@pytest.mark.parametrize(("count", "below"), [(4, False), (5, True), (20, True)])
 def test_a_long_legend_stands_below_the_lines(count, below):
     figure = curves_figure({f"a method's name {i}": [([1, 2], [i, i])] for i in range(count)})
     png_shape(figure)
