@@ -16,7 +16,11 @@ from fedlabel.tracking import RunFolder
 from server import server_app
 from server.checkpoint import load_checkpoint
 
-EVERY = [name for name in sorted(METHODS) if not any(phase.bags for phase in METHODS[name]().phases(1))]
+EVERY = [
+    name
+    for name in sorted(METHODS)
+    if METHODS[name].server_labels and not any(phase.bags for phase in METHODS[name]().phases(1))
+]
 """Who learns from bags learns nothing from clients without any."""
 TINY = (
     *("supervision.labels_at=server", "supervision.label_rate=0.1", "num_clients=3", "num_rounds=2"),
