@@ -183,7 +183,9 @@ def sweep(
             complete = run_sweep(asked, folder, workers, run_cell, report)
     console.print(f"Compare:  fedlabel compare {folder}", soft_wrap=True, highlight=False)
     if not complete:
-        error_console.print("Some runs failed, see above; the same command tries them again.", style="red")
+        error_console.print(
+            "Some runs failed, see above; once the cause is mended, the same command tries these again.", style="red"
+        )
         raise typer.Exit(1)
 
 

@@ -152,16 +152,19 @@ class Experiment:
         seed = derive_seed(self.config.seed, "server", "round", round_number)
         return train_server(self.config.method, self.trainer, global_state, data, round_number, seed)
 
-    def evaluate(self, states: Mapping[str, StateDict], shared: State = MappingProxyType({})) -> Evaluation:  # type: ignore[assignment]
-        """Evaluates on the configured split what the method takes for the global model (see `Method.judged`).
+    def evaluate(self, states: Mapping[str, StateDict], shared: State = MappingProxyType({})) -> Evaluation | None:  # type: ignore[assignment]
+        """Evaluates on the configured split what the method takes for the global model, if anything (`Method.judged`).
 
         Args:
             states: weights on the device: "model", and "average" and "previous" where there are such.
             shared: what the server shares.
         """
         models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
+        judged = self.config.method.judged(models, shared)
+        if judged is None:
+            return None
         return evaluate(
-            self.config.method.judged(models, shared),
+            judged,
             self.evaluation_split,
             self.transform,
             self.federation.dataset.num_classes,

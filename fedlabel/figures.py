@@ -339,6 +339,7 @@ def curves_figure(
     shown = "band: lowest to highest seed" if band == "minmax" else "band: mean ± sd over seeds"
     several = any(len(seeds) > 1 for seeds in runs.values())
     axis.set_title(_plain(title))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel(_plain(x_label))
     axis.set_ylabel(_plain(y_label))
     axis.grid(True, color="#E5E5E5")

@@ -54,7 +54,8 @@ class FunctionWatch:
         }
         known = add_counts([self._clients[client] for client in sorted(self._clients)])
         tables = {ALL: known, **{str(client): self._clients[client] for client in sorted(self._clients)}}
-        self._write({name: self._rows(counts, guess) for name, counts in tables.items()})
+        nothing = np.full_like(guess, np.nan)  # the estimate is the federation's, not a client's
+        self._write({name: self._rows(counts, guess if name == ALL else nothing) for name, counts in tables.items()})
         last = round_number == self._experiment.config.num_rounds
         if last or (not self._shown and estimated is not None):
             self._shown = True

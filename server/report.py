@@ -185,8 +185,8 @@ def log_round(
         figures |= noise.figures(shared)
     if "function_votes" in counts:
         metrics |= functions.watch(tally.round_number, counts, tally.client_counts, shared)
-    if models is not None:
-        evaluation = experiment.evaluate(models, shared)
+    evaluation = experiment.evaluate(models, shared) if models is not None else None
+    if evaluation is not None:
         metrics |= evaluation.metrics()
         lists["eval/class_accuracy"] = evaluation.class_accuracy
         lists["eval/client_accuracy"] = evaluation.client_accuracy

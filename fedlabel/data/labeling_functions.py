@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import operator
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from pathlib import Path
@@ -89,9 +90,13 @@ def _vote(function: LabelingFunction, sample: Any, place: int, number_of: dict[s
     try:
         answer = function(copy(sample))  # what it writes on it is for itself
     except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        hint = "Let it return None where it cannot tell."
+        if isinstance(error, KeyError) and isinstance(sample, dict):
+            hint = f"A sample has the columns {', '.join(sample)}."
         raise ValueError(
-            f"Labelling function `{name}` fails on sample {place}: {type(error).__name__}: {error}. Let it return "
-            "None where it cannot tell."
+            f"Labelling function `{name}` fails on sample {place}, in line {line}: {type(error).__name__}: {error}. "
+            + hint
         ) from error
     if answer is None:
         return ABSTAIN

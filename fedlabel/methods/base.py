@@ -297,8 +297,8 @@ class Method:
         """
         return 0.0
 
-    def judged(self, models: Mapping[str, Model], shared: State) -> Model:
-        """Returns what is evaluated as the global model, images -> logits.
+    def judged(self, models: Mapping[str, Model], shared: State) -> Model | None:
+        """Returns what is evaluated as the global model, images -> logits; None: nothing that could be, as yet.
 
         Args:
             models: "model", the global one; where there are such, "average" (see `averaging`) and "previous".

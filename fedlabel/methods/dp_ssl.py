@@ -577,11 +577,13 @@ class DPSSL(Method):
             return None
         return self.label_model(shared["sets"] > 0.5, shared["tables"], shared["prior"]).accuracy()
 
-    def judged(self, models: Mapping[str, Model], shared: State) -> Model:
+    def judged(self, models: Mapping[str, Model], shared: State) -> Model | None:
         """Returns the end model; before its stage what the functions' votes make of an image."""
         stage, sets = self.stage(int(shared["rounds"])), shared["sets"] > 0.5
-        if not self.grown or stage == "end model":
+        if stage == "end model":
             return models["model"]
+        if not self.grown:
+            return None
         voters = models["previous"] if stage == "label model" else models.get("average", models["model"])
         fitted = bool(shared["fitted"] > 0)
         model = self.label_model(sets, shared["tables"], shared["prior"]) if fitted else self.label_model(sets)

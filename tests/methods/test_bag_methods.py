@@ -121,7 +121,7 @@ def test_easy_llp_takes_the_clients_own_prior() -> None:
     candidates[6, 0] = False
     nobody = torch.zeros(8, 0, dtype=torch.int64)
     bag = torch.tensor([0, 0, 0, 0, 1, 1, -1, -1])
-    known = Supervision(candidates, torch.zeros(8, dtype=torch.bool), nobody, bag, COUNTS[:2])
+    known = Supervision(candidates, torch.zeros(8, dtype=torch.bool), nobody, bag, COUNTS[:2], nobody)
     prepared = EasyLLP().prepare(Survey(lambda *_: torch.zeros(0), known, {}))
     assert prepared.memory is not None
     assert prepared.memory["prior"].tolist() == pytest.approx([4 / 7, 3 / 7])
