@@ -482,7 +482,7 @@ def test_what_is_evaluated_in_each_stage() -> None:
     shared |= {"fitted": torch.tensor(1.0), "tables": tables}  # head 0 is known to say 0 where it is 2
     assert class_in(5, {**models, "previous": saying(0)}) == [2, 2]
     written = DPSSL(functions="written", num_functions=3, label_model_rounds=2)
-    assert written.judged({"model": models["model"]}, shared)(images).argmax(1).tolist() == [2, 2]
+    assert written.judged({"model": models["model"]}, shared) is None
 
 
 # ------------------------------------------------------------------------------------------------------ what is summed

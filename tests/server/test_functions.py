@@ -168,7 +168,8 @@ def test_a_client_that_is_not_drawn_stays_and_one_that_is_drawn_again_is_new(tmp
     assert unestimated == before["0"]
     assert [row["samples"] for row in after["1"]] == ["1"] * 3
     assert [row["samples"] for row in after["all"]] == ["3"] * 3
-    assert [row["estimated_accuracy"] for row in after["1"]] == ["0.500000", "0.500000", "0.250000"]
+    assert [row["estimated_accuracy"] for row in after["all"]] == ["0.500000", "0.500000", "0.250000"]
+    assert [row["estimated_accuracy"] for row in after["1"]] == ["", "", ""]  # the estimate is not a client's
     assert metrics["functions/coverage"] == 1  # of the round alone
     assert "functions/accuracy" not in metrics  # of this sample nobody knows the class
     assert "functions/majority_accuracy" not in metrics
