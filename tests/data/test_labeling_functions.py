@@ -174,7 +174,9 @@ def test_a_function_that_fails_is_named() -> None:
     def lookup(sample: dict[str, int]) -> int:
         return sample["size"]
 
-    with pytest.raises(ValueError, match=r"`lookup` fails on sample 1, in line \d+: KeyError: 'size'. A sample has the columns"):
+    with pytest.raises(
+        ValueError, match=r"`lookup` fails on sample 1, in line \d+: KeyError: 'size'. A sample has the columns"
+    ):
         cast_votes([lambda x: 0, lookup], [{"size": 1}, {}], NAMES)
 
 
