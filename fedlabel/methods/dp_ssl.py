@@ -38,6 +38,7 @@ from fedlabel.methods.base import (
     Method,
     Model,
     Phase,
+    PhaseResult,
     Prepared,
     PseudoLabels,
     State,
@@ -449,7 +450,10 @@ class DPSSL(Method):
         known, memory = survey.supervision, survey.memory
         sets, asked = memory["sets"] > 0.5, torch.ones_like(known.noisy)
         if self.grown:
-            votes = votes_of(survey.predict("previous", "clean", "heads"), sets, self.vote_threshold)
+            votes = memory["votes"].long()
+            if len(votes) != len(asked):  # the functions stay as they are from here on: they vote once
+                votes = votes_of(survey.predict("previous", "clean", "heads"), sets, self.vote_threshold)
+                memory = {**memory, "votes": votes.to(torch.int16)}
         else:
             votes, asked = known.votes.clamp_min(ABSTAIN), known.voted_on
         begun = bool(memory["fitted"] > 0)
@@ -534,8 +538,12 @@ class DPSSL(Method):
             "class_counts": torch.zeros(c),
             "head_losses": torch.zeros(k, c),
             "class_samples": torch.zeros(c),
+            "votes": torch.zeros(0, k, dtype=torch.int16),
         }
         return {name: value.to(device) for name, value in memory.items()}
+
+    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
+        return {"votes": memory["votes"]} if len(memory["votes"]) else {}
 
     def told(self, shared: State) -> State:
         kept = ["rounds", "fitted", "sets"]

@@ -915,8 +915,8 @@ def test_bad_fields_are_named(changes: dict[str, object], message: str) -> None:
 
 
 def test_fields_of_the_other_way_to_get_functions_or_sets_do_not_matter() -> None:
-    DPSSL(functions="written", functions_rounds=1)
-    DPSSL(assignment="random", assignment_rounds=40)
+    assert DPSSL(functions="written", functions_rounds=1).stage(1) == "label model"
+    assert DPSSL(assignment="random", assignment_rounds=40).phases(2)[0].prepare is None
 
 
 ONE_LABEL = supervise(torch.zeros(4).long(), torch.arange(4) < 1, 10)
@@ -980,3 +980,20 @@ def test_labels_that_only_the_server_has_are_refused() -> None:
     overrides = ["method.name=dp_ssl", "supervision.labels_at=server", "supervision.labels_total=50", "device=cpu"]
     with pytest.raises(ValueError, match=r"`supervision.labels_at` \(=server\): method dp_ssl learns from labels at"):
         Experiment(load_config([], [*overrides, "num_rounds=60"]))
+
+
+def test_grown_functions_vote_once() -> None:
+    """What a client keeps are its votes; with them nothing is sent through the functions again."""
+    method, votes, _, shared = functions_of("grown")
+    known = told(votes, classes=10)
+    first = annotated(method, votes, known, shared)
+    assert first.memory is not None
+    kept = method.keep(first.memory, [])
+    assert torch.equal(kept["votes"].long(), votes)
+
+    def never(*_: Any) -> Tensor:
+        raise AssertionError
+
+    again = method.annotate(Survey(never, known, {**memory_of(method, shared, 10), **kept}), True)
+    torch.testing.assert_close(again.targets["target"], first.targets["target"])
+    assert method.keep(memory_of(method, shared, 10), []) == {}
