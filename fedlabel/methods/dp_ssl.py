@@ -5,7 +5,8 @@ probabilistic labels (Xu et al., "DP-SSL: Towards Robust Semi-supervised Learnin
 Only the paper's abstract, first page and figures could be read, and there is no public code: the three steps, the class
 sets and the star of the label model are the paper's; losses and assignment are our reconstruction.
 
-Stages, by rounds; clients send sums, so each equals its centralised form where all clients take part:
+Stages, by rounds; clients send sums, so with all clients in every round the first two assign and fit (`decay`=0) as in
+one place:
   functions    a trunk with K heads over the classes and "abstain". Head k learns the classes of its set, and to abstain
                on the others; of unlabelled samples it learns its own confident votes (FixMatch). In the first rounds
                clients measure every head's loss on every class, and the server gives each class to the heads that have
@@ -199,9 +200,9 @@ class DPSSL(Method):
     """Weight of the functions' unlabelled loss."""
     confidence_threshold: float = 0.95
     """A head learns its vote on an unlabelled sample from this probability on (abstaining is a vote, too)."""
-    averaging_decay: float = 0.9
+    averaging_decay: float = 0.5
     """The functions that vote have the moving average of the global weights over the rounds, with this decay. 0: the
-    weights of the last round."""
+    weights of the last round. It lags: with 40 rounds, 0.9 still holds the early ones."""
     vote_threshold: float = 0.0
     """A head abstains below this probability."""
 
@@ -217,9 +218,9 @@ class DPSSL(Method):
     label_weight: float = 0.0
     """Weight of labelled samples in EM, clamped to their label. Heads were fitted on these and look better there than
     they are; written functions were not."""
-    decay: float = 0.0
-    """What remains of the counts of earlier rounds, in [0, 1). 0: EM's M step where all clients take part; where a
-    round's cohort is a part of the federation take more."""
+    decay: float = 0.8
+    """What remains of the counts of earlier rounds, in [0, 1), as a round's cohort may be a part of the federation: EM
+    on a few clients' counts alone forgets the others' functions. 0: where all take part, exactly EM's M step."""
 
     end_start: str = "fresh"
     """Where the end model starts. fresh: new weights. warm: the functions' trunk."""

@@ -413,7 +413,7 @@ def test_written_functions_begin_with_the_label_model() -> None:
     assert method.phases(3)[0].unlabeled == ("weak", "strong")
     assert (method.labeling_heads, method.needs_embeddings, method.averaging) == (0, False, 0.0)
     grown = DPSSL()
-    assert (grown.labeling_heads, grown.needs_embeddings, grown.averaging) == (50, True, 0.9)
+    assert (grown.labeling_heads, grown.needs_embeddings, grown.averaging) == (50, True, 0.5)
 
 
 def test_what_each_stage_trains() -> None:
@@ -556,7 +556,7 @@ def test_classes_stay_after_the_rounds_of_assignment() -> None:
 def functions_of(functions: str, seed: int = 2, n: int = 300, k: int = 20) -> tuple[DPSSL, Tensor, Tensor, State]:
     """A method at its first round of the label model, votes (n, k), class sets, and what is shared."""
     votes, sets, _, _ = simulate(seed, n=n, k=k)
-    common: dict[str, Any] = {"functions": functions, "num_functions": k, "label_model_rounds": 6}
+    common: dict[str, Any] = {"functions": functions, "num_functions": k, "label_model_rounds": 6, "decay": 0.0}
     if functions == "written":
         method = DPSSL(**common)
         return method, votes, torch.ones_like(sets), method.initial_shared(10)
