@@ -166,7 +166,7 @@ class ClientUpdate:
     pseudo: PseudoLabels | None
     """The pseudo-labels of these draws; None if there were none."""
     forward: int
-    """Samples sent through a model, student's and teachers' alike."""
+    """Samples sent through a model, student's and teachers' alike; once for each network that it is made of."""
     backward: int
     """Samples whose gradient was propagated back."""
     pairs: Tensor | None
@@ -303,8 +303,8 @@ def train_client(
         kept=method.keep(run.memory, run.results),
         pseudo_index=torch.cat(run.rows) if run.rows else torch.zeros(0, dtype=torch.int64),
         pseudo=PseudoLabels(*map(torch.cat, zip(*run.pseudo, strict=True))) if run.pseudo else None,
-        forward=run.forward,
-        backward=run.backward,
+        forward=method.networks * run.forward,
+        backward=method.networks * run.backward,
         pairs=run.pairs,
         votes=run.votes,
     )

@@ -8,9 +8,9 @@ takes its step on these. R falls from 1 to 1 - `forget_rate`, as networks learn 
 
 What differs, and why:
 - t counts communication rounds before this one, not epochs.
-- Both networks travel, so a round costs twice the traffic (and twice the computation: a counted forward pass is of one
-  sample through both). The server averages each network over the clients for itself; they stay different because they
-  start from different weights. The global model is the mean of their probabilities; the paper shows each by itself.
+- Both networks travel, so a round costs twice the traffic and computation. The server averages each network over the
+  clients for itself; they stay different because they start from different weights. The global model is the mean of
+  their probabilities; the paper shows each by itself.
 - At least one sample is kept; as one optimiser step moves both networks, `training.max_grad_norm` is of both together.
 - A label that is certain is treated like the others. Labels at the server are certain, and it trains both on all.
 """

@@ -140,6 +140,7 @@ def test_a_round_that_forgets_nothing_is_two_rounds_of_cross_entropy() -> None:
     for method in (CoTeaching(forget_rate=0.0), CoTeaching(forget_rate=0.9)):  # in round 1 nothing is left out yet
         update = train_twins(method)
         assert update.parts["model"].weight == 5 * 4
+        assert (update.forward, update.backward) == (2 * 5 * 4, 2 * 5 * 4)
         for place, seed in enumerate((1, 2)):
             for name, value in alone(seed).items():
                 torch.testing.assert_close(model(update)[f"networks.{place}.{name}"], value)
