@@ -161,7 +161,7 @@ def sweep(
         finals = len(groups) * len(asked.seeds)
         console.print(
             f"{len(asked.methods)} methods x {len(asked.sections)} settings: {searches} runs to search, {finals} final "
-            f"ones ({len(asked.seeds)} seeds), {folder}",
+            f"ones ({len(asked.seeds)} seeds), {folder}" + (f", {len(done)} of them finished" if done else ""),
             soft_wrap=True,
             highlight=False,
         )

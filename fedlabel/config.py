@@ -210,9 +210,8 @@ def find_config(path: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise ConfigError(
-        f"Configuration file {path} does not exist: looked at {', '.join(str(c.absolute()) for c in candidates)}."
-    )
+    places = dict.fromkeys(str(candidate.absolute()) for candidate in candidates)
+    raise ConfigError(f"Configuration file {path} does not exist: looked at {', '.join(places)}.")
 
 
 def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> ExperimentConfig:

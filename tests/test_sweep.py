@@ -394,7 +394,9 @@ def test_a_sweep_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path:
         done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert "2/2 done: final all / A / seed" in done.stdout
+        assert "finished" not in done.stdout
         assert [row["status"] for row in ledger(folder)["runs"]] == ["done", "done"]
+        assert "2 of them finished" in call(file, "--out", folder, "--dry-run").output
     for run in runs:
         assert_same_run(run, tmp_path / "whole" / run.relative_to(out))
 
