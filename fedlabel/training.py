@@ -447,14 +447,18 @@ class _Run:
         """
         student, device = self.trainer.student, self.data.images.device
         student.train()
-        updates = [(update, *self._optimizer(update, config)) for update in phase.updates]
+        named, buffers = dict(student.named_parameters()), list(student.buffers())
+        updates = [(update, *self._optimizer(update, named, config)) for update in phase.updates]
         size = config.batch_size * config.unlabeled_ratio
         per_step = config.batch_size if units is None else units.per_step(config.batch_size, phase.least_bags)
-        sizes = {"labeled": per_step, "unlabeled": size, "mix": min(size, len(index[1]))}
-        positions = (index[0], index[1], index[2] if phase.mix else index[2][:0])
+        sources = {
+            "labeled": (index[0], per_step, phase.labeled),
+            "unlabeled": (index[1], size, phase.unlabeled),
+            "mix": (index[2] if phase.mix else index[2][:0], min(size, len(index[1])), phase.mix),
+        }
         streams = [
             draw_batches(rows, count, steps, torch_generator(self.seed, phase.name, kind))
-            for rows, (kind, count) in zip(positions, sizes.items(), strict=True)
+            for kind, (rows, count, _) in sources.items()
         ]
         generator = torch_generator(self.seed, phase.name, "augment", device=device)
         mixing = numpy_generator(self.seed, phase.name, "mixing")
@@ -462,23 +466,32 @@ class _Run:
         # Nothing is guessed where the label is certain, nor of a sample that is drawn without what is known of it.
         unsure, unknown = (~known.labeled | known.noisy).cpu(), ~known.informed.cpu()
         examples = torch.zeros((), dtype=torch.float64, device=device)
+        empty: dict[str, Part] = {}
+
+        def part(kind: str, rows: Tensor, bags: Units | None = None) -> Part:
+            if kind in empty:
+                return empty[kind]
+            own, _, views = sources[kind]
+            made = self._part(rows, len(own), views, phase, targets, generator, kind == "labeled", bags)
+            if not len(rows):  # so it is in every step
+                empty[kind] = made
+            return made
+
         for labeled, unlabeled, mix in zip(*streams, strict=True):
             share = mixing.beta(phase.mix_alpha, phase.mix_alpha) if phase.mix else 1.0
             bags = None if units is None else Units(units.rows[labeled], units.counts[labeled])
             labeled = labeled if bags is None else bags.rows[bags.rows >= 0]
             batch = Batch(
-                labeled=self._part(
-                    labeled, len(positions[0]), phase.labeled, phase, targets, generator, labeled=True, bags=bags
-                ),
-                unlabeled=self._part(unlabeled, len(positions[1]), phase.unlabeled, phase, targets, generator),
-                mix=self._part(mix, len(positions[2]), phase.mix, phase, targets, generator),
+                labeled=part("labeled", labeled, bags),
+                unlabeled=part("unlabeled", unlabeled),
+                mix=part("mix", mix),
                 mixing=torch.tensor(share, dtype=torch.float32, device=device),
                 memory=self.memory,
             )
             for update, optimizer, names in updates:
-                for name, parameter in student.named_parameters():
+                for name, parameter in named.items():
                     parameter.requires_grad_(name in names)
-                buffers = [buffer.clone() for buffer in student.buffers()]
+                before = [buffer.clone() for buffer in buffers]
                 self._with_gradient = 0
                 step = update.loss(self._student, teachers, batch._replace(memory=self.memory))
                 if phase.informed:
@@ -488,17 +501,18 @@ class _Run:
                 else:
                     self._log(step, unlabeled)
                 if not step.examples:  # nothing to learn from: no step, not even of momentum, a penalty or BatchNorm
-                    for buffer, value in zip(student.buffers(), buffers, strict=True):
+                    for buffer, value in zip(buffers, before, strict=True):
                         buffer.copy_(value)
                     continue
                 examples += step.examples
-                self._descend(step, update, optimizer, names, phase, config)
+                self._descend(step, update, optimizer, named, names, phase, config)
         student.requires_grad_(True)
         return float(examples)
 
-    def _optimizer(self, update: Update, config: TrainingConfig) -> tuple[torch.optim.SGD, frozenset[str]]:
+    def _optimizer(
+        self, update: Update, named: Mapping[str, nn.Parameter], config: TrainingConfig
+    ) -> tuple[torch.optim.SGD, frozenset[str]]:
         """Returns a fresh optimiser and the names of the parameters that it moves."""
-        named = dict(self.trainer.student.named_parameters())
         names = frozenset(named if update.trains is None else update.trains(tuple(named)))
         optimizer = torch.optim.SGD(
             [parameter for name, parameter in named.items() if name in names],
@@ -514,13 +528,13 @@ class _Run:
         step: Step,
         update: Update,
         optimizer: torch.optim.SGD,
+        named: dict[str, nn.Parameter],
         names: frozenset[str],
         phase: Phase,
         config: TrainingConfig,
     ) -> None:
         """Takes one optimiser step down a loss."""
         optimizer.zero_grad(set_to_none=True)
-        named = dict(self.trainer.student.named_parameters())
         loss = step.loss if update.penalty is None else step.loss + update.penalty(named)
         loss.backward()
         self.backward += self._with_gradient
