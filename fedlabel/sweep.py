@@ -245,13 +245,14 @@ def plan_sweep(sweep: SweepConfig) -> list[Group]:
         for method, row in sweep.methods.items():
             search: list[Cell] = []
             final: dict[float | None, tuple[Cell, ...]] = {}
+            config: ExperimentConfig | None = None
             for value in sweep.values(method):
                 overrides, folder = [*sweep.overrides, *section, *row], f"{slug(setting)}/{slug(method)}/"
                 key = "" if sweep.search is None else sweep.search.key
                 if value is not None:
                     overrides.append(f"{key}={format_value(value)}")
                     folder += f"{key.rpartition('.')[2]}{format_value(value)}-"
-                config, error = _resolve(sweep.configs, overrides)
+                config, error = _resolve(sweep.configs, overrides, config, key, value)
                 cell = Cell(setting, method, 0, key, value, "final", folder, config, error)
                 if sweep.search is not None:
                     search.append(_at(cell, "search", sweep.search.seed, sweep.search.split))
@@ -266,11 +267,22 @@ def plan_sweep(sweep: SweepConfig) -> list[Group]:
     return groups
 
 
-def _resolve(configs: Sequence[str], overrides: Sequence[str]) -> tuple[ExperimentConfig | None, str]:
+def _resolve(
+    configs: Sequence[str], overrides: Sequence[str], like: ExperimentConfig | None, key: str, value: float | None
+) -> tuple[ExperimentConfig | None, str]:
+    """Loads a configuration; where `like` differs only in a number, `key`, it is taken (loading is slow)."""
     try:
-        return load_config(configs, overrides), ""
-    except ConfigError as error:
+        changed = None if like is None or value is None else _changed(like, key.split("."), value)
+        return changed or load_config(configs, overrides), ""
+    except ValueError as error:
         return None, str(error)
+
+
+def _changed(part: Any, path: list[str], value: float) -> Any:
+    """Returns a configuration with another number at `path`; None where there is no floating-point number."""
+    old = getattr(part, path[0], None)
+    new = (value if isinstance(old, float) else None) if len(path) == 1 else _changed(old, path[1:], value)
+    return None if new is None else replace(part, **{path[0]: new})
 
 
 def _at(cell: Cell, role: str, seed: int, split: str) -> Cell:

@@ -344,6 +344,27 @@ def test_runs_of_another_sweep_are_not_reused(tmp_path: Path) -> None:
         finished_cells(plan_sweep(sweep), tmp_path)
 
 
+@pytest.mark.parametrize("key", ["training.lr", "training.batch_size", "training.max_grad_norm", "method.lambda_0"])
+def test_a_searched_value_is_as_if_it_had_been_loaded(key: str) -> None:
+    sweep = parse_sweep(
+        {"methods": {"FedLabel": []}, "seeds": [0], "search": {"key": key, "values": [4, 8, 16], "seed": 7}}
+    )
+    (group,) = plan_sweep(sweep)
+    for value, (cell,) in group.final.items():
+        assert value is not None
+        asked = load_config([], [f"{key}={value:.0f}", "seed=0", "evaluation.split=test"])
+        assert cell.config == asked
+        assert to_yaml(asked) == to_yaml(cell.config)
+
+
+def test_a_searched_value_out_of_range_is_impossible_and_the_others_are_not() -> None:
+    search = {"key": "method.confidence_threshold", "values": [0.5, 7.0, 0.9], "seed": 7}
+    (group,) = plan_sweep(parse_sweep({"methods": {"FedLabel": []}, "search": search}))
+    errors = {value: cells[0].error for value, cells in group.final.items()}
+    assert errors.pop(7.0).startswith("`method.confidence_threshold` (=7.0)")
+    assert errors == {0.5: "", 0.9: ""}
+
+
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     file = write(tmp_path / "s.yaml", settings=ALPHAS, search=SEARCH, methods={**METHODS, "odd": ["method.x=1"]})
     result = call(file, "num_rounds=2", "--dry-run", "--out", tmp_path / "out")
