@@ -429,16 +429,17 @@ class DPSSL(Method):
 
     # --------------------------------------------------------------------------------------------- stage 2: label model
 
-    def label_model(self, sets: Tensor, tables: Tensor | None = None, prior: Tensor | None = None) -> LabelModel:
-        """Returns the label model of class sets (K, C), with tables (K, C + 1, C) and class prior (C,) if given."""
+    def label_model(self, state: State) -> LabelModel:
+        """Returns the label model of what is shared: with its tables and prior, if they have been fitted."""
+        sets = state["sets"] > 0.5
         classes = sets.shape[1]
         uniform = torch.full((classes,), 1.0, device=sets.device) if self.prior == "uniform" else None
         model = LabelModel(
             classes, sets, self.variant, smoothing=self.smoothing, temperature=self.temperature, prior=uniform
         )
-        if tables is not None and prior is not None:
-            model.tables = tables.double()
-            model.prior = prior.double() / prior.double().sum()
+        if state["fitted"] > 0:
+            model.tables = state["tables"].double()
+            model.prior = state["prior"].double() / state["prior"].double().sum()
         return model
 
     def annotate(self, survey: Survey, count: bool) -> Prepared:
@@ -457,8 +458,7 @@ class DPSSL(Method):
                 memory = {**memory, "votes": votes.to(torch.int16)}
         else:
             votes, asked = known.votes.clamp_min(ABSTAIN), known.voted_on
-        begun = bool(memory["fitted"] > 0)
-        model = self.label_model(sets, memory["tables"], memory["prior"]) if begun else self.label_model(sets)
+        begun, model = bool(memory["fitted"] > 0), self.label_model(memory)
         label = torch.where(known.noisy, -1, known.label)
         free = votes[asked & (label < 0)]
         if begun and self.prior == "client" and len(free):
@@ -573,9 +573,7 @@ class DPSSL(Method):
         if "vote_counts" in total and total["class_counts"].sum() > 0:
             counts = self.decay * shared["counts"] + total["vote_counts"]
             classes = self.decay * shared["classes"] + total["class_counts"]
-            begun = bool(shared["fitted"] > 0)
-            sets = shared["sets"] > 0.5
-            model = self.label_model(sets, shared["tables"], shared["prior"]) if begun else self.label_model(sets)
+            model = self.label_model(shared)
             model.update(Counts(counts.double(), classes.double(), classes.new_zeros(()).double()))
             shared |= {"counts": counts, "classes": classes, "fitted": shared["fitted"] + 1}
             shared |= {"tables": model.tables.float(), "prior": model.prior.float()}
@@ -584,7 +582,7 @@ class DPSSL(Method):
     def function_accuracy(self, shared: State) -> Tensor | None:
         if not shared["fitted"] > 0:
             return None
-        return self.label_model(shared["sets"] > 0.5, shared["tables"], shared["prior"]).accuracy()
+        return self.label_model(shared).accuracy()
 
     def judged(self, models: Mapping[str, Model], shared: State) -> Model | None:
         """Returns the end model; before its stage what the functions' votes make of an image."""
@@ -594,8 +592,7 @@ class DPSSL(Method):
         if not self.grown:
             return None
         voters = models["previous"] if stage == "label model" else models.get("average", models["model"])
-        fitted = bool(shared["fitted"] > 0)
-        model = self.label_model(sets, shared["tables"], shared["prior"]) if fitted else self.label_model(sets)
+        fitted, model = bool(shared["fitted"] > 0), self.label_model(shared)
 
         def judge(images: Tensor) -> Tensor:
             votes = votes_of(voters(images, "heads"), sets, self.vote_threshold)

@@ -639,7 +639,7 @@ def test_labels_are_held_and_weighed_from_the_second_round_on() -> None:
     shared = a_round(method, [votes], [known], shared)
     second = annotated(method, votes, known, shared)
     assert second.memory is not None
-    model = method.label_model(shared["sets"] > 0.5, shared["tables"], shared["prior"])
+    model = method.label_model(shared)
     expected = model.posterior(votes[40:]).sum(0) + 3 * 4
     torch.testing.assert_close(second.memory["class_counts"], expected.float())
     without = annotated(replace(method, label_weight=0.0), votes, known, shared)
@@ -807,7 +807,7 @@ def test_each_client_reads_its_votes_under_its_own_prior_and_sends_none() -> Non
     shared |= {"fitted": torch.tensor(1.0), "tables": model.tables.float(), "prior": model.prior.float()}
     shared["sets"] = torch.ones(15, 10)
     prepared = annotated(method, votes, told(votes, classes=10), shared)
-    own = method.label_model(shared["sets"] > 0.5, shared["tables"], shared["prior"])
+    own = method.label_model(shared)
     own.prior = client_prior(own, votes)
     torch.testing.assert_close(prepared.targets["target"], own.posterior(votes).float())
     common = annotated(replace(method, prior="learnt"), votes, told(votes, classes=10), shared)
