@@ -79,7 +79,7 @@ class Part:
 
 
 def write_comparison(comparison: Comparison, out: Path, baseline: str | None = None) -> list[Path]:
-    """Writes all files into `out`, each atomically, and returns their paths.
+    """Writes all files into `out`, each atomically, in place of an earlier comparison, and returns their paths.
 
     Args:
         comparison: what is compared.
@@ -117,6 +117,8 @@ def write_comparison(comparison: Comparison, out: Path, baseline: str | None = N
     }
     for name, text in texts.items():
         write_atomic(out / name, text)
+    for old in {*out.glob("curves-*.png"), *out.glob("curves-*.svg")} - {*written}:  # of sections that are no more
+        old.unlink()
     return [out / "report.html", out / "compare.md", out / "compare.csv", out / "compare_runs.csv", *written]
 
 

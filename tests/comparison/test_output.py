@@ -173,6 +173,10 @@ def test_sections_whose_names_look_alike_keep_their_files(tmp_path: Path) -> Non
     comparison.sections.update({"a b": first, "A-b": second})
     write_comparison(comparison, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {"curves-a-b.svg", "curves-a-b-2.svg"}
+    (tmp_path / "out" / "mine.svg").touch()
+    del comparison.sections["A-b"]
+    write_comparison(comparison, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {"curves-a-b.svg", "mine.svg"}
 
 
 def test_baseline_must_exist(out: Path, tmp_path: Path) -> None:
