@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
+from fedlabel.data.federation import build_federation
 from fedlabel.experiment import open_experiment
 from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
 from fedlabel.progress import OnRound, run_progress, sweep_progress
@@ -72,6 +73,9 @@ def run_experiment(
     if not resume and path.exists():
         raise ConfigError(f"{path} exists already; give another --name, or --resume to go on with it.")
     build_strategy(resolved.strategy)
+    if any(part.module for part in resolved.supervision.parts):  # its functions may have been edited since
+        open_experiment.cache_clear()
+        build_federation.cache_clear()
     experiment = open_experiment(to_yaml(resolved))
     on_start(resolved, path)
     with open_grid(resolved, experiment.device.type == "cuda") as grid:

@@ -176,6 +176,12 @@ class ExperimentConfig:
                 f"`supervision.labeled_clients` (={supervision.labeled_clients}) must not exceed `num_clients` "
                 f"(={self.num_clients})."
             )
+        hidden = self.skew.unlabeled_only_classes
+        if hidden and any(part.classless for part in supervision.parts):
+            raise ValueError(
+                f"`skew.unlabeled_only_classes` (={list(hidden)}) chooses samples by their class, which nobody "
+                "knows with supervision.kind=bags and labeling_functions: leave it out."
+            )
         if self.labeled_partition is None:
             return
         if supervision.mix:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.supervision import KIND_NAMES
+from fedlabel.inference.label_model import coverage_normalized_votes, vote_tallies
 from fedlabel.methods.base import PseudoLabels
 
 Counts = dict[str, list[float]]
@@ -195,20 +196,21 @@ def function_counts(votes: Tensor, class_sets: Tensor, truth: Tensor) -> Counts:
         "function_votes": (K, C) flattened, votes for each class; "function_counts": (K, 4) flattened, votes on samples
         that another function votes on, too; that another one votes otherwise on; that are right; whose truth is known;
         "function_samples": (5,) samples; those with any vote; those whose truth is known; of these, how many the
-        majority gets right and how many the votes by class, divided by how many functions may vote for it. A tie goes
-        to the first class.
+        majority gets right and how many the votes by class, divided by how many functions may vote for it. A tie, as of
+        a sample without votes, counts by the chance to draw the right one.
     """
     classes = class_sets.shape[1]
     cast, right = votes >= 0, votes == truth[:, None]
-    tallies = torch.stack([(votes == label).sum(1) for label in range(classes)], 1)  # (n, C)
+    tallies = vote_tallies(votes, classes)
     others = cast.sum(1, keepdim=True) - cast.long()
     alike = torch.where(cast, tallies.gather(1, votes.clamp_min(0)) - 1, 0)
     known = truth >= 0
     per_function = [cast & (others > 0), cast & (others > alike), cast & right, cast & known[:, None]]
     by_class = torch.stack([(votes == label).sum(0) for label in range(classes)], 1)
-    normalized = tallies.double() / class_sets.sum(0).clamp_min(1)
     samples = [torch.ones_like(known), cast.any(1), known]
-    samples += [known & (scores.argmax(1) == truth) for scores in (tallies, normalized)]
+    for scores in (tallies, coverage_normalized_votes(votes, class_sets)):
+        top = (scores == scores.amax(1, keepdim=True)).double()
+        samples.append(known * (top / top.sum(1, keepdim=True)).gather(1, truth.clamp_min(0)[:, None]).squeeze(1))
     return {
         "function_votes": by_class.double().flatten().tolist(),
         "function_counts": torch.stack([mask.sum(0) for mask in per_function], 1).double().flatten().tolist(),

@@ -16,6 +16,8 @@ from fedlabel.config import ExperimentConfig
 if TYPE_CHECKING:
     from fedlabel.sweep_run import Event
 
+SHOWN = {"interim/accuracy": "interim accuracy", "eval/accuracy": "accuracy", "pseudo/coverage": "coverage"}
+"""Metric -> what it is called."""
 OnRound = Callable[[int, Mapping[str, float]], None]
 """Told of a round's number and metrics."""
 
@@ -45,12 +47,14 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[ExperimentConfig,
             console.print(f"{config.method.name} on {config.data.name}: {total} rounds, {path}", soft_wrap=True)
 
     def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
-        shown.update({key: metrics[key] for key in ("eval/accuracy", "pseudo/coverage") if key in metrics})
+        shown.update({key: metrics[key] for key in SHOWN if key in metrics})
+        if "eval/accuracy" in shown:
+            shown.pop("interim/accuracy", None)
         failed = int(metrics["system/failed_clients"])
-        text = "  ".join(f"{key.split('/')[1]} {value:.3f}" for key, value in shown.items())
+        text = "  ".join(f"{SHOWN[key]} {shown[key]:.3f}" for key in SHOWN if key in shown)
         text += f"  FAILED CLIENTS {failed}" if failed else ""
         bar.update(bar.task_ids[0], completed=round_number, shown=text)
-        if not console.is_terminal and ("eval/accuracy" in metrics or failed):
+        if not console.is_terminal and ("eval/accuracy" in metrics or "interim/accuracy" in metrics or failed):
             console.print(f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s", soft_wrap=True)
 
     with bar:

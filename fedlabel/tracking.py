@@ -34,6 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 Hparam = str | int | float | bool
+PARTITION_JSON = "partition.json"
 LAST = 10
 """Evaluations over which `summarize` averages."""
 
@@ -122,7 +123,7 @@ class RunFolder:
     @property
     def partition_json(self) -> Path:
         """Index lists of every client."""
-        return self.path / "partition.json"
+        return self.path / PARTITION_JSON
 
     @property
     def supervision_json(self) -> Path:
@@ -285,7 +286,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> 
 def lower_is_better(key: str) -> bool:
     """Returns whether low values of a metric are good: losses, errors and spreads over clients."""
     name = key.rpartition("/")[2]
-    return name.startswith(("loss", "ece")) or name.endswith(("_sd", "_mae"))
+    return name.startswith(("loss", "ece")) or name.endswith(("_sd", "_mae", "_error"))
 
 
 def write_atomic(path: Path, *data: bytes | memoryview | str) -> None:

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
-setup_venv "[dev]"
+setup_venv "[dev,crosscheck]"
 
 echo "== ruff";        ruff format --check . && ruff check .
 echo "== mypy";        mypy

@@ -17,6 +17,7 @@ from fedlabel.tracking import RunFolder, write_atomic
 
 ALL = "all"
 RATES = ("coverage", "overlap", "conflict", "accuracy")
+OF_SAMPLES = ("voted", "majority_accuracy", "normalized_vote_accuracy")
 COUNTED = ("function_votes", "function_counts", "function_samples")
 """See `metrics.function_counts`."""
 
@@ -60,6 +61,7 @@ class FunctionWatch:
         if last or (not self._shown and estimated is not None):
             self._shown = True
             self._folder.log_text("functions", markdown(self._rows(known, guess)), round_number)
+            self._folder.log_text("functions/clients", markdown(self._client_rows()), round_number)
             rates = self._rates(known)
             figure = functions_figure(rates["coverage"], rates["accuracy"], guess)
             self._folder.log_figure("functions", figure, round_number)
@@ -92,6 +94,15 @@ class FunctionWatch:
             for place, row in enumerate(votes)
         ]
 
+    def _client_rows(self) -> list[dict[str, object]]:
+        """Returns a row per client, of means over the functions."""
+        rows: list[dict[str, object]] = []
+        for client in sorted(self._clients):
+            found = self._metrics(self._clients[client], np.full(self._size(self._clients[client]), np.nan))
+            means = {name: found.get(f"functions/{name}", np.nan) for name in (*RATES, *OF_SAMPLES)}
+            rows.append({"client": client, "samples": int(self._clients[client]["function_samples"][0]), **means})
+        return rows
+
     def _write(self, tables: Mapping[str, list[dict[str, object]]]) -> None:
         text = io.StringIO()
         first = next(iter(tables.values()))[0]
@@ -111,11 +122,9 @@ class FunctionWatch:
         found = {f"functions/{name}": values for name, values in rates.items()}
         found["functions/estimation_error"] = np.abs(guess - rates["accuracy"])
         metrics = {tag: float(np.nanmean(values)) for tag, values in found.items() if np.isfinite(values).any()}
-        metrics["functions/voted"] = voted / samples
-        if known:
-            metrics["functions/majority_accuracy"] = majority / known
-            metrics["functions/normalized_vote_accuracy"] = normalized / known
-        return metrics
+        rates_of_samples = ratio([voted, majority, normalized], [samples, known, known])
+        pairs = zip(OF_SAMPLES, rates_of_samples, strict=True)
+        return metrics | {f"functions/{name}": float(value) for name, value in pairs if np.isfinite(value)}
 
 
 def markdown(rows: list[dict[str, object]]) -> str:

@@ -186,7 +186,9 @@ def log_round(
     if "function_votes" in counts:
         metrics |= functions.watch(tally.round_number, counts, tally.client_counts, shared)
     evaluation = experiment.evaluate(models, shared) if models is not None else None
-    if evaluation is not None:
+    if evaluation is not None and experiment.config.method.interim(tally.round_number):
+        metrics["interim/accuracy"] = evaluation.metrics()["eval/accuracy"]
+    elif evaluation is not None:
         metrics |= evaluation.metrics()
         lists["eval/class_accuracy"] = evaluation.class_accuracy
         lists["eval/client_accuracy"] = evaluation.client_accuracy

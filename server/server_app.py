@@ -6,6 +6,7 @@ messages and aggregation are Flower's.
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import time
@@ -24,7 +25,7 @@ from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit, source_hash
 from fedlabel.methods.base import StateDict, state_to_lists
-from fedlabel.tracking import RunFolder, write_atomic
+from fedlabel.tracking import PARTITION_JSON, RunFolder, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from server.functions import FunctionWatch
 from server.grids import SimulationGrid
@@ -118,6 +119,8 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     """Makes the folder of a new run, or opens that of a resumed one at its checkpoint."""
     text = to_yaml(experiment.config)
     if checkpoint is not None:
+        if checkpoint.round_number > 0:
+            _check_same_data(path / PARTITION_JSON, experiment.federation.sha256)
         folder = RunFolder.resume(path, checkpoint.round_number)
         write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
         folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
@@ -132,6 +135,15 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{text}```")
     return folder
+
+
+def _check_same_data(path: Path, here: str) -> None:
+    there = json.loads(path.read_text())["sha256"]
+    if there != here:
+        raise ValueError(
+            f"What clients hold and know is not what it was when the run began (hash {here[:12]} here, {there[:12]} in "
+            f"{path}): the data, or labelling functions, have changed. Put them back, or begin a new run."
+        )
 
 
 def _rounds(
@@ -187,7 +199,7 @@ def _rounds(
         _check_finite(model, "The server's own training made", round_number, "steps in training.server_steps")
         shared = method.server_step(shared, tally.statistics(experiment.device))
         if aggregated is not None:
-            average = _moving_average(average, model, method.averaging)
+            average = _moving_average(average, model, method.averaging(round_number))
         last = round_number == config.num_rounds
         judged = {"model": model, "average": average, "previous": previous}
         judged = {name: state for name, state in judged.items() if state}

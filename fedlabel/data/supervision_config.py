@@ -117,6 +117,12 @@ class LabelKind:
                 f"`supervision.candidates` (={self.candidates}) has no place beside supervision.kind={self.kind}: take "
                 "supervision.kind=partial, or leave it out."
             )
+        if self.classless and (self.labels_per_class is not None or self.stratified):
+            raise ValueError(
+                f"`supervision.labels_per_class` (={self.labels_per_class}) and `supervision.stratified` "
+                f"(={self.stratified}) choose samples by their class, which nobody knows with supervision.kind="
+                f"{self.kind}: take label_rate, labels_per_client or labels_total."
+            )
         self._check_bag()
         if (self.kind == "labeling_functions") != (self.module is not None):
             raise ValueError(
@@ -176,6 +182,11 @@ class LabelKind:
     def has_noisy_labels(self) -> bool:
         """Whether samples have labels that may be wrong."""
         return self.kind in ("noisy", "partial_and_noisy")
+
+    @property
+    def classless(self) -> bool:
+        """Whether nobody knows the class of a sample of which something is known."""
+        return self.kind in ("bags", "labeling_functions")
 
     @property
     def everything(self) -> bool:

@@ -158,11 +158,17 @@ class LabelModel:
         """
         return self._counts(self._symbols_of(votes), labels, label_weight)
 
-    def initial_counts(self, votes: Tensor) -> Counts:
+    def initial_counts(self, votes: Tensor, labels: Tensor | None = None, label_weight: float = 1.0) -> Counts:
         """Returns the sums over first guesses: each class's votes divided by how many functions may vote for it; a row
-        without votes by the prior. EM starts from here, so that class c of the model is class c.
+        without votes by the prior. EM starts from here, so that class c of the model is class c. For the arguments see
+        `expected_counts`.
         """
-        return self._sum(self._symbols_of(votes), lambda start, part: (self._guess(part), part.new_zeros(()).double()))
+
+        def look(start: int, part: Tensor) -> tuple[Tensor, Tensor]:
+            guess = _clamped(self._guess(part), _rows(labels, start, part), label_weight)
+            return guess, part.new_zeros(()).double()
+
+        return self._sum(self._symbols_of(votes), look)
 
     def guess(self, votes: Tensor) -> Tensor:
         """Returns the first guesses that `initial_counts` sums, (n, C) float64."""
@@ -177,13 +183,11 @@ class LabelModel:
             joint = self._joint(part, 1.0)
             posterior = joint.softmax(1) if self.temperature == 1 else self._joint(part).softmax(1)
             evidence = joint.logsumexp(1)
-            if labels is not None:
-                given = labels[start : start + len(part)]
-                known, place = given >= 0, given.clamp_min(0)[:, None]
-                clamped = label_weight * torch.zeros_like(posterior).scatter_(1, place, 1.0)
-                posterior = torch.where(known[:, None], clamped, posterior)
-                evidence = torch.where(known, label_weight * joint.gather(1, place).squeeze(1), evidence)
-            return posterior, evidence.sum()
+            given = _rows(labels, start, part)
+            if given is not None:
+                own = joint.gather(1, given.clamp_min(0)[:, None]).squeeze(1)
+                evidence = torch.where(given >= 0, label_weight * own, evidence)
+            return _clamped(posterior, given, label_weight), evidence.sum()
 
         return self._sum(symbols, look)
 
@@ -342,7 +346,7 @@ class LabelModel:
         if len(votes) == 0:
             raise ValueError("`votes` has no rows: there is nothing to fit.")
         symbols = self._symbols_of(votes)
-        self.update(self.initial_counts(votes))
+        self.update(self.initial_counts(votes, labels, label_weight))
         before = -math.inf
         for self.iterations in range(1, max_iterations + 1):
             counts = self._counts(symbols, labels, label_weight)
@@ -354,16 +358,31 @@ class LabelModel:
         return self
 
 
+def _rows(labels: Tensor | None, start: int, part: Tensor) -> Tensor | None:
+    return None if labels is None else labels[start : start + len(part)]
+
+
+def _clamped(posterior: Tensor, labels: Tensor | None, weight: float) -> Tensor:
+    """Returns posteriors (n, C) with `weight` at the label, and 0 elsewhere, where there is one (not -1)."""
+    if labels is None:
+        return posterior
+    known = weight * torch.zeros_like(posterior).scatter_(1, labels.clamp_min(0)[:, None], 1.0)
+    return torch.where((labels >= 0)[:, None], known, posterior)
+
+
 def majority_vote(votes: Tensor, num_classes: int) -> Tensor:
     """Returns each class's share of the votes that were cast, (n, C) float64; even where none was."""
-    cast = torch.nn.functional.one_hot(votes.clamp_min(0), num_classes).double() * (votes >= 0)[..., None]
-    total = cast.sum(1)
+    total = vote_tallies(votes, num_classes)
     return torch.where(total.sum(1, keepdim=True) > 0, total / total.sum(1, keepdim=True), 1 / num_classes)
 
 
 def coverage_normalized_votes(votes: Tensor, class_sets: Tensor) -> Tensor:
     """Returns each class's votes by how many functions may vote for it, (n, C) float64; 0 where none was cast."""
-    n, classes = len(votes), class_sets.shape[1]
-    flat = torch.where(votes >= 0, votes, classes) + torch.arange(n, device=votes.device)[:, None] * (classes + 1)
-    total = torch.bincount(flat.flatten(), minlength=n * (classes + 1)).view(n, classes + 1)[:, :-1]
-    return total.double() / class_sets.sum(0).clamp_min(1)
+    return vote_tallies(votes, class_sets.shape[1]) / class_sets.sum(0).clamp_min(1)
+
+
+def vote_tallies(votes: Tensor, num_classes: int) -> Tensor:
+    """Returns each class's number of votes (n, K), (n, C) float64."""
+    n, symbols = len(votes), num_classes + 1
+    flat = torch.where(votes >= 0, votes, num_classes) + torch.arange(n, device=votes.device)[:, None] * symbols
+    return torch.bincount(flat.flatten(), minlength=n * symbols).view(n, symbols)[:, :-1].double()

@@ -290,15 +290,22 @@ class Method:
         """Returns what a stage starts from, of the stage before's end and of fresh weights. Default: the fresh ones."""
         return fresh
 
-    @property
-    def averaging(self) -> float:
-        """Decay of the moving average of the global model over the rounds of a stage. The average is what the model
-        "was until then" (see `starts_stage`) and what `judged` gets; the rounds go on from the model itself. 0: none.
+    def averaging(self, round_number: int) -> float:
+        """Returns the decay of the moving average of the global model over the rounds of a stage. The average is what
+        the model "was until then" (see `starts_stage`) and what `judged` gets; the rounds go on from the model itself.
+        0: none.
         """
         return 0.0
 
+    def interim(self, round_number: int) -> bool:
+        """Returns whether what is `judged` after a round is not yet a model as the run is for: then its accuracy is
+        logged as interim/accuracy, and is none of the run's evaluations.
+        """
+        return False
+
     def judged(self, models: Mapping[str, Model], shared: State) -> Model | None:
-        """Returns what is evaluated as the global model, images -> logits; None: nothing that could be, as yet.
+        """Returns what is evaluated as the global model, images -> logits; None: nothing that could be, as yet. See
+        `interim`.
 
         Args:
             models: "model", the global one; where there are such, "average" (see `averaging`) and "previous".

@@ -210,7 +210,8 @@ class DPSSL(Method):
     """Tables of the label model: full, tied or cage, see `inference/label_model.py`."""
     prior: str = "learnt"
     """Class prior. learnt: the federation's. uniform. client: each client's own, fitted to its votes under the common
-    tables: clients of different class mixes read the same votes differently. It never leaves the client."""
+    tables: clients of different class mixes read the same votes differently. It is not sent, though expected counts,
+    which are, tell as much."""
     smoothing: float = 1.0
     """Pseudo-counts of the tables."""
     temperature: float = 1.0
@@ -291,9 +292,8 @@ class DPSSL(Method):
     def needs_embeddings(self) -> bool:
         return self.grown
 
-    @property
-    def averaging(self) -> float:
-        return self.averaging_decay if self.grown else 0.0
+    def averaging(self, round_number: int) -> float:
+        return self.averaging_decay if self.stage(round_number) == "functions" else 0.0
 
     def stage(self, round_number: int) -> str:
         """Returns "functions", "label model" or "end model"; of round 0 the first."""
@@ -433,7 +433,7 @@ class DPSSL(Method):
         """Returns the label model of what is shared: with its tables and prior, if they have been fitted."""
         sets = state["sets"] > 0.5
         classes = sets.shape[1]
-        uniform = torch.full((classes,), 1.0, device=sets.device) if self.prior == "uniform" else None
+        uniform = torch.ones(classes, device=sets.device) if self.prior == "uniform" else None
         model = LabelModel(
             classes, sets, self.variant, smoothing=self.smoothing, temperature=self.temperature, prior=uniform
         )
@@ -468,7 +468,8 @@ class DPSSL(Method):
         if count:
             sums = self._counts(model, free, votes[asked], label[asked], begun)
             memory = {**memory, "vote_counts": sums.votes.float(), "class_counts": sums.classes.float()}
-            metrics = {"functions/log_likelihood": torch.stack([sums.log_likelihood, sums.classes.sum()])}
+            if begun:  # first guesses have none
+                metrics = {"functions/log_likelihood": torch.stack([sums.log_likelihood, sums.classes.sum()])}
         confidence, likeliest = posterior.float().max(1)
         keep = asked & (confidence >= self.least_confidence)
         target = one_hot(likeliest, sets.shape[1]) if self.hard else posterior.float()
@@ -583,6 +584,9 @@ class DPSSL(Method):
         if not shared["fitted"] > 0:
             return None
         return self.label_model(shared).accuracy()
+
+    def interim(self, round_number: int) -> bool:
+        return self.stage(round_number) != "end model"
 
     def judged(self, models: Mapping[str, Model], shared: State) -> Model | None:
         """Returns the end model; before its stage what the functions' votes make of an image."""

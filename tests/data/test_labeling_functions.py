@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlabel.config import ConfigError, load_config
 from fedlabel.data.datasets import DataConfig, load_dataset
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.imprecision import Resemblance
@@ -344,6 +345,18 @@ def test_a_module_is_for_labelling_functions_and_they_need_one(keys: dict[str, A
     message = rf"`supervision.module` \(=.*\) must be given for supervision.kind=labeling_functions.*kind is {kind}"
     with pytest.raises(ValueError, match=message):
         SupervisionConfig(**keys)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "labeling_functions", "module": "rules"}, {"kind": "bags", "bag_size": 4}])
+@pytest.mark.parametrize("key", ["labels_per_class=2", "stratified=true"])
+def test_samples_are_not_chosen_by_a_class_that_nobody_knows(kind: dict[str, Any], key: str) -> None:
+    overrides = [f"supervision.{name}={value}" for name, value in kind.items()]
+    message = rf"choose samples by their class, which nobody knows with supervision.kind={kind['kind']}: take"
+    with pytest.raises(ConfigError, match=message):
+        load_config([], [*overrides, f"supervision.{key}"])
+    load_config([], [*overrides, "supervision.labels_total=9"])
+    with pytest.raises(ConfigError, match=r"`skew.unlabeled_only_classes` \(=\[1\]\) chooses samples by their class"):
+        load_config([], [*overrides, "skew.unlabeled_only_classes=[1]"])
 
 
 def test_two_parts_of_functions_are_refused() -> None:

@@ -96,8 +96,9 @@ def test_a_row_without_votes_speaks_for_what_few_functions_cover() -> None:
     silent = torch.full((1, 4), -1)
     expected = [[0.071429, 0.380952, 0.095238, 0.071429, 0.380952]]
     torch.testing.assert_close(figure().posterior(silent), torch.tensor(expected).double(), rtol=0, atol=1e-6)
-    mute = figure(0.0, 0.0, 0.0).posterior(silent)
-    torch.testing.assert_close(mute, torch.full((1, 5), 0.2).double())
+    mute = figure(0.0, 0.0, 0.0)
+    mute.prior = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1]).double()
+    torch.testing.assert_close(mute.posterior(silent), mute.prior[None])
 
 
 def test_three_functions_of_two_classes() -> None:
@@ -230,10 +231,12 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(parts.posterior(votes), whole.posterior(votes))
 
 
-def test_a_hundred_functions_give_no_nan() -> None:
-    """Check 5: log domain."""
-    votes, sets, y, _ = simulate(4, n=3000, k=300)
-    posterior = LabelModel(10, sets).fit(votes, max_iterations=10).posterior(votes)
+def test_many_functions_give_no_nan() -> None:
+    """Check 5: log domain. The likelihood of 1,500 votes is below the smallest number there is."""
+    votes, sets, y, _ = simulate(4, n=600, k=1500)
+    model = LabelModel(10, sets).fit(votes, max_iterations=5)
+    assert (model.log_likelihood(votes) < -800).all()
+    posterior = model.posterior(votes)
     assert posterior.isfinite().all()
     assert accuracy(posterior, y) > 0.999
 
@@ -258,16 +261,14 @@ def test_recovery(seed: int) -> None:
 
 
 def test_recovery_grows_with_functions_and_is_calibrated() -> None:
-    """Check 9: K = 10 < 25 < 50; of what is believed above .95, .99 is right."""
+    """Check 9: K = 10 < 25 < 50 (measured .645, .898, .986); of what is believed above .95, .99 is right."""
     results = []
     for k in (10, 25, 50):
-        votes, sets, y, _ = simulate(0, k=k)
-        if not bool(sets.any(0).all()):
-            continue
+        votes, sets, y, _ = simulate(3, k=k)  # whose ten functions cover all classes
+        assert sets.any(0).all()
         posterior = LabelModel(10, sets, prior=even()).fit(votes).posterior(votes)
         results.append(accuracy(posterior, y))
-    assert results == sorted(results)
-    assert len(results) >= 2
+    assert results[0] + 0.1 < results[1] < results[2] - 0.05
     sure = posterior.amax(1) > 0.95
     assert float(sure.double().mean()) > 0.8
     assert accuracy(posterior[sure], y[sure]) >= 0.99
@@ -299,6 +300,10 @@ def test_known_classes_are_held_and_weighed() -> None:
     torch.testing.assert_close(counts.classes, 3 * torch.bincount(y[:100], minlength=10) + free)
     none = model.expected_counts(votes, labels, 0.0)
     torch.testing.assert_close(none.classes, free)
+    alone, weightless = LabelModel(10, sets), LabelModel(10, sets)
+    alone.fit(votes[100:], max_iterations=3)
+    weightless.fit(votes, labels, label_weight=0.0, max_iterations=3)
+    torch.testing.assert_close(weightless.tables, alone.tables)
 
 
 def test_one_function_of_all_classes_is_its_own_vote() -> None:

@@ -38,6 +38,10 @@ def test_the_run_uses_both_experts(in_process: Path) -> None:
 
 
 REMEMBERING = {
+    "dp_ssl": [
+        *("num_rounds=4", "method.functions_rounds=2", "method.assignment_rounds=1", "method.label_model_rounds=1"),
+        *("method.num_functions=10", "method.confidence_threshold=0.2"),
+    ],
     "fedmatch": ["method.helper_interval=1", "method.confidence_threshold=0", "method.lambda_i=1", "training.lr=0.01"],
     "fedtrinet": ["method.warmup_rounds=1", "method.quality_start=0.2", "method.ramp_end=1"],
     "freematch": [],

@@ -39,8 +39,8 @@ TRUTH = torch.tensor([0, 1, 2, 1, -1, 0])
 
 
 def test_counts_by_hand() -> None:
-    """Majority: cat (a tie), dog, cat (no vote), cat, -, dog: two are right. Of one function for cats, three for dogs:
-    in the last row 1 / 1 against 2 / 3, so cat: three are right."""
+    """Majority: cat or dog (1/2 right), dog, any (no vote, 1/3 right), cat, -, dog: 1 + 5/6 are right. Of one function
+    for cats, three for dogs: in the first and the last row 1 / 1 against 1 / 3 and 2 / 3, so cat: 3 + 1/3 are right."""
     counts = function_counts(VOTES, SETS, TRUTH)
     assert np.reshape(counts["function_votes"], (3, 3)).tolist() == [[3, 2, 0], [0, 3, 1], [0, 1, 1]]
     overlap, conflict, right, known = np.reshape(counts["function_counts"], (3, 4)).T.tolist()
@@ -48,7 +48,7 @@ def test_counts_by_hand() -> None:
     assert conflict == [3, 3, 2]
     assert right == [3, 1, 0]
     assert known == [4, 3, 1]
-    assert counts["function_samples"] == [6, 5, 5, 2, 3]
+    assert counts["function_samples"] == pytest.approx([6, 5, 5, 11 / 6, 10 / 3])
 
 
 def test_who_agrees_does_not_conflict() -> None:
@@ -74,11 +74,11 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.functions_csv = path / "labeling_functions.csv"
         self.texts: list[tuple[int, str]] = []
+        self.clients: list[tuple[int, str]] = []
         self.figures: list[tuple[int, Figure]] = []
 
     def log_text(self, tag: str, text: str, round_number: int) -> None:
-        assert tag == "functions"
-        self.texts.append((round_number, text))
+        {"functions": self.texts, "functions/clients": self.clients}[tag].append((round_number, text))
 
     def log_figure(self, tag: str, figure: Figure, round_number: int) -> None:
         assert tag == "functions"
@@ -123,8 +123,8 @@ def test_metrics_are_means_over_functions_of_the_rounds_votes(tmp_path: Path) ->
             "functions/accuracy": (3 / 4 + 1 / 3) / 3,
             "functions/estimation_error": (1 / 4 + 1 / 6 + 1 / 4) / 3,
             "functions/voted": 5 / 6,
-            "functions/majority_accuracy": 2 / 5,
-            "functions/normalized_vote_accuracy": 3 / 5,
+            "functions/majority_accuracy": 11 / 30,
+            "functions/normalized_vote_accuracy": 2 / 3,
         }
     )
 
@@ -186,6 +186,12 @@ def test_table_and_figure_are_shown_with_the_first_estimate_and_at_the_end(tmp_p
     assert lines[0].startswith("| function | polarity | coverage |")
     assert lines[2] == "| 0 | cat, dog | 0.833 | 0.667 | 0.500 | 0.750 | 0.500 | 5 | 6 |"
     assert len(lines) == 5
+    assert [round_number for round_number, _ in folder.clients] == [3, 5]
+    head, _, row = folder.clients[0][1].splitlines()
+    assert head.startswith(
+        "| client | samples | coverage | overlap | conflict | accuracy | voted | majority_accuracy |"
+    )
+    assert row == "| 0 | 6 | 0.611 | 0.556 | 0.444 | 0.361 | 0.833 | 0.367 | 0.667 |"
 
 
 def test_a_round_without_an_unlabelled_sample_is_shown_as_nothing(tmp_path: Path) -> None:
@@ -264,6 +270,7 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
             expected = 0.3 * before.average[name] + 0.7 * after.model[name]
             torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
     for later in states[5:]:
+        assert later.average == {}
         assert all(torch.equal(value, states[4].average[name]) for name, value in later.previous.items())
     heads = "heads.weight"
     assert all(torch.equal(later.model[heads], states[5].model[heads]) for later in states[6:])
@@ -289,10 +296,11 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
     assert [row["round"] for row in rows if "functions/kept" in row] == [2, 3, 4, 5]
     assert rows[0]["train/backward_samples"] == rows[5]["train/backward_samples"] == 0
     assert rows[-1]["pseudo/accuracy"] > rows[-1]["functions/majority_accuracy"] + 0.03
-    accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
-    assert len(accuracies) == 3
-    assert min(accuracies) > 0.5
-    assert accuracies[-1] > 0.7
+    evaluated = {row["round"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
+    before = {row["round"]: row["interim/accuracy"] for row in rows if "interim/accuracy" in row}
+    assert (list(before), list(evaluated)) == ([3, 6], [9])  # the end model alone is what the run is for
+    assert min(before.values()) > 0.5
+    assert evaluated[9] > 0.7
     assert json.loads((whole.path / "summary.json").read_text())["rounds"] == 9
     with (whole.path / "labeling_functions.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -348,3 +356,13 @@ def test_written_functions_teach_a_table_without_any_label(tmp_path: Path) -> No
         assert abs(float(row["accuracy"]) - float(row["estimated_accuracy"])) < 0.15
     audit = json.loads((path / "supervision.json").read_text())
     assert "votes" in json.dumps(audit)
+    assert "functions/log_likelihood" not in rows[0]  # nothing is fitted yet
+    assert all("functions/log_likelihood" in row for row in rows[1:3])
+
+    (tmp_path / "rules.py").write_text(RULES.replace("> 18", "> 17"))
+    with pytest.raises(ValueError, match=r"What clients hold and know is not what it was .* labelling functions, have"):
+        fedlabel.run([], ["num_rounds=6"], name="a", out=tmp_path, resume=True)
+    assert len(read_metrics(path)) == 5
+    (tmp_path / "rules.py").write_text(RULES)
+    fedlabel.run([], ["num_rounds=6"], name="a", out=tmp_path, resume=True)
+    assert len(read_metrics(path)) == 6
