@@ -9,4 +9,4 @@ setup_venv "[dev,crosscheck]"
 echo "== ruff";        ruff format --check . && ruff check .
 echo "== mypy";        mypy
 echo "== import rules"; lint-imports
-echo "== pytest";      exec python -m pytest "$@"
+echo "== pytest";      exec python -m pytest -n 2 --dist loadfile "$@"
