@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and rich would keep to it whatever a test says
+torch.set_num_threads(1)  # as runs do: sums depend on it, to the bit
 
 
 @contextmanager
