@@ -38,23 +38,29 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[ExperimentConfig,
         disable=not console.is_terminal,
     )
     shown: dict[str, float] = {}
+    stage = ""
+    stage_name: Callable[[int], str] = str
 
     def on_start(config: ExperimentConfig, path: Path) -> None:
-        nonlocal total
-        total = config.num_rounds
+        nonlocal total, stage_name
+        total, stage_name = config.num_rounds, config.method.stage_name
         bar.add_task(config.method.name, total=total, shown="")
         if not console.is_terminal:
             console.print(f"{config.method.name} on {config.data.name}: {total} rounds, {path}", soft_wrap=True)
 
     def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
+        nonlocal stage
+        begins, stage = stage_name(round_number) != stage, stage_name(round_number)
         shown.update({key: metrics[key] for key in SHOWN if key in metrics})
         if "eval/accuracy" in shown:
             shown.pop("interim/accuracy", None)
         failed = int(metrics["system/failed_clients"])
         text = "  ".join(f"{SHOWN[key]} {shown[key]:.3f}" for key in SHOWN if key in shown)
+        text = "  ".join(part for part in (stage, text) if part)
         text += f"  FAILED CLIENTS {failed}" if failed else ""
         bar.update(bar.task_ids[0], completed=round_number, shown=text)
-        if not console.is_terminal and ("eval/accuracy" in metrics or "interim/accuracy" in metrics or failed):
+        news = begins or failed or "eval/accuracy" in metrics or "interim/accuracy" in metrics
+        if news and not console.is_terminal:
             console.print(f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s", soft_wrap=True)
 
     with bar:

@@ -286,6 +286,10 @@ class Method:
         """
         return False
 
+    def stage_name(self, round_number: int) -> str:
+        """Returns what a terminal calls the stage of a round (1-based). Default: nothing, for one stage."""
+        return ""
+
     def begin_stage(self, previous: StateDict, fresh: StateDict) -> StateDict:
         """Returns what a stage starts from, of the stage before's end and of fresh weights. Default: the fresh ones."""
         return fresh

@@ -302,6 +302,9 @@ class DPSSL(Method):
             return "functions"
         return "label model" if round_number <= first + self.label_model_rounds else "end model"
 
+    def stage_name(self, round_number: int) -> str:
+        return self.stage(round_number)
+
     def starts_stage(self, round_number: int) -> bool:
         return self.grown and round_number == self.functions_rounds + 1
 

@@ -187,6 +187,9 @@ class LLPBP(Method):
         """Returns the stage of a round (1-based), from 0."""
         return min((round_number - 1) // self.stage_rounds, self.num_stages - 1)
 
+    def stage_name(self, round_number: int) -> str:
+        return f"stage {self.stage(round_number) + 1} of {self.num_stages}"
+
     def starts_stage(self, round_number: int) -> bool:
         return round_number > 1 and self.stage(round_number) != self.stage(round_number - 1)
 
