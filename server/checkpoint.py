@@ -56,6 +56,8 @@ class Checkpoint:
     """What the model was at the end of the stage before (see `Method.starts_stage`); empty in the first."""
     average: dict[str, Tensor] = field(default_factory=dict)
     """See `Method.averaging`."""
+    votes: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    """See `FunctionWatch.dump`."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

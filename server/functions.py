@@ -23,37 +23,43 @@ COUNTED = ("function_votes", "function_counts", "function_samples")
 
 
 class FunctionWatch:
-    """Keeps each client's latest votes; in the CSV are the clients that voted since this process began."""
+    """Keeps each client's latest votes: table and metrics are over all clients that have voted, not over a cohort."""
 
-    def __init__(self, experiment: Experiment, folder: RunFolder) -> None:
+    def __init__(self, experiment: Experiment, folder: RunFolder, kept: Mapping[int, Counts] | None = None) -> None:
+        """Args:
+        experiment: has the method and the names of functions and classes.
+        folder: the run's.
+        kept: what `dump` gave; None: no client has voted.
+        """
         self._experiment = experiment
         self._folder = folder
         parts = experiment.config.supervision.parts
         modules = [part.module for part in parts if part.module is not None]
         self._names = [function_name(function) for module in modules for function in load_functions(module)]
         """Of written functions; grown ones have numbers."""
-        self._clients: dict[int, Counts] = {}
+        self._clients: dict[int, Counts] = dict(kept or {})
         self._shown = False
 
-    def watch(
-        self, round_number: int, total: Counts, client_counts: Mapping[int, Counts], shared: State
-    ) -> dict[str, float]:
+    def dump(self) -> dict[int, Counts]:
+        """Returns each client's latest votes, for a checkpoint."""
+        return self._clients
+
+    def watch(self, round_number: int, client_counts: Mapping[int, Counts], shared: State) -> dict[str, float]:
         """Writes the table (CSV; TensorBoard's at the first and at the last round) and returns `functions/...`.
 
         Args:
             round_number: of the votes.
-            total: the round's counts over its clients.
-            client_counts: the same per client.
+            client_counts: the round's counts per client.
             shared: what the server shares after the round.
         """
         estimated = self._experiment.config.method.function_accuracy(shared)
-        guess = np.full(self._size(total), np.nan) if estimated is None else estimated.cpu().double().numpy()
         self._clients |= {
             client: {key: counts[key] for key in COUNTED}
             for client, counts in client_counts.items()
             if COUNTED[0] in counts
         }
         known = add_counts([self._clients[client] for client in sorted(self._clients)])
+        guess = np.full(self._size(known), np.nan) if estimated is None else estimated.cpu().double().numpy()
         tables = {ALL: known, **{str(client): self._clients[client] for client in sorted(self._clients)}}
         nothing = np.full_like(guess, np.nan)  # the estimate is the federation's, not a client's
         self._write({name: self._rows(counts, guess if name == ALL else nothing) for name, counts in tables.items()})
@@ -65,7 +71,7 @@ class FunctionWatch:
             rates = self._rates(known)
             figure = functions_figure(rates["coverage"], rates["accuracy"], guess)
             self._folder.log_figure("functions", figure, round_number)
-        return self._metrics(total, guess)
+        return self._metrics(known, guess)
 
     def _size(self, counts: Counts) -> int:
         return len(counts["function_counts"]) // 4

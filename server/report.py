@@ -184,7 +184,7 @@ def log_round(
     if noise.is_shown(tally.round_number):
         figures |= noise.figures(shared)
     if "function_votes" in counts:
-        metrics |= functions.watch(tally.round_number, counts, tally.client_counts, shared)
+        metrics |= functions.watch(tally.round_number, tally.client_counts, shared)
     evaluation = experiment.evaluate(models, shared) if models is not None else None
     if evaluation is not None and experiment.config.method.interim(tally.round_number):
         metrics["interim/accuracy"] = evaluation.metrics()["eval/accuracy"]

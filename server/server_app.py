@@ -92,6 +92,9 @@ def run_federation(
     commit = source_commit()  # now: files may change while the run goes on
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
+    federation = experiment.federation
+    for doubt in config.method.doubts(federation.record, federation.dataset.class_names):
+        logger.warning(doubt)
     shared = config.method.initial_shared(experiment.federation.dataset.num_classes)
     shared = {name: value.to(experiment.device) for name, value in shared.items()}
     checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config), shared=shared)
@@ -160,7 +163,7 @@ def _rounds(
     pool = HelperPool(experiment, method.helpers) if method.helpers is not None else None
     if pool is not None and checkpoint.helpers:
         pool.load(checkpoint.helpers)
-    watches = (NoiseWatch(experiment), FunctionWatch(experiment, folder))
+    watches = (NoiseWatch(experiment), FunctionWatch(experiment, folder, checkpoint.votes))
     train_config = ConfigRecord({"experiment": to_yaml(config)})
     for round_number in range(checkpoint.round_number + 1, config.num_rounds + 1):
         started = time.perf_counter()
@@ -218,6 +221,7 @@ def _rounds(
                 helpers,
                 _cpu(previous),
                 _cpu(average),
+                watches[1].dump(),
             )
             save_checkpoint(folder.checkpoints, saved, config.checkpoint.keep)
         on_round(round_number, metrics)

@@ -40,10 +40,10 @@ TABLES = {
     "functions": (
         "Labelling functions",
         "in %; coverage, overlap, conflict: share of the samples that a function votes on, with another one, and "
-        "against another one; right: of its votes; all four are means over the functions. estimate's error: mean "
-        "distance of the label model's estimate from it. Right by majority, and by votes per class divided by the "
-        "number of functions that may vote for it: of all samples; what the label model gets right is under "
-        "Pseudo-labels.",
+        "against another one; right: of its votes; all four are means over the functions, of the votes of all clients "
+        "that took part until then. estimate's error: mean distance of the label model's estimate from it. Right by "
+        "majority, and by votes per class divided by the number of functions that may vote for it: of all samples; "
+        "what the label model gets right is under Pseudo-labels.",
     ),
     "clients": ("Clients", "the global model on each client's share of the split, in %; Jain index: 1 = all equal."),
     "cost": (
@@ -238,8 +238,9 @@ def common_keys(comparison: Comparison) -> dict[str, str | int | float | bool]:
     return {key: value for key, value in runs[0].flat.items() if key not in differing}
 
 
-def remarks(comparison: Comparison) -> list[str]:
-    """Returns how to read the tables."""
+def remarks(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
+    """Returns how to read the tables that are there."""
+    there = {table.title for part in parts for table in part.tables}
     bounds = _distinct(row for section in comparison.sections.values() for row, rs in section.items() if _is_bound(rs))
     texts = [
         "Mean ± sample standard deviation over seeds; the mean of the last 10 evaluations (or rounds) where not said "
@@ -248,7 +249,7 @@ def remarks(comparison: Comparison) -> list[str]:
         "points, over common seeds. p: paired two-sided t test of it, corrected by Holm for the tests of the section; "
         "– with fewer than two seeds or without a variance. That the best row was picked on the same runs is not "
         "corrected for.",
-        *(f"{title}: {note}" for title, note in TABLES.values()),
+        *(f"{title}: {note}" for title, note in TABLES.values() if title in there),
     ]
     if bounds:
         texts.append(f"Upper bounds, which see every label and are neither ranked nor tested: {', '.join(bounds)}.")
@@ -266,7 +267,7 @@ def markdown(comparison: Comparison, parts: Sequence[Part]) -> str:
         code = label in ("commands", "common to all", "commit")
         lines.append(f"- {label}: " + "; ".join(f"`{value}`" if code else _escape(value) for value in values))
     lines += [f"- **warning:** {_escape(warning)}" for warning in comparison.warnings]
-    lines += ["", *(f"{_escape(remark)}\n" for remark in remarks(comparison))]
+    lines += ["", *(f"{_escape(remark)}\n" for remark in remarks(comparison, parts))]
     for part in parts:
         lines += [f"## {_escape(_heading(comparison, part.name))}", "", f"![accuracy over rounds]({part.file}.png)", ""]
         for table in part.tables:
@@ -300,7 +301,7 @@ def html(comparison: Comparison, parts: Sequence[Part]) -> str:
         headings=headings,
         pictures=pictures,
         facts=facts(comparison),
-        remarks=remarks(comparison),
+        remarks=remarks(comparison, parts),
         common="\n".join(common),
     )
 

@@ -264,6 +264,11 @@ class Method:
         return 0
 
     @property
+    def functions_vote(self) -> bool:
+        """Whether it learns from the votes of written labelling functions."""
+        return False
+
+    @property
     def needs_embeddings(self) -> bool:
         """Whether the network must give embeddings, see `fedlabel.models.Net`."""
         return False
@@ -421,6 +426,24 @@ class Method:
                 f"`method.name` (={self.name}) learns from sets of candidates, and no sample has one. Take "
                 "method.name=ill, or supervision.vote=true for annotators."
             )
+
+    def doubts(self, known: Supervision, names: Sequence[str]) -> list[str]:
+        """Returns what to warn of before a run begins: here, what is known and this method makes nothing of.
+
+        Args:
+            known: what is known in the whole federation.
+            names: of the classes.
+        """
+        phases = self.phases(1)
+        left = []
+        if len(known.bag_counts) and not any(phase.bags for phase in phases):
+            left.append(f"the counts of {len(known.bag_counts):,} bags")
+        if known.votes.shape[1] and not self.functions_vote:
+            left.append(f"the votes of {known.votes.shape[1]} labelling functions")
+        sets = known.informed & (known.candidates.sum(1) > 1) & ~known.candidates.all(1)
+        if bool(sets.any()) and not any(phase.informed or phase.bags for phase in phases):
+            left.append(f"the candidate sets of {int(sets.sum()):,} samples")
+        return [f"method.name={self.name} makes nothing of {what}: these samples count as unlabelled." for what in left]
 
     def noise_matrix(self, shared: State) -> Tensor | None:
         """Returns p(noisy label | true label) as far as the server knows it, (matrices, classes, classes), to be shown;

@@ -285,6 +285,10 @@ class DPSSL(Method):
         return self.functions == "grown"
 
     @property
+    def functions_vote(self) -> bool:
+        return not self.grown
+
+    @property
     def labeling_heads(self) -> int:
         return self.num_functions if self.grown else 0
 
@@ -330,6 +334,12 @@ class DPSSL(Method):
                     f"`method.num_functions` (={self.num_functions}) must be the number of labelling functions, "
                     f"{written}" + ("." if written else ": set supervision.kind=labeling_functions and its module.")
                 )
+            if not bool((known.votes >= 0).any()):
+                raise ValueError(
+                    f"None of the {written} labelling functions votes for a class on any of the "
+                    f"{int(known.voted_on.sum()):,} samples they were given: nothing to learn from. A function "
+                    "returns a class, its name or its number; None abstains."
+                )
             return
         if written:
             raise ValueError(
@@ -347,6 +357,21 @@ class DPSSL(Method):
                 f"`method.heads_per_class` (={self.heads_per_class}) must lie in [{math.ceil(k / classes)}, {k}] for "
                 f"`method.num_functions` (={k}) and {classes} classes: no head without a class, none twice."
             )
+
+    def doubts(self, known: Supervision, names: Sequence[str]) -> list[str]:
+        found = super().doubts(known, names)
+        cast = torch.stack([(known.votes == label).sum(0) for label in range(len(names))])  # (classes, functions)
+        silent = [str(place) for place in (cast.sum(0) == 0).nonzero().flatten().tolist()]
+        if silent:
+            found.append(
+                f"Labelling functions that vote on no sample (in the file's order, from 0): {', '.join(silent)}."
+            )
+        missing = [names[label] for label in (cast.sum(1) == 0).nonzero().flatten().tolist()]
+        if self.functions_vote and missing:
+            found.append(
+                f"No labelling function votes for {', '.join(missing)}: the label model cannot find these classes."
+            )
+        return found
 
     def _heads_per_class(self, classes: int) -> int:
         if self.heads_per_class is not None:

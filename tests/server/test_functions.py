@@ -110,11 +110,11 @@ def counts_of(rows: slice) -> Counts:
 ESTIMATES = {"estimates": torch.tensor([0.5, 0.5, 0.25])}
 
 
-def test_metrics_are_means_over_functions_of_the_rounds_votes(tmp_path: Path) -> None:
+def test_metrics_are_means_over_functions(tmp_path: Path) -> None:
     """Of six samples: coverage (5, 4, 2) / 6, right (3/4, 1/3, 0/1), the estimates off by (1/4, 1/6, 1/4)."""
     watch, _ = watching(tmp_path)
     clients = {0: counts_of(slice(0, 2)), 1: counts_of(slice(2, 6))}
-    metrics = watch.watch(1, add_counts(clients.values()), clients, ESTIMATES)
+    metrics = watch.watch(1, clients, ESTIMATES)
     assert metrics == pytest.approx(
         {
             "functions/coverage": 11 / 18,
@@ -132,7 +132,7 @@ def test_metrics_are_means_over_functions_of_the_rounds_votes(tmp_path: Path) ->
 def test_table_has_a_row_of_each_function_over_all_and_at_each_client(tmp_path: Path) -> None:
     watch, folder = watching(tmp_path)
     clients = {1: counts_of(slice(2, 6)), 0: counts_of(slice(0, 2))}
-    watch.watch(1, add_counts(clients.values()), clients, ESTIMATES)
+    watch.watch(1, clients, ESTIMATES)
     rows = folder.rows()
     assert list(rows) == ["all", "0", "1"]
     assert [row["function"] for row in rows["all"]] == ["0", "1", "2"]
@@ -157,12 +157,12 @@ def test_table_has_a_row_of_each_function_over_all_and_at_each_client(tmp_path: 
 def test_a_client_that_is_not_drawn_stays_and_one_that_is_drawn_again_is_new(tmp_path: Path) -> None:
     watch, folder = watching(tmp_path)
     first, second = counts_of(slice(0, 2)), counts_of(slice(2, 6))
-    watch.watch(1, add_counts([first, second]), {0: first, 1: second, 2: {"drawn": [3.0]}}, {})
+    watch.watch(1, {0: first, 1: second, 2: {"drawn": [3.0]}}, {})
     assert list(folder.rows()) == ["all", "0", "1"]
     assert {row["estimated_accuracy"] for rows in folder.rows().values() for row in rows} == {""}
     before = folder.rows()
     again = counts_of(slice(4, 5))
-    metrics = watch.watch(2, again, {1: again}, ESTIMATES)
+    metrics = watch.watch(2, {1: again}, ESTIMATES)
     after = folder.rows()
     unestimated = [{**row, "estimated_accuracy": ""} for row in after["0"]]
     assert unestimated == before["0"]
@@ -170,16 +170,19 @@ def test_a_client_that_is_not_drawn_stays_and_one_that_is_drawn_again_is_new(tmp
     assert [row["samples"] for row in after["all"]] == ["3"] * 3
     assert [row["estimated_accuracy"] for row in after["all"]] == ["0.500000", "0.500000", "0.250000"]
     assert [row["estimated_accuracy"] for row in after["1"]] == ["", "", ""]  # the estimate is not a client's
-    assert metrics["functions/coverage"] == 1  # of the round alone
-    assert "functions/accuracy" not in metrics  # of this sample nobody knows the class
-    assert "functions/majority_accuracy" not in metrics
+    assert metrics["functions/coverage"] == pytest.approx(
+        np.mean([float(row["coverage"]) for row in after["all"]]), abs=1e-6
+    )  # of both clients, as in the table
+    assert metrics["functions/coverage"] != 1  # that of the client that was drawn
+    restored = FunctionWatch(watch._experiment, watch._folder, watch.dump())
+    assert restored.watch(3, {}, ESTIMATES) == metrics
 
 
 def test_table_and_figure_are_shown_with_the_first_estimate_and_at_the_end(tmp_path: Path) -> None:
     watch, folder = watching(tmp_path)
     counts = counts_of(slice(0, 6))
     for round_number, shared in ((2, {}), (3, ESTIMATES), (4, ESTIMATES), (5, ESTIMATES)):
-        watch.watch(round_number, counts, {0: counts}, shared)
+        watch.watch(round_number, {0: counts}, shared)
     assert [round_number for round_number, _ in folder.texts] == [3, 5]
     assert [round_number for round_number, _ in folder.figures] == [3, 5]
     lines = folder.texts[0][1].splitlines()
@@ -197,7 +200,7 @@ def test_table_and_figure_are_shown_with_the_first_estimate_and_at_the_end(tmp_p
 def test_a_round_without_an_unlabelled_sample_is_shown_as_nothing(tmp_path: Path) -> None:
     watch, folder = watching(tmp_path, rounds=1)
     nobody = counts_of(slice(0, 0))
-    assert watch.watch(1, nobody, {0: nobody}, ESTIMATES) == {}
+    assert watch.watch(1, {0: nobody}, ESTIMATES) == {}
     assert folder.rows()["all"][0]["coverage"] == ""
     assert len(folder.figures) == 1
 

@@ -1,0 +1,70 @@
+"""What a run says before it begins: knowledge that the method makes nothing of, functions and classes without votes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fedlabel.config import load_config
+from fedlabel.data.supervision import Supervision
+
+NAMES = ("cat", "dog", "cow")
+NOBODY = [[True] * 3]
+
+
+def record(candidates: list[list[bool]], votes: list[list[int]] | None = None, bags: bool = False) -> Supervision:
+    """Samples in one bag where `bags`."""
+    known = Supervision.certain(torch.tensor(candidates))
+    if votes is not None:
+        known = dataclasses.replace(known, votes=torch.tensor(votes))
+    if bags:
+        n = len(candidates)
+        known = dataclasses.replace(known, bag=torch.zeros(n, dtype=torch.int64), bag_counts=torch.tensor([[n, 0, 0]]))
+    return known
+
+
+def doubts(method: str, known: Supervision, *overrides: str) -> list[str]:
+    return load_config(overrides=["num_rounds=60", f"method.name={method}", *overrides]).method.doubts(known, NAMES)
+
+
+WRITTEN = ("method.functions=written", "method.num_functions=2")
+SETS = [[True, True, False], [True, False, False], [True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("ill", ["the counts of 1 bags", "the votes of 2 labelling functions"]),
+        ("dllp", ["the votes of 2 labelling functions"]),
+        ("llp_bp", ["the votes of 2 labelling functions"]),
+        (
+            "fixmatch",
+            ["the counts of 1 bags", "the votes of 2 labelling functions", "the candidate sets of 1 samples"],
+        ),
+    ],
+)
+def test_knowledge_that_a_method_makes_nothing_of_is_named(method: str, said: list[str]) -> None:
+    known = record(SETS, [[0, 1]] * 3, bags=True)
+    assert doubts(method, known) == [
+        f"method.name={method} makes nothing of {what}: these samples count as unlabelled." for what in said
+    ]
+
+
+@pytest.mark.parametrize("method", ["ill", "fixmatch", "llp_bp", "dp_ssl"])
+def test_labels_alone_leave_no_doubt(method: str) -> None:
+    assert doubts(method, record([[True, False, False], *NOBODY])) == []
+
+
+def test_silent_functions_and_classes_without_votes_are_named() -> None:
+    known = record(NOBODY * 3, [[-1, 0], [-1, 2], [-2, -2]])
+    assert doubts("dp_ssl", known, *WRITTEN) == [
+        "Labelling functions that vote on no sample (in the file's order, from 0): 0.",
+        "No labelling function votes for dog: the label model cannot find these classes.",
+    ]
+    assert doubts("dp_ssl", record(NOBODY * 3, [[1, 0], [-1, 2], [-2, -2]]), *WRITTEN) == []
+
+
+def test_functions_that_never_vote_are_refused() -> None:
+    method = load_config(overrides=["num_rounds=60", "method.name=dp_ssl", *WRITTEN]).method
+    with pytest.raises(ValueError, match="None of the 2 labelling functions votes .* on any of the 2 samples"):
+        method.check(record(NOBODY * 3, [[-1, -1], [-1, -1], [-2, -2]]))
