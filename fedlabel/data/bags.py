@@ -27,7 +27,7 @@ def draw_bags(
     holders: Sequence[np.ndarray],
     num_classes: int,
     part: LabelKind,
-    samples: Tensor,
+    feature: np.ndarray | None,
     seed: int,
     place: int = 0,
 ) -> Bags:
@@ -38,15 +38,12 @@ def draw_bags(
         holders: per client the rows that are to be in bags.
         num_classes: how many classes.
         part: size and order of the bags, and the noise on their counts.
-        samples: (n, ...), for bags of neighbouring values of one feature; anything where these are not asked for.
+        feature: (n,) values, for bags of samples with neighbouring ones; None: bags are drawn at random.
         seed: the experiment's seed; every client draws numbers of its own.
         place: which part of the mix this is; each has numbers of its own, and noise of its own.
 
     Returns:
         The bags; the last one of a client may be smaller than asked for.
-
-    Raises:
-        ValueError: there is no such feature.
     """
     bag = np.full(len(labels), -1)
     counts: list[np.ndarray] = []
@@ -54,8 +51,8 @@ def draw_bags(
         rng = numpy_generator(seed, "supervision", "bags", place, client)
         noise = numpy_generator(seed, "supervision", "count_noise", place, client)
         order = rng.permutation(rows)
-        if part.bag_feature is not None:
-            order = order[np.argsort(_feature(part.bag_feature, samples)[order], kind="stable")]
+        if feature is not None:
+            order = order[np.argsort(feature[order], kind="stable")]
         assert part.bag_size is not None
         start = 0
         while start < len(order):
@@ -103,14 +100,3 @@ def noisy_counts(counts: np.ndarray, epsilon: float, rng: np.random.Generator) -
     rounded = np.floor(share).astype(np.int64)
     rounded[np.argsort(rounded - share, kind="stable")[: size - rounded.sum()]] += 1  # largest remainder
     return rounded
-
-
-def _feature(number: int, samples: Tensor) -> np.ndarray:
-    """Returns one value of every sample, (n,): a column of a table, or a pixel in the order of memory."""
-    samples = samples.flatten(1)
-    if number >= samples.shape[1]:
-        raise ValueError(
-            f"`supervision.bag_feature` (={number}) must be one of the {samples.shape[1]} features of a sample: "
-            f"0 to {samples.shape[1] - 1}."
-        )
-    return samples[:, number].numpy()

@@ -8,8 +8,8 @@ shows its class) is kept beside the images. Tables end up as float32 (n, feature
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -115,18 +115,44 @@ class Dataset:
     allow_flip: bool
     """Whether an image mirrored left to right still shows its class."""
     train_rows: Tensor
-    """(n,) int64, where in the set's own order, before validation was taken off, the samples of `train` stand."""
+    """(n,) int64, where in the set's own order, before validation was taken off, the samples of `train` stand; for a
+    table whose test set is split off: in the file's order."""
     own_size: int
-    """How many training samples the set has in that order, whatever is kept of them."""
-    table: Table | None = None
-    """The rows of `train` before they became features; None for images."""
+    """How many samples the set has in that order, whatever is kept of them."""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """The rows of "train", "validation" and "test" before they became features; none for images."""
+
+    def feature(self, name: str, part: str) -> np.ndarray:
+        """Returns one value of every sample of `part` (train, validation or test), (n,), to sort by: of the column
+        `name` of a table, or the pixel of that number (from 0, in the order of memory).
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.tabular:
+            table = self.tables[part]
+            if name not in table.names:
+                near = difflib.get_close_matches(name, table.names, n=1)
+                raise DataError(
+                    f"`supervision.bag_feature` (={name}) must be one of the columns of {self.name}: "
+                    f"{', '.join(table.names)}." + (f" Did you mean {near[0]}?" if near else "")
+                )
+            return table.column(name)
+        pixels = getattr(self, part).images.flatten(1)
+        if not name.isdecimal() or int(name) >= pixels.shape[1]:
+            raise DataError(
+                f"`supervision.bag_feature` (={name}) must be the number of one of the {pixels.shape[1]} pixels of an "
+                f"image of {self.name}: 0 to {pixels.shape[1] - 1}."
+            )
+        found: np.ndarray = pixels[:, int(name)].numpy()
+        return found
 
     def sample(self, place: int) -> np.ndarray | dict[str, float | str]:
         """Returns a sample of `train` as labelling functions get it: (channels, height, width) uint8, or a row's cells
         by column.
         """
-        if self.table is not None:
-            return self.table.row(place)
+        if self.tabular:
+            return self.tables["train"].row(place)
         image: np.ndarray = self.train.images[place].numpy()
         return image
 
@@ -193,14 +219,17 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     if isinstance(loaded, LoadedTable):
         whole = loaded.train
         train, validation, test = encode(whole.rows(rows), (whole.rows(held_out), loaded.test))
-        features, table = train.images.shape[1], whole.rows(rows)
+        features = train.images.shape[1]
+        tables = {"train": whole.rows(rows), "validation": whole.rows(held_out), "test": loaded.test}
         mean, std = (0.0,) * features, (1.0,) * features
     else:
-        table = None
+        tables = {}
         train, validation, test = _take(loaded.train, rows), _take(loaded.train, held_out), loaded.test
         mean, std = _channel_statistics(train.images)
     names, size = loaded.class_names, len(loaded.train.labels)
-    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, table)
+    if isinstance(loaded, LoadedTable) and loaded.rows is not None:
+        rows, size = loaded.rows[rows], loaded.file_size or size
+    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables)
 
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:

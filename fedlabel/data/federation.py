@@ -229,7 +229,8 @@ def build_federation(
     for part in supervision.parts:
         if part.kind == "bags" and test_bags is None:
             scope = derive_seed(seed, "evaluation")
-            test_bags = draw_bags(split.labels.numpy(), test_parts, classes, part, split.images, scope)
+            feature = None if part.bag_feature is None else dataset.feature(part.bag_feature, evaluation_split)
+            test_bags = draw_bags(split.labels.numpy(), test_parts, classes, part, feature, scope)
     return Federation(dataset, parts, record, test_parts, np.isin(kinds, with_sets), server_rows, test_bags)
 
 

@@ -141,24 +141,38 @@ class Resemblance:
                 raise DataError(
                     f"`supervision.labels_keys`: {path} has no array {key}, only {', '.join(given) or 'none at all'}."
                 )
-            self._check_column(f"{path}: array {key}", columns[key])
+            columns[key] = self._class_numbers(f"{path}: array {key}", columns[key])
         rows = self.dataset.train_rows.numpy()
         return np.stack([columns[key].astype(np.int64)[rows] for key in part.labels_keys], 1)
 
-    def _check_column(self, what: str, values: np.ndarray) -> None:
-        classes, needed = self.dataset.num_classes, self.dataset.own_size
-        if not np.issubdtype(values.dtype, np.integer):
-            raise DataError(f"{what} of {values.dtype} must hold integers.")
+    def _class_numbers(self, what: str, values: np.ndarray) -> np.ndarray:
+        """Returns (own_size,) int64, -1 = none."""
+        names, needed = self.dataset.class_names, self.dataset.own_size
         if values.shape != (needed,):
             raise DataError(
-                f"{what} of shape {values.shape} must have shape ({needed},): one label for each training sample of "
-                f"{self.dataset.name}, also of those held out."
+                f"{what} of shape {values.shape} must have shape ({needed},): one label for each sample of "
+                f"{self.dataset.name}, also of those held out"
+                + (", in the order of the file." if self.dataset.tabular else " for validation.")
             )
+        classes = self.dataset.num_classes
+        if values.dtype.kind == "U":
+            found, place = np.unique(values, return_inverse=True)
+            unknown = sorted({*found.tolist()} - {*names, ""})
+            if unknown:
+                raise DataError(
+                    f"{what} has the label {unknown[0]!r}, which is none of {', '.join(names)}; an empty text is none."
+                )
+            numbers = np.array([names.index(name) if name else -1 for name in found.tolist()])
+            return numbers[place]
+        if not np.issubdtype(values.dtype, np.integer):
+            raise DataError(f"{what} of {values.dtype} must hold integers, or the names of classes.")
         wrong = np.flatnonzero((values < -1) | (values >= classes))
         if len(wrong):
             raise DataError(
-                f"{what}: label {wrong[0]} (={values[wrong[0]]}) must lie in [0, {classes - 1}], or be -1 for none."
+                f"{what}: label {wrong[0]} (={values[wrong[0]]}) must lie in [0, {classes - 1}] ({', '.join(names)}), "
+                "or be -1 for none."
             )
+        return values
 
 
 def draw_candidates(

@@ -239,8 +239,8 @@ def impart(
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":
             own = [mine[kinds[mine] == place] for mine in holders]
-            samples = resemblance.dataset.train.images if part.bag_feature is not None else candidates
-            bags = draw_bags(labels, own, num_classes, part, samples, seed, place)
+            feature = None if part.bag_feature is None else resemblance.dataset.feature(part.bag_feature, "train")
+            bags = draw_bags(labels, own, num_classes, part, feature, seed, place)
             bag[index] = torch.where(bags.bag[index] >= 0, bags.bag[index] + sum(map(len, counts)), -1)
             counts.append(bags.counts)
             continue

@@ -54,20 +54,20 @@ class LabelKind:
     exact per federation (symmetric, instance) or class (asymmetric, pair_flip). partial: the probability that a class
     outside the set takes the truth's place in it."""
     labels_file: str | None = None
-    """noise=file: a .npz below `data.root` (data.name=npz: beside it), in the order of the data set's training
-    samples."""
+    """noise=file: a .npz below `data.root` (data.name=npz or table: beside it), in the order of the data set's training
+    samples; of a table whose test set is split off: of all rows of its file, of which test rows are not looked at."""
     labels_keys: tuple[str, ...] = ()
-    """noise=file: arrays of the file. One is a noisy label; several are those of as many annotators, -1 = none. In a
-    mix the annotators of each part are others."""
+    """noise=file: arrays of the file, of classes' numbers (-1 = none) or names ("" = none). One is a noisy label;
+    several are those of as many annotators. In a mix the annotators of each part are others."""
     vote: bool = False
     """noise=file, several keys: their labels become one noisy label, the most frequent; a tie is decided by chance."""
     bag_size: int | None = None
     """kind=bags: samples per bag; what is left of a client's samples is its last bag."""
     bag_size_max: int | None = None
     """kind=bags: sizes are drawn from bag_size to this; null: all are `bag_size`."""
-    bag_feature: int | None = None
-    """kind=bags: samples with neighbouring values of this feature (a number from 0, of a table's columns after
-    preparation or of an image's pixels) share a bag; null: bags are drawn at random."""
+    bag_feature: str | None = None
+    """kind=bags: samples with neighbouring values of this feature (a table's column, or the number of an image's pixel
+    from 0) share a bag; null: bags are drawn at random."""
     module: str | None = None
     """kind=labeling_functions: a module of functions, or the path of its file, which every node imports; see
     `fedlabel/data/labeling_functions.py`."""
@@ -168,8 +168,6 @@ class LabelKind:
                 f"`supervision.bag_size_max` (={self.bag_size_max}) must be at least supervision.bag_size "
                 f"(={self.bag_size}), or null."
             )
-        if self.bag_feature is not None and self.bag_feature < 0:
-            raise ValueError(f"`supervision.bag_feature` (={self.bag_feature}) must be at least 0, or null.")
         if self.count_epsilon is not None and not 0 < self.count_epsilon < float("inf"):
             raise ValueError(f"`supervision.count_epsilon` (={self.count_epsilon}) must be a positive number, or null.")
 

@@ -47,6 +47,12 @@ class Table:
         """Returns the rows `index`."""
         return Table(self.numbers[index.numpy()], self.categories[index.numpy()], self.labels[index], self.names)
 
+    def column(self, name: str) -> np.ndarray:
+        """Returns a column, (n,): numbers, or the texts of a categorical one."""
+        place, numeric = self.names.index(name), self.numbers.shape[1]
+        column: np.ndarray = self.numbers[:, place] if place < numeric else self.categories[:, place - numeric]
+        return column
+
     def row(self, place: int) -> dict[str, float | str]:
         """Returns a row's cells by column, numbers as they are in the file."""
         cells = [*self.numbers[place].tolist(), *self.categories[place].tolist()]
@@ -59,6 +65,10 @@ class LoadedTable(NamedTuple):
     train: Table
     test: Table
     class_names: tuple[str, ...]
+    rows: Tensor | None = None
+    """(n,) int64, which rows of the file `train` has; None: all of it, in its order."""
+    file_size: int | None = None
+    """How many rows the file has; None: as many as `train`."""
 
 
 def encode(train: Table, others: Sequence[Table]) -> list[Split]:
@@ -121,7 +131,8 @@ def split_off_test(
         ) from error
     train, test = (np.sort(part) for part in parts)
     split = [({name: column[rows] for name, column in columns.items()}, labels[rows]) for rows in (train, test)]
-    return as_tables(*split[0], *split[1], class_names, config, where, dropped)
+    loaded = as_tables(*split[0], *split[1], class_names, config, where, dropped)
+    return loaded._replace(rows=torch.from_numpy(train), file_size=len(labels))
 
 
 def as_tables(

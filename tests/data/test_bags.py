@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fedlabel.config import load_config
 from fedlabel.data.bags import draw_bags, noisy_counts
 from fedlabel.data.datasets import DataConfig, load_dataset
 from fedlabel.data.federation import build_federation
+from fedlabel.data.loaders import DataError
 from fedlabel.data.partition import PartitionConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision import KIND_NAMES, Supervision
@@ -22,7 +26,7 @@ BAGS = LabelKind(kind="bags", label_rate=None, bag_size=8)
 
 
 def draw(part: LabelKind = BAGS, seed: int = 0, place: int = 0):
-    return draw_bags(LABELS, HOLDERS, 3, part, torch.zeros(0), seed, place)
+    return draw_bags(LABELS, HOLDERS, 3, part, None, seed, place)
 
 
 def test_bags_have_their_size_lie_in_one_client_and_count_its_classes() -> None:
@@ -51,12 +55,36 @@ def test_sorted_bags_hold_neighbouring_values() -> None:
     labels, pixel = dataset.train.labels.numpy(), 36
     holder = np.arange(len(labels))
     values = dataset.train.images.flatten(1)[:, pixel].numpy()
-    part = replace(BAGS, bag_size=50, bag_feature=pixel)
-    bag = draw_bags(labels, [holder], 10, part, dataset.train.images, 0).bag.numpy()
+    assert np.array_equal(dataset.feature(str(pixel), "train"), values)
+    bag = draw_bags(labels, [holder], 10, replace(BAGS, bag_size=50), values, 0).bag.numpy()
     for number in range(bag.max()):
         assert values[bag == number].max() <= values[bag == number + 1].min()
-    with pytest.raises(ValueError, match=r"`supervision.bag_feature` \(=64\) must be one of the 64 features"):
-        draw_bags(labels, [holder], 10, replace(part, bag_feature=64), dataset.train.images, 0)
+    for wrong in ("64", "-1", "left"):
+        with pytest.raises(DataError, match=rf"`supervision.bag_feature` \(={wrong}\) must .* 64 pixels .*: 0 to 63"):
+            dataset.feature(wrong, "train")
+
+
+def test_sorted_bags_of_tables_go_by_a_column(tmp_path: Path) -> None:
+    """In training as in evaluation, by number or by name."""
+    rows = [f"{(7 * i) % 40},{'abcd'[i % 4]},{'yes' if i % 3 else 'no'}" for i in range(40)]
+    (tmp_path / "people.csv").write_text("\n".join(["age,ward,ill", *rows]))
+    overrides = [
+        *("data.name=table", f"data.root={tmp_path}/people.csv", "data.label_column=ill", "num_clients=1"),
+        *("data.validation_fraction=0.25", "supervision.kind=bags", "supervision.bag_size=4", "method.name=dllp"),
+    ]
+    for column in ("age", "ward"):
+        config = load_config(overrides=[*overrides, f"supervision.bag_feature={column}"])
+        federation = build_federation(
+            config.data, config.partition, None, config.supervision, config.skew, 1, "test", False, 0
+        )
+        assert federation.test_bags is not None
+        for part, bag in (("train", federation.record.bag), ("test", federation.test_bags.bag)):
+            values = federation.dataset.tables[part].column(column)
+            groups = [values[(bag == number).numpy()] for number in range(int(bag.max()) + 1)]
+            assert len(groups) > 1
+            assert all(max(one) <= min(after) for one, after in pairwise(groups)), (column, groups)
+    with pytest.raises(DataError, match=r"`supervision.bag_feature` \(=wards\) .* age, ward\. Did you mean ward\?"):
+        federation.dataset.feature("wards", "train")
 
 
 @pytest.mark.parametrize("exact", [[20, 12], [0, 5], [7, 0, 3], [0, 0, 0, 4]])
@@ -84,7 +112,7 @@ def test_parts_of_a_mix_have_noise_of_their_own() -> None:
     """Equal bags twice: the difference of their counts would else be exact."""
     labels, holders = np.ones(400, dtype=np.int64), [np.arange(400)]
     part = replace(BAGS, count_epsilon=0.3)
-    first, second = (draw_bags(labels, holders, 2, part, torch.zeros(0), 0, place).counts[:, 1] for place in (0, 1))
+    first, second = (draw_bags(labels, holders, 2, part, None, 0, place).counts[:, 1] for place in (0, 1))
     assert not torch.equal(first, second)
     one, two = draw(place=0), draw(place=1)
     assert not torch.equal(one.bag, two.bag)
@@ -184,7 +212,6 @@ def test_malformed_bags_are_named(changes: dict[str, torch.Tensor], message: str
         ({"bag_size": None}, r"`supervision.bag_size` \(=None\) must be at least 1 for supervision.kind=bags"),
         ({"bag_size": 0}, r"`supervision.bag_size` \(=0\)"),
         ({"bag_size_max": 7}, r"`supervision.bag_size_max` \(=7\) must be at least supervision.bag_size \(=8\)"),
-        ({"bag_feature": -1}, r"`supervision.bag_feature` \(=-1\)"),
         ({"count_epsilon": 0.0}, r"`supervision.count_epsilon` \(=0.0\) must be a positive number"),
         ({"kind": "few_labels", "label_rate": 0.1}, r"`supervision.bag_size` \(=8\) has no place beside .*few_labels"),
     ],

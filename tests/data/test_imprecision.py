@@ -452,6 +452,33 @@ def test_one_label_of_a_file_is_a_noisy_label_and_none_is_none(tmp_path: Path) -
     assert record.annotations.shape == (20, 0)
 
 
+def test_labels_of_a_file_may_be_names(tmp_path: Path) -> None:
+    names = resemblance(blank(held_out=5), tmp_path).dataset.class_names
+    numbers = rng().integers(-1, K, 20)
+    np.savez(tmp_path / "labels.npz", number=numbers, name=np.array([*names, ""])[numbers])
+    given = resemblance(blank(held_out=5), tmp_path).file_labels(from_file("number", "name"))
+    assert np.array_equal(given[:, 0], given[:, 1])
+    assert -1 in given
+
+
+def test_labels_of_a_table_stand_in_the_order_of_its_file(tmp_path: Path) -> None:
+    """Each row's own label, found again after the test set and the validation set were split off."""
+    truth = np.array(["no", "yes", "yes"] * 20)
+    lines = ["size,ill", *(f"{i},{label}" for i, label in enumerate(truth))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    np.savez(tmp_path / "labels.npz", nurse=truth)
+    config = DataConfig(name="table", root=str(tmp_path / "a.csv"), label_column="ill", validation_fraction=0.2)
+    dataset = load_dataset(config, 0)
+    n = len(dataset.train.labels)
+    assert n < dataset.own_size == 60
+    given = Resemblance(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))[:, 0]
+    assert np.array_equal(given, dataset.train.labels.numpy())
+    assert np.array_equal(dataset.tables["train"].column("size"), dataset.train_rows.numpy())
+    np.savez(tmp_path / "labels.npz", nurse=truth[:n])
+    with pytest.raises(DataError, match=r"must have shape \(60,\): one label for each .* in the order of the file\."):
+        Resemblance(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))
+
+
 def write(**arrays: np.ndarray) -> Callable[[Path], object]:
     return lambda path: np.savez(path, **arrays)
 
@@ -478,9 +505,12 @@ GOOD = np.arange(20) % K
         (write(a=np.r_[GOOD, 0]), r"array a of shape \(21,\) must have shape \(20,\)"),
         (write(a=GOOD[:, None]), r"array a of shape \(20, 1\) must have shape \(20,\)"),
         (write(a=np.int64(3)), r"array a of shape \(\) must have shape \(20,\)"),
-        (write(a=GOOD + 0.5), r"array a of float64 must hold integers"),
-        (write(a=GOOD.astype(str)), r"array a of <U21 must hold integers"),
-        (write(a=np.where(GOOD == 7, 10, GOOD)), r"array a: label 7 \(=10\) must lie in \[0, 9\], or be -1"),
+        (write(a=GOOD + 0.5), r"array a of float64 must hold integers, or the names"),
+        (
+            write(a=np.full(len(GOOD), "ten")),
+            r"array a has the label 'ten', which is none of .*; an empty text",
+        ),
+        (write(a=np.where(GOOD == 7, 10, GOOD)), r"array a: label 7 \(=10\) must lie in \[0, 9\] \(.*\), or be -1"),
         (write(a=np.where(GOOD == 4, -2, GOOD)), r"array a: label 4 \(=-2\) must lie in \[0, 9\]"),
         (write(a=np.where(GOOD == 0, 255, GOOD).astype(np.uint8)), r"array a: label 0 \(=255\) must lie in"),
     ],

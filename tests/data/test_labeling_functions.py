@@ -264,8 +264,7 @@ def texture(row):
     return 1 if row["mean texture"] < 18 else -1
 """
     federation = build("breast_cancer", kind="labeling_functions", module=write(tmp_path / "rules.py", text))
-    table = federation.dataset.table
-    assert table is not None
+    table = federation.dataset.tables["train"]
     assert federation.dataset.class_names[0] == "malignant"
     values = dict(zip(table.names, table.numbers.T, strict=True))
     votes = federation.record.votes.numpy()
