@@ -387,6 +387,10 @@ def _check_lists(user: Mapping[str, Any]) -> None:
         value = user.get(section, {}).get(key)
         if value is not None and not (isinstance(value, list) and all(type(each) in types for each in value)):
             raise ConfigError(f"`{section}.{key}` (={value}) must be a list of {what}.")
+    matrix = user.get("method", {}).get("matrix")
+    rows = matrix if isinstance(matrix, list) and all(isinstance(row, list) for row in matrix) else None
+    if matrix is not None and (rows is None or not all(type(each) in (int, float) for row in rows for each in row)):
+        raise ConfigError(f"`method.matrix` (={matrix}) must be a list of rows of numbers, e.g. [[0.9,0.1],[0.2,0.8]].")
 
 
 def _describe(error: OmegaConfBaseException, schema: type = ExperimentConfig, prefix: str = "") -> str:

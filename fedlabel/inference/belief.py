@@ -80,7 +80,7 @@ def marginals(
     max_iterations: int = 200,
     tolerance: float = 1e-4,
 ) -> Beliefs:
-    """Returns p(z_i = 1) of each label. Computes in the type of `log_odds`, on its device.
+    """Returns p(z_i = 1) of each label. Computes in the type of `log_odds`, on its device; arrays and lists will do.
 
     Args:
         log_odds: (n,) float, what else is known of each label; 0 is nothing, +-inf certainty.
@@ -100,6 +100,8 @@ def marginals(
         ValueError: arguments of wrong shape or outside their range, an impossible count, an empty bag, or a bag whose
             count contradicts what is certain.
     """
+    log_odds, bag, bag_counts = map(torch.as_tensor, (log_odds, bag, bag_counts))
+    edges, edge_weight = map(torch.as_tensor, (edges, edge_weight))
     least, most, sizes = _checked_bags(log_odds, bag, bag_counts)
     check_edges(edges, edge_weight, len(log_odds))
     check_settings(lambda_bag, lambda_edge, factor, damping, max_iterations, tolerance)

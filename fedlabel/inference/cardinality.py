@@ -52,6 +52,7 @@ def bag_posterior(log_odds: Tensor, count: int | Tensor) -> Tensor:
     Raises:
         ValueError: an impossible count, or certainties that contradict it.
     """
+    log_odds = torch.as_tensor(log_odds)
     theta = log_odds.reshape(-1, log_odds.shape[-1])
     counts = torch.as_tensor(count, device=theta.device).expand(log_odds.shape[:-1]).reshape(-1)
     sizes = torch.full_like(counts, theta.shape[1])

@@ -51,7 +51,8 @@ class LabelModel:
 
     Args:
         num_classes: C.
-        class_sets: (K, C) bool, the classes that each of K functions may vote for, at least one each.
+        class_sets: (K, C) bool (tensor, array or lists), the classes that each of K functions may vote for, at least
+            one each.
         variant: full: T_k free, K C (|set| + 1) numbers. tied: three numbers per function, for few votes: right, wrong
             or silent inside its set, and how often it speaks up outside. cage: log-linear in (vote, class), with a
             guide that holds each function's precision near `guide`.
@@ -81,6 +82,7 @@ class LabelModel:
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"`variant` (={variant}) must be one of {', '.join(VARIANTS)}.")
+        class_sets = torch.as_tensor(class_sets)
         if class_sets.dtype != torch.bool or class_sets.dim() != 2 or class_sets.shape[1] != num_classes:
             raise ValueError(
                 f"`class_sets` ({class_sets.dtype} of shape {tuple(class_sets.shape)}) must be bool of shape "
@@ -215,6 +217,7 @@ class LabelModel:
 
     def _symbols_of(self, votes: Tensor) -> Tensor:
         """Returns (n, K) int64, the place of every vote in the flattened tables."""
+        votes = torch.as_tensor(votes)
         if votes.dtype != torch.int64 or votes.dim() != 2 or votes.shape[1] != self.num_functions:
             raise ValueError(
                 f"`votes` ({votes.dtype} of shape {tuple(votes.shape)}) must be int64 of shape "

@@ -84,10 +84,15 @@ class Forward(Method):
             raise ValueError(f"`method.noise_rate` (={self.noise_rate}) must lie in [0, 1).")
         if self.warmup_rounds < 2:
             raise ValueError(f"`method.warmup_rounds` (={self.warmup_rounds}) must be at least 2.")
-        if (self.kind == "given") != (len(self.matrix) > 0):
+        if self.kind == "given" and not self.matrix:
             raise ValueError(
-                f"`method.matrix` ({len(self.matrix)} rows) must be given if and only if `method.kind` (={self.kind}) "
-                "is given."
+                "`method.matrix` is missing: `method.kind` (=given) takes T from it, e.g. "
+                "method.matrix=[[0.9,0.1],[0.2,0.8]] for two classes."
+            )
+        if self.kind != "given" and self.matrix:
+            raise ValueError(
+                f"`method.matrix` ({len(self.matrix)} rows) would do nothing with `method.kind` (={self.kind}): leave "
+                "it out, or take method.kind=given."
             )
         for place, row in enumerate(self.matrix):
             if len(row) != len(self.matrix):
@@ -100,6 +105,14 @@ class Forward(Method):
                     f"`method.matrix`, row {place} (={list(row)}), must hold numbers in [0, 1] whose sum is 1: "
                     f"p(noisy label | true label {place})."
                 )
+
+    def check_rounds(self, num_rounds: int) -> None:
+        if self.kind == "anchor" and num_rounds <= self.warmup_rounds:
+            raise ValueError(
+                f"`num_rounds` (={num_rounds}) ends before anything is corrected: T is estimated after "
+                f"`method.warmup_rounds` (={self.warmup_rounds}). Take at least {self.warmup_rounds + 1}, a shorter "
+                "warm-up, or another method.kind."
+            )
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
         if self.kind == "anchor" and round_number >= self.warmup_rounds:

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -518,3 +519,11 @@ def test_impossible_rows_are_named():
     log_probs[1] = -math.inf
     with pytest.raises(ValueError, match="with a possible class in every row"):
         class_marginals(log_probs, torch.zeros(2, dtype=torch.int64), torch.tensor([[1, 1, 0]]), NO_EDGES, NO_WEIGHT)
+
+
+def test_arrays_and_lists_will_do() -> None:
+    arguments = [0.5, -1.0, 2.0, 0.0], [0, 0, 0, -1], [1], [[0, 3], [1, 2]], [1.0, 0.5]
+    of_tensors = marginals(*map(torch.tensor, arguments))
+    assert torch.equal(marginals(*arguments).probability, of_tensors.probability)  # type: ignore[arg-type]
+    of_arrays = marginals(*map(np.array, arguments))
+    assert torch.allclose(of_arrays.probability.float(), of_tensors.probability, atol=1e-4)

@@ -362,3 +362,12 @@ def test_bad_votes_are_named(votes: Tensor, message: str) -> None:
 def test_nothing_to_fit_is_named() -> None:
     with pytest.raises(ValueError, match="`votes` has no rows"):
         LabelModel(5, FIGURE).fit(torch.zeros(0, 4, dtype=torch.int64))
+
+
+def test_arrays_and_lists_will_do() -> None:
+    sets, votes = [[True, False, True], [True, True, False], [False, True, True]], [[0, 0, -1], [2, -1, 2], [-1, 1, 1]]
+    of_lists = LabelModel(3, sets).fit(votes).posterior(votes)  # type: ignore[arg-type]
+    of_arrays = LabelModel(3, np.array(sets)).fit(np.array(votes)).posterior(np.array(votes))  # type: ignore[arg-type]
+    of_tensors = LabelModel(3, torch.tensor(sets)).fit(torch.tensor(votes)).posterior(torch.tensor(votes))
+    assert torch.equal(of_lists, of_tensors)
+    assert torch.equal(of_arrays, of_tensors)

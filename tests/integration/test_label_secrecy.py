@@ -35,6 +35,7 @@ PASSING = {
         *("num_rounds=4", "method.functions_rounds=2", "method.assignment_rounds=1", "method.label_model_rounds=1"),
         *("method.num_functions=10", "method.confidence_threshold=0.2"),
     ],
+    "forward": ["num_rounds=3", "method.warmup_rounds=2"],
     "fedmatch": ["method.confidence_threshold=0.15", "training.lr=0.01", "method.helper_interval=2"],
 }
 """Method -> what makes it trust its few rounds' pseudo-labels; the others: a low threshold."""

@@ -210,8 +210,8 @@ def test_a_round_moves_every_parameter_and_certain_labels_make_it_cross_entropy(
         ({"kind": "pairs"}, r"`method.kind` \(=pairs\) must be one of symmetric, given, anchor"),
         ({"noise_rate": 1.0}, r"`method.noise_rate` \(=1.0\) must lie in \[0, 1\)"),
         ({"warmup_rounds": 1}, r"`method.warmup_rounds` \(=1\) must be at least 2"),
-        ({"kind": "given"}, r"`method.matrix` \(0 rows\) must be given if and only if `method.kind` \(=given\)"),
-        ({"matrix": MATRIX}, r"`method.matrix` \(3 rows\) must be given if and only if `method.kind` \(=anchor\)"),
+        ({"kind": "given"}, r"`method.matrix` is missing: `method.kind` \(=given\) takes T from it, e.g\."),
+        ({"matrix": MATRIX}, r"`method.matrix` \(3 rows\) would do nothing with `method.kind` \(=anchor\)"),
         ({"kind": "given", "matrix": MATRIX[:2]}, r"must be square: row 0 has 3 entries, there are 2 rows"),
         (
             {"kind": "given", "matrix": ((0.9, 0.1), (0.2, 0.7))},
@@ -241,5 +241,16 @@ def test_the_matrix_can_be_configured() -> None:
     assert config.method == Forward(kind="given", matrix=((0.9, 0.1), (0.25, 0.75)))
     assert hash(config.method) == hash(replace(config.method))
     assert parse_config(to_yaml(config)).method == config.method
+    for wrong in ("0.8", "[0.8,0.2]", "[[1,0],[0,a]]"):
+        with pytest.raises(ConfigError, match=r"`method.matrix` \(=.*\) must be a list of rows of numbers, e\.g\."):
+            load_config([], [*overrides[:2], f"method.matrix={wrong}"])
     with pytest.raises(ConfigError, match="row 1"):
         load_config([], [*overrides[:2], "method.matrix=[[.9,.1],[.25,.85]]"])
+
+
+def test_a_run_that_ends_in_the_warm_up_is_refused() -> None:
+    overrides = ["method.name=forward", "method.warmup_rounds=5"]
+    load_config([], [*overrides, "num_rounds=6"])
+    load_config([], [*overrides, "num_rounds=2", "method.kind=symmetric"])
+    with pytest.raises(ConfigError, match=r"`num_rounds` \(=5\) ends before anything is corrected.*at least 6"):
+        load_config([], [*overrides, "num_rounds=5"])

@@ -32,6 +32,8 @@ TINY = (
 def options(method: str, sure: bool) -> list[str]:
     """Every pseudo-label is believed, or none; who takes part in the mean then has the same weight as others."""
     name = [f"method.name={method}", "training.weight_by=uniform"]
+    if method == "forward":
+        return [*name, "method.kind=symmetric"]  # a warm-up would take more rounds
     if method == "fedtrinet":
         return [*name, "method.warmup_rounds=0", "method.ramp_end=0", f"method.quality_start={float(not sure)}"]
     if "confidence_threshold" not in METHODS[method].__dataclass_fields__:
