@@ -114,7 +114,7 @@ class Federation:
     def audit(self) -> dict[str, Any]:
         """Returns what was made of the labels: `supervision.json`. It compares with the truth: for the evaluator only.
 
-        Per client how many samples of each kind (a set of one class counts as a label, one of all as nothing), how many
+        The names of the classes; per client how many samples of each kind (a set of one class counts as a label, one of all as nothing), how many
         candidates the sets have and how many hold the truth, of bags how many there are of each size and how many have
         wrong counts, and of noisy labels the matrix of counts (true class, label).
         """
@@ -125,6 +125,7 @@ class Federation:
         holds = record.candidates[sets].gather(1, truth[sets][:, None])
         counts = self.noise_counts()[0]
         return {
+            "classes": list(self.dataset.class_names),
             "kinds": {"names": list(KIND_NAMES), "clients": self.kinds().tolist()},
             "candidate_sets": {
                 "sizes": torch.bincount(size, minlength=self.dataset.num_classes + 1).tolist(),

@@ -420,6 +420,7 @@ def test_the_audit_is_what_slow_counting_gives(settings: dict[str, Any]) -> None
     federation = build(**settings)
     record, truth = federation.record, federation.dataset.train.labels
     audit = federation.audit()
+    assert audit["classes"] == list(federation.dataset.class_names)
     assert json.loads(json.dumps(audit)) == audit
     assert audit["kinds"]["names"] == list(KIND_NAMES)
     clients = []
