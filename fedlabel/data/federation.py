@@ -114,9 +114,9 @@ class Federation:
     def audit(self) -> dict[str, Any]:
         """Returns what was made of the labels: `supervision.json`. It compares with the truth: for the evaluator only.
 
-        The names of the classes; per client how many samples of each kind (a set of one class counts as a label, one of all as nothing), how many
-        candidates the sets have and how many hold the truth, of bags how many there are of each size and how many have
-        wrong counts, and of noisy labels the matrix of counts (true class, label).
+        The names of the classes; per client how many samples of each kind (a set of one class counts as a label, one of
+        all as nothing), how many candidates the sets have and how many hold the truth, of bags how many there are of
+        each size and how many have wrong counts, and of noisy labels the matrix of counts (true class, label).
         """
         rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
         record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
