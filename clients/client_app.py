@@ -11,7 +11,8 @@ from flwr.clientapp import ClientApp
 from fedlabel.data.labeling_functions import NOT_ASKED
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
-from fedlabel.methods.base import StateDict, state_from_lists, state_to_lists
+from fedlabel.methods.base import state_from_lists, state_to_lists
+from fedlabel.methods.steps import StateDict
 from fedlabel.metrics import function_counts, means, pseudo_label_counts
 from fedlabel.training import ClientUpdate
 

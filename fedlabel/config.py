@@ -23,7 +23,7 @@ from fedlabel.methods import method_class
 from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.models import ModelConfig
-from fedlabel.training import TrainingConfig
+from fedlabel.training_config import TrainingConfig
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
-from fedlabel.methods.base import Model
+from fedlabel.methods.steps import Model
 from fedlabel.metrics import (
     area_under_curve,
     calibration_bins,

@@ -16,7 +16,7 @@ from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.skew import shift_features
 from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import resolve_device
-from fedlabel.methods.base import State, StateDict
+from fedlabel.methods.steps import State, StateDict
 from fedlabel.models import Net, build_model
 from fedlabel.models.additive import Additive
 from fedlabel.models.bag_head import BagHead

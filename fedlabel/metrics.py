@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.inference.label_model import coverage_normalized_votes, vote_tallies
-from fedlabel.methods.base import PseudoLabels
+from fedlabel.methods.steps import PseudoLabels
 
 Counts = dict[str, list[float]]
 """Name -> numbers that add up over clients: what travels from a client to the server beside the model."""

@@ -6,34 +6,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedlabel.batches import Units, bag_units, count_steps, draw_batches
 from fedlabel.data.augment import AugmentConfig, strong, weak
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import (
-    Batch,
-    Method,
-    Model,
-    ModelPart,
-    Part,
-    Phase,
-    PhaseResult,
-    Prepared,
-    PseudoLabels,
-    State,
-    StateDict,
-    Step,
-    Survey,
-    Update,
-    Votes,
-    pseudo_metrics,
-)
+from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Prepared, Survey, Update, Votes
+from fedlabel.methods.steps import Batch, Model, Part, PseudoLabels, State, StateDict, Step, pseudo_metrics
 from fedlabel.seeding import derive_seed, numpy_generator, torch_generator
+from fedlabel.training_config import TrainingConfig
 
-WEIGHT_BY = ("processed", "size", "uniform")
 SURVEY_BATCH = 500
 """Samples a model sees at once when a client's whole data are looked at."""
 
@@ -41,71 +26,6 @@ _ZERO = torch.zeros(())
 _NOTHING: Mapping[str, StateDict] = MappingProxyType({})
 _FROM_IMAGES = ((), ("all",), ("embed",), ("heads",))
 """The parts of a network that begin with images: a pass through the rest is not counted as another."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a client trains in one round. Optimiser: SGD, fresh in every phase of every round."""
-
-    lr: float = 0.1
-    """Learning rate."""
-    batch_size: int = 32
-    """Samples per step; a client with fewer uses all it has."""
-    local_steps: int | None = 15
-    """Steps per phase. Set to null to count in `local_epochs` instead."""
-    local_epochs: int | None = None
-    """Passes per phase over the samples that the phase draws from: the unlabelled ones if it draws both; where a method
-    goes by all that is known (ill), those that take more steps."""
-    unlabeled_ratio: int = 1
-    """mu: unlabelled samples per labelled one in a step: `unlabeled_ratio * batch_size` of them are drawn."""
-    unlabeled_includes_labeled: bool = False
-    """Whether labelled samples are also drawn as unlabelled ones, without their label (FixMatch's authors, SAGE)."""
-    momentum: float = 0.0
-    """SGD momentum."""
-    nesterov: bool = False
-    """Nesterov's form of the momentum."""
-    weight_decay: float = 0.0
-    """SGD weight decay."""
-    max_grad_norm: float | None = None
-    """The gradient's Euclidean norm is cut to this in every step; null: not cut."""
-    prox_mu: float = 0.0
-    """FedProx, with every method: weight of (mu / 2) * ||w - w_global||^2 in every phase on the clients."""
-    server_steps: int | None = None
-    """Steps of the server after each round, where it holds labels (supervision.labels_at=server); null: as clients."""
-    server_batch_size: int | None = None
-    """Samples per step of the server; null: `batch_size`."""
-    weight_by: str = "processed"
-    """A client's weight in the server's mean (FedLabel's merge=mean has its own). processed: samples its losses used
-    this round, over all steps (FedLabel's r_k); size: how many samples it holds of the kinds the method draws from;
-    uniform: 1. A client whose losses used no sample (nothing passed the threshold, say) counts 0 with each."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"`training.lr` (={self.lr}) must be a positive number.")
-        for key in ("batch_size", "unlabeled_ratio", "server_batch_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"`training.{key}` (={value}) must be at least 1.")
-        if (self.local_steps is None) == (self.local_epochs is None):
-            raise ValueError(
-                f"`training.local_steps` (={self.local_steps}) and `training.local_epochs` (={self.local_epochs}): "
-                "exactly one must be set; set the other to null."
-            )
-        for key in ("local_steps", "local_epochs", "server_steps"):
-            value = getattr(self, key)
-            if value is not None and value < 0:
-                raise ValueError(f"`training.{key}` (={value}) must be at least 0.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"`training.momentum` (={self.momentum}) must lie in [0, 1).")
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("`training.nesterov` (=True) needs `training.momentum` (=0) above 0.")
-        for key in ("weight_decay", "prox_mu"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"`training.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < float("inf"):
-            raise ValueError(f"`training.max_grad_norm` (={self.max_grad_norm}) must be a positive number (or null).")
-        if self.weight_by not in WEIGHT_BY:
-            raise ValueError(f"`training.weight_by` (={self.weight_by}) must be one of {', '.join(WEIGHT_BY)}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,62 +112,6 @@ def frozen_model(module: nn.Module, state: Mapping[str, Tensor], lender: nn.Modu
         return outputs
 
     return model
-
-
-def draw_batches(index: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yields `steps` batches of min(batch_size, n) positions: shuffled passes over `index` (n,), cut without a gap."""
-    size = min(batch_size, len(index))
-    order = index[:0]
-    for _ in range(steps):
-        while len(order) < size:
-            order = torch.cat([order, index[torch.randperm(len(index), generator=generator)]])
-        yield order[:size]
-        order = order[size:]
-
-
-def count_steps(phase: Phase, config: TrainingConfig, num_samples: int, batch_size: int) -> int:
-    """Returns how many steps a phase takes over `num_samples` samples, `batch_size` a step."""
-    if phase.steps is not None:
-        return phase.steps
-    if config.local_steps is not None:
-        return config.local_steps
-    assert config.local_epochs is not None
-    return config.local_epochs * -(-num_samples // batch_size)
-
-
-class Units(NamedTuple):
-    """What a phase by bags draws: bags, and samples on their own."""
-
-    rows: Tensor
-    """(units, k) int64, positions in the client's data, -1 where a unit has fewer than k samples."""
-    counts: Tensor
-    """(units, classes) int64, samples in each class; all 0 where it is not known."""
-
-    def samples(self) -> Tensor:
-        """Returns the sorted positions of all samples, (m,)."""
-        return self.rows[self.rows >= 0].sort().values
-
-    def per_step(self, batch_size: int, least: int = 1) -> int:
-        """Returns how many units have about `batch_size` samples, or `least`."""
-        return max(least, round(batch_size * len(self.rows) / max(1, int((self.rows >= 0).sum()))))
-
-
-def bag_units(supervision: Supervision, unlabeled: bool) -> Units:
-    """Returns bags, then the labelled samples in no bag and, if asked for, the others; on the CPU.
-
-    A noisy label is none: it would count as exact.
-    """
-    bag, counts, labeled = (x.cpu() for x in (supervision.bag, supervision.bag_counts, supervision.labeled))
-    certain = labeled & ~supervision.noisy.cpu()
-    alone = ((bag < 0) & (certain | unlabeled)).nonzero().squeeze(1)
-    order = bag.argsort(stable=True)[int((bag < 0).sum()) :]
-    sizes = torch.bincount(bag[order], minlength=len(counts))
-    k = int(sizes.max()) if len(sizes) else 1
-    rows = torch.full((len(counts) + len(alone), k), -1)
-    rows[bag[order], torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[bag[order]]] = order
-    rows[len(counts) :, 0] = alone
-    known = supervision.candidates.cpu()[alone] & certain[alone, None]
-    return Units(rows, torch.cat([counts, known.long()]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import numpy as np
 from fedlabel.data.labeling_functions import function_name, load_functions
 from fedlabel.experiment import Experiment
 from fedlabel.figures import functions_figure
-from fedlabel.methods.base import State
+from fedlabel.methods.steps import State
 from fedlabel.metrics import Counts, add_counts, ratio
 from fedlabel.tracking import RunFolder, write_atomic
 

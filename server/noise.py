@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fedlabel.experiment import Experiment
 from fedlabel.figures import transition_figure
 from fedlabel.inference.transition import not_dominant, transition_error
-from fedlabel.methods.base import State
+from fedlabel.methods.steps import State
 from fedlabel.metrics import ratio
 
 logger = logging.getLogger("fedlabel")

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from fedlabel.experiment import Experiment
 from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel, reliability_figure
 from fedlabel.hardware import describe_hardware, source_hash, versions
-from fedlabel.methods.base import State, StateDict, state_from_lists, state_to_lists
+from fedlabel.methods.base import state_from_lists, state_to_lists
+from fedlabel.methods.steps import State, StateDict
 from fedlabel.metrics import Counts, add_counts, bins_of, means, pseudo_label_metrics, ratio
 from fedlabel.tracking import RunFolder, summarize
 from server.functions import FunctionWatch

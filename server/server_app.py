@@ -24,7 +24,8 @@ from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit, source_hash
-from fedlabel.methods.base import StateDict, state_to_lists
+from fedlabel.methods.base import state_to_lists
+from fedlabel.methods.steps import StateDict
 from fedlabel.tracking import PARTITION_JSON, RunFolder, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from server.functions import FunctionWatch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlabel.methods.base import PseudoLabels
+from fedlabel.methods.steps import PseudoLabels
 from fedlabel.metrics import (
     CALIBRATION_BINS,
     add_counts,

@@ -10,39 +10,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedlabel.batches import draw_batches
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.supervision import Supervision, supervise
 from fedlabel.methods import METHODS
-from fedlabel.methods.base import (
+from fedlabel.methods.base import Method, Phase, Prepared, Survey, Update, sum_updates
+from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.methods.fixmatch import FixMatch
+from fedlabel.methods.steps import (
     Batch,
     LossFunction,
-    Method,
     Model,
-    Phase,
-    Prepared,
     PseudoLabels,
     State,
     StateDict,
     Step,
-    Survey,
-    Update,
     cross_entropy_on_labels,
-    sum_updates,
 )
-from fedlabel.methods.fedlabel import FedLabel
-from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.supervised import Supervised
 from fedlabel.seeding import torch_generator
-from fedlabel.training import (
-    ClientData,
-    ClientUpdate,
-    ImageTransform,
-    Trainer,
-    TrainingConfig,
-    draw_batches,
-    train_client,
-    train_server,
-)
+from fedlabel.training import ClientData, ClientUpdate, ImageTransform, Trainer, train_client, train_server
+from fedlabel.training_config import TrainingConfig
 from tests.methods.test_contract import LATE, make, make_student
 
 CLASSES = 3
@@ -246,15 +234,6 @@ def test_processed_weight_of_fedlabel_counts_labeled_draws_and_kept_draws() -> N
     assert (update.pseudo_index >= 10).all()  # only unlabelled samples are pseudo-labelled
 
 
-def test_batches_are_shuffled_passes_without_a_gap() -> None:
-    batches = torch.stack(list(draw_batches(torch.arange(5, 15), 4, 5, torch_generator(0, "x"))))
-    flat = batches.flatten()
-    assert sorted(flat[:10].tolist()) == sorted(flat[10:].tolist()) == list(range(5, 15))
-    assert flat[:10].tolist() != list(range(5, 15))
-    assert [len(b) for b in draw_batches(torch.arange(3), 4, 2, torch_generator(0, "x"))] == [3, 3]
-    assert [len(b) for b in draw_batches(torch.arange(0), 4, 2, torch_generator(0, "x"))] == [0, 0]
-
-
 def test_dropout_is_a_function_of_the_seed_and_leaves_the_global_generator_alone() -> None:
     data, _ = client()
     dropout = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Dropout(0.5), nn.Linear(16, CLASSES))
@@ -277,30 +256,6 @@ def test_sum_updates_averages_buffers_and_keeps_a_lone_state_exact() -> None:
     assert sum_updates(start, [first, second], frozenset({"w"})) == {"w": 5.0, "var": 14.0, "n": 5}
     assert sum_updates(start, [first], frozenset({"w"})) == first
     assert sum_updates(start, [], frozenset({"w"})) == start
-
-
-def test_training_config_names_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"`training.lr` \(=0\) must be a positive number"):
-        TrainingConfig(lr=0)
-    with pytest.raises(ValueError, match="exactly one must be set"):
-        TrainingConfig(local_steps=5, local_epochs=1)
-    with pytest.raises(ValueError, match="exactly one must be set"):
-        TrainingConfig(local_steps=None)
-    for fields, message in (
-        ({"batch_size": 0}, r"`training.batch_size` \(=0\) must be at least 1"),
-        ({"unlabeled_ratio": 0}, r"`training.unlabeled_ratio` \(=0\) must be at least 1"),
-        ({"server_batch_size": 0}, r"`training.server_batch_size` \(=0\) must be at least 1"),
-        ({"local_steps": -1}, r"`training.local_steps` \(=-1\) must be at least 0"),
-        ({"server_steps": -1}, r"`training.server_steps` \(=-1\) must be at least 0"),
-        ({"momentum": 1.0}, r"`training.momentum` \(=1.0\) must lie in \[0, 1\)"),
-        ({"nesterov": True}, r"`training.nesterov` \(=True\) needs `training.momentum` \(=0\) above 0"),
-        ({"weight_decay": -0.1}, r"`training.weight_decay` \(=-0.1\) must be a finite number of at least 0"),
-        ({"prox_mu": float("inf")}, r"`training.prox_mu` \(=inf\) must be a finite number of at least 0"),
-        ({"max_grad_norm": 0.0}, r"`training.max_grad_norm` \(=0.0\) must be a positive number"),
-        ({"weight_by": "loss"}, r"`training.weight_by` \(=loss\) must be one of processed, size, uniform"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            TrainingConfig(**fields)
 
 
 # Phases made up for the purpose: what they see, what they move.

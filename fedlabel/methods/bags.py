@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Model, Part, Phase, Step, mean_metric
+from fedlabel.methods.base import Method, Phase
+from fedlabel.methods.steps import Batch, Model, Part, Step, mean_metric
 
 
 def by_bag(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,17 +20,8 @@ import torch
 from torch import Tensor
 
 from fedlabel.inference.imprecise import candidates_log_likelihood, marginal_nll, unchecked_posterior
-from fedlabel.methods.base import (
-    Batch,
-    Method,
-    Model,
-    Phase,
-    PseudoLabels,
-    State,
-    Step,
-    mean_metric,
-    pseudo_metrics,
-)
+from fedlabel.methods.base import Method, Phase
+from fedlabel.methods.steps import Batch, Model, PseudoLabels, State, Step, mean_metric, pseudo_metrics
 
 
 def candidate_posterior(logits: Tensor, candidates: Tensor) -> Tensor:

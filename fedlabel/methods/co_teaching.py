@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, Step, mean_metric
+from fedlabel.methods.base import Method, Phase
+from fedlabel.methods.steps import Batch, Model, Step, mean_metric
 
 ROUNDING = 1e-9
 """Share * samples may fall short of a whole number by rounding."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlabel.inference.cardinality import count_log_likelihood
 from fedlabel.methods.bags import BagMethod, by_bag
-from fedlabel.methods.base import Batch
+from fedlabel.methods.steps import Batch
 
 
 def one_against_rest(logits: Tensor) -> Tensor:

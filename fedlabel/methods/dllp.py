@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedlabel.methods.bags import BagMethod, log_bag_means, shares
-from fedlabel.methods.base import Batch
+from fedlabel.methods.steps import Batch
 
 
 def dllp_loss(log_mean: Tensor, share: Tensor) -> Tensor:

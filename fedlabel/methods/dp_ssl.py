@@ -34,19 +34,14 @@ from torch import Tensor
 from fedlabel.data.labeling_functions import NOT_ASKED
 from fedlabel.data.supervision import Supervision
 from fedlabel.inference.label_model import ABSTAIN, VARIANTS, Counts, LabelModel
-from fedlabel.methods.base import (
+from fedlabel.methods.base import Method, Phase, PhaseResult, Prepared, Survey, Votes
+from fedlabel.methods.steps import (
     Batch,
-    Method,
     Model,
-    Phase,
-    PhaseResult,
-    Prepared,
     PseudoLabels,
     State,
     StateDict,
     Step,
-    Survey,
-    Votes,
     batch_mean,
     labeled_and,
     mean_metric,

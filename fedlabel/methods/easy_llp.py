@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedlabel.methods.bags import BagMethod, by_bag, shares
-from fedlabel.methods.base import Batch, Phase, Prepared, Survey
+from fedlabel.methods.base import Phase, Prepared, Survey
+from fedlabel.methods.steps import Batch
 
 
 def easy_weights(share: Tensor, size: Tensor, prior: Tensor) -> Tensor:

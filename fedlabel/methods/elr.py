@@ -25,8 +25,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, PhaseResult, State, Step, label_step
+from fedlabel.methods.base import Method, Phase, PhaseResult
 from fedlabel.methods.proden import replace_rows
+from fedlabel.methods.steps import Batch, Model, State, Step, label_step
 
 SMALLEST = 1e-4
 """Probabilities are cut to [SMALLEST, 1 - SMALLEST], so that the log is finite."""

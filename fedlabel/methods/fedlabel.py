@@ -28,19 +28,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import (
-    Batch,
-    Method,
-    Model,
-    ModelPart,
-    Phase,
-    PhaseResult,
-    PseudoLabels,
-    StateDict,
-    Step,
-    cross_entropy_on_labels,
-    mean_metric,
-)
+from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult
+from fedlabel.methods.steps import Batch, Model, PseudoLabels, StateDict, Step, cross_entropy_on_labels, mean_metric
 
 SCORES = ("variance", "entropy")
 

@@ -30,18 +30,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import (
+from fedlabel.methods.base import Helpers, Method, ModelPart, Phase, PhaseResult, Update
+from fedlabel.methods.steps import (
     Batch,
-    Helpers,
-    Method,
     Model,
-    ModelPart,
-    Phase,
-    PhaseResult,
     PseudoLabels,
     StateDict,
     Step,
-    Update,
     cross_entropy_on_labels,
     mean_metric,
     one_hot,

@@ -29,19 +29,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import (
+from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Prepared, Survey
+from fedlabel.methods.steps import (
     Batch,
-    Method,
     Model,
-    ModelPart,
-    Phase,
-    PhaseResult,
-    Prepared,
     PseudoLabels,
     State,
     StateDict,
     Step,
-    Survey,
     cross_entropy_on_labels,
     labeled_and,
     pseudo_cross_entropy,

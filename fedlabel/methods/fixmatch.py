@@ -16,16 +16,9 @@ from typing import ClassVar
 
 import torch
 
-from fedlabel.methods.base import (
-    Batch,
-    Model,
-    Phase,
-    Step,
-    labeled_and,
-    pseudo_cross_entropy,
-    semi_supervised_step,
-)
+from fedlabel.methods.base import Phase
 from fedlabel.methods.masks import MaskedMethod
+from fedlabel.methods.steps import Batch, Model, Step, labeled_and, pseudo_cross_entropy, semi_supervised_step
 
 
 @dataclass(frozen=True)

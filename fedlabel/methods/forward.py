@@ -32,7 +32,8 @@ from torch import Tensor
 
 from fedlabel.inference.imprecise import candidates_log_likelihood, label_log_likelihood, marginal_nll
 from fedlabel.inference.transition import diagonal_transition
-from fedlabel.methods.base import Batch, Method, Model, Phase, Prepared, State, Step, Survey, label_step
+from fedlabel.methods.base import Method, Phase, Prepared, Survey
+from fedlabel.methods.steps import Batch, Model, State, Step, label_step
 
 KINDS = ("symmetric", "given", "anchor")
 ROW_TOLERANCE = 1e-4

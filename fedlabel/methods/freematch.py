@@ -17,10 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import (
+from fedlabel.methods.base import Phase
+from fedlabel.methods.masks import Mask, MaskedMethod
+from fedlabel.methods.steps import (
     Batch,
     Model,
-    Phase,
     Step,
     labeled_and,
     mean_metric,
@@ -28,7 +29,6 @@ from fedlabel.methods.base import (
     pseudo_cross_entropy,
     semi_supervised_step,
 )
-from fedlabel.methods.masks import Mask, MaskedMethod
 
 
 def fairness(strong_probs: Tensor, keep: Tensor, class_mean: Tensor, class_share: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from typing import ClassVar
 
 import torch
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, Step, label_step
+from fedlabel.methods.base import Method, Phase
+from fedlabel.methods.steps import Batch, Model, Step, label_step
 
 
 @dataclass(frozen=True)

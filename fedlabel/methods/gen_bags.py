@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedlabel.methods.bags import BagMethod, bag_sums, known_bags
-from fedlabel.methods.base import Batch, Phase
+from fedlabel.methods.base import Phase
+from fedlabel.methods.steps import Batch
 
 BLOCK = 4
 """Bags that are combined."""

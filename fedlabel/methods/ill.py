@@ -50,18 +50,14 @@ from fedlabel.inference.transition import (
     from_counts,
     gradient_step,
 )
-from fedlabel.methods.base import (
+from fedlabel.methods.base import Method, Phase, PhaseResult, Prepared, Survey
+from fedlabel.methods.steps import (
     Batch,
-    Method,
     Model,
     Part,
-    Phase,
-    PhaseResult,
-    Prepared,
     PseudoLabels,
     State,
     Step,
-    Survey,
     batch_mean,
     mean_metric,
     pseudo_metrics,

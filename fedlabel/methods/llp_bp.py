@@ -25,21 +25,9 @@ from fedlabel.inference.cardinality import LARGEST
 from fedlabel.inference.class_belief import class_marginals
 from fedlabel.inference.neighbors import BACKENDS, Graph, neighbor_graph
 from fedlabel.methods.bags import bag_means, bag_step, shares
-from fedlabel.methods.base import (
-    Batch,
-    Method,
-    Model,
-    Phase,
-    PhaseResult,
-    Prepared,
-    PseudoLabels,
-    State,
-    Step,
-    Survey,
-    mean_metric,
-    one_hot,
-)
+from fedlabel.methods.base import Method, Phase, PhaseResult, Prepared, Survey
 from fedlabel.methods.dllp import dllp_loss
+from fedlabel.methods.steps import Batch, Model, PseudoLabels, State, Step, mean_metric, one_hot
 
 RULES = ("threshold", "top_count", "soft")
 EVIDENCE = ("none", "previous", "current")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedlabel.methods.bags import BagMethod, bag_step, log_bag_means, shares
-from fedlabel.methods.base import Batch, Model, Step, batch_mean, mean_metric
 from fedlabel.methods.dllp import dllp_loss
+from fedlabel.methods.steps import Batch, Model, Step, batch_mean, mean_metric
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, Step
+from fedlabel.methods.base import Method, Phase
 from fedlabel.methods.cc import candidate_posterior, candidate_step
+from fedlabel.methods.steps import Batch, Model, Step
 
 
 def log_complement(log_probs: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import LossFunction, Method, Phase, Prepared, PseudoLabels, State, Survey, one_hot
+from fedlabel.methods.base import Method, Phase, Prepared, Survey
+from fedlabel.methods.steps import LossFunction, PseudoLabels, State, one_hot
 
 KINDS = ("fixed", "flexmatch", "freematch", "cbafed")
 

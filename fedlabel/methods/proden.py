@@ -23,8 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, PhaseResult, State, Step
+from fedlabel.methods.base import Method, Phase, PhaseResult
 from fedlabel.methods.cc import candidate_posterior, candidate_step
+from fedlabel.methods.steps import Batch, Model, State, Step
 
 
 def replace_rows(table: Tensor, rows: Tensor, values: Tensor) -> Tensor:

@@ -15,18 +15,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
-from fedlabel.methods.base import (
-    Batch,
-    Model,
-    Phase,
-    Prepared,
-    Step,
-    Survey,
-    labeled_and,
-    pseudo_cross_entropy,
-    semi_supervised_step,
-)
+from fedlabel.methods.base import Phase, Prepared, Survey
 from fedlabel.methods.masks import MaskedMethod
+from fedlabel.methods.steps import Batch, Model, Step, labeled_and, pseudo_cross_entropy, semi_supervised_step
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import (
-    Batch,
-    Method,
-    Model,
-    Phase,
-    PseudoLabels,
-    Step,
-    labeled_and,
-    one_hot,
-    semi_supervised_step,
-)
+from fedlabel.methods.base import Method, Phase
+from fedlabel.methods.steps import Batch, Model, PseudoLabels, Step, labeled_and, one_hot, semi_supervised_step
 
 
 class Mixture(NamedTuple):

@@ -26,18 +26,13 @@ from typing import ClassVar
 
 import torch
 
-from fedlabel.methods.base import (
+from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Prepared, Survey
+from fedlabel.methods.steps import (
     Batch,
-    Method,
     Model,
-    ModelPart,
-    Phase,
-    PhaseResult,
-    Prepared,
     PseudoLabels,
     StateDict,
     Step,
-    Survey,
     cross_entropy_on_labels,
     labeled_step,
     mean_metric,

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, Step, cross_entropy_on_labels
+from fedlabel.methods.base import Method, Phase
+from fedlabel.methods.steps import Batch, Model, Step, cross_entropy_on_labels
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlabel.data.supervision import Supervision
 from fedlabel.methods.bags import BagMethod, by_bag
-from fedlabel.methods.base import Batch
+from fedlabel.methods.steps import Batch
 
 
 def top_counts(scores: Tensor, there: Tensor, counts: Tensor) -> Tensor:

@@ -19,15 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import (
-    Batch,
-    Model,
-    Phase,
-    Step,
-    labeled_step,
-    semi_supervised_step,
-)
+from fedlabel.methods.base import Phase
 from fedlabel.methods.masks import MaskedMethod
+from fedlabel.methods.steps import Batch, Model, Step, labeled_step, semi_supervised_step
 
 TSA = ("none", "linear", "log", "exp")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedlabel.methods.base import Batch, Method, Model, Phase, Step, cross_entropy_on_labels
+from fedlabel.methods.base import Method, Phase
+from fedlabel.methods.steps import Batch, Model, Step, cross_entropy_on_labels
 
 
 @dataclass(frozen=True)

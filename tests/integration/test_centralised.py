@@ -9,11 +9,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import fedlabel
+from fedlabel.batches import draw_batches
 from fedlabel.config import load_config, to_yaml
 from fedlabel.experiment import open_experiment
 from fedlabel.models import build_model
 from fedlabel.seeding import derive_seed, torch_generator
-from fedlabel.training import draw_batches
 from tests.integration.tiny import TINY, assert_same_weights, final_weights
 
 OVERRIDES = [

@@ -10,7 +10,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Batch, LossFunction, Part, State, Step
+from fedlabel.methods.steps import Batch, LossFunction, Part, State, Step
 from fedlabel.training import ClientData
 from tests.methods.tables import CLASSES, client
 

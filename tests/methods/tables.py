@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.supervision import supervise
-from fedlabel.methods.base import Batch, Method, Model, Phase, State, StateDict, Step
+from fedlabel.methods.base import Method, Phase
+from fedlabel.methods.steps import Batch, Model, State, StateDict, Step
 from fedlabel.methods.supervised import Supervised
-from fedlabel.training import ClientData, ClientUpdate, ImageTransform, Trainer, TrainingConfig, train_client
+from fedlabel.training import ClientData, ClientUpdate, ImageTransform, Trainer, train_client
+from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
 
 NOTHING: Mapping[str, Model] = {}

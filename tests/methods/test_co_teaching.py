@@ -13,8 +13,9 @@ import torch
 
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import Method, Phase, StateDict
+from fedlabel.methods.base import Method, Phase
 from fedlabel.methods.co_teaching import CoTeaching, smallest
+from fedlabel.methods.steps import StateDict
 from fedlabel.methods.supervised import Supervised
 from fedlabel.models.twins import Twins
 from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server

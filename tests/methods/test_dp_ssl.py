@@ -18,17 +18,7 @@ from fedlabel.config import load_config
 from fedlabel.data.supervision import Supervision, supervise
 from fedlabel.experiment import Experiment
 from fedlabel.inference.label_model import LabelModel
-from fedlabel.methods.base import (
-    Batch,
-    Method,
-    Phase,
-    Prepared,
-    State,
-    StateDict,
-    Step,
-    Survey,
-    cross_entropy_on_labels,
-)
+from fedlabel.methods.base import Method, Phase, Prepared, Survey
 from fedlabel.methods.dp_ssl import (
     DPSSL,
     assign_classes,
@@ -38,9 +28,11 @@ from fedlabel.methods.dp_ssl import (
     random_classes,
     votes_of,
 )
+from fedlabel.methods.steps import Batch, State, StateDict, Step, cross_entropy_on_labels
 from fedlabel.models.labeling_heads import LabelingHeads
 from fedlabel.models.nets import Mlp
-from fedlabel.training import ClientData, ClientUpdate, Trainer, TrainingConfig, train_client
+from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client
+from fedlabel.training_config import TrainingConfig
 from tests.inference.test_label_model import simulate
 from tests.methods.batches import certain_part
 from tests.methods.rounds import TRANSFORM

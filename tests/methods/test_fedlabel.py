@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import ModelPart, PhaseResult, Step
+from fedlabel.methods.base import ModelPart, PhaseResult
 from fedlabel.methods.fedlabel import FedLabel, confidence, kl_divergence, select
+from fedlabel.methods.steps import Step
 from tests.methods.batches import make_batch
 
 LOCAL = torch.tensor([[0.7, 0.1, 0.1, 0.1]])

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedlabel.config import ConfigError, load_config, parse_config, to_yaml
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import State, Survey
+from fedlabel.methods.base import Survey
 from fedlabel.methods.forward import Forward, anchor_rows
+from fedlabel.methods.steps import State
 from fedlabel.methods.supervised import Supervised
 from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client
 from tests.methods.rounds import TRANSFORM

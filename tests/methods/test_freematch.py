@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import State
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch, fairness
 from fedlabel.methods.masks import Mask
+from fedlabel.methods.steps import State
 from fedlabel.methods.supervised import Supervised
 from tests.methods.tables import (
     NOTHING,

@@ -14,8 +14,8 @@ from torch import Tensor
 from fedlabel.data.supervision import Supervision
 from fedlabel.inference.imprecise import SetLikelihood, label_log_likelihood, posterior
 from fedlabel.inference.transition import diagonal_transition, expected_counts, from_counts
-from fedlabel.methods.base import Batch, Part, State, Step
 from fedlabel.methods.ill import ILL, NoiseMatrix, aligned, balance, complement
+from fedlabel.methods.steps import Batch, Part, State, Step
 from fedlabel.training import ClientData
 from tests.methods.tables import CLASSES, NOTHING, client, logits_of, net, softmax, train_round
 

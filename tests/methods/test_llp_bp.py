@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.supervision import Supervision, supervise
+from fedlabel.data.supervision import Supervision
 from fedlabel.inference.belief import marginals
 from fedlabel.inference.cardinality import bag_posterior
 from fedlabel.inference.neighbors import Graph, neighbor_graph
@@ -20,7 +20,8 @@ from fedlabel.methods.base import Survey
 from fedlabel.methods.llp_bp import LLPBP, centering, top_count_labels
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.nets import Mlp
-from fedlabel.training import ClientData, ImageTransform, Trainer, TrainingConfig, bag_units, train_client
+from fedlabel.training import ClientData, ImageTransform, Trainer, train_client
+from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import make_batch
 
 NO_GRAPH = Graph(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))
@@ -297,27 +298,6 @@ def test_a_client_learns_its_labels_from_counts() -> None:
     assert auc[0] > 0.95
     assert auc[1] > auc[0] - 0.02
     assert loss[7] < loss[0] - 0.02
-
-
-def test_units_of_a_client() -> None:
-    """Bags of any order and size, then a labelled sample in none and, if asked for, one of which nothing is known."""
-    candidates = torch.ones(7, 3, dtype=torch.bool)
-    candidates[2] = torch.tensor([False, True, False])
-    known = replace(
-        Supervision.certain(candidates),
-        bag=torch.tensor([1, 0, -1, 1, 1, 0, -1]),
-        bag_counts=torch.tensor([[2, 0, 0], [1, 1, 1]]),
-    )
-    units = bag_units(known, unlabeled=False)
-    assert units.rows.tolist() == [[1, 5, -1], [0, 3, 4], [2, -1, -1]]
-    assert units.counts.tolist() == [[2, 0, 0], [1, 1, 1], [0, 1, 0]]
-    assert units.samples().tolist() == [0, 1, 2, 3, 4, 5]
-    assert [units.per_step(size) for size in (1, 2, 4, 6, 8)] == [1, 1, 2, 3, 4]
-    units = bag_units(known, unlabeled=True)
-    assert units.rows[3].tolist() == [6, -1, -1]
-    assert units.counts[3].tolist() == [0, 0, 0]
-    none = bag_units(supervise(torch.zeros(2, dtype=torch.int64), torch.tensor([False, False]), 3), unlabeled=False)
-    assert len(none.rows) == 0
 
 
 def test_a_step_draws_whole_bags() -> None:

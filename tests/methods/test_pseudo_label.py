@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Step, Survey, Update
+from fedlabel.methods.base import Survey, Update
 from fedlabel.methods.masks import Mask
 from fedlabel.methods.pseudo_label import PseudoLabel
+from fedlabel.methods.steps import Step
 from fedlabel.methods.supervised import Supervised
 from tests.methods.tables import (
     NOTHING,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Model, Step
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.sage import SAGE, mix
+from fedlabel.methods.steps import Model, Step
 from fedlabel.methods.supervised import Supervised
 from tests.methods.tables import (
     NOTHING,

@@ -10,20 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlabel.batches import draw_batches
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Batch, Method, Phase, PhaseResult, StateDict, Survey
+from fedlabel.methods.base import Method, Phase, PhaseResult, Survey
 from fedlabel.methods.semifl import SemiFL
+from fedlabel.methods.steps import Batch, StateDict
 from fedlabel.methods.supervised import Supervised
 from fedlabel.seeding import numpy_generator, torch_generator
-from fedlabel.training import (
-    ClientData,
-    ClientUpdate,
-    Trainer,
-    TrainingConfig,
-    draw_batches,
-    train_client,
-    train_server,
-)
+from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
+from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import NOTHING, ROUND, best, client, model, net, same, softmax

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fedlabel.cli import run_experiment
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import Helpers, State, StateDict
+from fedlabel.methods.base import Helpers
+from fedlabel.methods.steps import State, StateDict
 from fedlabel.tracking import read_metrics
 from fedlabel.training import ClientUpdate
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

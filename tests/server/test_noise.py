@@ -16,7 +16,7 @@ from torch import Tensor
 import fedlabel
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import State
+from fedlabel.methods.steps import State
 from fedlabel.tracking import read_metrics
 from server.noise import NoiseWatch
 from tests.integration.tiny import TINY, run_tiny

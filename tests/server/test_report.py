@@ -17,7 +17,8 @@ import fedlabel
 import server.report
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import StateDict, state_to_lists
+from fedlabel.methods.base import state_to_lists
+from fedlabel.methods.steps import StateDict
 from fedlabel.training import ClientUpdate
 from server.functions import FunctionWatch
 from server.grids import InProcessGrid

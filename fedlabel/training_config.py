@@ -1,0 +1,72 @@
+"""How clients and the server train: steps, optimiser, weights in the mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WEIGHT_BY = ("processed", "size", "uniform")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a client trains in one round. Optimiser: SGD, fresh in every phase of every round."""
+
+    lr: float = 0.1
+    """Learning rate."""
+    batch_size: int = 32
+    """Samples per step; a client with fewer uses all it has."""
+    local_steps: int | None = 15
+    """Steps per phase. Set to null to count in `local_epochs` instead."""
+    local_epochs: int | None = None
+    """Passes per phase over the samples that the phase draws from: the unlabelled ones if it draws both; where a method
+    goes by all that is known (ill), those that take more steps."""
+    unlabeled_ratio: int = 1
+    """mu: unlabelled samples per labelled one in a step: `unlabeled_ratio * batch_size` of them are drawn."""
+    unlabeled_includes_labeled: bool = False
+    """Whether labelled samples are also drawn as unlabelled ones, without their label (FixMatch's authors, SAGE)."""
+    momentum: float = 0.0
+    """SGD momentum."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 0.0
+    """SGD weight decay."""
+    max_grad_norm: float | None = None
+    """The gradient's Euclidean norm is cut to this in every step; null: not cut."""
+    prox_mu: float = 0.0
+    """FedProx, with every method: weight of (mu / 2) * ||w - w_global||^2 in every phase on the clients."""
+    server_steps: int | None = None
+    """Steps of the server after each round, where it holds labels (supervision.labels_at=server); null: as clients."""
+    server_batch_size: int | None = None
+    """Samples per step of the server; null: `batch_size`."""
+    weight_by: str = "processed"
+    """A client's weight in the server's mean (FedLabel's merge=mean has its own). processed: samples its losses used
+    this round, over all steps (FedLabel's r_k); size: how many samples it holds of the kinds the method draws from;
+    uniform: 1. A client whose losses used no sample (nothing passed the threshold, say) counts 0 with each."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"`training.lr` (={self.lr}) must be a positive number.")
+        for key in ("batch_size", "unlabeled_ratio", "server_batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"`training.{key}` (={value}) must be at least 1.")
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError(
+                f"`training.local_steps` (={self.local_steps}) and `training.local_epochs` (={self.local_epochs}): "
+                "exactly one must be set; set the other to null."
+            )
+        for key in ("local_steps", "local_epochs", "server_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise ValueError(f"`training.{key}` (={value}) must be at least 0.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"`training.momentum` (={self.momentum}) must lie in [0, 1).")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`training.nesterov` (=True) needs `training.momentum` (=0) above 0.")
+        for key in ("weight_decay", "prox_mu"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise ValueError(f"`training.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < float("inf"):
+            raise ValueError(f"`training.max_grad_norm` (={self.max_grad_norm}) must be a positive number (or null).")
+        if self.weight_by not in WEIGHT_BY:
+            raise ValueError(f"`training.weight_by` (={self.weight_by}) must be one of {', '.join(WEIGHT_BY)}.")
