@@ -260,24 +260,26 @@ def partition(
     with _reported():
         config = load_config(configs, overrides)
         federation = open_experiment(to_yaml(config)).federation
-    labeled, unlabeled = federation.histograms()
+    counts = federation.histograms()
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "partition.json", federation.to_json())
     write_atomic(out / "supervision.json", federation.audit_json())
-    save_png(partition_figure(labeled, unlabeled, federation.dataset.class_names), out / "partition.png")
-    table = Table("", "labelled", "unlabelled", "classes held", "classes labelled", title="samples per client")
-    held = (labeled + unlabeled > 0).sum(1)
+    save_png(partition_figure(counts, KIND_NAMES, federation.dataset.class_names), out / "partition.png")
+    known, unknown = counts[1:].sum(0), counts[0]
+    mixed = bool(counts[2:].any())
+    names = ("known", "unknown") if mixed else ("labelled", "unlabelled")
+    table = Table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
+    held = (counts.sum(0) > 0).sum(1)
     for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
-        columns = (labeled.sum(1), unlabeled.sum(1), held, (labeled > 0).sum(1))
+        columns = (known.sum(1), unknown.sum(1), held, (known > 0).sum(1))
         table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
     console.print(table)
-    kinds = federation.kinds()
-    if kinds[:, [name not in ("nothing", "label") for name in KIND_NAMES]].any():
-        console.print(_kinds_table(kinds, KIND_NAMES))
+    if mixed:
+        console.print(_kinds_table(federation.kinds(), KIND_NAMES))
     if len(federation.server_rows):
         console.print(f"The server holds {len(federation.server_rows)} labelled samples.", highlight=False)
     written = ", ".join(str(out / name) for name in ("partition.json", "partition.png", "supervision.json"))
-    console.print(f"{len(labeled)} clients. Written: {written}", soft_wrap=True, highlight=False)
+    console.print(f"{len(federation.parts)} clients. Written: {written}", soft_wrap=True, highlight=False)
 
 
 def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:

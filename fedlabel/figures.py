@@ -29,6 +29,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#777777",
 )
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, "#000000")
+KIND_COLORS = (SKY, RED, GREEN, ORANGE, "#F0E442", PURPLE, GREY, BLUE, "#000000")
+"""Of the kinds of label, in their order."""
 LINES = ("-", "--", "-.", ":")
 DPI = 100
 MAX_SAMPLES = 32
@@ -36,40 +38,44 @@ NUMBERED_CLASSES = 20
 """A confusion matrix of more classes shows colours only."""
 
 
-def partition_figure(labeled_counts: np.ndarray, unlabeled_counts: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Shows who holds what: samples per client and class, labelled and unlabelled apart, and samples per client.
+def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequence[str]) -> Figure:
+    """Shows who holds what: samples per client and class, known and unknown apart, and kinds of label per client.
 
     Args:
-        labeled_counts: (clients, classes) samples whose label the client knows.
-        unlabeled_counts: (clients, classes) samples whose label it does not know.
+        counts: (kinds, clients, classes) samples; of the first kind nothing is known.
+        kinds: a name for each; the second one is that of an ordinary label.
         class_names: one per class.
     """
-    clients, classes = labeled_counts.shape
-    height = 1.4 + float(np.clip(0.24 * clients, 1.8, 9.0))
+    clients, classes = counts.shape[1:]
+    labels_alone = not counts[2:].any()
+    # Those that are there, and what is known before what is not.
+    shown = [1, 0] if labels_alone else [kind for kind in [*range(1, len(kinds)), 0] if counts[kind].any()]
+    height = 1.4 + float(np.clip(0.24 * clients, 1.8, 9.0)) + 0.25 * (len(shown) > 2)
     panel = float(np.clip(0.34 * classes, 3.2, 7.0))
     figure = _figure(2 * panel + 3.2, height)
     axes = figure.subplots(1, 3, sharey=True, width_ratios=[panel, panel, 2.4])
     numbered = clients <= 40 and classes <= 12
-    titles = ("Labelled", "Unlabelled")
-    for axis, counts, title in zip(axes[:2], (labeled_counts, unlabeled_counts), titles, strict=True):
+    titles = ("Labelled", "Unlabelled") if labels_alone else ("Something known", "Nothing known")
+    for axis, held, title in zip(axes[:2], (counts[1:].sum(0), counts[0]), titles, strict=True):
         # Square root: client sizes are skewed, and one large cell would leave all others equally pale.
-        shades = PowerNorm(0.5, vmin=0, vmax=max(1, counts.max()))
-        image = axis.imshow(np.where(counts > 0, counts, np.nan), cmap=_sequential(), norm=shades, aspect="auto")
-        axis.set_title(f"{title}: {counts.sum():,} samples")
-        axis.set_xlabel("class")
+        shades = PowerNorm(0.5, vmin=0, vmax=max(1, held.max()))
+        image = axis.imshow(np.where(held > 0, held, np.nan), cmap=_sequential(), norm=shades, aspect="auto")
+        axis.set_title(f"{title}: {held.sum():,} samples")
+        axis.set_xlabel("true class")
         _class_ticks(axis, "x", class_names, panel)
         if numbered:
-            _write_cells(axis, counts, np.asarray(shades(counts)), [[str(n) for n in row] for row in counts])
+            _write_cells(axis, held, np.asarray(shades(held)), [[str(n) for n in row] for row in held])
         else:
             bar = figure.colorbar(image, ax=axis, pad=0.02, fraction=0.04, aspect=40)
             bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             bar.set_label("samples")
     _grid_between(axes[:2], clients, classes)
-    rows = np.arange(clients)
-    labeled, unlabeled = labeled_counts.sum(1), unlabeled_counts.sum(1)
-    thickness = 0.8 if clients <= 100 else 1.0
-    axes[2].barh(rows, labeled, thickness, color=RED, label="labelled")
-    axes[2].barh(rows, unlabeled, thickness, left=labeled, color=SKY, label="unlabelled")
+    thickness, left = 0.8 if clients <= 100 else 1.0, np.zeros(clients)
+    for kind in shown:
+        name = ("unlabelled", "labelled")[kind] if labels_alone else kinds[kind]
+        sizes = counts[kind].sum(1)
+        axes[2].barh(np.arange(clients), sizes, thickness, left=left, color=KIND_COLORS[kind], label=name)
+        left = left + sizes
     axes[2].set_title("Per client")
     axes[2].set_xlabel("samples")
     axes[2].xaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -79,8 +85,10 @@ def partition_figure(labeled_counts: np.ndarray, unlabeled_counts: np.ndarray, c
         axis.tick_params(left=False)
     axes[0].set_ylabel("client")
     axes[0].yaxis.set_major_locator(MaxNLocator(min(clients, 40 if clients <= 40 else 20), integer=True))
-    handles, labels = axes[2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
+    if len(shown) <= 2:
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    else:
+        figure.legend(loc="outside lower center", ncols=5, frameon=False)
     legend = "" if numbered else " (white: none)"
     figure.suptitle(f"Who holds what: {clients} clients, {classes} classes{legend}", x=0.01, ha="left")
     return figure

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit, source_hash
@@ -134,7 +135,8 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
         folder = RunFolder.create(path, text, flatten(experiment.config))
     write_atomic(folder.partition_json, experiment.federation.to_json())
     write_atomic(folder.supervision_json, experiment.federation.audit_json())
-    figure = partition_figure(*experiment.federation.histograms(), experiment.federation.dataset.class_names)
+    federation = experiment.federation
+    figure = partition_figure(federation.histograms(), KIND_NAMES, federation.dataset.class_names)
     save_png(figure, folder.partition_png)
     folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{text}```")

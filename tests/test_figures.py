@@ -39,12 +39,22 @@ def png_shape(figure: Figure) -> tuple[int, ...]:
     return pixels.shape
 
 
+KINDS = ("nothing", "label", "candidates", "bag")
+
+
+def held(*kinds):
+    """Returns (kinds, clients, classes) counts: the first kinds are given, nobody has the others."""
+    return np.stack([*kinds, *[np.zeros_like(kinds[0])] * (len(KINDS) - len(kinds))])
+
+
 def test_partition_shows_labelled_and_unlabelled_apart():
     labeled, unlabeled = np.array([[2, 0, 1], [0, 4, 0]]), np.array([[30, 0, 0], [0, 77, 9]])
-    figure = partition_figure(labeled, unlabeled, NAMES)
+    figure = partition_figure(held(unlabeled, labeled), KINDS, NAMES)
     shown = texts(figure)
     assert {"Labelled: 7 samples", "Unlabelled: 116 samples", "Per client"} <= shown
-    assert {"Who holds what: 2 clients, 3 classes", "client", "class", "samples", "labelled", "unlabelled"} <= shown
+    assert {"Who holds what: 2 clients, 3 classes", "client", "true class", "samples"} <= shown
+    assert {"labelled", "unlabelled"} <= shown
+    assert not {*KINDS} & shown
     assert {*NAMES, "2", "1", "4", "30", "77", "9"} <= shown
     left, right, bars = figure.axes
     for axis, counts in ((left, labeled), (right, unlabeled)):
@@ -54,10 +64,26 @@ def test_partition_shows_labelled_and_unlabelled_apart():
     assert [bar.get_width() for bar in bars.patches] == [3, 4, 30, 86]
 
 
+def test_partition_shows_kinds_of_label_per_client():
+    """Bags count as known; a kind that nobody has is not in the legend."""
+    nothing, label, bag = np.array([[30, 0], [0, 7]]), np.array([[2, 1], [0, 0]]), np.array([[0, 0], [40, 5]])
+    figure = partition_figure(np.stack([nothing, label, 0 * bag, bag]), KINDS, NAMES[:2])
+    shown = texts(figure)
+    assert {"Something known: 48 samples", "Nothing known: 37 samples", "label", "bag", "nothing"} <= shown
+    assert not {"candidates", "labelled"} & shown
+    known, unknown, bars = figure.axes
+    assert {t.get_text() for t in known.texts} == {"2", "1", "40", "5"}
+    assert {t.get_text() for t in unknown.texts} == {"30", "7"}
+    assert [bar.get_width() for bar in bars.patches] == [3, 0, 0, 45, 30, 7]
+    assert [bar.get_x() for bar in bars.patches] == [0, 0, 3, 0, 3, 45]
+    png_shape(figure)
+
+
 @pytest.mark.parametrize(("clients", "classes"), [(1, 2), (5, 62), (100, 10), (100, 62), (1000, 10)])
-def test_partition_stays_of_bounded_size(clients, classes):
-    counts = np.random.default_rng(0).integers(0, 50, (clients, classes))
-    figure = partition_figure(counts, counts, [f"class {i}" for i in range(classes)])
+@pytest.mark.parametrize("kinds", [2, 4])
+def test_partition_stays_of_bounded_size(clients, classes, kinds):
+    counts = np.random.default_rng(0).integers(0, 50, (kinds, clients, classes))
+    figure = partition_figure(held(*counts), KINDS, [f"class {i}" for i in range(classes)])
     height, width, _ = png_shape(figure)
     assert 250 <= height <= 1100
     assert 600 <= width <= 1800
@@ -66,8 +92,8 @@ def test_partition_stays_of_bounded_size(clients, classes):
 
 def test_partition_without_unlabelled_samples():
     counts = np.ones((4, 3), dtype=int)
-    figure = partition_figure(counts, 0 * counts, NAMES)
-    assert "Unlabelled: 0 samples" in texts(figure)
+    figure = partition_figure(held(0 * counts, counts), KINDS, NAMES)
+    assert {"Unlabelled: 0 samples", "unlabelled"} <= texts(figure)
     png_shape(figure)
 
 

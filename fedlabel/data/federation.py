@@ -21,7 +21,6 @@ from fedlabel.data.partition import (
     MAX_DRAWS,
     LabeledPartitionConfig,
     PartitionConfig,
-    label_histogram,
     partition,
     split_like,
     too_small,
@@ -95,21 +94,20 @@ class Federation:
         known = b"".join(values.numpy().tobytes() for values in record)
         return hashlib.sha256(json.dumps(self._holders).encode() + known).hexdigest()
 
-    def histograms(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns labelled and unlabelled samples per client and class, two (clients, classes) int64 arrays.
+    def histograms(self) -> np.ndarray:
+        """Returns samples by kind of label, client and true class, (len(KIND_NAMES), clients, classes) int64.
 
-        What the server holds is in neither.
+        What the server holds is not in it.
         """
-        labels = self.dataset.train.labels.numpy()
-        classes = self.dataset.num_classes
-        labeled = label_histogram(labels, [rows[self.labeled[rows]] for rows in self.parts], classes)
-        unlabeled = label_histogram(labels, [rows[~self.labeled[rows]] for rows in self.parts], classes)
-        return labeled, unlabeled
+        labels, classes = self.dataset.train.labels.numpy(), self.dataset.num_classes
+        kind = self.record.kind.numpy()
+        pair = kind * classes + labels
+        counts = [np.bincount(pair[rows], minlength=len(KIND_NAMES) * classes) for rows in self.parts]
+        return np.stack(counts).reshape(len(self.parts), len(KIND_NAMES), classes).swapaxes(0, 1)
 
     def kinds(self) -> np.ndarray:
         """Returns how many samples of each kind of label every client has, (clients, len(KIND_NAMES)) int64."""
-        kind = self.record.kind.numpy()
-        return np.stack([np.bincount(kind[rows], minlength=len(KIND_NAMES)) for rows in self.parts])
+        return self.histograms().sum(2).T
 
     def audit(self) -> dict[str, Any]:
         """Returns what was made of the labels: `supervision.json`. It compares with the truth: for the evaluator only.
