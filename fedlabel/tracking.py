@@ -166,6 +166,7 @@ class RunFolder:
         metrics: Mapping[str, float],
         *,
         lists: Mapping[str, np.ndarray | Tensor] = _NOTHING,
+        bins: Mapping[str, np.ndarray] = _NOTHING,
         figures: Mapping[str, Figure] = _NOTHING,
     ) -> None:
         """Writes one round to TensorBoard and then, as the line that makes it count, to metrics.jsonl.
@@ -175,6 +176,7 @@ class RunFolder:
             metrics: tag -> scalar. NaN and infinity become null in metrics.jsonl.
             lists: tag -> (n,) numbers, e.g. one per client: lists in metrics.jsonl, histograms (of the finite ones) in
                 TensorBoard.
+            bins: tag -> (n,) how many values are in each of n equal parts of [0, 1]: a histogram in TensorBoard only.
             figures: tag -> figure; TensorBoard only.
         """
         rows = {tag: _as_array(values) for tag, values in lists.items()}
@@ -185,6 +187,8 @@ class RunFolder:
             finite = values[np.isfinite(values)]
             if len(finite):
                 self._writer.add_histogram(tag, finite, round_number)
+        for tag, counts in bins.items():
+            self._add_bins(tag, counts, round_number)
         for tag, figure in figures.items():
             self._add_figure(tag, figure, round_number)
         self._next_round = round_number
@@ -223,6 +227,21 @@ class RunFolder:
         """Flushes and closes the TensorBoard writer."""
         self._flush_failures()
         self._writer.close()
+
+    def _add_bins(self, tag: str, counts: np.ndarray, round_number: int) -> None:
+        limits = np.linspace(0, 1, len(counts) + 1)[1:]
+        middles = limits - 0.5 / len(counts)
+        self._writer.add_histogram_raw(
+            tag,
+            min=0.0,
+            max=1.0,
+            num=float(counts.sum()),
+            sum=float(counts @ middles),
+            sum_squares=float(counts @ middles**2),
+            bucket_limits=limits.tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=round_number,
+        )
 
     def _add_figure(self, tag: str, figure: Figure, round_number: int) -> None:
         # Not `SummaryWriter.add_figure`: it goes through pyplot, which keeps global state and looks for a display.

@@ -175,6 +175,7 @@ def log_round(
     metrics |= noise.metrics(shared, tally.round_number)
     lists: dict[str, np.ndarray] = {}
     figures: dict[str, Figure] = {}
+    bins = {"pseudo/confidences": bins_of(counts)[0]} if "drawn" in counts else {}
     if "drawn" in counts:
         lists["pseudo/class_coverage"] = ratio(counts["kept"], counts["drawn"])
         lists["pseudo/class_accuracy"] = ratio(counts["correct"], counts["kept"])
@@ -212,7 +213,7 @@ def log_round(
         metrics["comm/claimed_bytes_up"], metrics["comm/claimed_bytes_down"] = counts["claimed_bytes"]
     metrics["system/failed_clients"] = float(len(tally.failures))
     metrics["system/round_seconds"] = time.perf_counter() - started
-    folder.log_round(tally.round_number, metrics, lists=lists, figures=figures)
+    folder.log_round(tally.round_number, metrics, lists=lists, bins=bins, figures=figures)
     return metrics
 
 

@@ -52,14 +52,22 @@ def test_tensorboard_finds_every_tag(result: RunResult) -> None:
         "comm/bytes_up",
         "comm/bytes_down",
     } <= set(tags["scalars"])
-    assert {"eval/class_accuracy", "eval/client_accuracy", "pseudo/client_coverage", "pseudo/class_accuracy"} <= set(
-        tags["histograms"]
-    )
+    assert {
+        "eval/class_accuracy",
+        "eval/client_accuracy",
+        "pseudo/client_coverage",
+        "pseudo/class_accuracy",
+        "pseudo/confidences",
+    } <= set(tags["histograms"])
+    for event in events.Histograms("pseudo/confidences"):
+        assert event.histogram_value.num == sum(event.histogram_value.bucket) > 0
     assert {"partition", "eval/confusion", "eval/clients", "pseudo/samples", "pseudo/reliability"} == set(
         tags["images"]
     )
     assert "config/text_summary" in tags["tensors"]
-    assert not set(tags["images"]) & set(tags["histograms"])  # TensorBoard shows a tag under one plugin only
+    assert not (set(tags["images"]) | set(tags["scalars"])) & set(
+        tags["histograms"]
+    )  # TensorBoard shows a tag under one plugin only
     for row in result.metrics:
         logged = {event.step: event.value for event in events.Scalars("eval/accuracy")}
         assert logged[row["round"]] == pytest.approx(row["eval/accuracy"])

@@ -100,6 +100,7 @@ def test_a_round_is_in_tensorboard_and_in_metrics_jsonl(folder):
         2,
         {"eval/accuracy": np.float64(0.5)},
         lists={"eval/client_accuracy": np.array([0.5, np.nan, 1.0]), "eval/class_accuracy": torch.tensor([0, 1])},
+        bins={"pseudo/confidences": np.array([0.0, 3.0, 0.0, 1.0])},
         figures={"eval/confusion": figure()},
     )
     assert [json.loads(line) for line in folder.metrics_jsonl.read_text().splitlines()] == [
@@ -113,6 +114,10 @@ def test_a_round_is_in_tensorboard_and_in_metrics_jsonl(folder):
     assert scalars(folder.path, "eval/accuracy") == [(1, 0.25), (2, 0.5)]
     histogram = read.Histograms("eval/client_accuracy")[0]
     assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.max) == (2, 2, 1.0)
+    histogram = read.Histograms("pseudo/confidences")[0].histogram_value
+    assert (histogram.num, histogram.bucket_limit) == (4, [0.25, 0.5, 0.75, 1.0])
+    assert histogram.bucket == [0, 3, 0, 1]
+    assert histogram.sum == pytest.approx(3 * 0.375 + 0.875)
     image = read.Images("eval/confusion")[0]
     assert (image.step, image.width, image.height) == (2, 100, 50)
     assert not list(folder.path.glob("*/events*")), "all events lie in the run's folder itself"
