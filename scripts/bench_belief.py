@@ -5,18 +5,20 @@
 
 Made-up data: two Gaussians in `--features` dimensions that differ in two of them, 30 % positive, random bags with exact
 counts; the graph is made by faiss where it is installed, else by scikit-learn, and timed. Every measurement runs in a
-process of its own, whose peak memory is its own; the learner's epoch is measured in it right after.
+process of its own (on Linux, which says how much memory the inference took on top of data and graph); the learner's
+epoch is measured in it right after.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,20 @@ def epoch(x: torch.Tensor, labels: torch.Tensor, widths: tuple[int, ...], share:
     return (time.perf_counter() - started) * len(x) / sum(len(inputs) for inputs, _ in batches)
 
 
+def resident_mib(field: str, forget_peak: bool = False) -> float:
+    """Returns what the kernel says of this process: "VmRSS", its memory now, or "VmHWM", the most it ever had.
+
+    Args:
+        field: one of these.
+        forget_peak: the most it had counts from now.
+    """
+    if forget_peak:
+        ctypes.CDLL(None).malloc_trim(0)  # what the graph no longer needs goes back, or it would be taken from there
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sklearn.metrics import roc_auc_score
 
@@ -66,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bag = torch.arange(arguments.n) // size
     bag[n:] = -1
     counts = torch.bincount(bag[:n][labels[:n] == 1], minlength=n // size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_mib("VmRSS", forget_peak=True)
     started = time.perf_counter()
     beliefs = marginals(
         torch.zeros(arguments.n),
@@ -78,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         damping=arguments.damping,
     )
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resident_mib("VmHWM")
     inside = beliefs.probability[:n]
     return {
         "n": arguments.n,
@@ -90,7 +106,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "converged": beliefs.converged,
         "belief s": seconds,
         "s / iteration": seconds / beliefs.iterations,
-        "MB more": (peak - before) / 1024,
+        "MiB before": before,
+        "MiB more": peak - before,
         "AUC": roc_auc_score(labels[:n], inside),
         "epoch small s": epoch(x, labels, SMALL, 0.2),
         "epoch paper s": epoch(x, labels, PAPER, 0.01) if arguments.paper else float("nan"),
