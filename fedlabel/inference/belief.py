@@ -209,6 +209,10 @@ def _stacks(order: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
     """Yields the bags of `order`, sorted by size, in stacks of similar size that hold about `CELLS` numbers."""
     start = 0
     while start < len(sizes):
+        alike = (sizes[start] <= EXACT_UP_TO) == (sizes[-1] <= EXACT_UP_TO)
+        if alike and (len(sizes) - start) * (sizes[-1] + 1) <= CELLS:  # so few that a second pass takes longer
+            yield order[start:]
+            return
         end = start + max(1, CELLS // (sizes[start] + 1))
         largest = sizes[start] + sizes[start] // 4 + 1
         largest = min(largest, EXACT_UP_TO) if sizes[start] <= EXACT_UP_TO else largest

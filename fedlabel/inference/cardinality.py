@@ -31,6 +31,8 @@ CERTAIN = 1e4
 """Log-odds that stand for certainty: no sum of messages comes near."""
 MOST_CELLS = 200_000_000
 """The most numbers that the exact messages of one stack of bags are computed from: 0.8 GB in single precision."""
+BLOCK = 1 << 16
+"""Numbers that the backward pass of `exact_messages` works on together."""
 SMALLEST_VARIANCE = 10.0
 """A bag above `EXACT_UP_TO` whose count varies less than this has exact messages, too: it is far from Gaussian."""
 CLASS_STATES = 100_000
@@ -177,20 +179,31 @@ def exact_messages(
         start.copy_(t)
     last = min(size, int(most.max())) if lambda_bag == math.inf else size
     shifted = (theta + t[:, None]).clamp(-LARGEST, LARGEST).masked_fill(theta == -math.inf, -math.inf)
-    one, zero = shifted.sigmoid().t()[..., None], (-shifted).sigmoid().t()[..., None]
+    one, zero = (p.t()[..., None].unbind() for p in (shifted.sigmoid(), (-shifted).sigmoid()))
+    # Views are made at once and sums taken for a block of variables: of a few small bags the calls take the time.
     before = theta.new_zeros(size, bags, last + 1)
     before[0, :, 0] = 1
+    state, lower, upper = before.unbind(), before[..., :-1].unbind(), before[..., 1:].unbind()
     for i in range(size - 1):
-        torch.mul(before[i], zero[i], out=before[i + 1])
-        before[i + 1, :, 1:].addcmul_(before[i, :, :-1], one[i])
-    after = _tilted_factor(t, least, most, lambda_bag, last)
-    messages = torch.empty_like(theta)
-    for i in range(size - 1, -1, -1):
-        with_one = (before[i, :, :-1] * after[:, 1:]).sum(1)
-        messages[:, i] = with_one.log() - (before[i] * after).sum(1).log()
-        following = after * zero[i]
-        following[:, :-1].addcmul_(after[:, 1:], one[i])
-        after = following
+        torch.mul(state[i], zero[i], out=state[i + 1])
+        upper[i + 1].addcmul_(lower[i], one[i])
+    after = theta.new_empty(min(size, max(1, BLOCK // (bags * (last + 1)))), bags, last + 1)
+    state, lower, upper = after.unbind(), after[..., :-1].unbind(), after[..., 1:].unbind()
+    messages, end = theta.new_empty(size, bags), size
+    following = _tilted_factor(t, least, most, lambda_bag, last)
+    while end > 0:
+        begin = max(0, end - len(after))
+        state[end - begin - 1].copy_(following)
+        for i in range(end - begin - 1, 0, -1):
+            torch.mul(state[i], zero[begin + i], out=state[i - 1])
+            lower[i - 1].addcmul_(upper[i], one[begin + i])
+        here, there = before[begin:end], after[: end - begin]
+        with_one = (here[..., :-1] * there[..., 1:]).sum(2)
+        messages[begin:end] = with_one.log() - (here * there).sum(2).log()
+        following = state[0] * zero[begin]
+        following[:, :-1].addcmul_(upper[0], one[begin])
+        end = begin
+    messages = messages.t()
     return messages.nan_to_num(0.0, LARGEST, -LARGEST).clamp_(-LARGEST, LARGEST) + t[:, None]
 
 
