@@ -1,7 +1,7 @@
 """Seconds and memory of belief propagation over bags and neighbours, beside one epoch of the learner on the same data.
 
     python scripts/bench_belief.py                          # a million samples in bags of 32, 256 and 2048
-    python scripts/bench_belief.py --scaling scaling.png    # and how it grows with samples, bag size and neighbours
+    python scripts/bench_belief.py --scaling scaling.png    # how it grows with samples, bag size and neighbours
 
 Made-up data: two Gaussians in `--features` dimensions that differ in two of them, 30 % positive, random bags with exact
 counts; the graph is made by faiss where it is installed, else by scikit-learn, and timed. Every measurement runs in a
@@ -134,7 +134,7 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def scaling(arguments: argparse.Namespace) -> None:
-    """Seconds per iteration against each of three sizes, the others fixed, to a figure and a table."""
+    """Time per iteration against each of three sizes, the others fixed, to a figure and a table."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -152,12 +152,15 @@ def scaling(arguments: argparse.Namespace) -> None:
         table(rows)
         if key == "neighbors":  # without neighbours one iteration is all
             rows, values = rows[1:], values[1:]
-        axis.plot(values, [row["s / iteration"] for row in rows], "o-")
+        axis.plot(values, [1000 * row["s / iteration"] for row in rows], "o-")
         axis.set_xlabel({"n": "samples", "bag": "samples in a bag", "neighbors": "neighbours"}[key])
         if key != "neighbors":
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
-    axes[0].set_ylabel("seconds an iteration")
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(True, color="#E5E5E5")
+    axes[0].set_ylabel("milliseconds an iteration")
     figure.savefig(arguments.scaling, dpi=120)
 
 
@@ -171,15 +174,16 @@ def main() -> None:
     parser.add_argument("--damping", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--paper", action="store_true", help="also an epoch of the paper's 5040-1280-320-128-64 net")
-    parser.add_argument("--scaling", help="file for a figure")
+    parser.add_argument("--scaling", help="file for a figure; smaller sizes than --n")
     parser.add_argument("--one", action="store_true", help="one measurement, as JSON")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments)))
         return
-    table([alone(arguments, bag=bag) for bag in ([arguments.bag] if arguments.bag else [32, 256, 2048])])
     if arguments.scaling:
         scaling(arguments)
+    else:
+        table([alone(arguments, bag=bag) for bag in ([arguments.bag] if arguments.bag else [32, 256, 2048])])
 
 
 if __name__ == "__main__":
