@@ -84,7 +84,10 @@ class Supervision:
         n, classes = self.candidates.shape
         bag, counts = self.bag, self.bag_counts
         if bag.dtype != torch.int64 or bag.shape != (n,):
-            raise ValueError(f"`bag` ({bag.dtype} of shape {tuple(bag.shape)}) must be int64 of shape ({n},).")
+            raise ValueError(
+                f"`bag` ({bag.dtype} of shape {tuple(bag.shape)}) must be int64 of shape ({n},): each sample is in one "
+                "bag, or in none (-1)."
+            )
         if counts.dtype != torch.int64 or counts.dim() != 2 or counts.shape[1] != classes:
             raise ValueError(
                 f"`bag_counts` ({counts.dtype} of shape {tuple(counts.shape)}) must be int64 of shape "

@@ -263,7 +263,10 @@ def change(before: Tensor, after: Tensor) -> float:
 def check_members(bag: Tensor, bags: int, n: int) -> Tensor:
     """Returns the number of samples of each bag, (bags,) int64."""
     if bag.dtype != torch.int64 or bag.shape != (n,):
-        raise ValueError(f"`bag` ({bag.dtype} of shape {tuple(bag.shape)}) must be int64 of shape ({n},).")
+        raise ValueError(
+            f"`bag` ({bag.dtype} of shape {tuple(bag.shape)}) must be int64 of shape ({n},): each sample is in one "
+            "bag, or in none (-1)."
+        )
     wrong = ((bag < -1) | (bag >= bags)).nonzero()
     if len(wrong):
         first = int(wrong[0])

@@ -191,6 +191,7 @@ def test_a_record_cannot_cut_a_bag() -> None:
     [
         ({"bag": torch.tensor([0, 0, 1])}, r"bag of sample 2 \(=1\) must lie in \[0, 0\], or be -1"),
         ({"bag": torch.tensor([0.0, 0, -1])}, r"`bag` \(torch.float32 of shape \(3,\)\)"),
+        ({"bag": torch.tensor([[0, 1], [0, -1], [-1, -1]])}, "each sample is in one bag, or in none"),
         ({"bag_counts": torch.tensor([[1, 2, 0]])}, r"counts of bag 0 \(=\[1, 2, 0\]\) must .* sum to .* samples, 2"),
         ({"bag_counts": torch.tensor([[3, -1, 0]])}, r"counts of bag 0 \(=\[3, -1, 0\]\) must be non-negative"),
         ({"bag_counts": torch.tensor([[1, 1, 0], [0, 0, 0]])}, r"counts of bag 1 .* at least 1"),

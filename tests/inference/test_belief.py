@@ -396,6 +396,7 @@ def line(**changes: object) -> Beliefs:
         ({"bag_counts": torch.tensor([[1, 2, 2], [0, 1, 2]])}, r"`bag_counts` \(of shape \(2, 3\)\)"),
         ({"bag": torch.tensor([0, 0, 1, -2])}, r"bag of sample 3 \(=-2\)"),
         ({"bag": torch.tensor([0.0, 0, 1, 1])}, "`bag` .torch.float32"),
+        ({"bag": torch.tensor([[0, -1], [0, 1], [1, -1], [1, -1]])}, "each sample is in one bag, or in none"),
         (
             {"log_odds": numbers(math.inf, math.inf, 0, 0)},
             "Bag 0 contradicts itself: 2 of its 2 samples are certainly 1",
