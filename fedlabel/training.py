@@ -375,11 +375,14 @@ class _Run:
 
     def _optimizer(
         self, update: Update, named: Mapping[str, nn.Parameter], config: TrainingConfig
-    ) -> tuple[torch.optim.SGD, frozenset[str]]:
+    ) -> tuple[torch.optim.Optimizer, frozenset[str]]:
         """Returns a fresh optimiser and the names of the parameters that it moves."""
         names = frozenset(named if update.trains is None else update.trains(tuple(named)))
+        moved = [parameter for name, parameter in named.items() if name in names]
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(moved, config.lr, weight_decay=config.weight_decay, fused=True), names
         optimizer = torch.optim.SGD(
-            [parameter for name, parameter in named.items() if name in names],
+            moved,
             config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -391,7 +394,7 @@ class _Run:
         self,
         step: Step,
         update: Update,
-        optimizer: torch.optim.SGD,
+        optimizer: torch.optim.Optimizer,
         named: dict[str, nn.Parameter],
         names: frozenset[str],
         phase: Phase,

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WEIGHT_BY = ("processed", "size", "uniform")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a client trains in one round. Optimiser: SGD, fresh in every phase of every round."""
+    """How a client trains in one round. The optimiser is fresh in every phase of every round."""
 
+    optimizer: str = "sgd"
+    """sgd, or adamw: torch's, with its defaults but for `lr` and `weight_decay`; its steps do not depend on the scale of
+    a loss, which of bags grows with their size."""
     lr: float = 0.1
     """Learning rate."""
     batch_size: int = 32
@@ -25,11 +29,11 @@ class TrainingConfig:
     unlabeled_includes_labeled: bool = False
     """Whether labelled samples are also drawn as unlabelled ones, without their label (FixMatch's authors, SAGE)."""
     momentum: float = 0.0
-    """SGD momentum."""
+    """Of sgd."""
     nesterov: bool = False
     """Nesterov's form of the momentum."""
     weight_decay: float = 0.0
-    """SGD weight decay."""
+    """sgd: L2 penalty in the gradient; adamw: decoupled from it."""
     max_grad_norm: float | None = None
     """The gradient's Euclidean norm is cut to this in every step; null: not cut."""
     prox_mu: float = 0.0
@@ -61,6 +65,13 @@ class TrainingConfig:
                 raise ValueError(f"`training.{key}` (={value}) must be at least 0.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"`training.momentum` (={self.momentum}) must lie in [0, 1).")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"`training.optimizer` (={self.optimizer}) must be one of {', '.join(OPTIMIZERS)}.")
+        if self.optimizer != "sgd" and self.momentum > 0:
+            raise ValueError(
+                f"`training.momentum` (={self.momentum}) must be 0 for training.optimizer={self.optimizer}, which has "
+                "moments of its own."
+            )
         if self.nesterov and self.momentum == 0:
             raise ValueError("`training.nesterov` (=True) needs `training.momentum` (=0) above 0.")
         for key in ("weight_decay", "prox_mu"):

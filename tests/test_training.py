@@ -98,6 +98,21 @@ def test_supervised_is_plain_sgd_exactly() -> None:
     assert update.parts["model"].weight == 20  # five steps of four
 
 
+def test_adamw_is_torchs() -> None:
+    """The same loop with torch.optim.AdamW."""
+    data, labels = client()
+    reference = net()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.1)
+    for rows in draw_batches(torch.arange(10), 4, 5, torch_generator(7, "supervised", "labeled")):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(reference(data.images[rows].float() / 255), labels[rows]).backward()
+        optimizer.step()
+    config = replace(CONFIG, optimizer="adamw", lr=0.01, momentum=0.0, weight_decay=0.1)
+    update = train(Supervised(), data, config)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model(update)[name], value, atol=1e-7, rtol=1e-6)
+
+
 def test_hidden_labels_are_out_of_reach() -> None:
     """Hidden labels set to -1 change nothing, to the bit."""
     data, labels = client()

@@ -22,6 +22,11 @@ def test_training_config_names_what_is_wrong() -> None:
         ({"server_steps": -1}, r"`training.server_steps` \(=-1\) must be at least 0"),
         ({"momentum": 1.0}, r"`training.momentum` \(=1.0\) must lie in \[0, 1\)"),
         ({"nesterov": True}, r"`training.nesterov` \(=True\) needs `training.momentum` \(=0\) above 0"),
+        ({"optimizer": "adam"}, r"`training.optimizer` \(=adam\) must be one of sgd, adamw"),
+        (
+            {"optimizer": "adamw", "momentum": 0.9},
+            r"`training.momentum` \(=0.9\) must be 0 for training.optimizer=adamw",
+        ),
         ({"weight_decay": -0.1}, r"`training.weight_decay` \(=-0.1\) must be a finite number of at least 0"),
         ({"prox_mu": float("inf")}, r"`training.prox_mu` \(=inf\) must be a finite number of at least 0"),
         ({"max_grad_norm": 0.0}, r"`training.max_grad_norm` \(=0.0\) must be a positive number"),

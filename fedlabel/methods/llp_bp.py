@@ -200,19 +200,28 @@ class LLPBP(Method):
         n, classes = known.candidates.shape
         belief, metrics, pairs = memory["belief"], {}, None
         if len(belief) != n or int(memory["stage"]) != stage or self.evidence == "current":
-            features = survey.inputs() if stage == 0 else survey.predict("previous", "clean", "embed")
-            graph = neighbor_graph(
-                features.flatten(1), self.num_neighbors, self.max_distance, self.length_scale, self.backend
-            )
+            graph = self._graph(survey, stage)
             beliefs = self.infer(known, graph, self._evidence(survey, stage))
             belief, pairs = beliefs.probability.float(), graph.edges
             metrics = self._metrics(beliefs, belief, known)
             memory = {**memory, "belief": belief, "stage": torch.tensor(float(stage), device=belief.device)}
+            if self.evidence == "current":
+                memory |= {"edges": graph.edges, "weight": graph.weight}
         label = self.label(belief, known)
         reached = (known.bag >= 0) | (belief.amax(1) > 1 / classes + UNDECIDED)
         pseudo = PseudoLabels(label, reached, torch.zeros_like(reached), belief.gather(1, label[:, None]).squeeze(1))
         target = (belief if self.rule == "soft" else one_hot(label, classes)) * reached[:, None]
         return Prepared({"target": target}, memory=memory, pseudo=pseudo, metrics=metrics, pairs=pairs)
+
+    def _graph(self, survey: Survey, stage: int) -> Graph:
+        """Returns the graph of a stage: with evidence=current, asked for in every round, the one that was kept."""
+        memory = survey.memory
+        if int(memory["stage"]) == stage and len(memory["belief"]) == len(survey.supervision.candidates):
+            return Graph(memory["edges"], memory["weight"])
+        features = survey.inputs() if stage == 0 else survey.predict("previous", "clean", "embed")
+        return neighbor_graph(
+            features.flatten(1), self.num_neighbors, self.max_distance, self.length_scale, self.backend
+        )
 
     def _evidence(self, survey: Survey, stage: int) -> Tensor:
         """Returns (n, classes) logarithms of what a model says of the samples; 0 for nothing."""
@@ -323,7 +332,14 @@ class LLPBP(Method):
 
     def initial_memory(self, candidates: Tensor) -> State:
         nothing = torch.zeros(0, candidates.shape[1], device=candidates.device)
-        return {"belief": nothing, "stage": torch.tensor(-1.0, device=candidates.device)}
+        edges = torch.zeros(0, 2, dtype=torch.int64, device=candidates.device)
+        return {
+            "belief": nothing,
+            "stage": torch.tensor(-1.0, device=candidates.device),
+            "edges": edges,
+            "weight": nothing[:, 0],
+        }
 
     def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
-        return {name: memory[name] for name in ("belief", "stage")}
+        kept = ("belief", "stage", "edges", "weight") if self.evidence == "current" else ("belief", "stage")
+        return {name: memory[name] for name in kept}

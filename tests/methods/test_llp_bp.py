@@ -206,6 +206,25 @@ def test_evidence_of_models(evidence: str, asked: list[list[tuple[str, str]]]) -
         assert (spread > float(other.memory["belief"][:, 1].std()) + 0.1) == bool(asked[stage])
 
 
+def test_current_evidence_keeps_the_graph_of_a_stage() -> None:
+    """Other features later in the stage change nothing; the next stage has a graph of its own."""
+    x, labels = gaussians(48)
+    known, method = in_bags(labels, 8), LLPBP(evidence="current")
+    memory = method.initial_memory(known.candidates)
+    first = method.prepare(survey(known, x, memory, []), stage=0)
+    assert first.memory is not None
+    kept = method.keep(first.memory, [])
+    assert torch.equal(kept["edges"], neighbor_graph(x, 5).edges)
+    moved = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    again = method.prepare(survey(known, moved, {**memory, **kept}, []), stage=0)
+    assert again.pairs is not None
+    assert torch.equal(again.pairs, kept["edges"])
+    later = method.prepare(survey(known, moved, {**memory, **kept}, []), stage=1)
+    assert later.pairs is not None
+    assert later.pairs.shape != kept["edges"].shape or not torch.equal(later.pairs, kept["edges"])
+    assert set(LLPBP().keep(first.memory, [])) == {"belief", "stage"}
+
+
 def test_what_nothing_reaches_is_not_learnt() -> None:
     """A bag half of ones is told so; samples in no bag and without a neighbour in one are told nothing."""
     known = in_bags(torch.tensor([1, 0, 0, 0, 0, 1]), 2)
