@@ -25,6 +25,13 @@ from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.models import ModelConfig
 from fedlabel.training_config import TrainingConfig
 
+SELECT = {
+    "bag_mae": "eval/bag_mae",
+    "instance_auc": "eval/auc",
+    "instance_accuracy": "eval/accuracy",
+    "instance_loss": "eval/loss",
+}
+"""What `evaluation.select` may be, and the metric that it goes by."""
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -80,6 +87,11 @@ class EvaluationConfig:
     """Rounds between evaluations; the last round is always evaluated."""
     split: str = "test"
     """test | validation: use validation to choose hyper-parameters, test only to report."""
+    select: str | None = None
+    """Which evaluated round's model the run puts forward, beside the last: the best one on the validation split.
+    bag_mae goes by the counts of bags alone; instance_auc, instance_accuracy and instance_loss look at single labels of
+    that split. summary.json has each metric at that round as `selected`, checkpoints/selected.pt the weights; in a
+    method of stages (llp_bp) the next stage gets the best model of the one before. null: none."""
     panel_samples: int = 16
     """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last round and every 10th evaluation;
     0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is
@@ -90,6 +102,8 @@ class EvaluationConfig:
             raise ValueError(f"`evaluation.every` (={self.every}) must be at least 1.")
         if self.split not in ("test", "validation"):
             raise ValueError(f"`evaluation.split` (={self.split}) must be one of test, validation.")
+        if self.select is not None and self.select not in SELECT:
+            raise ValueError(f"`evaluation.select` (={self.select}) must be null or one of {', '.join(SELECT)}.")
         if not 0 <= self.panel_samples <= 32:
             raise ValueError(f"`evaluation.panel_samples` (={self.panel_samples}) must lie in [0, 32].")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from fedlabel.config import ExperimentConfig, parse_config
+from fedlabel.config import SELECT, ExperimentConfig, parse_config
 from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
@@ -34,6 +36,16 @@ from fedlabel.training import (
 )
 
 
+class Judged(NamedTuple):
+    """What models are judged on."""
+
+    split: Split
+    parts: Sequence[np.ndarray]
+    """Rows of the split that each client is judged on."""
+    bags: Bags | None
+    """Of the samples of the split."""
+
+
 class Experiment:
     """Data on the device, two resident modules (student and teacher), and the steps of a run."""
 
@@ -42,17 +54,7 @@ class Experiment:
         self.device = resolve_device(config.device)
         if self.device.type == "cuda":  # the same seed should give the same numbers on a GPU, too
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        self.federation: Federation = build_federation(
-            config.data,
-            config.partition,
-            config.labeled_partition,
-            config.supervision,
-            config.skew,
-            config.num_clients,
-            config.evaluation.split,
-            config.method.oracle_labels,
-            config.seed,
-        )
+        self.federation: Federation = self._federation(config.evaluation.split)
         if len(self.federation.server_rows) and not config.method.server_labels:
             raise ValueError(
                 f"`supervision.labels_at` (=server): method {config.method.name} learns from labels at the clients. "
@@ -62,11 +64,8 @@ class Experiment:
         dataset, skew = self.federation.dataset, config.skew
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")
         self.images = images.to(self.device)
-        evaluation = dataset.validation if config.evaluation.split == "validation" else dataset.test
-        judged = shift_features(evaluation.images, self.federation.test_parts, skew, config.seed, "evaluation")
-        self.evaluation_split = Split(judged.to(self.device), evaluation.labels.to(self.device))
-        bags = self.federation.test_bags
-        self.evaluation_bags = None if bags is None else Bags(*(values.to(self.device) for values in bags))
+        self.judged = self._judged(config.evaluation.split)
+        self.selects_by = self._judged("validation") if config.evaluation.select is not None else None
         self.transform = ImageTransform(
             mean=torch.tensor(dataset.mean, device=self.device).view(-1, 1, 1),
             std=torch.tensor(dataset.std, device=self.device).view(-1, 1, 1),
@@ -79,6 +78,38 @@ class Experiment:
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def _federation(self, split: str) -> Federation:
+        config = self.config
+        return build_federation(
+            config.data,
+            config.partition,
+            config.labeled_partition,
+            config.supervision,
+            config.skew,
+            config.num_clients,
+            split,
+            config.method.oracle_labels,
+            config.seed,
+        )
+
+    def _judged(self, split: str) -> Judged:
+        """Returns what models are judged on, on the device."""
+        federation, config = self._federation(split), self.config
+        dataset, bags = federation.dataset, federation.test_bags
+        select, classes = config.evaluation.select, dataset.num_classes
+        if (select == "bag_mae" and bags is None) or (select == "instance_auc" and classes != 2):
+            raise ValueError(
+                f"`evaluation.select` (={select}) needs {'bags' if select == 'bag_mae' else 'two classes'}, and there "
+                f"are {'none' if select == 'bag_mae' else classes}: take another, or evaluation.select=null."
+            )
+        samples = dataset.validation if split == "validation" else dataset.test
+        images = shift_features(samples.images, federation.test_parts, config.skew, config.seed, "evaluation")
+        return Judged(
+            Split(images.to(self.device), samples.labels.to(self.device)),
+            federation.test_parts,
+            None if bags is None else Bags(*(values.to(self.device) for values in bags)),
+        )
 
     def _build_model(self, seed: int) -> nn.Module:
         dataset, method = self.federation.dataset, self.config.method
@@ -159,18 +190,20 @@ class Experiment:
             states: weights on the device: "model", and "average" and "previous" where there are such.
             shared: what the server shares.
         """
+        return self._evaluate(states, shared, self.judged)
+
+    def selection_score(self, states: Mapping[str, StateDict], shared: State) -> float | None:
+        """Returns what `evaluation.select` asks of the same model on the validation split; None where nothing is."""
+        select = self.config.evaluation.select
+        found = self._evaluate(states, shared, self.selects_by) if self.selects_by is not None else None
+        return None if found is None or select is None else found.metrics()[SELECT[select]]
+
+    def _evaluate(self, states: Mapping[str, StateDict], shared: State, on: Judged) -> Evaluation | None:
         models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
         judged = self.config.method.judged(models, shared)
         if judged is None:
             return None
-        return evaluate(
-            judged,
-            self.evaluation_split,
-            self.transform,
-            self.federation.dataset.num_classes,
-            self.federation.test_parts,
-            self.evaluation_bags,
-        )
+        return evaluate(judged, on.split, self.transform, self.federation.dataset.num_classes, on.parts, on.bags)
 
 
 @lru_cache(maxsize=1)

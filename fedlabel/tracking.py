@@ -302,6 +302,12 @@ def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> 
     return {"last": values[-1], "best": best(values), "mean_last_10": math.fsum(recent) / len(recent)}
 
 
+def best_row(rows: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
+    """Returns the first row whose value of a metric no other row's is better than; None if no row has one."""
+    sign = 1 if lower_is_better(key) else -1
+    return min((row for row in rows if row.get(key) is not None), key=lambda row: sign * row[key], default=None)
+
+
 def lower_is_better(key: str) -> bool:
     """Returns whether low values of a metric are good: losses, errors and spreads over clients."""
     name = key.rpartition("/")[2]

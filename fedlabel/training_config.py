@@ -13,8 +13,8 @@ class TrainingConfig:
     """How a client trains in one round. The optimiser is fresh in every phase of every round."""
 
     optimizer: str = "sgd"
-    """sgd, or adamw: torch's, with its defaults but for `lr` and `weight_decay`; its steps do not depend on the scale of
-    a loss, which of bags grows with their size."""
+    """sgd, or adamw: torch's, with its defaults but for `lr` and `weight_decay`; the scale of a loss, which of bags may
+    grow with their size, does not change its steps."""
     lr: float = 0.1
     """Learning rate."""
     batch_size: int = 32

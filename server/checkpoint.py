@@ -58,6 +58,8 @@ class Checkpoint:
     """See `Method.averaging`."""
     votes: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     """See `FunctionWatch.dump`."""
+    selected: dict[str, Tensor] = field(default_factory=dict)
+    """The stage's best weights so far (see `evaluation.select`); empty where nothing was scored."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

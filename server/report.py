@@ -13,13 +13,14 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from matplotlib.figure import Figure
 
+from fedlabel.config import SELECT
 from fedlabel.experiment import Experiment
 from fedlabel.figures import client_accuracy_figure, confusion_figure, pseudo_label_panel, reliability_figure
 from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.methods.base import state_from_lists, state_to_lists
 from fedlabel.methods.steps import State, StateDict
 from fedlabel.metrics import Counts, add_counts, bins_of, means, pseudo_label_metrics, ratio
-from fedlabel.tracking import RunFolder, summarize
+from fedlabel.tracking import RunFolder, best_row, summarize
 from server.functions import FunctionWatch
 from server.noise import NoiseWatch
 from server.strategy import decode
@@ -205,6 +206,9 @@ def log_round(
             if "drawn" in counts:
                 title = f"Pseudo-labels of round {tally.round_number}"
                 figures["pseudo/reliability"] = reliability_figure(bins_of(counts), title)
+        score, tag = experiment.selection_score(models or {}, shared), select_key(experiment)
+        if score is not None and tag is not None:
+            metrics[tag] = score
     metrics["comm/bytes_up"] = float(tally.bytes_up)
     metrics["comm/bytes_down"] = float(tally.bytes_down)
     passes = counts.get("passes", [0.0, 0.0])
@@ -215,6 +219,12 @@ def log_round(
     metrics["system/round_seconds"] = time.perf_counter() - started
     folder.log_round(tally.round_number, metrics, lists=lists, bins=bins, figures=figures)
     return metrics
+
+
+def select_key(experiment: Experiment) -> str | None:
+    """Returns the tag of what `evaluation.select` goes by on the validation split; None: nothing is selected."""
+    select = experiment.config.evaluation.select
+    return None if select is None else "select/" + SELECT[select].rpartition("/")[2]
 
 
 def pseudo_panel(
@@ -269,8 +279,14 @@ def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str,
     total = add_counts({key: [row.get(key) or 0.0] for key in keys} for row in rows)
     measured = sorted({key for row in rows for key in row if key.startswith(_SUMMARIZED)})
     scalars = [key for key in measured if not any(isinstance(row.get(key), list) for row in rows)]
+    results = {key: summarize(rows, key) for key in scalars}
+    tag = select_key(experiment)
+    chosen = best_row(rows, tag) if tag is not None else None
+    if chosen is not None:
+        results |= {k: {**v, "selected": chosen[k]} for k, v in results.items() if chosen.get(k) is not None}
     return {
-        **{key: summarize(rows, key) for key in scalars},
+        **results,
+        **({"selected_round": chosen["round"]} if chosen is not None else {}),
         "rounds": len(rows),
         "seed": config.seed,
         "seconds": total["system/round_seconds"][0],

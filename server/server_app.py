@@ -33,7 +33,8 @@ from server.functions import FunctionWatch
 from server.grids import SimulationGrid
 from server.helpers import HelperPool
 from server.noise import NoiseWatch
-from server.report import RoundTally, log_round, summary
+from server.report import RoundTally, log_round, select_key, summary
+from server.selection import Selection
 from server.strategy import (
     aggregate,
     build_strategy,
@@ -105,6 +106,7 @@ def run_federation(
         checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
         checkpoint.previous = {name: value.to(experiment.device) for name, value in checkpoint.previous.items()}
         checkpoint.average = {name: value.to(experiment.device) for name, value in checkpoint.average.items()}
+        checkpoint.selected = {name: value.to(experiment.device) for name, value in checkpoint.selected.items()}
         checkpoint.shared = {
             name: value.to(experiment.device) for name, value in {**shared, **checkpoint.shared}.items()
         }
@@ -167,11 +169,14 @@ def _rounds(
     if pool is not None and checkpoint.helpers:
         pool.load(checkpoint.helpers)
     watches = (NoiseWatch(experiment), FunctionWatch(experiment, folder, checkpoint.votes))
+    selection = Selection(
+        folder.checkpoints, select_key(experiment), method, folder.read_metrics(), checkpoint.selected
+    )
     train_config = ConfigRecord({"experiment": to_yaml(config)})
     for round_number in range(checkpoint.round_number + 1, config.num_rounds + 1):
         started = time.perf_counter()
         if method.starts_stage(round_number):
-            previous, average = average or model, {}
+            previous, average = selection.begin_stage() or average or model, {}
             model = method.begin_stage(previous, experiment.fresh_state(round_number))
             strategy = build_strategy(config.strategy)  # its momentum belongs to the stage before
         cohort = sample_cohort(config.seed, round_number, config.num_clients, config.fraction_train)
@@ -211,6 +216,7 @@ def _rounds(
         judged = {name: state for name, state in judged.items() if state}
         evaluated = judged if last or round_number % config.evaluation.every == 0 else None
         metrics = log_round(folder, experiment, tally, evaluated, states, shared, watches, started)
+        selection.see(metrics, model)
         if last or round_number % config.checkpoint.every == 0:
             kept = grid.dump_states() if isinstance(grid, SimulationGrid) else {}
             helpers = pool.dump() if pool is not None else {}
@@ -225,6 +231,7 @@ def _rounds(
                 _cpu(previous),
                 _cpu(average),
                 watches[1].dump(),
+                _cpu(selection.stage_model),
             )
             save_checkpoint(folder.checkpoints, saved, config.checkpoint.keep)
         on_round(round_number, metrics)

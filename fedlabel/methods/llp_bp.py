@@ -79,7 +79,7 @@ class LLPBP(Method):
     num_stages: int = 2
     """How often the learner is begun. The first graph is of the samples themselves, the others of the embeddings that
     the learner of the stage before gives them."""
-    stage_rounds: int = 20
+    stage_rounds: int = 10
     """Rounds of a stage; the last one goes on to the end of the run."""
     num_neighbors: int = 5
     """k of the graph; 0: no graph, each bag for itself (with evidence=current the E step of GLWS)."""

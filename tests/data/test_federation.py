@@ -339,7 +339,7 @@ def test_a_client_learns_from_and_is_judged_on_its_own_kind_of_images(split: str
         inverted.append(client_shift(client, 8, experiment.config.skew, 0).kind == "inversion")
         for images, own in (
             (federation.dataset.train.images[rows], experiment.client_data(client).images),
-            (stored[judged], experiment.evaluation_split.images[judged]),
+            (stored[judged], experiment.judged.split.images[judged]),
         ):
             assert torch.equal(own, 255 - images if inverted[-1] else images)
     assert 0 < sum(inverted) < 8

@@ -283,7 +283,7 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
     assert [float(state.shared["fitted"]) for state in states] == [0, 0, 0, 0, 0, 1, 2, 2, 2]
 
     experiment = open_experiment((whole.path / "config.yaml").read_text())
-    split = experiment.evaluation_split
+    split = experiment.judged.split
     voters = frozen_model(experiment.teacher, states[4].average)
     sets = states[4].shared["sets"] > 0.5
     silent = votes_of(voters(experiment.transform.normalize(split.images), "heads"), sets) < 0
