@@ -95,9 +95,15 @@ class Experiment:
 
     def _judged(self, split: str) -> Judged:
         """Returns what models are judged on, on the device."""
-        federation, config = self._federation(split), self.config
+        config, select = self.config, self.config.evaluation.select
+        if select is not None and len(self.federation.dataset.validation.labels) == 0:
+            raise ValueError(
+                f"`evaluation.select` (={select}) goes by the validation split, which is empty: set "
+                f"data.validation_fraction (={config.data.validation_fraction:g}) above 0, or evaluation.select=null."
+            )
+        federation = self._federation(split)
         dataset, bags = federation.dataset, federation.test_bags
-        select, classes = config.evaluation.select, dataset.num_classes
+        classes = dataset.num_classes
         if (select == "bag_mae" and bags is None) or (select == "instance_auc" and classes != 2):
             raise ValueError(
                 f"`evaluation.select` (={select}) needs {'bags' if select == 'bag_mae' else 'two classes'}, and there "

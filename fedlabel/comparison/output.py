@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from fedlabel.comparison.runs import Comparison, Run, differing_keys, plain
+from fedlabel.comparison.runs import METRICS, Comparison, Run, differing_keys, plain
 from fedlabel.comparison.statistics import Column, PairedTest, against_baseline, columns, over_seeds, show
 from fedlabel.config import flatten, load_config
 from fedlabel.figures import curves_figure, save_png, svg_bytes
@@ -25,12 +25,15 @@ from fedlabel.sweep import slug
 from fedlabel.tracking import write_atomic
 
 MEAN = "mean of last 10"
-"""Title of the column that rows are ranked by, beside which the published numbers stand."""
+"""Title of the column beside which the published numbers stand."""
+RANKED_BY = {"eval/accuracy": "accuracy_mean_last_10", "eval/auc": "auc", "eval/balanced_accuracy": "balanced_accuracy"}
+"""What rows are ranked by -> the column that holds it."""
 TABLES = {
     "accuracy": (
         "Accuracy",
-        "in %; AUC: area under the ROC curve (two classes); bag error: mean absolute error of the predicted share of a "
-        "class in bags of the split; ECE: expected calibration error of the global model.",
+        "in %; selected: at the round that evaluation.select chose; AUC: area under the ROC curve (two classes); bag "
+        "error: mean absolute error of the predicted share of a class in bags of the split; ECE: expected calibration "
+        "error of the global model.",
     ),
     "pseudo": (
         "Pseudo-labels",
@@ -96,7 +99,9 @@ def write_comparison(comparison: Comparison, out: Path, baseline: str | None = N
             f"`--baseline` (={baseline}) must be one of the rows: {'; '.join(rows)}."
             f"{f' Did you mean {near[0]}?' if near else ''}"
         )
-    tests = {name: against_baseline(section, baseline) for name, section in comparison.sections.items()}
+    tests = {
+        name: against_baseline(section, baseline, comparison.metric) for name, section in comparison.sections.items()
+    }
     shown = columns(comparison.targets)
     names = _file_names(list(comparison.sections))
     parts = [
@@ -148,18 +153,23 @@ def tables(comparison: Comparison, name: str, tests: Mapping[str, PairedTest], s
                 for cells in [header, *rows]:
                     cells.insert(place, "published" if cells is header else published.get(cells[0], "–"))
             ranked = [place for place, runs in enumerate(section.values()) if not _is_bound(runs)]
-            scores = [over_seeds([run.score for run in runs]).mean for runs in section.values()]
-            best = (max(ranked, key=scores.__getitem__), header.index(MEAN)) if ranked else None
+            scores = [over_seeds([run.value(comparison.metric) for run in runs]).mean for runs in section.values()]
+            column = header.index(next(c.title for c in used if c.key == RANKED_BY[comparison.metric]))
+            best = (max(ranked, key=scores.__getitem__), column) if ranked else None
         found.append(Table(title, header, rows, best))
     return found
 
 
 def curves(comparison: Comparison, name: str) -> Figure:
-    """Returns accuracy over rounds, mean and standard deviation over the seeds of each row."""
-    runs = {row: [run.curve() for run in members] for row, members in comparison.sections[name].items()}
+    """Returns accuracy (or what else rows are ranked by) over rounds, mean and standard deviation over the seeds."""
+    runs = {
+        row: [run.curve(comparison.metric) for run in members] for row, members in comparison.sections[name].items()
+    }
     percent = {row: [(rounds, [100 * a for a in values]) for rounds, values in seeds] for row, seeds in runs.items()}
     split = _distinct(run.config.evaluation.split for run in comparison.runs)
-    return curves_figure(percent, title=_heading(comparison, name), y_label=f"{split[0]} accuracy (%)", band="sd")
+    return curves_figure(
+        percent, title=_heading(comparison, name), y_label=f"{split[0]} {METRICS[comparison.metric]} (%)", band="sd"
+    )
 
 
 def row_table(
@@ -245,10 +255,10 @@ def remarks(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
     texts = [
         "Mean ± sample standard deviation over seeds; the mean of the last 10 evaluations (or rounds) where not said "
         "otherwise.",
-        "Difference: to the row named (the best of the others, if none was chosen) in the mean of the last 10, in "
-        "points, over common seeds. p: paired two-sided t test of it, corrected by Holm for the tests of the section; "
-        "– with fewer than two seeds or without a variance. That the best row was picked on the same runs is not "
-        "corrected for.",
+        f"Difference: to the row named (the best of the others, if none was chosen) in {METRICS[comparison.metric]}, "
+        "the mean of the last 10, in points, over common seeds. p: paired two-sided t test of it, corrected by Holm "
+        "for the tests of the section; – with fewer than two seeds or without a variance. That the best row was picked "
+        "on the same runs is not corrected for.",
         *(f"{title}: {note}" for title, note in TABLES.values() if title in there),
     ]
     if bounds:
@@ -269,7 +279,12 @@ def markdown(comparison: Comparison, parts: Sequence[Part]) -> str:
     lines += [f"- **warning:** {_escape(warning)}" for warning in comparison.warnings]
     lines += ["", *(f"{_escape(remark)}\n" for remark in remarks(comparison, parts))]
     for part in parts:
-        lines += [f"## {_escape(_heading(comparison, part.name))}", "", f"![accuracy over rounds]({part.file}.png)", ""]
+        lines += [
+            f"## {_escape(_heading(comparison, part.name))}",
+            "",
+            f"![{METRICS[comparison.metric]} over rounds]({part.file}.png)",
+            "",
+        ]
         for table in part.tables:
             lines += [f"### {table.title}", "", *_markdown_table(table), ""]
     if comparison.rows:

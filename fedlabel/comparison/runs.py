@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from fedlabel.sweep import SWEEP_JSON, SweepConfig, format_value, parse_sweep
 from fedlabel.tracking import read_metrics
 
 ACCURACY, COLUMN = "eval/accuracy", "mean_last_10"
-"""What rows are ranked and tested by, of summary.json."""
+"""What rows are ranked and tested by where nothing else is asked for, of summary.json."""
+METRICS = {ACCURACY: "accuracy", "eval/auc": "AUC", "eval/balanced_accuracy": "balanced accuracy"}
+"""What they may be ranked and tested by, and its name."""
 ROW_KEYS = ("method.", "training.lr", "training.prox_mu", "training.max_grad_norm", "strategy.")
 """Keys (or groups of them) that make a row."""
 MACHINE_KEYS = (
@@ -48,21 +50,16 @@ class Run:
     rounds: Sequence[Mapping[str, Any]]
     """The lines of metrics.jsonl."""
 
-    @property
-    def score(self) -> float:
-        """What the run is ranked by."""
-        return self.value(ACCURACY)
-
     def value(self, metric: str, column: str = COLUMN) -> float:
         """Returns a metric of summary.json; NaN where the run has none."""
         found = self.summary.get(metric)
         value = found.get(column) if isinstance(found, Mapping) else found
         return math.nan if value is None else float(value)
 
-    def curve(self) -> tuple[list[int], list[float]]:
-        """Returns the evaluated rounds and their accuracy."""
-        found = [(row["round"], row[ACCURACY]) for row in self.rounds if row.get(ACCURACY) is not None]
-        return [each for each, _ in found], [accuracy for _, accuracy in found]
+    def curve(self, metric: str = ACCURACY) -> tuple[list[int], list[float]]:
+        """Returns the evaluated rounds and their accuracy, or another metric."""
+        found = [(row["round"], row[metric]) for row in self.rounds if row.get(metric) is not None]
+        return [each for each, _ in found], [value for _, value in found]
 
     def until(self, target: float) -> tuple[float, float]:
         """Returns the first evaluated round with an accuracy of at least `target`, and the bytes uploaded until then.
@@ -99,6 +96,8 @@ class Comparison:
     """Row name -> what it is; of a sweep."""
     protocol: str = ""
     """How hyper-parameters were chosen; of a sweep."""
+    metric: str = ACCURACY
+    """What rows are ranked and tested by, one of `METRICS`."""
 
     @property
     def runs(self) -> list[Run]:
@@ -106,13 +105,16 @@ class Comparison:
         return [run for section in self.sections.values() for runs in section.values() for run in runs]
 
 
-def read_comparison(paths: Sequence[Path], by: Sequence[str] = (), targets: Sequence[float] = ()) -> Comparison:
+def read_comparison(
+    paths: Sequence[Path], by: Sequence[str] = (), targets: Sequence[float] = (), metric: str = ACCURACY
+) -> Comparison:
     """Returns what a sweep's folder, or run folders and folders of them, hold.
 
     Args:
         paths: one sweep's folder, or any number of folders that hold runs at any depth.
         by: keys of which every combination of values is a section; not for a sweep, which has its settings.
         targets: accuracies; default: the sweep's.
+        metric: what rows are ranked and tested by, one of `METRICS`.
 
     Raises:
         ValueError: there is no finished run, a run is damaged, or runs are not comparable.
@@ -123,6 +125,16 @@ def read_comparison(paths: Sequence[Path], by: Sequence[str] = (), targets: Sequ
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path} is no folder; give run folders, folders that hold some, or a sweep's folder.")
+    if metric not in METRICS:
+        raise ValueError(f"`--metric` (={metric}) must be one of {', '.join(METRICS)}.")
+    comparison = _read(paths, by, targets)
+    lacking = [str(run.path) for run in comparison.runs if math.isnan(run.value(metric))]
+    if lacking:
+        raise ValueError(f"`--metric` (={metric}) is not in the summary of {len(lacking)} runs, e.g. {lacking[0]}.")
+    return replace(comparison, metric=metric)
+
+
+def _read(paths: Sequence[Path], by: Sequence[str], targets: Sequence[float]) -> Comparison:
     sweeps = [path for path in paths if (path / SWEEP_JSON).is_file()]
     if not sweeps:
         return _read_folders(paths, by, targets)

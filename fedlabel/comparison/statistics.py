@@ -45,7 +45,8 @@ class PairedTest(NamedTuple):
     baseline: str
     """Row name; "" if there is none."""
     difference: float
-    """Mean over the common seeds of the row's minus the baseline's accuracy (mean of the last 10); NaN without one."""
+    """Mean over the common seeds of the row's minus the baseline's accuracy, or what else rows are tested by (mean of
+    the last 10); NaN without one."""
     p: float
     """Of the paired two-sided t test; NaN with fewer than two common seeds or without a variance."""
     p_holm: float
@@ -87,15 +88,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def against_baseline(section: Section, baseline: str | None = None) -> dict[str, PairedTest]:
+def against_baseline(section: Section, baseline: str | None = None, metric: str = ACCURACY) -> dict[str, PairedTest]:
     """Returns every row's test against its baseline.
 
     Args:
         section: the rows.
         baseline: the row that all are tested against (none is, where the section lacks it); None: for each row the
             best of the others. Upper bounds, which see every label, are neither tested nor a baseline unless named.
+        metric: of summary.json; high is good.
     """
-    scores = {name: {run.config.seed: run.score for run in runs} for name, runs in section.items()}
+    scores = {name: {run.config.seed: run.value(metric) for run in runs} for name, runs in section.items()}
     contestants = [name for name, runs in section.items() if not runs[0].config.method.oracle_labels]
     tests: dict[str, PairedTest] = {}
     for name in section:

@@ -10,7 +10,13 @@ from fedlabel.config import load_config, to_yaml
 from fedlabel.tracking import summarize
 
 
-def make_run(path: Path, *overrides: str, accuracy: Sequence[float | None] = (0.5,), finished: bool = True) -> Path:
+def make_run(
+    path: Path,
+    *overrides: str,
+    accuracy: Sequence[float | None] = (0.5,),
+    finished: bool = True,
+    auc: Sequence[float] = (),
+) -> Path:
     """Makes a run of one round per entry of `accuracy`; None: not evaluated. Every round uploads 1,000,000 bytes."""
     config = load_config([], overrides)
     path.mkdir(parents=True)
@@ -19,9 +25,12 @@ def make_run(path: Path, *overrides: str, accuracy: Sequence[float | None] = (0.
         {"round": number, "comm/bytes_up": 1e6} | ({} if value is None else {"eval/accuracy": value})
         for number, value in enumerate(accuracy, start=1)
     ]
+    for row, value in zip(rows, auc, strict=False):
+        row["eval/auc"] = value
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {
         "eval/accuracy": summarize(rows),
+        **({"eval/auc": summarize(rows, "eval/auc") | {"selected": auc[0]}} if auc else {}),
         "comm/bytes_up": int(1e6 * len(rows)),
         "seconds": 12.0,
         "system/failed_clients": 1,

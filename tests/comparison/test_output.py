@@ -187,3 +187,33 @@ def test_baseline_must_exist(out: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
     assert call(out, "--baseline", "fully <b>labelled</b>", "--out", tmp_path / "x").exit_code == 0
     assert "-22.5 (fully" in (tmp_path / "x" / "compare.md").read_text()
+
+
+def test_rows_may_be_ranked_and_tested_by_another_metric(tmp_path: Path) -> None:
+    """By accuracy `supervised` leads by .1, by AUC (means .5 and .7 of two rounds) the other one by .2."""
+    make_run(tmp_path / "runs" / "a", "method.name=supervised", accuracy=(0.6, 0.6), auc=(0.4, 0.6))
+    make_run(tmp_path / "runs" / "b", "method.name=fixmatch", accuracy=(0.5, 0.5), auc=(0.8, 0.6))
+    result = call(tmp_path / "runs", "--out", tmp_path / "by", "--metric", "eval/auc")
+    assert result.exit_code == 0, result.output
+    assert "AUC, mean of last 10" in result.output
+    text = (tmp_path / "by" / "compare.md").read_text()
+    assert "| fixmatch | 1 | 0.1 | 50.0 | 50.0 | 50.0 | **70.0** | 80.0 | +20.0 (supervised) | – |" in text
+    assert "in AUC, the mean of the last 10" in text
+    comparison = read_comparison([tmp_path / "runs"], metric="eval/auc")
+    axis = curves(comparison, "all").axes[0]
+    assert axis.get_ylabel() == "test AUC (%)"
+    assert [list(line.get_ydata()) for line in axis.lines][:2] == [[40, 60], [80, 60]]
+    by_accuracy = call(tmp_path / "runs", "--out", tmp_path / "by")
+    assert by_accuracy.exit_code == 0
+    assert "| supervised | 1 | 0.1 | 60.0 | **60.0** |" in (tmp_path / "by" / "compare.md").read_text()
+
+
+def test_a_metric_that_runs_lack_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a", auc=(0.5,))
+    make_run(tmp_path / "runs" / "b", "seed=1")
+    result = call(tmp_path / "runs", "--metric", "eval/auc")
+    assert result.exit_code == 2
+    assert "`--metric` (=eval/auc) is not in the summary of 1 runs" in " ".join(result.output.split())
+    other = call(tmp_path / "runs", "--metric", "eval/loss")
+    assert other.exit_code == 2
+    assert "`--metric` (=eval/loss) must be one of eval/accuracy, eval/auc" in " ".join(other.output.split())
