@@ -109,7 +109,7 @@ class LLPBP(Method):
     """For rule=threshold and two classes."""
     evidence: str = "none"
     """What else a label's belief goes by. none: the paper's. previous: what the learner of the stage before says of the
-    sample. current: what the global model says, anew in every round."""
+    sample. current: what the global model says, anew in every round but a stage's first, in which it is untrained."""
     evidence_weight: float = 1.0
     """Multiplies the log-odds of the evidence."""
     lambda_aggregate: float = 0.1
@@ -186,7 +186,8 @@ class LLPBP(Method):
         teachers = ("previous",) if stage > 0 else ()
         if self.evidence == "current":
             teachers = (*teachers, "global")
-        prepare = partial(self.prepare, stage=stage)
+        fresh = round_number == 1 or self.starts_stage(round_number)
+        prepare = partial(self.prepare, stage=stage, fresh=fresh)
         train = Phase(
             "train", self.loss, labeled=("weak",), unlabeled=("weak",), bags=True, teachers=teachers, prepare=prepare
         )
@@ -194,14 +195,20 @@ class LLPBP(Method):
 
     # ------------------------------------------------------------------------------------------------------- E step
 
-    def prepare(self, survey: Survey, stage: int) -> Prepared:
-        """Propagates beliefs over the client's bags and neighbours, unless that was done in this stage."""
+    def prepare(self, survey: Survey, stage: int, fresh: bool = False) -> Prepared:
+        """Propagates beliefs over the client's bags and neighbours, unless that was done in this stage.
+
+        Args:
+            survey: what is known.
+            stage: from 0.
+            fresh: whether the global model is as it was drawn: it is then no evidence.
+        """
         known, memory = survey.supervision, survey.memory
         n, classes = known.candidates.shape
         belief, metrics, pairs = memory["belief"], {}, None
         if len(belief) != n or int(memory["stage"]) != stage or self.evidence == "current":
             graph = self._graph(survey, stage)
-            beliefs = self.infer(known, graph, self._evidence(survey, stage))
+            beliefs = self.infer(known, graph, self._evidence(survey, stage, fresh))
             belief, pairs = beliefs.probability.float(), graph.edges
             metrics = self._metrics(beliefs, belief, known)
             memory = {**memory, "belief": belief, "stage": torch.tensor(float(stage), device=belief.device)}
@@ -223,9 +230,10 @@ class LLPBP(Method):
             features.flatten(1), self.num_neighbors, self.max_distance, self.length_scale, self.backend
         )
 
-    def _evidence(self, survey: Survey, stage: int) -> Tensor:
+    def _evidence(self, survey: Survey, stage: int, fresh: bool) -> Tensor:
         """Returns (n, classes) logarithms of what a model says of the samples; 0 for nothing."""
-        who = {"none": None, "previous": "previous" if stage > 0 else None, "current": "global"}[self.evidence]
+        previous, current = "previous" if stage > 0 else None, None if fresh else "global"
+        who = {"none": None, "previous": previous, "current": current}[self.evidence]
         if who is None:
             return torch.zeros_like(survey.supervision.candidates, dtype=torch.float32)
         return self.evidence_weight * survey.predict(who, "clean").log_softmax(-1)

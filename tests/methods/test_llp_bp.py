@@ -225,6 +225,20 @@ def test_current_evidence_keeps_the_graph_of_a_stage() -> None:
     assert set(LLPBP().keep(first.memory, [])) == {"belief", "stage"}
 
 
+def test_an_untrained_model_is_no_evidence() -> None:
+    """Rounds 1 and 11 begin stages: there the global model is not asked."""
+    x, labels = gaussians(32)
+    known, method = in_bags(labels, 8), LLPBP(evidence="current", num_neighbors=0)
+    asked = {}
+    for round_number in (1, 2, 11, 12):
+        calls: list[tuple[str, ...]] = []
+        prepare = method.phases(round_number)[0].prepare
+        assert prepare is not None
+        prepare(survey(known, x, method.initial_memory(known.candidates), calls))
+        asked[round_number] = ("global", "clean") in calls
+    assert asked == {1: False, 2: True, 11: False, 12: True}
+
+
 def test_what_nothing_reaches_is_not_learnt() -> None:
     """A bag half of ones is told so; samples in no bag and without a neighbour in one are told nothing."""
     known = in_bags(torch.tensor([1, 0, 0, 0, 0, 1]), 2)
