@@ -59,12 +59,12 @@ class Beliefs(NamedTuple):
     probability: Tensor
     """(n,) p(z_i = 1); for several classes (n, classes)."""
     converged: bool
-    """Whether no belief was to change by `tolerance` or more in the last iteration."""
+    """Whether in the last iteration no belief, and no message along an edge, was to change by `tolerance` or more."""
     iterations: int
     """How many there were."""
     residual: float
     """The largest change of a belief that the last iteration asked for, before damping: in log-odds, of which what is
-    beyond +-`VISIBLE` counts a thousandth."""
+    beyond +-`VISIBLE` counts a thousandth; where beliefs rest, of a message along an edge if that is larger."""
 
 
 def marginals(
@@ -137,6 +137,8 @@ def marginals(
             from_bag.lerp_(bags.messages(unary + from_edges), 1 - keep)
             before, total = total, unary + from_bag + from_edges
             residual = change(before, total) / (1 - keep)
+            if residual < tolerance:  # what arrives may cancel where what is sent on does not
+                residual = max(residual, graph.unrest(total))
     probability = total.sigmoid().masked_fill(ones, 1.0).masked_fill(zeros, 0.0)
     return Beliefs(probability, residual < tolerance, iteration, residual)
 
@@ -235,6 +237,12 @@ class _Edges:
         back = self._agree(total.index_select(0, self.second) - self.forward)
         self.forward.lerp_(onward, 1 - damping)
         self.backward.lerp_(back, 1 - damping)
+
+    def unrest(self, total: Tensor) -> float:
+        """Returns the largest change of a message that is still to come; total: (n,) beliefs."""
+        onward = self._agree(total.index_select(0, self.first) - self.backward) - self.forward
+        back = self._agree(total.index_select(0, self.second) - self.forward) - self.backward
+        return float(torch.maximum(onward.abs_().amax(), back.abs_().amax()))
 
     def _agree(self, cavity: Tensor) -> Tensor:
         """Returns log (exp(-a) + exp(c)) / (1 + exp(c - a)): a label of log-odds c, to one that differs at cost a."""

@@ -241,6 +241,11 @@ def class_posterior(log_probs: Tensor, counts: Tensor) -> Tensor:
     Raises:
         ValueError: counts that are impossible, contradicted, or with more than `CLASS_STATES` vectors up to them.
     """
+    return (class_messages(log_probs, counts) + log_probs).softmax(-1)
+
+
+def class_messages(log_probs: Tensor, counts: Tensor) -> Tensor:
+    """Returns log p(counts | y_i = c), up to a number per sample, of what the others say; as `class_posterior`."""
     n, classes = log_probs.shape[-2:]
     given, limits = log_probs.reshape(-1, n, classes), counts.reshape(-1, classes)
     wrong = ((limits < 0).any(1) | (limits.sum(1) != n)).nonzero()
@@ -271,15 +276,15 @@ def class_posterior(log_probs: Tensor, counts: Tensor) -> Tensor:
     for i in range(n - 1):
         before.append((moved(before[-1], source) + given[:, i, None]).logsumexp(2))
     after = torch.where(state[:, 0] == (limits + 1).prod(1)[:, None] - 1, 0.0, nowhere)
-    posterior = torch.empty_like(given)
+    messages = torch.empty_like(given)
     for i in range(n - 1, -1, -1):
         following = moved(after, target)
-        posterior[:, i] = (before[i][:, :, None] + following).logsumexp(1) + given[:, i]
+        messages[:, i] = (before[i][:, :, None] + following).logsumexp(1)
         after = (following + given[:, i, None]).logsumexp(2)
-    wrong = (posterior == -math.inf).all(2).any(1).nonzero()
+    wrong = (messages + given == -math.inf).all(2).any(1).nonzero()
     if len(wrong):
         raise ValueError(f"Bag {int(wrong[0])} contradicts itself: none of its possible labels have its counts.")
-    return posterior.softmax(2).view(log_probs.shape)
+    return messages.view(log_probs.shape)
 
 
 def check_counts(least: Tensor, most: Tensor, sizes: Tensor, classes: int = 1) -> None:

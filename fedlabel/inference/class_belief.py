@@ -18,7 +18,7 @@ from fedlabel.inference.belief import (
     count_members,
     of_bag,
 )
-from fedlabel.inference.cardinality import CERTAIN, CLASS_STATES, LARGEST, check_counts, check_evidence, class_posterior
+from fedlabel.inference.cardinality import CERTAIN, CLASS_STATES, LARGEST, check_counts, check_evidence, class_messages
 
 
 def class_marginals(
@@ -104,6 +104,8 @@ def class_marginals(
         from_bag.lerp_(bags.messages(unary + from_edges, from_bag), 1 - keep)
         before, total = total, unary + from_bag + from_edges
         residual = 0.0 if alone else change(before.log_softmax(1), total.log_softmax(1)) / (1 - keep)
+        if residual < tolerance and not alone:  # what arrives may cancel where what is sent on does not
+            residual = max(residual, graph.unrest(total))
     probability = total.softmax(1).masked_fill(~possible, 0.0)
     return Beliefs(probability / probability.sum(1, keepdim=True), residual < tolerance, iteration, residual)
 
@@ -122,6 +124,12 @@ class _ClassEdges:
         back = self._agree(total[self.second] - self.forward)
         self.forward.lerp_(onward, 1 - damping)
         self.backward.lerp_(back, 1 - damping)
+
+    def unrest(self, total: Tensor) -> float:
+        """See `_Edges.unrest`; total: (n, classes)."""
+        onward = self._agree(total[self.first] - self.backward) - self.forward
+        back = self._agree(total[self.second] - self.forward) - self.backward
+        return float(torch.cat([onward, back]).abs().max()) if len(self.first) else 0.0
 
     def _agree(self, cavity: Tensor) -> Tensor:
         return (self.differs + (1 - self.differs) * cavity.softmax(1)).log().clamp_min(-LARGEST)
@@ -175,14 +183,12 @@ class _JointBags:
     def check(self, possible: Tensor) -> None:
         """Raises ValueError if the possible classes, (n, classes) bool, contradict the counts of a bag."""
         for members, counts in self.stacks:
-            class_posterior(torch.where(possible[members], 0.0, -math.inf), counts)
+            class_messages(torch.where(possible[members], 0.0, -math.inf), counts)
 
     def messages(self, cavity: Tensor, from_bag: Tensor) -> Tensor:
         """See `_ClassBags.messages`."""
         result = torch.zeros_like(cavity)
         for members, counts in self.stacks:
-            given = cavity[members].log_softmax(2).clamp_min(-LARGEST)
-            message = class_posterior(given, counts).log() - given
-            message = message - message.amax(2, keepdim=True)
-            result[members] = message.clamp_min(-LARGEST)
+            message = class_messages(cavity[members].log_softmax(2), counts)
+            result[members] = (message - message.amax(2, keepdim=True)).clamp_min(-CERTAIN)
         return result

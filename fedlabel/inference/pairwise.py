@@ -41,13 +41,24 @@ def sum_product(
     first, second = pairs.unbind(1)
     forward, backward = torch.zeros_like(coupling), torch.zeros_like(coupling)
     total, residual, iteration = unary, float("inf"), 0
+
+    def wanted() -> tuple[Tensor, Tensor]:
+        onward, back = total[first] - backward, total[second] - forward
+        return (
+            logsigmoid(-onward) - logsigmoid(-onward - coupling),
+            logsigmoid(-back) - logsigmoid(-back - coupling),
+        )
+
     while residual >= tolerance and iteration < max_iterations:
         iteration += 1
-        onward, back = total[first] - backward, total[second] - forward
-        forward.lerp_(logsigmoid(-onward) - logsigmoid(-onward - coupling), 1 - damping)
-        backward.lerp_(logsigmoid(-back) - logsigmoid(-back - coupling), 1 - damping)
+        onward, back = wanted()
+        forward.lerp_(onward, 1 - damping)
+        backward.lerp_(back, 1 - damping)
         before, total = total, unary.index_add(0, second, forward).index_add(0, first, backward)
         residual = change(before, total) / (1 - damping)
+        if residual < tolerance and len(pairs):  # what arrives may cancel where what is sent on does not
+            onward, back = wanted()
+            residual = max(residual, float((onward - forward).abs().max()), float((back - backward).abs().max()))
     return total, iteration, residual
 
 

@@ -528,3 +528,36 @@ def test_arrays_and_lists_will_do() -> None:
     assert torch.equal(marginals(*arguments).probability, of_tensors.probability)  # type: ignore[arg-type]
     of_arrays = marginals(*map(np.array, arguments))
     assert torch.allclose(of_arrays.probability.float(), of_tensors.probability, atol=1e-4)
+
+
+def test_messages_that_cancel_everywhere_are_not_taken_for_rest() -> None:
+    """Trees, so exact: beliefs stand still for a while at the middle, whose two neighbours pull to either side."""
+    x = [torch.zeros(9).double(), torch.tensor([0] * 4 + [1] * 4 + [-1]), torch.tensor([1, 3])]
+    edges, weight = torch.tensor([[0, 8], [8, 4]]), torch.tensor([0.7, 0.7]).double()
+    found = marginals(*x, edges, weight)
+    assert found.converged
+    torch.testing.assert_close(found.probability, enumerate_marginals(*x, edges, weight), atol=1e-5, rtol=0)
+    assert float(found.probability[0]) > 0.27  # 1/4 without the edge
+    alone = [torch.tensor([1.0, 0, -1]).double(), torch.full((3,), -1), torch.zeros(0, dtype=torch.int64)]
+    chain, ones = torch.tensor([[0, 1], [1, 2]]), torch.ones(2).double()
+    for factor in ("cardinality", "pairwise"):
+        beliefs = marginals(*alone, chain, ones, lambda_bag=1.0, factor=factor)
+        assert beliefs.probability.tolist() == pytest.approx([0.690439, 0.5, 0.309561], abs=1e-4)
+    log_probs = torch.stack([torch.zeros(3).double(), alone[0]], 1)
+    nothing = torch.zeros(0, 2, dtype=torch.int64)
+    classes = class_marginals(log_probs, alone[1], nothing, chain, ones, lambda_edge=0.5)
+    assert classes.probability[:, 1].tolist() == pytest.approx([0.690439, 0.5, 0.309561], abs=1e-4)
+
+
+def test_strong_evidence_on_classes_keeps_counts() -> None:
+    """Of four samples that are all but certain of class 1 one is in it: the one that is surest beside class 0."""
+    log_probs = torch.tensor([[0.0, 90, -200], [0, 80, -200], [0, 70, -200], [0, 60, -200]]).double()
+    bag, counts = torch.zeros(4, dtype=torch.int64), torch.tensor([[3, 1, 0]])
+    nothing = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0).double()
+    found = class_marginals(log_probs, bag, counts, *nothing)
+    two = bag_posterior(log_probs[:, 1] - log_probs[:, 0], torch.tensor(1))
+    torch.testing.assert_close(found.probability[:, 1], two, atol=1e-9, rtol=0)
+    assert found.probability[:, 1].tolist() == pytest.approx([0.99995, 5e-5, 2e-9, 1e-13], abs=1e-5)
+    certain = torch.tensor([[0.0, -math.inf, -math.inf], [0, -60, -200]]).double()
+    left = class_marginals(certain, bag[:2], torch.tensor([[1, 1, 0]]), *nothing)
+    assert left.probability.tolist() == [[1, 0, 0], [pytest.approx(0, abs=1e-9), pytest.approx(1), 0]]
