@@ -224,25 +224,27 @@ def compare(
     metric: Annotated[
         str, typer.Option(help="What rows are ranked and tested by: eval/accuracy, eval/auc or eval/balanced_accuracy.")
     ] = "eval/accuracy",
+    column: Annotated[
+        str, typer.Option(help="And at which round: last, mean_last_10 or selected (see evaluation.select).")
+    ] = "mean_last_10",
 ) -> None:
     """Tables, tests, curves and a report page from finished runs."""
     from fedlabel.comparison.output import write_comparison
-    from fedlabel.comparison.runs import ACCURACY, METRICS, read_comparison
+    from fedlabel.comparison.runs import read_comparison
     from fedlabel.sweep import SWEEP_JSON
 
     with _reported():
         keys = [key.strip() for key in by.split(",") if key.strip()]
-        comparison = read_comparison(paths, keys, target or (), metric)
+        comparison = read_comparison(paths, keys, target or (), metric, column)
         folder = out or (paths[0] if (paths[0] / SWEEP_JSON).is_file() else Path("comparison"))
         written = write_comparison(comparison, folder, baseline)
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     for name, section in comparison.sections.items():
-        named = "mean of last 10" if metric == ACCURACY else f"{METRICS[metric]}, mean of last 10"
-        table = Table("method", "seeds", named, "worst client", title=name)
+        table = Table("method", "seeds", comparison.ranked_by, "worst client", title=name)
         for row, runs in section.items():
-            columns = (metric, "eval/worst_client_accuracy")
-            means = [sum(run.value(metric) for run in runs) / len(runs) for metric in columns]
+            scores = [(comparison.score(run), run.value("eval/worst_client_accuracy")) for run in runs]
+            means = [sum(values) / len(runs) for values in zip(*scores, strict=True)]
             table.add_row(row, str(len(runs)), *(f"{100 * value:.1f}" for value in means))
         console.print(table)
     console.print("Written:", *written, sep="\n  ", soft_wrap=True, highlight=False)

@@ -90,8 +90,8 @@ class EvaluationConfig:
     select: str | None = None
     """Which evaluated round's model the run puts forward, beside the last: the best one on the validation split.
     bag_mae goes by the counts of bags alone; instance_auc, instance_accuracy and instance_loss look at single labels of
-    that split. summary.json has each metric at that round as `selected`, checkpoints/selected.pt the weights; in a
-    method of stages (llp_bp) the next stage gets the best model of the one before. null: none."""
+    that split. summary.json has each metric at that round as `selected`, checkpoints/selected_ROUND.pt the weights;
+    where a method has stages (llp_bp) the next one gets the best model of the one before. null: none."""
     panel_samples: int = 16
     """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last round and every 10th evaluation;
     0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is

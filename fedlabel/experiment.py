@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -101,6 +102,12 @@ class Experiment:
                 f"`evaluation.select` (={select}) goes by the validation split, which is empty: set "
                 f"data.validation_fraction (={config.data.validation_fraction:g}) above 0, or evaluation.select=null."
             )
+        labels = self.federation.dataset.validation.labels
+        if select == "instance_auc" and bool((labels == labels[0]).all()):
+            raise ValueError(
+                f"`evaluation.select` (={select}) needs samples of both classes in the validation split, and all "
+                f"{len(labels)} are of one: raise data.validation_fraction (={config.data.validation_fraction:g})."
+            )
         federation = self._federation(split)
         dataset, bags = federation.dataset, federation.test_bags
         classes = dataset.num_classes
@@ -199,10 +206,13 @@ class Experiment:
         return self._evaluate(states, shared, self.judged)
 
     def selection_score(self, states: Mapping[str, StateDict], shared: State) -> float | None:
-        """Returns what `evaluation.select` asks of the same model on the validation split; None where nothing is."""
+        """Returns what `evaluation.select` asks of the same model on the validation split; None where nothing is asked,
+        or the answer is no number.
+        """
         select = self.config.evaluation.select
         found = self._evaluate(states, shared, self.selects_by) if self.selects_by is not None else None
-        return None if found is None or select is None else found.metrics()[SELECT[select]]
+        score = None if found is None or select is None else found.metrics()[SELECT[select]]
+        return score if score is not None and math.isfinite(score) else None
 
     def _evaluate(self, states: Mapping[str, StateDict], shared: State, on: Judged) -> Evaluation | None:
         models = {name: frozen_model(self.teacher, state) for name, state in states.items()}

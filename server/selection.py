@@ -13,38 +13,45 @@ from fedlabel.methods.base import Method
 from fedlabel.methods.steps import StateDict
 from fedlabel.tracking import best_row, lower_is_better, write_atomic
 
-SELECTED = "selected.pt"
+SELECTED = "selected_{:06d}.pt"
+"""Weights by name; the round is in the name."""
 
 
 class Selection:
-    """The best model so far, of all rounds (as a file of weights by name) and of the stage."""
+    """The best model so far: of all rounds, as a file, and of the stage."""
 
     def __init__(
         self, folder: Path, key: str | None, method: Method, rows: Sequence[Mapping[str, Any]], stage_model: StateDict
     ) -> None:
-        """Goes on where a run stands.
+        """Goes on where a run stands; files of later rounds, which will be done again, are removed.
 
         Args:
-            folder: gets `SELECTED`.
+            folder: gets a file `SELECTED`.
             key: the metric's tag; None: nothing is selected.
             method: says where stages begin.
             rows: of the rounds that are done.
             stage_model: the best of their last stage.
         """
-        self._file, self._key = folder / SELECTED, key
+        self._folder, self._key = folder, key
         done = rows[-1]["round"] if rows else 0
         begun = next((number for number in range(done, 0, -1) if method.starts_stage(number)), 1)
-        self._best = self._of(rows)
-        self._of_stage = self._of([row for row in rows if row["round"] >= begun])
+        best = None if key is None else best_row(rows, key)
+        of_stage = None if key is None else best_row([row for row in rows if row["round"] >= begun], key)
+        self._best: float | None = None if best is None or key is None else best[key]
+        self._best_round = 0 if best is None else best["round"]
+        self._of_stage: float | None = None if of_stage is None or key is None else of_stage[key]
         self.stage_model = stage_model
         """The best weights of this stage; empty where no round of it was scored."""
+        for file in self._files():
+            if int(file.stem.rpartition("_")[2]) > done:
+                file.unlink()
 
     def begin_stage(self) -> StateDict:
         """Returns the best weights of the stage that ends, and forgets them."""
         ended, self.stage_model, self._of_stage = self.stage_model, {}, None
         return ended
 
-    def see(self, metrics: Mapping[str, float], model: StateDict) -> None:
+    def see(self, round_number: int, metrics: Mapping[str, float], model: StateDict) -> None:
         """Takes in a round; a model that is only as good as an earlier one is not better."""
         score = metrics.get(self._key) if self._key is not None else None
         if score is None:
@@ -52,14 +59,19 @@ class Selection:
         if self._better(score, self._of_stage):
             self._of_stage, self.stage_model = score, model
         if self._better(score, self._best):
-            self._best = score
+            self._best, self._best_round = score, round_number
             buffer = io.BytesIO()
             torch.save({name: value.cpu() for name, value in model.items()}, buffer)
-            write_atomic(self._file, buffer.getbuffer())
+            write_atomic(self._folder / SELECTED.format(round_number), buffer.getbuffer())
 
-    def _of(self, rows: Sequence[Mapping[str, Any]]) -> float | None:
-        row = best_row(rows, self._key) if self._key is not None else None
-        return None if row is None or self._key is None else row[self._key]
+    def settle(self) -> None:
+        """Removes files of models that are no longer the best: a checkpoint has been written, nothing goes back."""
+        for file in self._files():
+            if file.name != SELECTED.format(self._best_round):
+                file.unlink()
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("selected_*.pt"))
 
     def _better(self, score: float, best: float | None) -> bool:
         assert self._key is not None

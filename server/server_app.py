@@ -216,7 +216,7 @@ def _rounds(
         judged = {name: state for name, state in judged.items() if state}
         evaluated = judged if last or round_number % config.evaluation.every == 0 else None
         metrics = log_round(folder, experiment, tally, evaluated, states, shared, watches, started)
-        selection.see(metrics, model)
+        selection.see(round_number, metrics, model)
         if last or round_number % config.checkpoint.every == 0:
             kept = grid.dump_states() if isinstance(grid, SimulationGrid) else {}
             helpers = pool.dump() if pool is not None else {}
@@ -234,6 +234,7 @@ def _rounds(
                 _cpu(selection.stage_model),
             )
             save_checkpoint(folder.checkpoints, saved, config.checkpoint.keep)
+            selection.settle()
         on_round(round_number, metrics)
 
 

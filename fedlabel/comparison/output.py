@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from fedlabel.comparison.runs import METRICS, Comparison, Run, differing_keys, plain
+from fedlabel.comparison.runs import ACCURACY, COLUMN, METRICS, Comparison, Run, differing_keys, plain
 from fedlabel.comparison.statistics import Column, PairedTest, against_baseline, columns, over_seeds, show
 from fedlabel.config import flatten, load_config
 from fedlabel.figures import curves_figure, save_png, svg_bytes
@@ -26,8 +26,15 @@ from fedlabel.tracking import write_atomic
 
 MEAN = "mean of last 10"
 """Title of the column beside which the published numbers stand."""
-RANKED_BY = {"eval/accuracy": "accuracy_mean_last_10", "eval/auc": "auc", "eval/balanced_accuracy": "balanced_accuracy"}
-"""What rows are ranked by -> the column that holds it."""
+RANKED_BY = {
+    (ACCURACY, "last"): "accuracy_last",
+    (ACCURACY, COLUMN): "accuracy_mean_last_10",
+    (ACCURACY, "selected"): "accuracy_selected",
+    ("eval/auc", COLUMN): "auc",
+    ("eval/auc", "selected"): "auc_selected",
+    ("eval/balanced_accuracy", COLUMN): "balanced_accuracy",
+}
+"""What rows are ranked by -> the table's column that holds it, where one does."""
 TABLES = {
     "accuracy": (
         "Accuracy",
@@ -100,7 +107,8 @@ def write_comparison(comparison: Comparison, out: Path, baseline: str | None = N
             f"{f' Did you mean {near[0]}?' if near else ''}"
         )
     tests = {
-        name: against_baseline(section, baseline, comparison.metric) for name, section in comparison.sections.items()
+        name: against_baseline(section, baseline, comparison.metric, comparison.column)
+        for name, section in comparison.sections.items()
     }
     shown = columns(comparison.targets)
     names = _file_names(list(comparison.sections))
@@ -153,9 +161,10 @@ def tables(comparison: Comparison, name: str, tests: Mapping[str, PairedTest], s
                 for cells in [header, *rows]:
                     cells.insert(place, "published" if cells is header else published.get(cells[0], "–"))
             ranked = [place for place, runs in enumerate(section.values()) if not _is_bound(runs)]
-            scores = [over_seeds([run.value(comparison.metric) for run in runs]).mean for runs in section.values()]
-            column = header.index(next(c.title for c in used if c.key == RANKED_BY[comparison.metric]))
-            best = (max(ranked, key=scores.__getitem__), column) if ranked else None
+            scores = [over_seeds([comparison.score(run) for run in runs]).mean for runs in section.values()]
+            key = RANKED_BY.get((comparison.metric, comparison.column))
+            places = [header.index(column.title) for column in used if column.key == key]
+            best = (max(ranked, key=scores.__getitem__), places[0]) if ranked and places else None
         found.append(Table(title, header, rows, best))
     return found
 
@@ -255,8 +264,8 @@ def remarks(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
     texts = [
         "Mean ± sample standard deviation over seeds; the mean of the last 10 evaluations (or rounds) where not said "
         "otherwise.",
-        f"Difference: to the row named (the best of the others, if none was chosen) in {METRICS[comparison.metric]}, "
-        "the mean of the last 10, in points, over common seeds. p: paired two-sided t test of it, corrected by Holm "
+        f"Difference: to the row named (the best of the others, if none was chosen) in "
+        f"{comparison.ranked_by}, in points, over common seeds. p: paired two-sided t test of it, corrected by Holm "
         "for the tests of the section; – with fewer than two seeds or without a variance. That the best row was picked "
         "on the same runs is not corrected for.",
         *(f"{title}: {note}" for title, note in TABLES.values() if title in there),

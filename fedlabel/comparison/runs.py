@@ -23,6 +23,8 @@ ACCURACY, COLUMN = "eval/accuracy", "mean_last_10"
 """What rows are ranked and tested by where nothing else is asked for, of summary.json."""
 METRICS = {ACCURACY: "accuracy", "eval/auc": "AUC", "eval/balanced_accuracy": "balanced accuracy"}
 """What they may be ranked and tested by, and its name."""
+WHEN = {"last": "after the last round", COLUMN: "mean of the last 10", "selected": "at the selected round"}
+"""And at which round: keys of a metric in summary.json."""
 ROW_KEYS = ("method.", "training.lr", "training.prox_mu", "training.max_grad_norm", "strategy.")
 """Keys (or groups of them) that make a row."""
 MACHINE_KEYS = (
@@ -98,6 +100,17 @@ class Comparison:
     """How hyper-parameters were chosen; of a sweep."""
     metric: str = ACCURACY
     """What rows are ranked and tested by, one of `METRICS`."""
+    column: str = COLUMN
+    """One of `WHEN`."""
+
+    def score(self, run: Run) -> float:
+        """Returns what a run is ranked by."""
+        return run.value(self.metric, self.column)
+
+    @property
+    def ranked_by(self) -> str:
+        """Says what rows are ranked by."""
+        return f"{METRICS[self.metric]}, {WHEN[self.column]}"
 
     @property
     def runs(self) -> list[Run]:
@@ -106,7 +119,11 @@ class Comparison:
 
 
 def read_comparison(
-    paths: Sequence[Path], by: Sequence[str] = (), targets: Sequence[float] = (), metric: str = ACCURACY
+    paths: Sequence[Path],
+    by: Sequence[str] = (),
+    targets: Sequence[float] = (),
+    metric: str = ACCURACY,
+    column: str = COLUMN,
 ) -> Comparison:
     """Returns what a sweep's folder, or run folders and folders of them, hold.
 
@@ -115,6 +132,7 @@ def read_comparison(
         by: keys of which every combination of values is a section; not for a sweep, which has its settings.
         targets: accuracies; default: the sweep's.
         metric: what rows are ranked and tested by, one of `METRICS`.
+        column: of that metric, one of `WHEN`.
 
     Raises:
         ValueError: there is no finished run, a run is damaged, or runs are not comparable.
@@ -127,11 +145,16 @@ def read_comparison(
             raise ValueError(f"{path} is no folder; give run folders, folders that hold some, or a sweep's folder.")
     if metric not in METRICS:
         raise ValueError(f"`--metric` (={metric}) must be one of {', '.join(METRICS)}.")
-    comparison = _read(paths, by, targets)
-    lacking = [str(run.path) for run in comparison.runs if math.isnan(run.value(metric))]
+    if column not in WHEN:
+        raise ValueError(f"`--column` (={column}) must be one of {', '.join(WHEN)}.")
+    comparison = replace(_read(paths, by, targets), metric=metric, column=column)
+    lacking = [str(run.path) for run in comparison.runs if math.isnan(comparison.score(run))]
     if lacking:
-        raise ValueError(f"`--metric` (={metric}) is not in the summary of {len(lacking)} runs, e.g. {lacking[0]}.")
-    return replace(comparison, metric=metric)
+        raise ValueError(
+            f"`--metric` (={metric}) with `--column` (={column}) is not in the summary of {len(lacking)} runs, e.g. "
+            f"{lacking[0]}: rank by something that all have (selected needs evaluation.select)."
+        )
+    return comparison
 
 
 def _read(paths: Sequence[Path], by: Sequence[str], targets: Sequence[float]) -> Comparison:

@@ -88,7 +88,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def against_baseline(section: Section, baseline: str | None = None, metric: str = ACCURACY) -> dict[str, PairedTest]:
+def against_baseline(
+    section: Section, baseline: str | None = None, metric: str = ACCURACY, column: str = COLUMN
+) -> dict[str, PairedTest]:
     """Returns every row's test against its baseline.
 
     Args:
@@ -96,8 +98,9 @@ def against_baseline(section: Section, baseline: str | None = None, metric: str 
         baseline: the row that all are tested against (none is, where the section lacks it); None: for each row the
             best of the others. Upper bounds, which see every label, are neither tested nor a baseline unless named.
         metric: of summary.json; high is good.
+        column: of the metric.
     """
-    scores = {name: {run.config.seed: run.value(metric) for run in runs} for name, runs in section.items()}
+    scores = {name: {run.config.seed: run.value(metric, column) for run in runs} for name, runs in section.items()}
     contestants = [name for name, runs in section.items() if not runs[0].config.method.oracle_labels]
     tests: dict[str, PairedTest] = {}
     for name in section:

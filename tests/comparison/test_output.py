@@ -195,14 +195,18 @@ def test_rows_may_be_ranked_and_tested_by_another_metric(tmp_path: Path) -> None
     make_run(tmp_path / "runs" / "b", "method.name=fixmatch", accuracy=(0.5, 0.5), auc=(0.8, 0.6))
     result = call(tmp_path / "runs", "--out", tmp_path / "by", "--metric", "eval/auc")
     assert result.exit_code == 0, result.output
-    assert "AUC, mean of last 10" in result.output
+    assert "AUC, mean of the last 10" in result.output
     text = (tmp_path / "by" / "compare.md").read_text()
     assert "| fixmatch | 1 | 0.1 | 50.0 | 50.0 | 50.0 | **70.0** | 80.0 | +20.0 (supervised) | – |" in text
-    assert "in AUC, the mean of the last 10" in text
+    assert "in AUC, mean of the last 10, in points" in text
     comparison = read_comparison([tmp_path / "runs"], metric="eval/auc")
     axis = curves(comparison, "all").axes[0]
     assert axis.get_ylabel() == "test AUC (%)"
     assert [list(line.get_ydata()) for line in axis.lines][:2] == [[40, 60], [80, 60]]
+    selected = call(tmp_path / "runs", "--out", tmp_path / "by", "--metric", "eval/auc", "--column", "selected")
+    assert selected.exit_code == 0, selected.output
+    text = (tmp_path / "by" / "compare.md").read_text()
+    assert "| fixmatch | 1 | 0.1 | 50.0 | 50.0 | 50.0 | 70.0 | **80.0** | +40.0 (supervised) | – |" in text
     by_accuracy = call(tmp_path / "runs", "--out", tmp_path / "by")
     assert by_accuracy.exit_code == 0
     assert "| supervised | 1 | 0.1 | 60.0 | **60.0** |" in (tmp_path / "by" / "compare.md").read_text()
@@ -213,7 +217,12 @@ def test_a_metric_that_runs_lack_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "b", "seed=1")
     result = call(tmp_path / "runs", "--metric", "eval/auc")
     assert result.exit_code == 2
-    assert "`--metric` (=eval/auc) is not in the summary of 1 runs" in " ".join(result.output.split())
+    assert "`--metric` (=eval/auc) with `--column` (=mean_last_10) is not in the summary of 1 runs" in " ".join(
+        result.output.split()
+    )
     other = call(tmp_path / "runs", "--metric", "eval/loss")
     assert other.exit_code == 2
     assert "`--metric` (=eval/loss) must be one of eval/accuracy, eval/auc" in " ".join(other.output.split())
+    column = call(tmp_path / "runs", "--column", "first")
+    assert column.exit_code == 2
+    assert "`--column` (=first) must be one of last, mean_last_10, selected" in " ".join(column.output.split())

@@ -46,14 +46,17 @@ def test_the_best_of_all_rounds_and_of_the_stage(tmp_path: Path) -> None:
     method = LLPBP(stage_rounds=3)
     selection = Selection(tmp_path, "select/bag_mae", method, [], {})
     for number, error in ((1, 0.4), (2, 0.2), (3, 0.3)):
-        selection.see({"select/bag_mae": error}, weights(number))
-    selection.see({"eval/bag_mae": 0.0}, weights(9))  # a round that was not scored
+        selection.see(number, {"select/bag_mae": error}, weights(number))
+    selection.see(4, {"eval/bag_mae": 0.0}, weights(9))  # a round that was not scored
     assert selection.begin_stage() == weights(2)
     assert selection.stage_model == {}
     for number, error in ((4, 0.25), (5, 0.25)):
-        selection.see({"select/bag_mae": error}, weights(number))
+        selection.see(number, {"select/bag_mae": error}, weights(number))
     assert selection.begin_stage() == weights(4)
-    assert torch.load(tmp_path / SELECTED, weights_only=True) == weights(2)
+    assert torch.load(tmp_path / SELECTED.format(2), weights_only=True) == weights(2)
+    assert {path.name for path in tmp_path.iterdir()} == {"selected_000001.pt", "selected_000002.pt"}
+    selection.settle()
+    assert {path.name for path in tmp_path.iterdir()} == {"selected_000002.pt"}
 
 
 @pytest.mark.parametrize(("done", "later", "kept", "in_file"), [(4, 0.24, 5, None), (4, 0.26, 4, None), (4, 0.1, 5, 5)])
@@ -62,18 +65,35 @@ def test_it_goes_on_where_a_run_stands(tmp_path: Path, done: int, later: float, 
     errors = [0.4, 0.2, 0.3, 0.25][:done]
     found = [{"round": number, "select/bag_mae": error} for number, error in enumerate(errors, 1)]
     selection = Selection(tmp_path, "select/bag_mae", LLPBP(stage_rounds=3), found, weights(4))
-    selection.see({"select/bag_mae": later}, weights(5))
+    selection.see(5, {"select/bag_mae": later}, weights(5))
     assert selection.stage_model == weights(kept)
-    assert (tmp_path / SELECTED).exists() == (in_file is not None)
+    assert (tmp_path / SELECTED.format(5)).exists() == (in_file is not None)
+
+
+def test_a_round_that_is_done_again_leaves_no_model_of_the_first_time(tmp_path: Path) -> None:
+    """Killed after round 4, which was the best; the checkpoint is of round 3, and then round 4 turns out worse."""
+    method = Supervised()
+    first = Selection(tmp_path, "select/loss", method, [], {})
+    found = []
+    for number, loss in ((1, 0.4), (2, 0.2), (3, 0.3)):
+        first.see(number, {"select/loss": loss}, weights(number))
+        found.append({"round": number, "select/loss": loss})
+    first.settle()
+    first.see(4, {"select/loss": 0.1}, weights(4))
+    again = Selection(tmp_path, "select/loss", method, found, weights(2))
+    again.see(4, {"select/loss": 0.25}, weights(4))
+    again.settle()
+    assert [path.name for path in tmp_path.iterdir()] == ["selected_000002.pt"]
+    assert again.stage_model == weights(2)
 
 
 def test_nothing_is_selected_without_a_metric_and_high_accuracy_is_good(tmp_path: Path) -> None:
     without = Selection(tmp_path, None, Supervised(), [{"round": 1}], {})
-    without.see({"select/accuracy": 0.5}, weights(1))
+    without.see(1, {"select/accuracy": 0.5}, weights(1))
     assert (without.stage_model, list(tmp_path.iterdir())) == ({}, [])
     accuracy = Selection(tmp_path, "select/accuracy", Supervised(), [], {})
     for number, value in enumerate((0.5, 0.7, 0.7, 0.6)):
-        accuracy.see({"select/accuracy": value}, weights(number))
+        accuracy.see(number, {"select/accuracy": value}, weights(number))
     assert accuracy.stage_model == weights(1)
     assert best_row([{"a": 1}], "select/accuracy") is None
 
@@ -90,7 +110,9 @@ def test_a_run_says_what_it_selected_and_hands_it_to_the_next_stage(select: str,
     written = json.loads((result.path / "summary.json").read_text())
     assert written["eval/accuracy"]["selected"] == result.metrics[best]["eval/accuracy"]
     saved = [load_checkpoint(path) for path in sorted((result.path / "checkpoints").glob("round_*.ckpt"))]
-    chosen = torch.load(result.path / "checkpoints" / SELECTED, weights_only=True)
+    (file,) = (result.path / "checkpoints").glob("selected_*.pt")
+    assert file.name == SELECTED.format(best + 1)
+    chosen = torch.load(file, weights_only=True)
     assert all(torch.equal(value, saved[best].model[name]) for name, value in chosen.items())
     first_stage = max(range(3), key=lambda place: sign * scores[place])
     for later in saved[3:]:
@@ -122,7 +144,8 @@ def test_selection_is_resumed_to_the_bit(tmp_path: Path) -> None:
     resumed = fedlabel.run(name="x", out=tmp_path, resume=True)
     assert rows(resumed.path) == rows(whole.path)
     assert resumed.summary["selected_round"] == whole.summary["selected_round"]
-    for find in (final_weights, lambda path: torch.load(path / "checkpoints" / SELECTED, weights_only=True)):
+    file = SELECTED.format(whole.summary["selected_round"])
+    for find in (final_weights, lambda path: torch.load(path / "checkpoints" / file, weights_only=True)):
         expected = find(whole.path)
         assert all(torch.equal(value, expected[name]) for name, value in find(resumed.path).items())
 
@@ -139,6 +162,10 @@ def test_selection_is_resumed_to_the_bit(tmp_path: Path) -> None:
         (
             ["evaluation.select=instance_loss", "data.validation_fraction=0"],
             r"`evaluation.select` \(=instance_loss\) goes by the validation split, which is empty",
+        ),
+        (
+            [*BAGS, "evaluation.select=instance_auc", "data.validation_fraction=0.003"],
+            r"`evaluation.select` \(=instance_auc\) needs samples of both classes in the validation split, and all ",
         ),
     ],
 )
