@@ -114,7 +114,8 @@ class Federation:
 
         The names of the classes; per client how many samples of each kind (a set of one class counts as a label, one of
         all as nothing), how many candidates the sets have and how many hold the truth, of bags how many there are of
-        each size and how many have wrong counts, and of noisy labels the matrix of counts (true class, label).
+        each size and how many have wrong counts, and of noisy labels the matrix of counts (true class, label); of
+        several annotators that of each, too.
         """
         rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
         record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
@@ -122,6 +123,8 @@ class Federation:
         size = record.candidates[sets].sum(1)
         holds = record.candidates[sets].gather(1, truth[sets][:, None])
         counts = self.noise_counts()[0]
+        annotators = record.annotations.shape[1]
+        each = {"annotators": self.noise_counts(annotators).tolist()} if annotators > 1 else {}
         return {
             "classes": list(self.dataset.class_names),
             "kinds": {"names": list(KIND_NAMES), "clients": self.kinds().tolist()},
@@ -130,7 +133,7 @@ class Federation:
                 "hold_the_truth": int(holds.sum()),
             },
             "bags": self._bags(record, truth),
-            "noisy_labels": {"counts": counts.tolist(), "wrong": int(counts.sum() - np.trace(counts))},
+            "noisy_labels": {"counts": counts.tolist(), "wrong": int(counts.sum() - np.trace(counts)), **each},
         }
 
     def _bags(self, record: Supervision, truth: torch.Tensor) -> dict[str, Any]:

@@ -6,7 +6,9 @@ miss the truth (Chen et al., "Imprecise Label Learning", NeurIPS 2024).
 
 What differs: similar candidates, instance-dependent candidates and instance-dependent noise all come from one small
 network that is trained on the true labels of the samples of which something will be known; the noise then goes to the
-samples that the network finds hard, exactly as many as asked for.
+samples that the network finds hard, exactly as many as asked for. Xu et al. let class j in with probability p_j / (the
+largest p of a wrong class), so the likeliest wrong class always; here p is scaled so that sets have the size that
+`partial_ratio` asks for.
 """
 
 from __future__ import annotations

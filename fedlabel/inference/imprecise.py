@@ -23,14 +23,15 @@ def posterior(logits: Tensor, log_likelihood: Tensor) -> Tensor:
     """Returns q(y) = p(y | x) p(information | y) / normaliser, the E step.
 
     Args:
-        logits: (n, classes) of p(y | x), finite.
+        logits: (n, classes) of p(y | x); -inf where that is 0.
         log_likelihood: (n, classes) log p(information | y); -inf where impossible.
 
     Returns:
         (n, classes), rows sum to 1.
 
     Raises:
-        ValueError: a row of `log_likelihood` is -inf everywhere, or one of its entries, or a logit, is NaN.
+        ValueError: a row of `log_likelihood`, or of its sum with the logits, is -inf everywhere, or an entry of either
+            is NaN or +inf.
     """
     if logits.shape != log_likelihood.shape or logits.dim() != 2:
         raise ValueError(
@@ -43,9 +44,18 @@ def posterior(logits: Tensor, log_likelihood: Tensor) -> Tensor:
             f"What is known of sample {int(contradictory[0])} contradicts itself: its log-likelihood is -inf for every "
             "class. At least one class must be possible; look at its candidates and labels."
         )
-    unknown = (logits.isnan() | log_likelihood.isnan()).any(1).nonzero()
-    if len(unknown):
-        raise ValueError(f"The logits or the log-likelihood of sample {int(unknown[0])} are NaN; numbers are needed.")
+    wrong = (~(logits < torch.inf) | ~(log_likelihood < torch.inf)).any(1).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"The logits or the log-likelihood of sample {int(wrong[0])} hold NaN or +inf; numbers are needed. A model "
+            "that gives such logits has diverged: lower training.lr."
+        )
+    impossible = (logits + log_likelihood == -torch.inf).all(1).nonzero()
+    if len(impossible):
+        raise ValueError(
+            f"The model's prediction for sample {int(impossible[0])} is 0 for every class that is possible by what is "
+            "known of it."
+        )
     return unchecked_posterior(logits, log_likelihood)
 
 

@@ -200,6 +200,11 @@ class Method:
         return False
 
     @property
+    def reads_annotations(self) -> bool:
+        """Whether it learns from labels of several annotators (see `Supervision.annotations`)."""
+        return False
+
+    @property
     def needs_embeddings(self) -> bool:
         """Whether the network must give embeddings, see `fedlabel.models.Net`."""
         return False
@@ -371,6 +376,9 @@ class Method:
             left.append(f"the counts of {len(known.bag_counts):,} bags")
         if known.votes.shape[1] and not self.functions_vote:
             left.append(f"the votes of {known.votes.shape[1]} labelling functions")
+        annotated = (known.annotations >= 0).any(1)
+        if bool(annotated.any()) and not self.reads_annotations:
+            left.append(f"the annotators' labels of {int(annotated.sum()):,} samples")
         sets = known.informed & (known.candidates.sum(1) > 1) & ~known.candidates.all(1)
         if bool(sets.any()) and not any(phase.informed or phase.bags for phase in phases):
             left.append(f"the candidate sets of {int(sets.sum()):,} samples")

@@ -171,7 +171,7 @@ class Forward(Method):
                 f"`method.matrix` ({len(self.matrix)} rows) must have as many rows as the data set has classes "
                 f"(={num_classes})."
             )
-        return {"transition": torch.tensor(self.matrix)}
+        return {"transition": torch.tensor(self.matrix, dtype=torch.float32)}
 
     def server_step(self, shared: State, total: State) -> State:
         """Returns T from the clients' mean rows, once."""

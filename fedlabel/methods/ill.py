@@ -10,8 +10,8 @@ forward-corrected likelihood of noisy labels on the weak view. The noise matrix 
 What differs, and why:
 - T is row-stochastic and the same in the E step and in the likelihood; the released code normalises rows in one and
   columns in the other, which agree only for symmetric T.
-- T is federated: clients send expected counts (`noise.form`=closed: with `noise.decay`=0 and all clients in the cohort
-  exactly EM on all their data), or T's logits after their steps (gradient, the paper's).
+- T is federated: clients send expected counts (`noise.form`=closed: with `noise.decay`=0, `noise.smoothing`=0 and all
+  clients in the cohort exactly EM on all their data), or T's logits after their steps (gradient, the paper's).
 - What the released code has beyond the paper is off by default: three views, complement loss, balance term, the target
   re-weighted by T (`view_mean`, `complement_weight`, `balance_weight`, `reweighted`), distribution alignment and the
   cut to the largest classes for unlabelled samples (`alignment`, `top_k`). Left out are its normalisations of T and a
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fedlabel.data.supervision import Supervision
 from fedlabel.inference.imprecise import (
+    SMALLEST,
     SetLikelihood,
     candidates_log_likelihood,
     log_likelihood,
@@ -84,11 +85,11 @@ class NoiseMatrix:
     start: float = 0.3
     """T starts with 1 - start on the diagonal, in (0, 1); a dominant diagonal says which class is which."""
     smoothing: float = 1.0
-    """form=closed, above 0: how many counts per class the T before is worth; a class that no noisy label can be of
-    keeps its row."""
+    """form=closed: how many counts per class the T before is worth; a class that no noisy label can be of keeps its
+    row. 0: none, so EM's own M step, in which such a class gets an even row."""
     decay: float = 0.8
     """form=closed: what remains of the counts of earlier rounds, in [0, 1), as a cohort is a part of the federation. 0:
-    T is of the last round's clients alone, which is EM's M step if all take part."""
+    T is of the last round's clients alone."""
     warmup_rounds: int = 3
     """Rounds that clients train with T as it starts, lest it take on the errors of the untrained model."""
     lr: float = 0.1
@@ -103,7 +104,9 @@ class NoiseMatrix:
                 f"`method.noise.scope` (=prior) adds up counts, which `method.noise.form` (={self.form}) does not "
                 "have: take method.noise.form=closed."
             )
-        for key in ("strength", "smoothing", "lr"):
+        if not 0 <= self.smoothing < float("inf"):
+            raise ValueError(f"`method.noise.smoothing` (={self.smoothing}) must be a finite number of at least 0.")
+        for key in ("strength", "lr"):
             if not 0 < getattr(self, key) < float("inf"):
                 raise ValueError(f"`method.noise.{key}` (={getattr(self, key)}) must be a finite number above 0.")
         if not 0 < self.start < 1:
@@ -141,7 +144,7 @@ def complement(logits: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _log_one_minus(probs: Tensor, where: Tensor) -> Tensor:
-    values = (1.0000001 - probs).log()
+    values = (1.0000001 - probs).clamp_min(1e-7).log()  # sums of rounded probabilities exceed 1
     return torch.where(where, values, torch.zeros_like(values)).sum(-1)
 
 
@@ -165,10 +168,10 @@ def aligned(probs: Tensor, class_mean: Tensor | None, top_k: int | None) -> Tens
         top_k: None: not cut.
     """
     if class_mean is not None:
-        probs = probs / class_mean
+        probs = probs / class_mean.clamp_min(SMALLEST)
     if top_k is not None and top_k < probs.shape[-1]:
-        smallest = probs.topk(top_k, -1).values[..., -1:]
-        probs = torch.where(probs >= smallest, probs, torch.zeros_like(probs))
+        kept = probs.topk(top_k, -1)
+        probs = torch.zeros_like(probs).scatter(-1, kept.indices, kept.values)
     return probs / probs.sum(-1, keepdim=True)
 
 
@@ -239,6 +242,10 @@ class ILL(Method):
             raise ValueError(f"`method.alignment_ema` (={self.alignment_ema}) must lie in [0, 1).")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"`method.top_k` (={self.top_k}) must be at least 1 (or null).")
+
+    @property
+    def reads_annotations(self) -> bool:
+        return True
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
         counts = self.noise.form == "closed"

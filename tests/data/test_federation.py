@@ -409,6 +409,7 @@ def test_noise_is_counted_by_annotator(tmp_path: Path) -> None:
     assert each.sum((1, 2))[0] == 1294
     assert 500 < each.sum((1, 2))[1] < 800
     assert each.sum((1, 2))[2] == 0
+    assert federation.audit()["noisy_labels"]["annotators"] == each.tolist()
     assert federation.audit()["kinds"]["clients"] == [
         [0] * 5 + [len(rows)] + [0] * (len(KIND_NAMES) - 6) for rows in federation.parts
     ]
@@ -445,6 +446,7 @@ def test_the_audit_is_what_slow_counting_gives(settings: dict[str, Any]) -> None
             sizes[int(record.candidates[row].sum())] += 1
             holds += bool(record.candidates[row, truth[row]])
     assert audit["candidate_sets"] == {"sizes": sizes, "hold_the_truth": holds}
+    assert "annotators" not in audit["noisy_labels"]
     counts = np.array(slow_counts(federation, 1)[0])
     assert audit["noisy_labels"]["counts"] == counts.tolist()
     assert audit["noisy_labels"]["wrong"] == counts[~np.eye(10, dtype=bool)].sum()

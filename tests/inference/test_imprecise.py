@@ -128,7 +128,7 @@ def test_errors_name_the_sample() -> None:
     information = candidates_log_likelihood(sets("111", "000"))
     with pytest.raises(ValueError, match="sample 1 contradicts itself.*-inf for every class"):
         posterior(torch.zeros(2, 3), information)
-    with pytest.raises(ValueError, match="of sample 0 are NaN"):
+    with pytest.raises(ValueError, match="of sample 0 hold NaN"):
         posterior(torch.full((1, 3), torch.nan), torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"`logits` \(2, 3\) and `log_likelihood` \(1, 3\) must have one shape"):
         posterior(torch.zeros(2, 3), torch.zeros(1, 3))
@@ -147,3 +147,17 @@ def test_bad_set_likelihoods_are_refused() -> None:
         SetLikelihood("max")
     with pytest.raises(ValueError, match=r"partial_ratio` \(=0\) must lie in \(0, 1\)"):
         SetLikelihood(partial_ratio=0)
+
+
+@pytest.mark.parametrize(
+    ("logits", "known", "message"),
+    [
+        ([[0.0, -torch.inf]], [[-torch.inf, 0.0]], "prediction for sample 0 is 0 for every class that is possible"),
+        ([[0.0, 0.0], [torch.inf, 0.0]], [[0.0, 0.0]] * 2, "sample 1 hold NaN or .inf; numbers are needed"),
+        ([[0.0, 0.0]], [[torch.inf, 0.0]], "sample 0 hold NaN or .inf"),
+    ],
+)
+def test_what_has_no_posterior_is_refused(logits: list[list[float]], known: list[list[float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        posterior(torch.tensor(logits), torch.tensor(known))
+    assert posterior(torch.tensor([[0.0, -torch.inf]]), torch.zeros(1, 2)).tolist() == [[1, 0]]

@@ -50,6 +50,15 @@ def test_knowledge_that_a_method_makes_nothing_of_is_named(method: str, said: li
     ]
 
 
+def test_labels_of_annotators_are_named_but_for_ill() -> None:
+    known = record([[True, False, False], *NOBODY * 2])
+    known = dataclasses.replace(known, annotations=torch.tensor([[-1, -1], [0, 1], [2, -1]]))
+    said = "makes nothing of the annotators' labels of 2 samples: these samples count as unlabelled."
+    for method in ("fixmatch", "supervised", "cc"):
+        assert doubts(method, known) == [f"method.name={method} {said}"]
+    assert doubts("ill", known) == []
+
+
 @pytest.mark.parametrize("method", ["ill", "fixmatch", "llp_bp", "dp_ssl"])
 def test_labels_alone_leave_no_doubt(method: str) -> None:
     assert doubts(method, record([[True, False, False], *NOBODY])) == []

@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.inference.imprecise import SetLikelihood, label_log_likelihood, posterior
+from fedlabel.inference.imprecise import (
+    SetLikelihood,
+    candidates_log_likelihood,
+    label_log_likelihood,
+    marginal_nll,
+    posterior,
+)
 from fedlabel.inference.transition import diagonal_transition, expected_counts, from_counts
-from fedlabel.methods.ill import ILL, NoiseMatrix, aligned, balance, complement
+from fedlabel.methods.ill import ILL, NoiseMatrix, _log_one_minus, aligned, balance, complement
 from fedlabel.methods.steps import Batch, Part, State, Step
 from fedlabel.training import ClientData
 from tests.methods.tables import CLASSES, NOTHING, client, logits_of, net, softmax, train_round
@@ -119,8 +125,38 @@ def test_complement_by_hand() -> None:
     logits = logits_of([0.4, 0.3, 0.2, 0.1])
     one = complement(logits, torch.tensor([[True, False, False, False]]))
     assert one.item() == pytest.approx(0.6851790, abs=1e-5)
+    likelihood = marginal_nll(logits, candidates_log_likelihood(torch.tensor([[True, False, False, False]])))
+    assert likelihood.item() == pytest.approx(0.9162907, abs=1e-6)
     three = complement(logits, torch.tensor([[True, True, True, False]]))
     assert three.item() == pytest.approx(-math.log(0.9), abs=1e-5)
+
+
+def test_complement_is_at_most_the_likelihood_and_equal_with_one_class_outside() -> None:
+    logits = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    for size in range(1, 5):
+        sets = torch.arange(5).expand(64, 5) < size
+        difference = marginal_nll(logits, candidates_log_likelihood(sets)) - complement(logits, sets)
+        if size == 4:
+            assert difference.abs().max() < 1e-5
+        else:
+            assert difference.min() > 1e-4
+
+
+def test_complement_of_a_collapsed_matrix_is_finite_with_its_gradient() -> None:
+    """All labels are class 0: sums of rounded probabilities may exceed 1."""
+    logits = torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    collapsed = torch.eye(10)[:1].expand(10, 10)
+    value = _log_one_minus(logits.softmax(-1) @ collapsed, torch.arange(10).expand(2000, 10) == 0)
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_cut_target_keeps_as_many_classes_as_asked_for() -> None:
+    """Ties too; and a class that is never predicted on average divides by nothing."""
+    assert (aligned(torch.full((2, 10), 0.1), None, 3) > 0).sum(1).tolist() == [3, 3]
+    assert aligned(torch.tensor([[1.0, 0.0]]), torch.tensor([1.0, 0.0]), None).tolist() == [[1, 0]]
 
 
 def test_complement_of_a_noisy_set_looks_at_the_noisy_label() -> None:
@@ -260,7 +296,7 @@ def summed(method: ILL, clients: Sequence[ClientData], shared: State) -> State:
     return {name: sum((s[name] for s in all_of_them), torch.zeros(())) for name in all_of_them[0]}
 
 
-def central_step(clients: Sequence[ClientData], transition: Tensor) -> Tensor:
+def central_step(clients: Sequence[ClientData], transition: Tensor, smoothing: float) -> Tensor:
     """One EM step of T on the union of all clients' data, in double precision, straight from the definition."""
     images = torch.cat([data.images for data in clients]).float() / 255
     with torch.no_grad():
@@ -270,16 +306,17 @@ def central_step(clients: Sequence[ClientData], transition: Tensor) -> Tensor:
     for p, label in zip(probs, labels.tolist(), strict=True):
         joint = p * transition[:, label].double()
         counts[:, label] += joint / joint.sum()
-    total = counts + transition
+    total = counts + smoothing * transition
     return total / total.sum(1, keepdim=True)
 
 
-def test_closed_form_is_that_of_the_union_of_all_clients() -> None:
-    method = ILL(noise=NoiseMatrix(warmup_rounds=0, decay=0.0))
+@pytest.mark.parametrize("smoothing", [0.0, 1.0], ids=["EM", "with the T before as prior"])
+def test_closed_form_is_that_of_the_union_of_all_clients(smoothing: float) -> None:
+    method = ILL(noise=NoiseMatrix(warmup_rounds=0, decay=0.0, smoothing=smoothing))
     clients = [noisy_client(seed, n) for seed, n in ((1, 40), (2, 7), (3, 80))]
     shared = method.initial_shared(CLASSES)
     for _ in range(3):
-        expected = central_step(clients, shared["transition"][0])
+        expected = central_step(clients, shared["transition"][0], smoothing)
         shared = method.server_step(shared, summed(method, clients, shared))
         torch.testing.assert_close(shared["transition"][0].double(), expected, atol=1e-6, rtol=0)
     assert (shared["transition"][0] - diagonal_transition(CLASSES, 0.3)).abs().max() > 0.02
@@ -429,8 +466,9 @@ def test_set_of_all_and_nothing_known_are_one_loss() -> None:
         (partial(NoiseMatrix, start=1.0), r"`method.noise.start` \(=1.0\) must lie in \(0, 1\)"),
         (partial(NoiseMatrix, decay=1.0), r"`method.noise.decay` \(=1.0\) must lie in \[0, 1\)"),
         (partial(NoiseMatrix, annotators=0), r"`method.noise.annotators` \(=0\) must be at least 1"),
+        (partial(NoiseMatrix, lr=0), r"`method.noise.lr` \(=0\) must be a finite number above 0"),
         (partial(NoiseMatrix, warmup_rounds=-1), r"warmup_rounds` \(=-1\) must be at least 0"),
-        (partial(NoiseMatrix, smoothing=0), r"`method.noise.smoothing` \(=0\) must be a finite number above 0"),
+        (partial(NoiseMatrix, smoothing=-1), r"`method.noise.smoothing` \(=-1\) must be a finite number of at least 0"),
         (partial(NoiseMatrix(start=0.6).initial, 2), r"`method.noise.start` \(=0.6\) must be below 0.5 for 2 classes"),
         (partial(ILL, label_view="clean"), r"`method.label_view` \(=clean\) must be one of weak, strong"),
     ],
