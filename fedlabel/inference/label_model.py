@@ -105,8 +105,10 @@ class LabelModel:
             raise ValueError(
                 f"`guide` (={guide}) must lie in (0, 1) and `guide_weight` (={guide_weight}) be at least 0."
             )
-        if prior is not None and (prior.shape != (num_classes,) or not bool((prior > 0).all())):
-            raise ValueError(f"`prior` (={prior.tolist()}) must be {num_classes} positive numbers.")
+        if prior is not None:
+            prior = torch.as_tensor(prior).to(class_sets.device, torch.float64)
+            if prior.shape != (num_classes,) or not bool(((prior > 0) & prior.isfinite()).all()):
+                raise ValueError(f"`prior` (={prior.tolist()}) must be {num_classes} positive, finite numbers.")
         self.num_classes = num_classes
         self.variant = variant
         self.class_sets = class_sets
@@ -115,23 +117,24 @@ class LabelModel:
         self.abstentions = abstentions
         self.guide = guide
         self.guide_weight = guide_weight
-        device = class_sets.device
-        self.fixed_prior = None if prior is None else (prior / prior.sum()).double().to(device)
+        self.fixed_prior = None if prior is None else prior / prior.sum()
         """(C,) or None."""
-        self.prior = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64, device=device)
-        """(C,) pi."""
-        if self.fixed_prior is not None:
-            self.prior = self.fixed_prior
         symbols = torch.cat([class_sets, torch.ones_like(class_sets[:, :1])], 1)
         self._symbols = symbols[:, :, None].expand(-1, -1, num_classes)
         """(K, C + 1, C) bool, the votes that there are."""
         if not abstentions:
             self._symbols = self._symbols.clone()
             self._symbols[:, -1] = False
+        self._reset()
+        self.iterations = 0
+        """How often the last `fit` looked at the votes; the last look found no change, or there were no more."""
+
+    def _reset(self) -> None:
+        uniform = torch.ones(self.num_classes, dtype=torch.float64, device=self.class_sets.device) / self.num_classes
+        self.prior = uniform if self.fixed_prior is None else self.fixed_prior
+        """(C,) pi."""
         self.tables = self._symbols.double() / self._symbols.sum(1, keepdim=True)
         """(K, C + 1, C) T: probability of each vote, given the class."""
-        self.iterations = 0
-        """EM steps of the last `fit`."""
 
     @property
     def num_functions(self) -> int:
@@ -158,13 +161,14 @@ class LabelModel:
             labels: (n,) int64 where the class is known, -1 elsewhere; None: nowhere.
             label_weight: how much a sample of known class counts.
         """
-        return self._counts(self._symbols_of(votes), labels, label_weight)
+        return self._counts(self._symbols_of(votes), self._labels_of(labels, len(votes)), label_weight)
 
     def initial_counts(self, votes: Tensor, labels: Tensor | None = None, label_weight: float = 1.0) -> Counts:
         """Returns the sums over first guesses: each class's votes divided by how many functions may vote for it; a row
         without votes by the prior. EM starts from here, so that class c of the model is class c. For the arguments see
         `expected_counts`.
         """
+        labels = self._labels_of(labels, len(votes))
 
         def look(start: int, part: Tensor) -> tuple[Tensor, Tensor]:
             guess = _clamped(self._guess(part), _rows(labels, start, part), label_weight)
@@ -235,6 +239,23 @@ class LabelModel:
                 f"its classes, {own}, or {ABSTAIN} to abstain."
             )
         return torch.where(votes == ABSTAIN, self.num_classes, votes) + functions * (self.num_classes + 1)
+
+    def _labels_of(self, labels: Tensor | None, n: int) -> Tensor | None:
+        if labels is None:
+            return None
+        labels = torch.as_tensor(labels).to(self.class_sets.device)
+        if labels.dtype != torch.int64 or labels.shape != (n,):
+            raise ValueError(
+                f"`labels` ({labels.dtype} of shape {tuple(labels.shape)}) must be int64 of shape ({n},), one per row "
+                "of votes, -1 where the class is not known."
+            )
+        wrong = ((labels < -1) | (labels >= self.num_classes)).nonzero()
+        if len(wrong):
+            raise ValueError(
+                f"The label of sample {int(wrong[0])} (={int(labels[wrong[0]])}) must lie in [0, "
+                f"{self.num_classes - 1}], or be -1 where it is not known."
+            )
+        return labels
 
     def _votes_of(self, symbols: Tensor) -> Tensor:
         votes = symbols % (self.num_classes + 1)
@@ -331,7 +352,7 @@ class LabelModel:
         max_iterations: int = 100,
         tolerance: float = 1e-6,
     ) -> LabelModel:
-        """Runs EM from `initial_counts` until the mean log-likelihood changes by less than a share `tolerance`.
+        """Runs EM anew, from `initial_counts`, until the mean log-likelihood changes by less than a share `tolerance`.
 
         Args:
             votes: (n, K) int64, n at least 1.
@@ -349,10 +370,11 @@ class LabelModel:
         if len(votes) == 0:
             raise ValueError("`votes` has no rows: there is nothing to fit.")
         symbols = self._symbols_of(votes)
+        self._reset()
         self.update(self.initial_counts(votes, labels, label_weight))
         before = -math.inf
         for self.iterations in range(1, max_iterations + 1):
-            counts = self._counts(symbols, labels, label_weight)
+            counts = self._counts(symbols, self._labels_of(labels, len(symbols)), label_weight)
             now = float(counts.log_likelihood) / len(votes)
             if abs(now - before) <= tolerance * abs(now):
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -371,3 +372,33 @@ def test_arrays_and_lists_will_do() -> None:
     of_tensors = LabelModel(3, torch.tensor(sets)).fit(torch.tensor(votes)).posterior(torch.tensor(votes))
     assert torch.equal(of_lists, of_tensors)
     assert torch.equal(of_arrays, of_tensors)
+
+
+@pytest.mark.parametrize("variant", ["full", "tied", "cage"])
+def test_every_fit_begins_anew(variant: str) -> None:
+    votes, sets = simulate(0, n=400, k=20)[:2]
+    model = LabelModel(10, sets, variant).fit(votes[:100]).fit(votes)
+    torch.testing.assert_close(model.posterior(votes), LabelModel(10, sets, variant).fit(votes).posterior(votes))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0], r"`labels` \(torch.int64 of shape \(1,\)\) must be int64 of shape \(3,\)"),
+        ([0.0, 1.0, 1.0], r"`labels` \(torch.float32 of shape \(3,\)\) must be int64"),
+        ([0, 5, -1], r"The label of sample 1 \(=5\) must lie in \[0, 1\]"),
+        ([0, -2, -1], r"The label of sample 1 \(=-2\)"),
+    ],
+)
+def test_wrong_labels_are_named(labels: list[float], message: str) -> None:
+    model, votes = LabelModel(2, [[True, True]]), torch.tensor([[0], [1], [-1]])
+    for call in (model.fit, model.expected_counts, model.initial_counts):
+        with pytest.raises(ValueError, match=message):
+            call(votes, torch.tensor(labels))
+    assert model.expected_counts(votes, np.array([0, -1, 1])).classes.sum() == pytest.approx(3)
+
+
+def test_prior_may_be_a_list_and_must_be_finite() -> None:
+    assert LabelModel(2, [[True, True]], prior=[1, 3]).prior.tolist() == [0.25, 0.75]
+    with pytest.raises(ValueError, match=r"`prior` \(=\[1.0, inf\]\) must be 2 positive, finite numbers"):
+        LabelModel(2, [[True, True]], prior=[1, math.inf])
