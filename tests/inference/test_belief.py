@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.inference.belief import Beliefs, bag_posterior, marginals
+from fedlabel.inference.belief import Beliefs, bag_posterior, change, marginals
 from fedlabel.inference.cardinality import class_posterior
 from fedlabel.inference.class_belief import class_marginals
-from fedlabel.inference.pairwise import ising
+from fedlabel.inference.pairwise import ising, sum_product
 
 NO_EDGES = torch.zeros(0, 2, dtype=torch.int64)
 NO_WEIGHT = torch.zeros(0, dtype=torch.float64)
@@ -82,6 +82,32 @@ def test_chain_without_bags_is_exact():
     torch.testing.assert_close(beliefs.probability, exact, rtol=0, atol=1e-12)
 
 
+def test_chain_with_labels_that_repel_by_the_worked_numbers():
+    """Check 2: J = (1, -.5, 2, .7) gives (.721051, ...); two labels with u = (.5, -.3), J = 1 (.740550, .605237)."""
+
+    def run(unary: Tensor, pairs: list[list[int]], coupling: Tensor) -> Tensor:
+        found = sum_product(unary, torch.tensor(pairs), coupling, 0.0, 200, 1e-13, change)[0].sigmoid()
+        z = all_labels(len(unary))
+        energy = z @ unary + sum(c * z[:, i] * z[:, j] for (i, j), c in zip(pairs, coupling.tolist(), strict=True))
+        torch.testing.assert_close(found, energy.softmax(0) @ z, rtol=0, atol=1e-12)
+        return found
+
+    chain = run(numbers(0.5, -0.3, 0.2, 0, -1), [[0, 1], [1, 2], [2, 3], [3, 4]], numbers(1, -0.5, 2, 0.7))
+    assert chain.tolist() == pytest.approx([0.721051, 0.505302, 0.809878, 0.838497, 0.400264], abs=1e-6)
+    assert run(numbers(0.5, -0.3), [[0, 1]], numbers(1)).tolist() == pytest.approx([0.740550, 0.605237], abs=1e-6)
+
+
+def test_bags_without_weight_leave_the_graph_alone():
+    """Check 9: lambda_bag = 0 is the same problem without bags, with evidence and edges."""
+    bag, counts, edges, weight = loopy()
+    log_odds = torch.randn(12, generator=torch.Generator().manual_seed(3)).double()
+    without = marginals(log_odds, torch.full((12,), -1), counts[:0], edges, weight)
+    assert (without.probability - log_odds.sigmoid()).abs().max() > 0.02
+    for factor in ("cardinality", "pairwise"):
+        found = marginals(log_odds, bag, counts, edges, weight, lambda_bag=0.0, factor=factor)
+        torch.testing.assert_close(found.probability, without.probability, rtol=0, atol=1e-4)
+
+
 def test_two_bags_of_two_and_an_edge():
     """Check 7: all .5; with +.8 on label 0 (.689974, .310026, .587790, .412210)."""
     bag, counts = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1])
@@ -96,7 +122,7 @@ def test_bag_of_two_and_bags_of_equals():
     """Check 6: two labels, count 1, unaries (.4, -.3): sigmoid(.7) = .668188. Check 11: equal unaries give Y / k."""
     two = marginals(numbers(0.4, -0.3), torch.zeros(2, dtype=torch.int64), torch.tensor([1]), NO_EDGES, NO_WEIGHT)
     assert float(two.probability[0]) == pytest.approx(0.668188, abs=1e-6)
-    for size in (3, 8, 300):
+    for size in (3, 4, 8, 300):
         for unary in (-4.0, 0.0, 1.7):
             one_bag = torch.zeros(size, dtype=torch.int64)
             log_odds = torch.full((size,), unary, dtype=torch.float64)

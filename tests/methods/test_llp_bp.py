@@ -62,6 +62,35 @@ def test_beliefs_find_the_labels_from_counts_and_neighbours(size: int, least: fl
     assert roc_auc_score(labels, belief(method, shuffled, known)[:, 1]) < roc_auc_score(labels, share) + 0.05
 
 
+def test_beliefs_fall_with_bag_size_and_beat_smoothed_shares_and_pairs() -> None:
+    """Check 14, means of three sets: the exact factor above .98, least in the largest bags; above the mean share of a
+    sample's and its neighbours' bags, and above the form of pairs."""
+    found: dict[int, dict[str, float]] = {}
+    for size in (8, 32, 128):
+        scores: dict[str, list[float]] = {}
+        for seed in range(3):
+            x, labels = gaussians(seed=seed)
+            known = in_bags(labels, size)
+            share = (known.bag_counts[:, 1] / known.bag_counts.sum(1))[known.bag]
+            edges = neighbor_graph(x, 5).edges
+            ends = torch.cat([edges, edges.flip(1), torch.arange(len(x))[:, None].expand(-1, 2)])
+            smoothed = torch.zeros(len(x)).index_add_(0, ends[:, 0], share[ends[:, 1]]) / torch.bincount(ends[:, 0])
+            method = LLPBP(lambda_bag=10, lambda_edge=10, length_scale=1.0)
+            pairs = replace(method, factor="pairwise")
+            for name, values in {
+                "exact": belief(method, x, known)[:, 1],
+                "pairs": belief(pairs, x, known)[:, 1],
+                "smoothed": smoothed,
+            }.items():
+                scores.setdefault(name, []).append(float(roc_auc_score(labels, values)))
+        found[size] = {name: sum(values) / 3 for name, values in scores.items()}
+    exact = [scores["exact"] for scores in found.values()]
+    assert exact[0] >= exact[1] >= exact[2] > 0.98
+    for scores in found.values():
+        assert scores["exact"] > scores["smoothed"] + 0.02
+        assert scores["exact"] > scores["pairs"] + 0.2
+
+
 def test_the_pairwise_form_reports_that_it_does_not_converge() -> None:
     x, labels = gaussians(256)
     graph, known = neighbor_graph(x), in_bags(labels, 8)
