@@ -114,8 +114,8 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
     Returns:
         "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global);
         "drawn_by_kind", "correct_by_kind", where a label counts as correct whether or not it was kept;
-        `calibration_bins` of all draws and of the kept ones, a list per row (see `bins_of`); nothing where no truth is
-        known.
+        `calibration_bins` of all draws and of the kept ones, a list per row (see `bins_of`); of two classes "beliefs",
+        how many draws have p(class 1) in each of `BELIEF_BINS` equal parts of [0, 1]; nothing where no truth is known.
     """
     known = truth >= 0
     if not known.any():
@@ -138,9 +138,19 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
         "correct_by_expert": per_expert(correct),
         "drawn_by_kind": torch.bincount(kind, minlength=len(KIND_NAMES)).double().tolist(),
         "correct_by_kind": torch.bincount(kind[pseudo.label == truth], minlength=len(KIND_NAMES)).double().tolist(),
+        **({"beliefs": _belief_bins(pseudo)} if num_classes == 2 else {}),
         **_to_lists("bins", calibration_bins(pseudo.confidence, pseudo.label == truth)),
         **_to_lists("kept_bins", calibration_bins(pseudo.confidence[pseudo.keep], correct[pseudo.keep])),
     }
+
+
+BELIEF_BINS = 20
+
+
+def _belief_bins(pseudo: PseudoLabels) -> list[float]:
+    one = torch.where(pseudo.label == 1, pseudo.confidence, 1 - pseudo.confidence).double()
+    place = (one * BELIEF_BINS).long().clamp(0, BELIEF_BINS - 1)
+    return torch.bincount(place, minlength=BELIEF_BINS).double().tolist()
 
 
 _BIN_ROWS = ("count", "confidence", "correct")

@@ -177,6 +177,8 @@ def log_round(
     lists: dict[str, np.ndarray] = {}
     figures: dict[str, Figure] = {}
     bins = {"pseudo/confidences": bins_of(counts)[0]} if "drawn" in counts else {}
+    if "beliefs" in counts:
+        bins["pseudo/beliefs"] = np.array(counts["beliefs"])
     if "drawn" in counts:
         lists["pseudo/class_coverage"] = ratio(counts["kept"], counts["drawn"])
         lists["pseudo/class_accuracy"] = ratio(counts["correct"], counts["kept"])

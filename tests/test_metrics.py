@@ -129,3 +129,13 @@ def test_fairness_over_clients() -> None:
     assert jain_index(np.array([1.0, 0.0])) == 0.5
     assert jain_index(np.zeros(3)) == 1
     assert worst_share_mean(np.linspace(1, 0, 11)) == pytest.approx(0.05)
+
+
+def test_beliefs_of_two_classes_are_counted_by_the_probability_of_class_one() -> None:
+    """p(1) = .9, 1 - .9 = .1, 1 and 1 - .975 = .025: parts 18, 2, 19 (1 belongs to the last) and 0 of 20."""
+    confidence = torch.tensor([0.905, 0.895, 1.0, 0.975])
+    pseudo = PseudoLabels(torch.tensor([1, 0, 1, 0]), *[torch.ones(4, dtype=torch.bool)] * 2, confidence)
+    counts = pseudo_label_counts(pseudo, torch.tensor([1, 1, 0, 0]), 2, torch.zeros(4, dtype=torch.int64))
+    assert {place: n for place, n in enumerate(counts["beliefs"]) if n} == {18: 1, 2: 1, 19: 1, 0: 1}
+    three = pseudo_label_counts(pseudo, torch.tensor([1, 1, 0, 0]), 3, torch.zeros(4, dtype=torch.int64))
+    assert "beliefs" not in three
