@@ -92,6 +92,9 @@ class EvaluationConfig:
     bag_mae goes by the counts of bags alone; instance_auc, instance_accuracy and instance_loss look at single labels of
     that split. summary.json has each metric at that round as `selected`, checkpoints/selected_ROUND.pt the weights;
     where a method has stages (llp_bp) the next one gets the best model of the one before. null: none."""
+    figures: bool = True
+    """Whether pictures are drawn (partition.png and TensorBoard's images): about a second a run. For sweeps of hundreds
+    of short runs: false."""
     panel_samples: int = 16
     """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last round and every 10th evaluation;
     0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is

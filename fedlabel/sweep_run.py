@@ -26,6 +26,7 @@ HARMLESS = (
     "grid.num_workers",
     "grid.timeout",
     "grid.connect_timeout",
+    "evaluation.figures",
     "checkpoint.every",
     "checkpoint.keep",
 )

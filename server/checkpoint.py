@@ -24,6 +24,8 @@ CHANGEABLE = (
     "grid.connect_timeout",
     "checkpoint.every",
     "checkpoint.keep",
+    "evaluation.figures",
+    "evaluation.panel_samples",
     "data.root",
     "data.download",
 )

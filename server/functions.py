@@ -68,9 +68,10 @@ class FunctionWatch:
             self._shown = True
             self._folder.log_text("functions", markdown(self._rows(known, guess)), round_number)
             self._folder.log_text("functions/clients", markdown(self._client_rows()), round_number)
-            rates = self._rates(known)
-            figure = functions_figure(rates["coverage"], rates["accuracy"], guess)
-            self._folder.log_figure("functions", figure, round_number)
+            if self._experiment.config.evaluation.figures:
+                rates = self._rates(known)
+                figure = functions_figure(rates["coverage"], rates["accuracy"], guess)
+                self._folder.log_figure("functions", figure, round_number)
         return self._metrics(known, guess)
 
     def _size(self, counts: Counts) -> int:

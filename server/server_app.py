@@ -138,9 +138,10 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     write_atomic(folder.partition_json, experiment.federation.to_json())
     write_atomic(folder.supervision_json, experiment.federation.audit_json())
     federation = experiment.federation
-    figure = partition_figure(federation.histograms(), KIND_NAMES, federation.dataset.class_names)
-    save_png(figure, folder.partition_png)
-    folder.log_figure("partition", figure)
+    if experiment.config.evaluation.figures:
+        figure = partition_figure(federation.histograms(), KIND_NAMES, federation.dataset.class_names)
+        save_png(figure, folder.partition_png)
+        folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{text}```")
     return folder
 

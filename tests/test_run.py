@@ -128,3 +128,13 @@ def test_a_binary_task_of_images_has_an_auc_and_its_classes_are_named(tmp_path: 
     assert 0 < result.metrics[-1]["eval/auc"] <= 1
     assert len(result.metrics[-1]["eval/class_accuracy"]) == 2
     assert json.loads((result.path / "partition.json").read_text())["dataset"] == "digits (1+3+5+7+9 against the rest)"
+
+
+def test_a_run_without_figures_has_the_same_numbers(result: RunResult, tmp_path: Path) -> None:
+    overrides = [*TINY, "method.confidence_threshold=0.1", "evaluation.figures=false"]
+    plain = fedlabel.run(overrides=overrides, name="plain", out=tmp_path)
+    assert not (plain.path / "partition.png").exists()
+    events = EventAccumulator(str(plain.path), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == []
+    assert [row["eval/accuracy"] for row in plain.metrics] == [row["eval/accuracy"] for row in result.metrics]

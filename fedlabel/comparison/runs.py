@@ -33,6 +33,7 @@ MACHINE_KEYS = (
     "device",
     "data.root",
     "data.download",
+    "evaluation.figures",
     "evaluation.panel_samples",
     "checkpoint.",
 )

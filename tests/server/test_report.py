@@ -203,7 +203,7 @@ EXPERIMENT: Any = SimpleNamespace(
         method=SimpleNamespace(name="m", noise_matrix=lambda shared: None),
         data=SimpleNamespace(name="d"),
         supervision=SimpleNamespace(parts=[]),
-        evaluation=SimpleNamespace(split="test", select=None),
+        evaluation=SimpleNamespace(split="test", select=None, figures=True),
     ),
     device=torch.device("cpu"),
 )
