@@ -186,8 +186,8 @@ def log_round(
         drawn, kept, correct = ([sum(c.get(key, [0.0])) for c in clients] for key in ("drawn", "kept", "correct"))
         lists["pseudo/client_coverage"] = ratio(kept, drawn)  # NaN for clients that did not train this round
         lists["pseudo/client_accuracy"] = ratio(correct, kept)
-    drawn = experiment.config.evaluation.figures
-    if drawn and noise.is_shown(tally.round_number):
+    with_figures = experiment.config.evaluation.figures
+    if with_figures and noise.is_shown(tally.round_number):
         figures |= noise.figures(shared)
     if "function_votes" in counts:
         metrics |= functions.watch(tally.round_number, tally.client_counts, shared)
@@ -200,7 +200,7 @@ def log_round(
         lists["eval/client_accuracy"] = evaluation.client_accuracy
         last = tally.round_number == experiment.config.num_rounds
         every = experiment.config.evaluation.every * PANEL_EVERY
-        if drawn and (last or tally.round_number % every == 0):
+        if with_figures and (last or tally.round_number % every == 0):
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
             figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)

@@ -96,7 +96,12 @@ def watching(path: Path, rounds: int = 5) -> tuple[FunctionWatch, Folder]:
     """A watch over a method that shares its estimates as they are."""
     method = SimpleNamespace(function_accuracy=lambda shared: shared.get("estimates"))
     experiment: Any = SimpleNamespace(
-        config=SimpleNamespace(method=method, num_rounds=rounds, supervision=SimpleNamespace(parts=[])),
+        config=SimpleNamespace(
+            method=method,
+            num_rounds=rounds,
+            supervision=SimpleNamespace(parts=[]),
+            evaluation=SimpleNamespace(figures=True),
+        ),
         federation=SimpleNamespace(dataset=SimpleNamespace(class_names=NAMES)),
     )
     folder: Any = Folder(path)
