@@ -8,10 +8,10 @@ sets and the star of the label model are the paper's; losses and assignment are 
 Stages, by rounds; clients send sums, so with all clients in every round the first two assign and fit (`decay`=0) as in
 one place:
   functions    a trunk with K heads over the classes and "abstain". Head k learns the classes of its set, and to abstain
-               on the others; of unlabelled samples it learns its own confident votes (FixMatch). In the first rounds
-               clients measure every head's loss on every class, and the server gives each class to the heads that have
-               least (winner takes all). The first round only measures: head k's first classes come from its random
-               weights.
+               on the others; of unlabelled samples it learns its own confident votes (FixMatch), not its abstentions.
+               In the first rounds clients measure every head's loss on every class, and the server gives each class to
+               the heads that have least (winner takes all). The first round only measures: head k's first classes come
+               from its random weights.
   label model  clients count what the label model expects of their votes; the server sums and updates it: EM, a step a
                round. No model is trained.
   end model    fresh weights; cross-entropy on labels, and on strong views to the label model's posterior.
@@ -194,7 +194,10 @@ class DPSSL(Method):
     lambda_u: float = 1.0
     """Weight of the functions' unlabelled loss."""
     confidence_threshold: float = 0.95
-    """A head learns its vote on an unlabelled sample from this probability on (abstaining is a vote, too)."""
+    """A head learns its vote on an unlabelled sample from this probability on."""
+    learn_abstentions: bool = False
+    """Whether it learns to abstain there, too. With a few labels at a client most heads are sure to abstain on most
+    samples, and learning that again leaves few that vote."""
     averaging_decay: float = 0.5
     """The functions that vote have the moving average of the global weights over the rounds, with this decay. 0: the
     weights of the last round. It lags: with 40 rounds, 0.9 still holds the early ones."""
@@ -226,6 +229,8 @@ class DPSSL(Method):
     """Whether the end model learns the likeliest class instead of the posterior."""
     least_confidence: float = 0.0
     """Samples whose largest posterior is below are not learnt."""
+    learn_silent: bool = False
+    """Whether samples on which all functions abstain are learnt, too: silence says only which classes few cover."""
     lambda_c: float = 0.0
     """Weight of FixMatch's consistency loss in the end model."""
 
@@ -436,6 +441,8 @@ class DPSSL(Method):
 
         confidence, vote = weak_u.max(-1)
         keep = confidence >= self.confidence_threshold
+        if not self.learn_abstentions:
+            keep = keep & (vote < sets.shape[1])
         nll = pseudo_cross_entropy(log_u.flatten(0, 1), vote.flatten(), keep.flatten()).view_as(confidence)
         unsupervised = nll.mean(1)
         loss = supervised + self.lambda_u * batch_mean(unsupervised)
@@ -495,6 +502,8 @@ class DPSSL(Method):
                 metrics = {"functions/log_likelihood": torch.stack([sums.log_likelihood, sums.classes.sum()])}
         confidence, likeliest = posterior.float().max(1)
         keep = asked & (confidence >= self.least_confidence)
+        if not self.learn_silent:
+            keep = keep & (votes >= 0).any(1)
         target = one_hot(likeliest, sets.shape[1]) if self.hard else posterior.float()
         pseudo = PseudoLabels(likeliest, keep, torch.ones_like(keep), confidence)
         cast = votes.masked_fill(~asked[:, None], NOT_ASKED)

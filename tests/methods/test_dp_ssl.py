@@ -219,15 +219,16 @@ def random_heads(seed: int, labeled: int = 4, unlabeled: int = 5) -> Heads:
     return Heads(tables[0], labels, tables[1], tables[2], sets_of("110", "001", "111"))
 
 
+@pytest.mark.parametrize("abstentions", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_functions_step_per_sample_and_head(seed: int, frozen: bool) -> None:
+def test_functions_step_per_sample_and_head(seed: int, frozen: bool, abstentions: bool) -> None:
     """Written out: who is right or silent on labels, who is sure of what on weak views, gradients of each logit.
 
     The weights of abstaining are 2 / 1, 1 / 2, and none where the set has all classes.
     """
     heads = random_heads(seed)
-    method = DPSSL(num_functions=3, confidence_threshold=0.8, lambda_u=1.5)
+    method = DPSSL(num_functions=3, confidence_threshold=0.8, lambda_u=1.5, learn_abstentions=abstentions)
     step = method.functions_step(heads.student, NOTHING, heads.batch(), frozen)
     labeled, weak, strong = (part.detach() for part in heads.rows.split(heads.sizes))
     weight = [2.0, 0.5, math.nan]
@@ -250,7 +251,7 @@ def test_functions_step_per_sample_and_head(seed: int, frozen: bool) -> None:
             push(expected[0][i, head], p, target, share)
         for i in range(5):
             q, p = probabilities(weak[i, head], head), probabilities(strong[i, head], head)
-            if max(q) >= 0.8:
+            if max(q) >= 0.8 and (abstentions or q.index(max(q)) < 3):
                 kept += 1
                 total -= 1.5 / 5 * math.log(p[q.index(max(q))])
                 push(expected[2][i, head], p, q.index(max(q)), 1.5 / 5)
@@ -262,7 +263,7 @@ def test_functions_step_per_sample_and_head(seed: int, frozen: bool) -> None:
 
 
 def test_a_head_keeps_a_vote_at_the_threshold_and_counts_what_it_learnt() -> None:
-    """q = (.5, .5): kept at .5, dropped above. Abstaining is a vote, too."""
+    """q = (.5, .5): kept at .5, dropped above. Abstaining is a vote, too, where that is asked for."""
     even = torch.zeros(1, 1, 2)
     heads = Heads(torch.zeros(0, 1, 2), torch.zeros(0, dtype=torch.int64), even, even, torch.ones(1, 1).bool())
     at = DPSSL(num_functions=1, confidence_threshold=0.5).functions_step(heads.student, NOTHING, heads.batch())
@@ -273,9 +274,13 @@ def test_a_head_keeps_a_vote_at_the_threshold_and_counts_what_it_learnt() -> Non
     assert above.examples == 0
     silent = torch.tensor([[[0.1, 0.9]]]).log()
     heads = Heads(torch.zeros(0, 1, 2), torch.zeros(0, dtype=torch.int64), silent, even, torch.ones(1, 1).bool())
-    step = DPSSL(num_functions=1, confidence_threshold=0.9).functions_step(heads.student, NOTHING, heads.batch())
+    method = DPSSL(num_functions=1, confidence_threshold=0.9, learn_abstentions=True)
+    step = method.functions_step(heads.student, NOTHING, heads.batch())
     assert step.metrics["functions/abstained"].tolist() == [1, 1]
     assert heads.gradients(step)[2].flatten().tolist() == pytest.approx([0.5, -0.5])
+    without = replace(method, learn_abstentions=False).functions_step(heads.student, NOTHING, heads.batch())
+    assert without.metrics["functions/abstained"].tolist() == [1, 1]
+    assert (without.loss.item(), without.examples.item()) == (0, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- the end model
@@ -680,6 +685,19 @@ def test_decay_keeps_a_part_of_earlier_counts() -> None:
     torch.testing.assert_close(shared["prior"], torch.tensor([9 / 15, 6 / 15]))
     nobody = method.server_step(shared, total([[0, 0], [0, 0], [0, 0]]))
     assert all(torch.equal(nobody[name], shared[name]) for name in shared if name != "rounds")
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_samples_on_which_all_are_silent_are_learnt_only_where_asked_for(learn: bool) -> None:
+    method, votes, _, shared = functions_of("grown")
+    votes = votes.clone()
+    votes[::3] = -1
+    prepared = annotated(replace(method, learn_silent=learn), votes, told(votes, classes=10), shared)
+    silent = (votes < 0).all(1)
+    assert 100 <= int(silent.sum()) < 300
+    assert prepared.pseudo is not None
+    assert torch.equal(prepared.pseudo.keep, ~silent | learn)
+    assert torch.equal(prepared.targets["target"].sum(1) > 0, ~silent | learn)
 
 
 def test_hard_labels_and_least_confidence() -> None:
