@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, to_yaml
 from fedlabel.sweep import SWEEP_JSON, Cell, Group, SearchConfig, SweepConfig, format_value, plan_sweep
-from fedlabel.tracking import lower_is_better, write_atomic
+from fedlabel.tracking import FolderLock, lower_is_better, write_atomic
 from fedlabel.workers import Tell, run_parallel
 
 HARMLESS = (
@@ -76,11 +77,16 @@ def run_sweep(sweep: SweepConfig, out: Path, workers: int, work: Work, report: C
 
     Raises:
         ConfigError: no run is possible, or `out` holds other runs under the same names.
+        ValueError: another process runs a sweep in `out`.
     """
     groups = plan_sweep(sweep)
     done = finished_cells(groups, out)
     out.mkdir(parents=True, exist_ok=True)
-    ledger = _Ledger(sweep, groups, out, done, report)
+    with closing(FolderLock(out)):
+        return _run(_Ledger(sweep, groups, out, done, report), workers, work)
+
+
+def _run(ledger: _Ledger, workers: int, work: Work) -> bool:
     ledger.write()
 
     def take() -> _Job | None:
@@ -88,11 +94,11 @@ def run_sweep(sweep: SweepConfig, out: Path, workers: int, work: Work, report: C
         if cell is None:
             return None
         assert cell.config is not None
-        report(Event("started", cell, num_rounds=cell.config.num_rounds))
-        return _Job(work, cell, out / cell.path)
+        ledger.report(Event("started", cell, num_rounds=cell.config.num_rounds))
+        return _Job(work, cell, ledger.out / cell.path)
 
     def told(job: _Job, message: tuple[int, int]) -> None:
-        report(Event("round", job.cell, round_number=message[0], num_rounds=message[1]))
+        ledger.report(Event("round", job.cell, round_number=message[0], num_rounds=message[1]))
 
     run_parallel(_work, workers, take, told, lambda job, error: ledger.finish(job.cell, error))
     return ledger.complete

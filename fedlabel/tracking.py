@@ -14,6 +14,7 @@ Small files are replaced as a whole (`write_atomic`); `metrics.jsonl` only grows
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -41,12 +42,36 @@ LAST = 10
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
+class FolderLock:
+    """Keeps other processes from writing into a folder, until it is closed or this process ends, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Takes the lock.
+
+        Raises:
+            ValueError: another process (or another part of this one) has it.
+        """
+        self._file = open(path / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ValueError(
+                f"Another process is writing into {path}: wait until it has finished, or stop it first."
+            ) from None
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        self._file.close()
+
+
 class RunFolder:
     """One run's folder, open for writing; make it with `create` or `resume`, and `close` it."""
 
     def __init__(self, path: Path, purge_step: int | None = None) -> None:
         """Opens the TensorBoard writer in an existing folder; not for callers, see `create` and `resume`."""
         self.path = path
+        self._lock = FolderLock(path)
         self._writer = SummaryWriter(str(path), purge_step=purge_step)
         self._failures: list[str] = []
         self._next_round = purge_step or 1
@@ -96,10 +121,12 @@ class RunFolder:
         Later lines of metrics.jsonl are dropped, with a torn last one; TensorBoard is told to hide later events.
 
         Raises:
-            ValueError: there is no run in `path`, or its metrics.jsonl is damaged or lacks `completed_round`.
+            ValueError: there is no run in `path`, another process writes it, or its metrics.jsonl is damaged or lacks
+                `completed_round`.
         """
         if not (path / "config.yaml").is_file():
             raise ValueError(f"{path} holds no run (no config.yaml): nothing to resume. Check --name and --out.")
+        FolderLock(path).close()  # before anything is changed
         rows = [row for row in read_metrics(path) if row["round"] <= completed_round]
         if completed_round > 0 and (not rows or rows[-1]["round"] != completed_round):
             last = rows[-1]["round"] if rows else 0
@@ -227,6 +254,7 @@ class RunFolder:
         """Flushes and closes the TensorBoard writer."""
         self._flush_failures()
         self._writer.close()
+        self._lock.close()
 
     def _add_bins(self, tag: str, counts: np.ndarray, round_number: int) -> None:
         limits = np.linspace(0, 1, len(counts) + 1)[1:]

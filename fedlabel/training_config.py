@@ -67,10 +67,10 @@ class TrainingConfig:
             raise ValueError(f"`training.momentum` (={self.momentum}) must lie in [0, 1).")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"`training.optimizer` (={self.optimizer}) must be one of {', '.join(OPTIMIZERS)}.")
-        if self.optimizer != "sgd" and self.momentum > 0:
+        if self.optimizer != "sgd" and (self.momentum > 0 or self.nesterov):
             raise ValueError(
-                f"`training.momentum` (={self.momentum}) must be 0 for training.optimizer={self.optimizer}, which has "
-                "moments of its own."
+                f"`training.momentum` (={self.momentum}) must be 0 and `training.nesterov` (={self.nesterov}) false "
+                f"for training.optimizer={self.optimizer}, which has moments of its own."
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("`training.nesterov` (=True) needs `training.momentum` (=0) above 0.")

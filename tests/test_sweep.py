@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedlabel.cli import app
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.sweep import format_value, load_sweep, parse_sweep, plan_sweep
 from fedlabel.sweep_run import Event, choose, finished_cells, run_sweep
-from fedlabel.tracking import read_metrics
+from fedlabel.tracking import FolderLock, read_metrics
 from tests.integration.processes import environment, fedlabel_command, marked, start, stop_marked, wait_until
 from tests.integration.tiny import TINY, assert_same_run
 
@@ -325,6 +326,12 @@ def test_a_metric_that_no_run_has_fails_the_search(tmp_path: Path) -> None:
     assert "`search.metric` (=eval/acc) is not in" in first["error"]
     assert "it has eval/accuracy." in first["error"]
     assert {row["error"] for row in finals} == {"no run of its search was done"}
+
+
+def test_two_processes_do_not_run_one_sweep(tmp_path: Path) -> None:
+    with closing(FolderLock(tmp_path)), pytest.raises(ValueError, match="Another process is writing into"):
+        sweep_with_fakes(tmp_path, settings={}, methods={"A": ["method.name=supervised"]})
+    assert not (tmp_path / "sweep.json").exists()
 
 
 def test_runs_of_another_sweep_are_not_reused(tmp_path: Path) -> None:

@@ -227,6 +227,7 @@ def test_resume_refuses_what_is_no_run_or_lacks_rounds(folder, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_metrics(tmp_path)
     rounds(folder, range(1, 3))
+    folder.close()
     before = folder.metrics_jsonl.read_bytes()
     with pytest.raises(ValueError, match="ends at round 2, but the checkpoint is of round 5"):
         RunFolder.resume(folder.path, 5)
@@ -328,3 +329,16 @@ def test_a_killed_process_leaves_a_folder_that_can_be_resumed(tmp_path):
     resumed.close()
     assert [row["round"] for row in resumed.read_metrics()] == list(range(1, completed + 2))
     assert [step for step, _ in scalars(path, "eval/accuracy")] == list(range(1, completed + 2))
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    """The second is refused and changes nothing; once the first has closed it, it may."""
+    first = RunFolder.create(tmp_path / "run", "seed: 0\n", {})
+    first.log_round(1, {"eval/accuracy": 0.5})
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="Another process is writing into .*run"):
+        RunFolder.resume(tmp_path / "run", 0)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    first.close()
+    RunFolder.resume(tmp_path / "run", 1).close()
+    assert [row["round"] for row in read_metrics(tmp_path / "run")] == [1]

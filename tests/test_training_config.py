@@ -25,8 +25,9 @@ def test_training_config_names_what_is_wrong() -> None:
         ({"optimizer": "adam"}, r"`training.optimizer` \(=adam\) must be one of sgd, adamw"),
         (
             {"optimizer": "adamw", "momentum": 0.9},
-            r"`training.momentum` \(=0.9\) must be 0 for training.optimizer=adamw",
+            r"`training.momentum` \(=0.9\) must be 0 .* training.optimizer=adamw",
         ),
+        ({"optimizer": "adamw", "nesterov": True}, r"`training.nesterov` \(=True\) false for training.optimizer=adamw"),
         ({"weight_decay": -0.1}, r"`training.weight_decay` \(=-0.1\) must be a finite number of at least 0"),
         ({"prox_mu": float("inf")}, r"`training.prox_mu` \(=inf\) must be a finite number of at least 0"),
         ({"max_grad_norm": 0.0}, r"`training.max_grad_norm` \(=0.0\) must be a positive number"),

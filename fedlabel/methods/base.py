@@ -205,6 +205,11 @@ class Method:
         return False
 
     @property
+    def reads_sets_of_bags(self) -> bool:
+        """Whether a method that learns from bags makes use of candidate sets, too."""
+        return False
+
+    @property
     def needs_embeddings(self) -> bool:
         """Whether the network must give embeddings, see `fedlabel.models.Net`."""
         return False
@@ -344,10 +349,10 @@ class Method:
             ValueError: the method could not learn from it.
         """
         by_bags = any(phase.bags for phase in self.phases(1))
-        if by_bags and len(known.bag_counts) == 0 and not bool(known.labeled.any()):
+        if by_bags and len(known.bag_counts) == 0 and not bool((known.labeled & ~known.noisy).any()):
             raise ValueError(
-                f"`method.name` (={self.name}) learns from bags of known counts, and there is none. Take "
-                "supervision.kind=bags, with supervision.bag_size."
+                f"`method.name` (={self.name}) learns from bags of known counts and from true labels, and there is "
+                "none. Take supervision.kind=bags, with supervision.bag_size."
             )
         wants_labels = any(phase.labeled and not phase.informed and not phase.bags for phase in self.phases(1))
         if wants_labels and not bool(known.labeled.any()):
@@ -379,8 +384,13 @@ class Method:
         annotated = (known.annotations >= 0).any(1)
         if bool(annotated.any()) and not self.reads_annotations:
             left.append(f"the annotators' labels of {int(annotated.sum()):,} samples")
+        by_bags = any(phase.bags for phase in phases)
+        if by_bags and bool((known.noisy & known.informed).any()):
+            left.append(f"the noisy labels, or sets, of {int((known.noisy & known.informed).sum()):,} samples")
         sets = known.informed & (known.candidates.sum(1) > 1) & ~known.candidates.all(1)
-        if bool(sets.any()) and not any(phase.informed or phase.bags for phase in phases):
+        if by_bags:
+            sets = sets & ~known.noisy & (not self.reads_sets_of_bags)
+        if bool(sets.any()) and not any(phase.informed for phase in phases):
             left.append(f"the candidate sets of {int(sets.sum()):,} samples")
         return [f"method.name={self.name} makes nothing of {what}: these samples count as unlabelled." for what in left]
 

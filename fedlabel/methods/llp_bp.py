@@ -168,6 +168,10 @@ class LLPBP(Method):
         return self.head_hidden if self.lambda_aggregate > 0 else 0
 
     @property
+    def reads_sets_of_bags(self) -> bool:
+        return True
+
+    @property
     def needs_embeddings(self) -> bool:
         return self.bag_head > 0 or self.num_stages > 1
 

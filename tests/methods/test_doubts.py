@@ -35,7 +35,7 @@ SETS = [[True, True, False], [True, False, False], [True, True, True]]
     ("method", "said"),
     [
         ("ill", ["the counts of 1 bags", "the votes of 2 labelling functions"]),
-        ("dllp", ["the votes of 2 labelling functions"]),
+        ("dllp", ["the votes of 2 labelling functions", "the candidate sets of 1 samples"]),
         ("llp_bp", ["the votes of 2 labelling functions"]),
         (
             "fixmatch",
@@ -57,6 +57,24 @@ def test_labels_of_annotators_are_named_but_for_ill() -> None:
     for method in ("fixmatch", "supervised", "cc"):
         assert doubts(method, known) == [f"method.name={method} {said}"]
     assert doubts("ill", known) == []
+
+
+def test_what_methods_for_bags_leave_aside_is_named() -> None:
+    """Noisy labels, as counts are exact; sets, but for beliefs, which go by them."""
+    known = record([*SETS, [False, True, False]], bags=True)
+    known = dataclasses.replace(known, noisy=torch.tensor([False, False, False, True]))
+    noisy = "the noisy labels, or sets, of 1 samples"
+    for method, said in (("dllp", [noisy, "the candidate sets of 1 samples"]), ("llp_bp", [noisy])):
+        assert doubts(method, known) == [
+            f"method.name={method} makes nothing of {what}: these samples count as unlabelled." for what in said
+        ]
+
+
+def test_noisy_labels_alone_are_nothing_for_bags() -> None:
+    known = dataclasses.replace(record([[True, False, False]] * 2), noisy=torch.tensor([True, True]))
+    for method in ("dllp", "llp_bp"):
+        with pytest.raises(ValueError, match=rf"`method.name` \(={method}\) learns from bags of known counts and from"):
+            load_config(overrides=[f"method.name={method}"]).method.check(known)
 
 
 @pytest.mark.parametrize("method", ["ill", "fixmatch", "llp_bp", "dp_ssl"])
