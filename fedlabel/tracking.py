@@ -51,18 +51,21 @@ class FolderLock:
         Raises:
             ValueError: another process (or another part of this one) has it.
         """
-        self._file = open(path / ".lock", "w")  # noqa: SIM115
+        self._folder = os.open(path, os.O_RDONLY)
+        """-1 once it is closed."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.close()
+            os.close(self._folder)
             raise ValueError(
                 f"Another process is writing into {path}: wait until it has finished, or stop it first."
             ) from None
 
     def close(self) -> None:
-        """Gives the lock back."""
-        self._file.close()
+        """Gives the lock back; a second call does nothing."""
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
 
 
 class RunFolder:

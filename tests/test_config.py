@@ -309,7 +309,7 @@ BAGS = ["supervision.kind=bags", "supervision.bag_size=4"]
             ["method.name=llp_bp", "supervision.count_epsilon=1"],
             r"`method.lambda_bag` \(=inf\) takes counts for exact, .* `supervision.count_epsilon` \(=1.0\)",
         ),
-        (["method.name=llp_bp", "num_rounds=20"], r"`num_rounds` \(=20\) ends before the last of `method.num_stages`"),
+        (["method.name=llp_bp", "num_rounds=10"], r"`num_rounds` \(=10\) ends before the last of `method.num_stages`"),
         (["method.name=llp_bp", "supervision.bag_size=0"], r"`supervision.bag_size` \(=0\)"),
     ],
 )
