@@ -369,12 +369,12 @@ class LabelModel:
         """
         if len(votes) == 0:
             raise ValueError("`votes` has no rows: there is nothing to fit.")
-        symbols = self._symbols_of(votes)
+        symbols, labels = self._symbols_of(votes), self._labels_of(labels, len(votes))
         self._reset()
         self.update(self.initial_counts(votes, labels, label_weight))
         before = -math.inf
         for self.iterations in range(1, max_iterations + 1):
-            counts = self._counts(symbols, self._labels_of(labels, len(symbols)), label_weight)
+            counts = self._counts(symbols, labels, label_weight)
             now = float(counts.log_likelihood) / len(votes)
             if abs(now - before) <= tolerance * abs(now):
                 break
