@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
+from fedlabel.inference.sums import add_at
 from fedlabel.methods.steps import Model
 from fedlabel.metrics import (
     area_under_curve,
@@ -79,7 +80,7 @@ def bag_error(probabilities: Tensor, bags: Bags) -> float:
     """
     inside = bags.bag >= 0
     counts = bags.counts.double()
-    sums = torch.zeros_like(counts).index_add_(0, bags.bag[inside], probabilities[inside].double())
+    sums = add_at(torch.zeros_like(counts), bags.bag[inside], probabilities[inside].double())
     return float(((sums - counts) / counts.sum(1, keepdim=True)).abs().mean())
 
 

@@ -38,18 +38,25 @@ def epoch(x: torch.Tensor, labels: torch.Tensor, widths: tuple[int, ...], share:
     """Seconds of one epoch in batches of 1024, from `share` of it."""
     from fedlabel.models.nets import Mlp
 
-    net = Mlp((x.shape[1], 1, 1), 2, widths)
+    net = Mlp((x.shape[1], 1, 1), 2, widths).to(x.device)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     batches = list(zip(x.split(1024), labels.split(1024), strict=True))
     batches = batches[: max(2, int(share * len(batches)))]
     for inputs, targets in batches[:1]:  # warm-up
         torch.nn.functional.cross_entropy(net(inputs), targets).backward()
+    wait(x.device)
     started = time.perf_counter()
     for inputs, targets in batches:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(inputs), targets).backward()
         optimizer.step()
+    wait(x.device)
     return (time.perf_counter() - started) * len(x) / sum(len(inputs) for inputs, _ in batches)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def resident_mib(field: str, forget_peak: bool = False) -> float:
@@ -69,7 +76,7 @@ def resident_mib(field: str, forget_peak: bool = False) -> float:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from sklearn.metrics import roc_auc_score
 
-    from fedlabel.inference.belief import marginals
+    from fedlabel.inference.belief import Beliefs, marginals
     from fedlabel.inference.neighbors import neighbor_graph
 
     torch.set_num_threads(arguments.threads)
@@ -82,20 +89,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bag = torch.arange(arguments.n) // size
     bag[n:] = -1
     counts = torch.bincount(bag[:n][labels[:n] == 1], minlength=n // size)
-    before = resident_mib("VmRSS", forget_peak=True)
+    device = torch.device(arguments.device)
+    log_odds, x = torch.zeros(arguments.n, device=device), x.to(device)
+    given = [value.to(device) for value in (bag, counts, graph.edges, graph.weight)]
+
+    def infer(iterations: int) -> Beliefs:
+        return marginals(
+            log_odds,
+            *given,
+            lambda_edge=arguments.lambda_edge,
+            damping=arguments.damping,
+            max_iterations=iterations,
+        )
+
+    if device.type == "cuda":
+        infer(2)  # warm-up
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        before = resident_mib("VmRSS", forget_peak=True)
+    wait(device)
     started = time.perf_counter()
-    beliefs = marginals(
-        torch.zeros(arguments.n),
-        bag,
-        counts,
-        graph.edges,
-        graph.weight,
-        lambda_edge=arguments.lambda_edge,
-        damping=arguments.damping,
-    )
+    beliefs = infer(200)
+    wait(device)
     seconds = time.perf_counter() - started
-    peak = resident_mib("VmHWM")
-    inside = beliefs.probability[:n]
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_mib("VmHWM")
+    inside = beliefs.probability[:n].cpu()
     return {
         "n": arguments.n,
         "bag": size,
@@ -119,6 +138,7 @@ def alone(arguments: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     given = {**vars(arguments), **changes}
     options = ["--one", "--n", str(given["n"]), "--bag", str(given["bag"]), "--neighbors", str(given["neighbors"])]
     options += ["--features", str(given["features"]), "--threads", str(given["threads"])]
+    options += ["--device", given["device"]]
     options += ["--damping", str(given["damping"]), "--lambda-edge", str(given["lambda_edge"])]
     options += ["--paper"] if given["paper"] else []
     done = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True)
@@ -173,6 +193,7 @@ def main() -> None:
     parser.add_argument("--lambda-edge", type=float, default=1.0)
     parser.add_argument("--damping", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, of inference and learner; memory is the device's")
     parser.add_argument("--paper", action="store_true", help="also an epoch of the paper's 5040-1280-320-128-64 net")
     parser.add_argument("--scaling", help="file for a figure; smaller sizes than --n")
     parser.add_argument("--one", action="store_true", help="one measurement, as JSON")

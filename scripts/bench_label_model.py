@@ -115,14 +115,19 @@ def growth(seeds: list[int]) -> None:
         print(f"| {functions} | {em:.1f} | {majority:.1f} |")
 
 
-def speed(n: int, functions: int) -> None:
-    votes, sets, truth, _ = simulate(0, n=n, k=functions)
-    model = LabelModel(CLASSES, sets, prior=torch.ones(CLASSES))
+def speed(n: int, functions: int, device: torch.device) -> None:
+    votes, sets, truth, _ = (each.to(device) for each in simulate(0, n=n, k=functions))
+    model = LabelModel(CLASSES, sets, prior=torch.ones(CLASSES, device=device))
+    if device.type == "cuda":
+        LabelModel(CLASSES, sets).fit(votes, max_iterations=1)  # warm-up
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     model.fit(votes)
     seconds = time.perf_counter() - started
     right = correct(model.posterior(votes), truth)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
     print(
         f"{n:,} samples x {functions} functions: {model.iterations} iterations in {seconds:.2f} s "
         f"({seconds / max(1, model.iterations):.3f} s each), {100 * right:.1f} % right, peak memory {peak:.1f} GiB "
@@ -133,13 +138,14 @@ def speed(n: int, functions: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", action="store_true", help="time large votes instead")
+    parser.add_argument("--device", default="cpu", help="for --speed: cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.speed:
-        speed(50_000, 50)
-        speed(1_000_000, 100)
+        speed(50_000, 50, torch.device(arguments.device))
+        speed(1_000_000, 100, torch.device(arguments.device))
     else:
         compare(arguments.seeds)
         growth(arguments.seeds)

@@ -39,6 +39,7 @@ from fedlabel.inference.cardinality import (
     tilt,
 )
 from fedlabel.inference.pairwise import ising, sum_product
+from fedlabel.inference.sums import add_at
 
 __all__ = ["Beliefs", "bag_posterior", "count_log_likelihood", "marginals"]
 
@@ -252,8 +253,7 @@ class _Edges:
 
     def arrived(self, like: Tensor) -> Tensor:
         """Returns the sum of the messages that each variable receives, (n,)."""
-        total = torch.zeros_like(like).index_add_(0, self.second, self.forward)
-        return total.index_add_(0, self.first, self.backward)
+        return add_at(add_at(torch.zeros_like(like), self.second, self.forward), self.first, self.backward)
 
 
 def change(before: Tensor, after: Tensor) -> float:

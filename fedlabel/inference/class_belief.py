@@ -19,6 +19,7 @@ from fedlabel.inference.belief import (
     of_bag,
 )
 from fedlabel.inference.cardinality import CERTAIN, CLASS_STATES, LARGEST, check_counts, check_evidence, class_messages
+from fedlabel.inference.sums import add_at
 
 
 def class_marginals(
@@ -136,8 +137,7 @@ class _ClassEdges:
 
     def arrived(self, like: Tensor) -> Tensor:
         """See `_Edges.arrived`; (n, classes)."""
-        total = torch.zeros_like(like).index_add_(0, self.second, self.forward)
-        return total.index_add_(0, self.first, self.backward)
+        return add_at(add_at(torch.zeros_like(like), self.second, self.forward), self.first, self.backward)
 
 
 class _ClassBags:

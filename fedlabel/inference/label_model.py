@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from fedlabel.inference.sums import add_at
+
 VARIANTS = ("full", "tied", "cage")
 ABSTAIN = -1
 _CHUNK = 1 << 16
@@ -207,7 +209,7 @@ class LabelModel:
             total += posterior.sum(0)
             log_likelihood += evidence
             for function in range(k):
-                votes.index_add_(0, part[:, function], posterior)
+                add_at(votes, part[:, function], posterior)
             start += len(part)
         return Counts(votes.view(k, symbol_count, classes), total, log_likelihood)
 
@@ -221,7 +223,7 @@ class LabelModel:
 
     def _symbols_of(self, votes: Tensor) -> Tensor:
         """Returns (n, K) int64, the place of every vote in the flattened tables."""
-        votes = torch.as_tensor(votes)
+        votes = torch.as_tensor(votes).to(self.class_sets.device)
         if votes.dtype != torch.int64 or votes.dim() != 2 or votes.shape[1] != self.num_functions:
             raise ValueError(
                 f"`votes` ({votes.dtype} of shape {tuple(votes.shape)}) must be int64 of shape "

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fedlabel.inference.sums import add_at
+
 
 def sum_product(
     unary: Tensor,
@@ -54,7 +56,7 @@ def sum_product(
         onward, back = wanted()
         forward.lerp_(onward, 1 - damping)
         backward.lerp_(back, 1 - damping)
-        before, total = total, unary.index_add(0, second, forward).index_add(0, first, backward)
+        before, total = total, add_at(add_at(unary.clone(), second, forward), first, backward)
         residual = change(before, total) / (1 - damping)
         if residual < tolerance and len(pairs):  # what arrives may cancel where what is sent on does not
             onward, back = wanted()
@@ -83,7 +85,7 @@ def ising(
     """
     n = len(log_odds)
     inside = bag >= 0
-    unary = log_odds.index_add(0, edges[:, 0], -weight).index_add(0, edges[:, 1], -weight)
+    unary = add_at(add_at(log_odds.clone(), edges[:, 0], -weight), edges[:, 1], -weight)
     penalty = lambda_bag * (1 - 2 * counts.to(unary.dtype))
     unary = unary - torch.where(inside, penalty[bag.clamp_min(0)], 0.0) if len(counts) else unary
     order = bag.argsort(stable=True)[int((~inside).sum()) :]
@@ -96,5 +98,5 @@ def ising(
         keys.append(torch.minimum(a, b) * n + torch.maximum(a, b))
         couplings.append(torch.full(keys[-1].shape, -2 * lambda_bag, dtype=unary.dtype, device=bag.device))
     key, place = torch.cat(keys).unique(return_inverse=True)
-    coupling = unary.new_zeros(len(key)).index_add_(0, place, torch.cat(couplings))
+    coupling = add_at(unary.new_zeros(len(key)), place, torch.cat(couplings))
     return unary, torch.stack([key // n, key % n], 1), coupling

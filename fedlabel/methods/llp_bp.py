@@ -24,6 +24,7 @@ from fedlabel.inference.belief import FACTORS, Beliefs, marginals
 from fedlabel.inference.cardinality import LARGEST
 from fedlabel.inference.class_belief import class_marginals
 from fedlabel.inference.neighbors import BACKENDS, Graph, neighbor_graph
+from fedlabel.inference.sums import add_at
 from fedlabel.methods.bags import bag_means, bag_step, shares
 from fedlabel.methods.base import Method, Phase, PhaseResult, Prepared, Survey
 from fedlabel.methods.dllp import dllp_loss
@@ -272,8 +273,9 @@ class LLPBP(Method):
         ones, zeros = known.bag_counts[:, 1].sum(), known.bag_counts[:, 0].sum()
         if self.centered and ones > 0 and zeros > 0:
             field = centering(self.lambda_edge * weight, math.log(float(ones / zeros)))
+            log_odds = log_odds.clone()
             for ends in graph.edges.unbind(1):
-                log_odds = log_odds.index_add(0, ends, field)
+                add_at(log_odds, ends, field)
         beliefs = marginals(
             log_odds.clamp(-LARGEST, LARGEST) if self.factor == "pairwise" else log_odds,  # it knows no certainty
             known.bag,
@@ -299,7 +301,7 @@ class LLPBP(Method):
 
     def _metrics(self, beliefs: Beliefs, belief: Tensor, known: Supervision) -> dict[str, Tensor]:
         inside = known.bag >= 0
-        sums = torch.zeros_like(known.bag_counts, dtype=belief.dtype).index_add_(0, known.bag[inside], belief[inside])
+        sums = add_at(torch.zeros_like(known.bag_counts, dtype=belief.dtype), known.bag[inside], belief[inside])
         missed = (sums - known.bag_counts).abs().sum(1) / 2  # of two classes: of the count of one
         one = torch.ones(1, device=belief.device)
 
