@@ -306,6 +306,16 @@ def test_noise_aware_loss_by_hand() -> None:
     assert half.loss.item() == pytest.approx(0.7390430 / 2, abs=1e-6)
 
 
+def test_no_gradient_reaches_the_posterior() -> None:
+    """Check 10: the target is a constant, whatever made it."""
+    target = torch.tensor([[0.75, 0.2, 0.05]], requires_grad=True)
+    strong = torch.tensor([[0.6, 0.3, 0.1]]).log().requires_grad_()
+    table = Table(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.zeros(1, 3), strong)
+    step = DPSSL().loss(table.student, NOTHING, table.batch(targets={"target": target}))
+    step.loss.backward()
+    assert target.grad is None
+
+
 def test_a_certain_posterior_is_a_label_and_an_even_one_at_an_even_model_moves_nothing() -> None:
     """Check 10: -ln .6 = .5108256; and a sample whose target is 0 is not learnt."""
     sure, _ = end_step((1, 0, 0), (0.6, 0.3, 0.1))
