@@ -127,7 +127,9 @@ class FunctionWatch:
             return {}
         rates = self._rates(counts)
         found = {f"functions/{name}": values for name, values in rates.items()}
+        found["functions/estimated_accuracy"] = guess
         found["functions/estimation_error"] = np.abs(guess - rates["accuracy"])
+        found["functions/classes"] = (np.reshape(counts["function_votes"], (len(guess), -1)) > 0).sum(1).astype(float)
         metrics = {tag: float(np.nanmean(values)) for tag, values in found.items() if np.isfinite(values).any()}
         rates_of_samples = ratio([voted, majority, normalized], [samples, known, known])
         pairs = zip(OF_SAMPLES, rates_of_samples, strict=True)

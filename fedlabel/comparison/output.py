@@ -49,9 +49,10 @@ TABLES = {
     ),
     "functions": (
         "Labelling functions",
-        "in %; coverage, overlap, conflict: share of the samples that a function votes on, with another one, and "
-        "against another one; right: of its votes; all four are means over the functions, of the votes of all clients "
-        "that took part until then. estimate's error: mean distance of the label model's estimate from it. Right by "
+        "in %; classes: how many a function voted for (its polarity), a number; coverage, overlap, conflict: share of "
+        "the samples that a function votes on, with another one, and against another one; right: of its votes; "
+        "estimate: what the label model takes for it; its error: mean distance of the two; all are means over the "
+        "functions, of the votes of all clients that took part until then. Right by "
         "majority, and by votes per class divided by the number of functions that may vote for it: of all samples; "
         "what the label model gets right is under Pseudo-labels.",
     ),

@@ -126,6 +126,8 @@ def test_metrics_are_means_over_functions(tmp_path: Path) -> None:
             "functions/overlap": 10 / 18,
             "functions/conflict": 8 / 18,
             "functions/accuracy": (3 / 4 + 1 / 3) / 3,
+            "functions/classes": 2.0,
+            "functions/estimated_accuracy": (1 / 2 + 1 / 2 + 1 / 4) / 3,
             "functions/estimation_error": (1 / 4 + 1 / 6 + 1 / 4) / 3,
             "functions/voted": 5 / 6,
             "functions/majority_accuracy": 11 / 30,
