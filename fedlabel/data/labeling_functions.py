@@ -1,8 +1,8 @@
 """Labelling functions that users write: plain Python functions from a sample to a class, or to nothing.
 
 A module of them is named in the configuration. Where it defines `labeling_functions`, a list, these are the functions,
-in this order; otherwise they are all functions that it defines itself and whose name has no leading underscore, in the
-order in which it defines them. A function gets one sample: of images a numpy array (channels, height, width) of uint8,
+in this order; otherwise they are all functions that it defines itself (decorated ones, too) and whose name has no
+leading underscore, in the order in which it defines them. A function gets one sample: of images a numpy array (channels, height, width) of uint8,
 of tables a dictionary, column -> number or text as in the file. It returns a class, as its number or by name, or None
 or -1 to abstain.
 """
@@ -50,7 +50,11 @@ def load_functions(module: str) -> list[LabelingFunction]:
     listed = getattr(loaded, "labeling_functions", None)
     if listed is None:
         public = [value for name, value in vars(loaded).items() if not name.startswith("_")]
-        listed = [f for f in public if inspect.isfunction(f) and f.__module__ == loaded.__name__]
+        listed = [
+            value
+            for value in public
+            if callable(value) and inspect.isfunction(inspect.unwrap(value)) and value.__module__ == loaded.__name__
+        ]
     functions = list(listed) if isinstance(listed, (list, tuple)) else []
     if not functions or not all(map(callable, functions)):
         raise ValueError(f"{key} has no labelling functions: define some, or list them as `labeling_functions`.")
@@ -90,12 +94,13 @@ def _vote(function: LabelingFunction, sample: Any, place: int, number_of: dict[s
     try:
         answer = function(copy(sample))  # what it writes on it is for itself
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        inner = traceback.extract_tb(error.__traceback__)[1:]  # empty where it could not even be called
+        where = f", in line {inner[-1].lineno}" if inner else ", which alone is what it gets"
         hint = "Let it return None where it cannot tell."
         if isinstance(error, KeyError) and isinstance(sample, dict):
             hint = f"A sample has the columns {', '.join(sample)}."
         raise ValueError(
-            f"Labelling function `{name}` fails on sample {place}, in line {line}: {type(error).__name__}: {error}. "
+            f"Labelling function `{name}` fails on sample {place}{where}: {type(error).__name__}: {error}. "
             + hint
         ) from error
     if answer is None:

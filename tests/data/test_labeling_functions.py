@@ -98,9 +98,13 @@ def second_letter(sample):
 _hidden = _above(100)
 above_two = _above(2)
 above_one = _above(1)
+
+@functools.cache
+def remembered(sample):
+    return 2 * sample
 """
-    functions = load_functions(write(tmp_path / "made.py", text))
-    assert [function(2) for function in functions] == [-2, 0, 1]
+    functions = load_functions(write(tmp_path / "made.py", "import functools\nfrom math import sqrt\n" + text))
+    assert [function(2) for function in functions] == [-2, 0, 1, 4]
 
 
 def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
@@ -179,6 +183,14 @@ def test_a_function_that_fails_is_named() -> None:
         ValueError, match=r"`lookup` fails on sample 1, in line \d+: KeyError: 'size'. A sample has the columns"
     ):
         cast_votes([lambda x: 0, lookup], [{"size": 1}, {}], NAMES)
+
+
+def test_a_function_that_takes_no_sample_or_two_is_named() -> None:
+    def closer(one: int, other: int) -> int:
+        return one
+
+    with pytest.raises(ValueError, match=r"`closer` fails on sample 0, which alone is what it gets: TypeError"):
+        cast_votes([closer], [1, 2], NAMES)
 
 
 # --------------------------------------------------------------------------------------------------------------- record
