@@ -69,6 +69,11 @@ class Evaluation:
         }
 
 
+_ANY = Evaluation(0.0, np.eye(2, dtype=np.int64), np.ones(1), np.zeros((3, 1)), auc=0.5, bag_mae=0.0)
+EVALUATED = tuple(_ANY.metrics())
+"""All that an evaluation may report; eval/auc needs two classes and eval/bag_mae bags."""
+
+
 def bag_error(probabilities: Tensor, bags: Bags) -> float:
     """Returns the mean absolute error of the predicted share of a class in a bag, over bags and classes.
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_config
+from fedlabel.evaluation import EVALUATED
 
 SWEEP_JSON = "sweep.json"
 COLUMNS = ("last", "best", "mean_last_10")
@@ -58,6 +59,8 @@ class SearchConfig:
                 )
         if self.split != "validation":
             raise ValueError(f"`search.split` (={self.split}) must be validation: the test split chooses nothing.")
+        if self.metric not in EVALUATED:
+            raise ValueError(f"`search.metric` (={self.metric}) must be one of {', '.join(EVALUATED)}.")
         if self.column not in COLUMNS:
             raise ValueError(f"`search.column` (={self.column}) must be one of {', '.join(COLUMNS)}.")
 

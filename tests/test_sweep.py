@@ -59,6 +59,7 @@ def ledger(out: Path) -> dict[str, Any]:
         ({"search": {"values": [1, 1]}}, ["`search.values` (=[1.0, 1.0])"]),
         ({"search": {"values": [1], "split": "test"}}, ["`search.split` (=test) must be validation"]),
         ({"search": {"values": [1], "column": "mean"}}, ["`search.column` (=mean)", "mean_last_10"]),
+        ({"search": {"values": [1], "metric": "eval/acc"}}, ["`search.metric` (=eval/acc)", "eval/accuracy", "eval/bag_mae"]),
         ({"search": {"values": [1], "seed": 2}}, ["`search.seed` (=2) must be none of `seeds`"]),
         (
             {"search": {"values": [1, 2], "per_method_values": {"FedLabel": [3]}}},
@@ -319,11 +320,11 @@ def test_one_search_for_all_settings(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_metric_that_no_run_has_fails_the_search(tmp_path: Path) -> None:
-    search = {"values": [0.05], "metric": "eval/acc"}
+    search = {"values": [0.05], "metric": "eval/auc"}
     complete, _ = sweep_with_fakes(tmp_path, search=search, settings={}, methods={"A": ["method.name=supervised"]})
     assert not complete
     first, *finals = ledger(tmp_path)["runs"]
-    assert "`search.metric` (=eval/acc) is not in" in first["error"]
+    assert "`search.metric` (=eval/auc) is not in" in first["error"]
     assert "it has eval/accuracy." in first["error"]
     assert {row["error"] for row in finals} == {"no run of its search was done"}
 
