@@ -59,7 +59,10 @@ def ledger(out: Path) -> dict[str, Any]:
         ({"search": {"values": [1, 1]}}, ["`search.values` (=[1.0, 1.0])"]),
         ({"search": {"values": [1], "split": "test"}}, ["`search.split` (=test) must be validation"]),
         ({"search": {"values": [1], "column": "mean"}}, ["`search.column` (=mean)", "mean_last_10"]),
-        ({"search": {"values": [1], "metric": "eval/acc"}}, ["`search.metric` (=eval/acc)", "eval/accuracy", "eval/bag_mae"]),
+        (
+            {"search": {"values": [1], "metric": "eval/acc"}},
+            ["`search.metric` (=eval/acc)", "eval/accuracy", "eval/bag_mae"],
+        ),
         ({"search": {"values": [1], "seed": 2}}, ["`search.seed` (=2) must be none of `seeds`"]),
         (
             {"search": {"values": [1, 2], "per_method_values": {"FedLabel": [3]}}},

@@ -2,9 +2,9 @@
 
 A module of them is named in the configuration. Where it defines `labeling_functions`, a list, these are the functions,
 in this order; otherwise they are all functions that it defines itself (decorated ones, too) and whose name has no
-leading underscore, in the order in which it defines them. A function gets one sample: of images a numpy array (channels, height, width) of uint8,
-of tables a dictionary, column -> number or text as in the file. It returns a class, as its number or by name, or None
-or -1 to abstain.
+leading underscore, in the order in which it defines them. A function gets one sample: of images a numpy array
+(channels, height, width) of uint8, of tables a dictionary, column -> number or text as in the file. It returns a class,
+as its number or by name, or None or -1 to abstain.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ def _vote(function: LabelingFunction, sample: Any, place: int, number_of: dict[s
         if isinstance(error, KeyError) and isinstance(sample, dict):
             hint = f"A sample has the columns {', '.join(sample)}."
         raise ValueError(
-            f"Labelling function `{name}` fails on sample {place}{where}: {type(error).__name__}: {error}. "
-            + hint
+            f"Labelling function `{name}` fails on sample {place}{where}: {type(error).__name__}: {error}. " + hint
         ) from error
     if answer is None:
         return ABSTAIN
