@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bag[n:] = -1
     counts = torch.bincount(bag[:n][labels[:n] == 1], minlength=n // size)
     device = torch.device(arguments.device)
-    log_odds, x = torch.zeros(arguments.n, device=device), x.to(device)
+    log_odds, x, y = torch.zeros(arguments.n, device=device), x.to(device), labels.to(device)
     given = [value.to(device) for value in (bag, counts, graph.edges, graph.weight)]
 
     def infer(iterations: int) -> Beliefs:
@@ -128,8 +128,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "MiB before": before,
         "MiB more": peak - before,
         "AUC": roc_auc_score(labels[:n], inside),
-        "epoch small s": epoch(x, labels, SMALL, 0.2),
-        "epoch paper s": epoch(x, labels, PAPER, 0.01) if arguments.paper else float("nan"),
+        "epoch small s": epoch(x, y, SMALL, 0.2),
+        "epoch paper s": epoch(x, y, PAPER, 0.01) if arguments.paper else float("nan"),
     }
 
 
@@ -141,7 +141,7 @@ def alone(arguments: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     options += ["--device", given["device"]]
     options += ["--damping", str(given["damping"]), "--lambda-edge", str(given["lambda_edge"])]
     options += ["--paper"] if given["paper"] else []
-    done = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

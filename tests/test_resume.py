@@ -128,8 +128,8 @@ def test_a_stage_begins_with_fresh_weights_and_is_resumed(tmp_path: Path) -> Non
         assert all(torch.equal(value, first.model[name]) for name, value in later.previous.items())
     name = "net.hidden.weight"
     start = open_experiment((whole.path / "config.yaml").read_text())
-    fresh = start.fresh_state(2)[name]
-    assert (fresh - start.initial_state[name]).abs().mean() > 0.01  # drawn anew
+    fresh, first_of_all = start.fresh_state(2)[name].cpu(), start.initial_state[name].cpu()
+    assert (fresh - first_of_all).abs().mean() > 0.01  # drawn anew
     assert (second.model[name] - fresh).abs().mean() < 0.2 * (second.model[name] - first.model[name]).abs().mean()
     down = [row["comm/bytes_down"] for row in rows(whole.path)]
     assert down[1] == down[2] > 1.9 * down[0]  # type: ignore[operator]

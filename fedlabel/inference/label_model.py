@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fedlabel.inference.sums import add_at
-
 VARIANTS = ("full", "tied", "cage")
 ABSTAIN = -1
 _CHUNK = 1 << 16
@@ -202,16 +200,17 @@ class LabelModel:
     def _sum(self, symbols: Tensor, look: Callable[[int, Tensor], tuple[Tensor, Tensor]]) -> Counts:
         """Adds up, chunk by chunk, what `look(first row, symbols)` says: posteriors (n, C), and the log-likelihood."""
         k, symbol_count, classes = self.tables.shape
-        votes = torch.zeros(k * symbol_count, classes, dtype=torch.float64, device=symbols.device)
+        votes = torch.zeros(k, symbol_count, classes, dtype=torch.float64, device=symbols.device)
         total, log_likelihood, start = votes.new_zeros(classes), votes.new_zeros(()), 0
+        places = torch.arange(k * symbol_count, device=symbols.device).view(k, symbol_count, 1)
         for part in symbols.split(_CHUNK):
             posterior, evidence = look(start, part)
             total += posterior.sum(0)
             log_likelihood += evidence
-            for function in range(k):
-                add_at(votes, part[:, function], posterior)
+            for function, said in enumerate(part.T.contiguous()):  # a product: adding at few places is slow on a GPU
+                votes[function] += (said == places[function]).double() @ posterior
             start += len(part)
-        return Counts(votes.view(k, symbol_count, classes), total, log_likelihood)
+        return Counts(votes, total, log_likelihood)
 
     def _joint(self, symbols: Tensor, temperature: float | None = None) -> Tensor:
         """Returns log pi_y + kappa sum_k log T_k[y, v_k], (n, C)."""
