@@ -173,9 +173,9 @@ class DPSSL(Method):
     """grown: heads learn to vote. written: the functions of supervision.kind=labeling_functions vote."""
     num_functions: int = 50
     """K; with functions=written as many as there are."""
-    functions_rounds: int = 40
+    functions_rounds: int = 24
     """Rounds of the first stage; none with functions=written."""
-    label_model_rounds: int = 10
+    label_model_rounds: int = 6
     """Rounds of the second stage: one EM step each, after the first, which starts from the votes."""
 
     assignment: str = "wta"
