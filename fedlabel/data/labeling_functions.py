@@ -2,9 +2,9 @@
 
 A module of them is named in the configuration. Where it defines `labeling_functions`, a list, these are the functions,
 in this order; otherwise they are all functions that it defines itself (decorated ones, too) and whose name has no
-leading underscore, in the order in which it defines them. A function gets one sample: of images a numpy array
-(channels, height, width) of uint8, of tables a dictionary, column -> number or text as in the file. It returns a class,
-as its number or by name, or None or -1 to abstain.
+leading underscore, in the order in which it defines them; give decorators and other helpers one. A function gets one
+sample: of images a numpy array (channels, height, width) of uint8, of tables a dictionary, column -> number or text as
+in the file. It returns a class, as its number or by name, or None or -1 to abstain.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _vote(function: LabelingFunction, sample: Any, place: int, number_of: dict[s
     except Exception as error:
         inner = traceback.extract_tb(error.__traceback__)[1:]  # empty where it could not even be called
         where = f", in line {inner[-1].lineno}" if inner else ", which alone is what it gets"
-        hint = "Let it return None where it cannot tell."
+        hint = "Let it return None where it cannot tell." if inner else "Write it as a function of one sample."
         if isinstance(error, KeyError) and isinstance(sample, dict):
             hint = f"A sample has the columns {', '.join(sample)}."
         raise ValueError(

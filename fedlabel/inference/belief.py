@@ -101,8 +101,11 @@ def marginals(
         ValueError: arguments of wrong shape or outside their range, an impossible count, an empty bag, or a bag whose
             count contradicts what is certain.
     """
-    log_odds, bag, bag_counts = map(torch.as_tensor, (log_odds, bag, bag_counts))
-    edges, edge_weight = map(torch.as_tensor, (edges, edge_weight))
+    log_odds = torch.as_tensor(log_odds)
+    given = (torch.as_tensor(value).to(log_odds.device) for value in (bag, bag_counts, edges, edge_weight))
+    bag, bag_counts, edges, edge_weight = given
+    if edges.numel() == 0:  # an empty list has neither type nor width
+        edges = edges.new_zeros(0, 2, dtype=torch.int64)
     least, most, sizes = _checked_bags(log_odds, bag, bag_counts)
     check_edges(edges, edge_weight, len(log_odds))
     check_settings(lambda_bag, lambda_edge, factor, damping, max_iterations, tolerance)

@@ -61,11 +61,12 @@ def class_marginals(
     n, classes = log_probs.shape
     if bag_counts.dim() != 2 or bag_counts.shape[1] != classes:
         raise ValueError(f"`bag_counts` (of shape {tuple(bag_counts.shape)}) must be of shape (bags, {classes}).")
-    if bool(log_probs.isnan().any()) or bool((log_probs == -math.inf).all(1).any()):
-        raise ValueError("`log_probs` must be numbers, not NaN, with a possible class in every row.")
+    unclear = log_probs.isnan() | (log_probs == math.inf)
+    if bool(unclear.any()) or bool((log_probs == -math.inf).all(1).any()):
+        raise ValueError("`log_probs` must be numbers or -inf, not NaN or inf, with a possible class in every row.")
     sizes = check_members(bag, len(bag_counts), n)
     check_edges(edges, edge_weight, n)
-    check_settings(1.0, lambda_edge, "cardinality", damping, max_iterations, tolerance)
+    check_settings(lambda_bag, lambda_edge, "cardinality", damping, max_iterations, tolerance)
     check_counts(bag_counts.flatten(), bag_counts.flatten(), sizes.repeat_interleave(classes), classes)
     counts = bag_counts.long()
     wrong = (counts.sum(1) != sizes).nonzero()

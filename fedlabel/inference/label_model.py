@@ -200,17 +200,21 @@ class LabelModel:
     def _sum(self, symbols: Tensor, look: Callable[[int, Tensor], tuple[Tensor, Tensor]]) -> Counts:
         """Adds up, chunk by chunk, what `look(first row, symbols)` says: posteriors (n, C), and the log-likelihood."""
         k, symbol_count, classes = self.tables.shape
-        votes = torch.zeros(k, symbol_count, classes, dtype=torch.float64, device=symbols.device)
+        votes = torch.zeros(k * symbol_count, classes, dtype=torch.float64, device=symbols.device)
         total, log_likelihood, start = votes.new_zeros(classes), votes.new_zeros(()), 0
         places = torch.arange(k * symbol_count, device=symbols.device).view(k, symbol_count, 1)
         for part in symbols.split(_CHUNK):
             posterior, evidence = look(start, part)
             total += posterior.sum(0)
             log_likelihood += evidence
-            for function, said in enumerate(part.T.contiguous()):  # a product: adding at few places is slow on a GPU
-                votes[function] += (said == places[function]).double() @ posterior
+            for function, said in enumerate(part.T.contiguous()):
+                if votes.is_cuda:  # there sums at few places are slow, or not the same each time
+                    own = slice(function * symbol_count, (function + 1) * symbol_count)
+                    votes[own] += (said == places[function]).double() @ posterior
+                else:
+                    votes.index_add_(0, said, posterior)
             start += len(part)
-        return Counts(votes, total, log_likelihood)
+        return Counts(votes.view(k, symbol_count, classes), total, log_likelihood)
 
     def _joint(self, symbols: Tensor, temperature: float | None = None) -> Tensor:
         """Returns log pi_y + kappa sum_k log T_k[y, v_k], (n, C)."""

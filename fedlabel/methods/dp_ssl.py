@@ -210,6 +210,8 @@ class DPSSL(Method):
     """Class prior. learnt: the federation's. uniform. client: each client's own, fitted to its votes under the common
     tables: clients of different class mixes read the same votes differently. It is not sent, though expected counts,
     which are, tell as much."""
+    abstentions: bool = True
+    """Whether the label model takes an abstention for evidence; if not, only the votes that were cast count."""
     smoothing: float = 1.0
     """Pseudo-counts of the tables."""
     temperature: float = 1.0
@@ -464,9 +466,7 @@ class DPSSL(Method):
         sets = state["sets"] > 0.5
         classes = sets.shape[1]
         uniform = torch.ones(classes, device=sets.device) if self.prior == "uniform" else None
-        model = LabelModel(
-            classes, sets, self.variant, smoothing=self.smoothing, temperature=self.temperature, prior=uniform
-        )
+        model = LabelModel(classes, sets, self.variant, uniform, self.smoothing, self.temperature, self.abstentions)
         if state["fitted"] > 0:
             model.tables = state["tables"].double()
             model.prior = state["prior"].double() / state["prior"].double().sum()

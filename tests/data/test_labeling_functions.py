@@ -99,12 +99,20 @@ _hidden = _above(100)
 above_two = _above(2)
 above_one = _above(1)
 
-@functools.cache
-def remembered(sample):
-    return 2 * sample
+def _logged(function):
+    @functools.wraps(function)
+    def logged(sample):
+        return function(sample)
+    return logged
+
+@_logged
+def twice(sample):
+    return 2 * sample["size"] if isinstance(sample, dict) else 2 * sample
 """
     functions = load_functions(write(tmp_path / "made.py", "import functools\nfrom math import sqrt\n" + text))
     assert [function(2) for function in functions] == [-2, 0, 1, 4]
+    assert functions[-1]({"size": 3}) == 6
+    assert functions[-1].__name__ == "twice"
 
 
 def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
@@ -189,7 +197,9 @@ def test_a_function_that_takes_no_sample_or_two_is_named() -> None:
     def closer(one: int, other: int) -> int:
         return one
 
-    with pytest.raises(ValueError, match=r"`closer` fails on sample 0, which alone is what it gets: TypeError"):
+    with pytest.raises(
+        ValueError, match=r"`closer` fails on sample 0, which alone is what it gets: TypeError.*Write it as"
+    ):
         cast_votes([closer], [1, 2], NAMES)
 
 

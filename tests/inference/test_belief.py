@@ -548,12 +548,28 @@ def test_impossible_rows_are_named():
         class_marginals(log_probs, torch.zeros(2, dtype=torch.int64), torch.tensor([[1, 1, 0]]), NO_EDGES, NO_WEIGHT)
 
 
+@pytest.mark.parametrize("lambda_bag", [-1.0, math.nan])
+def test_bad_weight_of_counts_of_classes_is_named(lambda_bag: float) -> None:
+    bag, counts = torch.zeros(2, dtype=torch.int64), torch.tensor([[1, 1, 0]])
+    with pytest.raises(ValueError, match="`lambda_bag`"):
+        class_marginals(torch.zeros(2, 3), bag, counts, NO_EDGES, NO_WEIGHT, lambda_bag=lambda_bag)
+
+
+def test_infinite_evidence_for_a_class_is_named() -> None:
+    log_probs = torch.zeros(2, 3)
+    log_probs[1, 1] = math.inf
+    with pytest.raises(ValueError, match="not NaN or inf"):
+        class_marginals(log_probs, torch.zeros(2, dtype=torch.int64), torch.tensor([[1, 1, 0]]), NO_EDGES, NO_WEIGHT)
+
+
 def test_arrays_and_lists_will_do() -> None:
     arguments = [0.5, -1.0, 2.0, 0.0], [0, 0, 0, -1], [1], [[0, 3], [1, 2]], [1.0, 0.5]
     of_tensors = marginals(*map(torch.tensor, arguments))
     assert torch.equal(marginals(*arguments).probability, of_tensors.probability)  # type: ignore[arg-type]
     of_arrays = marginals(*map(np.array, arguments))
     assert torch.allclose(of_arrays.probability.float(), of_tensors.probability, atol=1e-4)
+    alone = marginals([0.5, -1.0, 2.0], [0, 0, 0], [1], [], [])  # type: ignore[arg-type]
+    torch.testing.assert_close(alone.probability, bag_posterior(torch.tensor([0.5, -1.0, 2.0]), 1))
 
 
 def test_messages_that_cancel_everywhere_are_not_taken_for_rest() -> None:

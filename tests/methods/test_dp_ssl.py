@@ -744,6 +744,21 @@ def test_threshold_and_temperature_reach_votes_and_posterior() -> None:
     assert (found - sharp).abs().max() > 0.05
 
 
+def test_silence_may_be_ignored() -> None:
+    method, votes, sets, shared = functions_of("grown")
+    known = told(votes, classes=10)
+    blind = replace(method, abstentions=False)
+    shared = a_round(blind, [votes], [known], shared)
+    alone = LabelModel(10, sets, prior=None, abstentions=False)
+    alone.update(alone.initial_counts(votes))
+    torch.testing.assert_close(shared["tables"], alone.tables.float())
+    found = annotated(blind, votes, known, shared).targets["target"]
+    torch.testing.assert_close(found, alone.posterior(votes).float() * (votes >= 0).any(1, keepdim=True))
+    assert (
+        found - annotated(method, votes, known, a_round(method, [votes], [known], shared)).targets["target"]
+    ).abs().max() > 0.05
+
+
 def test_samples_that_functions_were_not_given_are_not_learnt_nor_counted() -> None:
     method, votes, _, shared = functions_of("written")
     known = told(votes.masked_fill((torch.arange(300) < 100)[:, None], -2), classes=10)
