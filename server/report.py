@@ -306,7 +306,7 @@ def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str,
     }
 
 
-_SUMMARIZED = ("eval/", "pseudo/", "posterior/", "transition/", "functions/", "train/loss")
+_SUMMARIZED = ("eval/", "pseudo/", "posterior/", "transition/", "belief/", "graph/", "functions/", "train/loss")
 _COUNTED = (
     "comm/bytes_up",
     "comm/bytes_down",

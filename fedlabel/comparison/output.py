@@ -45,7 +45,14 @@ TABLES = {
     "pseudo": (
         "Pseudo-labels",
         "in %; coverage: share of the unlabelled draws that were kept; right: share of these; right / wrong: its "
-        "ratio to the rest; ECE: expected calibration error of the confidence.",
+        "ratio to the rest; right of all: share of the samples without a label, kept or not, whose likeliest class by "
+        "their posterior is right; ECE: expected calibration error of the confidence.",
+    ),
+    "beliefs": (
+        "Beliefs",
+        "converged: % of the inferences that did within method.max_iterations; missed: how far the sum of a bag's "
+        "beliefs is from its count, in samples, mean over bags; homophily: % of the graph's edges whose ends are of "
+        "one class.",
     ),
     "functions": (
         "Labelling functions",

@@ -125,7 +125,7 @@ class Column:
     """Name in the CSV files."""
     title: str
     table: str
-    """accuracy | pseudo | functions | clients | cost: the table it stands in."""
+    """accuracy | pseudo | beliefs | functions | clients | cost: the table it stands in."""
     read: Callable[[Run], float]
     """NaN where a run has none."""
     scale: float = 1.0
@@ -173,8 +173,12 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         percent("pseudo_coverage", "coverage", "pseudo", "pseudo/coverage"),
         percent("pseudo_accuracy", "right", "pseudo", "pseudo/accuracy"),
         Column("pseudo_correct_wrong_ratio", "right / wrong", "pseudo", lambda r: odds(r.value("pseudo/accuracy"))),
+        percent("annotation_accuracy", "right of all", "pseudo", "posterior/accuracy_nothing"),
         percent("pseudo_ece", "ECE of all", "pseudo", "pseudo/ece"),
         percent("pseudo_ece_kept", "ECE of kept", "pseudo", "pseudo/ece_kept"),
+        percent("belief_converged", "converged", "beliefs", "belief/converged"),
+        Column("belief_bag_residual", "missed", "beliefs", lambda run: run.value("belief/bag_residual"), digits=2),
+        percent("graph_homophily", "homophily", "beliefs", "graph/homophily"),
         Column("function_classes", "classes", "functions", lambda run: run.value("functions/classes")),
         percent("function_coverage", "coverage", "functions", "functions/coverage"),
         percent("function_overlap", "overlap", "functions", "functions/overlap"),

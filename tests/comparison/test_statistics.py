@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -148,6 +149,26 @@ def test_rounds_and_bytes_to_a_target(tmp_path: Path) -> None:
     assert by_key["accuracy_mean_last_10"].read(run) == pytest.approx(0.45)
     assert by_key["bytes_up"].read(run) == 4e6
     assert math.isnan(by_key["pseudo_accuracy"].read(run))
+
+
+def test_what_methods_report_has_its_column(tmp_path: Path) -> None:
+    means = {
+        "posterior/accuracy_nothing": "annotation_accuracy",
+        "belief/converged": "belief_converged",
+        "belief/bag_residual": "belief_bag_residual",
+        "graph/homophily": "graph_homophily",
+        "functions/classes": "function_classes",
+        "functions/estimated_accuracy": "function_estimated_accuracy",
+    }
+    folder = make_run(tmp_path / "a")
+    summary = json.loads((folder / "summary.json").read_text())
+    for place, key in enumerate(means, start=1):
+        summary[key] = {"last": 0.0, "best": 0.0, "mean_last_10": place / 8}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    run = read_run(folder)
+    assert run is not None
+    by_key = {each.key: each for each in columns()}
+    assert [by_key[key].read(run) for key in means.values()] == [place / 8 for place in range(1, 7)]
 
 
 def test_odds() -> None:
