@@ -147,7 +147,12 @@ def sweep(
         Path | None, typer.Option(help="The sweep's folder.", show_default="runs/sweeps/<file's name>")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, one run each at a time.")] = 2,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be run, and run nothing; exit status 1 if some of it is impossible."
+        ),
+    ] = False,
 ) -> None:
     """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
     from fedlabel.sweep import load_sweep, plan_sweep
@@ -171,17 +176,22 @@ def sweep(
         )
         if dry_run:
             table = Table("setting", "method", "searched", "seeds", "done", "impossible")
+            impossible = False
             for group in groups:
                 cells = [*group.search, *(cell for cells in group.final.values() for cell in cells)]
+                why = next((cell.error for cell in cells if cell.error), "")
+                impossible |= why != ""
                 table.add_row(
                     group.setting,
                     group.method,
                     ", ".join(cell.choice for cell in group.search),
                     ", ".join(map(str, asked.seeds)),
                     str(sum(cell.path in done for cell in cells)),
-                    next((cell.error for cell in cells if cell.error), ""),
+                    why,
                 )
             console.print(table)
+            if impossible:
+                raise typer.Exit(1)
             return
         with sweep_progress(console, searches + finals) as report:
             complete = run_sweep(asked, folder, workers, run_cell, report)

@@ -81,10 +81,9 @@ def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], N
     )
     tasks = {"": bar.add_task("all runs", total=total)}
     started: dict[str, float] = {}
-    ended = 0
+    ended: set[str] = set()  # a search that was done and lacks its metric has failed, too
 
     def report(event: Event) -> None:
-        nonlocal ended
         if event.cell is None:
             style = "yellow" if event.kind == "warning" else None
             console.print(f"{event.kind}: {event.text}", style=style, soft_wrap=True, highlight=False, markup=False)
@@ -97,14 +96,14 @@ def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], N
         if event.kind == "round":
             bar.update(tasks[path], completed=event.round_number)
             return
-        ended += 1
+        ended.add(path)
         if path in tasks:
             bar.remove_task(tasks.pop(path))
-        bar.update(tasks[""], completed=ended)
+        bar.update(tasks[""], completed=len(ended))
         seconds = f", {time.monotonic() - started[path]:.0f} s" if path in started else ""
         why = f": {event.text.strip().splitlines()[-1]}" if event.text else ""
         style = "red" if event.kind == "failed" else None
-        text = f"{ended}/{total} {event.kind}: {name}{seconds}{why}"
+        text = f"{len(ended)}/{total} {event.kind}: {name}{seconds}{why}"
         console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
     with bar:

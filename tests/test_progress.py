@@ -4,7 +4,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fedlabel.config import load_config
-from fedlabel.progress import run_progress
+from fedlabel.progress import run_progress, sweep_progress
+from fedlabel.sweep import Cell
+from fedlabel.sweep_run import Event
 
 
 def lines(overrides: list[str], metrics: list[dict[str, float]]) -> list[str]:
@@ -37,3 +39,16 @@ def test_a_stage_is_named_where_it_begins_and_with_every_figure() -> None:
 def test_methods_of_one_stage_print_evaluations_and_failures_alone() -> None:
     written = lines(["method.name=supervised"], [{}, {"eval/accuracy": 0.5}, {"system/failed_clients": 2.0}])
     assert written == ["round 2/3  accuracy 0.500", "round 3/3  accuracy 0.500  FAILED CLIENTS 2"]
+
+
+def test_a_search_that_was_done_and_lacks_its_metric_is_counted_once() -> None:
+    written = io.StringIO()
+    searched, final = (
+        Cell(setting="all", method="m", key="", role=role, value=None, seed=0, path=role, config=None)
+        for role in ("search", "final")
+    )
+    with sweep_progress(Console(file=written, width=200), 2) as report:
+        report(Event("done", searched))
+        report(Event("failed", searched, "no such metric"))
+        report(Event("failed", final, "no run of its search was done"))
+    assert [line.split(":")[0] for line in written.getvalue().splitlines()] == ["1/2 done", "1/2 failed", "2/2 failed"]

@@ -379,10 +379,12 @@ def test_a_searched_value_out_of_range_is_impossible_and_the_others_are_not() ->
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     file = write(tmp_path / "s.yaml", settings=ALPHAS, search=SEARCH, methods={**METHODS, "odd": ["method.x=1"]})
     result = call(file, "num_rounds=2", "--dry-run", "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output  # one row is impossible
     assert "3 methods x 2 settings: 12 runs to search, 18 final ones (3 seeds)" in result.output
     assert "lr=0.05, lr=0.2" in result.output
     assert "`method.x` is not" in result.output
+    possible = write(tmp_path / "possible.yaml", settings=ALPHAS)
+    assert call(possible, "--dry-run", "--out", tmp_path / "out").exit_code == 0
     assert not (tmp_path / "out").exists()
 
 

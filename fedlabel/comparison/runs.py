@@ -10,6 +10,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ MACHINE_KEYS = (
     "checkpoint.",
 )
 """Keys in which the runs of a row may differ."""
+LONGEST_VALUE = 60
+"""Characters of a value in a message: a mix of kinds of label has hundreds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,11 +372,18 @@ def _by_row(section: Section, key: str) -> str:
 
 
 def _by_value(runs: Sequence[Run], key: str) -> str:
-    """Returns "20: runA; 40: runB, runC" for an error message."""
+    """Returns "20: runA; 40: runB, runC" for an error message; of long values the part where they differ."""
     found: dict[str, list[str]] = {}
     for run in runs:
         found.setdefault(plain(run.flat.get(key)), []).append(run.path.name)
+    long = any(len(value) > LONGEST_VALUE for value in found)
+    begin = max(0, len(os.path.commonprefix(list(found))) - LONGEST_VALUE // 2) if long else 0
+
+    def part(value: str) -> str:
+        end = begin + LONGEST_VALUE
+        return f"{'...' if begin else ''}{value[begin:end]}{'...' if len(value) > end else ''}"
+
     return "; ".join(
-        f"{value}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        f"{part(value)}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for value, names in found.items()
     )

@@ -59,6 +59,17 @@ def test_like_with_like(tmp_path: Path) -> None:
         read_comparison([tmp_path], ["num_round"])
 
 
+def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
+    for number, rest in enumerate((0.3, 0.4)):
+        mix = f"[{{kind: partial, partial_ratio: 0.25, share: 0.5}}, {{kind: noisy, noise_rate: 0.5, share: {rest}}}]"
+        make_run(tmp_path / f"run{number}", f"supervision.mix={mix}")
+    with pytest.raises(ValueError, match="compare like with like") as error:
+        read_comparison([tmp_path])
+    text = str(error.value)
+    assert "supervision.mix (..." in text and '"share": 0.3}]: run0; ...' in text and '"share": 0.4}]: run1)' in text
+    assert "partial_ratio" not in text
+
+
 def test_test_and_validation_are_not_mixed(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", "seed=1", "evaluation.split=validation")
