@@ -10,7 +10,6 @@ import difflib
 import itertools
 import json
 import math
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -377,7 +376,8 @@ def _by_value(runs: Sequence[Run], key: str) -> str:
     for run in runs:
         found.setdefault(plain(run.flat.get(key)), []).append(run.path.name)
     long = any(len(value) > LONGEST_VALUE for value in found)
-    begin = max(0, len(os.path.commonprefix(list(found))) - LONGEST_VALUE // 2) if long else 0
+    common = sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*found, strict=False)))
+    begin = max(0, common - LONGEST_VALUE // 2) if long else 0
 
     def part(value: str) -> str:
         end = begin + LONGEST_VALUE

@@ -66,7 +66,9 @@ def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compare like with like") as error:
         read_comparison([tmp_path])
     text = str(error.value)
-    assert "supervision.mix (..." in text and '"share": 0.3}]: run0; ...' in text and '"share": 0.4}]: run1)' in text
+    assert "supervision.mix (..." in text
+    assert '"share": 0.3}]: run0; ...' in text
+    assert '"share": 0.4}]: run1)' in text
     assert "partial_ratio" not in text
 
 
