@@ -71,7 +71,10 @@ def run_experiment(
         )
     path = Path(out) / (name or default_name(resolved))
     if not resume and path.exists():
-        raise ConfigError(f"{path} exists already; give another --name, or --resume to go on with it.")
+        raise ConfigError(
+            f"{path} exists already; give another --name, or --resume to go on with it (in Python: name=..., "
+            "resume=True)."
+        )
     build_strategy(resolved.strategy)
     if any(part.module for part in resolved.supervision.parts):  # its functions may have been edited since
         open_experiment.cache_clear()
@@ -129,11 +132,21 @@ def run(
         result = run_experiment(
             configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=on_round
         )
-    table = Table("metric", "last", "best", "mean of last 10", title=str(result.path))
-    for key in ("eval/accuracy", "eval/auc", "eval/worst_client_accuracy", "pseudo/coverage", "pseudo/accuracy"):
+    columns = {"last": "last", "best": "best", "mean_last_10": "mean of last 10"}
+    if "selected_round" in result.summary:
+        columns["selected"] = f"selected ({result.summary['selected_round']})"
+    table = Table("metric", *columns.values(), title=str(result.path))
+    for key in (
+        "eval/accuracy",
+        "eval/auc",
+        "eval/bag_mae",
+        "eval/worst_client_accuracy",
+        "pseudo/coverage",
+        "pseudo/accuracy",
+    ):
         if key in result.summary:
             values = result.summary[key]
-            table.add_row(key, *(f"{values[column]:.4f}" for column in ("last", "best", "mean_last_10")))
+            table.add_row(key, *(f"{values[column]:.4f}" if column in values else "" for column in columns))
     console.print(table)
     console.print(f"{result.summary['rounds']} rounds, {result.summary['seconds']:.1f} s in rounds. Look closer:")
     console.print(f"  tensorboard --logdir {result.path.parent}", soft_wrap=True, highlight=False)
@@ -150,7 +163,9 @@ def sweep(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print what would be run, and run nothing; exit status 1 if some of it is impossible."
+            "--dry-run",
+            help="Print what would be run, and run nothing; exit status 1 if a configuration is impossible (without a "
+            "look at the data).",
         ),
     ] = False,
 ) -> None:
@@ -176,21 +191,23 @@ def sweep(
         )
         if dry_run:
             table = Table("setting", "method", "searched", "seeds", "done", "impossible")
-            impossible = False
+            reasons = []
             for group in groups:
                 cells = [*group.search, *(cell for cells in group.final.values() for cell in cells)]
                 why = next((cell.error for cell in cells if cell.error), "")
-                impossible |= why != ""
+                reasons += [f"{group.setting} / {group.method}: {why}"] if why else []
                 table.add_row(
                     group.setting,
                     group.method,
                     ", ".join(cell.choice for cell in group.search),
                     ", ".join(map(str, asked.seeds)),
                     str(sum(cell.path in done for cell in cells)),
-                    why,
+                    "yes" if why else "",
                 )
             console.print(table)
-            if impossible:
+            for reason in reasons:
+                error_console.print(f"Impossible: {reason}", style="red", soft_wrap=True, highlight=False, markup=False)
+            if reasons:
                 raise typer.Exit(1)
             return
         with sweep_progress(console, searches + finals) as report:

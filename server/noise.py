@@ -80,7 +80,8 @@ class NoiseWatch:
             whose = f" of annotator {place}" if len(matrices) > 1 else ""
             logger.warning(
                 "Round %d: the noise matrix%s is not dominant on its diagonal for %s. It is learnt up to a permutation "
-                "of the classes, so these may be exchanged: a longer warm-up or some true labels help.",
+                "of the classes, so these may be exchanged: a longer warm-up (ill: "
+                "method.noise.warmup_rounds) or some true labels help.",
                 round_number,
                 whose,
                 listed,

@@ -206,7 +206,7 @@ def _read_folders(paths: Sequence[Path], by: Sequence[str], targets: Sequence[fl
     runs = [run for run in read.values() if run is not None]
     if not runs:
         raise ValueError(f"None of the {len(folders)} runs has finished: {', '.join(map(str, folders))}.")
-    sections = {name: name_rows(members) for name, members in split_sections(runs, by).items()}
+    sections = {name: name_rows(members, by, runs) for name, members in split_sections(runs, by).items()}
     title = ", ".join(dict.fromkeys(path.resolve().name for path in paths))
     return Comparison(title, sections, targets, [*warnings, *_uneven(sections)])
 
@@ -248,8 +248,13 @@ def differing_keys(runs: Sequence[Run], without: Collection[str] = ()) -> list[s
     ]
 
 
-def name_rows(runs: Sequence[Run]) -> Section:
-    """Returns row name -> its runs by seed: the method, and the keys in which the runs of that method differ.
+def name_rows(runs: Sequence[Run], by: Sequence[str], everywhere: Sequence[Run]) -> Section:
+    """Returns row name -> its runs by seed: the method, and the keys in which its runs differ, in any section.
+
+    Args:
+        runs: of one section.
+        by: keys that make the sections.
+        everywhere: the runs of all sections.
 
     Raises:
         ValueError: two runs of a row have the same seed.
@@ -257,7 +262,8 @@ def name_rows(runs: Sequence[Run]) -> Section:
     section: Section = {}
     for method in dict.fromkeys(run.config.method.name for run in runs):
         members = [run for run in runs if run.config.method.name == method]
-        keys = [key for key in differing_keys(members) if _is_among(key, ROW_KEYS)]
+        same_method = [run for run in everywhere if run.config.method.name == method]
+        keys = [key for key in differing_keys(same_method, without=by) if _is_among(key, ROW_KEYS)]
         for run in members:
             parts = [f"{_short(key)}={plain(run.flat[key])}" for key in keys if key in run.flat]
             section.setdefault(", ".join([method, *parts]), []).append(run)

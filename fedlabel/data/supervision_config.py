@@ -105,10 +105,15 @@ class LabelKind:
                 raise ValueError(f"`supervision.{key}` (={getattr(self, key)}) must be one of {', '.join(allowed)}.")
         if not 0 <= self.noise_rate <= 1:
             raise ValueError(f"`supervision.noise_rate` (={self.noise_rate}) must lie in [0, 1].")
-        if self.has_candidates != (self.partial_ratio is not None):
+        if self.has_candidates and self.partial_ratio is None:
             raise ValueError(
-                f"`supervision.partial_ratio` (={self.partial_ratio}) must be given for supervision.kind=partial and "
-                f"partial_and_noisy, and for no other; supervision.kind is {self.kind}."
+                f"`supervision.partial_ratio` (=None) must be given for supervision.kind={self.kind}: a number in "
+                "[0, 1]."
+            )
+        if not self.has_candidates and self.partial_ratio is not None:
+            raise ValueError(
+                f"`supervision.partial_ratio` (={self.partial_ratio}) has no place beside supervision.kind={self.kind}"
+                ": take supervision.kind=partial or partial_and_noisy, or leave it out."
             )
         if self.partial_ratio is not None and not 0 <= self.partial_ratio <= 1:
             raise ValueError(f"`supervision.partial_ratio` (={self.partial_ratio}) must lie in [0, 1].")
@@ -124,16 +129,22 @@ class LabelKind:
                 f"{self.kind}: take label_rate, labels_per_client or labels_total."
             )
         self._check_bag()
-        if (self.kind == "labeling_functions") != (self.module is not None):
+        if self.kind == "labeling_functions" and self.module is None:
             raise ValueError(
-                f"`supervision.module` (={self.module}) must be given for supervision.kind=labeling_functions, and for "
-                f"no other; supervision.kind is {self.kind}."
+                "`supervision.module` (=None) must be given for supervision.kind=labeling_functions: a module of "
+                "functions, or the path of its file."
+            )
+        if self.kind != "labeling_functions" and self.module is not None:
+            raise ValueError(
+                f"`supervision.module` (={self.module}) has no place beside supervision.kind={self.kind}: take "
+                "supervision.kind=labeling_functions, or leave it out."
             )
         from_file = self.noise == "file"
         if from_file != (self.labels_file is not None) or from_file != bool(self.labels_keys):
             raise ValueError(
                 f"`supervision.noise` (={self.noise}), `supervision.labels_file` (={self.labels_file}) and "
-                f"`supervision.labels_keys` (={list(self.labels_keys)}): noise=file needs both others; they need it."
+                f"`supervision.labels_keys` (={list(self.labels_keys)}) belong together: give all three (noise=file, "
+                "the file, and which of its arrays), or none."
             )
         if self.vote and len(self.labels_keys) < 2:
             raise ValueError(

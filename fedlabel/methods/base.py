@@ -392,7 +392,13 @@ class Method:
             sets = sets & ~known.noisy & (not self.reads_sets_of_bags)
         if bool(sets.any()) and not any(phase.informed for phase in phases):
             left.append(f"the candidate sets of {int(sets.sum()):,} samples")
-        return [f"method.name={self.name} makes nothing of {what}: these samples count as unlabelled." for what in left]
+        said = [f"method.name={self.name} makes nothing of {what}: these samples count as unlabelled." for what in left]
+        if by_bags and not len(known.bag_counts):
+            said.append(
+                f"method.name={self.name} learns from bags of known counts, and there are none: each true label is a "
+                "bag of one sample. If bags were meant, take supervision.kind=bags, with supervision.bag_size."
+            )
+        return said
 
     def noise_matrix(self, shared: State) -> Tensor | None:
         """Returns p(noisy label | true label) as far as the server knows it, (matrices, classes, classes), to be shown;

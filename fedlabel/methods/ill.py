@@ -449,9 +449,15 @@ class ILL(Method):
 
     def check(self, known: Supervision) -> None:
         if not bool(known.informed.any()):
+            bags = len(known.bag_counts) > 0
+            there, instead = (
+                ("bags of known counts", "llp_bp")
+                if bags
+                else ("votes of labelling functions", "dp_ssl with method.functions=written")
+            )
             raise ValueError(
                 f"`method.name` (={self.name}) learns from what is known of single samples, and nothing is: there are "
-                "only bags of known counts. Take method.name=llp_bp."
+                f"only {there}. Take method.name={instead}."
             )
         annotators = known.annotations.shape[1]
         if self.noise.annotators not in (1, annotators):

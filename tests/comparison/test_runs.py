@@ -59,6 +59,19 @@ def test_like_with_like(tmp_path: Path) -> None:
         read_comparison([tmp_path], ["num_round"])
 
 
+def test_rows_are_named_by_what_differs_in_any_section(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "num_rounds=20", "method.teacher=global")
+    make_run(tmp_path / "b", "num_rounds=40")
+    assert rows(read_comparison([tmp_path], ["num_rounds"])) == {
+        "num_rounds=20": {"fedlabel, teacher=global": [0]},
+        "num_rounds=40": {"fedlabel, teacher=both": [0]},
+    }
+    assert rows(read_comparison([tmp_path], ["num_rounds", "method.teacher"])) == {
+        "num_rounds=20, method.teacher=global": {"fedlabel": [0]},
+        "num_rounds=40, method.teacher=both": {"fedlabel": [0]},
+    }
+
+
 def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
     for number, rest in enumerate((0.3, 0.4)):
         mix = f"[{{kind: partial, partial_ratio: 0.25, share: 0.5}}, {{kind: noisy, noise_rate: 0.5, share: {rest}}}]"

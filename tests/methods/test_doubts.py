@@ -77,9 +77,33 @@ def test_noisy_labels_alone_are_nothing_for_bags() -> None:
             load_config(overrides=[f"method.name={method}"]).method.check(known)
 
 
-@pytest.mark.parametrize("method", ["ill", "fixmatch", "llp_bp", "dp_ssl"])
+@pytest.mark.parametrize("method", ["ill", "fixmatch", "dp_ssl"])
 def test_labels_alone_leave_no_doubt(method: str) -> None:
     assert doubts(method, record([[True, False, False], *NOBODY])) == []
+
+
+@pytest.mark.parametrize("method", ["llp_bp", "dllp"])
+def test_a_method_for_bags_says_that_there_are_none(method: str) -> None:
+    (said,) = doubts(method, record([[True, False, False], *NOBODY]))
+    assert said.startswith(
+        f"method.name={method} learns from bags of known counts, and there are none: each true label"
+    )
+    assert doubts(method, record(NOBODY * 2, bags=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("known", "instead"),
+    [
+        (record(NOBODY * 2, bags=True), "only bags of known counts. Take method.name=llp_bp"),
+        (
+            record(NOBODY * 2, [[0, 1]] * 2),
+            "only votes of labelling functions. Take method.name=dp_ssl with method.func",
+        ),
+    ],
+)
+def test_ill_says_who_learns_from_what_is_known(known: Supervision, instead: str) -> None:
+    with pytest.raises(ValueError, match=instead):
+        load_config(overrides=["method.name=ill"]).method.check(known)
 
 
 def test_silent_functions_and_classes_without_votes_are_named() -> None:
