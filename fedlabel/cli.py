@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +128,16 @@ def run(
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
     configs, overrides = _split(items)
+    done: list[int] = []
     with _reported(), run_progress(console) as (on_start, on_round):
-        result = run_experiment(
-            configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=on_round
-        )
+
+        def note(round_number: int, metrics: Mapping[str, float]) -> None:
+            done.append(round_number)
+            on_round(round_number, metrics)
+
+        result = run_experiment(configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=note)
+    if not done:
+        console.print("All its rounds had been done; for more of them give num_rounds=...")
     columns = {"last": "last", "best": "best", "mean_last_10": "mean of last 10"}
     if "selected_round" in result.summary:
         columns["selected"] = f"selected ({result.summary['selected_round']})"

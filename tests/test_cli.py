@@ -114,6 +114,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = call("run", *SMALL, "--name", "done", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert "round 2/2  accuracy 0." in result.output  # line-wise: this is no terminal
+    assert "had been done" not in result.output
+    assert "selected" not in result.output
     assert f"tensorboard --logdir {out}" in result.output
     return out / "done"
 
@@ -128,6 +130,22 @@ def test_success_leaves_the_promised_summary(done: Path) -> None:
     assert summary["comm/bytes_down"] > 0
     names = {path.name for path in done.iterdir()}
     assert {"config.yaml", "partition.json", "partition.png", "metrics.jsonl", "checkpoints"} <= names
+
+
+def test_resuming_a_finished_run_says_that_nothing_was_left(done: Path) -> None:
+    result = call("run", "--resume", "--name", "done", "--out", str(done.parent))
+    assert result.exit_code == 0, result.output
+    assert "All its rounds had been done" in result.output
+    assert "round 2/2" not in result.output
+
+
+def test_the_selected_round_has_a_column_of_its_own(tmp_path: Path) -> None:
+    result = call("run", *SMALL, "evaluation.select=instance_accuracy", "--name", "a", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert f"selected ({summary['selected_round']})" in result.output
+    row = next(line for line in result.output.splitlines() if "eval/accuracy" in line)
+    assert f"{summary['eval/accuracy']['selected']:.4f}" in row.split("│")[-2]
 
 
 def test_existing_folder_is_refused_untouched(done: Path) -> None:
