@@ -141,7 +141,7 @@ def run(
     columns = {"last": "last", "best": "best", "mean_last_10": "mean of last 10"}
     if "selected_round" in result.summary:
         columns["selected"] = f"selected ({result.summary['selected_round']})"
-    table = Table("metric", *columns.values(), title=str(result.path))
+    table = Table(Column("metric", overflow="fold"), *columns.values(), title=str(result.path))
     for key in (
         "eval/accuracy",
         "eval/auc",
@@ -197,22 +197,27 @@ def sweep(
         )
         if dry_run:
             table = Table("setting", "method", "searched", "seeds", "done", "impossible")
-            reasons = []
+            reasons: dict[str, list[str]] = {}
             for group in groups:
                 cells = [*group.search, *(cell for cells in group.final.values() for cell in cells)]
-                why = next((cell.error for cell in cells if cell.error), "")
-                reasons += [f"{group.setting} / {group.method}: {why}"] if why else []
+                choices = []
+                for cell in (cell for cell in cells if cell.error):
+                    choices.append(cell.choice or "all")
+                    name = " / ".join(filter(None, (group.setting, group.method, cell.choice)))
+                    reasons[cell.error] = list(dict.fromkeys([*reasons.get(cell.error, []), name]))
                 table.add_row(
                     group.setting,
                     group.method,
                     ", ".join(cell.choice for cell in group.search),
                     ", ".join(map(str, asked.seeds)),
                     str(sum(cell.path in done for cell in cells)),
-                    "yes" if why else "",
+                    ", ".join(dict.fromkeys(choices)),
                 )
             console.print(table)
-            for reason in reasons:
-                error_console.print(f"Impossible: {reason}", style="red", soft_wrap=True, highlight=False, markup=False)
+            for reason, rows in reasons.items():
+                named = "; ".join(rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+                text = f"Impossible: {named}: {reason}"
+                error_console.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
             if reasons:
                 raise typer.Exit(1)
             return

@@ -100,7 +100,7 @@ def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], N
         if path in tasks:
             bar.remove_task(tasks.pop(path))
         bar.update(tasks[""], completed=len(ended))
-        seconds = f", {time.monotonic() - started[path]:.0f} s" if path in started else ""
+        seconds = f", {time.monotonic() - started.pop(path):.0f} s" if path in started else ""
         why = f": {event.text.strip().splitlines()[-1]}" if event.text else ""
         style = "red" if event.kind == "failed" else None
         text = f"{len(ended)}/{total} {event.kind}: {name}{seconds}{why}"

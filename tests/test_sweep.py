@@ -382,7 +382,9 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 1, result.output  # one row is impossible
     assert "3 methods x 2 settings: 12 runs to search, 18 final ones (3 seeds)" in result.output
     assert "lr=0.05, lr=0.2" in result.output
-    assert "`method.x` is not" in result.output
+    one = next(iter(ALPHAS))
+    assert f"Impossible: {one} / odd / lr=0.05; {one} / odd / lr=0.2; " in result.output
+    assert "and 1 more: `method.x` is not" in result.output
     possible = write(tmp_path / "possible.yaml", settings=ALPHAS)
     assert call(possible, "--dry-run", "--out", tmp_path / "out").exit_code == 0
     assert not (tmp_path / "out").exists()

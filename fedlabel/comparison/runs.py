@@ -381,11 +381,12 @@ def _by_value(runs: Sequence[Run], key: str) -> str:
     found: dict[str, list[str]] = {}
     for run in runs:
         found.setdefault(plain(run.flat.get(key)), []).append(run.path.name)
-    long = any(len(value) > LONGEST_VALUE for value in found)
-    common = sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*found, strict=False)))
-    begin = max(0, common - LONGEST_VALUE // 2) if long else 0
 
     def part(value: str) -> str:
+        if len(value) <= LONGEST_VALUE:
+            return value
+        common = max((_common_start(value, other) for other in found if other != value), default=0)
+        begin = max(0, common - LONGEST_VALUE // 2)
         end = begin + LONGEST_VALUE
         return f"{'...' if begin else ''}{value[begin:end]}{'...' if len(value) > end else ''}"
 
@@ -393,3 +394,9 @@ def _by_value(runs: Sequence[Run], key: str) -> str:
         f"{part(value)}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for value, names in found.items()
     )
+
+
+def _common_start(first: str, second: str) -> int:
+    """Returns how many characters the two begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

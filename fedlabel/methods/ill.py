@@ -449,15 +449,14 @@ class ILL(Method):
 
     def check(self, known: Supervision) -> None:
         if not bool(known.informed.any()):
-            bags = len(known.bag_counts) > 0
-            there, instead = (
-                ("bags of known counts", "llp_bp")
-                if bags
-                else ("votes of labelling functions", "dp_ssl with method.functions=written")
-            )
+            there = {
+                "bags of known counts (method.name=llp_bp learns from them)": len(known.bag_counts) > 0,
+                "votes of labelling functions (method.name=dp_ssl method.functions=written)": known.votes.shape[1] > 0,
+            }
+            found = " and ".join(what for what, some in there.items() if some)
             raise ValueError(
-                f"`method.name` (={self.name}) learns from what is known of single samples, and nothing is: there are "
-                f"only {there}. Take method.name={instead}."
+                f"`method.name` (={self.name}) learns from what is known of single samples, and nothing is"
+                + (f": there are only {found}." if found else ". Take supervision.kind=few_labels, or another kind.")
             )
         annotators = known.annotations.shape[1]
         if self.noise.annotators not in (1, annotators):

@@ -83,6 +83,11 @@ def test_a_long_value_is_cut_in_the_message(tmp_path: Path) -> None:
     assert '"share": 0.3}]: run0; ...' in text
     assert '"share": 0.4}]: run1)' in text
     assert "partial_ratio" not in text
+    make_run(tmp_path / "run2")
+    with pytest.raises(ValueError, match="compare like with like") as error:
+        read_comparison([tmp_path])
+    assert '"share": 0.3}]: run0; ...' in str(error.value)
+    assert '"share": 0.4}]: run1; []: run2' in str(error.value)
 
 
 def test_test_and_validation_are_not_mixed(tmp_path: Path) -> None:

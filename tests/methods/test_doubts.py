@@ -94,11 +94,10 @@ def test_a_method_for_bags_says_that_there_are_none(method: str) -> None:
 @pytest.mark.parametrize(
     ("known", "instead"),
     [
-        (record(NOBODY * 2, bags=True), "only bags of known counts. Take method.name=llp_bp"),
-        (
-            record(NOBODY * 2, [[0, 1]] * 2),
-            "only votes of labelling functions. Take method.name=dp_ssl with method.func",
-        ),
+        (record(NOBODY * 2, bags=True), r"there are only bags of known counts \(.*=llp_bp learns from them\)\.$"),
+        (record(NOBODY * 2, [[0, 1]] * 2), r"there are only votes of labelling functions \(.*functions=written\)\.$"),
+        (record(NOBODY * 2, [[0, 1]] * 2, bags=True), r"only bags .* and votes of labelling functions \(.*\)\.$"),
+        (record(NOBODY * 2), r"and nothing is\. Take supervision\.kind=few_labels"),
     ],
 )
 def test_ill_says_who_learns_from_what_is_known(known: Supervision, instead: str) -> None:
