@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedlabel.hardware import describe_hardware, resolve_device, source_commit, 
 from fedlabel.progress import OnRound, run_progress, sweep_progress
 
 if TYPE_CHECKING:
+    from fedlabel.sweep import Group
     from fedlabel.workers import Tell
     from server.grids import SimulationGrid
 
@@ -196,29 +197,7 @@ def sweep(
             highlight=False,
         )
         if dry_run:
-            table = Table("setting", "method", "searched", "seeds", "done", "impossible")
-            reasons: dict[str, list[str]] = {}
-            for group in groups:
-                cells = [*group.search, *(cell for cells in group.final.values() for cell in cells)]
-                choices = []
-                for cell in (cell for cell in cells if cell.error):
-                    choices.append(cell.choice or "all")
-                    name = " / ".join(filter(None, (group.setting, group.method, cell.choice)))
-                    reasons[cell.error] = list(dict.fromkeys([*reasons.get(cell.error, []), name]))
-                table.add_row(
-                    group.setting,
-                    group.method,
-                    ", ".join(cell.choice for cell in group.search),
-                    ", ".join(map(str, asked.seeds)),
-                    str(sum(cell.path in done for cell in cells)),
-                    ", ".join(dict.fromkeys(choices)),
-                )
-            console.print(table)
-            for reason, rows in reasons.items():
-                named = "; ".join(rows[:3]) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
-                text = f"Impossible: {named}: {reason}"
-                error_console.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
-            if reasons:
+            if not _print_plan(groups, asked.seeds, done):
                 raise typer.Exit(1)
             return
         with sweep_progress(console, searches + finals) as report:
@@ -229,6 +208,32 @@ def sweep(
             "Some runs failed, see above; once the cause is mended, the same command tries these again.", style="red"
         )
         raise typer.Exit(1)
+
+
+def _print_plan(groups: Sequence[Group], seeds: Sequence[int], done: Collection[str]) -> bool:
+    """Prints what a sweep would run, and what of it is impossible; returns whether all is possible."""
+    table = Table("setting", "method", "searched", "seeds", "done", "impossible")
+    reasons: dict[str, dict[str, None]] = {}
+    for group in groups:
+        cells = [*group.search, *(cell for cells in group.final.values() for cell in cells)]
+        wrong = [cell for cell in cells if cell.error]
+        for cell in wrong:
+            name = " / ".join(filter(None, (cell.setting, cell.method, cell.choice)))
+            reasons.setdefault(cell.error, {})[name] = None
+        table.add_row(
+            group.setting,
+            group.method,
+            ", ".join(cell.choice for cell in group.search),
+            ", ".join(map(str, seeds)),
+            str(sum(cell.path in done for cell in cells)),
+            ", ".join(dict.fromkeys(cell.choice or "all" for cell in wrong)),
+        )
+    console.print(table)
+    for reason, names in reasons.items():
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text = f"Impossible: {'; '.join(list(names)[:3])}{rest}: {reason}"
+        error_console.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
+    return not reasons
 
 
 def run_cell(job: tuple[ExperimentConfig, Path, bool], tell: Tell) -> None:
