@@ -50,7 +50,7 @@ class DataConfig:
     download: bool = False
     """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
     validation_fraction: float = 0.1
-    """Part of the training set held out for choosing hyper-parameters, in [0, 1)."""
+    """Part of the training samples that have a label, held out for choosing hyper-parameters, in [0, 1)."""
     train_samples: int | None = None
     """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
     positive_classes: tuple[str, ...] = ()
@@ -98,7 +98,10 @@ class DataConfig:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set in memory. The tensors are shared by all who load it: do not write to them."""
+    """A data set in memory. The tensors are shared by all who load it: do not write to them.
+
+    A sample of `train` may have the label -1: nobody knows its class. Those of `validation` and `test` all have one.
+    """
 
     name: str
     """`data.name`; with `data.positive_classes` also which they are."""
@@ -189,7 +192,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     Args:
         config: which set and where.
         seed: the experiment's seed; decides, uniformly at random, which `int(validation_fraction * n)` of the n
-            training samples are held out. The order of the samples is kept.
+            training samples that have a label are held out. The order of the samples is kept.
 
     Returns:
         The data set. The last two are kept in memory.
@@ -208,14 +211,17 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     if config.positive_classes:
         loaded, name = _positive_against_rest(loaded, config)
     order = torch.from_numpy(numpy_generator(seed, "validation").permutation(len(loaded.train.labels)))
-    count = int(config.validation_fraction * len(order))
-    kept = len(order) - count if config.train_samples is None else config.train_samples
-    if kept > len(order) - count:
+    has_label = loaded.train.labels[order] >= 0  # models are judged on what is held out
+    count = int(config.validation_fraction * int(has_label.sum()))
+    is_held_out = has_label & (has_label.cumsum(0) <= count)
+    held_out, others = order[is_held_out].sort().values, order[~is_held_out]
+    kept = len(others) if config.train_samples is None else config.train_samples
+    if kept > len(others):
         raise DataError(
-            f"`data.train_samples` (={kept}) is more than the training set has: {len(order) - count} samples of "
+            f"`data.train_samples` (={kept}) is more than the training set has: {len(others)} samples of "
             f"{config.name} besides those held out for validation."
         )
-    rows, held_out = order[count : count + kept].sort().values, order[:count].sort().values
+    rows = others[:kept].sort().values
     if isinstance(loaded, LoadedTable):
         whole = loaded.train
         train, validation, test = encode(whole.rows(rows), (whole.rows(held_out), loaded.test))
@@ -252,7 +258,10 @@ def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> 
         raise DataError(f"{key} names all {len(classes)} classes, which leaves none for the rest: leave one out.")
     positive = torch.zeros(len(classes), dtype=torch.int64)
     positive[chosen] = 1
-    train, test = (replace(split, labels=positive[split.labels]) for split in (loaded.train, loaded.test))
+    train, test = (
+        replace(split, labels=torch.where(split.labels < 0, -1, positive[split.labels.clamp_min(0)]))
+        for split in (loaded.train, loaded.test)
+    )
     name = "+".join(classes[number] for number in chosen)
     made = loaded._replace(train=train, test=test, class_names=("rest", name))  # type: ignore[arg-type]
     return made, f"{config.name} ({name} against the rest)"

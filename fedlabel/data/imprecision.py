@@ -55,7 +55,8 @@ class Resemblance:
     """`data.root`, where the files of labels are; beside it where it is a file itself (npz)."""
     seed: int
     known: np.ndarray
-    """(m,) int64, the samples of the training split of which something will be known: no other label is looked at."""
+    """(m,) int64, the samples of the training split that have a label and of which something will be known: no other
+    label is looked at."""
 
     @cached_property
     def probabilities(self) -> np.ndarray:

@@ -117,7 +117,7 @@ def long_tails(labels: np.ndarray, labeled: np.ndarray, num_classes: int, config
     """Chooses the samples that the long tails leave.
 
     Args:
-        labels: (n,) integers in [0, num_classes), the truth.
+        labels: (n,) integers in [0, num_classes), the truth; -1 where the data have none.
         labeled: (n,) bool, whose label is known.
         num_classes: how many classes, at least two.
         config: the two factors.
@@ -125,13 +125,22 @@ def long_tails(labels: np.ndarray, labeled: np.ndarray, num_classes: int, config
 
     Returns:
         (n,) bool: the labelled and the unlabelled samples that `tail_sizes` lets stay.
+
+    Raises:
+        ValueError: samples whose class nobody knows are to be cut by their class.
     """
+    for key, subset in (("labeled_imbalance", labeled), ("unlabeled_imbalance", ~labeled)):
+        if getattr(config, key) > 1 and (lacking := int((labels[subset] < 0).sum())):
+            raise ValueError(
+                f"`skew.{key}` (={getattr(config, key):g}) cuts samples by their class, and {lacking} of these "
+                f"{int(subset.sum())} have no label in the data: leave it out."
+            )
     kept = np.ones(len(labels), dtype=bool)
     for name, subset, imbalance, reverse in (
         ("labeled", labeled, config.labeled_imbalance, False),
         ("unlabeled", ~labeled, config.unlabeled_imbalance, config.unlabeled_imbalance_reversed),
     ):
-        counts = np.bincount(labels[subset], minlength=num_classes)
+        counts = np.bincount(labels[subset & (labels >= 0)], minlength=num_classes)
         for label, excess in enumerate(counts - tail_sizes(counts, imbalance, reverse)):
             rows = np.flatnonzero(subset & (labels == label))
             kept[numpy_generator(seed, "long_tail", name, label).choice(rows, excess, replace=False)] = False

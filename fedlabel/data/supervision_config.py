@@ -21,14 +21,16 @@ class LabelKind:
     """
 
     kind: str = "few_labels"
-    """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it.
+    """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it, or
+    where the data lack labels, all that have one in the data.
     partial: a set of candidates that holds the truth (with `noise_rate`: that may miss it). noisy: a label that may be
     wrong, or one of each annotator. partial_and_noisy: a set that holds the truth and a label that may be wrong.
     bags: groups of a client's samples of which only the number in each class is known. labeling_functions: what the
     functions of `module` say of samples."""
     label_rate: float | None = 0.1
     """Part of the n samples of each client with labels (of the training set for labels_at=server), in [0, 1]: exactly
-    int(label_rate * n). Not given for another kind than few_labels, or for labels_at=some_clients: null, all n."""
+    int(label_rate * n), n being those that have a label in the data. Not given for another kind than few_labels, or for
+    labels_at=some_clients: null, all n."""
     labels_per_class: int | None = None
     """Samples with a label per class, in the whole federation, whoever holds them (of those who have labels)."""
     labels_per_client: int | None = None
@@ -193,6 +195,11 @@ class LabelKind:
         return self.kind in ("noisy", "partial_and_noisy")
 
     @property
+    def from_truth(self) -> bool:
+        """Whether what is known of a sample is made of its true label, which the data must then have."""
+        return self.kind != "labeling_functions" and (self.kind != "noisy" or self.noise != "file")
+
+    @property
     def classless(self) -> bool:
         """Whether nobody knows the class of a sample of which something is known."""
         return self.kind in ("bags", "labeling_functions")
@@ -294,12 +301,6 @@ class SupervisionConfig(LabelKind):
                 raise ValueError(
                     f"`supervision.labels_per_client` (={self.labels_per_client}) has no place beside "
                     "supervision.labels_at=server, where no client has a label: take labels_per_class or labels_total."
-                )
-            if self.everything:
-                raise ValueError(
-                    f"`supervision.kind` (={self.kind}) and `supervision.label_rate` (={self.label_rate}) beside "
-                    "supervision.labels_at=server leave no sample to the clients: take supervision.kind=few_labels and "
-                    "a smaller amount."
                 )
 
     @property

@@ -567,3 +567,9 @@ def test_sets_of_one_class_and_of_all_are_in_the_audit() -> None:
     assert sum(sizes) == 1294
     assert abs(sizes[1] - 1294 * 0.9**9) < 3 * math.sqrt(1294 * 0.387 * 0.613)
     assert not build().in_sets.any()
+
+
+@pytest.mark.parametrize("told", [{"kind": "full"}, {"label_rate": 1.0}])
+def test_a_server_with_every_sample_leaves_none_to_the_clients(told: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"beside supervision.labels_at=server leave no sample to the clients"):
+        build(labels_at="server", **told)
