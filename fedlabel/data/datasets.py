@@ -63,6 +63,8 @@ class DataConfig:
     """Tables: columns whose cells are categories, not numbers; null: those with a training cell that is no number."""
     drop_columns: tuple[str, ...] | None = None
     """Tables: columns that are left out; null: none, but of bank_marketing `duration`, which tells the label."""
+    aside_columns: tuple[str, ...] = ()
+    """Tables: columns that are read but are no features, such as a site that the rows are split by."""
     test_fraction: float = 0.2
     """Tables without a test set of their own (bank_marketing, magic, breast_cancer; table without `test_file`): share
     of every class's rows that is split off as test set, in (0, 1); drawn once and for all, whatever the seed."""
@@ -81,11 +83,11 @@ class DataConfig:
         self._check_tables()
 
     def _check_tables(self) -> None:
-        for key in ("positive_classes", "categorical", "drop_columns"):  # YAML gives lists; this must be hashable
-            value = getattr(self, key)
+        for key in ("positive_classes", "categorical", "drop_columns", "aside_columns"):
+            value = getattr(self, key)  # YAML gives lists; this must be hashable
             object.__setattr__(self, key, None if value is None else tuple(map(str, value)))
-        for key in ("categorical", "drop_columns"):
-            if getattr(self, key) is not None and not DATASETS[self.name].tabular:
+        for key, nothing in (("categorical", None), ("drop_columns", None), ("aside_columns", ())):
+            if getattr(self, key) != nothing and not DATASETS[self.name].tabular:
                 raise DataError(f"`data.{key}` (={list(getattr(self, key))}) is for tables, not for {self.name}.")
         for key in ("label_column", "test_file"):
             if getattr(self, key) is not None and self.name != "table":
@@ -123,7 +125,10 @@ class Dataset:
     own_size: int
     """How many samples the set has in that order, whatever is kept of them."""
     tables: Mapping[str, Table] = field(default_factory=dict)
-    """The rows of "train", "validation" and "test" before they became features; none for images."""
+    """The rows of "train", "validation" and "test" before they became features; none for images. `Table.column` gives a
+    column of them, also one of `data.aside_columns`."""
+    notes: tuple[str, ...] = ()
+    """What was found in the files that their owner should know: a sentence each."""
 
     def feature(self, name: str, part: str) -> np.ndarray:
         """Returns one value of every sample of `part` (train, validation or test), (n,), to sort by: of the column
@@ -134,7 +139,7 @@ class Dataset:
         """
         if self.tabular:
             table = self.tables[part]
-            if name not in table.names:
+            if name not in (*table.names, *table.aside):
                 near = difflib.get_close_matches(name, table.names, n=1)
                 raise DataError(
                     f"`supervision.bag_feature` (={name}) must be one of the columns of {self.name}: "
@@ -235,7 +240,8 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     names, size = loaded.class_names, len(loaded.train.labels)
     if isinstance(loaded, LoadedTable) and loaded.rows is not None:
         rows, size = loaded.rows[rows], loaded.file_size or size
-    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables)
+    notes = loaded.notes if isinstance(loaded, LoadedTable) else ()
+    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables, notes)
 
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:
