@@ -18,6 +18,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from fedlabel.data.class_names import find_classes
 from fedlabel.data.loaders import (
     DIGITS,
     DataError,
@@ -54,9 +55,9 @@ class DataConfig:
     train_samples: int | None = None
     """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
     positive_classes: tuple[str, ...] = ()
-    """Names (or else numbers) of classes that are put together as class 1, against the rest as class 0: makes a task of
-    two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty: the classes as they are. Numbers of classes
-    elsewhere, and in files of labels, then are 0 and 1."""
+    """Names of classes (or their numbers from 0, where they are not named by numbers) that are put together as class 1,
+    against the rest as class 0: makes a task of two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty:
+    the classes as they are. Elsewhere, and in files of labels, the classes then are 0 and 1."""
     label_column: str | None = None
     """table: the column that holds the labels."""
     categorical: tuple[str, ...] | None = None
@@ -246,22 +247,11 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:
     """Returns the set with labels 1 for `data.positive_classes` and 0 for the others, and what to call it."""
-    classes, key = loaded.class_names, f"`data.positive_classes` (={list(config.positive_classes)})"
-    chosen = []
-    for given in config.positive_classes:
-        number = classes.index(given) if given in classes else int(given) if given.isdecimal() else -1
-        if not 0 <= number < len(classes):
-            near = difflib.get_close_matches(given, classes, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise DataError(
-                f"{key}: {given} is no class of {config.name}; it must be one of {', '.join(classes)}, or a number "
-                f"from 0 to {len(classes) - 1}.{hint}"
-            )
-        chosen.append(number)
-    if len(set(chosen)) < len(chosen):
-        raise DataError(f"{key} names a class twice: {', '.join(classes[number] for number in chosen)}.")
-    if len(chosen) == len(classes):
-        raise DataError(f"{key} names all {len(classes)} classes, which leaves none for the rest: leave one out.")
+    classes = loaded.class_names
+    try:
+        chosen = find_classes("data.positive_classes", config.positive_classes, classes, "none for the rest")
+    except ValueError as error:
+        raise DataError(str(error)) from error
     positive = torch.zeros(len(classes), dtype=torch.int64)
     positive[chosen] = 1
     train, test = (

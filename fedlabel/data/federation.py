@@ -244,9 +244,9 @@ def build_federation(
     """
     dataset = load_dataset(data, seed)
     labels, classes = dataset.train.labels.numpy(), dataset.num_classes
-    skew.check_classes(classes)
+    hidden = skew.hidden_classes(dataset.class_names)
     recipe = _Recipe(
-        labels, classes, num_clients, partition_config, labeled_partition, supervision, skew, all_labels, seed
+        labels, classes, num_clients, partition_config, labeled_partition, supervision, skew, hidden, all_labels, seed
     )
     parts, kinds, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
     if all_labels:
@@ -292,6 +292,8 @@ class _Recipe:
     labeled_partition: LabeledPartitionConfig | None
     supervision: SupervisionConfig
     skew: SkewConfig
+    hidden_classes: Sequence[int]
+    """Numbers of `skew.unlabeled_only_classes`."""
     all_labels: bool
     seed: int
 
@@ -352,8 +354,7 @@ class _Recipe:
 
     def _choose(self, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Returns (n,) int64, the kinds of label before the tails, and (n,) bool, the samples that the tails leave."""
-        hidden = self.skew.unlabeled_only_classes
-        kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, hidden)
+        kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, self.hidden_classes)
         return kinds, long_tails(self.labels, kinds >= 0, self.num_classes, self.skew, self.seed)
 
     def _spread(

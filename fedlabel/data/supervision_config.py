@@ -56,13 +56,16 @@ class LabelKind:
     exact per federation (symmetric, instance) or class (asymmetric, pair_flip). partial: the probability that a class
     outside the set takes the truth's place in it."""
     labels_file: str | None = None
-    """noise=file: a .npz below `data.root` (data.name=npz or table: beside it), in the order of the data set's training
-    samples; of a table whose test set is split off: of all rows of its file, of which test rows are not looked at."""
+    """noise=file: a .npz, .npy, CSV or Parquet file below `data.root` (data.name=npz or table: beside it), with labels
+    in the order of the data set's training samples; of a table whose test set is split off: of all rows of its file, of
+    which test rows are not looked at. A label is the name of a class, or its number from 0 where classes are not named
+    by numbers; -1 (unless it is the name of a class), NaN or an empty text is none."""
     labels_keys: tuple[str, ...] = ()
-    """noise=file: arrays of the file, of classes' numbers (-1 = none) or names ("" = none). One is a noisy label;
-    several are those of as many annotators. In a mix the annotators of each part are others."""
+    """noise=file: arrays or columns of the file; none: all. One column is a noisy label; several, or an array of
+    several columns, are those of as many annotators. In a mix the annotators of each part are others."""
     vote: bool = False
-    """noise=file, several keys: their labels become one noisy label, the most frequent; a tie is decided by chance."""
+    """noise=file, several annotators: their labels become one noisy label, the most frequent; a tie is decided by
+    chance."""
     bag_size: int | None = None
     """kind=bags: samples per bag; what is left of a client's samples is its last bag."""
     bag_size_max: int | None = None
@@ -142,17 +145,17 @@ class LabelKind:
                 "supervision.kind=labeling_functions, or leave it out."
             )
         from_file = self.noise == "file"
-        if from_file != (self.labels_file is not None) or from_file != bool(self.labels_keys):
+        if from_file != (self.labels_file is not None):
             raise ValueError(
-                f"`supervision.noise` (={self.noise}), `supervision.labels_file` (={self.labels_file}) and "
-                f"`supervision.labels_keys` (={list(self.labels_keys)}) belong together: give all three (noise=file, "
-                "the file, and which of its arrays), or none."
+                f"`supervision.noise` (={self.noise}) and `supervision.labels_file` (={self.labels_file}) belong "
+                "together: give both (noise=file, and the file), or none."
             )
-        if self.vote and len(self.labels_keys) < 2:
-            raise ValueError(
-                f"`supervision.vote` (=True) needs several `supervision.labels_keys` (={list(self.labels_keys)}): give "
-                "the keys of at least two annotators, or leave it out."
-            )
+        for key, value in (("labels_keys", list(self.labels_keys)), ("vote", self.vote)):
+            if value and not from_file:
+                raise ValueError(
+                    f"`supervision.{key}` (={value}) is for labels from a file: take supervision.noise=file with "
+                    "supervision.labels_file, or leave it out."
+                )
         if self.has_noisy_labels:
             if from_file == (self.noise_rate > 0):
                 raise ValueError(

@@ -188,7 +188,7 @@ def test_a_tail_by_class_needs_classes(key: str) -> None:
 
 
 def test_classes_that_nobody_labels() -> None:
-    federation = build(kind="full", skew=SkewConfig(unlabeled_only_classes=(2, 3)))
+    federation = build(kind="full", skew=SkewConfig(unlabeled_only_classes=("2", "3")))
     known = truth(federation)[federation.labeled]
     assert sorted(set(known)) == [0, 1, 4, 5, 6, 7, 8, 9]
 
