@@ -128,6 +128,8 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
+    from fedlabel.tracking import name_mean
+
     configs, overrides = _split(items)
     done: list[int] = []
     with _reported(), run_progress(console) as (on_start, on_round):
@@ -139,7 +141,7 @@ def run(
         result = run_experiment(configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=note)
     if not done:
         console.print("All its rounds had been done; for more of them give num_rounds=...")
-    columns = {"last": "last", "best": "best", "mean_last_10": "mean of last 10"}
+    columns = {"last": "last", "best": "best", "mean_last_tenth": name_mean(result.summary["last_tenth"])}
     if "selected_round" in result.summary:
         columns["selected"] = f"selected ({result.summary['selected_round']})"
     table = Table(Column("metric", overflow="fold"), *columns.values(), title=str(result.path))
@@ -268,8 +270,8 @@ def compare(
         str, typer.Option(help="What rows are ranked and tested by: eval/accuracy, eval/auc or eval/balanced_accuracy.")
     ] = "eval/accuracy",
     column: Annotated[
-        str, typer.Option(help="And at which round: last, mean_last_10 or selected (see evaluation.select).")
-    ] = "mean_last_10",
+        str, typer.Option(help="And at which round: last, mean_last_tenth or selected (see evaluation.select).")
+    ] = "mean_last_tenth",
 ) -> None:
     """Tables, tests, curves and a report page from finished runs."""
     from fedlabel.comparison.output import write_comparison

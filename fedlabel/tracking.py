@@ -36,8 +36,9 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 Hparam = str | int | float | bool
 PARTITION_JSON = "partition.json"
-LAST = 10
-"""Evaluations over which `summarize` averages."""
+SUMMARY_JSON = "summary.json"
+LEAST_AVERAGED = 5
+"""Rounds over which results are averaged, where a tenth of the run is less."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -188,7 +189,7 @@ class RunFolder:
     @property
     def summary_json(self) -> Path:
         """The run's summary, written at its end."""
-        return self.path / "summary.json"
+        return self.path / SUMMARY_JSON
 
     def log_round(
         self,
@@ -312,25 +313,89 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
-    """Returns last and best value of a metric and the mean of its last 10 values.
+def read_summary(path: Path) -> dict[str, Any]:
+    """Returns the content of a run folder's summary.json.
 
-    Only rows that have the key with a finite value count; with none, all three are NaN. Best is the lowest where
-    `lower_is_better`, else the highest.
+    Raises:
+        ValueError: it is damaged, or was written when results were averaged over the last ten evaluations.
+    """
+    file = path / SUMMARY_JSON
+    try:
+        summary = json.loads(file.read_text())
+        means = [value for value in summary.values() if isinstance(value, dict) and "best" in value]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): move {path} away and run it again.") from error
+    if any("mean_last_tenth" not in value for value in means):
+        raise ValueError(
+            f"{file} is of an earlier version, whose mean was that of the last ten evaluations, not of the last tenth "
+            f"of the rounds: move {path} away and run it again."
+        )
+    return dict(summary)
 
-    With evaluations 0.1, 0.2, ..., 1.2 and then 0.5: last 0.5, best 1.2, and the last ten are 0.4, ..., 1.2, 0.5, of
-    mean (9 * 0.8 + 0.5) / 10 = 0.77.
+
+def last_tenth(num_rounds: int) -> range:
+    """Returns the rounds over which results are averaged: the last tenth, at least 5, all of a run of fewer.
+
+    60 rounds: 55 to 60; 16: 12 to 16; 2: 1 and 2.
+    """
+    count = max(LEAST_AVERAGED, -(-num_rounds // 10))
+    return range(max(1, num_rounds + 1 - count), num_rounds + 1)
+
+
+def is_evaluated(round_number: int, num_rounds: int, every: int) -> bool:
+    """Returns whether the global model is evaluated after a round: each `every`-th one, and all of the last tenth.
+
+    So neither how often a run is evaluated nor how fast it starts decides over which rounds its results are averaged.
+    60 rounds with `every` 4: 4, 8, ..., 52, and 55 to 60.
+    """
+    return round_number % every == 0 or round_number in last_tenth(num_rounds)
+
+
+def averaged_rounds(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, int]:
+    """Returns first and last round of the last tenth, and how many of its rounds have a metric.
+
+    All of them do, but in a run that was resumed with another number of rounds: one of 20 rounds with
+    evaluation.every=10, stopped after the 12th and resumed for 15, has 13 to 15 of 11 to 15.
 
     Args:
         rows: as `read_metrics` returns them.
         key: the metric's tag.
     """
-    values = [float(row[key]) for row in rows if row.get(key) is not None]
-    if not values:
-        return dict.fromkeys(("last", "best", "mean_last_10"), math.nan)
+    window = last_tenth(rows[-1]["round"] if rows else 0)
+    count = sum(row["round"] in window and row.get(key) is not None for row in rows)
+    return {"first": window.start, "last": window.stop - 1, "count": count}
+
+
+def name_mean(rounds: Mapping[str, int]) -> str:
+    """Returns what a mean over `averaged_rounds` is: "mean of rounds 55–60"."""
+    first, last, count = rounds["first"], rounds["last"], rounds["count"]
+    if first >= last:
+        return f"mean of round {last}"
+    return f"mean of {f'{count} of ' if count < last + 1 - first else ''}rounds {first}–{last}"
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
+    """Returns last and best value of a metric and its mean over the last tenth of the rounds (see `last_tenth`).
+
+    Only rows that have the key with a finite value count; without such rows, or without one in the last tenth, it is
+    NaN. Best is the lowest where `lower_is_better`, else the highest.
+
+    Values 0.1, 0.2, ..., 1.2 and then 0.5 in 13 rounds: last 0.5, best 1.2, and the last five are 0.9, 1.0, 1.1, 1.2
+    and 0.5, of mean 0.94.
+
+    Args:
+        rows: as `read_metrics` returns them; the last one tells how many rounds there are.
+        key: the metric's tag.
+    """
+    having = [(row["round"], float(row[key])) for row in rows if row.get(key) is not None]
+    if not having:
+        return dict.fromkeys(("last", "best", "mean_last_tenth"), math.nan)
+    values = [value for _, value in having]
     best: Callable[[list[float]], float] = min if lower_is_better(key) else max
-    recent = values[-LAST:]
-    return {"last": values[-1], "best": best(values), "mean_last_10": math.fsum(recent) / len(recent)}
+    window = last_tenth(rows[-1]["round"])
+    recent = [value for round_number, value in having if round_number in window]
+    mean = math.fsum(recent) / len(recent) if recent else math.nan
+    return {"last": values[-1], "best": best(values), "mean_last_tenth": mean}
 
 
 def best_row(rows: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:

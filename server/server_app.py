@@ -27,7 +27,7 @@ from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit, source_hash
 from fedlabel.methods.base import state_to_lists
 from fedlabel.methods.steps import StateDict
-from fedlabel.tracking import PARTITION_JSON, RunFolder, write_atomic
+from fedlabel.tracking import PARTITION_JSON, RunFolder, is_evaluated, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from server.functions import FunctionWatch
 from server.grids import SimulationGrid
@@ -215,7 +215,7 @@ def _rounds(
         last = round_number == config.num_rounds
         judged = {"model": model, "average": average, "previous": previous}
         judged = {name: state for name, state in judged.items() if state}
-        evaluated = judged if last or round_number % config.evaluation.every == 0 else None
+        evaluated = judged if is_evaluated(round_number, config.num_rounds, config.evaluation.every) else None
         metrics = log_round(folder, experiment, tally, evaluated, states, shared, watches, started)
         selection.see(round_number, metrics, model)
         if last or round_number % config.checkpoint.every == 0:

@@ -24,11 +24,11 @@ from fedlabel.figures import curves_figure, save_png, svg_bytes
 from fedlabel.sweep import slug
 from fedlabel.tracking import write_atomic
 
-MEAN = "mean of last 10"
+MEAN = "mean of last tenth"
 """Title of the column beside which the published numbers stand."""
 RANKED_BY = {
     (ACCURACY, "last"): "accuracy_last",
-    (ACCURACY, COLUMN): "accuracy_mean_last_10",
+    (ACCURACY, COLUMN): "accuracy_mean_last_tenth",
     (ACCURACY, "selected"): "accuracy_selected",
     ("eval/auc", COLUMN): "auc",
     ("eval/auc", "selected"): "auc_selected",
