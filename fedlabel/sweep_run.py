@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.errors import make_folder
 from fedlabel.sweep import SWEEP_JSON, Cell, Group, SearchConfig, SweepConfig, format_value, plan_sweep
 from fedlabel.tracking import SUMMARY_JSON, FolderLock, lower_is_better, read_summary, write_atomic
 from fedlabel.workers import Tell, run_parallel
@@ -81,7 +82,7 @@ def run_sweep(sweep: SweepConfig, out: Path, workers: int, work: Work, report: C
     """
     groups = plan_sweep(sweep)
     done = finished_cells(groups, out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with closing(FolderLock(out)):
         return _run(_Ledger(sweep, groups, out, done, report), workers, work)
 

@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
 from fedlabel.data.supervision import KIND_NAMES
+from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit, source_hash
@@ -46,10 +47,6 @@ from server.strategy import (
 
 app = ServerApp()
 logger = logging.getLogger("fedlabel")
-
-
-class RunError(RuntimeError):
-    """A run cannot go on; what was saved stays."""
 
 
 @app.main()
@@ -102,7 +99,7 @@ def run_federation(
     shared = {name: value.to(experiment.device) for name, value in shared.items()}
     checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config), shared=shared)
     if resume:
-        checkpoint = latest_checkpoint(path / "checkpoints", config, experiment.initial_state)
+        checkpoint = latest_checkpoint(path / "checkpoints", experiment, strategy)
         checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
         checkpoint.previous = {name: value.to(experiment.device) for name, value in checkpoint.previous.items()}
         checkpoint.average = {name: value.to(experiment.device) for name, value in checkpoint.average.items()}
@@ -130,7 +127,8 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
             _check_same_data(path / PARTITION_JSON, experiment.federation.sha256)
         folder = RunFolder.resume(path, checkpoint.round_number)
         write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
-        folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
+        with naming(folder.summary_json):
+            folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
         if checkpoint.round_number > 0:
             return folder
     else:
@@ -147,7 +145,13 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
 
 
 def _check_same_data(path: Path, here: str) -> None:
-    there = json.loads(path.read_text())["sha256"]
+    try:
+        with naming(path):
+            there = json.loads(path.read_bytes())["sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
+        there = None
+    if not isinstance(there, str):
+        raise ValueError(f"{path} is damaged: it has no hash of the data. Put it back as it was, or begin a new run.")
     if there != here:
         raise ValueError(
             f"What clients hold and know is not what it was when the run began (hash {here[:12]} here, {there[:12]} in "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from fedlabel.errors import FileError
 from fedlabel.hardware import PACKAGE_ROOT
 from fedlabel.tracking import (
     RunFolder,
@@ -355,10 +357,10 @@ def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch)
     write_atomic(path, "old")
 
     def fail(descriptor: int) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(FileError, match=f"^{path} cannot be written or read: No space left on device; make room there"):
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from fedlabel.comparison.runs import ACCURACY, COLUMN, METRICS, Comparison, Run, differing_keys, plain
 from fedlabel.comparison.statistics import Column, PairedTest, against_baseline, columns, over_seeds, show
 from fedlabel.config import flatten, load_config
+from fedlabel.errors import make_folder
 from fedlabel.figures import curves_figure, save_png, svg_bytes
 from fedlabel.sweep import slug
 from fedlabel.tracking import write_atomic
@@ -124,7 +125,7 @@ def write_comparison(comparison: Comparison, out: Path, baseline: str | None = N
         Part(name, tables(comparison, name, tests[name], shown), curves(comparison, name), names[name])
         for name in comparison.sections
     ]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     written = []
     for part in parts:
         save_png(part.curves, out / f"{part.file}.png")
