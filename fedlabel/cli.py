@@ -330,14 +330,15 @@ def partition(
         make_folder(out)
         write_atomic(out / "partition.json", federation.to_json())
         write_atomic(out / "supervision.json", federation.audit_json())
-        save_png(partition_figure(counts, KIND_NAMES, federation.dataset.class_names), out / "partition.png")
+        save_png(partition_figure(counts, KIND_NAMES, federation.true_classes), out / "partition.png")
     known, unknown = counts[1:].sum(0), counts[0]
     mixed = bool(counts[2:].any())
     names = ("known", "unknown") if mixed else ("labelled", "unlabelled")
     table = Table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
-    held = (counts.sum(0) > 0).sum(1)
+    classes = federation.dataset.num_classes
+    held, classes_known = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), known))
     for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
-        columns = (known.sum(1), unknown.sum(1), held, (known > 0).sum(1))
+        columns = (known.sum(1), unknown.sum(1), held, classes_known)
         table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
     console.print(table)
     if mixed:

@@ -198,7 +198,7 @@ class ExperimentConfig:
         hidden = self.skew.unlabeled_only_classes
         if hidden and any(part.classless for part in supervision.parts):
             raise ValueError(
-                f"`skew.unlabeled_only_classes` (={list(hidden)}) chooses samples by their class, which nobody "
+                f"`skew.unlabeled_only_classes` (=[{', '.join(hidden)}]) chooses samples by their class, which nobody "
                 "knows with supervision.kind=bags and labeling_functions: leave it out."
             )
         if self.labeled_partition is None:
@@ -326,7 +326,6 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
         for law in (user.get("partition"), user.get("labeled_partition")):
             if law and isinstance(law.get("partitioner_args"), dict):  # a mapping in YAML or on the command line
                 law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
-        _check_classes(user.get("skew", {}).get("unlabeled_only_classes", []))
         _check_lists(user)
         schema = method_class(user.get("method", {}).get("name", FedLabel.name))
         # The schema node replaces the default method: another method has other fields.
@@ -386,19 +385,11 @@ def _check_names(kind: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"`{where}.labels_keys` (={value}) must be a list of names, e.g. [{value}].")
 
 
-def _check_classes(value: Any) -> None:
-    """OmegaConf's own message would not name the value."""
-    if not isinstance(value, list) or not all(type(label) is int for label in value):
-        raise ConfigError(
-            f"`skew.unlabeled_only_classes` (={value}) must be a list of integers, e.g. "
-            "skew.unlabeled_only_classes=[8,9]."
-        )
-
-
 def _check_lists(user: Mapping[str, Any]) -> None:
     """OmegaConf's own message would not name the value."""
     for section, key, types, what in (
         ("data", "positive_classes", (str, int), "names or numbers of classes, e.g. [ship,truck]"),
+        ("skew", "unlabeled_only_classes", (str, int), "names or numbers of classes, e.g. [8,9]"),
         ("data", "categorical", (str,), "names of columns, e.g. [month,job]"),
         ("data", "drop_columns", (str,), "names of columns, e.g. [month,job]"),
         ("model", "hidden_layers", (int,), "widths, e.g. [256,128,64]"),

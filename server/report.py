@@ -244,6 +244,10 @@ def pseudo_panel(
     """
     size = 0 if experiment.federation.dataset.tabular else experiment.config.evaluation.panel_samples
     client = next((c for c, counts in tally.client_counts.items() if "drawn" in counts), None)
+    if (
+        client is None and experiment.federation.lacking
+    ):  # the pseudo-labels that there may be were compared with nothing
+        client = next(iter(tally.client_counts), None)
     if size == 0 or client is None:
         return None
     content = tally.messages[client].content
@@ -263,7 +267,7 @@ def pseudo_panel(
     pseudo = [values[: len(rows)].cpu() for values in update.pseudo]
     return pseudo_label_panel(
         images=experiment.client_data(client).images[rows.to(experiment.device)].cpu(),
-        true_names=[names[int(y)] for y in experiment.federation.hidden_labels(client)[rows]],
+        true_names=[names[y] if y >= 0 else None for y in experiment.federation.hidden_labels(client)[rows].tolist()],
         pseudo_names=[names[int(y)] for y in pseudo[0]],
         kept=pseudo[1].tolist(),
         experts=["global" if g else "local" for g in pseudo[2]],

@@ -93,7 +93,8 @@ def run_federation(
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
     federation = experiment.federation
-    for doubt in config.method.doubts(federation.record, federation.dataset.class_names):
+    doubts = config.method.doubts(federation.record, federation.dataset.class_names)
+    for doubt in [*federation.doubts(), *doubts]:
         logger.warning(doubt)
     shared = config.method.initial_shared(experiment.federation.dataset.num_classes)
     shared = {name: value.to(experiment.device) for name, value in shared.items()}
@@ -137,7 +138,7 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     write_atomic(folder.supervision_json, experiment.federation.audit_json())
     federation = experiment.federation
     if experiment.config.evaluation.figures:
-        figure = partition_figure(federation.histograms(), KIND_NAMES, federation.dataset.class_names)
+        figure = partition_figure(federation.histograms(), KIND_NAMES, federation.true_classes)
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{text}```")

@@ -8,8 +8,8 @@ learnt from training samples alone: never from the test set, and but for types n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -42,13 +42,19 @@ class Table:
     """(n,) int64."""
     names: tuple[str, ...] = ()
     """Of the numeric columns, then of the categorical ones."""
+    aside: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Name -> (n,) texts of a column that is no feature (`data.aside_columns`)."""
 
     def rows(self, index: Tensor) -> Table:
         """Returns the rows `index`."""
-        return Table(self.numbers[index.numpy()], self.categories[index.numpy()], self.labels[index], self.names)
+        rows = index.numpy()
+        aside = {name: texts[rows] for name, texts in self.aside.items()}
+        return Table(self.numbers[rows], self.categories[rows], self.labels[index], self.names, aside)
 
     def column(self, name: str) -> np.ndarray:
-        """Returns a column, (n,): numbers, or the texts of a categorical one."""
+        """Returns a column, (n,): numbers, or the texts of a categorical one or of one set aside."""
+        if name in self.aside:
+            return self.aside[name]
         place, numeric = self.names.index(name), self.numbers.shape[1]
         column: np.ndarray = self.numbers[:, place] if place < numeric else self.categories[:, place - numeric]
         return column
@@ -69,6 +75,8 @@ class LoadedTable(NamedTuple):
     """(n,) int64, which rows of the file `train` has; None: all of it, in its order."""
     file_size: int | None = None
     """How many rows the file has; None: as many as `train`."""
+    notes: tuple[str, ...] = ()
+    """What was found in the file that its owner should know: a sentence each."""
 
 
 def encode(train: Table, others: Sequence[Table]) -> list[Split]:
@@ -147,11 +155,12 @@ def as_tables(
 ) -> LoadedTable:
     """Drops columns, decides on their types by the training rows, and reads numbers and labels."""
     left_out = dropped if config.drop_columns is None else config.drop_columns
-    for key, names in (("drop_columns", left_out), ("categorical", config.categorical or ())):
+    aside = config.aside_columns
+    for key, names in (("drop_columns", left_out), ("categorical", config.categorical or ()), ("aside_columns", aside)):
         unknown = [name for name in names if name not in train]
         if unknown:
             raise DataError(f"`data.{key}`: {where} has no column {unknown[0]}, only {', '.join(train)}.")
-    kept = [name for name in train if name not in left_out]
+    kept = [name for name in train if name not in left_out and name not in aside]
     if not kept:
         raise DataError(f"`data.drop_columns` (={list(left_out)}) leaves no column of {where}: keep at least one.")
     if config.categorical is None:
@@ -175,6 +184,7 @@ def as_tables(
             categories=np.stack(texts, 1) if texts else empty.astype(str),
             labels=_label_numbers(labels, class_names, where, part),
             names=(*(name for name in kept if name not in categorical), *categorical),
+            aside={name: columns[name] for name in aside},
         )
 
     return LoadedTable(table(train, train_labels, "training"), table(test, test_labels, "test"), class_names)
