@@ -69,6 +69,8 @@ class LoadedTable(NamedTuple):
     """(n,) int64, which rows of the file `train` has; None: all of it, in its order."""
     file_size: int | None = None
     """How many rows the file has; None: as many as `train`."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the data were read, a sentence each."""
 
 
 def encode(train: Table, others: Sequence[Table]) -> list[Split]:

@@ -1,0 +1,231 @@
+"""Images in folders of the user's: `train/<class>/...` and `test/<class>/...`, at any depth."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedlabel.data.image_files import EXTENSIONS, Header, read_headers, read_pixels
+from fedlabel.data.loaders import DataError, Loaded, Split, data_root
+from fedlabel.data.names import alike, closest, listed, shown
+from fedlabel.data.repeats import repeated_images
+
+if TYPE_CHECKING:
+    from fedlabel.data.datasets import DataConfig
+
+PARTS = ("train", "test")
+OF_THE_SYSTEM = frozenset(["__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"])
+"""Files and folders that operating systems leave behind, as they do those that begin with a dot."""
+UNLABELED = frozenset(["unlabeled", "unlabelled", "nolabel", "withoutlabel"])
+"""Folders of `train` (without blanks, dashes and underscores) whose images have no label."""
+
+
+@dataclass
+class _Found:
+    """The files below a folder."""
+
+    images: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    """Files that are no images by their extension."""
+    again: list[Path] = field(default_factory=list)
+    """Links to folders that had been read already."""
+
+
+def load_image_folder(config: DataConfig) -> Loaded:
+    """`<root>/train/<class>/.../<image>` and `<root>/test/<class>/.../<image>`.
+
+    Classes are the sorted folders of `train` that have images in `train` or `test`, at any depth; images in
+    `train/unlabeled` have no label. All images must be of one size: resizing is a choice that belongs to whoever
+    prepares the data. Grey if all images are, else RGB (alpha is dropped), turned as Exif says; of several pictures in
+    one file the first. What is not read is counted and said, but for what operating systems leave behind.
+
+    Raises:
+        DataError: folders or images are missing, unreadable, of several sizes or of more than 8 bits.
+    """
+    root = data_root(config)
+    for part in PARTS:
+        if not (root / part).is_dir():
+            raise DataError(
+                f"`data.root` (={config.root}): there is no folder {root / part}. Set data.root=<folder> that holds "
+                "train/<class>/<image> and test/<class>/<image>." + _instead(root)
+            )
+    loose: dict[str, _Found] = {}
+    files: dict[str, dict[str, _Found]] = {}
+    for part in PARTS:
+        folders, loose[part] = _look_into(root / part)
+        files[part] = {name: _walk(folder) for name, folder in folders.items()}
+    unlabeled = {name: files["train"].pop(name) for name in list(files["train"]) if _is_unlabeled(name)}
+    class_names = _class_names(root, files)
+    paths, labels = {}, {}
+    for part in PARTS:
+        folders_of = [(files[part].get(name, _Found()), number) for number, name in enumerate(class_names)]
+        folders_of += [(found, -1) for found in unlabeled.values() if part == "train"]
+        paths[part] = [path for found, _ in folders_of for path in found.images]
+        labels[part] = [label for found, label in folders_of for _ in found.images]
+        if not paths[part]:
+            others = [*loose[part].others, *(path for found in files[part].values() for path in found.others)]
+            raise DataError(
+                f"{root / part} holds no images of a class. At least one is needed."
+                + (f" {len(loose[part].images)} images lie directly in it." if loose[part].images else "")
+                + (f" {_by_extension(others)} are of no kind that is read." if others else "")
+            )
+    headers, mode = read_headers([*paths["train"], *paths["test"]])
+    train, test = (
+        Split(torch.from_numpy(read_pixels(paths[part], mode, headers[0].size)), torch.tensor(labels[part]))
+        for part in PARTS
+    )
+    everything = [*loose.values(), *unlabeled.values(), *(found for part in files.values() for found in part.values())]
+    notes = [
+        *_of_folders(root, files, unlabeled),
+        *_of_files(root, [*paths["train"], *paths["test"]], loose, everything),
+        *_of_headers(root, headers, mode),
+        *alike(class_names),
+        *repeated_images(train, test, str(root)),
+    ]
+    return Loaded(train, test, class_names, tuple(notes))
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def _instead(root: Path) -> str:
+    """Says what stands where `train` and `test` should."""
+    if not root.is_dir():
+        return ""
+    folders = [path.name for path in _entries(root) if path.is_dir()]
+    found = {part: closest(part, folders) for part in ("train", "test") if part not in folders}
+    near = [f"{name} to {part}" for part, name in found.items() if name]
+    return f" Rename {', '.join(near)}?" if near else f" It holds {listed(folders) or 'no folders'}."
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Returns what is in a folder, sorted, without what operating systems leave behind."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"{shown(folder, 500)} cannot be looked into: {error.strerror}. Allow it, or take it away."
+        ) from error
+    return [path for path in inside if not path.name.startswith(".") and path.name.casefold() not in OF_THE_SYSTEM]
+
+
+def _look_into(part: Path) -> tuple[dict[str, Path], _Found]:
+    """Returns the folders in `part` by the name of their class, and the files that lie directly in it."""
+    folders: dict[str, Path] = {}
+    loose = _Found()
+    for path in _entries(part):
+        if not path.is_dir():
+            (loose.images if path.suffix.lower() in EXTENSIONS else loose.others).append(path)
+            continue
+        name = unicodedata.normalize("NFC", path.name)  # é may be one sign or two, by who wrote the folder
+        if not name.isprintable():
+            raise DataError(f"{shown(path, 500)}: the name of this class has letters that cannot be shown. Rename it.")
+        if name in folders:
+            raise DataError(f"{part} has two folders that are called {name}. Put their images into one.")
+        folders[name] = path
+    return folders, loose
+
+
+def _walk(folder: Path) -> _Found:
+    """Returns all files below a class's folder; links are followed, but no folder is read twice."""
+    found = _Found()
+    ahead, seen = [folder], set()
+    while ahead:
+        inside = ahead.pop()
+        real = os.path.realpath(inside)
+        if real in seen:
+            found.again.append(inside)
+            continue
+        seen.add(real)
+        for path in _entries(inside):
+            if path.is_dir():
+                ahead.append(path)
+            else:
+                (found.images if path.suffix.lower() in EXTENSIONS else found.others).append(path)
+    found.images.sort()
+    return found
+
+
+def _is_unlabeled(name: str) -> bool:
+    return "".join(letter for letter in name.casefold() if letter not in " _-") in UNLABELED
+
+
+def _class_names(root: Path, files: dict[str, dict[str, _Found]]) -> tuple[str, ...]:
+    train, test = files["train"], files["test"]
+    for name in sorted(set(test) - set(train)):
+        if _is_unlabeled(name):
+            raise DataError(f"{root / 'test' / name}: images of the test set need a class. Move them to train/{name}.")
+        near = closest(name, list(train))
+        raise DataError(
+            f"{root / 'test'} has the class {name}, which {root / 'train'} has not"
+            + (f": did you mean {near}? Give both one name." if near else ".")
+            + " Every class of the test set must be in the training set."
+        )
+    return tuple(sorted(name for name in train if train[name].images or (name in test and test[name].images)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- notes
+
+
+def _of_folders(root: Path, files: Mapping[str, Mapping[str, _Found]], unlabeled: Mapping[str, _Found]) -> list[str]:
+    """Returns what should be said of folders: images without a label, classes of one set alone, folders not read."""
+    notes = [f"{root / 'train' / name}: {len(found.images)} images have no label." for name, found in unlabeled.items()]
+    for name, found in files["train"].items():
+        tested = name in files["test"] and files["test"][name].images
+        if not found.images:
+            what = "has no training image, only test images" if tested else "holds no images and is not a class"
+            notes.append(f"{root / 'train' / name} {what}.")
+        elif not tested:
+            notes.append(f"{root / 'test'} holds no images of the class {name}.")
+    unread = [path.name for path in _entries(root) if path.is_dir() and path.name not in ("train", "test")]
+    if unread:
+        notes.append(f"{root}: of its folders {listed(unread)} {'is' if len(unread) == 1 else 'are'} not read.")
+    return notes
+
+
+def _of_files(
+    root: Path, images: Sequence[Path], loose: Mapping[str, _Found], everything: Sequence[_Found]
+) -> list[str]:
+    """Returns what should be said of where `images` were found, and of files and links that are passed over."""
+    notes = [
+        f"{root / part}: {len(found.images)} images lie directly in it and are not read, as they have no class"
+        + (" (in train/unlabeled they count as images without a label)." if part == "train" else ".")
+        for part, found in loose.items()
+        if found.images
+    ]
+    deep = sum(len(path.relative_to(root).parts) > 3 for path in images)
+    if deep:
+        notes.append(f"{root}: {deep} of {len(images)} images lie in folders inside that of their class.")
+    others = [path for found in everything for path in found.others]
+    if others:
+        notes.append(f"{root}: {_by_extension(others)} are of no kind that is read.")
+    again = [path for found in everything for path in found.again]
+    if again:
+        notes.append(f"{root}: {len(again)} links lead to folders that were read already, e.g. {shown(again[0], 500)}.")
+    return notes
+
+
+def _of_headers(root: Path, headers: Sequence[Header], mode: str) -> list[str]:
+    """Returns what should be said of how images are read."""
+    grey = sum(header.grey for header in headers)
+    counts = {
+        "are grey and read as RGB, as the others are": grey if mode == "RGB" else 0,
+        "have transparent parts or an alpha channel, which is dropped": sum(header.see_through for header in headers),
+        "are turned as their Exif says": sum(header.turned for header in headers),
+        "hold several pictures, of which the first is read": sum(header.animated for header in headers),
+    }
+    return [f"{root}: {count} of {len(headers)} images {what}." for what, count in counts.items() if count]
+
+
+def _by_extension(paths: Sequence[Path]) -> str:
+    """Returns "12 files (.txt 10, .xml 2; e.g. a/b.txt)"."""
+    kinds = Counter(path.suffix.lower() or "without extension" for path in paths)
+    each = listed([f"{kind} {count}" for kind, count in kinds.most_common()], 5)
+    return f"{len(paths)} files ({each}; e.g. {shown(paths[0], 500)})"
