@@ -148,6 +148,7 @@ def _read_one_hot(matrix: np.ndarray, where: str) -> _Given:
 def _whole_numbers(labels: np.ndarray, where: str) -> np.ndarray:
     """Returns int64; NaN becomes -1."""
     if labels.dtype.kind == "f":
+        labels = labels.astype(np.float64)
         odd = np.flatnonzero(~np.isnan(labels) & ((labels != np.floor(labels)) | np.isinf(labels)))
         if len(odd):
             raise DataError(

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from fedlabel.data.loaders import DataError, check_memory
 from fedlabel.data.names import shown
 
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "MPO", "AVIF")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 """Pillow's readers that are asked: none that calls another program, and none (TGA) that takes anything for an image."""
 EXTENSIONS = frozenset(
     f".{name}"
@@ -25,6 +25,8 @@ EXTENSIONS = frozenset(
 """Of these formats, in lower case."""
 ORIENTATION = 0x0112
 """Exif's tag that says how the camera was held."""
+TURNED_BY_READER = ("TIFF",)
+"""Formats whose images Pillow turns as Exif says when it reads them."""
 
 Value = TypeVar("Value")
 
@@ -56,7 +58,7 @@ def read_headers(paths: Sequence[Path]) -> tuple[list[Header], str]:
     sizes = Counter(header.size for header in headers)
     if len(sizes) > 1:
         first = {size: path for path, header in zip(paths[::-1], headers[::-1], strict=True) for size in [header.size]}
-        each = [f"{size[0]}x{size[1]} ({count}, e.g. {first[size]})" for size, count in sizes.most_common()]
+        each = [f"{size[0]}x{size[1]} ({count}, e.g. {shown(first[size], 300)})" for size, count in sizes.most_common()]
         raise DataError(
             f"Images are of {len(sizes)} sizes (width x height): {'; '.join(each[:3])}{'; …' * (len(each) > 3)}. "
             "All images must be of one size: resize or crop them first."
@@ -70,8 +72,9 @@ def _header(image: Image.Image) -> Header:
     if image.mode in ("P", "PA"):
         colours = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
         grey = bool((colours == colours[:, :1]).all())
+    sideways = turned in (5, 6, 7, 8) and image.format not in TURNED_BY_READER
     return Header(
-        size=image.size[::-1] if turned in (5, 6, 7, 8) else image.size,
+        size=image.size[::-1] if sideways else image.size,
         mode=image.mode,
         grey=grey,
         see_through=image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info,
@@ -104,12 +107,15 @@ def read_pixels(paths: Sequence[Path], mode: str, size: tuple[int, int]) -> np.n
 
 def _read(image: Image.Image, mode: str) -> np.ndarray:
     """Returns (channels, height, width) uint8."""
-    upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    turns = _orientation(image) != 1 and image.format not in TURNED_BY_READER
+    upright = ImageOps.exif_transpose(image) if turns else image
     return np.atleast_3d(np.asarray(upright.convert(mode))).transpose(2, 0, 1)
 
 
 def _each(paths: Sequence[Path], read: Callable[[Image.Image], Value], take: Callable[[Value], None]) -> None:
     """Gives what `read` finds in each image to `take`; a DataError counts those that cannot be read."""
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]  # not every Pillow was built with all of them
     failures: list[tuple[Path, str]] = []
     for path in paths:
         try:
@@ -118,7 +124,7 @@ def _each(paths: Sequence[Path], read: Callable[[Image.Image], Value], take: Cal
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of damaged Exif, say
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path, formats=FORMATS) as image:
+                with Image.open(path, formats=known) as image:
                     take(read(image))
         except Exception as error:  # Pillow's readers raise whatever comes to them in a damaged file
             failures.append((path, _reason(path, error)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -37,6 +37,26 @@ class _Found:
     again: list[Path] = field(default_factory=list)
     """Links to folders that had been read already."""
 
+    def add(self, path: Path) -> None:
+        """Adds a file."""
+        (self.images if path.suffix.lower() in EXTENSIONS else self.others).append(path)
+
+
+class _Tree(NamedTuple):
+    """All that was found below `data.root`."""
+
+    loose: dict[str, _Found]
+    """By part: files directly in it, not in a class's folder."""
+    classes: dict[str, dict[str, _Found]]
+    """By part, by name of the class."""
+    unlabeled: dict[str, _Found]
+    """Training images without a label, by name of the folder."""
+
+    def everything(self) -> list[_Found]:
+        """All of it."""
+        found = [*self.loose.values(), *self.unlabeled.values()]
+        return [*found, *(each for part in PARTS for each in self.classes[part].values())]
+
 
 def load_image_folder(config: DataConfig) -> Loaded:
     """`<root>/train/<class>/.../<image>` and `<root>/test/<class>/.../<image>`.
@@ -50,46 +70,40 @@ def load_image_folder(config: DataConfig) -> Loaded:
         DataError: folders or images are missing, unreadable, of several sizes or of more than 8 bits.
     """
     root = data_root(config)
-    for part in PARTS:
-        if not (root / part).is_dir():
-            raise DataError(
-                f"`data.root` (={config.root}): there is no folder {root / part}. Set data.root=<folder> that holds "
-                "train/<class>/<image> and test/<class>/<image>." + _instead(root)
-            )
-    loose: dict[str, _Found] = {}
-    files: dict[str, dict[str, _Found]] = {}
-    for part in PARTS:
-        folders, loose[part] = _look_into(root / part)
-        files[part] = {name: _walk(folder) for name, folder in folders.items()}
-    unlabeled = {name: files["train"].pop(name) for name in list(files["train"]) if _is_unlabeled(name)}
-    class_names = _class_names(root, files)
-    paths, labels = {}, {}
-    for part in PARTS:
-        folders_of = [(files[part].get(name, _Found()), number) for number, name in enumerate(class_names)]
-        folders_of += [(found, -1) for found in unlabeled.values() if part == "train"]
-        paths[part] = [path for found, _ in folders_of for path in found.images]
-        labels[part] = [label for found, label in folders_of for _ in found.images]
-        if not paths[part]:
-            others = [*loose[part].others, *(path for found in files[part].values() for path in found.others)]
-            raise DataError(
-                f"{root / part} holds no images of a class. At least one is needed."
-                + (f" {len(loose[part].images)} images lie directly in it." if loose[part].images else "")
-                + (f" {_by_extension(others)} are of no kind that is read." if others else "")
-            )
-    headers, mode = read_headers([*paths["train"], *paths["test"]])
-    train, test = (
-        Split(torch.from_numpy(read_pixels(paths[part], mode, headers[0].size)), torch.tensor(labels[part]))
-        for part in PARTS
-    )
-    everything = [*loose.values(), *unlabeled.values(), *(found for part in files.values() for found in part.values())]
-    notes = [
-        *_of_folders(root, files, unlabeled),
-        *_of_files(root, [*paths["train"], *paths["test"]], loose, everything),
-        *_of_headers(root, headers, mode),
-        *alike(class_names),
-        *repeated_images(train, test, str(root)),
-    ]
-    return Loaded(train, test, class_names, tuple(notes))
+    try:
+        for part in PARTS:
+            if not (root / part).is_dir():
+                raise DataError(
+                    f"`data.root` (={config.root}): there is no folder {root / part}. Set data.root=<folder> that "
+                    "holds train/<class>/<image> and test/<class>/<image>." + _instead(root)
+                )
+        tree = _look_into(root)
+    except OSError as error:
+        raise DataError(f"{root} cannot be looked into: {error}. Allow it, or take away what is in the way.") from error
+    names = _class_names(root, tree)
+    samples = {part: _samples(root, tree, names, part) for part in PARTS}
+    paths = [path for part in PARTS for path, _ in samples[part]]
+    headers, mode = read_headers(paths)
+    pixels = torch.from_numpy(read_pixels(paths, mode, headers[0].size)).split([len(samples[part]) for part in PARTS])
+    labels = (torch.tensor([label for _, label in samples[part]]) for part in PARTS)
+    train, test = (Split(*split) for split in zip(pixels, labels, strict=True))
+    notes = [*_of_folders(root, tree), *_of_files(root, tree, paths), *_of_headers(root, headers, mode), *alike(names)]
+    return Loaded(train, test, names, (*notes, *repeated_images(train, test, str(root))))
+
+
+def _samples(root: Path, tree: _Tree, names: Sequence[str], part: str) -> list[tuple[Path, int]]:
+    """Returns the images of a part and their labels, -1 = none, by class and then by path."""
+    labeled = [(tree.classes[part].get(name, _Found()), label) for label, name in enumerate(names)]
+    unlabeled = [(found, -1) for found in tree.unlabeled.values() if part == "train"]
+    samples = [(path, label) for found, label in (*labeled, *unlabeled) for path in found.images]
+    if not samples:
+        loose, others = tree.loose[part].images, [path for found in tree.everything() for path in found.others]
+        raise DataError(
+            f"{root / part} holds no images in folders of classes. At least one is needed."
+            + (f" {len(loose)} images lie directly in it." if loose else "")
+            + (f" {_by_extension(others)} are of no kind that is read." if others else "")
+        )
+    return samples
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -107,30 +121,31 @@ def _instead(root: Path) -> str:
 
 def _entries(folder: Path) -> list[Path]:
     """Returns what is in a folder, sorted, without what operating systems leave behind."""
-    try:
-        inside = sorted(folder.iterdir())
-    except OSError as error:
-        raise DataError(
-            f"{shown(folder, 500)} cannot be looked into: {error.strerror}. Allow it, or take it away."
-        ) from error
-    return [path for path in inside if not path.name.startswith(".") and path.name.casefold() not in OF_THE_SYSTEM]
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".") and path.name.casefold() not in OF_THE_SYSTEM
+    ]
 
 
-def _look_into(part: Path) -> tuple[dict[str, Path], _Found]:
-    """Returns the folders in `part` by the name of their class, and the files that lie directly in it."""
-    folders: dict[str, Path] = {}
-    loose = _Found()
-    for path in _entries(part):
-        if not path.is_dir():
-            (loose.images if path.suffix.lower() in EXTENSIONS else loose.others).append(path)
-            continue
-        name = unicodedata.normalize("NFC", path.name)  # é may be one sign or two, by who wrote the folder
-        if not name.isprintable():
-            raise DataError(f"{shown(path, 500)}: the name of this class has letters that cannot be shown. Rename it.")
-        if name in folders:
-            raise DataError(f"{part} has two folders that are called {name}. Put their images into one.")
-        folders[name] = path
-    return folders, loose
+def _look_into(root: Path) -> _Tree:
+    tree = _Tree({part: _Found() for part in PARTS}, {part: {} for part in PARTS}, {})
+    for part in PARTS:
+        for path in _entries(root / part):
+            name = unicodedata.normalize("NFC", path.name)  # an é may be one sign or two, by who made the folder
+            if not path.is_dir():
+                tree.loose[part].add(path)
+            elif not name.isprintable():
+                raise DataError(
+                    f"{shown(path, 500)}: the name of the class has letters that cannot be shown. Rename it."
+                )
+            elif name in tree.classes[part]:
+                raise DataError(f"{root / part} has two folders that are called {name}. Put their images into one.")
+            elif _is_unlabeled(name) and part == "train":
+                tree.unlabeled[name] = _walk(path)
+            else:
+                tree.classes[part][name] = _walk(path)
+    return tree
 
 
 def _walk(folder: Path) -> _Found:
@@ -148,7 +163,7 @@ def _walk(folder: Path) -> _Found:
             if path.is_dir():
                 ahead.append(path)
             else:
-                (found.images if path.suffix.lower() in EXTENSIONS else found.others).append(path)
+                found.add(path)
     found.images.sort()
     return found
 
@@ -157,12 +172,12 @@ def _is_unlabeled(name: str) -> bool:
     return "".join(letter for letter in name.casefold() if letter not in " _-") in UNLABELED
 
 
-def _class_names(root: Path, files: dict[str, dict[str, _Found]]) -> tuple[str, ...]:
-    train, test = files["train"], files["test"]
+def _class_names(root: Path, tree: _Tree) -> tuple[str, ...]:
+    train, test = (tree.classes[part] for part in PARTS)
     for name in sorted(set(test) - set(train)):
         if _is_unlabeled(name):
             raise DataError(f"{root / 'test' / name}: images of the test set need a class. Move them to train/{name}.")
-        near = closest(name, list(train))
+        near = closest(name, train)
         raise DataError(
             f"{root / 'test'} has the class {name}, which {root / 'train'} has not"
             + (f": did you mean {near}? Give both one name." if near else ".")
@@ -174,39 +189,39 @@ def _class_names(root: Path, files: dict[str, dict[str, _Found]]) -> tuple[str, 
 # ---------------------------------------------------------------------------------------------------------------- notes
 
 
-def _of_folders(root: Path, files: Mapping[str, Mapping[str, _Found]], unlabeled: Mapping[str, _Found]) -> list[str]:
+def _of_folders(root: Path, tree: _Tree) -> list[str]:
     """Returns what should be said of folders: images without a label, classes of one set alone, folders not read."""
-    notes = [f"{root / 'train' / name}: {len(found.images)} images have no label." for name, found in unlabeled.items()]
-    for name, found in files["train"].items():
-        tested = name in files["test"] and files["test"][name].images
+    notes = [
+        f"{root / 'train' / name}: {len(found.images)} images have no label." for name, found in tree.unlabeled.items()
+    ]
+    for name, found in tree.classes["train"].items():
+        tested = name in tree.classes["test"] and tree.classes["test"][name].images
         if not found.images:
             what = "has no training image, only test images" if tested else "holds no images and is not a class"
             notes.append(f"{root / 'train' / name} {what}.")
         elif not tested:
             notes.append(f"{root / 'test'} holds no images of the class {name}.")
-    unread = [path.name for path in _entries(root) if path.is_dir() and path.name not in ("train", "test")]
+    unread = [path.name for path in _entries(root) if path.is_dir() and path.name not in PARTS]
     if unread:
         notes.append(f"{root}: of its folders {listed(unread)} {'is' if len(unread) == 1 else 'are'} not read.")
     return notes
 
 
-def _of_files(
-    root: Path, images: Sequence[Path], loose: Mapping[str, _Found], everything: Sequence[_Found]
-) -> list[str]:
+def _of_files(root: Path, tree: _Tree, images: Sequence[Path]) -> list[str]:
     """Returns what should be said of where `images` were found, and of files and links that are passed over."""
     notes = [
         f"{root / part}: {len(found.images)} images lie directly in it and are not read, as they have no class"
         + (" (in train/unlabeled they count as images without a label)." if part == "train" else ".")
-        for part, found in loose.items()
+        for part, found in tree.loose.items()
         if found.images
     ]
     deep = sum(len(path.relative_to(root).parts) > 3 for path in images)
     if deep:
         notes.append(f"{root}: {deep} of {len(images)} images lie in folders inside that of their class.")
-    others = [path for found in everything for path in found.others]
+    others = [path for found in tree.everything() for path in found.others]
     if others:
         notes.append(f"{root}: {_by_extension(others)} are of no kind that is read.")
-    again = [path for found in everything for path in found.again]
+    again = [path for found in tree.everything() for path in found.again]
     if again:
         notes.append(f"{root}: {len(again)} links lead to folders that were read already, e.g. {shown(again[0], 500)}.")
     return notes

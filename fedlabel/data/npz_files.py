@@ -98,7 +98,8 @@ def _meant(missing: Collection[str], names: Collection[str]) -> str:
     plain = {name.casefold().replace("-", "_").replace(" ", "_"): name for name in names if name not in KEYS}
     found: dict[str, str] = {}
     for key in missing:
-        likely = (key, *ALIKE[key], *difflib.get_close_matches(key, plain, n=1, cutoff=0.85))
+        same_start = [name for name in plain if name[:1] == key[0]]
+        likely = (key, *ALIKE[key], *difflib.get_close_matches(key, same_start, n=1, cutoff=0.75))
         meant = next((plain[name] for name in likely if name in plain), None)
         if meant is not None:
             found[key] = meant
@@ -201,8 +202,8 @@ def _read_header(stream: IO[bytes], name: str) -> tuple[np.dtype, tuple[int, ...
     shape, columns_first, dtype = readers[version](stream)
     if dtype.hasobject:
         raise DataError(
-            f"{name} holds Python objects, which are not read since that could run code. "
-            "Save numbers or texts: `numpy.array(values, dtype='int64')` or `dtype='str'`."
+            f"{name} holds Python objects, which are not read since that could run code (images of several sizes are "
+            "such, too). Save numbers or texts: `numpy.array(values, dtype='int64')` or `dtype='str'`."
         )
     if dtype.itemsize == 0 or dtype.names is not None or min(shape, default=0) < 0:
         raise DataError(f"{name} is an array of {dtype} of shape {shape}. It must be plain numbers or texts.")

@@ -14,9 +14,9 @@ def repeated_images(train: Split, test: Split, where: str) -> list[str]:
     label_of: dict[bytes, int] = {}
     contradicting = 0
     for key, label in zip(_keys(train.images), train.labels.tolist(), strict=True):
-        if label >= 0:
-            contradicting += label_of.get(key, label) != label
-        if label_of.get(key, -1) < 0:
+        known = label_of.setdefault(key, label)
+        contradicting += known >= 0 and label >= 0 and known != label
+        if known < 0:
             label_of[key] = label
     shared = sum(key in label_of for key in _keys(test.images))
     notes = []
