@@ -343,6 +343,8 @@ def partition(
     console.print(table)
     if mixed:
         console.print(_kinds_table(federation.kinds(), KIND_NAMES))
+    for note in federation.dataset.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     if len(federation.server_rows):
         console.print(f"The server holds {len(federation.server_rows)} labelled samples.", highlight=False)
     written = ", ".join(str(out / name) for name in ("partition.json", "partition.png", "supervision.json"))

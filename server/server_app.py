@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.data.federation import Federation
 from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
@@ -93,8 +94,9 @@ def run_federation(
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
     federation = experiment.federation
+    notes = federation.dataset.notes
     doubts = config.method.doubts(federation.record, federation.dataset.class_names)
-    for doubt in [*federation.doubts(), *doubts]:
+    for doubt in [*notes, *federation.doubts(), *doubts]:
         logger.warning(doubt)
     shared = config.method.initial_shared(experiment.federation.dataset.num_classes)
     shared = {name: value.to(experiment.device) for name, value in shared.items()}
@@ -125,7 +127,7 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     text = to_yaml(experiment.config)
     if checkpoint is not None:
         if checkpoint.round_number > 0:
-            _check_same_data(path / PARTITION_JSON, experiment.federation.sha256)
+            _check_same_data(path / PARTITION_JSON, experiment.federation)
         folder = RunFolder.resume(path, checkpoint.round_number)
         write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
         with naming(folder.summary_json):
@@ -145,18 +147,30 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     return folder
 
 
-def _check_same_data(path: Path, here: str) -> None:
+def _check_same_data(path: Path, federation: Federation) -> None:
+    """Raises a ValueError if the data, or who holds and knows what of them, are not those of the run's begin."""
     try:
         with naming(path):
-            there = json.loads(path.read_bytes())["sha256"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
-        there = None
-    if not isinstance(there, str):
-        raise ValueError(f"{path} is damaged: it has no hash of the data. Put it back as it was, or begin a new run.")
-    if there != here:
+            saved = json.loads(path.read_bytes())
+        there = {"what clients hold and know": saved["sha256"], **saved.get("data", {})}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"What clients hold and know is not what it was when the run began (hash {here[:12]} here, {there[:12]} in "
-            f"{path}): the data, or labelling functions, have changed. Put them back, or begin a new run."
+            f"{path} cannot be read ({type(error).__name__}), so nobody knows whether the data are those of the run. "
+            "Put the file back, or begin a new run."
+        ) from error
+    here = {"what clients hold and know": federation.sha256, **federation.data_hashes}
+    changed = [what for what, value in there.items() if here.get(what) != value]
+    if changed:
+        raise ValueError(
+            f"The data are not what they were when the run began; changed: {', '.join(changed)} (hash "
+            f"{here.get(changed[0], 'none')[:12]} here, {str(there[changed[0]])[:12]} in {path}). Put files, and "
+            "labelling functions if there are any, back as they were, or begin a new run."
+        )
+    if not saved.get("data"):
+        logger.warning(
+            "%s is of an older version and has no hash of inputs and labels: whether they have changed since cannot be "
+            "told, only that the same clients hold and know the same samples.",
+            path,
         )
 
 
