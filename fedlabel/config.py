@@ -84,11 +84,13 @@ class EvaluationConfig:
     """When and on what the global model is evaluated."""
 
     every: int = 1
-    """Rounds between evaluations; the last round is always evaluated."""
+    """Rounds between evaluations. Over the last tenth of the rounds (at least 5) each one is evaluated, as results are
+    averaged over these."""
     split: str = "test"
     """test | validation: use validation to choose hyper-parameters, test only to report."""
     select: str | None = None
-    """Which evaluated round's model the run puts forward, beside the last: the best one on the validation split.
+    """Which round's model the run puts forward, beside the last: of each `every`-th round and the last one the best on
+    the validation split.
     bag_mae goes by the counts of bags alone; instance_auc, instance_accuracy and instance_loss look at single labels of
     that split. summary.json has each metric at that round as `selected`, checkpoints/selected_ROUND.pt the weights;
     where a method has stages (llp_bp) the next one gets the best model of the one before. null: none."""
@@ -96,7 +98,7 @@ class EvaluationConfig:
     """Whether pictures are drawn (partition.png and TensorBoard's images): about a second a run. For sweeps of hundreds
     of short runs: false."""
     panel_samples: int = 16
-    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last round and every 10th evaluation;
+    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last and each 10 * `every`-th round;
     0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is
     asked of clients."""
 

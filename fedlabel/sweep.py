@@ -22,7 +22,7 @@ from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_con
 from fedlabel.evaluation import EVALUATED
 
 SWEEP_JSON = "sweep.json"
-COLUMNS = ("last", "best", "mean_last_10")
+COLUMNS = ("last", "best", "mean_last_tenth")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class SearchConfig:
     """validation: the test split chooses nothing."""
     metric: str = "eval/accuracy"
     """What decides, of summary.json."""
-    column: str = "mean_last_10"
-    """last | best | mean_last_10 of the metric."""
+    column: str = "mean_last_tenth"
+    """last | best | mean_last_tenth (of the rounds) of the metric."""
 
     def __post_init__(self) -> None:
         for name, values in {"values": self.values, **self.per_method_values}.items():

@@ -79,15 +79,21 @@ class SimulationGrid(Grid):
 
     def load_states(self, states: dict[int, bytes]) -> None:
         """Puts back what `dump_states` returned."""
-        self.states = {
-            client: recorddict_from_proto(ProtoRecordDict.FromString(data)) for client, data in states.items()
-        }
+        self.states = {client: state for client, data in states.items() if (state := parse_state(data)) is not None}
 
     def _number(self, message: Message) -> Message:
         # Flower's SuperLink does this on arrival; a message without an id cannot be replied to.
         self._sent += 1
         message.metadata.__dict__["_message_id"] = str(self._sent)
         return message
+
+
+def parse_state(data: bytes) -> RecordDict | None:
+    """Returns a client's state from what `dump_states` made of it; None if these bytes are none."""
+    try:
+        return recorddict_from_proto(ProtoRecordDict.FromString(data))
+    except Exception:  # Flower's readers have many ways to fail
+        return None
 
 
 def make_context(client: int, num_clients: int, state: RecordDict) -> Context:

@@ -20,13 +20,13 @@ from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.methods.base import state_from_lists, state_to_lists
 from fedlabel.methods.steps import State, StateDict
 from fedlabel.metrics import Counts, add_counts, bins_of, means, pseudo_label_metrics, ratio
-from fedlabel.tracking import RunFolder, best_row, summarize
+from fedlabel.tracking import RunFolder, averaged_rounds, best_row, summarize
 from server.functions import FunctionWatch
 from server.noise import NoiseWatch
 from server.strategy import decode
 
 PANEL_EVERY = 10
-"""Evaluations between two panels of pseudo-labelled samples."""
+"""Times evaluation.every rounds between two panels of pseudo-labelled samples."""
 
 
 class RoundTally:
@@ -199,8 +199,8 @@ def log_round(
         lists["eval/class_accuracy"] = evaluation.class_accuracy
         lists["eval/client_accuracy"] = evaluation.client_accuracy
         last = tally.round_number == experiment.config.num_rounds
-        every = experiment.config.evaluation.every * PANEL_EVERY
-        if with_figures and (last or tally.round_number % every == 0):
+        every = experiment.config.evaluation.every
+        if with_figures and (last or tally.round_number % (every * PANEL_EVERY) == 0):
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
             figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
@@ -209,9 +209,12 @@ def log_round(
             if "drawn" in counts:
                 title = f"Pseudo-labels of round {tally.round_number}"
                 figures["pseudo/reliability"] = reliability_figure(bins_of(counts), title)
-        score, tag = experiment.selection_score(models or {}, shared), select_key(experiment)
-        if score is not None and tag is not None:
-            metrics[tag] = score
+        tag = select_key(experiment)
+        # Not in the other rounds of the last tenth: the next stage starts from the model that is selected, and what a
+        # run learns must not depend on when it is to end.
+        if tag is not None and (last or tally.round_number % every == 0):
+            score = experiment.selection_score(models or {}, shared)
+            metrics |= {tag: score} if score is not None else {}
     metrics["comm/bytes_up"] = float(tally.bytes_up)
     metrics["comm/bytes_down"] = float(tally.bytes_down)
     passes = counts.get("passes", [0.0, 0.0])
@@ -295,6 +298,7 @@ def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str,
         **results,
         **({"selected_round": chosen["round"]} if chosen is not None else {}),
         "rounds": len(rows),
+        "last_tenth": averaged_rounds(rows),
         "seed": config.seed,
         "seconds": total["system/round_seconds"][0],
         "method": config.method.name,

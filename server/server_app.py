@@ -21,13 +21,15 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.data.federation import Federation
 from fedlabel.data.supervision import KIND_NAMES
+from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit, source_hash
 from fedlabel.methods.base import state_to_lists
 from fedlabel.methods.steps import StateDict
-from fedlabel.tracking import PARTITION_JSON, RunFolder, write_atomic
+from fedlabel.tracking import PARTITION_JSON, RunFolder, is_evaluated, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from server.functions import FunctionWatch
 from server.grids import SimulationGrid
@@ -46,10 +48,6 @@ from server.strategy import (
 
 app = ServerApp()
 logger = logging.getLogger("fedlabel")
-
-
-class RunError(RuntimeError):
-    """A run cannot go on; what was saved stays."""
 
 
 @app.main()
@@ -96,8 +94,9 @@ def run_federation(
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
     federation = experiment.federation
+    notes = federation.dataset.notes
     doubts = config.method.doubts(federation.record, federation.dataset.class_names)
-    for doubt in [*federation.doubts(), *doubts]:
+    for doubt in [*notes, *federation.doubts(), *doubts]:
         logger.warning(doubt)
     for report in federation.functions:
         logger.info(
@@ -110,7 +109,7 @@ def run_federation(
     shared = {name: value.to(experiment.device) for name, value in shared.items()}
     checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config), shared=shared)
     if resume:
-        checkpoint = latest_checkpoint(path / "checkpoints", config, experiment.initial_state)
+        checkpoint = latest_checkpoint(path / "checkpoints", experiment, strategy)
         checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
         checkpoint.previous = {name: value.to(experiment.device) for name, value in checkpoint.previous.items()}
         checkpoint.average = {name: value.to(experiment.device) for name, value in checkpoint.average.items()}
@@ -135,10 +134,11 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     text = to_yaml(experiment.config)
     if checkpoint is not None:
         if checkpoint.round_number > 0:
-            _check_same_data(path / PARTITION_JSON, experiment.federation.sha256)
+            _check_same_data(path / PARTITION_JSON, experiment.federation)
         folder = RunFolder.resume(path, checkpoint.round_number)
         write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
-        folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
+        with naming(folder.summary_json):
+            folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
         if checkpoint.round_number > 0:
             return folder
     else:
@@ -154,12 +154,30 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     return folder
 
 
-def _check_same_data(path: Path, here: str) -> None:
-    there = json.loads(path.read_text())["sha256"]
-    if there != here:
+def _check_same_data(path: Path, federation: Federation) -> None:
+    """Raises a ValueError if the data, or who holds and knows what of them, are not those of the run's begin."""
+    try:
+        with naming(path):
+            saved = json.loads(path.read_bytes())
+        there = {"what clients hold and know": saved["sha256"], **saved.get("data", {})}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"What clients hold and know is not what it was when the run began (hash {here[:12]} here, {there[:12]} in "
-            f"{path}): the data, or labelling functions, have changed. Put them back, or begin a new run."
+            f"{path} cannot be read ({type(error).__name__}), so nobody knows whether the data are those of the run. "
+            "Put the file back, or begin a new run."
+        ) from error
+    here = {"what clients hold and know": federation.sha256, **federation.data_hashes}
+    changed = [what for what, value in there.items() if here.get(what) != value]
+    if changed:
+        raise ValueError(
+            f"The data are not what they were when the run began; changed: {', '.join(changed)} (hash "
+            f"{here.get(changed[0], 'none')[:12]} here, {str(there[changed[0]])[:12]} in {path}). Put files, and "
+            "labelling functions if there are any, back as they were, or begin a new run."
+        )
+    if not saved.get("data"):
+        logger.warning(
+            "%s is of an older version and has no hash of inputs and labels: whether they have changed since cannot be "
+            "told, only that the same clients hold and know the same samples.",
+            path,
         )
 
 
@@ -223,7 +241,7 @@ def _rounds(
         last = round_number == config.num_rounds
         judged = {"model": model, "average": average, "previous": previous}
         judged = {name: state for name, state in judged.items() if state}
-        evaluated = judged if last or round_number % config.evaluation.every == 0 else None
+        evaluated = judged if is_evaluated(round_number, config.num_rounds, config.evaluation.every) else None
         metrics = log_round(folder, experiment, tally, evaluated, states, shared, watches, started)
         selection.see(round_number, metrics, model)
         if last or round_number % config.checkpoint.every == 0:

@@ -58,7 +58,7 @@ def ledger(out: Path) -> dict[str, Any]:
         ({"search": {"values": []}}, ["`search.values` (=[]) must be at least one number"]),
         ({"search": {"values": [1, 1]}}, ["`search.values` (=[1.0, 1.0])"]),
         ({"search": {"values": [1], "split": "test"}}, ["`search.split` (=test) must be validation"]),
-        ({"search": {"values": [1], "column": "mean"}}, ["`search.column` (=mean)", "mean_last_10"]),
+        ({"search": {"values": [1], "column": "mean"}}, ["`search.column` (=mean)", "mean_last_tenth"]),
         (
             {"search": {"values": [1], "metric": "eval/acc"}},
             ["`search.metric` (=eval/acc)", "eval/accuracy", "eval/bag_mae"],
@@ -234,7 +234,7 @@ def fake_work(job: tuple[ExperimentConfig, Path, bool], tell: Callable[[Any], No
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(to_yaml(config))
     accuracy = 1 - abs(config.training.lr - 0.1)
-    (path / "summary.json").write_text(json.dumps({"eval/accuracy": {"mean_last_10": accuracy, "last": 0.0}}))
+    (path / "summary.json").write_text(json.dumps({"eval/accuracy": {"mean_last_tenth": accuracy, "last": 0.0}}))
 
 
 def sweep_with_fakes(out: Path, **content: Any) -> tuple[bool, list[Event]]:

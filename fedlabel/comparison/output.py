@@ -20,15 +20,16 @@ from matplotlib.figure import Figure
 from fedlabel.comparison.runs import ACCURACY, COLUMN, METRICS, Comparison, Run, differing_keys, plain
 from fedlabel.comparison.statistics import Column, PairedTest, against_baseline, columns, over_seeds, show
 from fedlabel.config import flatten, load_config
+from fedlabel.errors import make_folder
 from fedlabel.figures import curves_figure, save_png, svg_bytes
 from fedlabel.sweep import slug
 from fedlabel.tracking import write_atomic
 
-MEAN = "mean of last 10"
+MEAN = "mean of last tenth"
 """Title of the column beside which the published numbers stand."""
 RANKED_BY = {
     (ACCURACY, "last"): "accuracy_last",
-    (ACCURACY, COLUMN): "accuracy_mean_last_10",
+    (ACCURACY, COLUMN): "accuracy_mean_last_tenth",
     (ACCURACY, "selected"): "accuracy_selected",
     ("eval/auc", COLUMN): "auc",
     ("eval/auc", "selected"): "auc_selected",
@@ -124,7 +125,7 @@ def write_comparison(comparison: Comparison, out: Path, baseline: str | None = N
         Part(name, tables(comparison, name, tests[name], shown), curves(comparison, name), names[name])
         for name in comparison.sections
     ]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     written = []
     for part in parts:
         save_png(part.curves, out / f"{part.file}.png")

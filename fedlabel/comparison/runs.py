@@ -17,13 +17,13 @@ from typing import Any
 
 from fedlabel.config import ExperimentConfig, flatten, load_config
 from fedlabel.sweep import SWEEP_JSON, SweepConfig, format_value, parse_sweep
-from fedlabel.tracking import read_metrics
+from fedlabel.tracking import SUMMARY_JSON, read_metrics, read_summary
 
-ACCURACY, COLUMN = "eval/accuracy", "mean_last_10"
+ACCURACY, COLUMN = "eval/accuracy", "mean_last_tenth"
 """What rows are ranked and tested by where nothing else is asked for, of summary.json."""
 METRICS = {ACCURACY: "accuracy", "eval/auc": "AUC", "eval/balanced_accuracy": "balanced accuracy"}
 """What they may be ranked and tested by, and its name."""
-WHEN = {"last": "after the last round", COLUMN: "mean of the last 10", "selected": "at the selected round"}
+WHEN = {"last": "after the last round", COLUMN: "mean of last tenth", "selected": "at the selected round"}
 """And at which round: keys of a metric in summary.json."""
 ROW_KEYS = ("method.", "training.lr", "training.prox_mu", "training.max_grad_norm", "strategy.")
 """Keys (or groups of them) that make a row."""
@@ -182,15 +182,18 @@ def read_run(path: Path) -> Run | None:
         config = load_config([path / "config.yaml"])
     except ValueError as error:
         raise ValueError(f"{path / 'config.yaml'} is damaged, or of another version: {error}") from error
-    file = path / "summary.json"
+    file = path / SUMMARY_JSON
     if not file.is_file():
         return None
     try:
-        summary = json.loads(file.read_text())
-        found = [summary[ACCURACY][column] + 0.0 for column in ("last", "best", COLUMN)]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged: it holds no {ACCURACY}. Run it again, or leave {path} out.") from error
-    assert len(found) == 3
+        summary = read_summary(path)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}, or leave it out.") from error
+    accuracy = summary.get(ACCURACY)
+    if not isinstance(accuracy, dict) or any(
+        type(accuracy.get(c)) not in (int, float) for c in ("last", "best", COLUMN)
+    ):
+        raise ValueError(f"{file} is damaged: it holds no {ACCURACY}. Run it again, or leave {path} out.")
     return Run(path, config, flatten(config), summary, read_metrics(path))
 
 

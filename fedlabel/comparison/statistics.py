@@ -138,7 +138,7 @@ class Column:
 
 
 def columns(targets: Sequence[float] = ()) -> list[Column]:
-    """Returns all columns, in the tables' order; means of the last 10 evaluations where not said otherwise."""
+    """Returns all columns, in the tables' order; means of the last tenth of the rounds where not said otherwise."""
 
     def percent(key: str, title: str, table: str, metric: str, column: str = COLUMN) -> Column:
         return Column(key, title, table, lambda run: run.value(metric, column), scale=100)
@@ -158,7 +158,7 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         ]
     return [
         percent("accuracy_last", "last", "accuracy", ACCURACY, "last"),
-        percent("accuracy_mean_last_10", "mean of last 10", "accuracy", ACCURACY),
+        percent("accuracy_mean_last_tenth", "mean of last tenth", "accuracy", ACCURACY),
         percent("accuracy_best", "best", "accuracy", ACCURACY, "best"),
         percent("accuracy_selected", "selected", "accuracy", ACCURACY, "selected"),
         percent("balanced_accuracy", "balanced", "accuracy", "eval/balanced_accuracy"),

@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor
 
 from fedlabel.data.class_names import find_classes
+from fedlabel.data.image_folders import load_image_folder
 from fedlabel.data.loaders import (
     DIGITS,
     DataError,
@@ -28,10 +29,9 @@ from fedlabel.data.loaders import (
     load_cifar,
     load_digits,
     load_idx,
-    load_image_folder,
-    load_npz,
     load_svhn,
 )
+from fedlabel.data.npz_files import load_npz
 from fedlabel.data.table_files import load_adult, load_bank_marketing, load_breast_cancer, load_magic, load_table
 from fedlabel.data.tables import LoadedTable, Table, encode
 from fedlabel.seeding import numpy_generator
@@ -129,7 +129,7 @@ class Dataset:
     """The rows of "train", "validation" and "test" before they became features; none for images. `Table.column` gives a
     column of them, also one of `data.aside_columns`."""
     notes: tuple[str, ...] = ()
-    """What was found in the files that their owner should know: a sentence each."""
+    """What the user should know of how the data were read, a sentence each."""
 
     def feature(self, name: str, part: str) -> np.ndarray:
         """Returns one value of every sample of `part` (train, validation or test), (n,), to sort by: of the column
@@ -241,8 +241,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     names, size = loaded.class_names, len(loaded.train.labels)
     if isinstance(loaded, LoadedTable) and loaded.rows is not None:
         rows, size = loaded.rows[rows], loaded.file_size or size
-    notes = loaded.notes if isinstance(loaded, LoadedTable) else ()
-    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables, notes)
+    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables, loaded.notes)
 
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:

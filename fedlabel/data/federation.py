@@ -14,6 +14,7 @@ import torch
 
 from fedlabel.data.bags import Bags, draw_bags
 from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
+from fedlabel.data.fingerprint import fingerprint
 from fedlabel.data.imprecision import Resemblance
 from fedlabel.data.label_amounts import kind_of_samples
 from fedlabel.data.labeling_functions import FunctionReport
@@ -76,8 +77,9 @@ class Federation:
         return self.dataset.train.labels[self.parts[client]]
 
     def to_json(self) -> str:
-        """Returns the index lists of every client and of the server and a hash over all, as JSON."""
-        return json.dumps({"sha256": self.sha256, "dataset": self.dataset.name, **self._holders})
+        """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON."""
+        found = {"sha256": self.sha256, "data": self.data_hashes, "dataset": self.dataset.name, **self._holders}
+        return json.dumps(found)
 
     @property
     def _holders(self) -> dict[str, Any]:
@@ -90,6 +92,11 @@ class Federation:
             for rows, test_rows in zip(self.parts, self.test_parts, strict=True)
         ]
         return {"clients": clients, "server": self.server_rows.tolist()}
+
+    @cached_property
+    def data_hashes(self) -> dict[str, str]:
+        """Hashes of the inputs and of the labels, see `fingerprint`."""
+        return fingerprint(self.dataset)
 
     @cached_property
     def sha256(self) -> str:

@@ -326,6 +326,16 @@ class Method:
         """Returns what stays at the client until it trains again. Default: nothing."""
         return {}
 
+    def kept_like(self, memory: State, global_state: StateDict) -> State:
+        """Returns an example of everything that `keep` may return: a checkpoint is held against its names, types and
+        sizes. What has no rows may grow some. Default: what a client starts from.
+
+        Args:
+            memory: of a client that never trained (`initial_memory`), and what the server shares.
+            global_state: the model.
+        """
+        return memory
+
     def statistics(self, memory: State) -> State:
         """Returns tensors whose sums over the cohort go into `server_step`. Default: nothing."""
         return {}

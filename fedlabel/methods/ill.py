@@ -58,6 +58,7 @@ from fedlabel.methods.steps import (
     Part,
     PseudoLabels,
     State,
+    StateDict,
     Step,
     batch_mean,
     mean_metric,
@@ -407,6 +408,9 @@ class ILL(Method):
 
     def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
         return {name: value for name, value in memory.items() if name in ("own_transition", "own_logits")}
+
+    def kept_like(self, memory: State, global_state: StateDict) -> State:
+        return {**memory, "own_transition": memory["transition"]} if "transition" in memory else memory
 
     def initial_shared(self, num_classes: int) -> State:
         start = self.noise.initial(num_classes)

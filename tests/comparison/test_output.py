@@ -49,7 +49,7 @@ def test_markdown_has_every_number(out: Path) -> None:
     """
     text = (out / "compare.md").read_text()
     ours = "| FedLabel | 3 | 0.1 | 60.0 ± 10.0 | **45.0 ± 7.5** | 46.05 ± 1.09 | 60.0 ± 10.0 |"
-    assert "| method | seeds | lr | last | mean of last 10 | published | best | difference | p |" in text
+    assert "| method | seeds | lr | last | mean of last tenth | published | best | difference | p |" in text
     assert f"{ours} +11.2 (labelled only) | 0.205 |" in text
     assert "| labelled only | 2 | 0.1 | 40.0 ± 0.0 | 30.0 ± 0.0 | – | 40.0 ± 0.0 | -11.2 (FedLabel) | 0.205 |" in text
     assert r"| fully \<b>labelled\</b> | 3 | 0.1 | 90.0 ± 0.0 | 67.5 ± 0.0 | – | 90.0 ± 0.0 | – | – |" in text
@@ -195,10 +195,10 @@ def test_rows_may_be_ranked_and_tested_by_another_metric(tmp_path: Path) -> None
     make_run(tmp_path / "runs" / "b", "method.name=fixmatch", accuracy=(0.5, 0.5), auc=(0.8, 0.6))
     result = call(tmp_path / "runs", "--out", tmp_path / "by", "--metric", "eval/auc")
     assert result.exit_code == 0, result.output
-    assert "AUC, mean of the last 10" in result.output
+    assert "AUC, mean of last tenth" in result.output
     text = (tmp_path / "by" / "compare.md").read_text()
     assert "| fixmatch | 1 | 0.1 | 50.0 | 50.0 | 50.0 | **70.0** | 80.0 | +20.0 (supervised) | – |" in text
-    assert "in AUC, mean of the last 10, in points" in text
+    assert "in AUC, mean of last tenth, in points" in text
     comparison = read_comparison([tmp_path / "runs"], metric="eval/auc")
     axis = curves(comparison, "all").axes[0]
     assert axis.get_ylabel() == "test AUC (%)"
@@ -217,7 +217,7 @@ def test_a_metric_that_runs_lack_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "b", "seed=1")
     result = call(tmp_path / "runs", "--metric", "eval/auc")
     assert result.exit_code == 2
-    assert "`--metric` (=eval/auc) with `--column` (=mean_last_10) is not in the summary of 1 runs" in " ".join(
+    assert "`--metric` (=eval/auc) with `--column` (=mean_last_tenth) is not in the summary of 1 runs" in " ".join(
         result.output.split()
     )
     other = call(tmp_path / "runs", "--metric", "eval/loss")
@@ -225,4 +225,4 @@ def test_a_metric_that_runs_lack_is_refused(tmp_path: Path) -> None:
     assert "`--metric` (=eval/loss) must be one of eval/accuracy, eval/auc" in " ".join(other.output.split())
     column = call(tmp_path / "runs", "--column", "first")
     assert column.exit_code == 2
-    assert "`--column` (=first) must be one of last, mean_last_10, selected" in " ".join(column.output.split())
+    assert "`--column` (=first) must be one of last, mean_last_tenth, selected" in " ".join(column.output.split())

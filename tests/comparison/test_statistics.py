@@ -146,7 +146,7 @@ def test_rounds_and_bytes_to_a_target(tmp_path: Path) -> None:
     assert by_key["rounds_to_0.3"].read(run) == 2
     assert by_key["bytes_up_to_0.3"].read(run) == 2e6
     assert by_key["accuracy_last"].read(run) == 0.6
-    assert by_key["accuracy_mean_last_10"].read(run) == pytest.approx(0.45)
+    assert by_key["accuracy_mean_last_tenth"].read(run) == pytest.approx(0.45)
     assert by_key["bytes_up"].read(run) == 4e6
     assert math.isnan(by_key["pseudo_accuracy"].read(run))
 
@@ -163,7 +163,7 @@ def test_what_methods_report_has_its_column(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a")
     summary = json.loads((folder / "summary.json").read_text())
     for place, key in enumerate(means, start=1):
-        summary[key] = {"last": 0.0, "best": 0.0, "mean_last_10": place / 8}
+        summary[key] = {"last": 0.0, "best": 0.0, "mean_last_tenth": place / 8}
     (folder / "summary.json").write_text(json.dumps(summary))
     run = read_run(folder)
     assert run is not None
