@@ -120,8 +120,8 @@ def _check_signs(path: Path, columns: Mapping[str, Column], classes: ClassNames)
         found.update(str(label).strip().removesuffix(".0") for label in dict.fromkeys(_plain(column)))
     if found - {"", "nan", "None"} == {"-1", "1"}:
         raise DataError(
-            f"{path}: its labels are -1 and 1 alone. If -1 is the class {listed(classes.names[:1])}, write that name; if "
-            "it says that there is no label, write an empty text, or NaN."
+            f"{path}: its labels are -1 and 1 alone. If -1 is the class {listed(classes.names[:1])}, write that name; "
+            "if it says that there is no label, write an empty text, or NaN."
         )
 
 
