@@ -237,15 +237,17 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:
     """Returns the set with labels 1 for `data.positive_classes` and 0 for the others, and what to call it."""
     classes, key = loaded.class_names, f"`data.positive_classes` (={list(config.positive_classes)})"
+    numbered = not all(name.isdecimal() for name in classes)  # or 0 could be meant of classes 1, 2 and 3
     chosen = []
     for given in config.positive_classes:
-        number = classes.index(given) if given in classes else int(given) if given.isdecimal() else -1
+        number = classes.index(given) if given in classes else int(given) if numbered and given.isdecimal() else -1
         if not 0 <= number < len(classes):
             near = difflib.get_close_matches(given, classes, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise DataError(
-                f"{key}: {given} is no class of {config.name}; it must be one of {', '.join(classes)}, or a number "
-                f"from 0 to {len(classes) - 1}.{hint}"
+                f"{key}: {given} is no class of {config.name}; it must be one of {', '.join(classes)}"
+                + (f", or a number from 0 to {len(classes) - 1}" if numbered else "")
+                + f".{hint}"
             )
         chosen.append(number)
     if len(set(chosen)) < len(chosen):

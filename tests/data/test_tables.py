@@ -363,7 +363,7 @@ def test_names_come_before_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("ship",), r"\(=\['ship'\]\): ship is no class of digits; it must be one of 0, 1, .* number from 0 to 9"),
+        (("ship",), r"\(=\['ship'\]\): ship is no class of digits; it must be one of 0, 1, .*, 8, 9\.$"),
         (("10",), "10 is no class of digits"),
         (("-1",), "-1 is no class of digits"),
         (("3", "3"), "names a class twice: 3, 3"),
