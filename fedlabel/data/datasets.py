@@ -61,11 +61,16 @@ class DataConfig:
     label_column: str | None = None
     """table: the column that holds the labels."""
     categorical: tuple[str, ...] | None = None
-    """Tables: columns whose cells are categories, not numbers; null: those with a training cell that is no number."""
+    """Tables: columns whose cells are categories, even if they are numbers, besides the columns of texts."""
     drop_columns: tuple[str, ...] | None = None
     """Tables: columns that are left out; null: none, but of bank_marketing `duration`, which tells the label."""
     aside_columns: tuple[str, ...] = ()
     """Tables: columns that are read but are no features, such as a site that the rows are split by."""
+    missing: tuple[str, ...] = ()
+    """table: what else stands for a missing number or label, e.g. [-999, unknown]; an empty cell, NA, N/A, NaN, null, ?
+    and their like always do, and among numbers also none, - and a point."""
+    decimal: str = "point"
+    """table: what stands before the decimals of numbers in a CSV file, point or comma; 1.234,5 is read with comma."""
     test_fraction: float = 0.2
     """Tables without a test set of their own (bank_marketing, magic, breast_cancer; table without `test_file`): share
     of every class's rows that is split off as test set, in (0, 1); drawn once and for all, whatever the seed."""
@@ -84,17 +89,19 @@ class DataConfig:
         self._check_tables()
 
     def _check_tables(self) -> None:
-        for key in ("positive_classes", "categorical", "drop_columns", "aside_columns"):
+        for key in ("positive_classes", "categorical", "drop_columns", "aside_columns", "missing"):
             value = getattr(self, key)  # YAML gives lists; this must be hashable
             object.__setattr__(self, key, None if value is None else tuple(map(str, value)))
-        for key, nothing in (("categorical", None), ("drop_columns", None), ("aside_columns", ())):
-            if getattr(self, key) != nothing and not DATASETS[self.name].tabular:
+        for key in ("categorical", "drop_columns", "aside_columns"):
+            if getattr(self, key) not in (None, getattr(DataConfig, key)) and not DATASETS[self.name].tabular:
                 raise DataError(f"`data.{key}` (={list(getattr(self, key))}) is for tables, not for {self.name}.")
-        for key in ("label_column", "test_file"):
-            if getattr(self, key) is not None and self.name != "table":
+        for key in ("label_column", "test_file", "missing", "decimal"):
+            if getattr(self, key) != getattr(DataConfig, key) and self.name != "table":
                 raise DataError(f"`data.{key}` (={getattr(self, key)}) is for data.name=table, not for {self.name}.")
         if self.name == "table" and self.label_column is None:
             raise DataError("`data.label_column` (=None) must name the column of labels for data.name=table.")
+        if self.decimal not in ("point", "comma"):
+            raise DataError(f"`data.decimal` (={self.decimal}) must be point or comma.")
         if not 0 < self.test_fraction < 1:
             raise DataError(f"`data.test_fraction` (={self.test_fraction}) must lie in (0, 1).")
 

@@ -256,13 +256,14 @@ def test_columns_can_be_dropped_and_declared_categories(tmp_path: Path) -> None:
         (["size,kind,size", "1,a,2"], {}, "two columns of the name `size`"),
         (["size,kind", "1,a", "2"], {}, "line 3: there are 1 cells, but 2 columns"),
         (["size,kind", '1,"a'], {}, "cannot be read as CSV"),
-        (["size,kind", *["1,a", "2,b"] * 5, "3,"], {}, "column kind has no label in data row 11"),
+        (["size,kind", *["1,a", "2,b"] * 5, "3,c"], {}, r"class `c` has one row \(data row 11\)"),
+        (["size,kind", *["1,", "2,NA"] * 5], {}, "column kind has no label in any row"),
         (["size,kind", *["1,a"] * 9, "2,b"], {}, r"`data.test_fraction` \(=0.2\) .*10 rows of 2 classes"),
-        (["size,kind", *["1,a", "inf,b"] * 9], {}, "column size holds infinity"),
+        (["size,kind", *["1,a", "inf,b"] * 9], {}, "column size, data row 2: `inf`, infinity"),
         (["size,kind", *["1,a", "2,b"] * 9], {"drop_columns": ["size"]}, "leaves no column"),
         (["size,kind", *["1,a", "2,b"] * 9], {"drop_columns": ["sise"]}, "has no column sise, only size"),
         (["size,kind", *["1,a", "2,b"] * 9], {"categorical": ["sise"]}, "`data.categorical`: .*no column sise"),
-        (["size,kind", *["x,a", "2,b"] * 9], {"categorical": []}, "column size is numeric, but `x` of its training"),
+        (["size,kind", *["x,a", "2,b"] * 9], {}, "column size, data row 3: `x`, .* 7 of its 14 training cells are num"),
         (
             ["size,kind", *["1,a", "2,b"] * 9],
             {"label_column": "sort"},
@@ -282,10 +283,11 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path: Path, lines: list[str]
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["size,kind", "1,c"], r"the test rows have the label `c`, which is none of a, b"),
+        (["size,kind", "1,c"], r"test.csv: data row 1 has the label `c`, which is none of a, b"),
         (["size,sort", "1,a"], r"\(=kind\): .*test.csv has no such column"),
         (["kind", "a"], "must have the same columns; only one of them has size"),
-        (["size,kind", "large,a"], "column size is numeric, but `large` of its test rows is no number"),
+        (["size,kind", "1,a", "large,a"], "test.csv: column size, data row 2: `large` is no number"),
+        (["size,kind", "1,a", "1,", "1,?"], "column kind has no label in data row 2, nor have 1 others"),
     ],
 )
 def test_a_test_file_that_does_not_fit(tmp_path: Path, lines: list[str], message: str) -> None:
