@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.data.federation import build_federation
+from fedlabel.data.labeling_functions import FunctionReport
 from fedlabel.errors import FULL, RunError, file_error, make_folder, naming
 from fedlabel.experiment import open_experiment
 from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
@@ -355,6 +357,10 @@ def partition(
     console.print(table)
     if mixed:
         console.print(_kinds_table(federation.kinds(), KIND_NAMES))
+    if federation.functions:
+        console.print(_functions_table(federation.functions))
+    for doubt in federation.doubts():
+        console.print(doubt, style="yellow", soft_wrap=True, highlight=False, markup=False)
     for note in federation.dataset.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     if len(federation.server_rows):
@@ -380,6 +386,17 @@ def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
     table.columns[0].header = ""
     for name, values in {"smallest": counts.min(0), "mean": counts.mean(0), "largest": counts.max(0)}.items():
         table.add_row(name, *(f"{value:.4g}" for value in values))
+    return table
+
+
+def _functions_table(reports: Sequence[FunctionReport]) -> Table:
+    """Returns a table of what came of asking labelling functions."""
+    table = Table(
+        "function", "samples", "votes", "abstains", "fails", "no class", "s / 1,000", title="labelling functions"
+    )
+    for report in reports:
+        counts = (report.asked, report.votes, report.abstained, report.failed, report.invalid)
+        table.add_row(escape(report.name), *map(str, counts), f"{report.seconds_per_1000:.3g}")
     return table
 
 

@@ -98,6 +98,13 @@ def run_federation(
     doubts = config.method.doubts(federation.record, federation.dataset.class_names)
     for doubt in [*notes, *federation.doubts(), *doubts]:
         logger.warning(doubt)
+    for report in federation.functions:
+        logger.info(
+            "Labelling function %s: %d votes and %d abstentions on %d samples, %d failures, %d answers of no class, "
+            "%.3g s per 1,000 samples",
+            *(report.name, report.votes, report.abstained, report.asked, report.failed, report.invalid),
+            report.seconds_per_1000,
+        )
     shared = config.method.initial_shared(experiment.federation.dataset.num_classes)
     shared = {name: value.to(experiment.device) for name, value in shared.items()}
     checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config), shared=shared)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
 from fedlabel.data.fingerprint import fingerprint
 from fedlabel.data.imprecision import Resemblance
 from fedlabel.data.label_amounts import kind_of_samples
+from fedlabel.data.labeling_functions import FunctionReport
 from fedlabel.data.loaders import data_root
 from fedlabel.data.partition import (
     MAX_DRAWS,
@@ -27,9 +28,12 @@ from fedlabel.data.partition import (
     too_small,
 )
 from fedlabel.data.skew import SkewConfig, long_tails
-from fedlabel.data.supervision import KIND_NAMES, Supervision, impart, supervise
+from fedlabel.data.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
 from fedlabel.data.supervision_config import SupervisionConfig
 from fedlabel.seeding import derive_seed, numpy_generator
+
+MAX_DOUBTS = 10
+"""Labelling functions that are warned of one by one; the table has all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,8 @@ class Federation:
     test_bags: Bags | None
     """Bags over the evaluation split, made as the clients' (of a mix: as its first part with bags) within the clients'
     shares, with noise on their counts where those have it; None where clients have none."""
+    functions: tuple[FunctionReport, ...] = ()
+    """What came of asking the labelling functions, over all clients; none where there are none."""
 
     @cached_property
     def labeled(self) -> np.ndarray:
@@ -138,7 +144,7 @@ class Federation:
         (a set of one class counts as a label, one of all as nothing), how many candidates the sets have and how many
         hold the truth, of bags how many there are of each size, of how many the true counts are known and how many of
         these have wrong ones, and of noisy labels the matrix of counts (true class, label); of several annotators that
-        of each, too.
+        of each, too; and what came of asking each labelling function.
         """
         rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
         record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
@@ -158,6 +164,9 @@ class Federation:
             },
             "bags": self._bags(record, truth),
             "noisy_labels": {"counts": counts.tolist(), "wrong": int(counts.sum() - np.trace(counts)), **each},
+            "labeling_functions": [
+                {key: value for key, value in asdict(report).items() if key != "seconds"} for report in self.functions
+            ],
         }
 
     def _bags(self, record: Supervision, truth: torch.Tensor) -> dict[str, Any]:
@@ -177,7 +186,11 @@ class Federation:
         }
 
     def doubts(self) -> list[str]:
-        """Returns what to warn of before a run begins: what became of samples that have no label in the data."""
+        """Returns what to warn of before a run begins: labels that the data lack, labelling functions that fail."""
+        failing = [doubt for report in self.functions if (doubt := report.doubt())]
+        return self._doubts_of_labels() + failing[:MAX_DOUBTS]
+
+    def _doubts_of_labels(self) -> list[str]:
         if not self.lacking:
             return []
         held = sum(map(len, [*self.parts, self.server_rows]))
@@ -256,12 +269,16 @@ def build_federation(
         labels, classes, num_clients, partition_config, labeled_partition, supervision, skew, hidden, all_labels, seed
     )
     parts, kinds, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
+    functions: tuple[FunctionReport, ...] = ()
     if all_labels:
         held = np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows]))
         record = supervise(labels, held & (labels >= 0), classes)
     else:
         resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
         record = impart(labels, kinds, supervision.parts, classes, resemblance, seed, parts)
+        cast = ask_functions(kinds, supervision.parts, dataset, parts)
+        if cast is not None:
+            record, functions = replace(record, votes=torch.from_numpy(cast.votes)), cast.reports
     if not (record.informed | record.voted_on).any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
@@ -285,7 +302,8 @@ def build_federation(
             scope = derive_seed(seed, "evaluation")
             feature = None if part.bag_feature is None else dataset.feature(part.bag_feature, evaluation_split)
             test_bags = draw_bags(split.labels.numpy(), test_parts, classes, part, feature, scope)
-    return Federation(dataset, parts, record, test_parts, np.isin(kinds, with_sets), server_rows, test_bags)
+    in_sets = np.isin(kinds, with_sets)
+    return Federation(dataset, parts, record, test_parts, in_sets, server_rows, test_bags, functions)
 
 
 @dataclass(frozen=True, eq=False)

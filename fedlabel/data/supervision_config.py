@@ -10,6 +10,7 @@ KINDS = ("few_labels", "full", "partial", "noisy", "partial_and_noisy", "bags", 
 COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
 HOLDERS = ("clients", "server", "some_clients")
 CANDIDATES = ("uniform", "similar", "instance")
+ON_ERROR = ("abstain", "stop")
 NOISE = ("symmetric", "asymmetric", "pair_flip", "instance", "file")
 
 
@@ -76,6 +77,9 @@ class LabelKind:
     module: str | None = None
     """kind=labeling_functions: a module of functions, or the path of its file, which every node imports; see
     `fedlabel/data/labeling_functions.py`."""
+    on_error: str = "abstain"
+    """kind=labeling_functions. abstain: a function that fails on a sample, or says what is no class, abstains there; it
+    is counted in `labeling_functions.csv` and warned of. stop: the first such answer ends the run before it begins."""
     count_epsilon: float | None = None
     """kind=bags: counts have discrete Laplace noise, as if each bag were to be epsilon-differentially private (a
     simulation: the noise comes from `seed`); null: counts are exact."""
@@ -134,6 +138,13 @@ class LabelKind:
                 f"{self.kind}: take label_rate, labels_per_client or labels_total."
             )
         self._check_bag()
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"`supervision.on_error` (={self.on_error}) must be one of {', '.join(ON_ERROR)}.")
+        if self.on_error != "abstain" and self.kind != "labeling_functions":
+            raise ValueError(
+                f"`supervision.on_error` (={self.on_error}) has no place beside supervision.kind={self.kind}: take "
+                "supervision.kind=labeling_functions, or leave it out."
+            )
         if self.kind == "labeling_functions" and self.module is None:
             raise ValueError(
                 "`supervision.module` (=None) must be given for supervision.kind=labeling_functions: a module of "
