@@ -233,8 +233,8 @@ def _less_evaluated(comparison: Comparison) -> list[str]:
     if not lacking:
         return []
     return [
-        f"{counted(len(lacking), 'run')} without an evaluation in some of the rounds that are averaged, as after --resume "
-        f"with another num_rounds, e.g. {lacking[0].path}: {lacking[0].averaged}."
+        f"{counted(len(lacking), 'run')} without an evaluation in some of the rounds that are averaged, as after "
+        f"--resume with another num_rounds, e.g. {lacking[0].path}: {lacking[0].averaged}."
     ]
 
 
