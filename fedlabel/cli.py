@@ -195,7 +195,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
-    from fedlabel.sweep import load_sweep, plan_sweep
+    from fedlabel.sweep import counted, load_sweep, plan_sweep
     from fedlabel.sweep_run import finished_cells, run_sweep
 
     given, overrides = _split(items)
@@ -209,8 +209,9 @@ def sweep(
         searches = len({cell.path for group in groups for cell in group.search})
         finals = len(groups) * len(asked.seeds)
         console.print(
-            f"{len(asked.methods)} methods x {len(asked.sections)} settings: {searches} runs to search, {finals} final "
-            f"ones ({len(asked.seeds)} seeds), {folder}" + (f", {len(done)} of them finished" if done else ""),
+            f"{counted(len(asked.methods), 'method')} x {counted(len(asked.sections), 'setting')}: "
+            f"{counted(searches, 'run')} to search, {finals} final ({counted(len(asked.seeds), 'seed')}), {folder}"
+            + (f", {len(done)} of them finished" if done else ""),
             soft_wrap=True,
             highlight=False,
         )
@@ -281,7 +282,16 @@ def compare(
     target: Annotated[
         list[float] | None, typer.Option(help="Accuracy to which rounds and bytes are counted; may be repeated.")
     ] = None,
-    baseline: Annotated[str | None, typer.Option(help="Row that all others are tested against.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Row that all others are tested against; choose it before you look.",
+            show_default="the sweep's compare.baseline, else the first that trains on the labels alone",
+        ),
+    ] = None,
+    all_pairs: Annotated[
+        bool, typer.Option("--all-pairs", help="Test every row against every other one, corrected for that many tests.")
+    ] = False,
     metric: Annotated[
         str, typer.Option(help="What rows are ranked and tested by: eval/accuracy, eval/auc or eval/balanced_accuracy.")
     ] = "eval/accuracy",
@@ -292,17 +302,20 @@ def compare(
     """Tables, tests, curves and a report page from finished runs."""
     from fedlabel.comparison.output import write_comparison
     from fedlabel.comparison.runs import read_comparison
-    from fedlabel.sweep import SWEEP_JSON
+    from fedlabel.sweep import SWEEP_JSON, CompareConfig
 
     with _reported():
         keys = [key.strip() for key in by.split(",") if key.strip()]
-        comparison = read_comparison(paths, keys, target or (), metric, column)
+        if all_pairs and baseline is not None:
+            raise ConfigError(f"`--baseline` (={baseline}) has no meaning with --all-pairs: give one of them.")
+        compare = CompareConfig(baseline, all_pairs) if all_pairs or baseline is not None else None
+        comparison = read_comparison(paths, keys, target or (), metric, column, compare)
         folder = out or (paths[0] if (paths[0] / SWEEP_JSON).is_file() else Path("comparison"))
-        written = write_comparison(comparison, folder, baseline)
+        written = write_comparison(comparison, folder)
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     for name, section in comparison.sections.items():
-        table = Table("method", "seeds", comparison.ranked_by, "worst client", title=name)
+        table = Table("method", "seeds", comparison.ranked_in(name), "worst client", title=name)
         for row, runs in section.items():
             scores = [(comparison.score(run), run.value("eval/worst_client_accuracy")) for run in runs]
             means = [sum(values) / len(runs) for values in zip(*scores, strict=True)]

@@ -35,6 +35,11 @@ SELECT = {
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+def cohort_size(num_clients: int, fraction: float) -> int:
+    """Returns how many clients train in a round."""
+    return max(1, round(fraction * num_clients))
+
+
 class ConfigError(ValueError):
     """The user's configuration is wrong; the message names the key, the value and the fix."""
 
@@ -47,8 +52,19 @@ class StrategyConfig:
     """weighted_mean, or a Flower strategy by class name: FedAdam, FedAvgM, FedTrimmedAvg, Krum, ..."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the Flower strategy, e.g. {eta: 0.01}."""
+    min_replies: int = 1
+    """Replies that a round needs; with fewer usable ones the run stops, and can be resumed from its checkpoint."""
+    max_update_norm: float | None = None
+    """A client's model further than this from the one it was sent is refused (Euclidean distance over all its numbers
+    but integers); null: any. It bounds what one client can do to a mean: weights times 1000 are else averaged in."""
 
     def __post_init__(self) -> None:
+        if self.min_replies < 1:
+            raise ValueError(f"`strategy.min_replies` (={self.min_replies}) must be at least 1.")
+        if self.max_update_norm is not None and not 0 < self.max_update_norm < math.inf:
+            raise ValueError(
+                f"`strategy.max_update_norm` (={self.max_update_norm}) must be a positive number (or null)."
+            )
         if self.name == "weighted_mean" and self.args:
             raise ValueError(f"`strategy.args` (={self.args}) must be empty for strategy.name=weighted_mean.")
 
@@ -167,6 +183,12 @@ class ExperimentConfig:
                 raise ValueError(f"`{key}` (={getattr(self, key)}) must be at least 1.")
         if not 0 < self.fraction_train <= 1:
             raise ValueError(f"`fraction_train` (={self.fraction_train}) must lie in (0, 1].")
+        if self.strategy.min_replies > self.cohort_size:
+            raise ValueError(
+                f"`strategy.min_replies` (={self.strategy.min_replies}) must be at most the {self.cohort_size} clients "
+                f"that train in a round: `fraction_train` (={self.fraction_train:g}) of `num_clients` "
+                f"(={self.num_clients})."
+            )
         self._check_labels()
         averages = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
         if self.model.norm == "batch" and self.strategy.name not in averages:
@@ -187,6 +209,11 @@ class ExperimentConfig:
                 f"`method.merge` (=mean) sends two models with separate weights, which `strategy.name` "
                 f"(={self.strategy.name}) cannot combine; use strategy.name=weighted_mean or method.merge=sum."
             )
+
+    @property
+    def cohort_size(self) -> int:
+        """How many clients train in a round."""
+        return cohort_size(self.num_clients, self.fraction_train)
 
     def _check_labels(self) -> None:
         supervision = self.supervision

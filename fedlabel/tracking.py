@@ -193,13 +193,14 @@ class RunFolder:
         rows = read_metrics(path)
         if [row["round"] for row in rows] != list(range(1, len(rows) + 1)):
             raise ValueError(
-                f"{path / 'metrics.jsonl'} does not go from round to round: the file was changed after the run. Restore "
-                "it, or start a new run under another --name."
+                f"{path / 'metrics.jsonl'} does not go from round to round: the file was changed after the run. "
+                "Restore it, or start a new run under another --name."
             )
         if len(rows) < completed_round:
             raise ValueError(
-                f"{path / 'metrics.jsonl'} ends at round {len(rows)}, but the checkpoint is of round {completed_round}: "
-                "the file was changed after the run. Restore it, or start a new run under another --name."
+                f"{path / 'metrics.jsonl'} ends at round {len(rows)}, but the checkpoint is of round "
+                f"{completed_round}: the file was changed after the run. Restore it, or start a new run under another "
+                "--name."
             )
         rows = rows[:completed_round]
         with naming(path):
@@ -380,7 +381,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = None
         if not _is_round(row):
             raise ValueError(
-                f"{file}, line {number} is damaged: {line[:80]!r}. Put it back as it was, or remove it if it is the last."
+                f"{file}, line {number} is damaged: {line[:80]!r}. Put it back as it was, or remove it if it is the "
+                "last."
             )
         rows.append(row)
     return rows

@@ -180,9 +180,15 @@ class _TooFew(CheckpointError):
 
 def _with_cure(refused: list[CheckpointError], older: Path | None) -> CheckpointError:
     """Returns the first refusal with what to do; older: the newest checkpoint that is sound."""
-    them = "it" if len(refused) == 1 else f"it and the {len(refused) - 1} next older, which are no better,"
-    go_on = f"resume from {older.name}" if older is not None else "begin again at round 1: no older one is sound"
-    return CheckpointError(f"{refused[0]} Delete {them} to {go_on}, or start a new run under another --name.")
+    them = "it" if len(refused) == 1 else f"it and what lies between ({len(refused) - 1}, no better)"
+    if older is None:
+        return CheckpointError(
+            f"{refused[0]} No older one is sound: delete the files round_*.ckpt there to begin again at round 1, or "
+            "start a new run under another --name."
+        )
+    return CheckpointError(
+        f"{refused[0]} Delete {them} to resume from {older.name}, or start a new run under another --name."
+    )
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -194,8 +200,8 @@ _NAME = re.compile(r"round_(\d{6,18})\.ckpt")
 
 
 def _differing(text: str, config: ExperimentConfig, wanted_text: str) -> list[str] | None:
-    """Returns the keys that matter in which a saved configuration differs from `config`, which is `wanted_text` as YAML;
-    None: it cannot be read.
+    """Returns the keys that matter in which a saved configuration differs from `config` (`wanted_text` as YAML); None:
+    it cannot be read.
     """
     if text == wanted_text:  # to read it takes much longer
         return []

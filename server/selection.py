@@ -24,7 +24,7 @@ class Selection:
     def __init__(
         self, folder: Path, key: str | None, method: Method, rows: Sequence[Mapping[str, Any]], stage_model: StateDict
     ) -> None:
-        """Goes on where a run stands; files of later rounds, which will be done again, are removed. The file of the best
+        """Goes on where a run stands; files of later rounds, which will be done again, are removed. That of the best
         round is written anew where it is of the last stage: it may be gone, or damaged.
 
         Args:
@@ -49,8 +49,8 @@ class Selection:
         """The best weights of this stage; empty where no round of it was scored."""
         if (self._of_stage is None) != (not stage_model):
             raise ValueError(
-                f"The checkpoint of round {done} in {folder} and the scores in {folder.parent / 'metrics.jsonl'} are not "
-                "of one run: put them back as they were, or begin a new run."
+                f"The checkpoint of round {done} in {folder} and the scores in {folder.parent / 'metrics.jsonl'} are "
+                "not of one run: put them back as they were, or begin a new run."
             )
         with naming(folder):
             for file in self._files():

@@ -8,6 +8,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_what_there_is_to_say_is_a_note(tmp_path: Path) -> None:
         "number and not its name (skew.unlabeled_only_classes), these are 0 to 2, in this order.",
         f"{path} `y_train`: 12 of 20 samples have no label.",
         f"{path} 6 of the 6 test images are training images, too; what is measured on them says nothing of new ones.",
-        f"{path} 1 training images are the same as an earlier one with another label.",
+        f"{path} 1 of the 20 training images repeat one under another label.",
     )
 
 
@@ -251,3 +252,13 @@ def test_one_huge_label_costs_neither_time_nor_memory(tmp_path: Path) -> None:
     ):
         load_dataset(config, seed=0)
     assert time.monotonic() - started < 2
+
+
+def test_a_number_that_is_no_name_is_no_class_where_names_are_numbers(tmp_path: Path) -> None:
+    """Of labels 1, 2, 3 the class 1 is the one of that name, and there is no class 0."""
+    labels = {"y_train": np.arange(20) % 3 + 1, "y_test": np.arange(6) % 3 + 1}
+    config = write_npz(tmp_path / "set.npz", **labels)
+    data = load_dataset(replace(config, positive_classes=("1",)), seed=0)
+    assert data.train.labels.tolist() == (labels["y_train"] == 1).astype(int).tolist()
+    with pytest.raises(DataError, match=r"0 is no class of npz; it must be one of 1, 2, 3\."):
+        load_dataset(replace(config, positive_classes=("0",)), seed=0)
