@@ -49,11 +49,13 @@ class LabelKind:
     """uniform: every wrong class with probability q. similar: classes that a small network confuses with the true one
     more often. instance: those that it finds probable for this very sample (Xu et al., 2021)."""
     noise: str = "symmetric"
-    """Kinds with noisy labels. symmetric: a class drawn from all. asymmetric: a fixed similar class, known for MNIST,
-    digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance: a class that a small network finds probable,
-    for the samples that it finds hard. file: from `labels_file`."""
+    """Kinds with noisy labels. symmetric: a class drawn from all, the true one among them. asymmetric: a fixed similar
+    class, known for MNIST, digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance (our own noise, not
+    that of Xia et al., 2020): a wrong class that a small network finds probable, for the samples that it finds hard.
+    file: from `labels_file`."""
     noise_rate: float = 0.0
-    """noisy: the share of samples whose label is drawn anew (symmetric: from all classes, so that a part keeps it),
+    """noisy: the share of samples whose label is drawn anew (symmetric: from all classes, so that of 10 classes
+    a rate of .4 leaves .64 of the labels right),
     exact per federation (symmetric, instance) or class (asymmetric, pair_flip). partial: the probability that a class
     outside the set takes the truth's place in it."""
     labels_file: str | None = None
