@@ -14,7 +14,7 @@ import torch
 
 from fedlabel.data.image_files import EXTENSIONS, Header, read_headers, read_pixels
 from fedlabel.data.loaders import DataError, Loaded, Split, data_root
-from fedlabel.data.names import alike, closest, counted, listed, shown
+from fedlabel.data.names import alike, closest, counted, in_order, listed, shown
 from fedlabel.data.repeats import repeated_images
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class _Tree(NamedTuple):
 def load_image_folder(config: DataConfig) -> Loaded:
     """`<root>/train/<class>/.../<image>` and `<root>/test/<class>/.../<image>`.
 
-    Classes are the sorted folders of `train` that have images in `train` or `test`, at any depth; images in
-    `train/unlabeled` have no label. All images must be of one size: resizing is a choice that belongs to whoever
+    Classes are the folders of `train` that have images in `train` or `test`, at any depth, in the order of numbers if
+    all are numbers and else of the alphabet; images in `train/unlabeled` have no label. All images must be of one size: resizing is a choice that belongs to whoever
     prepares the data. Grey if all images are, else RGB (alpha is dropped), turned as Exif says; of several pictures in
     one file the first. What is not read is counted and said, but for what operating systems leave behind.
 
@@ -112,10 +112,13 @@ def _samples(root: Path, tree: _Tree, names: Sequence[str], part: str) -> list[t
 def _instead(root: Path) -> str:
     """Says what stands where `train` and `test` should."""
     if not root.is_dir():
-        return ""
+        return " That is a file: unpack it." if root.is_file() else ""
     folders = [path.name for path in _entries(root) if path.is_dir()]
     found = {part: closest(part, folders) for part in ("train", "test") if part not in folders}
     near = [f"{name} to {part}" for part, name in found.items() if name]
+    inside = [name for name in folders if all((root / name / part).is_dir() for part in PARTS)]
+    if inside:
+        return f" Set data.root={shown(root / inside[0], 500)}?"
     return f" Rename {', '.join(near)}?" if near else f" It holds {listed(folders) or 'no folders'}."
 
 
@@ -183,7 +186,7 @@ def _class_names(root: Path, tree: _Tree) -> tuple[str, ...]:
             + (f": did you mean {near}? Give both one name." if near else ".")
             + " Every class of the test set must be in the training set."
         )
-    return tuple(sorted(name for name in train if train[name].images or (name in test and test[name].images)))
+    return tuple(in_order([name for name in train if train[name].images or (name in test and test[name].images)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes

@@ -60,6 +60,19 @@ def data_root(config: DataConfig) -> Path:
     return Path(config.root).expanduser().resolve()
 
 
+def instead_of_data(path: Path) -> str:
+    """Returns a sentence that says what a file is which is often found in the place of data; "" for any other."""
+    with path.open("rb") as file:
+        start = file.read(100).lstrip().lower()
+    if not start:
+        return " It is empty."
+    if start.startswith(b"version https://git-lfs"):
+        return " It is a pointer of Git LFS: `git lfs pull` gets the file itself."
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return " It is a web page, and not what was to be downloaded."
+    return ""
+
+
 def machine_memory() -> float:
     """Returns the bytes of memory this machine has; infinity where it does not tell."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):

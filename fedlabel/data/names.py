@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -26,9 +27,10 @@ def counted(count: int, noun: str) -> str:
 def in_order(names: Sequence[str]) -> list[str]:
     """Returns names in the order of numbers if all are numbers, and else of the alphabet."""
     try:
-        return sorted(names, key=float)
+        numbers = {name: float(name) for name in names}
     except ValueError:
         return sorted(names)
+    return sorted(names, key=numbers.__getitem__) if all(map(math.isfinite, numbers.values())) else sorted(names)
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
