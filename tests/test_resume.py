@@ -62,6 +62,28 @@ def test_finished_run_can_be_given_more_rounds_and_remembers_them(tmp_path: Path
     assert again.summary["rounds"] == 4
 
 
+def test_results_are_averaged_over_the_last_rounds_however_often_a_run_is_evaluated(tmp_path: Path) -> None:
+    """The last five of seven rounds, and of nine once it has two more. Of a run of 20 that is stopped after the third
+    and then ended after the fifth, the two that were evaluated: none of the first three was among the last."""
+    overrides = [*TINY, "num_rounds=7", "method.confidence_threshold=0.1", "evaluation.figures=false"]
+    each = fedlabel.run([], overrides, name="each", out=tmp_path)
+    few = fedlabel.run([], [*overrides, "evaluation.every=50"], name="few", out=tmp_path)
+    assert [row["round"] for row in few.metrics if "eval/accuracy" in row] == [3, 4, 5, 6, 7]
+    for key in ("eval/accuracy", "eval/ece", "pseudo/coverage", "train/loss"):
+        mean = sum(row[key] for row in each.metrics[2:]) / 5
+        assert each.summary[key]["mean_last_tenth"] == few.summary[key]["mean_last_tenth"] == pytest.approx(mean)
+    longer = fedlabel.run([], ["num_rounds=9"], name="few", out=tmp_path, resume=True)
+    assert longer.summary["last_tenth"] == {"first": 5, "last": 9, "count": 5}
+    mean = sum(row["eval/accuracy"] for row in longer.metrics[4:]) / 5
+    assert longer.summary["eval/accuracy"]["mean_last_tenth"] == pytest.approx(mean)
+    stop_at(3, tmp_path, *overrides, "num_rounds=20", "evaluation.every=50")
+    ended = fedlabel.run([], ["num_rounds=5"], name="x", out=tmp_path, resume=True)
+    assert [row["round"] for row in ended.metrics if "eval/accuracy" in row] == [4, 5]
+    assert ended.summary["last_tenth"] == {"first": 1, "last": 5, "count": 2}
+    mean = (ended.metrics[3]["eval/accuracy"] + ended.metrics[4]["eval/accuracy"]) / 2
+    assert ended.summary["eval/accuracy"]["mean_last_tenth"] == pytest.approx(mean)
+
+
 def test_number_of_threads_may_not_change(tmp_path: Path) -> None:
     fedlabel.run([], TINY, name="x", out=tmp_path)
     with pytest.raises(ValueError, match=r"grid.threads_per_worker \(saved 1, now 2\)"):

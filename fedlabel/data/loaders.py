@@ -39,7 +39,7 @@ class Split:
     images: Tensor
     """(n, channels, height, width) uint8; rows of a table: (n, features, 1, 1) float32, standardised."""
     labels: Tensor
-    """(n,) int64."""
+    """(n,) int64; in a training set -1 where the data have no label."""
 
 
 class Loaded(NamedTuple):
