@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
+from fedlabel.data.datasets import DATASETS, load_dataset
 from fedlabel.data.federation import build_federation
 from fedlabel.data.labeling_functions import FunctionReport
 from fedlabel.errors import FULL, RunError, file_error, make_folder, naming
@@ -86,9 +87,10 @@ def run_experiment(
                 "resume=True)."
             )
     build_strategy(resolved.strategy)
-    if any(part.module for part in resolved.supervision.parts):  # its functions may have been edited since
-        open_experiment.cache_clear()
-        build_federation.cache_clear()
+    # The user's own files and functions may have been changed since this process read them.
+    if DATASETS[resolved.data.name].own or any(part.module or part.labels_file for part in resolved.supervision.parts):
+        for cached in (open_experiment, build_federation, load_dataset):
+            cached.cache_clear()
     experiment = open_experiment(to_yaml(resolved))
     on_start(resolved, path)
     with open_grid(resolved, experiment.device.type == "cuda") as grid:
@@ -360,9 +362,7 @@ def partition(
         console.print(_kinds_table(federation.kinds(), KIND_NAMES))
     if federation.functions:
         console.print(_functions_table(federation.functions))
-    for doubt in federation.doubts():
-        console.print(doubt, style="yellow", soft_wrap=True, highlight=False, markup=False)
-    for note in federation.dataset.notes:
+    for note in (*federation.dataset.notes, *federation.doubts()):
         console.print(f"note: {note}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     if len(federation.server_rows):
         console.print(f"The server holds {len(federation.server_rows)} labelled samples.", highlight=False)

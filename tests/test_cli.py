@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import fedlabel
 from fedlabel.cli import app
 from server.checkpoint import load_checkpoint
+from tests.data.arrays import write_npz
 from tests.integration.processes import environment, fedlabel_command
 from tests.integration.tiny import TINY, run_tiny
 
@@ -336,3 +337,14 @@ def test_the_command_itself_reports_by_status(tmp_path: Path) -> None:
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
         assert (tmp_path / "runs" / str(status)).exists() == (status == 0)
+
+
+def test_partition_prints_what_a_loader_has_to_say(tmp_path: Path) -> None:
+    write_npz(tmp_path / "set.npz", weights=np.zeros(3))
+    result = call(
+        *("partition", "data.name=npz", f"data.root={tmp_path / 'set.npz'}", "num_clients=2"),
+        *("supervision.label_rate=0.5", "--out", str(tmp_path / "p")),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output.count("note: ") == 1
+    assert f"note: {tmp_path / 'set.npz'}: weights of it is not read." in result.output

@@ -62,9 +62,10 @@ def load_image_folder(config: DataConfig) -> Loaded:
     """`<root>/train/<class>/.../<image>` and `<root>/test/<class>/.../<image>`.
 
     Classes are the folders of `train` that have images in `train` or `test`, at any depth, in the order of numbers if
-    all are numbers and else of the alphabet; images in `train/unlabeled` have no label. All images must be of one size: resizing is a choice that belongs to whoever
-    prepares the data. Grey if all images are, else RGB (alpha is dropped), turned as Exif says; of several pictures in
-    one file the first. What is not read is counted and said, but for what operating systems leave behind.
+    all are numbers and else of the alphabet; images in `train/unlabeled` have no label. All images must be of one size:
+    resizing is a choice that belongs to whoever prepares the data. Grey if all images are, else RGB (alpha is dropped),
+    turned as Exif says; of several pictures in one file the first. What is not read is counted and said, but for what
+    operating systems leave behind.
 
     Raises:
         DataError: folders or images are missing, unreadable, of several sizes or of more than 8 bits.
@@ -87,7 +88,7 @@ def load_image_folder(config: DataConfig) -> Loaded:
     pixels = torch.from_numpy(read_pixels(paths, mode, headers[0].size)).split([len(samples[part]) for part in PARTS])
     labels = (torch.tensor([label for _, label in samples[part]]) for part in PARTS)
     train, test = (Split(*split) for split in zip(pixels, labels, strict=True))
-    notes = [*_of_folders(root, tree), *_of_files(root, tree, paths), *_of_headers(root, headers, mode), *alike(names)]
+    notes = [*_of_folders(root, tree, names), *_of_files(root, tree, paths), *_of_headers(root, headers, mode)]
     return Loaded(train, test, names, (*notes, *repeated_images(train, test, str(root))))
 
 
@@ -192,7 +193,7 @@ def _class_names(root: Path, tree: _Tree) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------------------------- notes
 
 
-def _of_folders(root: Path, tree: _Tree) -> list[str]:
+def _of_folders(root: Path, tree: _Tree, names: Sequence[str]) -> list[str]:
     """Returns what should be said of folders: images without a label, classes of one set alone, folders not read."""
     notes = [
         f"{root / 'train' / name}: {counted(len(found.images), 'image')} without a label."
@@ -205,6 +206,10 @@ def _of_folders(root: Path, tree: _Tree) -> list[str]:
             notes.append(f"{root / 'train' / name} {what}.")
         elif not tested:
             notes.append(f"{root / 'test'} holds no images of the class {name}.")
+    notes += [
+        f"{root / 'train'}: the classes {' and '.join(f'`{name}`' for name in group)} look the same."
+        for group in alike(names)
+    ]
     unread = [path.name for path in _entries(root) if path.is_dir() and path.name not in PARTS]
     if unread:
         notes.append(f"{root}: of its folders {listed(unread)} {'is' if len(unread) == 1 else 'are'} not read.")
@@ -215,7 +220,7 @@ def _of_files(root: Path, tree: _Tree, images: Sequence[Path]) -> list[str]:
     """Returns what should be said of where `images` were found, and of files and links that are passed over."""
     notes = [
         f"{root / part}: not read, as it is in no class's folder: {counted(len(found.images), 'image')}"
-        + (" (in train/unlabeled it would count, without a label)." if part == "train" else ".")
+        + (" (in train/unlabeled: one without a label)." if part == "train" else ".")
         for part, found in tree.loose.items()
         if found.images
     ]

@@ -49,8 +49,6 @@ def test_what_there_is_to_say_is_a_note(tmp_path: Path) -> None:
     path = f"{tmp_path / 'set.npz'}:"
     assert load_dataset(config, seed=0).notes == (
         f"{path} classes of it is not read. Did you mean classes as class_names? Save the file with these names.",
-        f"{path} `y_train`: the labels 1, 2, 3 are the names of the 3 classes. Where a class is asked for by its "
-        "number and not its name (skew.unlabeled_only_classes), these are 0 to 2, in this order.",
         f"{path} `y_train`: 12 of 20 samples have no label.",
         f"{path} 6 of the 6 test images are training images, too; what is measured on them says nothing of new ones.",
         f"{path} 1 of the 20 training images repeat one under another label.",
@@ -107,6 +105,20 @@ def test_a_file_that_is_broken(tmp_path: Path, damage: str) -> None:
         path.write_bytes({"empty": b"", "text": b"hello", "cut": content[:-50], "flipped": content}[damage])
     with pytest.raises(DataError, match=r"set\.npz cannot be read as an npz file"):
         load_dataset(config, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "It is a pointer of Git LFS: `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html>not found</html>", "It is a web page, and not what was to be downloaded"),
+        (b"", "It is empty"),
+    ],
+)
+def test_what_stands_in_its_place_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(DataError, match=rf"File is not a zip file\. {said}.*\. Write it again"):
+        load_dataset(DataConfig(name="npz", root=str(tmp_path / "set.npz")), seed=0)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -260,5 +272,5 @@ def test_a_number_that_is_no_name_is_no_class_where_names_are_numbers(tmp_path: 
     config = write_npz(tmp_path / "set.npz", **labels)
     data = load_dataset(replace(config, positive_classes=("1",)), seed=0)
     assert data.train.labels.tolist() == (labels["y_train"] == 1).astype(int).tolist()
-    with pytest.raises(DataError, match=r"0 is no class of npz; it must be one of 1, 2, 3\."):
+    with pytest.raises(DataError, match=r"`data.positive_classes` \(=\[0\]\): 0 is none of the classes 1, 2, 3\."):
         load_dataset(replace(config, positive_classes=("0",)), seed=0)
