@@ -235,6 +235,13 @@ def test_two_arrays_of_a_name_other_packing_and_passwords_are_refused(tmp_path: 
     path.write_bytes(content)
     with pytest.raises(DataError, match="`x` is encrypted"):
         read_npz(path, ("x",))
+    for at, value, message in ((6, 73, "zip file version 7.3"), (8, 32, "compressed patched data")):
+        write_zip(path, [("x.npy", entry)])
+        content = bytearray(path.read_bytes())
+        content[content.rindex(b"PK\x01\x02") + at] = value
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"cannot be read as an npz file: {message}"):
+            read_npz(path, ("x",))
 
 
 def test_what_numpy_writes_is_read_as_numpy_reads_it(tmp_path: Path) -> None:
