@@ -181,7 +181,13 @@ def _texts(labels: np.ndarray, where: str) -> np.ndarray:
             labels = np.char.decode(labels, "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{where} holds bytes that are no UTF-8 ({error}). Write texts.") from error
-    different, place = np.unique(labels, return_inverse=True)
+    long = np.flatnonzero(np.char.str_len(labels) > 2 * MAX_NAME)  # with room for blanks around it
+    if len(long):
+        raise DataError(
+            f"{where}: the label of sample {long[0]} (={shown(labels[long[0]])}) is no name of a class: write at most "
+            f"{MAX_NAME} letters."
+        )
+    different, place = np.unique(labels.astype(f"U{2 * MAX_NAME}"), return_inverse=True)
     texts = [str(text).strip() for text in different]
     for text, index in zip(texts, range(len(texts)), strict=True):
         doubtful = text == "-1" or text.casefold() in MAYBE_CLASSES

@@ -20,7 +20,15 @@ from numpy.lib import format as npy
 
 from fedlabel.data.array_labels import number_labels
 from fedlabel.data.array_pixels import to_pixels
-from fedlabel.data.loaders import MAX_DEFLATION, DataError, Loaded, Split, check_memory, data_root, instead_of_data
+from fedlabel.data.loaders import (
+    DataError,
+    Loaded,
+    Split,
+    check_expansion,
+    check_memory,
+    data_root,
+    instead_of_data,
+)
 from fedlabel.data.names import listed, shown
 from fedlabel.data.repeats import repeated_images
 
@@ -173,8 +181,7 @@ def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> n
         raise DataError(f"{name} is encrypted. Write the file again without a password.")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{name} is packed in a way that numpy does not write. {AGAIN}")
-    if info.file_size > MAX_DEFLATION * info.compress_size:
-        raise DataError(f"{name} claims {info.file_size} bytes, of {info.compress_size} packed ones: damaged. {AGAIN}")
+    check_expansion(info.file_size, info.compress_size, name)
     with archive.open(info) as stream:
         dtype, shape, columns_first = _read_header(stream, name)
         size = math.prod(shape) * dtype.itemsize

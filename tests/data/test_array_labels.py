@@ -143,6 +143,7 @@ FAR = [0, 1, 2, 10**9]
         ([0j, 1j], [0, 1], None, "is complex128; labels must be"),
         (np.array(["2020-01-01"], "datetime64[D]"), [0], None, "labels must be whole numbers, texts, or True"),
         (["a", "b" * 201], ["a"], None, r"label of sample 1 \(=b{100}…\) is no name of a class: .*at most 200 letters"),
+        (["a", "b" * 401], ["a"], None, r"label of sample 1 \(=b{100}…\) is no name of a class: .*at most 200 letters"),
         (["a", "\x1b[31m"], ["a"], None, r"label of sample 1 \(=\\x1b\[31m\) is no name of a class"),
         (
             ["1", "-1"],

@@ -153,6 +153,19 @@ def test_broken_idx_files_are_named(tmp_path: Path, damage: str) -> None:
         load_dataset(DataConfig("mnist", str(tmp_path)), seed=0)
 
 
+def test_an_idx_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    """A gigabyte that is claimed, and one that is there: a megabyte of packed zeros."""
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    header = bytes([0, 0, 8, 3]) + np.array([1 << 10, 1 << 10, 1 << 10], ">u4").tobytes()
+    for content in (header, header + bytes(1 << 27)):
+        path.write_bytes(gzip.compress(content, 1))
+        with pytest.raises(
+            DataError, match=r"train-images-idx3-ubyte\.gz is to unpack to 1\.0 GiB, \d+ times its size"
+        ):
+            load_dataset(DataConfig("mnist", str(tmp_path)), seed=0)
+
+
 def test_idx_files_of_different_lengths(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     write_idx(tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte", np.zeros(9, dtype=np.uint8))

@@ -286,9 +286,9 @@ def pointer(root: Path) -> None:
     (root / "train/dog/1.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
 
-def claims(root: Path) -> None:
-    """Writes a header of 60000 x 60000 pixels over that of a small image."""
-    (root / "train/dog/9.pgm").write_bytes(b"P5 60000 60000 255\n" + b"\0" * 30)
+def claims(root: Path, width: int = 60_000, height: int = 60_000) -> None:
+    """Writes an image that is larger by its header."""
+    (root / "train/dog/9.pgm").write_bytes(b"P5 %d %d 255\n" % (width, height) + b"\0" * 30)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +310,7 @@ def claims(root: Path) -> None:
         ),
         (pointer, r"It is a pointer of Git LFS: `git lfs pull` gets the file itself"),
         (claims, r"dog/9\.pgm cannot be read as an image: it claims to be larger than \d+ pixels. Replace"),
+        (lambda root: claims(root, 12000, 8000), r"dog/9\.pgm cannot be read as an image: it claims to be larger than"),
         (lambda root: (root / "train/dog/9.png").symlink_to("gone"), "it is no file, but a broken link or a pipe"),
         (lambda root: os.mkfifo(root / "train/dog/9.png"), "it is no file, but a broken link or a pipe"),
     ],
