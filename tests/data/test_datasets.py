@@ -134,7 +134,7 @@ def test_emnist_is_turned_upright(tmp_path: Path) -> None:
     assert np.array_equal(data.train.images[:, 0].numpy(), arrays["emnist-byclass-train"].swapaxes(1, 2))
 
 
-@pytest.mark.parametrize("damage", ["cut", "cut before packing", "text", "packed text", "wrong dimensions"])
+@pytest.mark.parametrize("damage", ["cut", "cut before packing", "longer", "text", "packed text", "wrong dimensions"])
 def test_broken_idx_files_are_named(tmp_path: Path, damage: str) -> None:
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
@@ -143,6 +143,8 @@ def test_broken_idx_files_are_named(tmp_path: Path, damage: str) -> None:
             path.write_bytes(path.read_bytes()[:-100])
         case "cut before packing":
             path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
+        case "longer":
+            path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"\0"))
         case "text":
             path.write_bytes(b"<html>")
         case "packed text":
