@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.config_schema import as_plain
 from fedlabel.sweep import SWEEP_JSON, Cell, Group, SearchConfig, SweepConfig, format_value, plan_sweep
 from fedlabel.tracking import FolderLock, lower_is_better, write_atomic
 from fedlabel.workers import Tell, run_parallel
@@ -195,7 +194,7 @@ class _Ledger:
             return place[row["setting"], row["method"]], row.get("role") == "final", row["value"] or 0, row.get("seed")
 
         content = {
-            "sweep": OmegaConf.to_container(OmegaConf.structured(self.sweep)),
+            "sweep": as_plain(self.sweep),
             "planned_runs": self.planned,
             "runs": sorted(self.rows.values(), key=order),
             "chosen": sorted(self.chosen, key=order),
