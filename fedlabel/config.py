@@ -43,6 +43,8 @@ SELECT = {
     "instance_loss": "eval/loss",
 }
 """What `evaluation.select` may be, and the metric that it goes by."""
+MAX_WORKERS, MAX_SECONDS = 1024, 1e9
+"""Of `grid`: more processes or threads no machine has, and no system call waits longer."""
 _KEY = r"[^\W\d]\w*(?:\.\w+)*"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,11 +82,11 @@ class GridConfig:
         if self.kind not in ("in_process", "ray"):
             raise ValueError(f"`grid.kind` (={self.kind}) must be one of in_process, ray.")
         for key in ("num_workers", "threads_per_worker"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must be at least 1.")
+            if not 1 <= getattr(self, key) <= MAX_WORKERS:
+                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must lie in [1, {MAX_WORKERS}].")
         for key in ("timeout", "connect_timeout"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must be positive (seconds).")
+            if not 0 < getattr(self, key) <= MAX_SECONDS:
+                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must lie in (0, {MAX_SECONDS:g}] (seconds).")
 
 
 @dataclass(frozen=True)

@@ -319,7 +319,11 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
     said = f"`{full}` is not a configuration key."
     if of_method:
         path = full.partition(".")[2]
-        owners = [each for each, kind in METHODS.items() if path in all_keys(kind, kind, "")]
+        owners = [
+            each
+            for each, kind in METHODS.items()
+            if any(key == path or key.startswith(f"{path}.") for key in all_keys(kind, kind))
+        ]
         said = f"`{full}` is not a field of {method_name}"
         said += f", but of {', '.join(owners)}." if owners else "."
     found = _meant(spelling, where, keys, schema)
