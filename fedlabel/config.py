@@ -12,24 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from fedlabel.config_names import unknown_key
-from fedlabel.config_schema import Unknown, as_plain, build, fields_of
-from fedlabel.config_text import (
-    ConfigError,
-    Plain,
-    dump_yaml,
-    merged,
-    parse_value,
-    parse_yaml,
-    plain,
-    read_mapping,
-    shown,
-)
+from fedlabel.config_schema import Unknown, build, fields_of, hints, parts, settled
+from fedlabel.config_text import ConfigError, Plain, merged, parse_value, parse_yaml, read_mapping, shown
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.skew import SkewConfig
-from fedlabel.data.supervision_config import SupervisionConfig, fill_amounts
+from fedlabel.data.supervision_config import MixPart, SupervisionConfig, fill_amounts
 from fedlabel.methods import METHODS, in_own_words, method_class
 from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
@@ -49,6 +42,11 @@ _KEY = r"[^\W\d]\w*(?:\.\w+)*"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+def cohort_size(num_clients: int, fraction: float) -> int:
+    """Returns how many clients train in a round."""
+    return max(1, round(fraction * num_clients))
+
+
 @dataclass(frozen=True)
 class StrategyConfig:
     """How the server combines the clients' models."""
@@ -57,8 +55,19 @@ class StrategyConfig:
     """weighted_mean, or a Flower strategy by class name: FedAdam, FedAvgM, FedTrimmedAvg, Krum, ..."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the Flower strategy, e.g. {eta: 0.01}."""
+    min_replies: int = 1
+    """Replies that a round needs; with fewer usable ones the run stops, and can be resumed from its checkpoint."""
+    max_update_norm: float | None = None
+    """A client's model further than this from the one it was sent is refused (Euclidean distance over all its numbers
+    but integers); null: any. It bounds what one client can do to a mean: weights times 1000 are else averaged in."""
 
     def __post_init__(self) -> None:
+        if self.min_replies < 1:
+            raise ValueError(f"`strategy.min_replies` (={self.min_replies}) must be at least 1.")
+        if self.max_update_norm is not None and not 0 < self.max_update_norm < math.inf:
+            raise ValueError(
+                f"`strategy.max_update_norm` (={self.max_update_norm}) must be a positive number (or null)."
+            )
         if self.name == "weighted_mean" and self.args:
             raise ValueError(f"`strategy.args` (={self.args}) must be empty for strategy.name=weighted_mean.")
 
@@ -94,11 +103,13 @@ class EvaluationConfig:
     """When and on what the global model is evaluated."""
 
     every: int = 1
-    """Rounds between evaluations; the last round is always evaluated."""
+    """Rounds between evaluations. Over the last tenth of the rounds (at least 5) each one is evaluated, as results are
+    averaged over these."""
     split: str = "test"
     """test | validation: use validation to choose hyper-parameters, test only to report."""
     select: str | None = None
-    """Which evaluated round's model the run puts forward, beside the last: the best one on the validation split.
+    """Which round's model the run puts forward, beside the last: of each `every`-th round and the last one the best on
+    the validation split.
     bag_mae goes by the counts of bags alone; instance_auc, instance_accuracy and instance_loss look at single labels of
     that split. summary.json has each metric at that round as `selected`, checkpoints/selected_ROUND.pt the weights;
     where a method has stages (llp_bp) the next one gets the best model of the one before. null: none."""
@@ -106,7 +117,7 @@ class EvaluationConfig:
     """Whether pictures are drawn (partition.png and TensorBoard's images): about a second a run. For sweeps of hundreds
     of short runs: false."""
     panel_samples: int = 16
-    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last round and every 10th evaluation;
+    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last and each 10 * `every`-th round;
     0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is
     asked of clients."""
 
@@ -175,6 +186,12 @@ class ExperimentConfig:
                 raise ValueError(f"`{key}` (={getattr(self, key)}) must be at least 1.")
         if not 0 < self.fraction_train <= 1:
             raise ValueError(f"`fraction_train` (={self.fraction_train}) must lie in (0, 1].")
+        if self.strategy.min_replies > self.cohort_size:
+            raise ValueError(
+                f"`strategy.min_replies` (={self.strategy.min_replies}) must be at most the {self.cohort_size} clients "
+                f"that train in a round: `fraction_train` (={self.fraction_train:g}) of `num_clients` "
+                f"(={self.num_clients})."
+            )
         self._check_labels()
         averages = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
         if self.model.norm == "batch" and self.strategy.name not in averages:
@@ -196,6 +213,11 @@ class ExperimentConfig:
                 f"(={self.strategy.name}) cannot combine; use strategy.name=weighted_mean or method.merge=sum."
             )
 
+    @property
+    def cohort_size(self) -> int:
+        """How many clients train in a round."""
+        return cohort_size(self.num_clients, self.fraction_train)
+
     def _check_labels(self) -> None:
         supervision = self.supervision
         if supervision.labeled_clients is not None and supervision.labeled_clients > self.num_clients:
@@ -206,7 +228,7 @@ class ExperimentConfig:
         hidden = self.skew.unlabeled_only_classes
         if hidden and any(part.classless for part in supervision.parts):
             raise ValueError(
-                f"`skew.unlabeled_only_classes` (={list(hidden)}) chooses samples by their class, which nobody "
+                f"`skew.unlabeled_only_classes` (=[{', '.join(hidden)}]) chooses samples by their class, which nobody "
                 "knows with supervision.kind=bags and labeling_functions: leave it out."
             )
         if self.labeled_partition is None:
@@ -293,7 +315,7 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 def to_yaml(config: ExperimentConfig) -> str:
     """Returns the resolved configuration as YAML text; `parse_config` reads it back."""
-    return dump_yaml(as_plain(config))
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
@@ -307,41 +329,44 @@ def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
             else:
                 flat[f"{prefix}{key}"] = value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
 
-    visit("", as_plain(config))
+    visit("", OmegaConf.to_container(OmegaConf.structured(config)))  # type: ignore[arg-type]
     return flat
 
 
-def _resolve(layers: Sequence[dict[str, Any]]) -> ExperimentConfig:
-    user: dict[str, Any] = {}
-    for layer in layers:
-        user = merged(user, layer)
+def _resolve(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
+    schema, name = _method_schema(layers)
+    unknown = partial(unknown_key, ExperimentConfig, schema, name)
+    kinds = {**hints(ExperimentConfig), "method": schema}
+    user = merged(*({key: settled(kinds.get(key, Any), layer[key], key) for key in layer} for layer in layers))
+    for key in user:
+        if key not in kinds:
+            raise ConfigError(unknown(ExperimentConfig, "", key))
     # Giving one of two ways to say the same replaces the default of the other.
     training, supervision = user.get("training"), user.get("supervision")
     if isinstance(training, dict) and training.get("local_epochs") is not None:
         training.setdefault("local_steps", None)
     if isinstance(supervision, dict):
         fill_amounts(supervision)
+        if "mix" in supervision:
+            supervision["mix"] = parts(tuple[MixPart, ...], supervision["mix"], "supervision.mix", unknown)
     for law in (user.get("partition"), user.get("labeled_partition")):
         if isinstance(law, dict) and isinstance(law.get("partitioner_args"), dict):  # in YAML or on the command line
-            law["partitioner_args"] = json.dumps(plain(law["partitioner_args"]))  # kept as JSON text
-    schema, name = _method_schema(user.get("method", {}))
-    unknown = partial(unknown_key, ExperimentConfig, schema, name)
-    known = fields_of(ExperimentConfig)
-    for key in user:
-        if key not in known:
-            raise ConfigError(unknown(ExperimentConfig, "", key))
+            law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
     method = _build_method(schema, {**user.get("method", {}), "name": name}, unknown)
     return build(ExperimentConfig, {**user, "method": method}, "", unknown)
 
 
-def _method_schema(given: Any) -> tuple[type[Method], str]:
+def _method_schema(layers: Sequence[Mapping[str, Any]]) -> tuple[type[Method], str]:
     """Returns the class that `method.name` names, and that name."""
-    if not isinstance(given, dict):
-        raise ConfigError(
-            f"`method` (={shown(given)}) must be a mapping of keys: set one of its keys, e.g. "
-            f"method.name={FedLabel.name}."
-        )
-    name = given.get("name", FedLabel.name)
+    name: Any = FedLabel.name
+    for layer in layers:
+        given = layer.get("method", {})
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"`method` (={shown(given)}) must be a mapping of keys: set one of its keys, e.g. "
+                f"method.name={FedLabel.name}."
+            )
+        name = given.get("name", name)
     if isinstance(name, Plain):
         name = name.text
     if not isinstance(name, str):
@@ -362,10 +387,13 @@ def _build_method(schema: type[Method], values: Mapping[str, Any], unknown: Unkn
         method = build(schema, values, "method", unknown)
     except ConfigError:
         raise
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"`method.name` (={name}) has a field of a type that a configuration cannot hold: fields may be bool, int, "
+            f"float, str, lists, dictionaries and dataclasses of these ({in_own_words(error)})."
+        ) from error
     except Exception as error:
         if name in METHODS:  # a bug of ours: show where
             raise
         raise ConfigError(f"`method.name` (={name}) cannot be made of its fields: {in_own_words(error)}.") from error
-    if name not in METHODS:
-        dump_yaml(as_plain(method))  # refuses fields that no configuration can hold
     return method

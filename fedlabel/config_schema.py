@@ -1,4 +1,4 @@
-"""A frozen dataclass as the schema of a mapping: `build` checks names and types, the dataclass itself its ranges."""
+"""A frozen dataclass as the schema of a mapping. OmegaConf checks names and types; the messages are ours."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar, Union
 
-from fedlabel.config_text import ConfigError, Plain, plain, shown
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from fedlabel.config_text import ConfigError, Plain, shown
 
 T = TypeVar("T")
 Unknown = Callable[[type, str, str], str]
@@ -32,10 +35,6 @@ class KeyInfo(NamedTuple):
     """`dataclasses.MISSING`: it must be given."""
     doc: str
     """In one line; "" for none."""
-
-
-class WrongType(Exception):
-    """A value is not of the type wanted; the message says what is: "a number"."""
 
 
 @lru_cache
@@ -66,39 +65,66 @@ def default_of(each: dataclasses.Field[Any]) -> Any:
     return each.default
 
 
-def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unknown, base: Any = None) -> T:
-    """Returns the dataclass that a mapping describes.
+def settled(kind: Any, value: Any, key: str = "") -> Any:
+    """Returns plain data: of each `Plain` its text where the schema wants a text, else its value.
 
     Args:
-        schema: a dataclass whose fields are bool, int, float, str, Literal, lists, tuples or dictionaries of these,
-            other such dataclasses, each of these or None; or Any, which takes plain data.
-        values: as `parse_yaml` returns it, or plain data; what is left out keeps its default.
+        kind: the type of the field that gets the value.
+        value: as `parse_yaml` returns it, or plain data.
+        key: the value's full key, for messages.
+
+    Raises:
+        ConfigError: a number is NaN, or a whole number that is too large to be counted with.
+    """
+    kinds = _alternatives(kind)
+    if isinstance(value, Plain) and str in kinds:
+        return value.text
+    if isinstance(value, Mapping):
+        schema = next((each for each in kinds if dataclasses.is_dataclass(each)), None)
+        of = hints(typing.cast(type, schema)) if schema is not None else {}
+        inner = next((typing.get_args(each)[-1] for each in kinds if typing.get_origin(each) is dict), Any)
+        prefix = f"{key}." if key else ""
+        return {name: settled(of.get(name, inner), each, f"{prefix}{name}") for name, each in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, Plain):
+        inner = next((typing.get_args(each)[0] for each in kinds if typing.get_origin(each) in (list, tuple)), Any)
+        return [settled(inner, each, f"{key}[{place}]") for place, each in enumerate(value)]
+    number = value.value if isinstance(value, Plain) else value
+    if isinstance(number, float) and (math.isnan(number) or (math.isinf(number) and "inf" not in shown(value).lower())):
+        raise ConfigError(f"`{key}` (={shown(value)}) must be a number below 1e308 (or .inf).")
+    if isinstance(number, int) and abs(number) > LARGEST:
+        raise ConfigError(f"`{key}` (={shown(value)}) must be a number in [-{LARGEST}, {LARGEST}].")
+    return number
+
+
+def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unknown) -> T:
+    """Returns the dataclass that a mapping describes: OmegaConf checks names and types, the dataclass its ranges.
+
+    Args:
+        schema: a dataclass that OmegaConf can structure.
+        values: plain data; what is left out keeps its default.
         where: the full key of the mapping, "" for the whole; for messages.
         unknown: makes the message for a name that is no field.
-        base: a `schema` that has the values of what is left out; None: the fields' defaults.
 
     Raises:
         ConfigError: a name is unknown, a value has another type, or the dataclass refuses it.
     """
     prefix = f"{where}." if where else ""
-    known, types_of = fields_of(schema), hints(typing.cast(type, schema))
-    for name in values:
-        if name not in known:
-            raise ConfigError(unknown(schema, where, name))
-    given = {name: getattr(base, name) for name in known} if isinstance(base, schema) else {}
-    for name, value in values.items():
-        default = given.get(name, default_of(known[name]))
-        try:
-            given[name] = convert(types_of[name], value, prefix + name, unknown, default)
-        except WrongType as error:
-            has_default = default is not dataclasses.MISSING and not dataclasses.is_dataclass(default)
-            its_default = f"; its default is {shown(default)}" if has_default else ""
-            raise ConfigError(f"`{prefix}{name}` (={shown(value)}) must be {error}{its_default}.") from error
-    missing = [name for name, each in known.items() if name not in given and default_of(each) is dataclasses.MISSING]
-    if missing:
-        raise ConfigError(f"`{prefix}{missing[0]}` must be given: it has no default.")
     try:
-        return schema(**given)
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values)))
+    except ConfigKeyError as error:
+        parent, _, name = str(error.full_key).rpartition(".")
+        full = ".".join(filter(None, (where, parent)))
+        raise ConfigError(unknown(error.object_type or schema, full, name)) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"`{prefix}{error.full_key}` must be given: it has no default.") from error
+    except (OmegaConfBaseException, TypeError, OverflowError) as error:
+        wrong = _wrong_value(typing.cast(type, schema), values)
+        if wrong is None:  # the schema of a class of the user's own
+            raise
+        path, kind, value, default = wrong
+        its_default = f"; its default is {shown(default)}" if _is_shown(default) else ""
+        message = f"`{prefix}{path}` (={shown(value)}) must be {_wanted(kind, prefix + path)}{its_default}."
+        raise ConfigError(message) from error
     except ConfigError:
         raise
     except ValueError as error:
@@ -106,167 +132,93 @@ def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unkno
         raise ConfigError(f"{item}{error}") from error
 
 
-def convert(kind: Any, value: Any, key: str, unknown: Unknown, base: Any = None) -> Any:
-    """Returns a value as the type `kind`; the arguments are those of `build`.
+def parts(kind: Any, value: Any, key: str, unknown: Unknown) -> list[Any]:
+    """Returns a list of mappings as dataclasses, each with a key of its own in messages; for the rest see `build`.
+
+    Args:
+        kind: tuple[SCHEMA, ...].
+        value: plain data.
+        key: the list's.
+        unknown: see `build`.
 
     Raises:
-        WrongType: it cannot be read as such.
-        ConfigError: something within it is wrong.
+        ConfigError: see `build`; or it is no list of mappings.
     """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind in (Any, object):
-        return plain(value)
-    if origin in (Union, types.UnionType):
-        return _one_of(arguments, value, key, unknown, base)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            first = next(iter(fields_of(typing.cast(type, kind)).values()))
-            raise WrongType(
-                f"a mapping of keys: set one of its keys, e.g. {key}.{first.name}={shown(default_of(first))}"
-            )
-        return build(typing.cast(type, kind), value, key, unknown, base)
-    if kind in (list, tuple) or origin in (list, tuple, Sequence):
-        return _sequence(origin or kind, arguments or (Any, ...), value, key, unknown)
-    if kind is dict or origin in (dict, Mapping):
-        of = arguments[1] if arguments else Any
-        if not isinstance(value, Mapping):
-            raise WrongType("a mapping, e.g. {name: value}")
-        return {name: _element(of, each, f"{key}.{name}", unknown) for name, each in value.items()}
-    if origin is Literal:
-        texts = {str(each): each for each in arguments}
-        if _text(value) not in texts:
-            raise WrongType(f"one of {', '.join(texts)}")
-        return texts[typing.cast(str, _text(value))]
-    if kind not in _SCALARS:
-        raise ConfigError(
-            f"`{key}` has the type {getattr(kind, '__name__', kind)}, which a configuration cannot hold: fields may be "
-            "bool, int, float, str, lists, dictionaries and dataclasses of these."
-        )
-    return _SCALARS[kind](value)
+    if not isinstance(value, list) or any(not isinstance(each, Mapping) for each in value):
+        raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
+    schema = typing.get_args(kind)[0]
+    return [build(schema, each, f"{key}[{place}]", unknown) for place, each in enumerate(value)]
 
 
-def _one_of(kinds: Sequence[Any], value: Any, key: str, unknown: Unknown, base: Any) -> Any:
-    others = [kind for kind in kinds if kind is not types.NoneType]
-    if value is None and len(others) < len(kinds):
-        return None
-    wanted = []
-    for kind in others:
+def _wrong_value(schema: type, values: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any, Any] | None:
+    """Returns the first value that a schema does not take: its key, the type wanted, the value, the default."""
+    for name, value in values.items():
+        kind, default = hints(schema)[name], default_of(fields_of(schema)[name])
+        inner = next((each for each in _alternatives(kind) if dataclasses.is_dataclass(each)), None)
+        if inner is not None and isinstance(value, Mapping):
+            if found := _wrong_value(typing.cast(type, inner), value, f"{prefix}{name}."):
+                return found
+            continue
         try:
-            return convert(kind, value, key, unknown, base)
-        except WrongType as error:
-            wanted.append(str(error))
-    raise WrongType(" or ".join([*wanted, "null"] if len(others) < len(kinds) else wanted))
-
-
-def _sequence(origin: Any, arguments: Sequence[Any], value: Any, key: str, unknown: Unknown) -> Any:
-    kinds = list(arguments[:1] if origin is not tuple or arguments[-1] is ... else arguments)
-    example = f"[{', '.join(_example(kind) for kind in (kinds if len(kinds) > 1 else kinds * 2))}]"
-    if not isinstance(value, (list, tuple)) or isinstance(value, Plain):
-        raise WrongType(f"a list of {_plural(kinds[0])}, e.g. {key}={example}")
-    if len(kinds) > 1 and len(value) != len(kinds):
-        raise WrongType(f"a list of {len(kinds)}, e.g. {key}={example}")
-    each_kind = kinds * len(value) if len(kinds) == 1 else kinds
-    try:
-        found = [
-            convert(kind, each, f"{key}[{place}]", unknown)
-            for place, (kind, each) in enumerate(zip(each_kind, value, strict=True))
-        ]
-    except WrongType as error:
-        fix = str(error).partition(": ")[2]
-        fix = f" ({fix})" if fix.startswith("write ") else ""
-        raise WrongType(f"a list of {_plural(kinds[0])}, e.g. {key}={example}{fix}") from error
-    return tuple(found) if origin is tuple else found
-
-
-def _element(kind: Any, value: Any, key: str, unknown: Unknown) -> Any:
-    try:
-        return convert(kind, value, key, unknown)
-    except WrongType as error:
-        raise ConfigError(f"`{key}` (={shown(value)}) must be {error}.") from error
-
-
-def _bool(value: Any) -> bool:
-    found = plain(value)
-    if not isinstance(found, bool):
-        raise WrongType("true or false")
-    return found
-
-
-def _int(value: Any) -> int:
-    found = plain(value)
-    if isinstance(found, float) and found.is_integer() and abs(found) <= LARGEST:
-        raise WrongType(f"a whole number: write {int(found)}")
-    if not isinstance(found, int) or isinstance(found, bool):
-        raise WrongType("a whole number" + (" (without quotes)" if isinstance(found, str) and _digits(found) else ""))
-    if abs(found) > LARGEST:
-        raise WrongType(f"a whole number in [-{LARGEST}, {LARGEST}]")
-    return found
-
-
-def _digits(text: str) -> bool:
-    return text.strip("+-").isdecimal()
-
-
-def _float(value: Any) -> float:
-    found = plain(value)
-    if isinstance(found, str) and found.lower() in ("inf", "+inf", "-inf"):
-        return float(found)
-    if not isinstance(found, (int, float)) or isinstance(found, bool) or math.isnan(found):
-        raise WrongType("a number")
-    written = value.text.lower() if isinstance(value, Plain) else "inf"
-    if abs(found) > 1e308 and "inf" not in written:
-        raise WrongType("a number below 1e308 (or .inf)")
-    return float(found)
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, Plain):
-        return value.text
-    if isinstance(value, (str, int, float)):
-        return str(value)
+            OmegaConf.merge(OmegaConf.structured(schema), {name: value})
+        except (OmegaConfBaseException, TypeError, OverflowError):
+            return f"{prefix}{name}", kind, value, default
     return None
 
 
-def _str(value: Any) -> str:
-    found = _text(value)
-    if found is None:
-        raise WrongType("a text" + ("" if value is None else " (in quotes, if it has brackets, `: ` or commas)"))
-    return found
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, or the one type that it is."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _none(value: Any) -> None:
-    if value is not None:
-        raise WrongType("null")
+def _is_shown(default: Any) -> bool:
+    return default is not dataclasses.MISSING and not dataclasses.is_dataclass(default)
 
 
-_SCALARS: dict[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str, types.NoneType: _none}
+def _wanted(kind: Any, key: str) -> str:
+    """Returns what a value of a type is called, with an example of what is not one word."""
+    kinds = [each for each in _alternatives(kind) if each is not types.NoneType]
+    names = []
+    for each in kinds:
+        origin, arguments = typing.get_origin(each), typing.get_args(each)
+        if dataclasses.is_dataclass(each):
+            first = next(iter(fields_of(typing.cast(type, each)).values()))
+            names.append(f"a mapping of keys: set one of its keys, e.g. {key}.{first.name}={shown(default_of(first))}")
+        elif origin in (list, tuple):
+            inner = _example(arguments[0])
+            names.append(f"a list of {_plural(arguments[0])}, e.g. {key}=[{inner}, {inner}]")
+        elif each is dict or origin is dict:
+            names.append("a mapping, e.g. {name: value}")
+        elif origin is Literal:
+            names.append(f"one of {', '.join(map(str, arguments))}")
+        else:
+            names.append(_SINGULAR.get(each, f"a {getattr(each, '__name__', each)}"))
+    return " or ".join([*names, *(["null"] if len(kinds) < len(_alternatives(kind)) else [])])
+
+
+_SINGULAR = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text (in quotes, if it has brackets, `: ` or commas)",
+}
 
 
 def _plural(kind: Any) -> str:
-    if dataclasses.is_dataclass(kind) or kind is dict or typing.get_origin(kind) in (dict, Mapping):
+    if dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
         return "mappings"
-    if typing.get_origin(kind) in (list, tuple, Sequence):
+    if typing.get_origin(kind) in (list, tuple):
         return f"lists of {_plural(typing.get_args(kind)[0])}"
     return {int: "whole numbers", float: "numbers", str: "texts", bool: "true or false"}.get(kind, "values")
 
 
 def _example(kind: Any) -> str:
     if dataclasses.is_dataclass(kind):
-        first = next(iter(fields_of(typing.cast(type, kind))))
-        return f"{{{first}: ...}}"
-    if typing.get_origin(kind) in (list, tuple, Sequence):
+        return f"{{{next(iter(fields_of(typing.cast(type, kind))))}: ...}}"
+    if typing.get_origin(kind) in (list, tuple):
         inner = _example(typing.get_args(kind)[0])
         return f"[{inner}, {inner}]"
     return {int: "8", float: "0.5", str: "name", bool: "true"}.get(kind, "...")
-
-
-def as_plain(value: Any) -> Any:
-    """Returns a dataclass as dictionaries, lists and scalars, in the order of its fields."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: as_plain(getattr(value, name)) for name in fields_of(type(value))}
-    if isinstance(value, Mapping):
-        return {name: as_plain(each) for name, each in value.items()}
-    return [as_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def describe(schema: type) -> list[KeyInfo]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from omegaconf import OmegaConf
 
 MAX_BYTES = 1_000_000
 """Of a file."""
@@ -199,6 +200,8 @@ def _data(node: Any, what: str) -> Any:
 
 def _scalar(node: yaml.ScalarNode, what: str) -> Plain | str | None:
     text: str = node.value
+    if text == "???":
+        raise ConfigError(f"{what} has ???, which stands for a value that is missing: write the value itself.")
     if "${" in text:
         raise ConfigError(
             f"{what} has {shown(text)}: nothing is put in place of ${{...}} here. Write the value itself."
@@ -218,41 +221,21 @@ def _scalar(node: yaml.ScalarNode, what: str) -> Plain | str | None:
     return Plain(float(text.replace(".", "")), text) if _NOT_FINITE.fullmatch(text) else text
 
 
-def merged(first: Mapping[str, Any], second: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Returns what two layers say together: mappings key by key, of all else the second.
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what layers of plain data say together: mappings key by key, of all else the last.
 
     Raises:
-        ConfigError: one has a list where the other has a mapping.
+        ConfigError: one has a list where another has a mapping.
     """
-    together = dict(first)
-    for key, value in second.items():
-        old = together.get(key)
-        if {type(old), type(value)} == {dict, list}:
+    together = OmegaConf.create({})
+    for layer in layers:
+        try:
+            together = OmegaConf.merge(together, OmegaConf.create(dict(layer)))  # type: ignore[assignment]
+        except TypeError as error:
             raise ConfigError(
-                f"`{where}{key}` (={shown(value)}) does not fit what was said before (={shown(old)}). A list is "
+                f"`{', '.join(map(str, layer))}` (={shown(layer)}) does not fit what was said before. A list is "
                 "replaced as a whole, e.g. supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
-            )
-        if isinstance(old, dict) and isinstance(value, dict):
-            together[key] = merged(old, value, f"{where}{key}.")
-        else:
-            together[key] = value
-    return together
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts texts in quotes that PyYAML would read as texts, and `_scalar` as numbers."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT.pattern})$"), list("-+.0123456789"))
-
-
-def dump_yaml(content: Mapping[str, Any]) -> str:
-    """Returns plain data (dictionaries, lists, scalars) as YAML text in the given order; `parse_yaml` reads it back."""
-    try:
-        text: str = yaml.dump(content, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
-    except yaml.representer.RepresenterError as error:
-        raise ConfigError(
-            f"A configuration cannot hold a {type(error.args[1]).__name__} (={error.args[1]!s}): fields may be bool, "
-            "int, float, str, lists, dictionaries and dataclasses of these."
-        ) from error
-    return text
+            ) from error
+    found = OmegaConf.to_container(together)
+    assert isinstance(found, dict)
+    return found
