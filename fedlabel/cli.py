@@ -195,7 +195,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
-    from fedlabel.sweep import load_sweep, plan_sweep
+    from fedlabel.sweep import counted, load_sweep, plan_sweep
     from fedlabel.sweep_run import finished_cells, run_sweep
 
     given, overrides = _split(items)
@@ -209,8 +209,9 @@ def sweep(
         searches = len({cell.path for group in groups for cell in group.search})
         finals = len(groups) * len(asked.seeds)
         console.print(
-            f"{len(asked.methods)} methods x {len(asked.sections)} settings: {searches} runs to search, {finals} final "
-            f"ones ({len(asked.seeds)} seeds), {folder}" + (f", {len(done)} of them finished" if done else ""),
+            f"{counted(len(asked.methods), 'method')} x {counted(len(asked.sections), 'setting')}: "
+            f"{counted(searches, 'run')} to search, {finals} final ({counted(len(asked.seeds), 'seed')}), {folder}"
+            + (f", {len(done)} of them finished" if done else ""),
             soft_wrap=True,
             highlight=False,
         )

@@ -52,8 +52,8 @@ class SearchConfig:
                 raise ValueError(f"`search.{key}` (={values}) must be at least one number, each once.")
             if len(values) != len(self.values):
                 raise ValueError(
-                    f"`search.{key}` (={values}) has {len(values)} values, `search.values` {len(self.values)}: every "
-                    "method must get the same budget; give as many."
+                    f"`search.{key}` (={values}) has {counted(len(values), 'value')}, `search.values` "
+                    f"{len(self.values)}: every method must get the same budget; give as many."
                 )
         if self.split != "validation":
             raise ValueError(f"`search.split` (={self.split}) must be validation: the test split chooses nothing.")
@@ -306,6 +306,11 @@ def _at(cell: Cell, role: str, seed: int, split: str) -> Cell:
 def format_value(value: float) -> str:
     """Returns a searched value as it stands in overrides and names: 3 for 3.0, 0.05, 1e-05."""
     return str(int(value)) if value.is_integer() else repr(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 run", "2 runs"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def slug(name: str) -> str:
