@@ -20,7 +20,7 @@ from fedlabel.evaluation import EVALUATED
 from fedlabel.names import did_you_mean
 
 SWEEP_JSON = "sweep.json"
-COLUMNS = ("last", "best", "mean_last_10")
+COLUMNS = ("last", "best", "mean_last_tenth")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class SearchConfig:
     """validation: the test split chooses nothing."""
     metric: str = "eval/accuracy"
     """What decides, of summary.json."""
-    column: str = "mean_last_10"
-    """last | best | mean_last_10 of the metric."""
+    column: str = "mean_last_tenth"
+    """last | best | mean_last_tenth (of the rounds) of the metric."""
 
     def __post_init__(self) -> None:
         for name, values in {"values": self.values, **self.per_method_values}.items():
@@ -64,6 +64,24 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """What `fedlabel compare` tests; to be written down before there are results, or p values are too small."""
+
+    baseline: str | None = None
+    """Row that all others of a section are tested against. null: the first that trains on the labels alone (method
+    supervised, without oracle_labels)."""
+    all_pairs: bool = False
+    """Whether every row is tested against every other one instead, with a correction for that many tests."""
+
+    def __post_init__(self) -> None:
+        if self.all_pairs and self.baseline is not None:
+            raise ValueError(
+                f"`compare.baseline` (={self.baseline}) has no meaning with `compare.all_pairs` (=true): give one of "
+                "them."
+            )
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """What a sweep's YAML file holds."""
 
@@ -79,6 +97,7 @@ class SweepConfig:
     search: SearchConfig | None = None
     final_split: str = "test"
     """Split on which the final runs are evaluated: test, or validation for a probe."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
     targets: list[float] = field(default_factory=list)
     """Accuracies in (0, 1) to which `fedlabel compare` counts rounds and bytes."""
     published: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -117,6 +136,8 @@ class SweepConfig:
             named["search.per_method_values"] = dict.fromkeys(self.search.per_method_values, "")
             if self.search.setting is not None:
                 named["search.setting"] = {self.search.setting: ""}
+        if self.compare.baseline is not None:
+            named["compare.baseline"] = {self.compare.baseline: ""}
         of_settings = ("published", "search.setting")
         for where, rows in {"published": dict.fromkeys(self.published, ""), **named}.items():
             known = list(self.sections if where in of_settings else self.methods)

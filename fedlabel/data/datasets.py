@@ -18,6 +18,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from fedlabel.data.class_names import find_classes
+from fedlabel.data.image_folders import load_image_folder
 from fedlabel.data.loaders import (
     DIGITS,
     DataError,
@@ -27,10 +29,9 @@ from fedlabel.data.loaders import (
     load_cifar,
     load_digits,
     load_idx,
-    load_image_folder,
-    load_npz,
     load_svhn,
 )
+from fedlabel.data.npz_files import load_npz
 from fedlabel.data.table_files import load_adult, load_bank_marketing, load_breast_cancer, load_magic, load_table
 from fedlabel.data.tables import LoadedTable, Table, encode
 from fedlabel.seeding import numpy_generator
@@ -50,19 +51,26 @@ class DataConfig:
     download: bool = False
     """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
     validation_fraction: float = 0.1
-    """Part of the training set held out for choosing hyper-parameters, in [0, 1)."""
+    """Part of the training samples that have a label, held out for choosing hyper-parameters, in [0, 1)."""
     train_samples: int | None = None
     """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
     positive_classes: tuple[str, ...] = ()
-    """Names (or else numbers) of classes that are put together as class 1, against the rest as class 0: makes a task of
-    two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty: the classes as they are. Numbers of classes
-    elsewhere, and in files of labels, then are 0 and 1."""
+    """Names of classes (or their numbers from 0, where they are not named by numbers) that are put together as class 1,
+    against the rest as class 0: makes a task of two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty:
+    the classes as they are. Elsewhere, and in files of labels, the classes then are 0 and 1."""
     label_column: str | None = None
     """table: the column that holds the labels."""
     categorical: tuple[str, ...] | None = None
-    """Tables: columns whose cells are categories, not numbers; null: those with a training cell that is no number."""
+    """Tables: columns whose cells are categories, even if they are numbers, besides the columns of texts."""
     drop_columns: tuple[str, ...] | None = None
     """Tables: columns that are left out; null: none, but of bank_marketing `duration`, which tells the label."""
+    aside_columns: tuple[str, ...] = ()
+    """Tables: columns that are read but are no features, such as a site that the rows are split by."""
+    missing: tuple[str, ...] = ()
+    """table: what else stands for a missing number or label, e.g. [-999, unknown]; an empty cell, NA, N/A, NaN, null, ?
+    and their like always do, and among numbers also none, - and a point."""
+    decimal: str = "point"
+    """table: what stands before the decimals of numbers in a CSV file, point or comma; 1.234,5 is read with comma."""
     test_fraction: float = 0.2
     """Tables without a test set of their own (bank_marketing, magic, breast_cancer; table without `test_file`): share
     of every class's rows that is split off as test set, in (0, 1); drawn once and for all, whatever the seed."""
@@ -81,24 +89,29 @@ class DataConfig:
         self._check_tables()
 
     def _check_tables(self) -> None:
-        for key in ("positive_classes", "categorical", "drop_columns"):  # YAML gives lists; this must be hashable
-            value = getattr(self, key)
+        for key in ("positive_classes", "categorical", "drop_columns", "aside_columns", "missing"):
+            value = getattr(self, key)  # YAML gives lists; this must be hashable
             object.__setattr__(self, key, None if value is None else tuple(map(str, value)))
-        for key in ("categorical", "drop_columns"):
-            if getattr(self, key) is not None and not DATASETS[self.name].tabular:
+        for key in ("categorical", "drop_columns", "aside_columns"):
+            if getattr(self, key) not in (None, getattr(DataConfig, key)) and not DATASETS[self.name].tabular:
                 raise DataError(f"`data.{key}` (={list(getattr(self, key))}) is for tables, not for {self.name}.")
-        for key in ("label_column", "test_file"):
-            if getattr(self, key) is not None and self.name != "table":
+        for key in ("label_column", "test_file", "missing", "decimal"):
+            if getattr(self, key) != getattr(DataConfig, key) and self.name != "table":
                 raise DataError(f"`data.{key}` (={getattr(self, key)}) is for data.name=table, not for {self.name}.")
         if self.name == "table" and self.label_column is None:
             raise DataError("`data.label_column` (=None) must name the column of labels for data.name=table.")
+        if self.decimal not in ("point", "comma"):
+            raise DataError(f"`data.decimal` (={self.decimal}) must be point or comma.")
         if not 0 < self.test_fraction < 1:
             raise DataError(f"`data.test_fraction` (={self.test_fraction}) must lie in (0, 1).")
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set in memory. The tensors are shared by all who load it: do not write to them."""
+    """A data set in memory. The tensors are shared by all who load it: do not write to them.
+
+    A sample of `train` may have the label -1: nobody knows its class. Those of `validation` and `test` all have one.
+    """
 
     name: str
     """`data.name`; with `data.positive_classes` also which they are."""
@@ -120,7 +133,10 @@ class Dataset:
     own_size: int
     """How many samples the set has in that order, whatever is kept of them."""
     tables: Mapping[str, Table] = field(default_factory=dict)
-    """The rows of "train", "validation" and "test" before they became features; none for images."""
+    """The rows of "train", "validation" and "test" before they became features; none for images. `Table.column` gives a
+    column of them, also one of `data.aside_columns`."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the data were read, a sentence each."""
 
     def feature(self, name: str, part: str) -> np.ndarray:
         """Returns one value of every sample of `part` (train, validation or test), (n,), to sort by: of the column
@@ -131,7 +147,7 @@ class Dataset:
         """
         if self.tabular:
             table = self.tables[part]
-            if name not in table.names:
+            if name not in (*table.names, *table.aside):
                 near = difflib.get_close_matches(name, table.names, n=1)
                 raise DataError(
                     f"`supervision.bag_feature` (={name}) must be one of the columns of {self.name}: "
@@ -189,7 +205,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     Args:
         config: which set and where.
         seed: the experiment's seed; decides, uniformly at random, which `int(validation_fraction * n)` of the n
-            training samples are held out. The order of the samples is kept.
+            training samples that have a label are held out. The order of the samples is kept.
 
     Returns:
         The data set. The last two are kept in memory.
@@ -208,14 +224,17 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     if config.positive_classes:
         loaded, name = _positive_against_rest(loaded, config)
     order = torch.from_numpy(numpy_generator(seed, "validation").permutation(len(loaded.train.labels)))
-    count = int(config.validation_fraction * len(order))
-    kept = len(order) - count if config.train_samples is None else config.train_samples
-    if kept > len(order) - count:
+    has_label = loaded.train.labels[order] >= 0  # models are judged on what is held out
+    count = int(config.validation_fraction * int(has_label.sum()))
+    is_held_out = has_label & (has_label.cumsum(0) <= count)
+    held_out, others = order[is_held_out].sort().values, order[~is_held_out]
+    kept = len(others) if config.train_samples is None else config.train_samples
+    if kept > len(others):
         raise DataError(
-            f"`data.train_samples` (={kept}) is more than the training set has: {len(order) - count} samples of "
+            f"`data.train_samples` (={kept}) is more than the training set has: {len(others)} samples of "
             f"{config.name} besides those held out for validation."
         )
-    rows, held_out = order[count : count + kept].sort().values, order[:count].sort().values
+    rows = others[:kept].sort().values
     if isinstance(loaded, LoadedTable):
         whole = loaded.train
         train, validation, test = encode(whole.rows(rows), (whole.rows(held_out), loaded.test))
@@ -229,30 +248,22 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     names, size = loaded.class_names, len(loaded.train.labels)
     if isinstance(loaded, LoadedTable) and loaded.rows is not None:
         rows, size = loaded.rows[rows], loaded.file_size or size
-    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables)
+    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables, loaded.notes)
 
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:
     """Returns the set with labels 1 for `data.positive_classes` and 0 for the others, and what to call it."""
-    classes, key = loaded.class_names, f"`data.positive_classes` (={list(config.positive_classes)})"
-    chosen = []
-    for given in config.positive_classes:
-        number = classes.index(given) if given in classes else int(given) if given.isdecimal() else -1
-        if not 0 <= number < len(classes):
-            near = difflib.get_close_matches(given, classes, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise DataError(
-                f"{key}: {given} is no class of {config.name}; it must be one of {', '.join(classes)}, or a number "
-                f"from 0 to {len(classes) - 1}.{hint}"
-            )
-        chosen.append(number)
-    if len(set(chosen)) < len(chosen):
-        raise DataError(f"{key} names a class twice: {', '.join(classes[number] for number in chosen)}.")
-    if len(chosen) == len(classes):
-        raise DataError(f"{key} names all {len(classes)} classes, which leaves none for the rest: leave one out.")
+    classes = loaded.class_names
+    try:
+        chosen = find_classes("data.positive_classes", config.positive_classes, classes, "none for the rest")
+    except ValueError as error:
+        raise DataError(str(error)) from error
     positive = torch.zeros(len(classes), dtype=torch.int64)
     positive[chosen] = 1
-    train, test = (replace(split, labels=positive[split.labels]) for split in (loaded.train, loaded.test))
+    train, test = (
+        replace(split, labels=torch.where(split.labels < 0, -1, positive[split.labels.clamp_min(0)]))
+        for split in (loaded.train, loaded.test)
+    )
     name = "+".join(classes[number] for number in chosen)
     made = loaded._replace(train=train, test=test, class_names=("rest", name))  # type: ignore[arg-type]
     return made, f"{config.name} ({name} against the rest)"

@@ -1,19 +1,20 @@
-"""Files of tables: UCI's as they are distributed, and CSV or Parquet files of the user's, as columns of texts."""
+"""Sets of tables: UCI's as they are distributed, and CSV or Parquet files of the user's."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedlabel.data.csv_files import read_csv
 from fedlabel.data.loaders import DataError, data_root
-from fedlabel.data.tables import Columns, LoadedTable, as_tables, split_off_test
+from fedlabel.data.parquet_files import read_parquet
+from fedlabel.data.table_columns import Rows, as_tables, check_columns, split_off_test
+from fedlabel.data.table_labels import LabelColumn
+from fedlabel.data.table_notes import column_notes
+from fedlabel.data.tables import LoadedTable
+from fedlabel.data.text_tables import TextTable, did_you_mean, listed
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
@@ -26,9 +27,9 @@ def load_breast_cancer(config: DataConfig) -> LoadedTable:
     from sklearn.datasets import load_breast_cancer
 
     found = load_breast_cancer()
-    columns = {str(name): column.astype(str) for name, column in zip(found.feature_names, found.data.T, strict=True)}
-    names = ("malignant", "benign")
-    return split_off_test(columns, np.array(names)[found.target], names, config, "breast_cancer")
+    columns = {str(name): list(map(str, cells)) for name, cells in zip(found.feature_names, found.data.T, strict=True)}
+    file = TextTable("breast_cancer", tuple(columns), columns)
+    return split_off_test(file, found.target.astype(np.int64), ("malignant", "benign"), config)
 
 
 ADULT = (
@@ -43,13 +44,13 @@ def load_adult(config: DataConfig) -> LoadedTable:
     All 14 columns are kept: also `fnlwgt`, a weight of the survey, and `education-num`, which says the same as
     `education`; see `data.drop_columns`.
     """
-    columns, labels = [], []
+    names, parts = ("<=50K", ">50K"), []
     for name in ("adult.data", "adult.test"):
-        path = _find_uci(config, "adult", name, 2)
-        read = _read_csv(path, ",", ADULT)
-        labels.append(np.char.rstrip(read.pop("income"), "."))  # labels of the test set end in a dot
-        columns.append(read)
-    return as_tables(columns[0], labels[0], columns[1], labels[1], ("<=50K", ">50K"), config, "adult")
+        file = read_csv(_find_uci(config, "adult", name, 2), ",", ADULT)
+        cells = [cell.rstrip(".") for cell in file.columns.pop("income")]  # labels of the test set end in a dot
+        labels = LabelColumn("income", frozenset()).numbers(file.where, cells, names)
+        parts.append(Rows(file, np.arange(len(labels)), labels))
+    return as_tables(parts[0], parts[1], names, config)
 
 
 def load_bank_marketing(config: DataConfig) -> LoadedTable:
@@ -59,10 +60,10 @@ def load_bank_marketing(config: DataConfig) -> LoadedTable:
     outcome, the label, is known, too.
     """
     path = _find_uci(config, "bank-marketing", "bank-full.csv", 222)
-    columns = _read_csv(path, ";")
-    if "y" not in columns:
-        raise DataError(f"{path} has no column y, only {', '.join(columns)}. Delete it and copy it again.")
-    return split_off_test(columns, columns.pop("y"), ("no", "yes"), config, str(path), ("duration",))
+    file = read_csv(path, ";")
+    if "y" not in file.columns:
+        raise DataError(f"{path} has no column y, only {listed(file.names)}. Delete it and copy it again.")
+    return _split_off_test(file, "y", ("no", "yes"), config, ("duration",))
 
 
 MAGIC = (
@@ -73,51 +74,70 @@ MAGIC = (
 def load_magic(config: DataConfig) -> LoadedTable:
     """MAGIC Gamma Telescope (UCI 159), of which a test set is split off; h: hadron (background), g: gamma (signal)."""
     path = _find_uci(config, "magic", "magic04.data", 159)
-    columns = _read_csv(path, ",", MAGIC)
-    return split_off_test(columns, columns.pop("class"), ("h", "g"), config, str(path))
+    return _split_off_test(read_csv(path, ",", MAGIC), "class", ("h", "g"), config)
+
+
+def _split_off_test(
+    file: TextTable, column: str, names: tuple[str, ...], config: DataConfig, dropped: tuple[str, ...] = ()
+) -> LoadedTable:
+    labels = LabelColumn(column, frozenset()).numbers(file.where, file.columns.pop(column), names)
+    return split_off_test(file, labels, names, config, dropped)
 
 
 def load_table(config: DataConfig) -> LoadedTable:
     """A CSV (packed or not) or Parquet file of the user's, and a second one as test set, or a share of the first.
 
-    CSV: UTF-8, names of the columns in the first line, separated by commas, semicolons or tabs, whichever the first
-    line has most of. Parquet (a name that ends in .parquet) is read by pyarrow, which must be installed.
+    CSV: see `read_csv`. Parquet (a name that ends in .parquet) is read by pyarrow, which must be installed. Training
+    rows may lack a label; with a test set of its own even all of them may, and then the column, too.
     """
     path = data_root(config)
     column = config.label_column
     assert column is not None
     paths = [path] if config.test_file is None else [path, path.parent / config.test_file]
-    tables = [_read_file(config, each) for each in paths]
-    for each, table in zip(paths, tables, strict=True):
-        if column not in table:
+    files = [_read_file(config, each) for each in paths]
+    for file in files:
+        if column not in file.names and (len(files) == 1 or column not in files[1].names):
             raise DataError(
-                f"`data.label_column` (={column}): {each} has no such column, only {', '.join(table)}. If these are "
-                "not the names of its columns: they must stand in the first line."
+                f"`data.label_column` (={column}): {file.where} has no such column, only {listed(file.names)}."
+                f"{did_you_mean(column, file.names)} If these are not the names of its columns: they must stand in the "
+                "first line, separated by commas, semicolons, tabs or bars."
             )
-    labels = [table.pop(column) for table in tables]
-    for each, values in zip(paths, labels, strict=True):
-        missing = np.flatnonzero(np.isin(np.char.lower(values), ("", "nan")))
-        if len(missing):
+    labels = LabelColumn(column, frozenset(mark.casefold() for mark in config.missing))
+    cells = [file.columns.pop(column, [""] * len(file)) for file in files]
+    names, train, notes = labels.read(files[0].where, cells[0])
+    tests = []
+    if len(files) == 2:
+        if not names:
+            names, test, _ = labels.read(files[1].where, cells[1])
+        else:
+            test = labels.numbers(files[1].where, cells[1], names)
+        if len(absent := np.flatnonzero(test < 0)):
+            more = f", nor have {len(absent) - 1} others" if len(absent) > 1 else ""
             raise DataError(
-                f"{each}: column {column} has no label in data row {missing[0] + 1}. Every row needs one: delete the "
-                "row, or write what label it has."
+                f"{files[1].where}: column {column} has no label in data row {absent[0] + 1}{more}. Every test row "
+                "needs one: write it, or delete the row."
             )
-    names = _class_names(labels[0])
-    if len(tables) == 1:
-        return split_off_test(tables[0], labels[0], names, config, str(path))
-    train, test = tables
-    if odd := sorted(set(train) ^ set(test)):
-        raise DataError(f"{paths[1]} and {path} must have the same columns; only one of them has {', '.join(odd)}.")
-    return as_tables(train, labels[0], {name: test[name] for name in train}, labels[1], names, config, str(path))
-
-
-def _class_names(labels: np.ndarray) -> tuple[str, ...]:
-    """Returns the different labels, in the order of numbers if all are numbers and else of the alphabet."""
-    names = [str(name) for name in np.unique(labels)]
-    try:
-        return tuple(sorted(names, key=float))
-    except ValueError:
-        return tuple(names)
+        tests = [Rows(files[1], np.arange(len(test)), test)]
+    if not names:
+        raise DataError(
+            f"{files[0].where}: column {column} has no label in any row. Write some, or name another data.label_column."
+        )
+    if column in names:
+        raise DataError(
+            f"`data.label_column` (={column}): {column} is also a label in {files[0].where}. The first line must hold "
+            "the names of the columns, not data."
+        )
+    if not tests:
+        loaded = split_off_test(files[0], train, names, config)
+    else:
+        check_columns(files[0], config, config.drop_columns or ())
+        if odd := sorted(set(files[0].columns) ^ set(files[1].columns)):
+            raise DataError(
+                f"{files[1].where} and {files[0].where} must have the same columns; only one of them has {listed(odd)}."
+            )
+        loaded = as_tables(Rows(files[0], np.arange(len(train)), train), tests[0], names, config)
+    said = (*(note for file in files for note in file.notes), *notes, *loaded.notes)
+    return loaded._replace(notes=(*said, *column_notes(files[0].where, loaded.train, files[0].names)))
 
 
 def _find_uci(config: DataConfig, folder: str, name: str, number: int) -> Path:
@@ -134,72 +154,14 @@ def _find_uci(config: DataConfig, folder: str, name: str, number: int) -> Path:
     )
 
 
-def _read_file(config: DataConfig, path: Path) -> Columns:
+def _read_file(config: DataConfig, path: Path) -> TextTable:
     if not path.is_file():
         key, value = ("root", config.root) if path == data_root(config) else ("test_file", config.test_file)
         raise DataError(
             f"`data.{key}` (={value}): there is no file {path}. Set data.root=<file.csv, file.csv.gz or file.parquet>, "
             "and data.test_file=<name of a file beside it>, if there is one."
         )
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-
-
-def _read_csv(path: Path, delimiter: str | None = None, names: Sequence[str] | None = None) -> Columns:
-    """Returns the columns of a CSV file, without blanks around cells.
-
-    Args:
-        path: the file, packed by gzip or not.
-        delimiter: between cells; None: see `load_table`.
-        names: of the columns; None: they stand in the first line.
-    """
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
-        # Adult's test set begins with a remark after a bar.
-        lines = io.StringIO(text.partition("\n")[2] if names and text.startswith("|") else text, newline="")
-        first = text.partition("\n")[0]
-        separator = max(",;\t", key=first.count) if delimiter is None else delimiter
-        reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
-        rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}. Write it again, as UTF-8.") from error
-    if names is None and rows:
-        names, rows = [name.strip() for name in rows[0][1]], rows[1:]
-    if not names or not rows:
-        raise DataError(f"{path} holds no rows. At least one is needed, below the names of the columns.")
-    return _checked_columns(path, names, rows)
-
-
-def _checked_columns(path: Path, names: Sequence[str], rows: Sequence[tuple[int, list[str]]]) -> Columns:
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if list(names).count(name) > 1)
-        raise DataError(f"{path} has two columns of the name `{twice}`. Rename one of them.")
-    for line, row in rows:
-        if len(row) != len(names):
-            raise DataError(f"{path}, line {line}: there are {len(row)} cells, but {len(names)} columns.")
-    cells = zip(*(row for _, row in rows), strict=True)
-    return {name: np.char.strip(np.array(column, dtype=str)) for name, column in zip(names, cells, strict=True)}
-
-
-def _read_parquet(path: Path) -> Columns:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise DataError(
-            f"`data.root` (={path}): Parquet files are read by pyarrow, which is not installed. Install it "
-            "(pip install pyarrow), or write the table as CSV."
-        ) from error
-    try:
-        table = parquet.read_table(path)
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as a Parquet file: {error} Write it again.") from error
-    return _text_columns(path, {name: table[name].to_pylist() for name in table.column_names})
-
-
-def _text_columns(path: Path, columns: dict[str, list[object]]) -> Columns:
-    if not columns or not len(next(iter(columns.values()))):
-        raise DataError(f"{path} holds no rows. At least one is needed.")
-    return {
-        name: np.array(["" if cell is None else str(cell) for cell in column], dtype=str)
-        for name, column in columns.items()
-    }
+    skipped = set(config.drop_columns or ()) - {config.label_column, *config.aside_columns}
+    if path.suffix.lower() in (".parquet", ".pq"):
+        return read_parquet(path, skipped)
+    return read_csv(path, label_column=config.label_column, skipped=skipped, decimal=config.decimal)

@@ -224,6 +224,21 @@ def test_csv_with_quotes_blanks_and_missing_cells(tmp_path: Path, separator: str
     assert load(path, label_column="class", test_file="set.csv", drop_columns=["weight"]).input_shape == (2, 1, 1)
 
 
+def test_columns_set_aside_are_kept_in_every_split_but_are_no_features(tmp_path: Path) -> None:
+    lines = [f"{row},ward{i}" for i, row in enumerate(rows_of(40))]
+    path = write(tmp_path / "a.csv", "size,colour,kind,ward", *lines)
+    data = load(path, aside_columns=["ward", "size"], validation_fraction=0.25)
+    assert data.input_shape == (2, 1, 1)
+    rows = [data.tables[part].column("ward").tolist() for part in ("train", "validation", "test")]
+    assert list(map(len, rows)) == [24, 8, 8]
+    assert rows[0] == [f"ward{row}" for row in data.train_rows.tolist()]
+    assert sorted(rows[0] + rows[1] + rows[2]) == sorted(f"ward{i}" for i in range(40))
+    assert data.feature("size", "test").tolist() == [str(int(row[4:]) % 7) for row in rows[2]]
+    assert list(data.sample(0)) == ["colour"]
+    with pytest.raises(DataError, match=r"`data.aside_columns`: .*no column site, only size, colour, ward"):
+        load(path, aside_columns=["site"])
+
+
 def test_columns_can_be_dropped_and_declared_categories(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "size,colour,kind", *rows_of(40))
     assert load(path).input_shape == (1 + 2, 1, 1)
@@ -241,13 +256,14 @@ def test_columns_can_be_dropped_and_declared_categories(tmp_path: Path) -> None:
         (["size,kind,size", "1,a,2"], {}, "two columns of the name `size`"),
         (["size,kind", "1,a", "2"], {}, "line 3: there are 1 cells, but 2 columns"),
         (["size,kind", '1,"a'], {}, "cannot be read as CSV"),
-        (["size,kind", *["1,a", "2,b"] * 5, "3,"], {}, "column kind has no label in data row 11"),
+        (["size,kind", *["1,a", "2,b"] * 5, "3,c"], {}, r"class `c` has one row \(data row 11\)"),
+        (["size,kind", *["1,", "2,NA"] * 5], {}, "column kind has no label in any row"),
         (["size,kind", *["1,a"] * 9, "2,b"], {}, r"`data.test_fraction` \(=0.2\) .*10 rows of 2 classes"),
-        (["size,kind", *["1,a", "inf,b"] * 9], {}, "column size holds infinity"),
+        (["size,kind", *["1,a", "inf,b"] * 9], {}, "column size, data row 2: `inf`, infinity"),
         (["size,kind", *["1,a", "2,b"] * 9], {"drop_columns": ["size"]}, "leaves no column"),
         (["size,kind", *["1,a", "2,b"] * 9], {"drop_columns": ["sise"]}, "has no column sise, only size"),
         (["size,kind", *["1,a", "2,b"] * 9], {"categorical": ["sise"]}, "`data.categorical`: .*no column sise"),
-        (["size,kind", *["x,a", "2,b"] * 9], {"categorical": []}, "column size is numeric, but `x` of its training"),
+        (["size,kind", *["x,a", "2,b"] * 9], {}, "column size, data row 3: `x`, .* 7 of its 14 training cells are num"),
         (
             ["size,kind", *["1,a", "2,b"] * 9],
             {"label_column": "sort"},
@@ -267,10 +283,11 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path: Path, lines: list[str]
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["size,kind", "1,c"], r"the test rows have the label `c`, which is none of a, b"),
+        (["size,kind", "1,c"], r"test.csv: data row 1 has the label `c`, which is none of a, b"),
         (["size,sort", "1,a"], r"\(=kind\): .*test.csv has no such column"),
         (["kind", "a"], "must have the same columns; only one of them has size"),
-        (["size,kind", "large,a"], "column size is numeric, but `large` of its test rows is no number"),
+        (["size,kind", "1,a", "large,a"], "test.csv: column size, data row 2: `large` is no number"),
+        (["size,kind", "1,a", "1,", "1,?"], "column kind has no label in data row 2, nor have 1 others"),
     ],
 )
 def test_a_test_file_that_does_not_fit(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -324,6 +341,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
         ({"name": "adult", "test_file": "y"}, r"`data.test_file` \(=y\) is for data.name=table, not for adult"),
         ({"drop_columns": ("y",)}, r"`data.drop_columns` \(=\['y'\]\) is for tables, not for digits"),
         ({"categorical": ()}, r"`data.categorical` \(=\[\]\) is for tables, not for digits"),
+        ({"aside_columns": ("y",)}, r"`data.aside_columns` \(=\['y'\]\) is for tables, not for digits"),
         ({"name": "magic", "test_fraction": 1.0}, r"`data.test_fraction` \(=1.0\) must lie in \(0, 1\)"),
     ],
 )
@@ -363,9 +381,9 @@ def test_names_come_before_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("ship",), r"\(=\['ship'\]\): ship is no class of digits; it must be one of 0, 1, .* number from 0 to 9"),
-        (("10",), "10 is no class of digits"),
-        (("-1",), "-1 is no class of digits"),
+        (("ship",), r"\(=\[ship\]\): ship is none of the classes 0, 1, .*, 9\."),
+        (("10",), "10 is none of the classes 0, 1, "),
+        (("-1",), "-1 is none of the classes 0, 1, "),
         (("3", "3"), "names a class twice: 3, 3"),
         (tuple("0123456789"), "names all 10 classes, which leaves none for the rest"),
     ],
