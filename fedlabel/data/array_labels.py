@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedlabel.data.cells import MISSING
 from fedlabel.data.loaders import DataError
 from fedlabel.data.names import alike, closest, in_order, listed, shown
-from fedlabel.data.tables import MISSING
 
 MAX_NAME = 200
 """Letters of a class's name; a longer one is no name."""

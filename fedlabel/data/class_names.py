@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from fedlabel.data.tables import MISSING
+from fedlabel.data import names as naming
+from fedlabel.data.cells import MISSING
 
 NO_CLASS = -1
 """In place of the number of a class: none was given. Where -1 is itself the name of a class, it means that class."""
@@ -112,8 +112,7 @@ class ClassNames:
 
     def listed(self) -> str:
         """Returns the names for a message, the first 20 of them."""
-        more = f" and {len(self.names) - 20} more" if len(self.names) > 20 else ""
-        return ", ".join(islice(self.names, 20)) + more
+        return naming.listed(self.names, 20)
 
 
 def find_classes(key: str, given: Sequence[str], names: Sequence[str], left: str) -> list[int]:
@@ -192,5 +191,4 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception as error:
         text = f"<{type(value).__name__}, whose repr fails: {type(error).__name__}>"
-    text = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+    return naming.shown(" ".join(text.split()), MAX_SHOWN)

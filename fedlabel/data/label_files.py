@@ -8,20 +8,25 @@ has one label per sample, in the order of the data set's training samples; what 
 from __future__ import annotations
 
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fedlabel.data.class_names import NO_CLASS, ClassNames, shown
+from fedlabel.data.csv_files import read_csv
 from fedlabel.data.datasets import Dataset
 from fedlabel.data.loaders import DataError
-from fedlabel.data.table_files import _read_csv, _read_parquet
+from fedlabel.data.names import listed
+from fedlabel.data.npz_files import read_npz
+from fedlabel.data.parquet_files import read_parquet
 
-_BROKEN = (zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile)
 PICKLED = (".pt", ".pth", ".pkl", ".pickle")
-TABLES = (".csv", ".tsv", ".txt", ".gz", ".parquet")
+CSV = (".csv", ".tsv", ".txt", ".gz")
+PARQUET = (".parquet", ".pq")
+
+Column = np.ndarray | list[str]
+"""(n,) labels; of a table as a list of texts, since an array of them would be as wide as the longest."""
 
 
 def read_label_file(path: Path, keys: Sequence[str], dataset: Dataset) -> np.ndarray:
@@ -35,98 +40,110 @@ def read_label_file(path: Path, keys: Sequence[str], dataset: Dataset) -> np.nda
     Raises:
         DataError: the file is missing or damaged, has no such array, or one of another length or of other classes.
     """
-    if path.suffix.lower() in PICKLED:
-        raise DataError(
-            f"`supervision.labels_file` (={path.name}): files of this kind are unpickled, which may run code. Write "
-            "the labels by numpy.savez, or as CSV."
-        )
-    arrays = _read_tables(path) if path.suffix.lower() in TABLES else _read_arrays(path)
-    for key in keys:
-        if key not in arrays:
-            raise DataError(
-                f"`supervision.labels_keys`: {path} has no array or column {shown(key)}, only "
-                f"{', '.join(map(str, arrays)) or 'none at all'}."
-            )
-    if not arrays:
-        raise DataError(f"`supervision.labels_file`: {path} has no array.")
+    arrays = _read(path, keys)
     classes = ClassNames(dataset.class_names)
-    _check_signs(path, [arrays[key] for key in keys or arrays], classes)
+    columns = {
+        what: column for key, array in arrays.items() for what, column in _columns(path, key, array, dataset).items()
+    }
+    _check_signs(path, columns, classes)
     rows = dataset.train_rows.numpy()
-    columns = [
-        _numbers(f"{path}: {what}", values, classes)[rows]
-        for key in keys or arrays
-        for what, values in _columns(path, key, arrays[key], dataset)
-    ]
-    return np.stack(columns, 1)
+    return np.stack([_numbers(f"{path}: {what}", column, classes)[rows] for what, column in columns.items()], 1)
 
 
-def _read_tables(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-    except DataError as error:
-        raise DataError(f"`supervision.labels_file` (={path.name}): {error}") from error
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        # Opened here, as numpy leaves a broken archive open.
-        with path.open("rb") as file:
-            if path.suffix.lower() == ".npy":
-                return {path.stem: np.lib.format.read_array(file, allow_pickle=False)}
-            with np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
-                return {key: archive[key] for key in archive.files}
-    except (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, MemoryError, *_BROKEN) as error:
+def _read(path: Path, keys: Sequence[str]) -> Mapping[str, Column]:
+    """Returns the arrays or columns of these names, in this order; without names all."""
+    key, suffix = f"`supervision.labels_file` (={path.name})", path.suffix.lower()
+    if suffix in PICKLED:
         raise DataError(
-            f"`supervision.labels_file` (={path.name}): {path} cannot be read as .npz ({error}). It must lie below "
-            "data.root, or beside it if that is a file."
+            f"{key}: files of this kind are unpickled, which may run code. Write the labels by numpy.savez, or as CSV."
+        )
+    if not path.is_file():
+        raise DataError(f"{key}: there is no file {path}. It must lie below data.root, or beside it if that is a file.")
+    found: Mapping[str, Column]
+    try:
+        if suffix in CSV:
+            found = read_csv(path, empty_rows=True).columns
+        elif suffix in PARQUET:
+            found = read_parquet(path).columns
+        elif suffix == ".npy":
+            # Mapped, so that a header which claims more than there is takes no memory.
+            found = {path.stem: np.array(np.load(path, mmap_mode="r", allow_pickle=False))}
+        else:
+            names = read_npz(path, ())[1]
+            found = read_npz(path, [name for name in names if name in keys or not keys])[0]
+    except (DataError, OSError, EOFError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{key}: {error if isinstance(error, DataError) else f'{path} cannot be read: {error}'}"
         ) from error
+    if missing := [name for name in keys if name not in found]:
+        known = list(found) if suffix in (*CSV, *PARQUET, ".npy") else names
+        raise DataError(
+            f"`supervision.labels_keys`: {path} has no array or column {shown(missing[0])}, only "
+            f"{listed(known) or 'none at all'}."
+        )
+    if not found:
+        raise DataError(f"{key}: {path} has no array.")
+    return {name: found[name] for name in keys or found}
 
 
-def _columns(path: Path, key: str, array: np.ndarray, dataset: Dataset) -> list[tuple[str, np.ndarray]]:
-    """Returns an array as columns (n,), each with what to call it."""
+def _columns(path: Path, key: str, array: Column, dataset: Dataset) -> dict[str, Column]:
+    """Returns an array as columns (n,), by what to call them."""
     name, needed = f"array {key}", dataset.own_size
-    if array.ndim == 2 and len(array) == needed and array.shape[1]:
-        places = range(array.shape[1])
-        return [(name if array.shape[1] == 1 else f"{name}, column {place}", array[:, place]) for place in places]
-    if array.shape == (needed,):
-        return [(name, array)]
+    if isinstance(array, list):
+        while len(array) > needed and not array[-1]:  # blank lines at the end of a file
+            array = array[:-1]
+    shape = (len(array),) if isinstance(array, list) else array.shape
+    if shape == (needed,):
+        return {name: array}
+    if isinstance(array, np.ndarray) and len(shape) == 2 and shape[0] == needed and shape[1]:
+        if shape[1] == 1:
+            return {name: array[:, 0]}
+        return {f"{name}, column {place}": array[:, place] for place in range(shape[1])}
     hint = ""
-    if array.ndim == 2 and array.shape[1] == needed:
+    if len(shape) == 2 and shape[1] == needed:
         hint = " It seems to lie on its side: transpose it."
-    elif path.suffix.lower() in TABLES:
-        hint = ' Below a first line with names, every line is a sample; write an empty label of a single column as "".'
+    elif isinstance(array, list):
+        hint = " Below a first line with names of columns, every line is a sample."
     raise DataError(
-        f"{path}: {name} of shape {array.shape} must have shape ({needed},), or ({needed}, annotators): one label for "
-        f"each sample of {dataset.name}, also of those held out"
+        f"{path}: {name} of shape {shape} must have shape ({needed},), or ({needed}, annotators): one label for each "
+        f"sample of {dataset.name}, also of those held out"
         f"{', in the order of the file.' if dataset.tabular else ' for validation.'}{hint}"
     )
 
 
-def _check_signs(path: Path, arrays: Sequence[np.ndarray], classes: ClassNames) -> None:
+def _check_signs(path: Path, columns: Mapping[str, Column], classes: ClassNames) -> None:
     """Refuses labels -1 and 1 alone, of two classes of other names: is -1 a class, or no label?"""
-    if len(classes.names) != 2 or NO_CLASS in classes or not all(array.dtype.kind in "iufU" for array in arrays):
+    if len(classes.names) != 2 or NO_CLASS in classes:
         return
-    texts = {str(label).strip().removesuffix(".0") for array in arrays for label in np.unique(array)}
-    if texts - {"", "nan"} == {"-1", "1"}:
+    found: set[str] = set()
+    for column in columns.values():
+        found.update(str(label).strip().removesuffix(".0") for label in dict.fromkeys(_plain(column)))
+    if found - {"", "nan", "None"} == {"-1", "1"}:
         raise DataError(
-            f"{path}: its labels are -1 and 1 alone. If -1 is the class {classes.names[0]}, write that name; if it "
-            "says that there is no label, write an empty text, or NaN."
+            f"{path}: its labels are -1 and 1 alone. If -1 is the class {listed(classes.names[:1])}, write that name; if "
+            "it says that there is no label, write an empty text, or NaN."
         )
 
 
-def _numbers(what: str, values: np.ndarray, classes: ClassNames) -> np.ndarray:
+def _plain(column: Column) -> list[object]:
+    """Returns the values of a column as Python's, NaN always as the same object."""
+    if isinstance(column, list):
+        return list(column)
+    values: list[object] = column.tolist()
+    return [None if value != value else value for value in values]
+
+
+def _numbers(what: str, column: Column, classes: ClassNames) -> np.ndarray:
     """Returns (n,) int64, -1 = none."""
-    if values.dtype.kind not in "biufUS":
-        raise DataError(f"{what} of {values.dtype} must hold numbers or names of classes.")
-    found, first, place = np.unique(values, return_index=True, return_inverse=True)
-    numbers = np.full(len(found), NO_CLASS)
-    for i, (value, row) in enumerate(zip(found, first, strict=True)):
+    if isinstance(column, np.ndarray) and column.dtype.kind not in "biufUS":
+        raise DataError(f"{what} of {column.dtype} must hold numbers or names of classes.")
+    values, numbers = _plain(column), {}
+    for value in dict.fromkeys(values):
         try:
-            numbers[i] = classes.find(value)
+            numbers[value] = classes.find(value)
         except ValueError as error:
             raise DataError(
-                f"{what}: label {row} (={shown(value.item())}) {error}. Where there is no label, leave it empty"
-                f"{'' if NO_CLASS in classes else ', or write -1'}."
+                f"{what}: label {values.index(value)} (={shown(value)}) {error}. Where there is no label, leave it "
+                f"empty{'' if NO_CLASS in classes else ', or write -1'}."
             ) from error
-    told: np.ndarray = numbers[place]
-    return told
+    return np.array([numbers[value] for value in values], dtype=np.int64)

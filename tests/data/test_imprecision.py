@@ -496,14 +496,17 @@ GOOD = np.arange(20) % K
     [
         (
             lambda path: None,
-            r"`supervision.labels_file` \(=labels.npz\): .*labels.npz cannot be read .*below data.root",
+            r"`supervision.labels_file` \(=labels.npz\): there is no file .*labels.npz\. It must lie below data.root",
         ),
-        (lambda path: path.mkdir(), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (lambda path: path.write_bytes(b""), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (lambda path: path.write_text("0,1,2\n"), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (lambda path: path.write_bytes(b"PK\x03\x04 rubbish"), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (lambda path: path.write_bytes(_npy(GOOD)), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (write(a=np.array([None] * 20)), r"`supervision.labels_file` .*cannot be read as .npz"),
+        (lambda path: path.mkdir(), r"`supervision.labels_file` .*there is no file"),
+        (lambda path: path.write_bytes(b""), r"`supervision.labels_file` .*cannot be read as an npz file"),
+        (lambda path: path.write_text("0,1,2\n"), r"`supervision.labels_file` .*cannot be read as an npz file"),
+        (
+            lambda path: path.write_bytes(b"PK\x03\x04 rubbish"),
+            r"`supervision.labels_file` .*cannot be read as an npz file",
+        ),
+        (lambda path: path.write_bytes(_npy(GOOD)), r"`supervision.labels_file` .*cannot be read as an npz file"),
+        (write(a=np.array([None] * 20)), r"`supervision.labels_file` .*`a` holds Python objects, which are not read"),
         (write(b=GOOD, c=GOOD), r"`supervision.labels_keys`: .*labels.npz has no array or column 'a', only b, c\."),
         (write(), r"`supervision.labels_keys`: .*has no array or column 'a', only none at all\."),
         (
@@ -628,12 +631,21 @@ def test_files_that_could_run_code_are_not_opened(name: str, tmp_path: Path) -> 
         resemblance(root=tmp_path).file_labels(from_file("a", file=name))
 
 
-def test_too_few_lines_of_a_table(tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text("\n".join(["a", *map(str, GOOD[:5]), "", *map(str, GOOD[6:])]))
-    with pytest.raises(DataError, match=r'array a of shape \(19,\) must .* empty label of a single column as ""\.'):
+@pytest.mark.parametrize("blank", ["", '""', "  "])
+@pytest.mark.parametrize("end", ["\n", "\n\n\n"])
+def test_an_empty_line_of_one_column_is_no_label(blank: str, end: str, tmp_path: Path) -> None:
+    lines = ["a", *map(str, GOOD)]
+    lines[1] = lines[8] = lines[-1] = blank
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + end)
+    given = resemblance(root=tmp_path).file_labels(from_file(file="labels.csv"))[:, 0]
+    assert given.tolist() == np.where(np.isin(np.arange(20), [0, 7, 19]), -1, GOOD).tolist()
+
+
+@pytest.mark.parametrize("count", [19, 21])
+def test_lines_that_are_too_few_or_many(count: int, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("\n".join(["a", *map(str, np.resize(GOOD, count))]))
+    with pytest.raises(DataError, match=rf"array a of shape \({count},\) must .* every line is a sample\."):
         resemblance(root=tmp_path).file_labels(from_file(file="labels.csv"))
-    (tmp_path / "labels.csv").write_text('a\n""\n' + "\n".join(map(str, GOOD[1:])))
-    assert resemblance(root=tmp_path).file_labels(from_file(file="labels.csv"))[:, 0].tolist() == [-1, *GOOD[1:]]
 
 
 def test_the_key_that_is_wrong_is_the_one_named(tmp_path: Path) -> None:
