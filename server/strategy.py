@@ -124,7 +124,7 @@ def build_strategy(config: StrategyConfig) -> Strategy:
             f"`strategy.args` has {', '.join(unknown)}, which {config.name} does not take; "
             f"allowed: {', '.join(sorted(taken)) or 'nothing'}."
         )
-    arguments = {name: _argument(name, value) for name, value in config.args.items()}
+    arguments: dict[str, Any] = {name: _argument(name, value) for name, value in config.args.items()}
     missing = [name for name in sorted(taken - set(arguments)) if parameters[name].default is inspect.Parameter.empty]
     if missing:
         raise ConfigError(
@@ -137,26 +137,18 @@ def build_strategy(config: StrategyConfig) -> Strategy:
 
 
 def _argument(name: str, value: object) -> int | float:
-    """Returns an argument of a strategy, checked here, as Flower's strategies see what is wrong in a round, or never."""
+    """Returns an argument of a strategy, checked here, as Flower's would fail in a round, or never."""
     kind, allowed, words = _ARGUMENTS[name]
     right = isinstance(value, (int, kind)) and not isinstance(value, bool) and allowed(value)
     if not right:
         raise ConfigError(f"`strategy.args.{name}` (={shown(value)}) must be {words}.")
-    return kind(value)  # type: ignore[arg-type]
-
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
-
-
-def _share(value: float) -> bool:
-    return 0 <= value < 1
+    return kind(value)
 
 
 _COUNT = (int, lambda value: 0 <= value <= LARGEST, "a whole number of at least 0")
 _AT_LEAST_ONE = (int, lambda value: 1 <= value <= LARGEST, "a whole number of at least 1")
-_POSITIVE = (float, _positive, "a positive number")
-_SHARE = (float, _share, "a number in [0, 1)")
+_POSITIVE = (float, lambda value: 0 < value < math.inf, "a positive number")
+_SHARE = (float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 _NOT_NEGATIVE = (float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 _ARGUMENTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {

@@ -188,8 +188,8 @@ def test_lists_of_data_and_model_survive_yaml() -> None:
             ["model.hidden_layers=[8,x]"],
             r"`model.hidden_layers` \(=\[8, 'x'\]\) must be a list of whole numbers, e.g. model.hidden_layers=\[8, 8\]",
         ),
-        (["skew.unlabeled_only_classes=3"], r"`skew.unlabeled_only_classes` \(=3\) must be a list of whole numbers"),
-        (["skew.unlabeled_only_classes=[1.5]"], r"`skew.unlabeled_only_classes` \(=\[1.5\]\) must be a list"),
+        (["skew.unlabeled_only_classes=3"], r"`skew.unlabeled_only_classes` \(=3\) must be a list of texts"),
+        (["skew.unlabeled_only_classes=[[1]]"], r"`skew.unlabeled_only_classes` \(=\[\[1\]\]\) must be a list"),
         (["skew.labeled_imbalance=0"], r"`skew.labeled_imbalance` \(=0.0\)"),
     ],
 )
@@ -258,7 +258,7 @@ def test_imprecise_labels_are_those_of_all_samples_unless_an_amount_is_given(
     [
         (
             ["supervision.mix=[{share: 0.5}, {share: 0.5, kindd: partial}]"],
-            r"`supervision.mix\[1\].kindd` is not a configuration key. Did you mean supervision.mix\[1\].kind\? Allowed .*share",
+            r"`supervision.mix\[1\].kindd` is not .* Did you mean supervision.mix\[1\].kind\? Allowed .*share",
         ),
         (
             ["supervision.mix=[{kind: full}]"],

@@ -20,20 +20,23 @@ from fedlabel.methods import METHODS
 from server.strategy import build_strategy, strategy_names
 
 VALUES = """
-0|1|2|3|-1|0.5|0.1|1.0|1.5|-0.5|1e-5|1e3|1e9|1e30|1e300|1e999|-1e999|.inf|-.inf|.nan|inf|nan|NaN|-0.0|1e-320|010|0x10|1_000
-9007199254740992|9223372036854775807|9223372036854775808|-9223372036854775808|1000000000|100000|4097|1000000000000000000000
-true|false|yes|no|on|off|True|null|~||''|""|none|None|'1'|"0.5"|'true'|abc|a b|ä|日本|😀|../..|/dev/null|/|.|C:\\x|%s|{0}
-[]|[1]|[1,2]|[1,2,3]|[a]|[null]|[[1]]|[[0.5,0.5],[0.5,0.5]]|[1e9]|[1.5]|[-1]|[true]|['']|[1,1]|[10]|[3,8]|[8,8]|[1000000000]
-{}|{a: 1}|{a: {b: c}}|{1: 2}|[{share: 0.5}]|[{share: 0.5, kind: full}, 1]|[{share: .nan}]|[{a: b}]|{share: 1}|[{share: 2}]
-[1|{a: 1|'a|"a|a: b: c|- a|a: b|!!float x|!!python/object/apply:os.system [ls]|!x 1|&a 1|*a|&a [*a]|${x}|${oc.env:HOME}|???
-${|$x|a #b|#b|@a|`a`|%a|,|]|}|:|: a|? a|| a|> a|---|--- 1|...|a\tb|\t1|a\nb|1\n2|{a: 1, a: 2}|<<|<<: {a: 1}|=|==1|2020-01-01
-12:30:45|1:2|0b1|0o7|+1|1.|.5|1e|e1|1e+5|[red]x|[/]|\\u0000|\x1b[31m|\x00|\ud800|\u2028|\u202e|\ufeff1
+0|1|2|3|-1|0.5|0.1|1.0|1.5|-0.5|1e-5|1e3|1e9|1e30|1e300|1e999|-1e999|.inf|-.inf|.nan|inf|nan|NaN|-0.0
+1e-320|010|0x10|1_000|9007199254740992|9223372036854775807|9223372036854775808|-9223372036854775808
+1000000000|100000|4097|1000000000000000000000|true|false|yes|no|on|off|True|null|~||''|""|none|None|'1'
+"0.5"|'true'|abc|a b|ä|日本|😀|../..|/dev/null|/|.|C:\\x|%s|{0}|[]|[1]|[1,2]|[1,2,3]|[a]|[null]|[[1]]
+[[0.5,0.5],[0.5,0.5]]|[1e9]|[1.5]|[-1]|[true]|['']|[1,1]|[10]|[3,8]|[8,8]|[1000000000]|{}|{a: 1}
+{a: {b: c}}|{1: 2}|[{share: 0.5}]|[{share: 0.5, kind: full}, 1]|[{share: .nan}]|[{a: b}]|{share: 1}
+[{share: 2}]|[1|{a: 1|'a|"a|a: b: c|- a|a: b|!!float x|!!python/object/apply:os.system [ls]|!x 1|&a 1|*a
+&a [*a]|${x}|${oc.env:HOME}|???|${|$x|a #b|#b|@a|`a`|%a|,|]|}|:|: a|? a|| a|> a|---|--- 1|...|a\tb|\t1
+a\nb|1\n2|{a: 1, a: 2}|<<|<<: {a: 1}|=|==1|2020-01-01|12:30:45|1:2|0b1|0o7|+1|1.|.5|1e|e1|1e+5|[red]x|[/]
+\\u0000|\x1b[31m|\x00|\ud800|\u2028|\u202e|\ufeff1
 """
 BY_LINE = [value for line in VALUES.strip("\n").split("\n") for value in line.split("|")]
-NASTY = [value.replace("\\n", "\n") for value in BY_LINE] + ["a" * 5000, "9" * 5000, "[" * 500, "[" * 500 + "]" * 500]
-NUMBERS = """
-0 1 2 3 7 10 11 64 100 4096 65536 1048576 1000000000 9007199254740992 -1 0.0 0.5 0.999 1.0 1.5 2.5 1e-300 1e-7 1e7 1e300 inf -inf
-""".split()
+NASTY = [*BY_LINE, "a\nb", "1\n2", "a: 1\n- b", "a" * 5000, "9" * 5000, "[" * 500, "[" * 500 + "]" * 500]
+NUMBERS = [
+    *("0", "1", "2", "3", "7", "10", "11", "64", "100", "4096", "65536", "1048576", "1000000000", "9007199254740992"),
+    *("-1", "0.0", "0.5", "0.999", "1.0", "1.5", "2.5", "1e-300", "1e-7", "1e7", "1e300", "inf", "-inf"),
+]
 SETTINGS = [
     [],
     ["supervision.kind=bags", "supervision.bag_size=8", "data.positive_classes=[3,8]"],
@@ -75,13 +78,15 @@ SENSIBLE = {
 }
 FORMS = ("{k}={v}",) * 40 + (
     "+{k}={v}", "++{k}={v}", "~{k}", "{k}", "{k} = {v}", "{k}:={v}", "{k}:{v}", "{k}.={v}", ".{k}={v}", "{k}[0]={v}",
-    "{k}.0={v}", "{k}.x={v}", "{k}..x={v}", "={v}", "--{k}={v}", "{k}=={v}", "'{k}'={v}", "{k}-x={v}", "{k}/x={v}", "x@{k}={v}",
+    "{k}.0={v}", "{k}.x={v}", "{k}..x={v}", "={v}", "--{k}={v}", "{k}=={v}", "'{k}'={v}", "{k}-x={v}", "{k}/x={v}",
+    "x@{k}={v}",
 )  # fmt: skip
 FOREIGN = re.compile(
     r"Traceback|omegaconf|full_key|object_type|while (parsing|scanning|constructing)|mapping values|line \d+, column|"
     r"could not (convert|determine|find expected)|NoneType|unexpected keyword|positional argument|object is not|"
-    r"unsupported operand|invalid literal|has no attribute|<class |<built-in|dtype|Expected|expected (a|<|')|RuntimeError|"
-    r"TypeError|OverflowError|IndexError|enforce fail|size mismatch|high is out|too large to convert|__\w+__"
+    r"unsupported operand|invalid literal|has no attribute|<class |<built-in|dtype|Expected|expected (a|<|')|"
+    r"RuntimeError|TypeError|OverflowError|IndexError|enforce fail|size mismatch|high is out|too large to convert|"
+    r"__\w+__"
 )
 OURS = (ValueError, ConfigError, DataError)
 """Not UnicodeError and others that are kinds of ValueError."""
