@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.config_names import unknown_key
-from fedlabel.config_schema import Unknown, build, fields_of, hints, parts, settled
+from fedlabel.config_schema import Unknown, build, hints, parts, settled
 from fedlabel.config_text import ConfigError, Plain, merged, parse_value, parse_yaml, read_mapping, shown
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
@@ -352,8 +352,11 @@ def _resolve(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
     for law in (user.get("partition"), user.get("labeled_partition")):
         if isinstance(law, dict) and isinstance(law.get("partitioner_args"), dict):  # in YAML or on the command line
             law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
-    method = _build_method(schema, {**user.get("method", {}), "name": name}, unknown)
-    return build(ExperimentConfig, {**user, "method": method}, "", unknown)
+    base = OmegaConf.structured(ExperimentConfig)
+    OmegaConf.set_readonly(base, False)
+    base.method = None  # another method has other fields
+    base.method = OmegaConf.structured(_build_method(schema, {**user.pop("method", {}), "name": name}, unknown))
+    return build(ExperimentConfig, user, "", unknown, base)
 
 
 def _method_schema(layers: Sequence[Mapping[str, Any]]) -> tuple[type[Method], str]:

@@ -87,6 +87,8 @@ def settled(kind: Any, value: Any, key: str = "") -> Any:
         return {name: settled(of.get(name, inner), each, f"{prefix}{name}") for name, each in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value, Plain):
         inner = next((typing.get_args(each)[0] for each in kinds if typing.get_origin(each) in (list, tuple)), Any)
+        if inner is str and any(isinstance(each, (list, Mapping)) for each in value):  # OmegaConf would make it one
+            raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
         return [settled(inner, each, f"{key}[{place}]") for place, each in enumerate(value)]
     number = value.value if isinstance(value, Plain) else value
     if isinstance(number, float) and (math.isnan(number) or (math.isinf(number) and "inf" not in shown(value).lower())):
@@ -96,7 +98,7 @@ def settled(kind: Any, value: Any, key: str = "") -> Any:
     return number
 
 
-def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unknown) -> T:
+def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unknown, base: Any = None) -> T:
     """Returns the dataclass that a mapping describes: OmegaConf checks names and types, the dataclass its ranges.
 
     Args:
@@ -104,13 +106,15 @@ def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unkno
         values: plain data; what is left out keeps its default.
         where: the full key of the mapping, "" for the whole; for messages.
         unknown: makes the message for a name that is no field.
+        base: a structured `schema` with other defaults; None: its own.
 
     Raises:
         ConfigError: a name is unknown, a value has another type, or the dataclass refuses it.
     """
+    node = OmegaConf.structured(schema) if base is None else base
     prefix = f"{where}." if where else ""
     try:
-        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values)))
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(node, values)))
     except ConfigKeyError as error:
         parent, _, name = str(error.full_key).rpartition(".")
         full = ".".join(filter(None, (where, parent)))

@@ -11,6 +11,7 @@ What differs from PyYAML's loader, and why:
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,10 +233,22 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
         try:
             together = OmegaConf.merge(together, OmegaConf.create(dict(layer)))  # type: ignore[assignment]
         except TypeError as error:
+            key, value = _clash(together, layer)
             raise ConfigError(
-                f"`{', '.join(map(str, layer))}` (={shown(layer)}) does not fit what was said before. A list is "
-                "replaced as a whole, e.g. supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
+                f"`{key}` (={shown(value)}) does not fit what was said before. A list is replaced as a whole, e.g. "
+                "supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
             ) from error
-    found = OmegaConf.to_container(together)
-    assert isinstance(found, dict)
-    return found
+    return typing.cast(dict[str, Any], OmegaConf.to_container(together))
+
+
+def _clash(first: Any, second: Mapping[str, Any]) -> tuple[str, Any]:
+    """Returns the key and the new value where one of two layers has a list and the other a mapping."""
+    for key, value in second.items():
+        old = first.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            inner, found = _clash(old, value)
+            if inner:
+                return f"{key}.{inner}", found
+        elif old is not None and isinstance(old, Mapping) != isinstance(value, Mapping):
+            return key, value
+    return "", None

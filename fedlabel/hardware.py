@@ -17,7 +17,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds the packages `fedlabel`, `clients` and `server` beside each other."""
 
 SOURCE_PACKAGES = ("clients", "fedlabel", "server")
-DISTRIBUTIONS = ("fedlabel", "torch", "torchvision", "flwr", "ray", "numpy", "pyyaml", "tensorboard")
+DISTRIBUTIONS = ("fedlabel", "torch", "torchvision", "flwr", "ray", "numpy", "omegaconf", "tensorboard")
 
 
 def resolve_device(name: str) -> torch.device:
