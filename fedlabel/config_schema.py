@@ -163,11 +163,21 @@ def _wrong_value(schema: type, values: Mapping[str, Any], prefix: str = "") -> t
             if found := _wrong_value(typing.cast(type, inner), value, f"{prefix}{name}."):
                 return found
             continue
-        try:
-            OmegaConf.merge(OmegaConf.structured(schema), {name: value})
-        except (OmegaConfBaseException, TypeError, OverflowError):
+        if _refused(schema, name, value):
+            of = next((each for each in _alternatives(kind) if typing.get_origin(each) is dict), None)
+            for key, item in value.items() if of is not None and isinstance(value, Mapping) else ():
+                if _refused(schema, name, {key: item}):
+                    return f"{prefix}{name}.{key}", typing.get_args(of)[1], item, dataclasses.MISSING
             return f"{prefix}{name}", kind, value, default
     return None
+
+
+def _refused(schema: type, name: str, value: Any) -> bool:
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), {name: value})
+    except (OmegaConfBaseException, TypeError, OverflowError):
+        return True
+    return False
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

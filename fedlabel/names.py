@@ -13,11 +13,12 @@ def simple(name: str) -> str:
 
 
 def near(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """Returns up to `most` of the names that are spelt like `name`, the nearest first; none if none is near."""
+    """Returns up to `most` of the names that are spelt like `name` or begin with it, the nearest first; none if none is near."""
     by_spelling: dict[str, list[str]] = {}
     for each in known:
         by_spelling.setdefault(simple(each), []).append(each)
-    found = difflib.get_close_matches(simple(name), by_spelling, n=most, cutoff=0.7)
+    begun = [each for each in by_spelling if len(simple(name)) > 2 and each.startswith(simple(name))]
+    found = list(dict.fromkeys([*difflib.get_close_matches(simple(name), by_spelling, n=most, cutoff=0.7), *begun]))
     return [each for spelling in found for each in by_spelling[spelling]][:most]
 
 
