@@ -18,9 +18,9 @@ from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.skew import shift_features
 from fedlabel.evaluation import Evaluation, evaluate
-from fedlabel.hardware import resolve_device
+from fedlabel.hardware import memory_bytes, resolve_device
 from fedlabel.methods.steps import State, StateDict
-from fedlabel.models import Net, build_model
+from fedlabel.models import Net, build_model, check_size
 from fedlabel.models.additive import Additive
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.labeling_heads import LabelingHeads
@@ -74,6 +74,9 @@ class Experiment:
             allow_flip=dataset.allow_flip,
         )
         seed = derive_seed(config.seed, "model")
+        memory = memory_bytes()
+        if memory is not None:
+            check_size(lambda: self._network(seed), config.model, memory)
         student, self.teacher = (self._build_model(seed) for _ in range(2))
         self.trainer = Trainer(student, self.teacher, self.transform, config.training)
         # Fails here, before anything is started, if the augmentation does not fit the images.
@@ -125,6 +128,10 @@ class Experiment:
         )
 
     def _build_model(self, seed: int) -> nn.Module:
+        return self._network(seed).to(self.device)
+
+    def _network(self, seed: int) -> nn.Module:
+        """Returns the student, on the device that torch makes things on."""
         dataset, method = self.federation.dataset, self.config.method
         if method.additive and method.networks > 1:
             raise ValueError(
@@ -153,10 +160,10 @@ class Experiment:
                 assert isinstance(models[0], Net), "who has heads of its own needs embeddings"
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(derive_seed(seed, name))  # and no GPU's
-                    return wrap(models[0], size).to(self.device)
+                    return wrap(models[0], size)
         if len(models) > 1:
-            return Twins(models).to(self.device)
-        return (Additive(models[0], method.additive) if method.additive else models[0]).to(self.device)
+            return Twins(models)
+        return Additive(models[0], method.additive) if method.additive else models[0]
 
     def fresh_state(self, round_number: int) -> StateDict:
         """Returns the weights that a stage which starts in this round starts from (see `Method.starts_stage`)."""

@@ -174,8 +174,26 @@ def test_strategy_errors_name_key_and_choices() -> None:
         build_strategy(StrategyConfig("FedAdam", {"weighted_by_key": "x"}))
     with pytest.raises(ConfigError, match="has etaa, which FedAdam does not take; allowed: .*eta"):
         build_strategy(StrategyConfig("FedAdam", {"etaa": 1}))
-    with pytest.raises(ConfigError, match="does not fit FedTrimmedAvg: .*beta"):
+    with pytest.raises(ConfigError, match=r"`strategy.args.beta` \(=0.9\) must be a number in \[0, 0.5\)"):
         build_strategy(StrategyConfig("FedTrimmedAvg", {"beta": 0.9}))
+    with pytest.raises(ConfigError, match=r"needs strategy.args.client_learning_rate: a positive number"):
+        build_strategy(StrategyConfig("QFedAvg"))
+    for value in ("fast", True, 0, float("nan"), float("inf"), None, [1]):
+        with pytest.raises(ConfigError, match=r"`strategy.args.eta` \(=.*\) must be a positive number"):
+            build_strategy(StrategyConfig("FedAdam", {"eta": value}))
+    with pytest.raises(ConfigError, match=r"`strategy.args.num_malicious_nodes` \(=1.5\) must be a whole number"):
+        build_strategy(StrategyConfig("Krum", {"num_malicious_nodes": 1.5}))
+
+
+def test_every_argument_that_a_strategy_takes_is_checked() -> None:
+    """None can be given of which nothing is known, whatever a later Flower adds."""
+    for name in strategy_names()[1:]:
+        with pytest.raises(ConfigError, match="which .* does not take; allowed: (.*)") as caught:
+            build_strategy(StrategyConfig(name, {"no_such": 1}))
+        allowed = str(caught.value).partition("allowed: ")[2].rstrip(".").split(", ")
+        for argument in allowed if allowed != ["nothing"] else []:
+            with pytest.raises(ConfigError, match=rf"`strategy.args.{argument}` \(=x\) must be a"):
+                build_strategy(StrategyConfig(name, {argument: "x"}))
 
 
 @pytest.mark.parametrize(

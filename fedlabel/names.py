@@ -1,0 +1,28 @@
+"""The name that somebody may have meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+def simple(name: str) -> str:
+    """Returns a name without case, hyphens, underscores and spaces, by which people's spellings differ."""
+    return re.sub(r"[-_\s]", "", name.lower())
+
+
+def near(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Returns up to `most` of the names that are spelt like `name` or begin with it, the nearest first; none if none is near."""
+    by_spelling: dict[str, list[str]] = {}
+    for each in known:
+        by_spelling.setdefault(simple(each), []).append(each)
+    begun = [each for each in by_spelling if len(simple(name)) > 2 and each.startswith(simple(name))]
+    found = list(dict.fromkeys([*difflib.get_close_matches(simple(name), by_spelling, n=most, cutoff=0.7), *begun]))
+    return [each for spelling in found for each in by_spelling[spelling]][:most]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns a sentence, with a space before it, that names the nearest of `known`; "" if none is near."""
+    found = near(name, known)
+    return f" Did you mean {found[0]}?" if found else ""
