@@ -262,6 +262,14 @@ class ExperimentConfig:
             )
 
 
+def is_file(path: str | Path) -> bool:
+    """Returns whether there is such a file; a name that no file system takes is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def find_config(path: str | Path) -> Path:
     """Returns the YAML file named: as given, or below `configs/` of the project.
 
@@ -270,11 +278,8 @@ def find_config(path: str | Path) -> Path:
     """
     candidates = [Path(path), PROJECT_ROOT / "configs" / path, PROJECT_ROOT / path]
     for candidate in candidates:
-        try:
-            if candidate.is_file():
-                return candidate
-        except (OSError, ValueError):  # a name that no file system takes
-            break
+        if is_file(candidate):
+            return candidate
     name = str(path)
     if re.fullmatch(rf"[-+~]*({_KEY})", name) and not name.endswith((".yaml", ".yml")):
         key = name.lstrip("-+~")

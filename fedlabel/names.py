@@ -25,3 +25,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns a sentence, with a space before it, that names the nearest of `known`; "" if none is near."""
     found = near(name, known)
     return f" Did you mean {found[0]}?" if found else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural but for 1: "1 round", "1,000 rounds"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

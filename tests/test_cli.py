@@ -114,7 +114,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = call("run", *SMALL, "--name", "done", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert "round 2/2  accuracy 0." in result.output  # line-wise: this is no terminal
-    assert "had been done" not in result.output
+    assert "finished before" not in result.output
     assert "selected" not in result.output
     assert f"tensorboard --logdir {out}" in result.output
     return out / "done"
@@ -135,7 +135,7 @@ def test_success_leaves_the_promised_summary(done: Path) -> None:
 def test_resuming_a_finished_run_says_that_nothing_was_left(done: Path) -> None:
     result = call("run", "--resume", "--name", "done", "--out", str(done.parent))
     assert result.exit_code == 0, result.output
-    assert "All its rounds had been done" in result.output
+    assert "This run was finished before" in result.output
     assert "round 2/2" not in result.output
 
 

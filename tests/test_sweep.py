@@ -412,7 +412,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     file = write(tmp_path / "s.yaml", settings=ALPHAS, search=SEARCH, methods={**METHODS, "odd": ["method.x=1"]})
     result = call(file, "num_rounds=2", "--dry-run", "--out", tmp_path / "out")
     assert result.exit_code == 1, result.output  # one row is impossible
-    assert "3 methods x 2 settings: 12 runs to search, 18 final ones (3 seeds)" in result.output
+    assert "3 methods x 2 settings: 12 runs to search, 18 final (3 seeds)" in result.output
     assert "lr=0.05, lr=0.2" in result.output
     one = next(iter(ALPHAS))
     assert f"Impossible: {one} / odd / lr=0.05; {one} / odd / lr=0.2; " in result.output
