@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -310,6 +311,20 @@ def parse_config(text: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     return _resolve([parse_yaml(text, "The configuration"), *map(_parse_override, overrides)])
 
 
+def split_overrides(text: str) -> list[str]:
+    """Returns the overrides in one text, separated by spaces; quotes hold one together, as in a shell.
+
+    Raises:
+        ConfigError: a quote is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"The overrides `{shown(text)}` have a quote that is not closed, or a backslash at their end: mend it."
+        ) from error
+
+
 def _parse_override(override: str) -> dict[str, Any]:
     """Returns "a.b=value" as {"a": {"b": value}}."""
     if not re.fullmatch(rf"{_KEY}=.*", override, re.DOTALL):
@@ -401,5 +416,5 @@ def _build_method(schema: type[Method], values: Mapping[str, Any], unknown: Unkn
             raise
         raise ConfigError(f"`method.name` (={name}) cannot be made of its fields: {in_own_words(error)}.") from error
     if name not in METHODS:
-        dump_yaml(as_plain(method))  # refuses fields that no configuration can hold
+        as_plain(method)  # refuses fields that no configuration can hold
     return method

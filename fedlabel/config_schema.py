@@ -18,6 +18,7 @@ from fedlabel.config_text import ConfigError, Plain, plain, shown
 T = TypeVar("T")
 Unknown = Callable[[type, str, str], str]
 """(schema, where, name) -> the message for a name that the schema does not have."""
+HOLDS = "fields may be bool, int, float, str, lists, dictionaries and dataclasses of these"
 LARGEST = 2**53
 """Of whole numbers: torch and numpy count with 64 bits, and double precision holds each of these."""
 
@@ -139,8 +140,7 @@ def convert(kind: Any, value: Any, key: str, unknown: Unknown, base: Any = None)
         return texts[typing.cast(str, _text(value))]
     if kind not in _SCALARS:
         raise ConfigError(
-            f"`{key}` has the type {getattr(kind, '__name__', kind)}, which a configuration cannot hold: fields may be "
-            "bool, int, float, str, lists, dictionaries and dataclasses of these."
+            f"`{key}` has the type {getattr(kind, '__name__', kind)}, which a configuration cannot hold: {HOLDS}."
         )
     return _SCALARS[kind](value)
 
@@ -261,12 +261,20 @@ def _example(kind: Any) -> str:
 
 
 def as_plain(value: Any) -> Any:
-    """Returns a dataclass as dictionaries, lists and scalars, in the order of its fields."""
+    """Returns a dataclass as dictionaries, lists and scalars, in the order of its fields.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {name: as_plain(getattr(value, name)) for name in fields_of(type(value))}
     if isinstance(value, Mapping):
         return {name: as_plain(each) for name, each in value.items()}
-    return [as_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [as_plain(each) for each in value]
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise ConfigError(f"A configuration cannot hold a {type(value).__name__} (={shown(value)}): {HOLDS}.")
+    return value
 
 
 def describe(schema: type) -> list[KeyInfo]:

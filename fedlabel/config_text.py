@@ -248,11 +248,5 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLO
 
 def dump_yaml(content: Mapping[str, Any]) -> str:
     """Returns plain data (dictionaries, lists, scalars) as YAML text in the given order; `parse_yaml` reads it back."""
-    try:
-        text: str = yaml.dump(content, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
-    except yaml.representer.RepresenterError as error:
-        raise ConfigError(
-            f"A configuration cannot hold a {type(error.args[1]).__name__} (={error.args[1]!s}): fields may be bool, "
-            "int, float, str, lists, dictionaries and dataclasses of these."
-        ) from error
+    text: str = yaml.dump(content, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
     return text
