@@ -17,7 +17,7 @@ from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_con
 from fedlabel.config_schema import build, fields_of
 from fedlabel.config_text import merged, read_mapping, shown
 from fedlabel.evaluation import EVALUATED
-from fedlabel.names import did_you_mean
+from fedlabel.names import counted, did_you_mean
 
 SWEEP_JSON = "sweep.json"
 COLUMNS = ("last", "best", "mean_last_tenth")
@@ -52,8 +52,8 @@ class SearchConfig:
                 raise ValueError(f"`search.{key}` (={values}) must be at least one number, each once.")
             if len(values) != len(self.values):
                 raise ValueError(
-                    f"`search.{key}` (={values}) has {len(values)} values, `search.values` {len(self.values)}: every "
-                    "method must get the same budget; give as many."
+                    f"`search.{key}` (={values}) has {counted(len(values), 'value')}, `search.values` "
+                    f"{len(self.values)}: every method must get the same budget; give as many."
                 )
         if self.split != "validation":
             raise ValueError(f"`search.split` (={self.split}) must be validation: the test split chooses nothing.")

@@ -74,7 +74,7 @@ def ledger(out: Path) -> dict[str, Any]:
         ({"search": {"values": [1], "seed": 2}}, ["`search.seed` (=2) must be none of `seeds`"]),
         (
             {"search": {"values": [1, 2], "per_method_values": {"FedLabel": [3]}}},
-            ["`search.per_method_values.FedLabel` (=[3.0]) has 1 values, `search.values` 2", "same budget"],
+            ["`search.per_method_values.FedLabel` (=[3.0]) has 1 value, `search.values` 2", "same budget"],
         ),
         (
             {"search": {"values": [1], "per_method_values": {"FedLabl": [3]}}},

@@ -17,6 +17,7 @@ from typing import Any
 
 from fedlabel.config import ExperimentConfig, flatten, load_config
 from fedlabel.methods.supervised import Supervised
+from fedlabel.names import counted
 from fedlabel.sweep import SWEEP_JSON, CompareConfig, SweepConfig, format_value, parse_sweep
 from fedlabel.tracking import SUMMARY_JSON, averaged_rounds, name_mean, read_metrics, read_summary
 
@@ -190,8 +191,9 @@ def read_comparison(
     lacking = [str(run.path) for run in comparison.runs if math.isnan(comparison.score(run))]
     if lacking:
         raise ValueError(
-            f"`--metric` (={metric}) with `--column` (={column}) is not in the summary of {len(lacking)} runs, e.g. "
-            f"{lacking[0]}: rank by something that all have (selected needs evaluation.select)."
+            f"`--metric` (={metric}) with `--column` (={column}) is not in the summary of "
+            f"{counted(len(lacking), 'run')}, e.g. {lacking[0]}: rank by something that all have (selected needs "
+            "evaluation.select)."
         )
     return comparison
 
@@ -227,12 +229,13 @@ def _without_baseline(comparison: Comparison) -> list[str]:
 
 def _less_evaluated(comparison: Comparison) -> list[str]:
     """Returns a warning where runs lack an evaluation in the rounds that are averaged."""
-    lacking = [run for run in comparison.runs if " of rounds" in run.averaged]
+    averaged = {run: averaged_rounds(run.rounds) for run in comparison.runs}
+    lacking = [run for run, rounds in averaged.items() if rounds["count"] <= rounds["last"] - rounds["first"]]
     if not lacking:
         return []
     return [
-        f"{len(lacking)} runs have no evaluation in some of the rounds that are averaged (as after --resume with "
-        f"another num_rounds), e.g. {lacking[0].path}: {lacking[0].averaged}."
+        f"{counted(len(lacking), 'run')} without an evaluation in some of the rounds that are averaged, as after "
+        f"--resume with another num_rounds, e.g. {lacking[0].path}: {lacking[0].averaged}."
     ]
 
 
@@ -293,7 +296,7 @@ def _read_folders(paths: Sequence[Path], by: Sequence[str], targets: Sequence[fl
     warnings = [f"{folder} has not finished and is left out." for folder, run in read.items() if run is None]
     runs = [run for run in read.values() if run is not None]
     if not runs:
-        raise ValueError(f"None of the {len(folders)} runs has finished: {', '.join(map(str, folders))}.")
+        raise ValueError(f"{counted(len(folders), 'run')}, none of which has finished: {', '.join(map(str, folders))}.")
     sections = {name: name_rows(members, by, runs) for name, members in split_sections(runs, by).items()}
     title = ", ".join(dict.fromkeys(path.resolve().name for path in paths))
     return Comparison(title, sections, targets, [*warnings, *_uneven(sections)])

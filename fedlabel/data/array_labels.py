@@ -126,8 +126,9 @@ def _read(labels: np.ndarray, where: str, may_lack: bool) -> _Given:
     if len(lacking) and not may_lack:
         marks = ", ".join(dict.fromkeys(repr(label.item()) for label in labels[lacking[:1000]]))
         raise DataError(
-            f"{where}: {len(lacking)} samples have no label ({shown(marks)}): samples {listed(lacking.tolist())}. "
-            "Every test sample needs one: leave these out, or label them. If that is a class, call it otherwise."
+            f"{where}: {len(lacking)} of {len(labels)} samples have no label ({shown(marks)}): "
+            f"{listed(lacking.tolist())}. Every test sample needs one: leave these out, or label "
+            "them. If that is a class, call it otherwise."
         )
     return given
 
@@ -168,7 +169,7 @@ def _whole_numbers(labels: np.ndarray, where: str) -> np.ndarray:
 def _refuse_at(wrong: np.ndarray, labels: np.ndarray, where: str, what: str) -> None:
     rows = np.flatnonzero(wrong)
     if len(rows):
-        also = f" ({len(rows)} samples have such labels)" if len(rows) > 1 else ""
+        also = f" (and so of {len(rows) - 1} more)" if len(rows) > 1 else ""
         raise DataError(f"{where}: the label of sample {rows[0]} (={labels[rows[0]]}) {what}{also}.")
 
 

@@ -81,8 +81,8 @@ def _range(array: np.ndarray, name: str) -> tuple[float, float]:
     if not math.isfinite(high - low):
         wrong = [sample for sample, image in enumerate(array) if not np.isfinite(image).all()]
         raise DataError(
-            f"{name}: {len(wrong)} images have pixels that are NaN or infinite, the first is sample {wrong[0]}. "
-            "Leave these images out, or fill the pixels."
+            f"{name}: {len(wrong)} of {len(array)} images have pixels that are NaN or infinite, first sample "
+            f"{wrong[0]}. Leave these images out, or fill the pixels."
         )
     return low, high
 

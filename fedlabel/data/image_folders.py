@@ -16,6 +16,7 @@ from fedlabel.data.image_files import EXTENSIONS, Header, read_headers, read_pix
 from fedlabel.data.loaders import DataError, Loaded, Split, data_root
 from fedlabel.data.names import alike, closest, listed, shown
 from fedlabel.data.repeats import repeated_images
+from fedlabel.names import counted
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
@@ -100,8 +101,8 @@ def _samples(root: Path, tree: _Tree, names: Sequence[str], part: str) -> list[t
         loose, others = tree.loose[part].images, [path for found in tree.everything() for path in found.others]
         raise DataError(
             f"{root / part} holds no images in folders of classes. At least one is needed."
-            + (f" {len(loose)} images lie directly in it." if loose else "")
-            + (f" {_by_extension(others)} are of no kind that is read." if others else "")
+            + (f" Directly in it: {counted(len(loose), 'image')}." if loose else "")
+            + (f" Of no kind that is read: {_by_extension(others)}." if others else "")
         )
     return samples
 
@@ -192,7 +193,8 @@ def _class_names(root: Path, tree: _Tree) -> tuple[str, ...]:
 def _of_folders(root: Path, tree: _Tree) -> list[str]:
     """Returns what should be said of folders: images without a label, classes of one set alone, folders not read."""
     notes = [
-        f"{root / 'train' / name}: {len(found.images)} images have no label." for name, found in tree.unlabeled.items()
+        f"{root / 'train' / name}: {counted(len(found.images), 'image')} without a label."
+        for name, found in tree.unlabeled.items()
     ]
     for name, found in tree.classes["train"].items():
         tested = name in tree.classes["test"] and tree.classes["test"][name].images
@@ -210,8 +212,8 @@ def _of_folders(root: Path, tree: _Tree) -> list[str]:
 def _of_files(root: Path, tree: _Tree, images: Sequence[Path]) -> list[str]:
     """Returns what should be said of where `images` were found, and of files and links that are passed over."""
     notes = [
-        f"{root / part}: {len(found.images)} images lie directly in it and are not read, as they have no class"
-        + (" (in train/unlabeled they count as images without a label)." if part == "train" else ".")
+        f"{root / part}: not read, as it is in no class's folder: {counted(len(found.images), 'image')}"
+        + (" (in train/unlabeled it would count, without a label)." if part == "train" else ".")
         for part, found in tree.loose.items()
         if found.images
     ]
@@ -220,10 +222,13 @@ def _of_files(root: Path, tree: _Tree, images: Sequence[Path]) -> list[str]:
         notes.append(f"{root}: {deep} of {len(images)} images lie in folders inside that of their class.")
     others = [path for found in tree.everything() for path in found.others]
     if others:
-        notes.append(f"{root}: {_by_extension(others)} are of no kind that is read.")
+        notes.append(f"{root}: not read, as it is of no kind of image: {_by_extension(others)}.")
     again = [path for found in tree.everything() for path in found.again]
     if again:
-        notes.append(f"{root}: {len(again)} links lead to folders that were read already, e.g. {shown(again[0], 500)}.")
+        notes.append(
+            f"{root}: not followed, as the folder was read already: {counted(len(again), 'link')}, "
+            f"e.g. {shown(again[0], 500)}."
+        )
     return notes
 
 
@@ -243,4 +248,4 @@ def _by_extension(paths: Sequence[Path]) -> str:
     """Returns "12 files (.txt 10, .xml 2; e.g. a/b.txt)"."""
     kinds = Counter(path.suffix.lower() or "without extension" for path in paths)
     each = listed([f"{kind} {count}" for kind, count in kinds.most_common()], 5)
-    return f"{len(paths)} files ({each}; e.g. {shown(paths[0], 500)})"
+    return f"{counted(len(paths), 'file')} ({each}; e.g. {shown(paths[0], 500)})"

@@ -163,7 +163,7 @@ def _reported(path: Path) -> Iterator[None]:
         ) from error
     except (*kinds, *parsing) as error:
         reason = shown(" ".join(f"{error}".split()) or type(error).__name__, 200)
-        raise DataError(f"{path} cannot be read as an npz file: {reason} {AGAIN}") from error
+        raise DataError(f"{path} cannot be read as an npz file: {reason.rstrip('.')}. {AGAIN}") from error
 
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> np.ndarray:

@@ -26,7 +26,9 @@ def repeated_images(train: Split, test: Split, where: str) -> list[str]:
             "them says nothing of new ones."
         )
     if contradicting:
-        notes.append(f"{where}: {contradicting} training images are the same as an earlier one with another label.")
+        notes.append(
+            f"{where}: {contradicting} of the {len(train.labels)} training images repeat one under another label."
+        )
     return notes
 
 

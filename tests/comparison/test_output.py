@@ -299,7 +299,7 @@ def test_a_metric_that_runs_lack_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "b", "seed=1")
     result = call(tmp_path / "runs", "--metric", "eval/auc")
     assert result.exit_code == 2
-    assert "`--metric` (=eval/auc) with `--column` (=mean_last_tenth) is not in the summary of 1 runs" in " ".join(
+    assert "`--metric` (=eval/auc) with `--column` (=mean_last_tenth) is not in the summary of 1 run, e.g." in " ".join(
         result.output.split()
     )
     other = call(tmp_path / "runs", "--metric", "eval/loss")

@@ -111,7 +111,7 @@ def test_what_is_no_image_is_refused(train: np.ndarray, message: str) -> None:
 
 def test_standardised_floats_and_missing_pixels_are_refused() -> None:
     with pytest.raises(
-        DataError, match="`x_train`: 2 images have pixels that are NaN or infinite, the first is sample 1"
+        DataError, match="`x_train`: 2 of 4 images have pixels that are NaN or infinite, first sample 1\\."
     ):
         to_pixels(NAN, np.zeros((2, 6, 7)), "f")
     with pytest.raises(DataError, match="values from -1.5 to 1.5"):

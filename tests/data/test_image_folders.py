@@ -59,7 +59,7 @@ def test_a_folder_of_images_without_a_label(tmp_path: Path, name: str) -> None:
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, -1]
     assert data.train.images[6].unique().tolist() == [7]
     assert data.class_names == ("cat", "dog")
-    assert notes(tmp_path)[0] == f"R/train/{name}: 1 images have no label."
+    assert notes(tmp_path)[0] == f"R/train/{name}: 1 image without a label."
     write_image(tmp_path / "test" / name / "7.png", 7)
     with pytest.raises(DataError, match=f"test/{name}: images of the test set need a class. Move them to train/{name}"):
         load(tmp_path)
@@ -101,9 +101,9 @@ def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
         "R/train/owl has no training image, only test images.",
         "R/train/tmp holds no images and is not a class.",
         "R: of its folders val is not read.",
-        "R/train: 1 images lie directly in it and are not read, as they have no class (in train/unlabeled they count "
-        "as images without a label).",
-        "R: 4 files (.dcm 2, .txt 1, without extension 1; e.g. R/train/cat/notes.txt) are of no kind that is read.",
+        "R/train: not read, as it is in no class's folder: 1 image (in train/unlabeled it would count, without a label).",
+        "R: not read, as it is of no kind of image: 4 files (.dcm 2, .txt 1, without extension 1; e.g. "
+        "R/train/cat/notes.txt).",
     ]
 
 
@@ -122,7 +122,9 @@ def test_no_folder_is_read_twice_through_links(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert time.monotonic() - started < 2
     assert sorted(data.train.images[:, 0, 0, 0].tolist()) == [0, 1, 2, 10, 11, 12, 77]
-    assert any("R: 21 links lead to folders that were read already, e.g. R/train/" in note for note in notes(tmp_path))
+    assert any(
+        "R: not followed, as the folder was read already: 21 links, e.g. R/train/" in note for note in notes(tmp_path)
+    )
 
 
 def test_a_name_in_two_spellings_of_unicode_is_one_class(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_images_in_both_sets_or_with_two_labels_are_said(tmp_path: Path) -> None
     write_image(tmp_path / "train/dog/copy.png", 2)
     assert notes(tmp_path) == [
         "R: 1 of the 5 test images are training images, too; what is measured on them says nothing of new ones.",
-        "R: 1 training images are the same as an earlier one with another label.",
+        "R: 1 of the 7 training images repeat one under another label.",
     ]
 
 
@@ -177,7 +179,7 @@ def bare(root: Path) -> None:
         (rename("test", "Test"), "there is no folder .*test. Set data.root=.* Rename Test to test[?]"),
         (rename("train", "training"), "there is no folder .*train. .* Rename training to train[?]"),
         (rename("test", "holdout"), r"there is no folder .*test. .* It holds holdout, train\."),
-        (bare, "test holds no images in folders of classes. .* 1 images lie directly in it. 1 files .*dcm 1"),
+        (bare, "test holds no images in folders of classes. .* Directly in it: 1 image. .*: 1 file .*dcm 1"),
         (
             lambda root: (root / "train" / "a\x1b[0m").mkdir(),
             r"a\\x1b\[0m: the name of the class has letters that cannot",

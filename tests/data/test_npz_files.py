@@ -53,7 +53,7 @@ def test_what_there_is_to_say_is_a_note(tmp_path: Path) -> None:
         "number and not its name (skew.unlabeled_only_classes), these are 0 to 2, in this order.",
         f"{path} `y_train`: 12 of 20 samples have no label.",
         f"{path} 6 of the 6 test images are training images, too; what is measured on them says nothing of new ones.",
-        f"{path} 1 training images are the same as an earlier one with another label.",
+        f"{path} 1 of the 20 training images repeat one under another label.",
     )
 
 

@@ -17,6 +17,6 @@ def test_images_of_both_sets_and_with_two_labels_are_counted() -> None:
     train = split([1, 1, 2, 2, 2, 3, 3, 4], [0, 0, 0, 1, 0, -1, 1, -1])
     assert repeated_images(train, split([3, 4, 5, 4], [1, 1, 1, 1]), "f") == [
         "f: 3 of the 4 test images are training images, too; what is measured on them says nothing of new ones.",
-        "f: 1 training images are the same as an earlier one with another label.",
+        "f: 1 of the 8 training images repeat one under another label.",
     ]
     assert repeated_images(split([1, 2], [0, 1]), split([3], [0]), "f") == []
