@@ -17,7 +17,7 @@ def near(name: str, known: Iterable[str], most: int = 1) -> list[str]:
     by_spelling: dict[str, list[str]] = {}
     for each in known:
         by_spelling.setdefault(simple(each), []).append(each)
-    found = difflib.get_close_matches(simple(name), by_spelling, n=most, cutoff=0.7)
+    found = difflib.get_close_matches(simple(name), by_spelling, n=most)
     return [each for spelling in found for each in by_spelling[spelling]][:most]
 
 
