@@ -43,7 +43,7 @@ def assert_refused(result: Result, *words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["training.lrr=1"], ["`training.lrr` is not a configuration key", "Did you mean training.lr?", "Allowed here: lr, "]),
+        (["training.lrr=1"], ["`training.lrr` is not a configuration key", "mean training.lr?", "Allowed here: lr, "]),
         (["trainin.lr=1"], ["`trainin` is not a configuration key", "Did you mean training?"]),
         (["training.lr=fast"], ["`training.lr`", "(=fast)", "must be a number"]),
         (["num_rounds=many"], ["`num_rounds` (=many)"]),
