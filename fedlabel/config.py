@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.config_names import unknown_key
-from fedlabel.config_schema import Unknown, build, hints, parts, settled
+from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
 from fedlabel.config_text import ConfigError, Plain, merged, parse_value, parse_yaml, read_mapping, shown
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
@@ -255,6 +256,14 @@ class ExperimentConfig:
             )
 
 
+def is_file(path: str | Path) -> bool:
+    """Returns whether there is such a file; a name that no file system takes is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def find_config(path: str | Path) -> Path:
     """Returns the YAML file named: as given, or below `configs/` of the project.
 
@@ -263,11 +272,8 @@ def find_config(path: str | Path) -> Path:
     """
     candidates = [Path(path), PROJECT_ROOT / "configs" / path, PROJECT_ROOT / path]
     for candidate in candidates:
-        try:
-            if candidate.is_file():
-                return candidate
-        except (OSError, ValueError):  # a name that no file system takes
-            break
+        if is_file(candidate):
+            return candidate
     name = str(path)
     if re.fullmatch(rf"[-+~]*({_KEY})", name) and not name.endswith((".yaml", ".yml")):
         key = name.lstrip("-+~")
@@ -296,6 +302,20 @@ def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 def parse_config(text: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Returns the configuration that `to_yaml` wrote as `text`, changed by `overrides` (see `load_config`)."""
     return _resolve([parse_yaml(text, "The configuration"), *map(_parse_override, overrides)])
+
+
+def split_overrides(text: str) -> list[str]:
+    """Returns the overrides in one text, separated by spaces; quotes hold one together, as in a shell.
+
+    Raises:
+        ConfigError: a quote is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"The overrides `{shown(text)}` have a quote that is not closed, or a backslash at their end: mend it."
+        ) from error
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -392,8 +412,8 @@ def _build_method(schema: type[Method], values: Mapping[str, Any], unknown: Unkn
         raise
     except OmegaConfBaseException as error:
         raise ConfigError(
-            f"`method.name` (={name}) has a field of a type that a configuration cannot hold: fields may be bool, int, "
-            f"float, str, lists, dictionaries and dataclasses of these ({in_own_words(error)})."
+            f"`method.name` (={name}) has a field of a type that a configuration cannot hold: {HOLDS} "
+            f"({in_own_words(error)})."
         ) from error
     except Exception as error:
         if name in METHODS:  # a bug of ours: show where

@@ -21,6 +21,7 @@ from fedlabel.config_text import ConfigError, Plain, shown
 T = TypeVar("T")
 Unknown = Callable[[type, str, str], str]
 """(schema, where, name) -> the message for a name that the schema does not have."""
+HOLDS = "fields may be bool, int, float, str, lists, dictionaries and dataclasses of these"
 LARGEST = 2**53
 """Of whole numbers: torch and numpy count with 64 bits, and double precision holds each of these."""
 

@@ -17,8 +17,7 @@ def near(name: str, known: Iterable[str], most: int = 1) -> list[str]:
     by_spelling: dict[str, list[str]] = {}
     for each in known:
         by_spelling.setdefault(simple(each), []).append(each)
-    begun = [each for each in by_spelling if len(simple(name)) > 2 and each.startswith(simple(name))]
-    found = list(dict.fromkeys([*difflib.get_close_matches(simple(name), by_spelling, n=most, cutoff=0.7), *begun]))
+    found = difflib.get_close_matches(simple(name), by_spelling, n=most)
     return [each for spelling in found for each in by_spelling[spelling]][:most]
 
 
@@ -26,3 +25,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns a sentence, with a space before it, that names the nearest of `known`; "" if none is near."""
     found = near(name, known)
     return f" Did you mean {found[0]}?" if found else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural but for 1: "1 round", "1,000 rounds"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

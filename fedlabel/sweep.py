@@ -17,7 +17,7 @@ from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_con
 from fedlabel.config_schema import build, fields_of, settled
 from fedlabel.config_text import merged, read_mapping, shown
 from fedlabel.evaluation import EVALUATED
-from fedlabel.names import did_you_mean
+from fedlabel.names import counted, did_you_mean
 
 SWEEP_JSON = "sweep.json"
 COLUMNS = ("last", "best", "mean_last_tenth")
@@ -306,11 +306,6 @@ def _at(cell: Cell, role: str, seed: int, split: str) -> Cell:
 def format_value(value: float) -> str:
     """Returns a searched value as it stands in overrides and names: 3 for 3.0, 0.05, 1e-05."""
     return str(int(value)) if value.is_integer() else repr(value)
-
-
-def counted(number: int, noun: str) -> str:
-    """Returns "1 run", "2 runs"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def slug(name: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -20,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.config import ExperimentConfig, flatten, load_config, split_overrides, to_yaml
 from fedlabel.data.federation import Federation
 from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
@@ -59,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
     logger.setLevel(logging.INFO)  # `flwr run --stream` and `flwr log` show what is written to stderr
     logger.addHandler(logging.StreamHandler())
     configs = [path.strip() for path in str(context.run_config.get("configs", "")).split(",") if path.strip()]
-    config = load_config(configs, shlex.split(str(context.run_config.get("overrides", ""))))
+    config = load_config(configs, split_overrides(str(context.run_config.get("overrides", ""))))
     path = (Path("runs") / default_name(config)).absolute()
     logger.info("Results go to %s", path)  # below the directory where the SuperLink was started
     run_federation(config, grid, path, on_round=_log_line)
@@ -288,12 +287,22 @@ def _collect(
     least = config.strategy.min_replies
     if tally.num_usable >= least and not unfit:
         return aggregated
-    few = f"All {len(messages)} clients failed"
+    few = f"All {len(messages)} clients failed" if len(messages) > 1 else "The only client failed"
     if tally.num_usable:
         few = unfit or f"Only {tally.num_usable} of {len(messages)} clients gave a usable reply"
         few += f", `strategy.min_replies` is {least}," * (not unfit)
     first = f" {tally.failures[0].splitlines()[0]} (all, with tracebacks: {folder.failures})" if tally.failures else ""
+    if tally.failures and all(map(_diverged, tally.failures)):
+        first += (
+            f" Training diverged: take a smaller training.lr (={config.training.lr:g}), or cut gradients with "
+            "training.max_grad_norm."
+        )
     raise RunError(f"{few} in round {tally.round_number}, so the run stops; its checkpoints stay.{first}")
+
+
+def _diverged(failure: str) -> bool:
+    """Returns whether a client failed as its numbers grew beyond all bounds."""
+    return any(sign in failure.partition("\n")[0] for sign in (" NotFinite: ", " TooLarge: ", "(=nan)", "(=inf)"))
 
 
 def _check_shared(method: Method, shared: State, round_number: int) -> None:

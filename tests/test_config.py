@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision_config import MixPart, SupervisionConfig
+from fedlabel.methods import METHODS
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.supervised import Supervised
 from fedlabel.models import ModelConfig
@@ -343,3 +346,148 @@ def test_a_part_of_a_mapping_keeps_the_methods_own_default_for_the_rest() -> Non
     """FreeMatch's mask is of kind freematch, not the fixed one that a mask is by itself."""
     mask = load_config([], ["method.name=freematch", "method.mask.ema=0.9"]).method.mask
     assert (mask.kind, mask.ema) == ("freematch", 0.9)
+
+
+# Numbers that are none, or too large; classes of the user's own.
+
+
+def float_keys() -> list[tuple[str, str]]:
+    """(method, key) of every key that holds a number."""
+    found = []
+    for name in METHODS:
+        for key, value in flatten(load_config([], [*SETTINGS.get(name, []), f"method.name={name}"])).items():
+            if isinstance(value, float) and (key.startswith("method.") or name == "supervised"):
+                found.append((name, key))
+    return found
+
+
+SETTINGS = {"llp_bp": ["supervision.kind=bags", "supervision.bag_size=4"]}
+UNBOUNDED = {"method.lambda_bag"}
+"""inf: counts are exact."""
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "-1", "true", "1e999", "'1'"])
+def test_no_number_may_be_what_it_cannot_mean(value: str) -> None:
+    """NaN passes a check like `x < 0`, and infinity one like `x >= 0`."""
+    keys = float_keys()
+    assert len(keys) > 60
+    for method, key in keys:
+        if value == ".inf" and key in UNBOUNDED:
+            continue
+        with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
+            load_config([], [*SETTINGS.get(method, []), f"method.name={method}", f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=9007199254740993"], r"`seed` \(=9007199254740993\) must be a whole number in \[-9007199254740992, "),
+        (["seed=1e3"], r"`seed` \(=1e3\) must be a whole number: write 1000"),
+        (["seed='3'"], r"`seed` \(=3\) must be a whole number \(without quotes\)"),
+        (["seed=true"], r"`seed` \(=true\) must be a whole number"),
+        (["training.nesterov=1"], r"`training.nesterov` \(=1\) must be true or false"),
+        (["seed=null"], r"`seed` \(=null\) must be a whole number; its default is 0"),
+        (["data.root=null"], r"`data.root` \(=null\) must be a text"),
+        (["data.root=[a]"], r"`data.root` \(=\['a'\]\) must be a text \(in quotes, if it has brackets"),
+        (["data.train_samples=many"], r"`data.train_samples` \(=many\) must be a whole number or null"),
+        (["strategy.args=[1,2,3]"], r"`strategy.args` \(=\[1, 2, 3\]\) must be a mapping, e.g. \{name: value\}"),
+        (["method.name=[1,2]"], r"`method.name` \(=\[1, 2\]\) must be a text"),
+        (["supervision.mix=.inf"], r"`supervision.mix` \(=.inf\) must be a list of mappings"),
+        (["model.hidden_layers=[1e9]"], r"must be a list of whole numbers, e.g. .* \(write 1000000000\)"),
+        (["model.width=9223372036854775807"], r"`model.width` \(=9223372036854775807\) must be a whole number in"),
+        (["model.width=65537"], r"`model.width` \(=65537\) must lie in \[1, 65536\]"),
+        (["model.name=mlp", "model.hidden_layers=[1048577]"], r"at most 100 widths in \[1, 1048576\]"),
+        (["augment.num_ops=1000000000"], r"`augment.num_ops` \(=1000000000\) must lie in \[1, 14\]"),
+        (["grid.num_workers=100000"], r"`grid.num_workers` \(=100000\) must lie in \[1, 1024\]"),
+        (["grid.timeout=1e10"], r"`grid.timeout` \(=10000000000.0\) must lie in \(0, 1e\+09\]"),
+        (["method.name=forward", "method.matrix=[1,2]"], r"`method.matrix` .* a list of lists of numbers, e.g."),
+    ],
+)
+def test_types_and_sizes(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config([], overrides)
+
+
+OWN = """
+import abc
+from dataclasses import dataclass, field
+from fedlabel.methods.base import Method
+
+@dataclass(frozen=True)
+class Good(Method):
+    name: str = "own:Good"
+    widths: tuple[int, ...] = (1, 2)
+    scales: dict[str, float] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class Fails(Method):
+    def __post_init__(self):
+        {}["key"]
+
+@dataclass(frozen=True)
+class Abstract(Method, abc.ABC):
+    @abc.abstractmethod
+    def further(self): ...
+
+@dataclass(frozen=True)
+class Sets(Method):
+    classes: set = field(default_factory=lambda: {1})
+
+@dataclass(frozen=True)
+class Needs(Method):
+    name: str = "own:Needs"
+    weight: float = field(kw_only=True)
+
+class Plain:
+    pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("x = 1 /\n")
+    (tmp_path / "divides.py").write_text("\n1 / 0\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in ("own", "broken", "divides", "leaves"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "own:Fails",
+            r"`method.name` \(=own:Fails\) cannot be made of its fields: KeyError: 'key' \(.*own.py, line 15\)",
+        ),
+        ("own:Abstract", r"`method.name` \(=own:Abstract\) is abstract: its class must define further"),
+        ("own:Sets", r"A configuration cannot hold a set .*: fields may be bool, int"),
+        ("own:Needs", "`method.weight` must be given: it has no default"),
+        ("own:Plain", "must be a subclass of fedlabel.methods.base.Method"),
+        ("own:number", "must be a subclass of"),
+        ("own:Goood", "own has no Goood. Did you mean Good"),
+        ("broken:X", r"cannot be imported: SyntaxError: .*broken.py, line 1\)"),
+        ("divides:X", r"cannot be imported: ZeroDivisionError: .*divides.py, line 2\)"),
+        ("leaves:X", "cannot be imported: SystemExit: 3"),
+        ("nowhere_at_all:X", r"cannot be imported: ModuleNotFoundError: No module named 'nowhere_at_all'\. The module"),
+        ("os:system", "must be a subclass of"),
+        (".own:Good", "must have the form package.module:Class"),
+        ("own:Good:x", "must have the form package.module:Class"),
+    ],
+)
+def test_methods_of_the_users_own_that_cannot_be(name: str, message: str, own: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config([], [f"method.name={name}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_of_the_users_own_may_have_lists_and_mappings(own: Path) -> None:
+    config = load_config([], ["method.name=own:Good", "method.widths=[3]", "method.scales={a: 1}"])
+    assert (config.method.widths, config.method.scales) == ((3,), {"a": 1.0})
+    assert parse_config(to_yaml(config)) == config
+    with pytest.raises(ConfigError, match=r"`method.scales.a` \(=x\) must be a number"):
+        load_config([], ["method.name=own:Good", "method.scales={a: x}"])
