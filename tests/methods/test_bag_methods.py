@@ -295,6 +295,7 @@ def test_vat_refuses_batch_norm() -> None:
     """Its probe would change running statistics inside a derivative."""
     vat = ["method.name=llp_vat", "supervision.kind=bags", "supervision.bag_size=4", "device=cpu"]
     Experiment(load_config([], vat))
-    with pytest.raises(ValueError, match=r"`model.norm` \(=batch\) .* is BatchNorm, which method llp_vat cannot"):
-        Experiment(load_config([], [*vat, "model.norm=batch"]))
+    for network in ("model.norm=batch", "model.name=torchvision:resnet18"):
+        with pytest.raises(ValueError, match=r"its layer .* is BatchNorm, or .*, which method llp_vat cannot"):
+            Experiment(load_config([], [*vat, network]))
     Experiment(load_config([], [*vat, "model.norm=batch", "method.lambda_vat=0"]))
