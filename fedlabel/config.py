@@ -194,12 +194,6 @@ class ExperimentConfig:
                 f"(={self.num_clients})."
             )
         self._check_labels()
-        averages = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
-        if self.model.norm == "batch" and self.strategy.name not in averages:
-            raise ValueError(
-                f"`strategy.name` (={self.strategy.name}) would apply its optimiser or noise to BatchNorm's running "
-                f"statistics (`model.norm` =batch); use model.norm=group, or one of {', '.join(averages)}."
-            )
         self.method.check_rounds(self.num_rounds)
         noisy = [part.count_epsilon for part in self.supervision.parts if part.count_epsilon is not None]
         if noisy and getattr(self.method, "lambda_bag", 0.0) == math.inf:

@@ -36,6 +36,9 @@ from fedlabel.training import (
     train_server,
 )
 
+AVERAGES = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
+"""The strategies whose result is a mean, a median or one of what clients send: right for running statistics, too."""
+
 
 class Judged(NamedTuple):
     """What models are judged on."""
@@ -78,6 +81,7 @@ class Experiment:
         if memory is not None:
             check_size(lambda: self._network(seed), config.model, memory)
         student, self.teacher = (self._build_model(seed) for _ in range(2))
+        self._check_strategy(student)
         self.trainer = Trainer(student, self.teacher, self.transform, config.training)
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
@@ -127,6 +131,18 @@ class Experiment:
             None if bags is None else Bags(*(values.to(self.device) for values in bags)),
         )
 
+    def _check_strategy(self, model: nn.Module) -> None:
+        """Looks for buffers: to a server's optimiser or noise they would be weights like others."""
+        name, weights = self.config.strategy.name, {key for key, _ in model.named_parameters(remove_duplicate=False)}
+        buffers = [key for key in model.state_dict() if key not in weights]
+        if buffers and name not in AVERAGES:
+            raise ValueError(
+                f"`strategy.name` (={name}) would apply its optimiser or noise to what `model.name` "
+                f"(={self.config.model.name}) keeps beside its weights, BatchNorm's running statistics for instance: "
+                f"{', '.join(buffers[:3])} ({len(buffers)} in all). Take a network without, e.g. "
+                f"model.name=cnn with model.norm=group, or strategy.name={' or '.join(AVERAGES)}."
+            )
+
     def _build_model(self, seed: int) -> nn.Module:
         return self._network(seed).to(self.device)
 
@@ -146,11 +162,13 @@ class Experiment:
                 f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs: "
                 "take a network of our own, e.g. cnn or mlp."
             )
-        batch_norm = any(isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)) for part in models[0].modules())
-        if method.input_gradients and batch_norm:
+        # Every BatchNorm, and InstanceNorm that tracks statistics.
+        running = [key for key, part in models[0].named_modules() if getattr(part, "running_mean", None) is not None]
+        if method.input_gradients and running:
             raise ValueError(
-                f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}) is BatchNorm, "
-                f"which method {method.name} cannot differentiate by its inputs: take model.norm=group."
+                f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}): its layer "
+                f"{running[0]} is BatchNorm, or has running statistics like it, which method {method.name} cannot "
+                "differentiate by its inputs: take model.norm=group and a network of our own."
             )
         for name, size, wrap in (
             ("bag_head", method.bag_head, BagHead),

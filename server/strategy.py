@@ -84,10 +84,15 @@ class WeightedMean(FedAvg):
         if not weights or any(weight <= 0 for weight in weights.values()):
             return None, None
         mean = {
-            key: np.asarray(sum(totals[part][key] / weights[part] for part in totals) / len(totals)).astype(dtype)
+            key: _in_type(sum(totals[part][key] / weights[part] for part in totals) / len(totals), dtype)
             for key, dtype in dtypes.items()
         }
         return ArrayRecord({key: Array(value) for key, value in mean.items()}), None
+
+
+def _in_type(mean: np.typing.ArrayLike, dtype: np.dtype) -> np.ndarray:
+    """Returns a mean in the type of what it is of: integers (BatchNorm's batch counter) and bools rounded, not cut."""
+    return np.asarray(np.rint(mean) if dtype.kind in "iub" else mean, dtype=dtype)
 
 
 def strategy_names() -> list[str]:
@@ -233,15 +238,21 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message],
     weighted = [r for r in replies if cast(float, r.content.metric_records["metrics"]["num-examples"]) > 0]
     if not weighted:
         return None
+    # Now, as some strategies empty the replies. Theirs are floats; `WeightedMean` keeps types itself.
+    types = {key: np.dtype(array.dtype) for key, array in weighted[0].content.array_records["arrays"].items()}
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(derive_seed(seed, "strategy", round_number) % 2**32)  # noqa: NPY002
     try:
         with np.errstate(all="ignore"):  # what is not finite is looked for in the result
-            return strategy.aggregate_train(round_number, weighted)[0]
+            combined = strategy.aggregate_train(round_number, weighted)[0]
     except (AppExitException, ArithmeticError, IndexError, ValueError) as error:
         raise CannotCombine(f"{type(strategy).__name__} cannot combine {len(weighted)} replies ({error})") from error
     finally:
         np.random.set_state(before)  # noqa: NPY002
+    if combined is None:
+        return None
+    whole = {key: Array(_in_type(combined[key].numpy(), types[key])) for key in combined if types[key].kind in "iub"}
+    return ArrayRecord({**combined, **whole})
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:

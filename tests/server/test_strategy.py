@@ -68,6 +68,31 @@ def test_one_client_is_returned_to_the_bit() -> None:
     assert np.float32(mean([reply({"w": value}, {"num-examples": 7.0})])) == value
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("weighted_mean", (70, 70, 70), 70),  # in floats (7 + 14 + 21) / .6 = 69.99999999999999
+        ("FedAvg", (70, 70, 70), 70),
+        ("weighted_mean", (-3, -4, -4), -4),  # -3.83
+        ("FedAvg", (1, 2, 2), 2),  # 1.83
+        ("FedMedian", (1, 2, 5), 2),
+    ],
+)
+def test_integer_buffers_are_rounded_and_stay_integers(name: str, values: tuple[int, ...], expected: int) -> None:
+    """With weights .1, .2 and .3; a mean that is cut would be one short."""
+    copies = []
+    for value, weight in zip(values, (0.1, 0.2, 0.3), strict=True):
+        copies.append(reply({"w": 1.0}, {"num-examples": weight}))
+        copies[-1].content["arrays"]["seen"] = Array(np.asarray(value, dtype=np.int64))
+        copies[-1].content["arrays"]["used"] = Array(np.asarray([True, value > 1]))
+    aggregated = aggregate(build_strategy(StrategyConfig(name)), 1, copies)
+    assert aggregated is not None
+    seen, used = aggregated["seen"].numpy(), aggregated["used"].numpy()
+    assert (seen.dtype, used.dtype) == (np.int64, np.bool_)
+    assert int(seen) == expected
+    assert used.tolist() == [True, expected > 1]
+
+
 def test_no_weight_keeps_the_global_model() -> None:
     idle = [reply({"w": 1.0}, {"num-examples": 0.0})]
     assert aggregate(WeightedMean(), 1, idle) is None
