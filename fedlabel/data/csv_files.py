@@ -139,7 +139,9 @@ class _Reading:
                     yield row
                 self.before = self.line
         except csv.Error as error:
-            reason = "a quote that is opened there is not closed" if "end of data" in str(error) else str(error)
+            reason = "a quote that is opened there is not closed, or one is not written twice"
+            if "limit" in str(error):
+                reason = f"a cell has more than {MAX_LINE} characters"
             raise DataError(
                 f"{self.path} cannot be read as CSV: line {self.before + 1}: {reason}. Correct the line; a quote "
                 'inside a quoted cell is written twice ("").'
