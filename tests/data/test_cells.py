@@ -35,7 +35,9 @@ def test_decimal_commas() -> None:
     assert read.odd == {"1.5", "1,2,3", "12.34,5", ","}
 
 
-@pytest.mark.parametrize("text", ["１", "٣", "1_000", "0x1", "1j", "1e", ".", "", "--1", " 1", "1 ", "infinity", "nan", "²"])
+@pytest.mark.parametrize(
+    "text", ["１", "٣", "1_000", "0x1", "1j", "1e", ".", "", "--1", " 1", "1 ", "infinity", "nan", "²"]
+)
 def test_what_is_no_number_though_python_may_read_one(text: str) -> None:
     assert not is_number(text)
 

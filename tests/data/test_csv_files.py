@@ -118,7 +118,7 @@ def test_a_bomb_that_lies_about_its_size_is_stopped_on_the_way(tmp_path: Path, m
 
 def test_columns_left_out_may_hold_anything_and_cost_nothing(tmp_path: Path) -> None:
     """100 kB in one cell of 20,000 rows: a column of fixed width would take 8 GB."""
-    rows = [f'{i % 50},{"x" * 200_000 if i == 7 else "short"},{"ab"[i % 2]}' for i in range(20_000)]
+    rows = [f"{i % 50},{'x' * 200_000 if i == 7 else 'short'},{'ab'[i % 2]}" for i in range(20_000)]
     content = "n,note,outcome\n" + "\n".join(rows) + '\n1,"two\nlines",a\n'
     limit = csv.field_size_limit()
     tracemalloc.start()
