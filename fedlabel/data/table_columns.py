@@ -18,7 +18,7 @@ import torch
 from fedlabel.data.cells import LARGEST, Numbers, is_number, looks_like, read_numbers
 from fedlabel.data.loaders import DataError
 from fedlabel.data.tables import LoadedTable, Table
-from fedlabel.data.text_tables import TextTable, as_list, did_you_mean, listed, shown, summed
+from fedlabel.data.text_tables import TextTable, as_list, did_you_mean, listed, shown, summed, unreadable
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
@@ -251,6 +251,12 @@ class _Reading:
             raise DataError(
                 f"{head}, more than {MAX_CATEGORIES}. Leave it out by {drop}, or see why not all its cells are numbers."
             )
+        for part, texts in ((self.train, cells), (self.test, others)):
+            if (found := unreadable(set(texts))) is not None:
+                raise DataError(
+                    f"{part.place(name, texts.index(found))}: {shown(found)} holds characters that no text has. Is the "
+                    f"file damaged? Correct it, or leave the column out by {drop}."
+                )
         asked = name in (self.config.categorical or ())
         if not asked and len(counts) > MANY and len(counts) > len(cells) / 2:
             raise DataError(

@@ -72,6 +72,7 @@ def test_marks_of_the_owner(tmp_path: Path) -> None:
         (["1", "2", "3", "4 or more"], r"data row 4: `4 or more`, which is no number, while \d+ of its 48"),
         (["1", "y" * 5000], r", data row 2: a text of 5000 characters, `y{40}\.\.\. \(5000 characters\)`"),
         (["1", "2", "\x1b[31mred"], r"data row 3: `\\x1b\[31mred`"),
+        (["blue", "red\u0a00green"], r", data row \d: `red.u0a00green` holds characters that no text has"),
         ([f"patient {i}" for i in range(60)], r" has 48 categories in 48 training rows.*drop_columns=\[a\]"),
     ],
 )
@@ -212,6 +213,7 @@ def test_plus_and_minus_are_classes(tmp_path: Path) -> None:
         ),
         (tuple(f"id{i}" for i in range(60)), "60 different labels in 60 rows.*an identifier"),
         (("benign", "m" * 300), "a text of 300 characters in data row 2: `m{40}.*at most 200"),
+        (("benign", "b\x07"), r" holds characters that no text has in data row 2: `b.x07`"),
         (("", "NA"), " has no label in any row"),
     ],
 )
