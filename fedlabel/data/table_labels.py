@@ -50,8 +50,8 @@ class LabelColumn:
         head = f"{where}: column {shown(self.name)[1:-1]}"
         if (found := unreadable(names)) is not None:
             raise DataError(
-                f"{head} holds characters that no text has in data row {cells.index(found) + 1}: {shown(found)}. Is the "
-                "file damaged? Correct it."
+                f"{head} holds characters that no text has in data row {cells.index(found) + 1}: {shown(found)}. Is "
+                "the file damaged? Correct it."
             )
         self._check_doubtful(head, names, cells)
         self._check_spellings(head, names, cells)
