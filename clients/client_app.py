@@ -21,8 +21,12 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Says which client this node is and which code it runs."""
-    answer = ConfigRecord({"partition-id": _client(context), "source-hash": source_hash()})
+    """Says which client this node is, which code it runs and, if that is the server's, how many samples it holds."""
+    client, asked = _client(context), message.content.config_records["ask"]
+    answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
+    if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
+        federation = open_experiment(str(asked["experiment"])).federation
+        answer["num-samples"] = len(federation.parts[client]) if client < len(federation.parts) else 0
     return Message(RecordDict({"identity": answer}), reply_to=message)
 
 

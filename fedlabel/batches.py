@@ -34,6 +34,28 @@ def count_steps(phase: Phase, config: TrainingConfig, num_samples: int, batch_si
     return config.local_epochs * -(-num_samples // batch_size)
 
 
+def most_drawn(phase: Phase, config: TrainingConfig, num_samples: int, units: Units | None) -> tuple[int, int]:
+    """Returns how many (optimiser steps, samples over all of them) a phase has at most, whatever is known of them.
+
+    Args:
+        phase: the phase.
+        config: how clients train.
+        num_samples: how many samples the client holds.
+        units: what a phase by bags draws; None for any other.
+    """
+    if units is None:
+        steps = count_steps(phase, config, num_samples, config.batch_size)
+        more = config.batch_size * config.unlabeled_ratio
+        sizes = ((phase.labeled, config.batch_size), (phase.unlabeled, more), (phase.mix, more))
+        per_step = sum(min(size, num_samples) for views, size in sizes if views)
+    else:
+        drawn = units.per_step(config.batch_size, phase.least_bags)
+        steps = count_steps(phase, config, len(units.rows), drawn)
+        per_step = min(drawn, len(units.rows)) * units.rows.shape[1]
+    steps *= len(phase.updates)
+    return steps, steps * per_step
+
+
 class Units(NamedTuple):
     """What a phase by bags draws: bags, and samples on their own."""
 

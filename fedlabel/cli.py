@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.data.federation import build_federation
+from fedlabel.data.labeling_functions import FunctionReport
+from fedlabel.errors import FULL, RunError, file_error, make_folder, naming
 from fedlabel.experiment import open_experiment
 from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
+from fedlabel.importing import add_working_directory, claim_packages
 from fedlabel.progress import OnRound, run_progress, sweep_progress
 
 if TYPE_CHECKING:
@@ -30,7 +32,12 @@ if TYPE_CHECKING:
 MAX_CLIENT_ROWS = 20
 """A table has a row per client up to so many."""
 
-app = typer.Typer(help="Federated learning where labels are few.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Federated learning where labels are few.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they would print local variables: labels and rows of samples
+)
 console = Console()
 error_console = Console(stderr=True)
 
@@ -58,6 +65,7 @@ def run_experiment(
     on_round: OnRound = lambda round_number, metrics: None,
 ) -> RunResult:
     """See `fedlabel.run`; `on_start` and `on_round` are told of progress."""
+    claim_packages()
     from fedlabel.tracking import read_metrics
     from server.server_app import default_name, run_federation
     from server.strategy import build_strategy
@@ -71,11 +79,12 @@ def run_experiment(
             f"--name (={name}) must be the name of one folder, without a slash; --out says where it goes."
         )
     path = Path(out) / (name or default_name(resolved))
-    if not resume and path.exists():
-        raise ConfigError(
-            f"{path} exists already; give another --name, or --resume to go on with it (in Python: name=..., "
-            "resume=True)."
-        )
+    with naming(path):
+        if not resume and path.exists():
+            raise ConfigError(
+                f"{path} exists already; give another --name, or --resume to go on with it (in Python: name=..., "
+                "resume=True)."
+            )
     build_strategy(resolved.strategy)
     if any(part.module for part in resolved.supervision.parts):  # its functions may have been edited since
         open_experiment.cache_clear()
@@ -109,9 +118,16 @@ def _resolve(
     paths = [config] if isinstance(config, (str, Path)) else list(config)
     if saved is None:
         return load_config(paths, overrides)
-    if not saved.is_file():
-        raise ConfigError(f"{saved} does not exist: there is no such run to resume. Check --name and --out.")
-    method, saved_method = load_config(paths, overrides).method.name, load_config([saved]).method.name
+    with naming(saved):
+        if not saved.is_file():
+            raise ConfigError(f"{saved} does not exist: there is no such run to resume. Check --name and --out.")
+    try:
+        found = load_config([saved])
+    except ValueError as error:
+        raise ConfigError(f"{saved} is damaged: {error} Put it back as it was, or begin a new run.") from error
+    if not paths and not overrides:
+        return found
+    method, saved_method = load_config(paths, overrides).method.name, found.method.name
     named = any(override.startswith("method.name=") for override in overrides) or paths
     if named and method != saved_method:
         raise ConfigError(f"`method.name` (={method}) differs from the run's ({saved_method}); resume it as it was.")
@@ -128,6 +144,8 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
+    from fedlabel.tracking import name_mean
+
     configs, overrides = _split(items)
     done: list[int] = []
     with _reported(), run_progress(console) as (on_start, on_round):
@@ -139,7 +157,7 @@ def run(
         result = run_experiment(configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=note)
     if not done:
         console.print("All its rounds had been done; for more of them give num_rounds=...")
-    columns = {"last": "last", "best": "best", "mean_last_10": "mean of last 10"}
+    columns = {"last": "last", "best": "best", "mean_last_tenth": name_mean(result.summary["last_tenth"])}
     if "selected_round" in result.summary:
         columns["selected"] = f"selected ({result.summary['selected_round']})"
     table = Table(Column("metric", overflow="fold"), *columns.values(), title=str(result.path))
@@ -177,7 +195,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
-    from fedlabel.sweep import load_sweep, plan_sweep
+    from fedlabel.sweep import counted, load_sweep, plan_sweep
     from fedlabel.sweep_run import finished_cells, run_sweep
 
     given, overrides = _split(items)
@@ -191,8 +209,9 @@ def sweep(
         searches = len({cell.path for group in groups for cell in group.search})
         finals = len(groups) * len(asked.seeds)
         console.print(
-            f"{len(asked.methods)} methods x {len(asked.sections)} settings: {searches} runs to search, {finals} final "
-            f"ones ({len(asked.seeds)} seeds), {folder}" + (f", {len(done)} of them finished" if done else ""),
+            f"{counted(len(asked.methods), 'method')} x {counted(len(asked.sections), 'setting')}: "
+            f"{counted(searches, 'run')} to search, {finals} final ({counted(len(asked.seeds), 'seed')}), {folder}"
+            + (f", {len(done)} of them finished" if done else ""),
             soft_wrap=True,
             highlight=False,
         )
@@ -263,28 +282,40 @@ def compare(
     target: Annotated[
         list[float] | None, typer.Option(help="Accuracy to which rounds and bytes are counted; may be repeated.")
     ] = None,
-    baseline: Annotated[str | None, typer.Option(help="Row that all others are tested against.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Row that all others are tested against; choose it before you look.",
+            show_default="the sweep's compare.baseline, else the first that trains on the labels alone",
+        ),
+    ] = None,
+    all_pairs: Annotated[
+        bool, typer.Option("--all-pairs", help="Test every row against every other one, corrected for that many tests.")
+    ] = False,
     metric: Annotated[
         str, typer.Option(help="What rows are ranked and tested by: eval/accuracy, eval/auc or eval/balanced_accuracy.")
     ] = "eval/accuracy",
     column: Annotated[
-        str, typer.Option(help="And at which round: last, mean_last_10 or selected (see evaluation.select).")
-    ] = "mean_last_10",
+        str, typer.Option(help="And at which round: last, mean_last_tenth or selected (see evaluation.select).")
+    ] = "mean_last_tenth",
 ) -> None:
     """Tables, tests, curves and a report page from finished runs."""
     from fedlabel.comparison.output import write_comparison
     from fedlabel.comparison.runs import read_comparison
-    from fedlabel.sweep import SWEEP_JSON
+    from fedlabel.sweep import SWEEP_JSON, CompareConfig
 
     with _reported():
         keys = [key.strip() for key in by.split(",") if key.strip()]
-        comparison = read_comparison(paths, keys, target or (), metric, column)
+        if all_pairs and baseline is not None:
+            raise ConfigError(f"`--baseline` (={baseline}) has no meaning with --all-pairs: give one of them.")
+        compare = CompareConfig(baseline, all_pairs) if all_pairs or baseline is not None else None
+        comparison = read_comparison(paths, keys, target or (), metric, column, compare)
         folder = out or (paths[0] if (paths[0] / SWEEP_JSON).is_file() else Path("comparison"))
-        written = write_comparison(comparison, folder, baseline)
+        written = write_comparison(comparison, folder)
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     for name, section in comparison.sections.items():
-        table = Table("method", "seeds", comparison.ranked_by, "worst client", title=name)
+        table = Table("method", "seeds", comparison.ranked_in(name), "worst client", title=name)
         for row, runs in section.items():
             scores = [(comparison.score(run), run.value("eval/worst_client_accuracy")) for run in runs]
             means = [sum(values) / len(runs) for values in zip(*scores, strict=True)]
@@ -310,21 +341,29 @@ def partition(
         config = load_config(configs, overrides)
         federation = open_experiment(to_yaml(config)).federation
     counts = federation.histograms()
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "partition.json", federation.to_json())
-    write_atomic(out / "supervision.json", federation.audit_json())
-    save_png(partition_figure(counts, KIND_NAMES, federation.dataset.class_names), out / "partition.png")
+    with _reported():
+        make_folder(out)
+        write_atomic(out / "partition.json", federation.to_json())
+        write_atomic(out / "supervision.json", federation.audit_json())
+        save_png(partition_figure(counts, KIND_NAMES, federation.true_classes), out / "partition.png")
     known, unknown = counts[1:].sum(0), counts[0]
     mixed = bool(counts[2:].any())
     names = ("known", "unknown") if mixed else ("labelled", "unlabelled")
     table = Table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
-    held = (counts.sum(0) > 0).sum(1)
+    classes = federation.dataset.num_classes
+    held, classes_known = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), known))
     for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
-        columns = (known.sum(1), unknown.sum(1), held, (known > 0).sum(1))
+        columns = (known.sum(1), unknown.sum(1), held, classes_known)
         table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
     console.print(table)
     if mixed:
         console.print(_kinds_table(federation.kinds(), KIND_NAMES))
+    if federation.functions:
+        console.print(_functions_table(federation.functions))
+    for doubt in federation.doubts():
+        console.print(doubt, style="yellow", soft_wrap=True, highlight=False, markup=False)
+    for note in federation.dataset.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True, highlight=False, markup=False)
     if len(federation.server_rows):
         console.print(f"The server holds {len(federation.server_rows)} labelled samples.", highlight=False)
     written = ", ".join(str(out / name) for name in ("partition.json", "partition.png", "supervision.json"))
@@ -348,6 +387,17 @@ def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
     table.columns[0].header = ""
     for name, values in {"smallest": counts.min(0), "mean": counts.mean(0), "largest": counts.max(0)}.items():
         table.add_row(name, *(f"{value:.4g}" for value in values))
+    return table
+
+
+def _functions_table(reports: Sequence[FunctionReport]) -> Table:
+    """Returns a table of what came of asking labelling functions."""
+    table = Table(
+        "function", "samples", "votes", "abstains", "fails", "no class", "s / 1,000", title="labelling functions"
+    )
+    for report in reports:
+        counts = (report.asked, report.votes, report.abstained, report.failed, report.invalid)
+        table.add_row(escape(report.name), *map(str, counts), f"{report.seconds_per_1000:.3g}")
     return table
 
 
@@ -399,9 +449,13 @@ def _reported(again: str = "`--resume --name NAME` goes on from the last checkpo
     except ValueError as error:
         error_console.print(f"Error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(2) from error
-    except RuntimeError as error:
-        if type(error).__name__ != "RunError":  # a bug: show where
+    except OSError as error:
+        if error.filename is None and error.errno not in FULL:  # a bug: show where
             raise
+        text = f"Error: {file_error(error)}"
+        error_console.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(2) from error
+    except RunError as error:
         error_console.print(f"Stopped: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
@@ -411,5 +465,6 @@ def _reported(again: str = "`--resume --name NAME` goes on from the last checkpo
 
 def main() -> None:
     """Entry point of the `fedlabel` command."""
-    sys.path.insert(0, os.getcwd())  # a method of the user's own: method.name=my_module:MyMethod
+    claim_packages()
+    add_working_directory()  # a method of the user's own: method.name=my_module:MyMethod
     app()

@@ -35,6 +35,11 @@ SELECT = {
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+def cohort_size(num_clients: int, fraction: float) -> int:
+    """Returns how many clients train in a round."""
+    return max(1, round(fraction * num_clients))
+
+
 class ConfigError(ValueError):
     """The user's configuration is wrong; the message names the key, the value and the fix."""
 
@@ -47,8 +52,19 @@ class StrategyConfig:
     """weighted_mean, or a Flower strategy by class name: FedAdam, FedAvgM, FedTrimmedAvg, Krum, ..."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the Flower strategy, e.g. {eta: 0.01}."""
+    min_replies: int = 1
+    """Replies that a round needs; with fewer usable ones the run stops, and can be resumed from its checkpoint."""
+    max_update_norm: float | None = None
+    """A client's model further than this from the one it was sent is refused (Euclidean distance over all its numbers
+    but integers); null: any. It bounds what one client can do to a mean: weights times 1000 are else averaged in."""
 
     def __post_init__(self) -> None:
+        if self.min_replies < 1:
+            raise ValueError(f"`strategy.min_replies` (={self.min_replies}) must be at least 1.")
+        if self.max_update_norm is not None and not 0 < self.max_update_norm < math.inf:
+            raise ValueError(
+                f"`strategy.max_update_norm` (={self.max_update_norm}) must be a positive number (or null)."
+            )
         if self.name == "weighted_mean" and self.args:
             raise ValueError(f"`strategy.args` (={self.args}) must be empty for strategy.name=weighted_mean.")
 
@@ -84,11 +100,13 @@ class EvaluationConfig:
     """When and on what the global model is evaluated."""
 
     every: int = 1
-    """Rounds between evaluations; the last round is always evaluated."""
+    """Rounds between evaluations. Over the last tenth of the rounds (at least 5) each one is evaluated, as results are
+    averaged over these."""
     split: str = "test"
     """test | validation: use validation to choose hyper-parameters, test only to report."""
     select: str | None = None
-    """Which evaluated round's model the run puts forward, beside the last: the best one on the validation split.
+    """Which round's model the run puts forward, beside the last: of each `every`-th round and the last one the best on
+    the validation split.
     bag_mae goes by the counts of bags alone; instance_auc, instance_accuracy and instance_loss look at single labels of
     that split. summary.json has each metric at that round as `selected`, checkpoints/selected_ROUND.pt the weights;
     where a method has stages (llp_bp) the next one gets the best model of the one before. null: none."""
@@ -96,7 +114,7 @@ class EvaluationConfig:
     """Whether pictures are drawn (partition.png and TensorBoard's images): about a second a run. For sweeps of hundreds
     of short runs: false."""
     panel_samples: int = 16
-    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last round and every 10th evaluation;
+    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last and each 10 * `every`-th round;
     0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is
     asked of clients."""
 
@@ -165,6 +183,12 @@ class ExperimentConfig:
                 raise ValueError(f"`{key}` (={getattr(self, key)}) must be at least 1.")
         if not 0 < self.fraction_train <= 1:
             raise ValueError(f"`fraction_train` (={self.fraction_train}) must lie in (0, 1].")
+        if self.strategy.min_replies > self.cohort_size:
+            raise ValueError(
+                f"`strategy.min_replies` (={self.strategy.min_replies}) must be at most the {self.cohort_size} clients "
+                f"that train in a round: `fraction_train` (={self.fraction_train:g}) of `num_clients` "
+                f"(={self.num_clients})."
+            )
         self._check_labels()
         averages = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
         if self.model.norm == "batch" and self.strategy.name not in averages:
@@ -186,6 +210,11 @@ class ExperimentConfig:
                 f"(={self.strategy.name}) cannot combine; use strategy.name=weighted_mean or method.merge=sum."
             )
 
+    @property
+    def cohort_size(self) -> int:
+        """How many clients train in a round."""
+        return cohort_size(self.num_clients, self.fraction_train)
+
     def _check_labels(self) -> None:
         supervision = self.supervision
         if supervision.labeled_clients is not None and supervision.labeled_clients > self.num_clients:
@@ -196,7 +225,7 @@ class ExperimentConfig:
         hidden = self.skew.unlabeled_only_classes
         if hidden and any(part.classless for part in supervision.parts):
             raise ValueError(
-                f"`skew.unlabeled_only_classes` (={list(hidden)}) chooses samples by their class, which nobody "
+                f"`skew.unlabeled_only_classes` (=[{', '.join(hidden)}]) chooses samples by their class, which nobody "
                 "knows with supervision.kind=bags and labeling_functions: leave it out."
             )
         if self.labeled_partition is None:
@@ -324,7 +353,6 @@ def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
         for law in (user.get("partition"), user.get("labeled_partition")):
             if law and isinstance(law.get("partitioner_args"), dict):  # a mapping in YAML or on the command line
                 law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
-        _check_classes(user.get("skew", {}).get("unlabeled_only_classes", []))
         _check_lists(user)
         schema = method_class(user.get("method", {}).get("name", FedLabel.name))
         # The schema node replaces the default method: another method has other fields.
@@ -384,19 +412,11 @@ def _check_names(kind: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"`{where}.labels_keys` (={value}) must be a list of names, e.g. [{value}].")
 
 
-def _check_classes(value: Any) -> None:
-    """OmegaConf's own message would not name the value."""
-    if not isinstance(value, list) or not all(type(label) is int for label in value):
-        raise ConfigError(
-            f"`skew.unlabeled_only_classes` (={value}) must be a list of integers, e.g. "
-            "skew.unlabeled_only_classes=[8,9]."
-        )
-
-
 def _check_lists(user: Mapping[str, Any]) -> None:
     """OmegaConf's own message would not name the value."""
     for section, key, types, what in (
         ("data", "positive_classes", (str, int), "names or numbers of classes, e.g. [ship,truck]"),
+        ("skew", "unlabeled_only_classes", (str, int), "names or numbers of classes, e.g. [8,9]"),
         ("data", "categorical", (str,), "names of columns, e.g. [month,job]"),
         ("data", "drop_columns", (str,), "names of columns, e.g. [month,job]"),
         ("model", "hidden_layers", (int,), "widths, e.g. [256,128,64]"),

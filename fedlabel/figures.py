@@ -214,7 +214,7 @@ def functions_figure(coverage: np.ndarray, accuracy: np.ndarray, estimated: np.n
 
 def pseudo_label_panel(
     images: Tensor | np.ndarray,
-    true_names: Sequence[str] | None,
+    true_names: Sequence[str | None],
     pseudo_names: Sequence[str],
     experts: Sequence[str],
     confidences: Sequence[float],
@@ -224,7 +224,7 @@ def pseudo_label_panel(
 
     Args:
         images: (samples, channels, height, width) uint8; the first 32 are shown.
-        true_names: the true class of each, None where it is not known.
+        true_names: the true class of each, None where nobody knows it.
         pseudo_names: the pseudo-label of each.
         experts: "local" or "global", the model each pseudo-label comes from.
         confidences: the expert's confidence in each, in [0, 1].
@@ -242,9 +242,10 @@ def pseudo_label_panel(
         gray = len(pixels) != 3
         picture = pixels[0] if gray else pixels.transpose(1, 2, 0)
         axis.imshow(picture, cmap="gray" if gray else None, vmin=0, vmax=255, alpha=1.0 if kept[i] else 0.45)
-        wrong = true_names is not None and true_names[i] != pseudo_names[i]
-        color = GREY if not kept[i] else RED if wrong else BLUE
-        truth = "" if true_names is None else f"\n✗ true: {_name(true_names[i])}" if wrong else "\n✓ right"
+        true = true_names[i]
+        wrong = true is not None and true != pseudo_names[i]
+        color = GREY if not kept[i] else "black" if true is None else RED if wrong else BLUE
+        truth = "\ntrue: unknown" if true is None else f"\n✗ true: {_name(true)}" if wrong else "\n✓ right"
         axis.set_title(
             f"{_name(pseudo_names[i])}{truth}",
             fontsize=9,
@@ -257,9 +258,10 @@ def pseudo_label_panel(
         axis.spines[:].set(color=color, linewidth=2.5 if kept[i] else 1.0, linestyle="-" if kept[i] else ":")
     used = [i for i in range(shown) if kept[i]]
     title = f"Pseudo-labels (expert, its confidence): {len(used)} of {shown} kept"
-    if true_names is not None:
-        right = sum(true_names[i] == pseudo_names[i] for i in used)
-        title += f", {right} of them right"
+    judged = [i for i in used if true_names[i] is not None]
+    if judged:
+        right = sum(true_names[i] == pseudo_names[i] for i in judged)
+        title += f", {right} of {'them' if len(judged) == len(used) else f'{len(judged)} of known class'} right"
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -89,7 +89,8 @@ def calibration_bins(confidence: Tensor, correct: Tensor) -> np.ndarray:
     values = confidence.double().cpu().numpy()  # there sums do not depend on the order in which threads arrive
     places = np.clip((values * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
     weights = (np.ones_like(values), values, correct.double().cpu().numpy())
-    return np.stack([np.bincount(places, weight, CALIBRATION_BINS) for weight in weights])
+    bins = np.stack([np.bincount(places, weight, CALIBRATION_BINS) for weight in weights])
+    return bins.astype(np.float64)  # numpy counts nothing in integers
 
 
 def calibration_error(bins: np.ndarray) -> float:

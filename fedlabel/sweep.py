@@ -22,7 +22,7 @@ from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_con
 from fedlabel.evaluation import EVALUATED
 
 SWEEP_JSON = "sweep.json"
-COLUMNS = ("last", "best", "mean_last_10")
+COLUMNS = ("last", "best", "mean_last_tenth")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class SearchConfig:
     """validation: the test split chooses nothing."""
     metric: str = "eval/accuracy"
     """What decides, of summary.json."""
-    column: str = "mean_last_10"
-    """last | best | mean_last_10 of the metric."""
+    column: str = "mean_last_tenth"
+    """last | best | mean_last_tenth (of the rounds) of the metric."""
 
     def __post_init__(self) -> None:
         for name, values in {"values": self.values, **self.per_method_values}.items():
@@ -54,8 +54,8 @@ class SearchConfig:
                 raise ValueError(f"`search.{key}` (={values}) must be at least one number, each once.")
             if len(values) != len(self.values):
                 raise ValueError(
-                    f"`search.{key}` (={values}) has {len(values)} values, `search.values` {len(self.values)}: every "
-                    "method must get the same budget; give as many."
+                    f"`search.{key}` (={values}) has {counted(len(values), 'value')}, `search.values` "
+                    f"{len(self.values)}: every method must get the same budget; give as many."
                 )
         if self.split != "validation":
             raise ValueError(f"`search.split` (={self.split}) must be validation: the test split chooses nothing.")
@@ -63,6 +63,24 @@ class SearchConfig:
             raise ValueError(f"`search.metric` (={self.metric}) must be one of {', '.join(EVALUATED)}.")
         if self.column not in COLUMNS:
             raise ValueError(f"`search.column` (={self.column}) must be one of {', '.join(COLUMNS)}.")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What `fedlabel compare` tests; to be written down before there are results, or p values are too small."""
+
+    baseline: str | None = None
+    """Row that all others of a section are tested against. null: the first that trains on the labels alone (method
+    supervised, without oracle_labels)."""
+    all_pairs: bool = False
+    """Whether every row is tested against every other one instead, with a correction for that many tests."""
+
+    def __post_init__(self) -> None:
+        if self.all_pairs and self.baseline is not None:
+            raise ValueError(
+                f"`compare.baseline` (={self.baseline}) has no meaning with `compare.all_pairs` (=true): give one of "
+                "them."
+            )
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,7 @@ class SweepConfig:
     search: SearchConfig | None = None
     final_split: str = "test"
     """Split on which the final runs are evaluated: test, or validation for a probe."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
     targets: list[float] = field(default_factory=list)
     """Accuracies in (0, 1) to which `fedlabel compare` counts rounds and bytes."""
     published: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -119,6 +138,8 @@ class SweepConfig:
             named["search.per_method_values"] = dict.fromkeys(self.search.per_method_values, "")
             if self.search.setting is not None:
                 named["search.setting"] = {self.search.setting: ""}
+        if self.compare.baseline is not None:
+            named["compare.baseline"] = {self.compare.baseline: ""}
         of_settings = ("published", "search.setting")
         for where, rows in {"published": dict.fromkeys(self.published, ""), **named}.items():
             known = list(self.sections if where in of_settings else self.methods)
@@ -301,6 +322,11 @@ def format_value(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns "1 run", "2 runs"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def slug(name: str) -> str:
     """Returns a name as a folder's: lower case, as some file systems do not tell cases apart."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
@@ -329,6 +355,6 @@ def _describe(error: OmegaConfBaseException) -> str:
     message, key = str(error.msg or error).split("\n")[0], error.full_key
     if "not in '" not in message:
         return f"`{key}`: {message}" if key else message
-    parent = SearchConfig if str(key).startswith("search.") else SweepConfig
+    parent = {"search": SearchConfig, "compare": CompareConfig}.get(str(key).rpartition(".")[0], SweepConfig)
     allowed = [each.name for each in fields(parent)]
     return f"`{key}` is no key of a sweep, which must be one of {_near(str(key).rpartition('.')[2], allowed)}"

@@ -16,8 +16,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.errors import make_folder
 from fedlabel.sweep import SWEEP_JSON, Cell, Group, SearchConfig, SweepConfig, format_value, plan_sweep
-from fedlabel.tracking import FolderLock, lower_is_better, write_atomic
+from fedlabel.tracking import SUMMARY_JSON, FolderLock, lower_is_better, read_summary, write_atomic
 from fedlabel.workers import Tell, run_parallel
 
 HARMLESS = (
@@ -81,7 +82,7 @@ def run_sweep(sweep: SweepConfig, out: Path, workers: int, work: Work, report: C
     """
     groups = plan_sweep(sweep)
     done = finished_cells(groups, out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with closing(FolderLock(out)):
         return _run(_Ledger(sweep, groups, out, done, report), workers, work)
 
@@ -120,7 +121,7 @@ def finished_cells(groups: Iterable[Group], out: Path) -> set[str]:
     """Returns the paths of the runs that are done, after a look at every run folder that the sweep may use.
 
     Raises:
-        ConfigError: a folder holds a run of another configuration.
+        ConfigError: a folder holds a run of another configuration, or of an earlier version.
     """
     done = set()
     for group in groups:
@@ -128,28 +129,38 @@ def finished_cells(groups: Iterable[Group], out: Path) -> set[str]:
             saved = out / cell.path / "config.yaml"
             if cell.config is None or not saved.is_file():
                 continue
-            if saved.read_text() == to_yaml(cell.config):  # to read it takes three times as long
-                done |= {cell.path} if (saved.parent / "summary.json").is_file() else set()
-                continue
-            try:
-                found, wanted = flatten(load_config([saved])), flatten(cell.config)
-            except ValueError as error:
-                raise ConfigError(
-                    f"{saved} cannot be read: {error} Move the folder away, or use another --out."
-                ) from error
-            differing = [
-                f"{key} (there {found.get(key)}, asked {wanted.get(key)})"
-                for key in sorted({*found, *wanted})
-                if found.get(key) != wanted.get(key) and key not in HARMLESS
-            ]
-            if differing:
-                raise ConfigError(
-                    f"{saved.parent} holds a run of another configuration: {'; '.join(differing)}. Use another --out, "
-                    "or move the folder away to run it anew."
-                )
-            if (saved.parent / "summary.json").is_file():
+            if saved.read_text() != to_yaml(cell.config):  # to read it takes three times as long
+                _check_same(saved, cell.config)
+            if (saved.parent / SUMMARY_JSON).is_file():
+                _check_summary(saved.parent)
                 done.add(cell.path)
     return done
+
+
+def _check_same(saved: Path, config: ExperimentConfig) -> None:
+    """Raises ConfigError where a folder holds a run of another configuration."""
+    try:
+        found, wanted = flatten(load_config([saved])), flatten(config)
+    except ValueError as error:
+        raise ConfigError(f"{saved} cannot be read: {error} Move the folder away, or use another --out.") from error
+    differing = [
+        f"{key} (there {found.get(key)}, asked {wanted.get(key)})"
+        for key in sorted({*found, *wanted})
+        if found.get(key) != wanted.get(key) and key not in HARMLESS
+    ]
+    if differing:
+        raise ConfigError(
+            f"{saved.parent} holds a run of another configuration: {'; '.join(differing)}. Use another --out, or move "
+            "the folder away to run it anew."
+        )
+
+
+def _check_summary(folder: Path) -> None:
+    """Raises ConfigError where a finished run says nothing that others may be compared with."""
+    try:
+        read_summary(folder)
+    except ValueError as error:
+        raise ConfigError(f"{str(error).rstrip('.')}, or use another --out.") from error
 
 
 class _Ledger:
@@ -262,8 +273,8 @@ class _Ledger:
         """Returns what a finished search run scored; None if it failed or lacks the metric."""
         if self.rows[cell.path]["status"] != "done":
             return None
-        file = self.out / cell.path / "summary.json"
-        summary = json.loads(file.read_text())
+        file = self.out / cell.path / SUMMARY_JSON
+        summary = read_summary(file.parent)
         found = summary.get(search.metric)
         score = found.get(search.column) if isinstance(found, dict) else None
         if score is None:

@@ -20,8 +20,10 @@ import math
 import os
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,16 +32,24 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams as hparams_summaries
+from torch.utils.tensorboard import summary as summaries
+
+from fedlabel.errors import make_folder, naming
 
 Hparam = str | int | float | bool
 PARTITION_JSON = "partition.json"
-LAST = 10
-"""Evaluations over which `summarize` averages."""
+SUMMARY_JSON = "summary.json"
+LEAST_AVERAGED = 5
+"""Rounds over which results are averaged, where a tenth of the run is less."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_POSITIVE = 1e-12 * 1.1 ** np.arange(775)
+_LIMITS = np.concatenate([-_POSITIVE[::-1], [0.0], _POSITIVE])
+"""Limits of the bins of TensorBoard's histograms."""
 
 
 class FolderLock:
@@ -49,9 +59,10 @@ class FolderLock:
         """Takes the lock.
 
         Raises:
-            ValueError: another process (or another part of this one) has it.
+            ValueError: another process (or another part of this one) has it, or there is no such folder.
         """
-        self._folder = os.open(path, os.O_RDONLY)
+        with naming(path):
+            self._folder = os.open(path, os.O_RDONLY)
         """-1 once it is closed."""
         try:
             fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,14 +79,60 @@ class FolderLock:
             self._folder = -1
 
 
+class EventFile:
+    """A new file of events for TensorBoard.
+
+    Not `torch.utils.tensorboard.SummaryWriter`: it writes in a thread, so that a full disk shows as a traceback of that
+    thread and, at the next call, as an error that names no file.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        """Makes the file; `purge_step`: TensorBoard is to hide what earlier files say of this step and later ones."""
+        # TensorBoard reads the files of a folder in the order of their names, and takes what has "tfevents" in it.
+        name = (
+            f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+        )
+        self.path = folder / name
+        with naming(self.path):
+            self._file = open(self.path, "xb")  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"), None)
+        if purge_step is not None:
+            self._write(Event(session_log=SessionLog(status=SessionLog.START)), purge_step)
+
+    def add(self, summary: Summary, step: int | None = None) -> None:
+        """Adds what one of `torch.utils.tensorboard.summary` made."""
+        self._write(Event(summary=summary), step)
+
+    def flush(self) -> None:
+        """Hands everything to the system."""
+        with naming(self.path):
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        with naming(self.path):
+            self._file.close()
+
+    def _write(self, event: Event, step: int | None) -> None:
+        event.wall_time = time.time()
+        if step is not None:
+            event.step = step
+        with naming(self.path):
+            self._records.write(event.SerializeToString())
+
+
 class RunFolder:
-    """One run's folder, open for writing; make it with `create` or `resume`, and `close` it."""
+    """One run's folder, open for writing; make it with `create` or `resume`, and `close` it.
+
+    All its methods raise a `FileError` where the system does not let them write.
+    """
 
     def __init__(self, path: Path, purge_step: int | None = None) -> None:
-        """Opens the TensorBoard writer in an existing folder; not for callers, see `create` and `resume`."""
+        """Opens a new event file in an existing folder; not for callers, see `create` and `resume`."""
         self.path = path
         self._lock = FolderLock(path)
-        self._writer = SummaryWriter(str(path), purge_step=purge_step)
+        self._events = EventFile(path, purge_step)
         self._failures: list[str] = []
         self._next_round = purge_step or 1
 
@@ -92,12 +149,13 @@ class RunFolder:
             ValueError: the folder exists and is not empty; nothing is touched.
         """
         exists = f"{path} exists: give another --name, or --resume to go on with it."
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(exists)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(path):
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise ValueError(exists)
+        make_folder(path.parent)
         unfinished = _temporary(path)
         try:
-            (unfinished / "checkpoints").mkdir(parents=True)
+            make_folder(unfinished / "checkpoints")
             write_atomic(unfinished / "config.yaml", config_yaml)
             write_atomic(unfinished / "metrics.jsonl", "")
             try:
@@ -112,9 +170,9 @@ class RunFolder:
         # Without the "experiment" record: TensorBoard takes its columns from the first such record it meets, and runs
         # of other methods beside it would lose theirs. Lacking one it gathers the columns from all runs.
         # (TensorBoard 2.21 then lists metrics beside them only for --logdir on the folder that holds the runs.)
-        _, session_start, _ = hparams_summaries(dict(hparams), {})
-        folder._writer.file_writer.add_summary(session_start)  # type: ignore[attr-defined]
-        folder._writer.flush()
+        _, session_start, _ = summaries.hparams(dict(hparams), {})
+        folder._events.add(session_start)
+        folder._events.flush()
         return folder
 
     @classmethod
@@ -127,22 +185,31 @@ class RunFolder:
             ValueError: there is no run in `path`, another process writes it, or its metrics.jsonl is damaged or lacks
                 `completed_round`.
         """
-        if not (path / "config.yaml").is_file():
+        with naming(path):
+            found = (path / "config.yaml").is_file()
+        if not found:
             raise ValueError(f"{path} holds no run (no config.yaml): nothing to resume. Check --name and --out.")
         FolderLock(path).close()  # before anything is changed
-        rows = [row for row in read_metrics(path) if row["round"] <= completed_round]
-        if completed_round > 0 and (not rows or rows[-1]["round"] != completed_round):
-            last = rows[-1]["round"] if rows else 0
+        rows = read_metrics(path)
+        if [row["round"] for row in rows] != list(range(1, len(rows) + 1)):
             raise ValueError(
-                f"{path / 'metrics.jsonl'} ends at round {last}, but the checkpoint is of round {completed_round}: the "
-                "file was changed after the run. Restore it, or start a new run under another --name."
+                f"{path / 'metrics.jsonl'} does not go from round to round: the file was changed after the run. "
+                "Restore it, or start a new run under another --name."
             )
-        for leftover in path.rglob(f".*{_TEMPORARY}"):  # of a write that was killed
-            leftover.unlink()
+        if len(rows) < completed_round:
+            raise ValueError(
+                f"{path / 'metrics.jsonl'} ends at round {len(rows)}, but the checkpoint is of round "
+                f"{completed_round}: the file was changed after the run. Restore it, or start a new run under another "
+                "--name."
+            )
+        rows = rows[:completed_round]
+        with naming(path):
+            for leftover in path.rglob(f".*{_TEMPORARY}"):  # of a write that was killed
+                leftover.unlink()
         write_atomic(path / "metrics.jsonl", "".join(_json_line(row) for row in rows))
         _wait_for_later_name(path)
         folder = cls(path, purge_step=completed_round + 1)
-        folder._writer.flush()
+        folder._events.flush()
         return folder
 
     @property
@@ -188,7 +255,7 @@ class RunFolder:
     @property
     def summary_json(self) -> Path:
         """The run's summary, written at its end."""
-        return self.path / "summary.json"
+        return self.path / SUMMARY_JSON
 
     def log_round(
         self,
@@ -212,11 +279,11 @@ class RunFolder:
         rows = {tag: _as_array(values) for tag, values in lists.items()}
         scalars = {tag: float(value) for tag, value in metrics.items()}
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, round_number)
+            self._events.add(summaries.scalar(tag, value), round_number)
         for tag, values in rows.items():
             finite = values[np.isfinite(values)]
             if len(finite):
-                self._writer.add_histogram(tag, finite, round_number)
+                self._events.add(summaries.histogram(tag, finite, _LIMITS), round_number)
         for tag, counts in bins.items():
             self._add_bins(tag, counts, round_number)
         for tag, figure in figures.items():
@@ -224,18 +291,18 @@ class RunFolder:
         self._next_round = round_number
         self._flush_failures()
         self._next_round = round_number + 1
-        self._writer.flush()
+        self._events.flush()
         _append(self.metrics_jsonl, _json_line({"round": round_number, **scalars, **rows}))
 
     def log_figure(self, tag: str, figure: Figure, round_number: int = 0) -> None:
         """Shows a figure in TensorBoard."""
         self._add_figure(tag, figure, round_number)
-        self._writer.flush()
+        self._events.flush()
 
     def log_text(self, tag: str, text: str, round_number: int = 0) -> None:
         """Shows Markdown in TensorBoard."""
-        self._writer.add_text(tag, text, round_number)
-        self._writer.flush()
+        self._events.add(summaries.text(tag, text), round_number)
+        self._events.flush()
 
     def log_failure(self, text: str) -> None:
         """Appends a client's failure to failures.log; its first line also shows in TensorBoard, with its round."""
@@ -245,24 +312,26 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Writes summary.json and marks the run as finished in TensorBoard's HParams tab."""
         write_atomic(self.summary_json, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
-        _, _, session_end = hparams_summaries({}, {})
-        self._writer.file_writer.add_summary(session_end)  # type: ignore[attr-defined]
-        self._writer.flush()
+        _, _, session_end = summaries.hparams({}, {})
+        self._events.add(session_end)
+        self._events.flush()
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """See the function `read_metrics`."""
         return read_metrics(self.path)
 
     def close(self) -> None:
-        """Flushes and closes the TensorBoard writer."""
-        self._flush_failures()
-        self._writer.close()
-        self._lock.close()
+        """Closes the event file and gives the folder free."""
+        try:
+            self._flush_failures()
+            self._events.close()
+        finally:
+            self._lock.close()
 
     def _add_bins(self, tag: str, counts: np.ndarray, round_number: int) -> None:
         limits = np.linspace(0, 1, len(counts) + 1)[1:]
         middles = limits - 0.5 / len(counts)
-        self._writer.add_histogram_raw(
+        histogram = summaries.histogram_raw(
             tag,
             min=0.0,
             max=1.0,
@@ -271,19 +340,20 @@ class RunFolder:
             sum_squares=float(counts @ middles**2),
             bucket_limits=limits.tolist(),
             bucket_counts=counts.tolist(),
-            global_step=round_number,
         )
+        self._events.add(histogram, round_number)
 
     def _add_figure(self, tag: str, figure: Figure, round_number: int) -> None:
-        # Not `SummaryWriter.add_figure`: it goes through pyplot, which keeps global state and looks for a display.
+        # Not through pyplot, which keeps global state and looks for a display.
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        self._writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], round_number, dataformats="HWC")
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        self._events.add(summaries.image(tag, pixels, dataformats="HWC"), round_number)
 
     def _flush_failures(self) -> None:
         if self._failures:
             text = "\n".join(f"- `{line.replace('`', chr(39))}`" for line in self._failures)
-            self._writer.add_text("failures", text, self._next_round)
+            self._events.add(summaries.text("failures", text), self._next_round)
             self._failures = []
 
 
@@ -296,41 +366,127 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         path: the run folder.
 
     Raises:
-        ValueError: there is no metrics.jsonl, or a complete line of it is no JSON object with a round.
+        ValueError: there is no metrics.jsonl, or a complete line of it is not what `RunFolder.log_round` writes.
     """
     file = path / "metrics.jsonl"
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist: {path} is not the folder of a run.")
+    with naming(file):
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist: {path} is not the folder of a run.")
+        lines = file.read_bytes().split(b"\n")[:-1]
     rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            row["round"] + 0
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}, line {number} is damaged: {line[:80]!r}. Remove the line.") from error
+            row = json.loads(line, parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            row = None
+        if not _is_round(row):
+            raise ValueError(
+                f"{file}, line {number} is damaged: {line[:80]!r}. Put it back as it was, or remove it if it is the "
+                "last."
+            )
         rows.append(row)
     return rows
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
-    """Returns last and best value of a metric and the mean of its last 10 values.
+def _no_number(text: str) -> None:
+    """JSON has neither NaN nor infinity, and we write none."""
+    raise ValueError(text)
 
-    Only rows that have the key with a finite value count; with none, all three are NaN. Best is the lowest where
-    `lower_is_better`, else the highest.
 
-    With evaluations 0.1, 0.2, ..., 1.2 and then 0.5: last 0.5, best 1.2, and the last ten are 0.4, ..., 1.2, 0.5, of
-    mean (9 * 0.8 + 0.5) / 10 = 0.77.
+def _is_round(row: Any) -> bool:
+    """Whether a line holds a round and metrics, each a number, None, or a list of such."""
+    if not isinstance(row, dict) or type(row.get("round")) is not int:
+        return False
+    numbers = (int, float, type(None))
+    return all(
+        type(value) in numbers or (type(value) is list and all(type(each) in numbers for each in value))
+        for value in row.values()
+    )
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Returns the content of a run folder's summary.json.
+
+    Raises:
+        ValueError: it is damaged, or was written when results were averaged over the last ten evaluations.
+    """
+    file = path / SUMMARY_JSON
+    try:
+        summary = json.loads(file.read_text())
+        means = [value for value in summary.values() if isinstance(value, dict) and "best" in value]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): move {path} away and run it again.") from error
+    if any("mean_last_tenth" not in value for value in means):
+        raise ValueError(
+            f"{file} is of an earlier version, whose mean was that of the last ten evaluations, not of the last tenth "
+            f"of the rounds: move {path} away and run it again."
+        )
+    return dict(summary)
+
+
+def last_tenth(num_rounds: int) -> range:
+    """Returns the rounds over which results are averaged: the last tenth, at least 5, all of a run of fewer.
+
+    60 rounds: 55 to 60; 16: 12 to 16; 2: 1 and 2.
+    """
+    count = max(LEAST_AVERAGED, -(-num_rounds // 10))
+    return range(max(1, num_rounds + 1 - count), num_rounds + 1)
+
+
+def is_evaluated(round_number: int, num_rounds: int, every: int) -> bool:
+    """Returns whether the global model is evaluated after a round: each `every`-th one, and all of the last tenth.
+
+    So neither how often a run is evaluated nor how fast it starts decides over which rounds its results are averaged.
+    60 rounds with `every` 4: 4, 8, ..., 52, and 55 to 60.
+    """
+    return round_number % every == 0 or round_number in last_tenth(num_rounds)
+
+
+def averaged_rounds(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, int]:
+    """Returns first and last round of the last tenth, and how many of its rounds have a metric.
+
+    All of them do, but in a run that was resumed with another number of rounds: one of 20 rounds with
+    evaluation.every=10, stopped after the 12th and resumed for 15, has 13 to 15 of 11 to 15.
 
     Args:
         rows: as `read_metrics` returns them.
         key: the metric's tag.
     """
-    values = [float(row[key]) for row in rows if row.get(key) is not None]
-    if not values:
-        return dict.fromkeys(("last", "best", "mean_last_10"), math.nan)
+    window = last_tenth(rows[-1]["round"] if rows else 0)
+    count = sum(row["round"] in window and row.get(key) is not None for row in rows)
+    return {"first": window.start, "last": window.stop - 1, "count": count}
+
+
+def name_mean(rounds: Mapping[str, int]) -> str:
+    """Returns what a mean over `averaged_rounds` is: "mean of rounds 55–60"."""
+    first, last, count = rounds["first"], rounds["last"], rounds["count"]
+    if first >= last:
+        return f"mean of round {last}"
+    return f"mean of {f'{count} of ' if count < last + 1 - first else ''}rounds {first}–{last}"
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
+    """Returns last and best value of a metric and its mean over the last tenth of the rounds (see `last_tenth`).
+
+    Only rows that have the key with a finite value count; without such rows, or without one in the last tenth, it is
+    NaN. Best is the lowest where `lower_is_better`, else the highest.
+
+    Values 0.1, 0.2, ..., 1.2 and then 0.5 in 13 rounds: last 0.5, best 1.2, and the last five are 0.9, 1.0, 1.1, 1.2
+    and 0.5, of mean 0.94.
+
+    Args:
+        rows: as `read_metrics` returns them; the last one tells how many rounds there are.
+        key: the metric's tag.
+    """
+    having = [(row["round"], float(row[key])) for row in rows if row.get(key) is not None]
+    if not having:
+        return dict.fromkeys(("last", "best", "mean_last_tenth"), math.nan)
+    values = [value for _, value in having]
     best: Callable[[list[float]], float] = min if lower_is_better(key) else max
-    recent = values[-LAST:]
-    return {"last": values[-1], "best": best(values), "mean_last_10": math.fsum(recent) / len(recent)}
+    window = last_tenth(rows[-1]["round"])
+    recent = [value for round_number, value in having if round_number in window]
+    mean = math.fsum(recent) / len(recent) if recent else math.nan
+    return {"last": values[-1], "best": best(values), "mean_last_tenth": mean}
 
 
 def best_row(rows: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
@@ -351,19 +507,24 @@ def write_atomic(path: Path, *data: bytes | memoryview | str) -> None:
     Args:
         path: the file; its folder exists.
         data: its content, one piece after the other; text is written as UTF-8.
+
+    Raises:
+        FileError: the system does not let us; `path` is as it was.
     """
     unfinished = _temporary(path)
-    try:
-        with open(unfinished, "xb") as file:
-            for piece in data:
-                file.write(piece.encode() if isinstance(piece, str) else piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with naming(path):
+        try:
+            with open(unfinished, "xb") as file:
+                for piece in data:
+                    file.write(piece.encode() if isinstance(piece, str) else piece)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            with suppress(OSError):  # it was never made
+                unfinished.unlink()
+            raise
+        _sync_folder(path.parent)
 
 
 _TEMPORARY = ".unfinished"
@@ -375,7 +536,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _append(path: Path, text: str) -> None:
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())

@@ -159,9 +159,9 @@ def train_client(
         run.phase(phase, trainer.config)
     parameters = frozenset(name for name, _ in trainer.student.named_parameters())
     examples = sum(result.examples for result in run.results)
-    weight = {"processed": examples, "size": float(run.drawn_from.sum()), "uniform": 1.0}[trainer.config.weight_by]
+    weight = weight_in_mean(trainer.config, examples, int(run.drawn_from.sum()))
     return ClientUpdate(
-        parts=method.upload(global_state, run.results, parameters, weight if examples else 0.0),
+        parts=method.upload(global_state, run.results, parameters, weight),
         sums={name: value.tolist() for name, value in run.sums.items()},
         statistics=method.statistics(run.memory),
         kept=method.keep(run.memory, run.results),
@@ -172,6 +172,17 @@ def train_client(
         pairs=run.pairs,
         votes=run.votes,
     )
+
+
+def weight_in_mean(config: TrainingConfig, examples: float, drawn_from: int) -> float:
+    """Returns a client's weight in the server's mean, see `TrainingConfig.weight_by`.
+
+    Args:
+        config: how clients train.
+        examples: samples that its losses used.
+        drawn_from: samples that its phases drew from.
+    """
+    return {"processed": examples, "size": float(drawn_from), "uniform": 1.0}[config.weight_by] if examples else 0.0
 
 
 def train_server(

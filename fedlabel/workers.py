@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, NoReturn, TypeVar
 
+from fedlabel.errors import RunError, file_error
+
 Job = TypeVar("Job")
 Tell = Callable[[Any], None]
 """Sends a message about the job under way to the parent."""
@@ -109,10 +111,25 @@ def _start(work: Callable[..., None]) -> _Worker[Any]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-    with _interrupt_ignored():  # inherited: Ctrl-C, which reaches the whole terminal, is the parent's to handle
+    # Inherited: Ctrl-C, which reaches the whole terminal, is the parent's to handle; and a file of the working
+    # directory that is called like one of Python's modules is not to be imported in its place.
+    with _interrupt_ignored(), _safe_path():
         process.start()
     theirs.close()  # so that the death of the worker is the end of the pipe
     return _Worker(process, ours)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextmanager
@@ -140,8 +157,9 @@ def _serve(work: Callable[[Any, Tell], None], connection: Connection) -> None:
         try:
             work(job, lambda message: connection.send(("told", message)))
         except Exception as caught:
-            known = isinstance(caught, ValueError) or type(caught).__name__ == "RunError"
-            error = str(caught) if known else traceback.format_exc()
+            if isinstance(caught, OSError) and caught.filename is not None:
+                caught = file_error(caught)
+            error = str(caught) if isinstance(caught, (ValueError, RunError)) else traceback.format_exc()
         connection.send(("finished", error))
 
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass, field
+import re
+import warnings
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from flwr.serverapp.strategy import Strategy
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from fedlabel.config import ExperimentConfig, flatten, parse_config
+from fedlabel.config import ExperimentConfig, flatten, parse_config, to_yaml
+from fedlabel.errors import naming
+from fedlabel.experiment import Experiment
 from fedlabel.tracking import write_atomic
+from server.checkpoint_schema import complaints
 
 MAGIC = b"fedlabel-checkpoint-1\n"
 CHANGEABLE = (
@@ -69,65 +78,145 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     buffer = io.BytesIO()
     torch.save(_encode(vars(checkpoint)), buffer)
     payload = buffer.getbuffer()  # no copy: models of all clients may be in it
-    path = folder / f"round_{checkpoint.round_number:06d}.ckpt"
+    path = folder / file_name(checkpoint.round_number)
     write_atomic(path, MAGIC + hashlib.sha256(payload).digest(), payload)
-    for old in sorted(folder.glob("round_*.ckpt"))[:-keep]:
-        old.unlink()
+    with naming(folder):
+        for old in _newest_first(folder)[keep:]:
+            old.unlink()
     return path
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads one checkpoint.
+    """Reads one checkpoint; nothing in the file is run.
 
     Raises:
         CheckpointError: the file is not a checkpoint, or is damaged.
     """
-    content = path.read_bytes()
+    with naming(path):
+        content = path.read_bytes()
     digest, payload = content[len(MAGIC) : len(MAGIC) + 32], content[len(MAGIC) + 32 :]
     if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != digest:
-        raise CheckpointError(
-            f"Checkpoint {path} is damaged ({len(content)} bytes, its digest does not match). Delete it to resume from "
-            "the checkpoint before it, or start again under another --name."
-        )
-    return Checkpoint(**_decode(torch.load(io.BytesIO(payload), weights_only=True)))
+        raise CheckpointError(f"Checkpoint {path} is damaged ({len(content)} bytes, its digest does not match).")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, of files that others wrote
+            found = _decode(torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
+    except Exception as error:  # torch's reader has many ways to fail, and its words are for those who wrote the file
+        raise CheckpointError(f"Checkpoint {path} is damaged (its digest matches, but it cannot be read).") from error
+    names = {each.name for each in fields(Checkpoint)}
+    if not isinstance(found, dict) or found.keys() != names:
+        raise CheckpointError(f"Checkpoint {path} is damaged (it does not hold what a checkpoint holds).")
+    checkpoint = Checkpoint(**found)
+    number = checkpoint.round_number
+    if type(number) is not int or path.name != file_name(number) or type(checkpoint.config) is not str:
+        raise CheckpointError(f"Checkpoint {path} is damaged (it is not of the round that its name says).")
+    return checkpoint
 
 
-def latest_checkpoint(folder: Path, config: ExperimentConfig, initial_model: dict[str, Tensor]) -> Checkpoint:
-    """Returns the newest checkpoint in `folder`, checked against the configuration of the resuming run.
+def file_name(round_number: int) -> str:
+    """Returns the name of a round's checkpoint."""
+    return f"round_{round_number:06d}.ckpt"
 
-    A run that was killed before its first checkpoint starts at round 1 again, from `initial_model`.
+
+def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) -> Checkpoint:
+    """Returns the newest checkpoint in `folder`, checked against everything that the resuming run makes itself.
+
+    A run that was killed before its first checkpoint starts at round 1 again, from the experiment's initial model.
+
+    Args:
+        folder: of the checkpoints, in the run's.
+        experiment: of the resuming run.
+        strategy: a fresh one.
 
     Raises:
-        CheckpointError: there is no run, its newest checkpoint is damaged, or the configuration differs in a key that
-            matters.
+        CheckpointError: there is no run, its newest checkpoint is damaged or of another run, or the configuration
+            differs in a key that matters.
     """
-    files = sorted(folder.glob("round_*.ckpt"))
-    saved_config = folder.parent / "config.yaml"
-    if files:
-        checkpoint = load_checkpoint(files[-1])
-    elif saved_config.is_file():
-        checkpoint = Checkpoint(0, initial_model, saved_config.read_text())
-    else:
+    saved, config = folder.parent / "config.yaml", experiment.config
+    if not saved.is_file():
         raise CheckpointError(
             f"There is no run in {folder.parent}: nothing to resume. Leave out --resume, or check --name and --out."
         )
-    saved, wanted = flatten(parse_config(checkpoint.config)), flatten(config)
-    differing = [
-        f"{key} (saved {saved.get(key)}, now {wanted.get(key)})"
-        for key in sorted({*saved, *wanted})
-        if saved.get(key) != wanted.get(key) and key not in CHANGEABLE
-    ]
+    with naming(saved):
+        text = saved.read_text(errors="replace")
+    wanted = to_yaml(config)
+    differing = _differing(text, config, wanted)
+    if differing is None:
+        raise CheckpointError(f"{saved} is damaged. Put it back as it was, or start a new run under another --name.")
     if differing:
         raise CheckpointError(
             f"{folder.parent} was run with another configuration: {'; '.join(differing)}. Resume with the same keys "
             f"(only {', '.join(CHANGEABLE)} may change), or start a new run under another --name."
         )
-    if config.num_rounds < checkpoint.round_number:
-        raise CheckpointError(
-            f"`num_rounds` (={config.num_rounds}) is below the {checkpoint.round_number} rounds already done in "
-            f"{folder.parent}; raise it."
+    refused: list[CheckpointError] = []
+    for path in _newest_first(folder):
+        try:
+            checkpoint = load_checkpoint(path)
+            if checkpoint.round_number > config.num_rounds:
+                raise _TooFew(
+                    f"`num_rounds` (={config.num_rounds}) is below the {checkpoint.round_number} rounds already done "
+                    f"in {folder.parent}; raise it."
+                )
+            if _differing(checkpoint.config, config, wanted) != []:
+                raise CheckpointError(f"Checkpoint {path} is of a run of another configuration.")
+            complaint = next(complaints(checkpoint, experiment, strategy), None)
+            if complaint is not None:
+                raise CheckpointError(f"Checkpoint {path} is damaged, or of another run: {complaint}.")
+        except _TooFew:
+            raise
+        except CheckpointError as error:
+            refused.append(error)
+            continue
+        if refused:
+            raise _with_cure(refused, path)
+        return checkpoint
+    if refused:
+        raise _with_cure(refused, None)
+    return Checkpoint(0, experiment.initial_state, text)
+
+
+class _TooFew(CheckpointError):
+    """The checkpoint is sound: an older one would be no help."""
+
+
+def _with_cure(refused: list[CheckpointError], older: Path | None) -> CheckpointError:
+    """Returns the first refusal with what to do; older: the newest checkpoint that is sound."""
+    them = "it" if len(refused) == 1 else f"it and what lies between ({len(refused) - 1}, no better)"
+    if older is None:
+        return CheckpointError(
+            f"{refused[0]} No older one is sound: delete the files round_*.ckpt there to begin again at round 1, or "
+            "start a new run under another --name."
         )
-    return checkpoint
+    return CheckpointError(
+        f"{refused[0]} Delete {them} to resume from {older.name}, or start a new run under another --name."
+    )
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    files = {int(found[1]): path for path in folder.glob("round_*.ckpt") if (found := _NAME.fullmatch(path.name))}
+    return [files[number] for number in sorted(files, reverse=True)]
+
+
+_NAME = re.compile(r"round_(\d{6,18})\.ckpt")
+
+
+def _differing(text: str, config: ExperimentConfig, wanted_text: str) -> list[str] | None:
+    """Returns the keys that matter in which a saved configuration differs from `config` (`wanted_text` as YAML); None:
+    it cannot be read.
+    """
+    if text == wanted_text:  # to read it takes much longer
+        return []
+    try:
+        method = OmegaConf.select(OmegaConf.create(text), "method.name")
+        if method != config.method.name:  # before the other method, whatever module it is in, is imported
+            return [f"method.name (saved {method}, now {config.method.name})"]
+        saved, wanted = flatten(parse_config(text)), flatten(config)
+    except (ValueError, AssertionError, OmegaConfBaseException, yaml.YAMLError, RecursionError):
+        return None
+    return [
+        f"{key} (saved {saved.get(key)}, now {wanted.get(key)})"
+        for key in sorted({*saved, *wanted})
+        if saved.get(key) != wanted.get(key) and key not in CHANGEABLE
+    ]
 
 
 def _encode(value: Any) -> Any:

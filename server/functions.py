@@ -18,6 +18,8 @@ from fedlabel.tracking import RunFolder, write_atomic
 ALL = "all"
 RATES = ("coverage", "overlap", "conflict", "accuracy")
 OF_SAMPLES = ("voted", "majority_accuracy", "normalized_vote_accuracy")
+REPORTED = ("asked", "failed", "first_failure", "invalid", "first_invalid", "seconds_per_1000")
+"""What of `FunctionReport` the table of written functions has, in the rows over all clients."""
 COUNTED = ("function_votes", "function_counts", "function_samples")
 """See `metrics.function_counts`."""
 
@@ -62,11 +64,16 @@ class FunctionWatch:
         guess = np.full(self._size(known), np.nan) if estimated is None else estimated.cpu().double().numpy()
         tables = {ALL: known, **{str(client): self._clients[client] for client in sorted(self._clients)}}
         nothing = np.full_like(guess, np.nan)  # the estimate is the federation's, not a client's
-        self._write({name: self._rows(counts, guess if name == ALL else nothing) for name, counts in tables.items()})
+        self._write(
+            {
+                name: self._rows(counts, guess if name == ALL else nothing, name == ALL)
+                for name, counts in tables.items()
+            }
+        )
         last = round_number == self._experiment.config.num_rounds
         if last or (not self._shown and estimated is not None):
             self._shown = True
-            self._folder.log_text("functions", markdown(self._rows(known, guess)), round_number)
+            self._folder.log_text("functions", markdown(self._rows(known, guess, True)), round_number)
             self._folder.log_text("functions/clients", markdown(self._client_rows()), round_number)
             if self._experiment.config.evaluation.figures:
                 rates = self._rates(known)
@@ -85,8 +92,9 @@ class FunctionWatch:
         top, bottom = (cast, overlaps, conflicts, right), (samples, samples, samples, known)
         return {name: ratio(a, b) for name, a, b in zip(RATES, top, bottom, strict=True)}
 
-    def _rows(self, counts: Counts, guess: np.ndarray) -> list[dict[str, object]]:
+    def _rows(self, counts: Counts, guess: np.ndarray, with_reports: bool = False) -> list[dict[str, object]]:
         names = self._experiment.federation.dataset.class_names
+        reports = self._experiment.federation.functions
         votes = np.reshape(counts["function_votes"], (self._size(counts), -1))
         rates = self._rates(counts)
         return [
@@ -96,7 +104,13 @@ class FunctionWatch:
                 **{name: values[place] for name, values in rates.items()},
                 "estimated_accuracy": guess[place],
                 "votes": int(row.sum()),
+                "abstentions": int(counts["function_samples"][0] - row.sum()),
                 "samples": int(counts["function_samples"][0]),
+                **(
+                    {name: getattr(reports[place], name) if with_reports else "" for name in REPORTED}
+                    if reports
+                    else {}
+                ),
             }
             for place, row in enumerate(votes)
         ]

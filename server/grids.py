@@ -10,7 +10,9 @@ import importlib
 import logging
 import math
 import os
+import socket
 import sys
+import tempfile
 import time
 import traceback
 from abc import abstractmethod
@@ -27,7 +29,17 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedlabel.errors import RunError
+from fedlabel.importing import import_path
+
 Answer = RecordDict | Error
+RETRIES = 2
+"""How often a client's message goes to another worker after its worker died. What a client answers depends on the
+message and its state alone, so the answer is the one that the dead worker would have given."""
+STARTS = 10
+"""Workers that die in a row while they start before the run stops."""
+SOCKET_PATH = 107 - len("/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store")
+"""Bytes that Ray's folder for temporary files may have in its path: the system takes 107 for a socket's."""
 
 
 class SimulationGrid(Grid):
@@ -79,15 +91,21 @@ class SimulationGrid(Grid):
 
     def load_states(self, states: dict[int, bytes]) -> None:
         """Puts back what `dump_states` returned."""
-        self.states = {
-            client: recorddict_from_proto(ProtoRecordDict.FromString(data)) for client, data in states.items()
-        }
+        self.states = {client: state for client, data in states.items() if (state := parse_state(data)) is not None}
 
     def _number(self, message: Message) -> Message:
         # Flower's SuperLink does this on arrival; a message without an id cannot be replied to.
         self._sent += 1
         message.metadata.__dict__["_message_id"] = str(self._sent)
         return message
+
+
+def parse_state(data: bytes) -> RecordDict | None:
+    """Returns a client's state from what `dump_states` made of it; None if these bytes are none."""
+    try:
+        return recorddict_from_proto(ProtoRecordDict.FromString(data))
+    except Exception:  # Flower's readers have many ways to fail
+        return None
 
 
 def make_context(client: int, num_clients: int, state: RecordDict) -> Context:
@@ -180,19 +198,13 @@ class RayGrid(SimulationGrid):
         # The workers import what this process imports (a method of the user's own, too).
         environment = {
             "env_vars": {
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                "PYTHONPATH": os.pathsep.join(import_path()),
                 # Replies up to this size skip the object store: 2 instead of 4 ms for one of 300 kB (Ray's: 100 kB).
                 "RAY_max_direct_call_object_size": str(2**20),
             }
         }
         if self._started_ray:
-            ray.init(
-                address=os.environ.get("RAY_ADDRESS", "local"),  # not a cluster that someone else started here
-                num_cpus=None if os.environ.get("RAY_ADDRESS") else num_workers,
-                include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+            _start_ray(num_workers)
         gpus = 1.0 / num_workers if use_gpu else 0.0
         remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env=environment)(ClientActor)
         self._new_actor = lambda: remote.remote(client_app, num_clients)
@@ -202,6 +214,8 @@ class RayGrid(SimulationGrid):
         self._idle: list[int] = []
         self._seconds: dict[int, float] = {}
         """Client -> how long its last training took."""
+        self._failed_starts = 0
+        """Workers in a row that died before they were up."""
         for actor in range(min(num_workers, num_clients)):
             self._start(actor)
 
@@ -216,7 +230,11 @@ class RayGrid(SimulationGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """See `SimulationGrid`. A client that has not answered `timeout` seconds after it was given to a worker has
-        failed; the worker is stopped and replaced, and the others go on.
+        failed; the worker is stopped and replaced, and the others go on. A client whose worker dies is given to another
+        one, `RETRIES` times.
+
+        Raises:
+            RunError: workers do not start.
         """
         sent = [self._number(message) for message in messages]
         contents = {id(message.content): message.content for message in sent}
@@ -225,16 +243,14 @@ class RayGrid(SimulationGrid):
         queue = deque(sorted(range(len(sent)), key=lambda i: -self._seconds.get(_client(sent[i]), float("inf"))))
         running: dict[Any, _Task] = {}
         finished: dict[int, Any] = {}
+        deaths = [0] * len(sent)
         due = 0
         while due < len(sent):
             while self._idle and queue:
                 task = self._send(queue.popleft(), sent, shared, timeout)
                 running[task.about] = task
             while due in finished:  # after the idle have got work: the server adds this up meanwhile
-                result = finished.pop(due)
-                content = result if isinstance(result, Error) else self._ray.get(result)
-                del result
-                yield reply_to(sent[due], content)
+                yield reply_to(sent[due], self._fetch(finished.pop(due)))
                 due += 1
             if due == len(sent):
                 break
@@ -243,11 +259,18 @@ class RayGrid(SimulationGrid):
             ready, _ = self._ray.wait([*running, *self._starting], num_returns=1, timeout=wait)
             for reference in ready:
                 if reference in self._starting:
-                    self._idle.append(self._starting.pop(reference))
-                    self._ray.get(reference)  # a worker that cannot start stops the run
+                    self._started(reference)
+                    continue
+                task = running.pop(reference)
+                result = self._take(task, sent[task.position])
+                deaths[task.position] += result is None
+                if result is not None:
+                    finished[task.position] = result
+                elif deaths[task.position] <= RETRIES:
+                    queue.appendleft(task.position)
                 else:
-                    task = running.pop(reference)
-                    finished[task.position] = self._take(task, sent[task.position])
+                    died = f"WorkerDied: {deaths[task.position]} workers died on it; out of memory?"
+                    finished[task.position] = Error(ErrorCode.CLIENT_APP_CRASHED, died)
             for task in [task for task in running.values() if not ready and task.deadline <= time.monotonic()]:
                 del running[task.about]
                 self._replace(task.actor)
@@ -264,21 +287,47 @@ class RayGrid(SimulationGrid):
         return _Task(about, result, position, actor, math.inf if timeout is None else time.monotonic() + timeout)
 
     def _take(self, task: _Task, message: Message) -> Any:
-        """Takes in what a worker finished: a reference to the answer, or an error."""
+        """Takes in what a worker finished: a reference to the answer, or an error; None where the worker died."""
         try:
             seconds, state = self._ray.get(task.about)
-        except self._ray.exceptions.RayActorError as error:
-            self._replace(task.actor)
-            return Error(ErrorCode.CLIENT_APP_CRASHED, f"WorkerDied: {error}".split("\n")[0])
         except self._ray.exceptions.RayTaskError as error:
             self._idle.append(task.actor)
             return raised(error)
+        except self._ray.exceptions.RayError:
+            self._replace(task.actor)
+            return None
         self._idle.append(task.actor)
         if message.metadata.message_type == "train":
             self._seconds[_client(message)] = seconds
         if state is not None:
             self.states[_client(message)] = state
         return task.result
+
+    def _fetch(self, result: Any) -> Answer:
+        try:
+            return result if isinstance(result, Error) else self._ray.get(result)
+        except self._ray.exceptions.RayError as error:  # the object store lost it
+            return Error(ErrorCode.CLIENT_APP_CRASHED, f"AnswerLost: {type(error).__name__}")
+
+    def _started(self, reference: Any) -> None:
+        """Takes in a worker that is up, or starts another one where it died on the way."""
+        actor = self._starting.pop(reference)
+        try:
+            self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            fault = getattr(error, "actor_init_failed", False)  # it raised an error, and would again
+            if fault or self._failed_starts >= STARTS:
+                why = str(error).strip().splitlines()[-1].strip() if fault else "each was killed, or out of memory"
+                count = "A worker" if fault else f"{self._failed_starts} workers in a row"
+                raise RunError(
+                    f"{count} of the simulation died while starting: {why}. What was saved stays; go on from the last "
+                    "checkpoint with --resume, with fewer workers (grid.num_workers) or with grid.kind=in_process."
+                ) from error
+            self._replace(actor)
+        else:
+            self._failed_starts = 0
+            self._idle.append(actor)
 
     def _start(self, actor: int) -> None:
         self._actors[actor] = self._new_actor()
@@ -287,6 +336,75 @@ class RayGrid(SimulationGrid):
     def _replace(self, actor: int) -> None:
         self._ray.kill(self._actors[actor])
         self._start(actor)
+
+
+def _start_ray(num_workers: int) -> None:
+    """Starts a Ray of our own, or joins the cluster that RAY_ADDRESS names.
+
+    Raises:
+        ValueError: no folder is short enough for Ray's sockets.
+        RunError: it does not start, or there is no such cluster.
+    """
+    import ray
+    from ray.job_config import JobConfig
+
+    class Job(JobConfig):
+        """Its workers search modules as PYTHONPATH says: Ray would have them look in the working directory first."""
+
+        _py_driver_sys_path = property(lambda self: [], lambda self, paths: None)
+
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_address(address)
+    # Not a cluster that someone else started here.
+    local: dict[str, Any] = {
+        "num_cpus": num_workers,
+        "include_dashboard": False,
+        "_temp_dir": None if address else _ray_folder(),
+    }
+    try:
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            job_config=Job(),
+            **({} if address else local),
+        )
+    except Exception as error:  # of whatever part of Ray it was
+        lines = str(error).strip().splitlines() or [""]
+        cure = f"check RAY_ADDRESS (={address}), or unset it" if address else "try again, or take grid.kind=in_process"
+        raise RunError(f"Ray does not start: {type(error).__name__}: {lines[0]}; {cure}.") from error
+
+
+def _check_address(address: str) -> None:
+    """Tries whether something answers at "host:port" or "ray://host:port": Ray, if nothing does, ends this process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # auto, local
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"No Ray cluster answers at RAY_ADDRESS (={address}): {getattr(error, 'strerror', None) or error}; correct "
+            "it, or unset it to use this machine alone."
+        ) from error
+
+
+def _ray_folder() -> str | None:
+    """Returns where Ray is to keep its sockets; None: where it does so by itself."""
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if sys.platform != "linux" or len(os.fsencode(os.path.join(usual, "ray"))) <= SOCKET_PATH:
+        return None
+    for place in ("/tmp", "/var/tmp", "/dev/shm"):
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                return os.path.join(place, "ray")
+        except OSError:
+            continue
+    raise ValueError(
+        f"TMPDIR (={usual}) is too long for Ray, whose sockets lie there (at most {SOCKET_PATH - len('/ray')} bytes), "
+        "and /tmp cannot be written: set RAY_TMPDIR to a short path, or take grid.kind=in_process."
+    )
 
 
 class _Task(NamedTuple):

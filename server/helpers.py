@@ -48,9 +48,10 @@ class HelperPool:
             state = {n: torch.from_numpy(a.copy()).to(self._experiment.device, types[n]) for n, a in arrays.items()}
             client = client_of[reply.metadata.src_node_id]
             output = frozen_model(self._experiment.teacher, state)(self._probe).softmax(-1)
-            self._outputs[client] = output[0].double().cpu().numpy()
-            chosen = {name: array for name, array in arrays.items() if name.startswith(self._helpers.prefix)}
-            self._models[client] = {name: array.copy() for name, array in chosen.items()}
+            if output.isfinite().all():  # a model that says nothing has no neighbours and helps nobody
+                self._outputs[client] = output[0].double().cpu().numpy()
+                chosen = {name: array for name, array in arrays.items() if name.startswith(self._helpers.prefix)}
+                self._models[client] = {name: array.copy() for name, array in chosen.items()}
             yield reply
 
     def nearest(self, client: int) -> list[int]:

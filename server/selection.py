@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fedlabel.errors import naming
 from fedlabel.methods.base import Method
 from fedlabel.methods.steps import StateDict
 from fedlabel.tracking import best_row, lower_is_better, write_atomic
@@ -23,7 +24,8 @@ class Selection:
     def __init__(
         self, folder: Path, key: str | None, method: Method, rows: Sequence[Mapping[str, Any]], stage_model: StateDict
     ) -> None:
-        """Goes on where a run stands; files of later rounds, which will be done again, are removed.
+        """Goes on where a run stands; files of later rounds, which will be done again, are removed. That of the best
+        round is written anew where it is of the last stage: it may be gone, or damaged.
 
         Args:
             folder: gets a file `SELECTED`.
@@ -31,6 +33,9 @@ class Selection:
             method: says where stages begin.
             rows: of the rounds that are done.
             stage_model: the best of their last stage.
+
+        Raises:
+            ValueError: there is no such model, though a round of the stage was scored.
         """
         self._folder, self._key = folder, key
         done = rows[-1]["round"] if rows else 0
@@ -42,9 +47,17 @@ class Selection:
         self._of_stage: float | None = None if of_stage is None or key is None else of_stage[key]
         self.stage_model = stage_model
         """The best weights of this stage; empty where no round of it was scored."""
-        for file in self._files():
-            if int(file.stem.rpartition("_")[2]) > done:
-                file.unlink()
+        if (self._of_stage is None) != (not stage_model):
+            raise ValueError(
+                f"The checkpoint of round {done} in {folder} and the scores in {folder.parent / 'metrics.jsonl'} are "
+                "not of one run: put them back as they were, or begin a new run."
+            )
+        with naming(folder):
+            for file in self._files():
+                if self._round(file) > done:
+                    file.unlink()
+        if self._best_round >= begun and stage_model:
+            self._write(stage_model)
 
     def begin_stage(self) -> StateDict:
         """Returns the best weights of the stage that ends, and forgets them."""
@@ -60,18 +73,26 @@ class Selection:
             self._of_stage, self.stage_model = score, model
         if self._better(score, self._best):
             self._best, self._best_round = score, round_number
-            buffer = io.BytesIO()
-            torch.save({name: value.cpu() for name, value in model.items()}, buffer)
-            write_atomic(self._folder / SELECTED.format(round_number), buffer.getbuffer())
+            self._write(model)
 
     def settle(self) -> None:
         """Removes files of models that are no longer the best: a checkpoint has been written, nothing goes back."""
-        for file in self._files():
-            if file.name != SELECTED.format(self._best_round):
-                file.unlink()
+        with naming(self._folder):
+            for file in self._files():
+                if self._round(file) != self._best_round:
+                    file.unlink()
+
+    def _write(self, model: StateDict) -> None:
+        buffer = io.BytesIO()
+        torch.save({name: value.cpu() for name, value in model.items()}, buffer)
+        write_atomic(self._folder / SELECTED.format(self._best_round), buffer.getbuffer())
 
     def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("selected_*.pt"))
+        return sorted(file for file in self._folder.glob("selected_*.pt") if file.stem[len("selected_") :].isdecimal())
+
+    @staticmethod
+    def _round(file: Path) -> int:
+        return int(file.stem[len("selected_") :])
 
     def _better(self, score: float, best: float | None) -> bool:
         assert self._key is not None

@@ -10,7 +10,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -21,21 +21,25 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.data.federation import Federation
 from fedlabel.data.supervision import KIND_NAMES
+from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit, source_hash
-from fedlabel.methods.base import state_to_lists
-from fedlabel.methods.steps import StateDict
-from fedlabel.tracking import PARTITION_JSON, RunFolder, write_atomic
+from fedlabel.methods.base import Method, state_to_lists
+from fedlabel.methods.steps import State, StateDict
+from fedlabel.tracking import PARTITION_JSON, RunFolder, is_evaluated, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from server.functions import FunctionWatch
 from server.grids import SimulationGrid
 from server.helpers import HelperPool
 from server.noise import NoiseWatch
-from server.report import RoundTally, log_round, select_key, summary
+from server.replies import Refused, ReplySchema, harmless, read_identity
+from server.report import log_round, select_key, summary
 from server.selection import Selection
 from server.strategy import (
+    CannotCombine,
     aggregate,
     build_strategy,
     configure_round,
@@ -43,13 +47,10 @@ from server.strategy import (
     sample_cohort,
     strategy_state,
 )
+from server.tally import Asked, RoundTally
 
 app = ServerApp()
 logger = logging.getLogger("fedlabel")
-
-
-class RunError(RuntimeError):
-    """A run cannot go on; what was saved stays."""
 
 
 @app.main()
@@ -96,13 +97,22 @@ def run_federation(
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
     federation = experiment.federation
-    for doubt in config.method.doubts(federation.record, federation.dataset.class_names):
+    notes = federation.dataset.notes
+    doubts = config.method.doubts(federation.record, federation.dataset.class_names)
+    for doubt in [*notes, *federation.doubts(), *doubts]:
         logger.warning(doubt)
+    for report in federation.functions:
+        logger.info(
+            "Labelling function %s: %d votes and %d abstentions on %d samples, %d failures, %d answers of no class, "
+            "%.3g s per 1,000 samples",
+            *(report.name, report.votes, report.abstained, report.asked, report.failed, report.invalid),
+            report.seconds_per_1000,
+        )
     shared = config.method.initial_shared(experiment.federation.dataset.num_classes)
     shared = {name: value.to(experiment.device) for name, value in shared.items()}
     checkpoint = Checkpoint(0, experiment.initial_state, to_yaml(config), shared=shared)
     if resume:
-        checkpoint = latest_checkpoint(path / "checkpoints", config, experiment.initial_state)
+        checkpoint = latest_checkpoint(path / "checkpoints", experiment, strategy)
         checkpoint.model = {name: value.to(experiment.device) for name, value in checkpoint.model.items()}
         checkpoint.previous = {name: value.to(experiment.device) for name, value in checkpoint.previous.items()}
         checkpoint.average = {name: value.to(experiment.device) for name, value in checkpoint.average.items()}
@@ -114,9 +124,11 @@ def run_federation(
         if checkpoint.client_states:
             assert isinstance(grid, SimulationGrid)  # only they have states to save
             grid.load_states(checkpoint.client_states)
-    nodes = connect(grid, config)
+    sizes = [len(rows) for rows in federation.parts]
+    nodes = connect(grid, config, sizes)
+    schema = ReplySchema.of(experiment, sizes)
     with closing(open_folder(experiment, path, checkpoint if resume else None)) as folder:
-        _rounds(experiment, strategy, grid, nodes, folder, checkpoint, on_round)
+        _rounds(experiment, strategy, grid, nodes, schema, folder, checkpoint, on_round)
         result = summary(folder, experiment, commit)
         folder.write_summary(result)
         return result
@@ -127,10 +139,11 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     text = to_yaml(experiment.config)
     if checkpoint is not None:
         if checkpoint.round_number > 0:
-            _check_same_data(path / PARTITION_JSON, experiment.federation.sha256)
+            _check_same_data(path / PARTITION_JSON, experiment.federation)
         folder = RunFolder.resume(path, checkpoint.round_number)
         write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
-        folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
+        with naming(folder.summary_json):
+            folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
         if checkpoint.round_number > 0:
             return folder
     else:
@@ -139,19 +152,37 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
     write_atomic(folder.supervision_json, experiment.federation.audit_json())
     federation = experiment.federation
     if experiment.config.evaluation.figures:
-        figure = partition_figure(federation.histograms(), KIND_NAMES, federation.dataset.class_names)
+        figure = partition_figure(federation.histograms(), KIND_NAMES, federation.true_classes)
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{text}```")
     return folder
 
 
-def _check_same_data(path: Path, here: str) -> None:
-    there = json.loads(path.read_text())["sha256"]
-    if there != here:
+def _check_same_data(path: Path, federation: Federation) -> None:
+    """Raises a ValueError if the data, or who holds and knows what of them, are not those of the run's begin."""
+    try:
+        with naming(path):
+            saved = json.loads(path.read_bytes())
+        there = {"what clients hold and know": saved["sha256"], **saved.get("data", {})}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"What clients hold and know is not what it was when the run began (hash {here[:12]} here, {there[:12]} in "
-            f"{path}): the data, or labelling functions, have changed. Put them back, or begin a new run."
+            f"{path} cannot be read ({type(error).__name__}), so nobody knows whether the data are those of the run. "
+            "Put the file back, or begin a new run."
+        ) from error
+    here = {"what clients hold and know": federation.sha256, **federation.data_hashes}
+    changed = [what for what, value in there.items() if here.get(what) != value]
+    if changed:
+        raise ValueError(
+            f"The data are not what they were when the run began; changed: {', '.join(changed)} (hash "
+            f"{here.get(changed[0], 'none')[:12]} here, {str(there[changed[0]])[:12]} in {path}). Put files, and "
+            "labelling functions if there are any, back as they were, or begin a new run."
+        )
+    if not saved.get("data"):
+        logger.warning(
+            "%s is of an older version and has no hash of inputs and labels: whether they have changed since cannot be "
+            "told, only that the same clients hold and know the same samples.",
+            path,
         )
 
 
@@ -160,6 +191,7 @@ def _rounds(
     strategy: Strategy,
     grid: Grid,
     nodes: Mapping[int, int],
+    schema: ReplySchema,
     folder: RunFolder,
     checkpoint: Checkpoint,
     on_round: Callable[[int, Mapping[str, float]], None],
@@ -190,32 +222,21 @@ def _rounds(
         if pool is not None:
             messages = pool.attach(messages, client_of, round_number)
         states = dict(grid.states) if isinstance(grid, SimulationGrid) else None
-        nobody = method.initial_memory(torch.ones(1, experiment.federation.dataset.num_classes, dtype=torch.bool))
-        tally = RoundTally(round_number, client_of, messages, method.statistics({**nobody, **shared}))
-        usable = tally.usable(grid.send_and_receive(messages, timeout=config.grid.timeout))
-        if pool is not None:
-            usable = pool.watch(usable, client_of)
-        aggregated = aggregate(strategy, round_number, usable, config.seed)
-        tally.finish()
-        for failure in tally.failures:
-            folder.log_failure(failure)
-        if tally.all_failed:
-            raise RunError(
-                f"All {len(cohort)} clients failed in round {round_number}, so the run stops; its checkpoints stay. "
-                f"{tally.failures[0].splitlines()[0]} (all of them, with tracebacks: {folder.failures})"
-            )
+        tally = RoundTally(schema.of_round(round_number, shared, messages), client_of, messages)
+        aggregated = _collect(tally, experiment, strategy, grid, pool, folder)
         if aggregated is not None:
             model = _like(experiment.initial_state, aggregated)
             _check_finite(model, f"Strategy {config.strategy.name} made", round_number, "step in strategy.args")
         model = experiment.train_server(model, round_number)
         _check_finite(model, "The server's own training made", round_number, "steps in training.server_steps")
         shared = method.server_step(shared, tally.statistics(experiment.device))
+        _check_shared(method, shared, round_number)
         if aggregated is not None:
             average = _moving_average(average, model, method.averaging(round_number))
         last = round_number == config.num_rounds
         judged = {"model": model, "average": average, "previous": previous}
         judged = {name: state for name, state in judged.items() if state}
-        evaluated = judged if last or round_number % config.evaluation.every == 0 else None
+        evaluated = judged if is_evaluated(round_number, config.num_rounds, config.evaluation.every) else None
         metrics = log_round(folder, experiment, tally, evaluated, states, shared, watches, started)
         selection.see(round_number, metrics, model)
         if last or round_number % config.checkpoint.every == 0:
@@ -239,6 +260,57 @@ def _rounds(
         on_round(round_number, metrics)
 
 
+def _collect(
+    tally: RoundTally,
+    experiment: Experiment,
+    strategy: Strategy,
+    grid: Grid,
+    pool: HelperPool | None,
+    folder: RunFolder,
+) -> ArrayRecord | None:
+    """Sends a round's messages and returns what the strategy makes of the usable replies, see `aggregate`.
+
+    Raises:
+        RunError: too few replies are usable, or the strategy cannot combine them.
+    """
+    config, messages = experiment.config, list(tally.messages.values())
+    usable = tally.usable(grid.send_and_receive(messages, timeout=config.grid.timeout))
+    if pool is not None:
+        usable = pool.watch(usable, {m.metadata.dst_node_id: client for client, m in tally.messages.items()})
+    unfit = ""
+    try:
+        aggregated = aggregate(strategy, tally.round_number, usable, config.seed)
+    except CannotCombine as error:
+        unfit, aggregated = f"Strategy {error}", None
+    tally.finish()
+    for failure in tally.failures:
+        folder.log_failure(failure)
+    least = config.strategy.min_replies
+    if tally.num_usable >= least and not unfit:
+        return aggregated
+    few = f"All {len(messages)} clients failed"
+    if tally.num_usable:
+        few = unfit or f"Only {tally.num_usable} of {len(messages)} clients gave a usable reply"
+        few += f", `strategy.min_replies` is {least}," * (not unfit)
+    first = f" {tally.failures[0].splitlines()[0]} (all, with tracebacks: {folder.failures})" if tally.failures else ""
+    raise RunError(f"{few} in round {tally.round_number}, so the run stops; its checkpoints stay.{first}")
+
+
+def _check_shared(method: Method, shared: State, round_number: int) -> None:
+    """Keeps a shared state that no client could work with out of checkpoints and messages."""
+    wrong = [name for name, value in shared.items() if not value.isfinite().all()]
+    try:
+        if not wrong:
+            return method.check_shared(shared)
+        reason = f"{', '.join(wrong)} holds NaN or infinity"
+    except ValueError as error:
+        reason = str(error)
+    raise RunError(
+        f"Method {method.name} made a shared state to go on from no more in round {round_number}: {reason}. The last "
+        "checkpoint is of a round before."
+    )
+
+
 def _moving_average(average: StateDict, model: StateDict, decay: float) -> StateDict:
     """Returns decay * average + (1 - decay) * model, the model itself for no average, and {} for decay 0."""
     if not decay:
@@ -257,11 +329,17 @@ def _check_finite(model: StateDict, who: str, round_number: int, what: str) -> N
         )
 
 
-def connect(grid: Grid, config: ExperimentConfig) -> dict[int, int]:
+def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[int, int]:
     """Waits until all clients are there; returns client -> node id, as the nodes themselves say.
 
+    Args:
+        grid: carries the messages.
+        config: the run's.
+        sizes: how many samples each client holds.
+
     Raises:
-        RunError: too few nodes in `grid.connect_timeout`, two nodes with one partition-id, a node with other code.
+        RunError: too few nodes in `grid.connect_timeout`, two nodes with one partition-id, a node with other code or
+            data.
     """
     deadline = time.monotonic() + config.grid.connect_timeout
     connected = -1
@@ -276,26 +354,65 @@ def connect(grid: Grid, config: ExperimentConfig) -> dict[int, int]:
                 "num_clients."
             )
         time.sleep(0.5)
-    queries = [Message(RecordDict({"ask": ConfigRecord({})}), node, "query") for node in ids]
-    nodes: dict[int, int] = {}
-    for reply in grid.send_and_receive(queries, timeout=config.grid.timeout):
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            raise RunError(f"Node {node} does not answer: {str(reply.error.reason).splitlines()[0]}")
-        identity = reply.content.config_records["identity"]
-        if identity["source-hash"] != source_hash():
-            raise RunError(
-                f"Node {node} runs other code (hash {identity['source-hash']!s}, here {source_hash()}): "
-                "install the same version of fedlabel on server and clients."
-            )
-        client = int(identity["partition-id"])  # type: ignore[arg-type]
-        if client in nodes:
-            raise RunError(f"Nodes {nodes[client]} and {node} both have partition-id {client}; give each its own.")
-        nodes[client] = node
+    nodes, refusals = _identify(grid, config, ids, sizes)
     missing = sorted(set(range(config.num_clients)) - set(nodes))
     if missing:
-        raise RunError(f"No node has partition-id {missing[0]} ({len(missing)} of {config.num_clients} are missing).")
+        raise RunError(
+            f"No node has partition-id {missing[0]} ({len(missing)} of {config.num_clients} are missing). "
+            + " ".join(refusals[:1])
+        )
+    for refusal in refusals:
+        logger.warning("Left out: %s", refusal)
     return nodes
+
+
+def _identify(
+    grid: Grid, config: ExperimentConfig, ids: list[int], sizes: Sequence[int]
+) -> tuple[dict[int, int], list[str]]:
+    """Asks every node who it is; returns client -> node id and why others are none.
+
+    Raises:
+        RunError: see `connect`.
+    """
+    ask = ConfigRecord({"experiment": to_yaml(config), "source-hash": source_hash()})
+    queries = [Message(RecordDict({"ask": ask}), node, "query") for node in ids]
+    asked = Asked(queries)
+    nodes: dict[int, int] = {}
+    refusals: list[str] = []
+    for reply in grid.send_and_receive(queries, timeout=config.grid.timeout):
+        query = asked.of(reply)
+        if query is None:
+            refusals.append(f"Node {reply.metadata.src_node_id} sent what nobody asked for.")
+            continue
+        node = query.metadata.dst_node_id
+        if reply.has_error():
+            reason = str(reply.error.reason).partition("\n")[0]
+            refusals.append(f"Node {node} does not answer: {harmless(reason)}")
+            continue
+        try:
+            found = read_identity(reply.content if reply.has_content() else RecordDict())
+        except Refused as refusal:
+            refusals.append(f"Node {node} does not say who it is: {refusal}.")
+            continue
+        if found.source_hash != source_hash():
+            raise RunError(
+                f"Node {node} runs other code (hash {found.source_hash}, here {source_hash()}): "
+                "install the same version of fedlabel on server and clients."
+            )
+        if found.client in nodes:
+            raise RunError(
+                f"Nodes {nodes[found.client]} and {node} both have partition-id {found.client}; give each its own."
+            )
+        if found.client >= len(sizes):
+            refusals.append(f"Node {node} has partition-id {found.client}, and `num_clients` is {len(sizes)}.")
+            continue
+        if found.samples != sizes[found.client]:
+            raise RunError(
+                f"Node {node} (partition-id {found.client}) holds {found.samples} samples, and by the configuration "
+                f"{sizes[found.client]}: its data are not those of the server."
+            )
+        nodes[found.client] = node
+    return nodes, refusals
 
 
 def _like(reference: StateDict, arrays: ArrayRecord) -> StateDict:
@@ -309,4 +426,8 @@ def _cpu(state: StateDict) -> StateDict:
 
 
 def _log_line(round_number: int, metrics: Mapping[str, float]) -> None:
-    logger.info("round %d %s", round_number, {name: round(value, 4) for name, value in metrics.items()})
+    shown = {"loss": "train/loss", "accuracy": "eval/accuracy"}
+    parts = [f"{name} {metrics[tag]:.4f}" for name, tag in shown.items() if tag in metrics]
+    failed = int(metrics["system/failed_clients"])
+    parts += [f"failed clients {failed}"] * (failed > 0)
+    logger.info("Round %d: %s", round_number, ", ".join([*parts, f"{metrics['system/round_seconds']:.1f} s"]))

@@ -14,10 +14,15 @@ import flwr.serverapp.strategy as flower_strategies
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
-from fedlabel.config import ConfigError, StrategyConfig
+from fedlabel.config import ConfigError, StrategyConfig, cohort_size
 from fedlabel.seeding import derive_seed, numpy_generator
+
+
+class CannotCombine(ValueError):
+    """A strategy does not work with the replies of a round."""
 
 
 def decode(array: Array) -> np.ndarray:
@@ -145,7 +150,7 @@ def _flower_strategies() -> dict[str, type[Strategy]]:
 
 def sample_cohort(seed: int, round_number: int, num_clients: int, fraction: float) -> list[int]:
     """Returns the clients of a round, sorted: a pure function of (seed, round), so a resumed run draws the same."""
-    size = max(1, round(fraction * num_clients))
+    size = cohort_size(num_clients, fraction)
     rng = numpy_generator(seed, "cohort", round_number)
     return sorted(int(client) for client in rng.choice(num_clients, size=size, replace=False))
 
@@ -181,6 +186,9 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message],
 
     Only `WeightedMean` can work on a stream; Flower's strategies want a list, and divide by the sum of weights. Those
     that add noise draw it from numpy's global generator, which is a function of (seed, round) while they do.
+
+    Raises:
+        CannotCombine: Flower's strategy does not work with these replies (too few for it, say).
     """
     if isinstance(strategy, WeightedMean):
         return strategy.aggregate_train(round_number, replies)[0]
@@ -190,7 +198,10 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message],
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(derive_seed(seed, "strategy", round_number) % 2**32)  # noqa: NPY002
     try:
-        return strategy.aggregate_train(round_number, weighted)[0]
+        with np.errstate(all="ignore"):  # what is not finite is looked for in the result
+            return strategy.aggregate_train(round_number, weighted)[0]
+    except (AppExitException, ArithmeticError, IndexError, ValueError) as error:
+        raise CannotCombine(f"{type(strategy).__name__} cannot combine {len(weighted)} replies ({error})") from error
     finally:
         np.random.set_state(before)  # noqa: NPY002
 

@@ -124,7 +124,7 @@ def test_success_leaves_the_promised_summary(done: Path) -> None:
     summary = json.loads((done / "summary.json").read_text())
     promised = {"eval/accuracy", "rounds", "seed", "seconds", "method", "dataset", "commit", "versions", "hardware"}
     assert promised | {"comm/bytes_up", "comm/bytes_down"} <= set(summary)
-    assert set(summary["eval/accuracy"]) == {"last", "best", "mean_last_10"}
+    assert set(summary["eval/accuracy"]) == {"last", "best", "mean_last_tenth"}
     assert (summary["rounds"], summary["seed"], summary["method"]) == (2, 0, "fedlabel")
     assert summary["comm/bytes_up"] > 0
     assert summary["comm/bytes_down"] > 0

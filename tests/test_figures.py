@@ -116,7 +116,7 @@ def test_confusion_has_numbers_where_they_fit(classes, numbered):
     assert max(height, width) <= 1200
 
 
-def panel(count: int, true_names: list[str] | None, channels: int = 1) -> Figure:
+def panel(count: int, true_names: list[str | None], channels: int = 1) -> Figure:
     images = torch.randint(0, 256, (count, channels, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     return pseudo_label_panel(
         images,
@@ -143,16 +143,23 @@ def test_panel_captions():
 
 
 def test_panel_without_truth_judges_nothing():
-    figure = panel(3, None, channels=3)
-    assert [axis.get_title() for axis in figure.axes] == NAMES
+    figure = panel(3, [None] * 3, channels=3)
+    assert [axis.get_title() for axis in figure.axes] == [f"{name}\ntrue: unknown" for name in NAMES]
     assert figure.get_suptitle().endswith("2 of 3 kept")
     png_shape(figure)
+
+
+def test_panel_counts_only_what_somebody_knows():
+    figure = panel(4, ["cat", None, None, "dog"])
+    assert figure.get_suptitle().endswith("3 of 4 kept, 1 of 2 of known class right")
+    unknown, wrong = (figure.axes[place].spines["left"].get_edgecolor() for place in (2, 3))
+    assert unknown != wrong
 
 
 def test_panel_shows_the_picture_itself():
     images = np.zeros((1, 3, 2, 2), dtype=np.uint8)
     images[0, :, 0, 1] = (10, 20, 30)  # row 0, column 1
-    figure = pseudo_label_panel(images, None, ["cat"], ["local"], [1.0], [True])
+    figure = pseudo_label_panel(images, [None], ["cat"], ["local"], [1.0], [True])
     assert figure.axes[0].images[0].get_array()[0, 1].tolist() == [10, 20, 30]
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fedlabel
 import server.server_app
 from fedlabel.cli import run_experiment
+from fedlabel.data.datasets import load_dataset
+from fedlabel.data.federation import build_federation
 from fedlabel.experiment import open_experiment
 from fedlabel.tracking import RunFolder
 from server.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from tests.data.arrays import write_npz
 
 TINY = ["num_clients=4", "num_rounds=3", "fraction_train=0.5", "training.local_steps=2", "evaluation.panel_samples=0"]
 
@@ -56,6 +60,28 @@ def test_finished_run_can_be_given_more_rounds_and_remembers_them(tmp_path: Path
     assert "num_rounds: 4" in (longer.path / "config.yaml").read_text()
     again = fedlabel.run([], [], name="x", out=tmp_path, resume=True)
     assert again.summary["rounds"] == 4
+
+
+def test_results_are_averaged_over_the_last_rounds_however_often_a_run_is_evaluated(tmp_path: Path) -> None:
+    """The last five of seven rounds, and of nine once it has two more. Of a run of 20 that is stopped after the third
+    and then ended after the fifth, the two that were evaluated: none of the first three was among the last."""
+    overrides = [*TINY, "num_rounds=7", "method.confidence_threshold=0.1", "evaluation.figures=false"]
+    each = fedlabel.run([], overrides, name="each", out=tmp_path)
+    few = fedlabel.run([], [*overrides, "evaluation.every=50"], name="few", out=tmp_path)
+    assert [row["round"] for row in few.metrics if "eval/accuracy" in row] == [3, 4, 5, 6, 7]
+    for key in ("eval/accuracy", "eval/ece", "pseudo/coverage", "train/loss"):
+        mean = sum(row[key] for row in each.metrics[2:]) / 5
+        assert each.summary[key]["mean_last_tenth"] == few.summary[key]["mean_last_tenth"] == pytest.approx(mean)
+    longer = fedlabel.run([], ["num_rounds=9"], name="few", out=tmp_path, resume=True)
+    assert longer.summary["last_tenth"] == {"first": 5, "last": 9, "count": 5}
+    mean = sum(row["eval/accuracy"] for row in longer.metrics[4:]) / 5
+    assert longer.summary["eval/accuracy"]["mean_last_tenth"] == pytest.approx(mean)
+    stop_at(3, tmp_path, *overrides, "num_rounds=20", "evaluation.every=50")
+    ended = fedlabel.run([], ["num_rounds=5"], name="x", out=tmp_path, resume=True)
+    assert [row["round"] for row in ended.metrics if "eval/accuracy" in row] == [4, 5]
+    assert ended.summary["last_tenth"] == {"first": 1, "last": 5, "count": 2}
+    mean = (ended.metrics[3]["eval/accuracy"] + ended.metrics[4]["eval/accuracy"]) / 2
+    assert ended.summary["eval/accuracy"]["mean_last_tenth"] == pytest.approx(mean)
 
 
 def test_number_of_threads_may_not_change(tmp_path: Path) -> None:
@@ -133,3 +159,59 @@ def test_a_stage_begins_with_fresh_weights_and_is_resumed(tmp_path: Path) -> Non
     assert (second.model[name] - fresh).abs().mean() < 0.2 * (second.model[name] - first.model[name]).abs().mean()
     down = [row["comm/bytes_down"] for row in rows(whole.path)]
     assert down[1] == down[2] > 1.9 * down[0]  # type: ignore[operator]
+
+
+def other_inputs(path: Path) -> None:
+    arrays = dict(np.load(path))
+    arrays["x_train"][3, 2, 2] ^= 1
+    np.savez(path, **arrays)
+
+
+def other_test_labels(path: Path) -> None:
+    arrays = dict(np.load(path))
+    arrays["y_test"] = arrays["y_test"][::-1]
+    np.savez(path, **arrays)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [(other_inputs, "inputs"), (other_test_labels, "what clients hold and know, labels")],
+    ids=["inputs", "test labels"],
+)
+def test_a_run_is_not_gone_on_with_on_other_data(change: Callable[[Path], None], changed: str, tmp_path: Path) -> None:
+    """Who holds which samples does not depend on inputs. A file of the same content may lie elsewhere."""
+    path, kept = tmp_path / "set.npz", tmp_path / "kept.npz"
+    write_npz(path)
+    shutil.copy(path, kept)
+    overrides = ["data.name=npz", f"data.root={path}", "num_clients=2", "supervision.label_rate=0.5", "num_rounds=1"]
+    overrides += ["training.local_steps=1", "evaluation.panel_samples=0", "model.name=mlp"]
+    run_path = fedlabel.run([], overrides, name="x", out=tmp_path).path
+    change(path)
+    for cached in (load_dataset, build_federation, open_experiment):  # as in another process
+        cached.cache_clear()
+    with pytest.raises(
+        ValueError, match=rf"not what they were when the run began; changed: {changed} \(hash .* here, "
+    ):
+        fedlabel.run([], ["num_rounds=2"], name="x", out=tmp_path, resume=True)
+    assert len(rows(run_path)) == 1
+    fedlabel.run([], ["num_rounds=2", f"data.root={kept}"], name="x", out=tmp_path, resume=True)
+    assert len(rows(run_path)) == 2
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_partition_file_of_an_older_version_is_said_and_a_broken_one_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = fedlabel.run([], TINY, name="x", out=tmp_path).path / "partition.json"
+    written = json.loads(path.read_text())
+    del written["data"]
+    path.write_text(json.dumps(written))
+    fedlabel.run([], ["num_rounds=4"], name="x", out=tmp_path, resume=True)
+    assert "is of an older version and has no hash of inputs and labels" in caplog.text
+    for broken in ("{", "[]", '{"sha256": "x", "data": 3}'):
+        path.write_text(broken)
+        with pytest.raises(
+            ValueError, match=r"partition.json cannot be read \(\w+\), so nobody knows whether the data"
+        ):
+            fedlabel.run([], ["num_rounds=5"], name="x", out=tmp_path, resume=True)

@@ -76,7 +76,7 @@ def test_tensorboard_finds_every_tag(result: RunResult) -> None:
 def test_summary_holds_what_scripts_rely_on(result: RunResult) -> None:
     summary = json.loads((result.path / "summary.json").read_text())
     assert summary == json.loads(json.dumps(result.summary))
-    assert set(summary["eval/accuracy"]) == {"last", "best", "mean_last_10"}
+    assert set(summary["eval/accuracy"]) == {"last", "best", "mean_last_tenth"}
     assert summary["eval/accuracy"]["last"] == result.metrics[-1]["eval/accuracy"]
     assert (summary["rounds"], summary["seed"], summary["method"], summary["dataset"]) == (2, 0, "fedlabel", "digits")
     assert {"seconds", "commit", "versions", "hardware", "comm/bytes_up", "comm/bytes_down"} <= set(summary)
@@ -119,7 +119,7 @@ def test_a_table_is_learnt_from_few_labels_and_judged_by_auc(tmp_path: Path) -> 
     write_comparison(read_comparison([result.path]), tmp_path / "compared")
     with (tmp_path / "compared" / "compare_runs.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert float(row["auc"]) == pytest.approx(result.summary["eval/auc"]["mean_last_10"])
+    assert float(row["auc"]) == pytest.approx(result.summary["eval/auc"]["mean_last_tenth"])
     assert "AUC" in (tmp_path / "compared" / "compare.md").read_text()
 
 

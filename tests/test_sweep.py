@@ -58,15 +58,23 @@ def ledger(out: Path) -> dict[str, Any]:
         ({"search": {"values": []}}, ["`search.values` (=[]) must be at least one number"]),
         ({"search": {"values": [1, 1]}}, ["`search.values` (=[1.0, 1.0])"]),
         ({"search": {"values": [1], "split": "test"}}, ["`search.split` (=test) must be validation"]),
-        ({"search": {"values": [1], "column": "mean"}}, ["`search.column` (=mean)", "mean_last_10"]),
+        ({"search": {"values": [1], "column": "mean"}}, ["`search.column` (=mean)", "mean_last_tenth"]),
         (
             {"search": {"values": [1], "metric": "eval/acc"}},
             ["`search.metric` (=eval/acc)", "eval/accuracy", "eval/bag_mae"],
         ),
+        ({"search": {"values": [1], "column": "mean_last_10"}}, ["`search.column` (=mean_last_10)"]),
+        ({"compare": {"base": "FedLabel"}}, ["`compare.base` is no key of a sweep", "Did you mean baseline?"]),
+        ({"compare": {"baseline": "FedLabl"}}, ["`compare.baseline` names 'FedLabl'", "Did you mean FedLabel?"]),
+        (
+            {"compare": {"baseline": "FedLabel", "all_pairs": True}},
+            ["`compare.baseline` (=FedLabel) has no meaning with `compare.all_pairs` (=true)"],
+        ),
+        ({"compare": {"all_pairs": "perhaps"}}, ["`compare.all_pairs`", "perhaps"]),
         ({"search": {"values": [1], "seed": 2}}, ["`search.seed` (=2) must be none of `seeds`"]),
         (
             {"search": {"values": [1, 2], "per_method_values": {"FedLabel": [3]}}},
-            ["`search.per_method_values.FedLabel` (=[3.0]) has 1 values, `search.values` 2", "same budget"],
+            ["`search.per_method_values.FedLabel` (=[3.0]) has 1 value, `search.values` 2", "same budget"],
         ),
         (
             {"search": {"values": [1], "per_method_values": {"FedLabl": [3]}}},
@@ -234,7 +242,7 @@ def fake_work(job: tuple[ExperimentConfig, Path, bool], tell: Callable[[Any], No
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(to_yaml(config))
     accuracy = 1 - abs(config.training.lr - 0.1)
-    (path / "summary.json").write_text(json.dumps({"eval/accuracy": {"mean_last_10": accuracy, "last": 0.0}}))
+    (path / "summary.json").write_text(json.dumps({"eval/accuracy": {"mean_last_tenth": accuracy, "last": 0.0}}))
 
 
 def sweep_with_fakes(out: Path, **content: Any) -> tuple[bool, list[Event]]:
@@ -321,6 +329,28 @@ def test_one_search_for_all_settings(tmp_path: Path) -> None:
     assert {event.kind for event in events} == {"kept", "chosen"}
 
 
+@pytest.mark.parametrize("folder", ["lr0.2-seed7", "lr0.05-seed0"], ids=["search", "final"])
+def test_a_run_of_an_earlier_version_is_named(folder: str, tmp_path: Path) -> None:
+    """Its mean was another one; nothing is run beside it."""
+    path = tmp_path / "out" / "all" / "labelled-only" / folder
+    path.mkdir(parents=True)
+    sweep = load_sweep(write(tmp_path / "s.yaml", search=SEARCH))
+    cells = [
+        cell for group in plan_sweep(sweep) for cell in [*group.search, *(c for cs in group.final.values() for c in cs)]
+    ]
+    (config,) = [cell.config for cell in cells if tmp_path / "out" / cell.path == path]
+    assert config is not None
+    (path / "config.yaml").write_text(to_yaml(config))
+    means = {"last": 0.5, "best": 0.5, "mean_last_10": 0.5}
+    (path / "summary.json").write_text(json.dumps({"eval/accuracy": means}))
+    result = call(tmp_path / "s.yaml", "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert f"{path / 'summary.json'} is of an earlier version, whose mean was that of the last ten evaluations" in line
+    assert line.endswith(f"move {path} away and run it again, or use another --out.")
+    assert not (tmp_path / "out" / "sweep.json").exists()
+
+
 @pytest.mark.slow
 def test_a_metric_that_no_run_has_fails_the_search(tmp_path: Path) -> None:
     search = {"values": [0.05], "metric": "eval/auc"}
@@ -380,7 +410,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     file = write(tmp_path / "s.yaml", settings=ALPHAS, search=SEARCH, methods={**METHODS, "odd": ["method.x=1"]})
     result = call(file, "num_rounds=2", "--dry-run", "--out", tmp_path / "out")
     assert result.exit_code == 1, result.output  # one row is impossible
-    assert "3 methods x 2 settings: 12 runs to search, 18 final ones (3 seeds)" in result.output
+    assert "3 methods x 2 settings: 12 runs to search, 18 final (3 seeds)" in result.output
     assert "lr=0.05, lr=0.2" in result.output
     one = next(iter(ALPHAS))
     assert f"Impossible: {one} / odd / lr=0.05; {one} / odd / lr=0.2; " in result.output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import difflib
 import io
 import math
 import shlex
@@ -18,17 +17,29 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from fedlabel.comparison.runs import ACCURACY, COLUMN, METRICS, Comparison, Run, differing_keys, plain
-from fedlabel.comparison.statistics import Column, PairedTest, against_baseline, columns, over_seeds, show
+from fedlabel.comparison.statistics import (
+    NOT_TESTED,
+    Column,
+    PairedTest,
+    SectionTests,
+    columns,
+    compare_rows,
+    over_seeds,
+    show,
+)
 from fedlabel.config import flatten, load_config
+from fedlabel.errors import make_folder
 from fedlabel.figures import curves_figure, save_png, svg_bytes
 from fedlabel.sweep import slug
 from fedlabel.tracking import write_atomic
 
-MEAN = "mean of last 10"
+MEAN = "mean of last tenth"
 """Title of the column beside which the published numbers stand."""
+PAIRS = "All pairs"
+"""Title of the table of every row against every other one."""
 RANKED_BY = {
     (ACCURACY, "last"): "accuracy_last",
-    (ACCURACY, COLUMN): "accuracy_mean_last_10",
+    (ACCURACY, COLUMN): "accuracy_mean_last_tenth",
     (ACCURACY, "selected"): "accuracy_selected",
     ("eval/auc", COLUMN): "auc",
     ("eval/auc", "selected"): "auc_selected",
@@ -96,26 +107,15 @@ class Part:
     """Name of the curves' files, without ending."""
 
 
-def write_comparison(comparison: Comparison, out: Path, baseline: str | None = None) -> list[Path]:
+def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     """Writes all files into `out`, each atomically, in place of an earlier comparison, and returns their paths.
 
     Args:
         comparison: what is compared.
         out: folder, made if needed.
-        baseline: see `against_baseline`.
-
-    Raises:
-        ValueError: no section has a row `baseline`; nothing is written.
     """
-    rows = _distinct(row for section in comparison.sections.values() for row in section)
-    if baseline is not None and baseline not in rows:
-        near = difflib.get_close_matches(baseline, rows, n=1)
-        raise ValueError(
-            f"`--baseline` (={baseline}) must be one of the rows: {'; '.join(rows)}."
-            f"{f' Did you mean {near[0]}?' if near else ''}"
-        )
     tests = {
-        name: against_baseline(section, baseline, comparison.metric, comparison.column)
+        name: compare_rows(section, comparison.baseline(name), comparison.metric, comparison.column)
         for name, section in comparison.sections.items()
     }
     shown = columns(comparison.targets)
@@ -124,7 +124,7 @@ def write_comparison(comparison: Comparison, out: Path, baseline: str | None = N
         Part(name, tables(comparison, name, tests[name], shown), curves(comparison, name), names[name])
         for name in comparison.sections
     ]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     written = []
     for part in parts:
         save_png(part.curves, out / f"{part.file}.png")
@@ -143,7 +143,7 @@ def write_comparison(comparison: Comparison, out: Path, baseline: str | None = N
     return [out / "report.html", out / "compare.md", out / "compare.csv", out / "compare_runs.csv", *written]
 
 
-def tables(comparison: Comparison, name: str, tests: Mapping[str, PairedTest], shown: Sequence[Column]) -> list[Table]:
+def tables(comparison: Comparison, name: str, tests: SectionTests, shown: Sequence[Column]) -> list[Table]:
     """Returns the tables of a section; columns, and tables, that no run has a number for are left out."""
     section, published = comparison.sections[name], comparison.published.get(name, {})
     found = []
@@ -162,7 +162,7 @@ def tables(comparison: Comparison, name: str, tests: Mapping[str, PairedTest], s
         best = None
         if kind == "accuracy":
             header += ["difference", "p"]
-            for cells, test in zip(rows, tests.values(), strict=True):
+            for cells, test in zip(rows, tests.rows.values(), strict=True):
                 cells += [_difference(test), _p(test.p_holm)]
             if published:
                 place = header.index(MEAN) + 1
@@ -174,7 +174,18 @@ def tables(comparison: Comparison, name: str, tests: Mapping[str, PairedTest], s
             places = [header.index(column.title) for column in used if column.key == key]
             best = (max(ranked, key=scores.__getitem__), places[0]) if ranked and places else None
         found.append(Table(title, header, rows, best))
+        if kind == "accuracy" and not tests.baseline and len(tests.pairs) > 2:
+            found.append(_pairs_table(tests))
     return found
+
+
+def _pairs_table(tests: SectionTests) -> Table:
+    names = _distinct(row for row, _ in tests.pairs)
+    rows = []
+    for name in names:
+        cells = [tests.pairs.get((name, other), NOT_TESTED) for other in names]
+        rows.append([name, *("–" if not t.against else f"{100 * t.difference:+.1f} ({_p(t.p_holm)})" for t in cells)])
+    return Table(PAIRS, ["method", *names], rows)
 
 
 def curves(comparison: Comparison, name: str) -> Figure:
@@ -190,7 +201,7 @@ def curves(comparison: Comparison, name: str) -> Figure:
 
 
 def row_table(
-    comparison: Comparison, tests: Mapping[str, Mapping[str, PairedTest]], shown: Sequence[Column]
+    comparison: Comparison, tests: Mapping[str, SectionTests], shown: Sequence[Column]
 ) -> list[dict[str, Any]]:
     """Returns compare.csv: a row per section and method; accuracies are shares of 1, traffic is in bytes."""
     found = []
@@ -202,8 +213,8 @@ def row_table(
                 stat = over_seeds([column.read(run) for run in runs])
                 cells |= {f"{column.key}_mean": stat.mean, f"{column.key}_sd": stat.sd}
                 cells |= {f"{column.key}_count": stat.count} if column.key.startswith("rounds_to_") else {}
-            test = tests[name][row]
-            cells |= {"baseline": test.baseline, "difference": test.difference, "p": test.p, "p_holm": test.p_holm}
+            test = tests[name].rows[row]
+            cells |= {"against": test.against, "difference": test.difference, "p": test.p, "p_holm": test.p_holm}
             cells["published"] = comparison.published.get(name, {}).get(row, "")
             found.append(cells)
     return found
@@ -251,6 +262,7 @@ def facts(comparison: Comparison) -> dict[str, list[str]]:
         ),
         "commit": _distinct(str(run.summary.get("commit", "unknown")) for run in runs),
         "seeds": _distinct(", ".join(str(run.config.seed) for run in members) for members in rows),
+        "means": _distinct(run.averaged for run in runs),
         "evaluated on": _distinct(f"the {run.config.evaluation.split} split of {run.config.data.name}" for run in runs),
         "commands": commands[:10] + [f"and {len(commands) - 10} more"] * (len(commands) > 10),
         "common to all": [" ".join(changed) or "the defaults"],
@@ -270,12 +282,9 @@ def remarks(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
     there = {table.title for part in parts for table in part.tables}
     bounds = _distinct(row for section in comparison.sections.values() for row, rs in section.items() if _is_bound(rs))
     texts = [
-        "Mean ± sample standard deviation over seeds; the mean of the last 10 evaluations (or rounds) where not said "
-        "otherwise.",
-        f"Difference: to the row named (the best of the others, if none was chosen) in "
-        f"{comparison.ranked_by}, in points, over common seeds. p: paired two-sided t test of it, corrected by Holm "
-        "for the tests of the section; – with fewer than two seeds or without a variance. That the best row was picked "
-        "on the same runs is not corrected for.",
+        "Mean ± sample standard deviation over seeds. Of each run the mean over the last tenth of the rounds (at least "
+        "5), where not said otherwise.",
+        *_about_tests(comparison),
         *(f"{title}: {note}" for title, note in TABLES.values() if title in there),
     ]
     if bounds:
@@ -283,6 +292,32 @@ def remarks(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
     if comparison.published:
         texts.append(
             f"Published: the paper's numbers. What differs from its setting: {comparison.deviations or 'not said'}"
+        )
+    return texts
+
+
+def _about_tests(comparison: Comparison) -> list[str]:
+    """Returns what rows were tested against, who chose it, and what p is corrected for."""
+    baselines = {name: comparison.baseline(name) for name in comparison.sections}
+    named = _distinct(filter(None, baselines.values()))
+    of = f"in {comparison.ranked_by}, in points, over common seeds"
+    test = "paired two-sided t test of it; – with fewer than two seeds or without a variance"
+    texts = []
+    if named:
+        chosen = {
+            "": "the first row that trains on the labels alone, as no other was asked for",
+            "--baseline": "named with --baseline: p holds only if that was done without a look at these results",
+        }.get(comparison.asked_by, f"named in the sweep's file ({comparison.asked_by})")
+        texts.append(
+            f"Difference: to the baseline {' or '.join(named)} ({chosen}), {of}. p: {test}. It is corrected by Holm's "
+            "procedure for the number of rows that are tested against the baseline in the section."
+        )
+    if not all(baselines.values()):
+        where = "; ".join(name for name, row in baselines.items() if not row)
+        texts.append(
+            f"{f'Without a baseline ({where}), difference' if named else 'Difference'}: to the best of the other rows, "
+            f"{of}. p: {test}. It is corrected by Holm's procedure for all pairs of rows of the section, so that the "
+            f"best may be looked for afterwards. {PAIRS}: the row's difference to the column, and p, likewise."
         )
     return texts
 
@@ -354,7 +389,7 @@ def _file_names(sections: Sequence[str]) -> dict[str, str]:
 def _difference(test: PairedTest) -> str:
     if math.isnan(test.difference):
         return "–"
-    return f"{100 * test.difference:+.1f} ({test.baseline})"
+    return f"{100 * test.difference:+.1f} ({test.against})"
 
 
 def _p(value: float) -> str:

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from fedlabel.config import ExperimentConfig, flatten, load_config
-from fedlabel.sweep import SWEEP_JSON, SweepConfig, format_value, parse_sweep
-from fedlabel.tracking import read_metrics
+from fedlabel.methods.supervised import Supervised
+from fedlabel.sweep import SWEEP_JSON, CompareConfig, SweepConfig, counted, format_value, parse_sweep
+from fedlabel.tracking import SUMMARY_JSON, averaged_rounds, name_mean, read_metrics, read_summary
 
-ACCURACY, COLUMN = "eval/accuracy", "mean_last_10"
+ACCURACY, COLUMN = "eval/accuracy", "mean_last_tenth"
 """What rows are ranked and tested by where nothing else is asked for, of summary.json."""
 METRICS = {ACCURACY: "accuracy", "eval/auc": "AUC", "eval/balanced_accuracy": "balanced accuracy"}
 """What they may be ranked and tested by, and its name."""
-WHEN = {"last": "after the last round", COLUMN: "mean of the last 10", "selected": "at the selected round"}
+WHEN = {"last": "after the last round", COLUMN: "mean of last tenth", "selected": "at the selected round"}
 """And at which round: keys of a metric in summary.json."""
 ROW_KEYS = ("method.", "training.lr", "training.prox_mu", "training.max_grad_norm", "strategy.")
 """Keys (or groups of them) that make a row."""
@@ -55,11 +56,21 @@ class Run:
     rounds: Sequence[Mapping[str, Any]]
     """The lines of metrics.jsonl."""
 
+    @property
+    def averaged(self) -> str:
+        """Says which rounds its means are of."""
+        return name_mean(averaged_rounds(self.rounds))
+
     def value(self, metric: str, column: str = COLUMN) -> float:
         """Returns a metric of summary.json; NaN where the run has none."""
         found = self.summary.get(metric)
         value = found.get(column) if isinstance(found, Mapping) else found
         return math.nan if value is None else float(value)
+
+    def mean(self, metric: str) -> float:
+        """Returns the mean of a metric over all rounds that have it, for what few do; NaN without one."""
+        found = [row[metric] for row in self.rounds if row.get(metric) is not None]
+        return math.fsum(found) / len(found) if found else math.nan
 
     def curve(self, metric: str = ACCURACY) -> tuple[list[int], list[float]]:
         """Returns the evaluated rounds and their accuracy, or another metric."""
@@ -105,6 +116,10 @@ class Comparison:
     """What rows are ranked and tested by, one of `METRICS`."""
     column: str = COLUMN
     """One of `WHEN`."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """What rows are tested against, as it was asked for."""
+    asked_by: str = ""
+    """Who asked for it; "": nobody, so that it is the default."""
 
     def score(self, run: Run) -> float:
         """Returns what a run is ranked by."""
@@ -114,6 +129,19 @@ class Comparison:
     def ranked_by(self) -> str:
         """Says what rows are ranked by."""
         return f"{METRICS[self.metric]}, {WHEN[self.column]}"
+
+    def ranked_in(self, name: str) -> str:
+        """Says what the rows of a section are ranked by, and which rounds a mean is of."""
+        if self.column != COLUMN:
+            return self.ranked_by
+        means = dict.fromkeys(run.averaged for runs in self.sections[name].values() for run in runs)
+        return f"{METRICS[self.metric]}, {' or '.join(means)}"
+
+    def baseline(self, name: str) -> str:
+        """Returns the row that all others of a section are tested against; "": all pairs are tested."""
+        section = self.sections[name]
+        wanted = labels_only(section) if self.compare.baseline is None else self.compare.baseline
+        return wanted if wanted in section and not self.compare.all_pairs else ""
 
     @property
     def runs(self) -> list[Run]:
@@ -127,6 +155,7 @@ def read_comparison(
     targets: Sequence[float] = (),
     metric: str = ACCURACY,
     column: str = COLUMN,
+    compare: CompareConfig | None = None,
 ) -> Comparison:
     """Returns what a sweep's folder, or run folders and folders of them, hold.
 
@@ -136,9 +165,11 @@ def read_comparison(
         targets: accuracies; default: the sweep's.
         metric: what rows are ranked and tested by, one of `METRICS`.
         column: of that metric, one of `WHEN`.
+        compare: what rows are tested against, in place of what the sweep's file says.
 
     Raises:
-        ValueError: there is no finished run, a run is damaged, or runs are not comparable.
+        ValueError: there is no finished run, a run is damaged, runs are not comparable, or no row is called as the
+            baseline.
     """
     for target in targets:
         if not 0 < target < 1:
@@ -151,13 +182,69 @@ def read_comparison(
     if column not in WHEN:
         raise ValueError(f"`--column` (={column}) must be one of {', '.join(WHEN)}.")
     comparison = replace(_read(paths, by, targets), metric=metric, column=column)
+    if compare is not None:
+        _check_row(comparison, compare.baseline)
+        comparison = replace(comparison, compare=compare, asked_by="--baseline")
+    warnings = [*comparison.warnings, *_without_baseline(comparison), *_less_evaluated(comparison)]
+    comparison = replace(comparison, warnings=warnings)
     lacking = [str(run.path) for run in comparison.runs if math.isnan(comparison.score(run))]
     if lacking:
         raise ValueError(
-            f"`--metric` (={metric}) with `--column` (={column}) is not in the summary of {len(lacking)} runs, e.g. "
-            f"{lacking[0]}: rank by something that all have (selected needs evaluation.select)."
+            f"`--metric` (={metric}) with `--column` (={column}) is not in the summary of "
+            f"{counted(len(lacking), 'run')}, e.g. {lacking[0]}: rank by something that all have (selected needs "
+            "evaluation.select)."
         )
     return comparison
+
+
+def _check_row(comparison: Comparison, baseline: str | None) -> None:
+    rows = list(dict.fromkeys(row for section in comparison.sections.values() for row in section))
+    if baseline is not None and baseline not in rows:
+        near = difflib.get_close_matches(baseline, rows, n=1)
+        raise ValueError(
+            f"`--baseline` (={baseline}) must be one of the rows: {'; '.join(rows)}."
+            f"{f' Did you mean {near[0]}?' if near else ''}"
+        )
+
+
+def _without_baseline(comparison: Comparison) -> list[str]:
+    """Returns a warning where sections lack the row that all others would be tested against."""
+    lacking = [
+        name
+        for name, section in comparison.sections.items()
+        if not comparison.baseline(name)
+        and sum(not runs[0].config.method.oracle_labels for runs in section.values()) > 1
+    ]
+    if comparison.compare.all_pairs or not lacking:
+        return []
+    row = comparison.compare.baseline
+    missing = f"there is no row {row}" if row else "no row trains on the labels alone (method supervised)"
+    where = "; ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+    return [
+        f"{where}: {missing}, so all pairs of rows are tested. compare.baseline in the sweep's file, or --baseline, "
+        "names a row to test all others against."
+    ]
+
+
+def _less_evaluated(comparison: Comparison) -> list[str]:
+    """Returns a warning where runs lack an evaluation in the rounds that are averaged."""
+    averaged = {run: averaged_rounds(run.rounds) for run in comparison.runs}
+    lacking = [run for run, rounds in averaged.items() if rounds["count"] <= rounds["last"] - rounds["first"]]
+    if not lacking:
+        return []
+    return [
+        f"{counted(len(lacking), 'run')} without an evaluation in some of the rounds that are averaged, as after "
+        f"--resume with another num_rounds, e.g. {lacking[0].path}: {lacking[0].averaged}."
+    ]
+
+
+def labels_only(section: Section) -> str:
+    """Returns the first row that trains on the labels alone: method supervised, without those that it should not see.
+
+    "" without one.
+    """
+    methods = {row: runs[0].config.method for row, runs in section.items()}
+    return next((row for row, each in methods.items() if each.name == Supervised.name and not each.oracle_labels), "")
 
 
 def _read(paths: Sequence[Path], by: Sequence[str], targets: Sequence[float]) -> Comparison:
@@ -182,15 +269,18 @@ def read_run(path: Path) -> Run | None:
         config = load_config([path / "config.yaml"])
     except ValueError as error:
         raise ValueError(f"{path / 'config.yaml'} is damaged, or of another version: {error}") from error
-    file = path / "summary.json"
+    file = path / SUMMARY_JSON
     if not file.is_file():
         return None
     try:
-        summary = json.loads(file.read_text())
-        found = [summary[ACCURACY][column] + 0.0 for column in ("last", "best", COLUMN)]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged: it holds no {ACCURACY}. Run it again, or leave {path} out.") from error
-    assert len(found) == 3
+        summary = read_summary(path)
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}, or leave it out.") from error
+    accuracy = summary.get(ACCURACY)
+    if not isinstance(accuracy, dict) or any(
+        type(accuracy.get(c)) not in (int, float) for c in ("last", "best", COLUMN)
+    ):
+        raise ValueError(f"{file} is damaged: it holds no {ACCURACY}. Run it again, or leave {path} out.")
     return Run(path, config, flatten(config), summary, read_metrics(path))
 
 
@@ -205,7 +295,7 @@ def _read_folders(paths: Sequence[Path], by: Sequence[str], targets: Sequence[fl
     warnings = [f"{folder} has not finished and is left out." for folder, run in read.items() if run is None]
     runs = [run for run in read.values() if run is not None]
     if not runs:
-        raise ValueError(f"None of the {len(folders)} runs has finished: {', '.join(map(str, folders))}.")
+        raise ValueError(f"{counted(len(folders), 'run')}, none of which has finished: {', '.join(map(str, folders))}.")
     sections = {name: name_rows(members, by, runs) for name, members in split_sections(runs, by).items()}
     title = ", ".join(dict.fromkeys(path.resolve().name for path in paths))
     return Comparison(title, sections, targets, [*warnings, *_uneven(sections)])
@@ -288,7 +378,8 @@ def _read_sweep(out: Path, targets: Sequence[float]) -> Comparison:
         chosen = list(content["chosen"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{file} is damaged: {error!r}. Run the sweep again: it goes on with what is there."
+            f"{file} is damaged, or of an earlier version ({error!r}): run the sweep again, which goes on with what is "
+            "there."
         ) from error
     sections: dict[str, Section] = {}
     warnings = [f"{row['setting']} / {row['method']}: {row['warning']}" for row in chosen if row["warning"]]
@@ -325,6 +416,8 @@ def _read_sweep(out: Path, targets: Sequence[float]) -> Comparison:
         deviations=sweep.deviations,
         rows={method: " ".join(row) or "the configuration as it is" for method, row in sweep.methods.items()},
         protocol=_protocol(sweep),
+        compare=sweep.compare,
+        asked_by="" if sweep.compare == CompareConfig() else "compare.baseline",
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import ttest_rel
+from scipy.stats import t as student_t
 
 from fedlabel.comparison.runs import ACCURACY, COLUMN, Run, Section
 
@@ -40,81 +41,118 @@ def odds(share: float) -> float:
 
 
 class PairedTest(NamedTuple):
-    """A row against its baseline."""
+    """A row against another one."""
 
-    baseline: str
-    """Row name; "" if there is none."""
+    against: str
+    """The other row; "" if there is none."""
     difference: float
-    """Mean over the common seeds of the row's minus the baseline's accuracy, or what else rows are tested by (mean of
-    the last 10); NaN without one."""
+    """Mean over the common seeds of the row's minus the other's accuracy, or what else rows are tested by; NaN without
+    one."""
     p: float
     """Of the paired two-sided t test; NaN with fewer than two common seeds or without a variance."""
     p_holm: float
     """Corrected for all tests of the section."""
 
 
-def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float]:
-    """Returns mean difference and two-sided p of the paired t test over common seeds; NaN where there is none.
+NOT_TESTED = PairedTest("", math.nan, math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class SectionTests:
+    """The tests of a section, whose family-wise error is controlled: chosen before the results, or all there are."""
+
+    baseline: str
+    """The row that all others were tested against; "": every row was tested against every other one."""
+    rows: Mapping[str, PairedTest]
+    """Row -> its test against the baseline; of all pairs, that against the best of the others."""
+    pairs: Mapping[tuple[str, str], PairedTest]
+    """(row, the other) -> their test; of all pairs both ways."""
+
+
+class Tested(NamedTuple):
+    """Paired tests of scores, each (..., pairs)."""
+
+    difference: np.ndarray
+    p: np.ndarray
+    p_holm: np.ndarray
+
+
+def paired_tests(scores: np.ndarray, pairs: Sequence[tuple[int, int]]) -> Tested:
+    """Returns two-sided paired t tests over the seeds that both rows have, corrected by `holm` for their number.
 
     0.5, 0.6 and 0.7 against 0.4, 0.4 and 0.4: differences 0.1, 0.2, 0.3 of mean 0.2 and sd 0.1, so
     t = 0.2 / (0.1 / sqrt(3)) = 3.46 with 2 degrees of freedom, p = 0.0742.
 
     Args:
-        ours: seed -> accuracy.
-        theirs: the same of the baseline.
+        scores: (..., rows, seeds); NaN where a row lacks a seed. What is in front are sections, tested apart.
+        pairs: places of a row and of the other that it is tested against.
     """
-    seeds = sorted(set(ours) & set(theirs))
-    differences = np.array([ours[seed] - theirs[seed] for seed in seeds])
-    if not len(seeds):
-        return math.nan, math.nan
-    if len(seeds) < 2 or differences.std(ddof=1) < 1e-12:
-        return float(differences.mean()), math.nan
-    result = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
-    return float(differences.mean()), float(result.pvalue)
+    first, second = np.array(pairs, dtype=int).reshape(-1, 2).T
+    differences = scores[..., first, :] - scores[..., second, :]
+    common = np.isfinite(differences)
+    count = common.sum(-1)
+    mean = np.where(common, differences, 0).sum(-1) / np.where(count, count, np.nan)
+    squares = (np.where(common, differences - mean[..., None], 0) ** 2).sum(-1)
+    sd = np.sqrt(squares / np.where(count > 1, count - 1, np.nan))
+    sd = np.where(sd < 1e-12, np.nan, sd)  # the same difference with every seed, up to rounding
+    p = 2 * student_t.sf(np.abs(mean) / (sd / np.sqrt(count)), np.maximum(count - 1, 1))
+    return Tested(mean, p, holm(p))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: np.ndarray) -> np.ndarray:
     """Returns p values corrected for their number by Holm's step-down procedure; NaN stays and does not count.
 
     Of m values in rising order the i-th is multiplied by m + 1 - i, and none may fall below the one before:
-    (0.01, 0.04, 0.03) gives (0.03, 0.06, 0.06).
+    (0.01, 0.04, 0.03) gives (0.03, 0.06, 0.06). Whatever the tests have to do with each other, the probability of one
+    or more p below a level, where no row differs, is at most the level (Holm, Scand. J. Statist. 6, 1979).
+
+    Args:
+        p_values: (..., tests); what is in front is corrected apart.
     """
-    order = sorted((p, place) for place, p in enumerate(p_values) if math.isfinite(p))
-    corrected = [math.nan] * len(p_values)
-    highest = 0.0
-    for rank, (p, place) in enumerate(order):
-        highest = max(highest, min(1.0, p * (len(order) - rank)))
-        corrected[place] = highest
+    order = np.argsort(p_values, axis=-1)  # NaN last
+    factor = np.isfinite(p_values).sum(-1, keepdims=True) - np.arange(p_values.shape[-1])
+    raised = np.maximum.accumulate(np.take_along_axis(p_values, order, -1) * factor, axis=-1)
+    corrected = np.empty_like(raised)
+    np.put_along_axis(corrected, order, np.minimum(raised, 1.0), axis=-1)
     return corrected
 
 
-def against_baseline(
-    section: Section, baseline: str | None = None, metric: str = ACCURACY, column: str = COLUMN
-) -> dict[str, PairedTest]:
-    """Returns every row's test against its baseline.
+def compare_rows(section: Section, baseline: str, metric: str = ACCURACY, column: str = COLUMN) -> SectionTests:
+    """Returns the tests of a section.
 
     Args:
-        section: the rows.
-        baseline: the row that all are tested against (none is, where the section lacks it); None: for each row the
-            best of the others. Upper bounds, which see every label, are neither tested nor a baseline unless named.
+        section: the rows. Upper bounds, which see every label, are neither tested nor a baseline unless named.
+        baseline: the row that all are tested against, named without a look at the results: the best row of the tested
+            runs would differ from others too often where none does. "": all pairs are tested.
         metric: of summary.json; high is good.
         column: of the metric.
     """
     scores = {name: {run.config.seed: run.value(metric, column) for run in runs} for name, runs in section.items()}
+    seeds = sorted({seed for values in scores.values() for seed in values})
+    names = list(section)
+    matrix = np.array([[scores[name].get(seed, math.nan) for seed in seeds] for name in names])
     contestants = [name for name, runs in section.items() if not runs[0].config.method.oracle_labels]
-    tests: dict[str, PairedTest] = {}
-    for name in section:
-        others = [other for other in contestants if other != name]
-        best = max(others, key=lambda other: float(np.mean(list(scores[other].values()))), default="")
-        against = best if baseline is None else baseline
-        if name not in contestants or against == name or against not in section:
-            tests[name] = PairedTest("", math.nan, math.nan, math.nan)
-        else:
-            tests[name] = PairedTest(against, *paired_test(scores[name], scores[against]), math.nan)
-    # The best row against the second, and the second against the best, are one test.
-    pairs = {frozenset((name, test.baseline)): test.p for name, test in tests.items()}
-    corrected = dict(zip(pairs, holm(list(pairs.values())), strict=True))
-    return {name: test._replace(p_holm=corrected[frozenset((name, test.baseline))]) for name, test in tests.items()}
+    if baseline:
+        pairs = [(name, baseline) for name in contestants if name != baseline]
+    else:
+        pairs = list(itertools.combinations(contestants, 2))
+    tested = paired_tests(matrix, [(names.index(name), names.index(other)) for name, other in pairs])
+    found = {
+        pair: PairedTest(pair[1], *map(float, values))
+        for pair, values in zip(pairs, zip(*tested, strict=True), strict=True)
+    }
+    if baseline:
+        rows = {name: found.get((name, baseline), NOT_TESTED) for name in names}
+        return SectionTests(baseline, rows, found)
+    both = found | {
+        (other, name): test._replace(against=name, difference=-test.difference) for (name, other), test in found.items()
+    }
+    means = {name: float(np.mean(list(scores[name].values()))) for name in contestants}
+    rows = {}
+    for name in names:
+        best = max((other for other in contestants if other != name), key=means.__getitem__, default="")
+        rows[name] = both.get((name, best), NOT_TESTED)
+    return SectionTests("", rows, both)
 
 
 @dataclass(frozen=True)
@@ -138,7 +176,7 @@ class Column:
 
 
 def columns(targets: Sequence[float] = ()) -> list[Column]:
-    """Returns all columns, in the tables' order; means of the last 10 evaluations where not said otherwise."""
+    """Returns all columns, in the tables' order; means of the last tenth of the rounds where not said otherwise."""
 
     def percent(key: str, title: str, table: str, metric: str, column: str = COLUMN) -> Column:
         return Column(key, title, table, lambda run: run.value(metric, column), scale=100)
@@ -158,7 +196,7 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         ]
     return [
         percent("accuracy_last", "last", "accuracy", ACCURACY, "last"),
-        percent("accuracy_mean_last_10", "mean of last 10", "accuracy", ACCURACY),
+        percent("accuracy_mean_last_tenth", "mean of last tenth", "accuracy", ACCURACY),
         percent("accuracy_best", "best", "accuracy", ACCURACY, "best"),
         percent("accuracy_selected", "selected", "accuracy", ACCURACY, "selected"),
         percent("balanced_accuracy", "balanced", "accuracy", "eval/balanced_accuracy"),
@@ -176,18 +214,20 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         percent("annotation_accuracy", "right of all", "pseudo", "posterior/accuracy_nothing"),
         percent("pseudo_ece", "ECE of all", "pseudo", "pseudo/ece"),
         percent("pseudo_ece_kept", "ECE of kept", "pseudo", "pseudo/ece_kept"),
-        percent("belief_converged", "converged", "beliefs", "belief/converged"),
-        Column("belief_bag_residual", "missed", "beliefs", lambda run: run.value("belief/bag_residual"), digits=2),
-        percent("graph_homophily", "homophily", "beliefs", "graph/homophily"),
-        Column("function_classes", "classes", "functions", lambda run: run.value("functions/classes")),
-        percent("function_coverage", "coverage", "functions", "functions/coverage"),
-        percent("function_overlap", "overlap", "functions", "functions/overlap"),
-        percent("function_conflict", "conflict", "functions", "functions/conflict"),
-        percent("function_accuracy", "right", "functions", "functions/accuracy"),
-        percent("function_estimated_accuracy", "estimate", "functions", "functions/estimated_accuracy"),
-        percent("function_estimation_error", "estimate's error", "functions", "functions/estimation_error"),
-        percent("majority_accuracy", "by majority", "functions", "functions/majority_accuracy"),
-        percent("normalized_vote_accuracy", "by share of votes", "functions", "functions/normalized_vote_accuracy"),
+        Column("belief_converged", "converged", "beliefs", lambda run: run.mean("belief/converged"), scale=100),
+        Column("belief_bag_residual", "missed", "beliefs", lambda run: run.mean("belief/bag_residual"), digits=2),
+        Column("graph_homophily", "homophily", "beliefs", lambda run: run.mean("graph/homophily"), scale=100),
+        Column("function_classes", "classes", "functions", lambda run: run.value("functions/classes", "last")),
+        percent("function_coverage", "coverage", "functions", "functions/coverage", "last"),
+        percent("function_overlap", "overlap", "functions", "functions/overlap", "last"),
+        percent("function_conflict", "conflict", "functions", "functions/conflict", "last"),
+        percent("function_accuracy", "right", "functions", "functions/accuracy", "last"),
+        percent("function_estimated_accuracy", "estimate", "functions", "functions/estimated_accuracy", "last"),
+        percent("function_estimation_error", "estimate's error", "functions", "functions/estimation_error", "last"),
+        percent("majority_accuracy", "by majority", "functions", "functions/majority_accuracy", "last"),
+        percent(
+            "normalized_vote_accuracy", "by share of votes", "functions", "functions/normalized_vote_accuracy", "last"
+        ),
         *to_target,
         mean("bytes_up", "MB up", "comm/bytes_up", 1e-6, 1),
         mean("bytes_down", "MB down", "comm/bytes_down", 1e-6, 1),

@@ -60,6 +60,7 @@ def read_csv(
     label_column: str | None = None,
     skipped: Collection[str] = (),
     decimal: str = "point",
+    empty_rows: bool = False,
 ) -> TextTable:
     """Returns the columns of a CSV file, without blanks around cells.
 
@@ -71,6 +72,8 @@ def read_csv(
         label_column: see `delimiter`.
         skipped: names of columns that are read over.
         decimal: see `TextTable`.
+        empty_rows: whether rows without a filled cell are rows, too, also at the end; and blank lines, in a file of one
+            column.
 
     Raises:
         DataError: the file cannot be read, or is no table.
@@ -88,7 +91,7 @@ def read_csv(
             first += islice(lines, 20)
             delimiter = delimiter or _delimiter(first, label_column)
             reader = csv.reader(chain(first, lines), delimiter=delimiter, skipinitialspace=True, strict=True)
-            return _Reading(path, reader, offset, skipped).table(names, decimal)
+            return _Reading(path, reader, offset, skipped, empty_rows).table(names, decimal)
     except UnicodeDecodeError as error:
         raise _no_text(path, error) from error
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
@@ -100,8 +103,8 @@ def read_csv(
 class _Reading:
     """From rows to columns, by pieces of the file."""
 
-    def __init__(self, path: Path, reader: Any, offset: int, skipped: Collection[str]) -> None:
-        self.path, self.reader, self.offset, self.skipped = path, reader, offset, skipped
+    def __init__(self, path: Path, reader: Any, offset: int, skipped: Collection[str], empty_rows: bool) -> None:
+        self.path, self.reader, self.offset, self.skipped, self.empty_rows = path, reader, offset, skipped, empty_rows
         self.before = offset  # line where the row before this one ended
         self.empty: list[list[str]] = []  # rows without a filled cell, so far the last ones
         self.multiline: list[int] = []  # lines where rows begin that go over several
@@ -131,12 +134,14 @@ class _Reading:
             raise DataError(f"{self.path} holds no rows. At least one is needed, below the names of the columns.")
         return TextTable(str(self.path), tuple(filter(None, names)), columns, tuple(notes), decimal)
 
-    def rows(self) -> Iterator[list[str]]:
-        """Yields the rows that are not blank."""
+    def rows(self, blank: bool = False) -> Iterator[list[str]]:
+        """Yields the rows that are not blank; `blank`: also those that are, as one empty cell."""
         try:
             for row in self.reader:
                 if row and (len(row) > 1 or row[0].strip()):
                     yield row
+                elif blank:
+                    yield [""]
                 self.before = self.line
         except csv.Error as error:
             reason = "a quote that is opened there is not closed, or one is not written twice"
@@ -149,7 +154,7 @@ class _Reading:
 
     def full_rows(self, width: int, kept: set[int]) -> Iterator[list[str]]:
         """Yields the rows, checked, without those at the end that have no cell filled."""
-        for row in self.rows():
+        for row in self.rows(blank=self.empty_rows and width == 1):
             if len(row) != width:
                 remark = ""
                 if row[0].startswith("#") or self.remark:
@@ -160,7 +165,7 @@ class _Reading:
                 )
             if self.line > self.before + 1:
                 self.check_lines(row, kept)
-            if not any(row):
+            if not any(row) and not self.empty_rows:
                 self.empty.append(row)
                 continue
             if self.empty:

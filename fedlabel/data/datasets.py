@@ -18,6 +18,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from fedlabel.data.class_names import find_classes
+from fedlabel.data.image_folders import load_image_folder
 from fedlabel.data.loaders import (
     DIGITS,
     DataError,
@@ -27,10 +29,9 @@ from fedlabel.data.loaders import (
     load_cifar,
     load_digits,
     load_idx,
-    load_image_folder,
-    load_npz,
     load_svhn,
 )
+from fedlabel.data.npz_files import load_npz
 from fedlabel.data.table_files import load_adult, load_bank_marketing, load_breast_cancer, load_magic, load_table
 from fedlabel.data.tables import LoadedTable, Table, encode
 from fedlabel.seeding import numpy_generator
@@ -50,13 +51,13 @@ class DataConfig:
     download: bool = False
     """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
     validation_fraction: float = 0.1
-    """Part of the training set held out for choosing hyper-parameters, in [0, 1)."""
+    """Part of the training samples that have a label, held out for choosing hyper-parameters, in [0, 1)."""
     train_samples: int | None = None
     """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
     positive_classes: tuple[str, ...] = ()
-    """Names (or else numbers) of classes that are put together as class 1, against the rest as class 0: makes a task of
-    two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty: the classes as they are. Numbers of classes
-    elsewhere, and in files of labels, then are 0 and 1."""
+    """Names of classes (or their numbers from 0, where they are not named by numbers) that are put together as class 1,
+    against the rest as class 0: makes a task of two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty:
+    the classes as they are. Elsewhere, and in files of labels, the classes then are 0 and 1."""
     label_column: str | None = None
     """table: the column that holds the labels."""
     categorical: tuple[str, ...] | None = None
@@ -107,7 +108,10 @@ class DataConfig:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set in memory. The tensors are shared by all who load it: do not write to them."""
+    """A data set in memory. The tensors are shared by all who load it: do not write to them.
+
+    A sample of `train` may have the label -1: nobody knows its class. Those of `validation` and `test` all have one.
+    """
 
     name: str
     """`data.name`; with `data.positive_classes` also which they are."""
@@ -132,7 +136,7 @@ class Dataset:
     """The rows of "train", "validation" and "test" before they became features; none for images. `Table.column` gives a
     column of them, also one of `data.aside_columns`."""
     notes: tuple[str, ...] = ()
-    """What was found in the files that their owner should know: a sentence each."""
+    """What the user should know of how the data were read, a sentence each."""
 
     def feature(self, name: str, part: str) -> np.ndarray:
         """Returns one value of every sample of `part` (train, validation or test), (n,), to sort by: of the column
@@ -201,7 +205,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     Args:
         config: which set and where.
         seed: the experiment's seed; decides, uniformly at random, which `int(validation_fraction * n)` of the n
-            training samples are held out. The order of the samples is kept.
+            training samples that have a label are held out. The order of the samples is kept.
 
     Returns:
         The data set. The last two are kept in memory.
@@ -220,14 +224,17 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     if config.positive_classes:
         loaded, name = _positive_against_rest(loaded, config)
     order = torch.from_numpy(numpy_generator(seed, "validation").permutation(len(loaded.train.labels)))
-    count = int(config.validation_fraction * len(order))
-    kept = len(order) - count if config.train_samples is None else config.train_samples
-    if kept > len(order) - count:
+    has_label = loaded.train.labels[order] >= 0  # models are judged on what is held out
+    count = int(config.validation_fraction * int(has_label.sum()))
+    is_held_out = has_label & (has_label.cumsum(0) <= count)
+    held_out, others = order[is_held_out].sort().values, order[~is_held_out]
+    kept = len(others) if config.train_samples is None else config.train_samples
+    if kept > len(others):
         raise DataError(
-            f"`data.train_samples` (={kept}) is more than the training set has: {len(order) - count} samples of "
+            f"`data.train_samples` (={kept}) is more than the training set has: {len(others)} samples of "
             f"{config.name} besides those held out for validation."
         )
-    rows, held_out = order[count : count + kept].sort().values, order[:count].sort().values
+    rows = others[:kept].sort().values
     if isinstance(loaded, LoadedTable):
         whole = loaded.train
         train, validation, test = encode(whole.rows(rows), (whole.rows(held_out), loaded.test))
@@ -241,31 +248,22 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     names, size = loaded.class_names, len(loaded.train.labels)
     if isinstance(loaded, LoadedTable) and loaded.rows is not None:
         rows, size = loaded.rows[rows], loaded.file_size or size
-    notes = loaded.notes if isinstance(loaded, LoadedTable) else ()
-    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables, notes)
+    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables, loaded.notes)
 
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:
     """Returns the set with labels 1 for `data.positive_classes` and 0 for the others, and what to call it."""
-    classes, key = loaded.class_names, f"`data.positive_classes` (={list(config.positive_classes)})"
-    chosen = []
-    for given in config.positive_classes:
-        number = classes.index(given) if given in classes else int(given) if given.isdecimal() else -1
-        if not 0 <= number < len(classes):
-            near = difflib.get_close_matches(given, classes, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise DataError(
-                f"{key}: {given} is no class of {config.name}; it must be one of {', '.join(classes)}, or a number "
-                f"from 0 to {len(classes) - 1}.{hint}"
-            )
-        chosen.append(number)
-    if len(set(chosen)) < len(chosen):
-        raise DataError(f"{key} names a class twice: {', '.join(classes[number] for number in chosen)}.")
-    if len(chosen) == len(classes):
-        raise DataError(f"{key} names all {len(classes)} classes, which leaves none for the rest: leave one out.")
+    classes = loaded.class_names
+    try:
+        chosen = find_classes("data.positive_classes", config.positive_classes, classes, "none for the rest")
+    except ValueError as error:
+        raise DataError(str(error)) from error
     positive = torch.zeros(len(classes), dtype=torch.int64)
     positive[chosen] = 1
-    train, test = (replace(split, labels=positive[split.labels]) for split in (loaded.train, loaded.test))
+    train, test = (
+        replace(split, labels=torch.where(split.labels < 0, -1, positive[split.labels.clamp_min(0)]))
+        for split in (loaded.train, loaded.test)
+    )
     name = "+".join(classes[number] for number in chosen)
     made = loaded._replace(train=train, test=test, class_names=("rest", name))  # type: ignore[arg-type]
     return made, f"{config.name} ({name} against the rest)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 
 from fedlabel.data.bags import Bags, draw_bags
 from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
+from fedlabel.data.fingerprint import fingerprint
 from fedlabel.data.imprecision import Resemblance
 from fedlabel.data.label_amounts import kind_of_samples
+from fedlabel.data.labeling_functions import FunctionReport
 from fedlabel.data.loaders import data_root
 from fedlabel.data.partition import (
     MAX_DRAWS,
@@ -26,9 +28,12 @@ from fedlabel.data.partition import (
     too_small,
 )
 from fedlabel.data.skew import SkewConfig, long_tails
-from fedlabel.data.supervision import KIND_NAMES, Supervision, impart, supervise
+from fedlabel.data.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
 from fedlabel.data.supervision_config import SupervisionConfig
 from fedlabel.seeding import derive_seed, numpy_generator
+
+MAX_DOUBTS = 10
+"""Labelling functions that are warned of one by one; the table has all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +54,8 @@ class Federation:
     test_bags: Bags | None
     """Bags over the evaluation split, made as the clients' (of a mix: as its first part with bags) within the clients'
     shares, with noise on their counts where those have it; None where clients have none."""
+    functions: tuple[FunctionReport, ...] = ()
+    """What came of asking the labelling functions, over all clients; none where there are none."""
 
     @cached_property
     def labeled(self) -> np.ndarray:
@@ -64,12 +71,15 @@ class Federation:
         return self.record.rows(torch.from_numpy(self.server_rows))
 
     def hidden_labels(self, client: int) -> torch.Tensor:
-        """Returns (n_k,) true labels. For the evaluator only: nothing that trains may call this."""
+        """Returns (n_k,) true labels, -1 where the data have none. For the evaluator only: nothing that trains may call
+        this.
+        """
         return self.dataset.train.labels[self.parts[client]]
 
     def to_json(self) -> str:
-        """Returns the index lists of every client and of the server and a hash over all, as JSON."""
-        return json.dumps({"sha256": self.sha256, "dataset": self.dataset.name, **self._holders})
+        """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON."""
+        found = {"sha256": self.sha256, "data": self.data_hashes, "dataset": self.dataset.name, **self._holders}
+        return json.dumps(found)
 
     @property
     def _holders(self) -> dict[str, Any]:
@@ -84,6 +94,11 @@ class Federation:
         return {"clients": clients, "server": self.server_rows.tolist()}
 
     @cached_property
+    def data_hashes(self) -> dict[str, str]:
+        """Hashes of the inputs and of the labels, see `fingerprint`."""
+        return fingerprint(self.dataset)
+
+    @cached_property
     def sha256(self) -> str:
         """A hash over who holds which samples and what is known of them."""
         record: tuple[torch.Tensor, ...] = (self.record.candidates, self.record.noisy, self.record.annotations)
@@ -94,39 +109,54 @@ class Federation:
         known = b"".join(values.numpy().tobytes() for values in record)
         return hashlib.sha256(json.dumps(self._holders).encode() + known).hexdigest()
 
+    @cached_property
+    def lacking(self) -> int:
+        """How many training samples, of clients and server, have no label in the data: nobody knows their class."""
+        held = np.concatenate([*self.parts, self.server_rows])
+        return int((self.dataset.train.labels[torch.from_numpy(held)] < 0).sum())
+
+    @property
+    def true_classes(self) -> tuple[str, ...]:
+        """The names of the classes, and where the data lack labels "unknown": the columns of `histograms`."""
+        return (*self.dataset.class_names, *(["unknown"] if self.lacking else []))
+
     def histograms(self) -> np.ndarray:
-        """Returns samples by kind of label, client and true class, (len(KIND_NAMES), clients, classes) int64.
+        """Returns samples by kind of label, client and true class, (len(KIND_NAMES), clients, columns) int64; for the
+        columns see `true_classes`.
 
         What the server holds is not in it.
         """
-        labels, classes = self.dataset.train.labels.numpy(), self.dataset.num_classes
-        kind = self.record.kind.numpy()
-        pair = kind * classes + labels
-        counts = [np.bincount(pair[rows], minlength=len(KIND_NAMES) * classes) for rows in self.parts]
-        return np.stack(counts).reshape(len(self.parts), len(KIND_NAMES), classes).swapaxes(0, 1)
+        labels, columns = self.dataset.train.labels.numpy(), len(self.true_classes)
+        place = np.where(labels < 0, columns - 1, labels)
+        pair = self.record.kind.numpy() * columns + place
+        counts = [np.bincount(pair[rows], minlength=len(KIND_NAMES) * columns) for rows in self.parts]
+        return np.stack(counts).reshape(len(self.parts), len(KIND_NAMES), columns).swapaxes(0, 1)
 
     def kinds(self) -> np.ndarray:
         """Returns how many samples of each kind of label every client has, (clients, len(KIND_NAMES)) int64."""
         return self.histograms().sum(2).T
 
     def audit(self) -> dict[str, Any]:
-        """Returns what was made of the labels: `supervision.json`. It compares with the truth: for the evaluator only.
+        """Returns what was made of the labels: `supervision.json`. It compares with the truth, where there is one: for
+        the evaluator only.
 
-        The names of the classes; per client how many samples of each kind (a set of one class counts as a label, one of
-        all as nothing), how many candidates the sets have and how many hold the truth, of bags how many there are of
-        each size and how many have wrong counts, and of noisy labels the matrix of counts (true class, label); of
-        several annotators that of each, too.
+        The names of the classes; how many samples have no label in the data; per client how many samples of each kind
+        (a set of one class counts as a label, one of all as nothing), how many candidates the sets have and how many
+        hold the truth, of bags how many there are of each size, of how many the true counts are known and how many of
+        these have wrong ones, and of noisy labels the matrix of counts (true class, label); of several annotators that
+        of each, too; and what came of asking each labelling function.
         """
         rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
         record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
         sets = torch.from_numpy(self.in_sets)[rows]
-        size = record.candidates[sets].sum(1)
+        size = record.candidates[sets].sum(1)  # a set is made of a true label, so there is one
         holds = record.candidates[sets].gather(1, truth[sets][:, None])
         counts = self.noise_counts()[0]
         annotators = record.annotations.shape[1]
         each = {"annotators": self.noise_counts(annotators).tolist()} if annotators > 1 else {}
         return {
             "classes": list(self.dataset.class_names),
+            "without_label": self.lacking,
             "kinds": {"names": list(KIND_NAMES), "clients": self.kinds().tolist()},
             "candidate_sets": {
                 "sizes": torch.bincount(size, minlength=self.dataset.num_classes + 1).tolist(),
@@ -134,15 +164,47 @@ class Federation:
             },
             "bags": self._bags(record, truth),
             "noisy_labels": {"counts": counts.tolist(), "wrong": int(counts.sum() - np.trace(counts)), **each},
+            "labeling_functions": [
+                {key: value for key, value in asdict(report).items() if key != "seconds"} for report in self.functions
+            ],
         }
 
     def _bags(self, record: Supervision, truth: torch.Tensor) -> dict[str, Any]:
-        """Returns what `audit` says of bags: how many of each size, and how many counts are not the true ones."""
-        inside, classes = record.bag >= 0, self.dataset.num_classes
+        """Returns what `audit` says of bags: how many of each size, of how many the true counts are known, and how many
+        of these have others.
+        """
+        inside, classes = (record.bag >= 0) & (truth >= 0), self.dataset.num_classes
         sizes = record.bag_counts.sum(1)
         true = torch.bincount(record.bag[inside] * classes + truth[inside], minlength=len(sizes) * classes)
-        wrong = (true.view(-1, classes) != record.bag_counts).any(1)
-        return {"sizes": torch.bincount(sizes).tolist(), "wrong_counts": int(wrong.sum())}
+        true = true.view(-1, classes)
+        known = true.sum(1) == sizes
+        wrong = known & (true != record.bag_counts).any(1)
+        return {
+            "sizes": torch.bincount(sizes).tolist(),
+            "true_counts_known": int(known.sum()),
+            "wrong_counts": int(wrong.sum()),
+        }
+
+    def doubts(self) -> list[str]:
+        """Returns what to warn of before a run begins: labels that the data lack, labelling functions that fail."""
+        failing = [doubt for report in self.functions if (doubt := report.doubt())]
+        return self._doubts_of_labels() + failing[:MAX_DOUBTS]
+
+    def _doubts_of_labels(self) -> list[str]:
+        if not self.lacking:
+            return []
+        held = sum(map(len, [*self.parts, self.server_rows]))
+        has_label = held - self.lacking
+        told = int((self.record.labeled & ~self.record.noisy).sum())
+        said = (
+            f"{self.lacking:,} of {held:,} training samples have no label in the data: nothing is compared with them."
+        )
+        if 0 < told < has_label:
+            said += (
+                f" Of the {has_label:,} labels that there are, supervision uses {told:,} and hides the others; "
+                "supervision.kind=full uses all."
+            )
+        return [said]
 
     def audit_json(self) -> str:
         """Returns the audit and the federation's hash as JSON, in one line."""
@@ -154,7 +216,8 @@ class Federation:
         return bool((self.record.noisy & ~self.record.labeled).any())
 
     def noise_counts(self, annotators: int = 1) -> np.ndarray:
-        """Returns noisy labels by true class, (annotators, classes, classes) int64. For the evaluator only.
+        """Returns noisy labels by true class, (annotators, classes, classes) int64, those of samples whose class is
+        known. For the evaluator only.
 
         Args:
             annotators: 1 counts all labels together, more those of each annotator.
@@ -163,7 +226,7 @@ class Federation:
         counts = torch.zeros(annotators, classes, classes, dtype=torch.int64)
         label = torch.where(self.record.noisy, self.record.label, -1)
         for place, given in [(0, label), *enumerate(self.record.annotations.unbind(1))]:
-            known = given >= 0
+            known = (given >= 0) & (truth >= 0)
             pairs = torch.bincount(truth[known] * classes + given[known], minlength=classes**2)
             counts[place if annotators > 1 else 0] += pairs.view(classes, classes)
         return counts.numpy()
@@ -191,7 +254,8 @@ def build_federation(
         skew: long tails and classes without labels. The shift of features is `shift_features`, not done here.
         num_clients: number of clients.
         evaluation_split: "test" or "validation", the split that clients are evaluated on.
-        all_labels: give every client all its labels, whatever `supervision` and `skew` say (the upper bound). The
+        all_labels: give every client all labels that the data have of its samples, whatever `supervision` and `skew`
+            say (the upper bound). The
             samples are those of a run without it; for labels_at=server the server's are the clients', too.
         seed: the experiment's seed.
 
@@ -200,16 +264,21 @@ def build_federation(
     """
     dataset = load_dataset(data, seed)
     labels, classes = dataset.train.labels.numpy(), dataset.num_classes
-    skew.check_classes(classes)
+    hidden = skew.hidden_classes(dataset.class_names)
     recipe = _Recipe(
-        labels, classes, num_clients, partition_config, labeled_partition, supervision, skew, all_labels, seed
+        labels, classes, num_clients, partition_config, labeled_partition, supervision, skew, hidden, all_labels, seed
     )
     parts, kinds, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
+    functions: tuple[FunctionReport, ...] = ()
     if all_labels:
-        record = supervise(labels, np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows])), classes)
+        held = np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows]))
+        record = supervise(labels, held & (labels >= 0), classes)
     else:
-        resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero(kinds >= 0))
+        resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
         record = impart(labels, kinds, supervision.parts, classes, resemblance, seed, parts)
+        cast = ask_functions(kinds, supervision.parts, dataset, parts)
+        if cast is not None:
+            record, functions = replace(record, votes=torch.from_numpy(cast.votes)), cast.reports
     if not (record.informed | record.voted_on).any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
@@ -233,7 +302,8 @@ def build_federation(
             scope = derive_seed(seed, "evaluation")
             feature = None if part.bag_feature is None else dataset.feature(part.bag_feature, evaluation_split)
             test_bags = draw_bags(split.labels.numpy(), test_parts, classes, part, feature, scope)
-    return Federation(dataset, parts, record, test_parts, np.isin(kinds, with_sets), server_rows, test_bags)
+    in_sets = np.isin(kinds, with_sets)
+    return Federation(dataset, parts, record, test_parts, in_sets, server_rows, test_bags, functions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +317,8 @@ class _Recipe:
     labeled_partition: LabeledPartitionConfig | None
     supervision: SupervisionConfig
     skew: SkewConfig
+    hidden_classes: Sequence[int]
+    """Numbers of `skew.unlabeled_only_classes`."""
     all_labels: bool
     seed: int
 
@@ -274,6 +346,13 @@ class _Recipe:
             parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled, unlabeled, strict=True)]
             return parts, kinds, known[:0]
         if self.supervision.labels_at == "server" and not self.all_labels:
+            if len(unknown) == 0:
+                raise ValueError(
+                    f"`supervision.kind` (={self.supervision.kind}) and `supervision.label_rate` "
+                    f"(={self.supervision.label_rate}) beside supervision.labels_at=server leave no sample to the "
+                    "clients, since every training sample has a label: take supervision.kind=few_labels and a smaller "
+                    "amount."
+                )
             return self._spread(unknown, self.partition, self.seed), kinds, known
         return self._spread(np.flatnonzero(kept), self.partition, self.seed), kinds, known[:0]
 
@@ -300,8 +379,7 @@ class _Recipe:
 
     def _choose(self, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Returns (n,) int64, the kinds of label before the tails, and (n,) bool, the samples that the tails leave."""
-        hidden = self.skew.unlabeled_only_classes
-        kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, hidden)
+        kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, self.hidden_classes)
         return kinds, long_tails(self.labels, kinds >= 0, self.num_classes, self.skew, self.seed)
 
     def _spread(

@@ -13,8 +13,6 @@ largest p of a wrong class), so the likeliest wrong class always; here p is scal
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from torch import nn
 
 from fedlabel.data.datasets import Dataset
+from fedlabel.data.label_files import read_label_file
 from fedlabel.data.loaders import DataError
 from fedlabel.data.supervision_config import LabelKind
 from fedlabel.seeding import derive_seed, torch_generator
@@ -55,7 +54,8 @@ class Resemblance:
     """`data.root`, where the files of labels are; beside it where it is a file itself (npz)."""
     seed: int
     known: np.ndarray
-    """(m,) int64, the samples of the training split of which something will be known: no other label is looked at."""
+    """(m,) int64, the samples of the training split that have a label and of which something will be known: no other
+    label is looked at."""
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -121,60 +121,17 @@ class Resemblance:
         return target
 
     def file_labels(self, part: LabelKind) -> np.ndarray:
-        """Returns (n, keys) int64 labels of the training split from a file, -1 = none.
+        """Returns (n, annotators) int64 labels of the training split from a file, -1 = none.
 
         Raises:
-            DataError: the file is missing, has no such array, or one of another length or of other classes.
+            DataError: see `label_files.read_label_file`; or a single annotator is to vote.
         """
         assert part.labels_file is not None
         path = (self.root.parent if self.root.is_file() else self.root) / part.labels_file
-        try:
-            # Opened here, as numpy leaves a broken archive open.
-            with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
-                given = list(archive.files)
-                columns = {key: archive[key] for key in part.labels_keys if key in given}
-        except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"`supervision.labels_file` (={part.labels_file}): {path} cannot be read as .npz ({error}). It must "
-                "lie below data.root, or beside it if that is a file."
-            ) from error
-        for key in part.labels_keys:
-            if key not in columns:
-                raise DataError(
-                    f"`supervision.labels_keys`: {path} has no array {key}, only {', '.join(given) or 'none at all'}."
-                )
-            columns[key] = self._class_numbers(f"{path}: array {key}", columns[key])
-        rows = self.dataset.train_rows.numpy()
-        return np.stack([columns[key].astype(np.int64)[rows] for key in part.labels_keys], 1)
-
-    def _class_numbers(self, what: str, values: np.ndarray) -> np.ndarray:
-        """Returns (own_size,) int64, -1 = none."""
-        names, needed = self.dataset.class_names, self.dataset.own_size
-        if values.shape != (needed,):
-            raise DataError(
-                f"{what} of shape {values.shape} must have shape ({needed},): one label for each sample of "
-                f"{self.dataset.name}, also of those held out"
-                + (", in the order of the file." if self.dataset.tabular else " for validation.")
-            )
-        classes = self.dataset.num_classes
-        if values.dtype.kind == "U":
-            found, place = np.unique(values, return_inverse=True)
-            unknown = sorted({*found.tolist()} - {*names, ""})
-            if unknown:
-                raise DataError(
-                    f"{what} has the label {unknown[0]!r}, which is none of {', '.join(names)}; an empty text is none."
-                )
-            numbers = np.array([names.index(name) if name else -1 for name in found.tolist()])
-            return numbers[place]
-        if not np.issubdtype(values.dtype, np.integer):
-            raise DataError(f"{what} of {values.dtype} must hold integers, or the names of classes.")
-        wrong = np.flatnonzero((values < -1) | (values >= classes))
-        if len(wrong):
-            raise DataError(
-                f"{what}: label {wrong[0]} (={values[wrong[0]]}) must lie in [0, {classes - 1}] ({', '.join(names)}), "
-                "or be -1 for none."
-            )
-        return values
+        given = read_label_file(path, part.labels_keys, self.dataset)
+        if part.vote and given.shape[1] < 2:
+            raise DataError(f"`supervision.vote` (=True) needs several annotators, and {path} has one: leave it out.")
+        return given
 
 
 def draw_candidates(

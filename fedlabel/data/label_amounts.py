@@ -34,13 +34,15 @@ def kind_of_samples(
     """Chooses the samples of which something is known, and what kind of thing.
 
     Args:
-        labels: (n,) integers in [0, num_classes), the truth.
+        labels: (n,) integers in [0, num_classes), the truth; -1 where the data have none.
         parts: one array of indices per client, or a single one, of all samples, where the choice is not the clients'.
         num_classes: how many classes.
         config: how many, and how.
         seed: the experiment's seed. Each client (each class for `labels_per_class`) has a generator of its own, so
             the choice does not depend on the order in which they are visited.
         unlabeled_only: classes whose labels are never known. The choice is made as if there were no such samples.
+
+    Kinds of label that are made of the true one are chosen as if there were no samples without it.
 
     Returns:
         (n,) int64, a place in `config.parts`, or -1 where nothing is known.
@@ -53,6 +55,8 @@ def kind_of_samples(
     for place, holders in enumerate(_holders(parts, config, seed)):
         scope = (place,) if config.mix else ()
         known = _Choice(labels, sorted(set(range(num_classes)) - set(unlabeled_only)), config, seed, scope)
+        if config.parts[place].from_truth:
+            holders = {client: rows[labels[rows] >= 0] for client, rows in holders.items()}
         kind[known.choose(config.parts[place], holders)] = place
     return kind
 
@@ -104,23 +108,24 @@ class _Choice:
         who = "the clients with labels have" if self.config.labels_at == "some_clients" else "the training set has"
         if self.config.mix:
             who = f"part {self.scope[0]} of the mix has"
+        lacking = kind.from_truth and bool((labels < 0).any())
         if kind.everything:
             return everyone
         if kind.labels_per_class is not None:
             for label in self.classes:
                 samples = everyone[labels[everyone] == label]
                 whose = f"class {label} in part {self.scope[0]} of the mix has" if self.scope else f"class {label} has"
-                _check_enough("labels_per_class", kind.labels_per_class, len(samples), whose)
+                _check_enough("labels_per_class", kind.labels_per_class, len(samples), whose, lacking)
                 rng = self._generator("class", label)
                 chosen.append(rng.choice(samples, kind.labels_per_class, replace=False))
         elif kind.labels_total is not None:
-            _check_enough("labels_total", kind.labels_total, len(everyone), who)
+            _check_enough("labels_total", kind.labels_total, len(everyone), who, lacking)
             chosen.append(_choose(everyone, labels, kind.labels_total, kind.stratified, self._generator("total")))
         else:
             for client, rows in holders.items():
                 if kind.labels_per_client is not None:
                     count = kind.labels_per_client
-                    _check_enough("labels_per_client", count, len(rows), f"client {client} has")
+                    _check_enough("labels_per_client", count, len(rows), f"client {client} has", lacking)
                 else:
                     assert kind.label_rate is not None
                     count = int(kind.label_rate * len(rows))
@@ -131,10 +136,11 @@ class _Choice:
         return numpy_generator(self.seed, "supervision", *self.scope, *purpose)
 
 
-def _check_enough(name: str, count: int, available: int, who: str) -> None:
+def _check_enough(name: str, count: int, available: int, who: str, lacking: bool) -> None:
     if count > available:
         raise ValueError(
-            f"`supervision.{name}` (={count}) asks for more labels than there are samples: {who} {available}. "
+            f"`supervision.{name}` (={count}) asks for more labels than there are samples"
+            f"{' that have one' * lacking}: {who} {available}. "
             f"Take supervision.{name}={available} or less."
         )
 

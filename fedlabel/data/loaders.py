@@ -1,9 +1,13 @@
-"""One loader per kind of file: from `data.root` to uint8 images and int64 labels, or a `DataError`."""
+"""Loaders of published sets of images: from `data.root` to uint8 images and int64 labels, or a `DataError`.
+
+What all loaders share is here, too. A user's own images are read by `npz_files` and `image_folders`.
+"""
 
 from __future__ import annotations
 
 import gzip
-import zipfile
+import math
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
 
 DIGITS = tuple("0123456789")
+MAX_DEFLATION = 1032
+"""How many bytes one of gzip's and zip's (deflate) can become: 258 of two bits."""
 
 
 class DataError(ValueError):
@@ -35,7 +39,7 @@ class Split:
     images: Tensor
     """(n, channels, height, width) uint8; rows of a table: (n, features, 1, 1) float32, standardised."""
     labels: Tensor
-    """(n,) int64."""
+    """(n,) int64; in a training set -1 where the data have no label."""
 
 
 class Loaded(NamedTuple):
@@ -44,6 +48,8 @@ class Loaded(NamedTuple):
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the data were read, a sentence each."""
 
 
 # ---------------------------------------------------------------------------------------------- border: errors, checks
@@ -52,6 +58,22 @@ class Loaded(NamedTuple):
 def data_root(config: DataConfig) -> Path:
     """Returns `data.root` as an absolute path."""
     return Path(config.root).expanduser().resolve()
+
+
+def machine_memory() -> float:
+    """Returns the bytes of memory this machine has; infinity where it does not tell."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_memory(size: int, what: str) -> None:
+    """Raises a DataError if `what`, of `size` bytes, is more than this machine can hold."""
+    if size > machine_memory():
+        raise DataError(
+            f"{what} would take {size / 2**30:.1f} GiB, more than the memory of this machine "
+            f"({machine_memory() / 2**30:.1f} GiB). Take fewer or smaller images."
+        )
 
 
 def _missing(config: DataConfig, looked_for: str) -> DataError:
@@ -150,14 +172,17 @@ def _find_idx(raw: Path, name: str) -> Path | None:
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """Returns the uint8 array of an idx file: two zero bytes, type, number of dimensions, big-endian sizes, values."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * dimensions)
+            shape = np.frombuffer(header[4:], ">u4").tolist() if len(header) == 4 + 4 * dimensions else [0]
+            size = math.prod(shape)
+            if header[:4] == bytes([0, 0, 8, dimensions]) and size <= path.stat().st_size * MAX_DEFLATION:
+                check_memory(size, f"{path}: an array of shape {tuple(shape)}")
+                content = file.read(size + 1)  # one more than there should be: the end is looked at, too
+                if len(content) == size:
+                    return np.frombuffer(content, np.uint8).reshape(shape)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error} Delete it and download or copy it again.") from error
-    if content[:4] == bytes([0, 0, 8, dimensions]):
-        start = 4 + 4 * dimensions
-        shape = np.frombuffer(content[4:start], ">u4").astype(int)
-        if len(shape) == dimensions and len(content) == start + shape.prod():
-            return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
     raise DataError(
         f"{path} is not a complete idx file of {dimensions}-dimensional uint8 values. "
         "Delete it and download or copy it again."
@@ -194,151 +219,3 @@ def _load_torchvision(
         if config.download:
             raise _not_downloaded(config, error) from error
         raise _missing(config, looked_for) from error
-
-
-def load_npz(config: DataConfig) -> Loaded:
-    """A numpy archive with x_train, y_train, x_test, y_test and, if wanted, class_names (an array of strings).
-
-    x: uint8, (n, h, w) grey; or (n, h, w, c) or (n, c, h, w) with c = 1 or 3. Channels are last if the last size is 1
-    or 3, and first otherwise. y: integers (n,) from 0; without class_names the largest of y_train is the last class.
-    """
-    path = data_root(config)
-    if not path.is_file():
-        raise DataError(
-            f"`data.root` (={config.root}): there is no file {path}. Set data.root=<file.npz> that holds the keys "
-            "x_train, y_train, x_test and y_test."
-        )
-    try:
-        # Opened here, as numpy leaves a broken archive open.
-        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} cannot be read as an npz file of numbers and strings: {error} "
-            "Write it again with `numpy.savez` (no object arrays)."
-        ) from error
-    missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
-    if missing:
-        raise DataError(
-            f"{path} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}. "
-            "The keys must be x_train, y_train, x_test, y_test and, if wanted, class_names."
-        )
-    for key in ("y_train", "y_test"):
-        dtype, shape = arrays[key].dtype, arrays[key].shape
-        if len(shape) != 1 or dtype.kind not in "iu":
-            raise DataError(f"{path}: `{key}` is {dtype} of shape {shape}; it must be integers of shape (n,).")
-    if "class_names" in arrays:
-        class_names = tuple(str(name) for name in np.atleast_1d(arrays["class_names"]))
-    else:
-        class_names = tuple(str(label) for label in range(int(arrays["y_train"].max(initial=-1)) + 1))
-    train, test = (
-        _checked_split(
-            _channels_first(arrays[f"x_{part}"], f"{path}: `x_{part}`"),
-            arrays[f"y_{part}"],
-            len(class_names),
-            (f"{path}: `x_{part}`", f"{path}: `y_{part}`"),
-        )
-        for part in ("train", "test")
-    )
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise DataError(
-            f"{path}: images of `x_train` are {tuple(train.images.shape[1:])}, those of `x_test` "
-            f"{tuple(test.images.shape[1:])} (channels, height, width). They must be alike."
-        )
-    return Loaded(train, test, class_names)
-
-
-def _channels_first(images: np.ndarray, name: str) -> np.ndarray:
-    if images.dtype != np.uint8:
-        raise DataError(
-            f"{name} has dtype {images.dtype}; it must be uint8 with values from 0 to 255. "
-            "Images in [0, 1] are converted by `(x * 255).round().astype('uint8')`."
-        )
-    if images.ndim == 3:
-        return images[:, None]
-    if images.ndim == 4 and images.shape[3] in (1, 3):
-        return images.transpose(0, 3, 1, 2)
-    if images.ndim == 4 and images.shape[1] in (1, 3):
-        return images
-    raise DataError(f"{name} has shape {images.shape}; it must be (n, h, w), (n, h, w, c) or (n, c, h, w), c = 1 or 3.")
-
-
-def load_image_folder(config: DataConfig) -> Loaded:
-    """`<root>/train/<class>/<image>` and `<root>/test/<class>/<image>`; classes are the sorted folders of `train`.
-
-    Files without an image's extension are passed over. All images must be of one size: resizing is a choice that
-    belongs to whoever prepares the data. Grey if all images are, else converted to RGB (alpha is dropped).
-    """
-    root = data_root(config)
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise DataError(
-                f"`data.root` (={config.root}): there is no folder {root / part}. Set data.root=<folder> that holds "
-                "train/<class>/<image> and test/<class>/<image>."
-            )
-    class_names = tuple(_visible_folders(root / "train"))
-    unknown = sorted(set(_visible_folders(root / "test")) - set(class_names))
-    if unknown:
-        raise DataError(
-            f"{root / 'test'} has the class {unknown[0]}, which {root / 'train'} has not. "
-            "Every class of the test set must be in the training set."
-        )
-    files = {
-        part: [
-            (path, label)
-            for label, name in enumerate(class_names)
-            for path in sorted((root / part / name).glob("*"))
-            if path.suffix.lower() in IMG_EXTENSIONS
-        ]
-        for part in ("train", "test")
-    }
-    everything = [path for part in files.values() for path, _ in part]
-    mode = _common_mode(everything)
-    train, test = (
-        _checked_split(
-            np.stack([_read_image(path, mode) for path, _ in part]) if part else np.empty((0, 1, 0, 0), np.uint8),
-            np.array([label for _, label in part]),
-            len(class_names),
-            (str(root / name),) * 2,
-        )
-        for name, part in files.items()
-    )
-    return Loaded(train, test, class_names)
-
-
-def _visible_folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _common_mode(paths: list[Path]) -> str:
-    """Returns "L" or "RGB", having read the headers only; raises DataError if the sizes differ."""
-    mode, first_size = "L", None
-    for path in paths:
-        with _open_image(path) as image:
-            first_size = first_size or image.size
-            if image.size != first_size:
-                raise DataError(
-                    f"{path} is {image.size[0]}x{image.size[1]} pixels, but {paths[0]} is "
-                    f"{first_size[0]}x{first_size[1]}. All images must be of one size: resize them first."
-                )
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has more than 8 bits a pixel (mode {image.mode}). Convert it to 8 bits first.")
-            mode = mode if image.mode in ("1", "L") else "RGB"
-    return mode
-
-
-def _open_image(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error} Replace or delete it.") from error
-
-
-def _read_image(path: Path, mode: str) -> np.ndarray:
-    """Returns (channels, height, width) uint8."""
-    with _open_image(path) as image:
-        try:
-            pixels = np.asarray(image.convert(mode))
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{path} cannot be read as an image: {error} Replace or delete it.") from error
-    return np.atleast_3d(pixels).transpose(2, 0, 1)

@@ -1,7 +1,8 @@
 """Who holds which samples: partitions of labels over clients, as pure functions of labels and a generator.
 
 Every recipe returns one sorted int64 array of sample indices per client; the arrays are disjoint and together hold
-every sample. `partition` chooses the recipe and sees to it that no client is left with too few samples.
+every sample. `partition` chooses the recipe, deals out evenly the samples that a recipe by class says nothing of, since
+nobody knows their class, and sees to it that no client is left with too few samples.
 
 `dirichlet` is FedLabel's recipe (released code of Cho et al., ICCV 2023, https://arxiv.org/abs/2307.08809): a Dirichlet
 vector over *classes* per client. `dirichlet_per_class` is the more common one (Yurochkin et al., ICML 2019,
@@ -24,6 +25,8 @@ import numpy as np
 from fedlabel.seeding import derive_seed, numpy_generator
 
 KINDS = ("iid", "dirichlet", "dirichlet_per_class", "classes_per_client", "quantity_skew")
+CLASSLESS = ("iid", "quantity_skew")
+"""Recipes that do not look at classes."""
 FLWR_DATASETS = "flwr_datasets:"
 MAX_DRAWS = 100
 """How often a partition that leaves a client with too few samples is drawn anew."""
@@ -40,7 +43,8 @@ class PartitionConfig:
 
     kind: str = "dirichlet"
     """iid, dirichlet (FedLabel's), dirichlet_per_class (the common one), classes_per_client, quantity_skew, or
-    `flwr_datasets:<Class>` for a partitioner of the flwr-datasets package, e.g. `flwr_datasets:ShardPartitioner`."""
+    `flwr_datasets:<Class>` for a partitioner of the flwr-datasets package, e.g. `flwr_datasets:ShardPartitioner`.
+    Samples without a label in the data, of which recipes by class say nothing, are dealt evenly beside the others."""
     dirichlet_alpha: float = 0.5
     """Of dirichlet and dirichlet_per_class: the smaller, the fewer classes a client holds."""
     classes_per_client: int = 2
@@ -101,7 +105,8 @@ def partition(
     """Spreads samples over clients.
 
     Args:
-        labels: (n,) integers in [0, num_classes).
+        labels: (n,) integers in [0, num_classes), or -1 where nobody knows the class: recipes that go by class spread
+            the others, and these are dealt evenly at random.
         num_clients: how many clients.
         num_classes: how many classes.
         config: the recipe.
@@ -116,8 +121,10 @@ def partition(
         ValueError: there are too few samples, labels out of range, or the smallest size could not be met.
     """
     labels = np.asarray(labels)
-    if labels.ndim != 1 or (len(labels) and (labels.min() < 0 or labels.max() >= num_classes)):
-        raise ValueError(f"`labels` of shape {labels.shape} must be (n,) integers in [0, {num_classes - 1}].")
+    if labels.ndim != 1 or (len(labels) and (labels.min() < -1 or labels.max() >= num_classes)):
+        raise ValueError(
+            f"`labels` of shape {labels.shape} must be (n,) integers in [0, {num_classes - 1}], or -1 for none."
+        )
     if num_clients < 1:
         raise ValueError(f"`num_clients` (={num_clients}) must be at least 1.")
     if len(labels) < num_clients and held is None and config.least_min_samples > 0:
@@ -148,6 +155,12 @@ def _draw(
 ) -> list[np.ndarray]:
     if len(labels) == 0:
         return [np.arange(0)] * num_clients
+    if config.kind not in CLASSLESS and (labels < 0).any():
+        known, unknown = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
+        dealt = iid(unknown, num_clients, numpy_generator(seed, "partition", "without_label", draw))
+        spread = _draw(labels[known], num_clients, num_classes, config, seed, draw)
+        pairs = zip(spread, dealt, strict=True)
+        return [np.sort(np.concatenate([known[mine], unknown[more]])) for mine, more in pairs]
     rng = numpy_generator(seed, "partition", draw)
     match config.kind:
         case "iid":
@@ -300,8 +313,8 @@ def flwr_datasets_partition(
 
 
 def label_histogram(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
-    """Returns (clients, classes) int64: how many samples of each class each client holds."""
-    return np.stack([np.bincount(labels[part], minlength=num_classes) for part in parts])
+    """Returns (clients, classes) int64: how many samples of each class each client holds; labels of -1 do not count."""
+    return np.stack([np.bincount(labels[part][labels[part] >= 0], minlength=num_classes) for part in parts])
 
 
 def split_like(
@@ -314,7 +327,8 @@ def split_like(
     """Spreads another set (the test set) so that each client's share of a class is its share in the reference.
 
     Args:
-        reference_labels: (m,) integers, of the set that is already spread.
+        reference_labels: (m,) integers, of the set that is already spread. Samples of the label -1 count as if they
+            had the classes of all the others, each in its share (or, without any other, each class alike).
         reference_parts: one array of indices into it per client.
         labels: (n,) integers, of the set to spread.
         num_classes: how many classes.
@@ -324,7 +338,12 @@ def split_like(
         One sorted int64 array of indices per client; disjoint, together all of range(n). Each holds its share of each
         class within one sample; classes that the reference lacks are spread evenly. A client may hold nothing.
     """
-    return _by_class(labels, label_histogram(reference_labels, reference_parts, num_classes), rng)
+    shares = label_histogram(reference_labels, reference_parts, num_classes)
+    unknown = np.array([(reference_labels[part] < 0).sum() for part in reference_parts])
+    if unknown.any():
+        total = shares.sum(0) if shares.any() else np.ones(num_classes)
+        shares = shares + unknown[:, None] * (total / total.sum())
+    return _by_class(labels, shares, rng)
 
 
 def _by_class(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from fedlabel.data.class_names import find_classes
 from fedlabel.seeding import numpy_generator, torch_generator
 
 SHIFTS = ("rotation", "blur", "noise", "inversion")
@@ -41,9 +42,9 @@ class SkewConfig:
     """The same for the unlabelled samples."""
     unlabeled_imbalance_reversed: bool = False
     """Whether the unlabelled tail runs the other way: the last class is the largest."""
-    unlabeled_only_classes: tuple[int, ...] = ()
-    """Numbers of classes whose labels nobody is told (but the upper bound). Amounts of labels are then meant of the
-    samples of the other classes."""
+    unlabeled_only_classes: tuple[str, ...] = ()
+    """Names of classes (or their numbers from 0, where they are not named by numbers) whose labels nobody is told (but
+    the upper bound). Amounts of labels are then meant of the samples of the other classes."""
     feature_shift: str = "none"
     """A fixed change of all images of a client, and of its share of the evaluation split: none; rotation by up to 45
     degrees to either side; blur (Gaussian, sd up to 1.5 / 28 of the shorter side); noise (Gaussian, sd up to 40 of 255,
@@ -53,17 +54,12 @@ class SkewConfig:
     """Multiplies these limits; without effect on inversion."""
 
     def __post_init__(self) -> None:
-        # YAML gives a list; configurations must be hashable.
-        object.__setattr__(self, "unlabeled_only_classes", tuple(self.unlabeled_only_classes))
+        # YAML gives a list, of numbers perhaps; configurations must be hashable.
+        object.__setattr__(self, "unlabeled_only_classes", tuple(map(str, self.unlabeled_only_classes)))
         for name in ("labeled_imbalance", "unlabeled_imbalance"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 1):
                 raise ValueError(f"`skew.{name}` (={value}) must be finite and at least 1; 1 = no long tail.")
-        classes = self.unlabeled_only_classes
-        if min(classes, default=0) < 0 or len(set(classes)) < len(classes):
-            raise ValueError(
-                f"`skew.unlabeled_only_classes` (={list(classes)}) must be different numbers of classes, from 0 on."
-            )
         if self.feature_shift not in FEATURE_SHIFTS:
             raise ValueError(
                 f"`skew.feature_shift` (={self.feature_shift}) must be one of {', '.join(FEATURE_SHIFTS)}."
@@ -80,19 +76,14 @@ class SkewConfig:
         """Whether samples are left out."""
         return max(self.labeled_imbalance, self.unlabeled_imbalance) > 1
 
-    def check_classes(self, num_classes: int) -> None:
-        """Raises a ValueError if the data set's classes do not fit `unlabeled_only_classes`."""
-        classes = self.unlabeled_only_classes
-        if max(classes, default=0) >= num_classes:
-            raise ValueError(
-                f"`skew.unlabeled_only_classes` (={list(classes)}) must lie in [0, {num_classes - 1}]: "
-                f"the data set has {num_classes} classes."
-            )
-        if len(classes) == num_classes:
-            raise ValueError(
-                f"`skew.unlabeled_only_classes` (={list(classes)}) names all {num_classes} classes, which leaves no "
-                "label to anyone: leave at least one out."
-            )
+    def hidden_classes(self, class_names: Sequence[str]) -> list[int]:
+        """Returns the numbers of `unlabeled_only_classes`.
+
+        Raises:
+            ValueError: they do not fit the data set's classes.
+        """
+        given = self.unlabeled_only_classes
+        return find_classes("skew.unlabeled_only_classes", given, class_names, "no label to anyone") if given else []
 
 
 # ----------------------------------------------------------------------------------------------------------- long tails
@@ -117,7 +108,7 @@ def long_tails(labels: np.ndarray, labeled: np.ndarray, num_classes: int, config
     """Chooses the samples that the long tails leave.
 
     Args:
-        labels: (n,) integers in [0, num_classes), the truth.
+        labels: (n,) integers in [0, num_classes), the truth; -1 where the data have none.
         labeled: (n,) bool, whose label is known.
         num_classes: how many classes, at least two.
         config: the two factors.
@@ -125,13 +116,22 @@ def long_tails(labels: np.ndarray, labeled: np.ndarray, num_classes: int, config
 
     Returns:
         (n,) bool: the labelled and the unlabelled samples that `tail_sizes` lets stay.
+
+    Raises:
+        ValueError: samples whose class nobody knows are to be cut by their class.
     """
+    for key, subset in (("labeled_imbalance", labeled), ("unlabeled_imbalance", ~labeled)):
+        if getattr(config, key) > 1 and (lacking := int((labels[subset] < 0).sum())):
+            raise ValueError(
+                f"`skew.{key}` (={getattr(config, key):g}) cuts samples by their class, and {lacking} of these "
+                f"{int(subset.sum())} have no label in the data: leave it out."
+            )
     kept = np.ones(len(labels), dtype=bool)
     for name, subset, imbalance, reverse in (
         ("labeled", labeled, config.labeled_imbalance, False),
         ("unlabeled", ~labeled, config.unlabeled_imbalance, config.unlabeled_imbalance_reversed),
     ):
-        counts = np.bincount(labels[subset], minlength=num_classes)
+        counts = np.bincount(labels[subset & (labels >= 0)], minlength=num_classes)
         for label, excess in enumerate(counts - tail_sizes(counts, imbalance, reverse)):
             rows = np.flatnonzero(subset & (labels == label))
             kept[numpy_generator(seed, "long_tail", name, label).choice(rows, excess, replace=False)] = False

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.bags import draw_bags
+from fedlabel.data.datasets import Dataset
 from fedlabel.data.imprecision import Resemblance, draw_candidates, draw_noisy_labels, swap_truth
-from fedlabel.data.labeling_functions import NOT_ASKED, cast_votes, load_functions
+from fedlabel.data.labeling_functions import NOT_ASKED, Cast, cast_votes, load_functions
 from fedlabel.data.supervision_config import LabelKind
 from fedlabel.seeding import numpy_generator
 
@@ -207,7 +208,7 @@ def impart(
     seed: int,
     holders: Sequence[np.ndarray] = (),
 ) -> Supervision:
-    """Makes the record of all samples of a federation.
+    """Makes the record of all samples of a federation, but for the votes of functions, see `ask_functions`.
 
     Args:
         labels: (n,) the truth; not looked at where nothing is known.
@@ -226,18 +227,10 @@ def impart(
     noisy = torch.zeros(n, dtype=torch.bool)
     annotated = []
     bag, counts = torch.full((n,), -1), [torch.zeros(0, num_classes, dtype=torch.int64)]
-    votes = torch.zeros(n, 0, dtype=torch.int64)
     for place, part in enumerate(parts):
         rows = np.flatnonzero(kinds == place)
         index = torch.from_numpy(rows)
-        if part.module is not None:
-            # A client that has the functions also asks them of its samples of which something else is known.
-            own = [mine[kinds[mine] >= 0] for mine in holders if (kinds[mine] == place).any()]
-            asked = np.concatenate(own) if own else rows
-            functions, dataset = load_functions(part.module), resemblance.dataset
-            given = cast_votes(functions, (dataset.sample(int(row)) for row in asked), dataset.class_names)
-            votes = torch.full((n, len(functions)), NOT_ASKED)
-            votes[torch.from_numpy(asked)] = torch.from_numpy(given)
+        if part.module is not None:  # see `ask_functions`
             continue
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":
@@ -270,7 +263,41 @@ def impart(
     for index, labels_given in annotated:  # each part has annotators of its own
         annotations[index, first : first + labels_given.shape[1]] = labels_given
         first += labels_given.shape[1]
-    return Supervision(candidates, noisy, annotations, bag, torch.cat(counts), votes)
+    return Supervision(candidates, noisy, annotations, bag, torch.cat(counts), torch.zeros(n, 0, dtype=torch.int64))
+
+
+def ask_functions(
+    kinds: np.ndarray, parts: Sequence[LabelKind], dataset: Dataset, holders: Sequence[np.ndarray] = ()
+) -> Cast | None:
+    """Asks the labelling functions of the kind of label that has some; None where none has.
+
+    Args:
+        kinds: (n,) int64, a place in `parts`, or -1 where nothing is known.
+        parts: the kinds of label.
+        dataset: has the samples.
+        holders: per client the rows of its samples. One that has the functions also asks them of its samples of which
+            something else is known.
+
+    Raises:
+        ValueError: there is no such module, no function ever votes, or one fails where that is to end the run.
+    """
+    for place, part in enumerate(parts):
+        if part.module is None:
+            continue
+        own = [mine[kinds[mine] >= 0] for mine in holders if (kinds[mine] == place).any()]
+        asked = np.concatenate(own) if own else np.flatnonzero(kinds == place)
+        functions, samples = load_functions(part.module), (dataset.sample(int(row)) for row in asked)
+        cast = cast_votes(functions, samples, dataset.class_names, stop=part.on_error == "stop")
+        if len(asked) and not any(report.votes for report in cast.reports):
+            doubts = [doubt for report in cast.reports if (doubt := report.doubt())]
+            raise ValueError(
+                f"`supervision.module` (={part.module}): none of its {len(functions)} functions votes on any of "
+                f"{len(asked)} samples. {' '.join(doubts[:3]) or 'All abstain everywhere.'}"
+            )
+        votes = np.full((len(kinds), len(functions)), NOT_ASKED)
+        votes[asked] = cast.votes
+        return cast._replace(votes=votes)
+    return None
 
 
 def _checked(labels: Tensor, rows: Tensor, num_classes: int) -> Tensor:

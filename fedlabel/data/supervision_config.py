@@ -10,6 +10,7 @@ KINDS = ("few_labels", "full", "partial", "noisy", "partial_and_noisy", "bags", 
 COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
 HOLDERS = ("clients", "server", "some_clients")
 CANDIDATES = ("uniform", "similar", "instance")
+ON_ERROR = ("abstain", "stop")
 NOISE = ("symmetric", "asymmetric", "pair_flip", "instance", "file")
 
 
@@ -21,14 +22,16 @@ class LabelKind:
     """
 
     kind: str = "few_labels"
-    """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it.
+    """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it, or
+    where the data lack labels, all that have one in the data.
     partial: a set of candidates that holds the truth (with `noise_rate`: that may miss it). noisy: a label that may be
     wrong, or one of each annotator. partial_and_noisy: a set that holds the truth and a label that may be wrong.
     bags: groups of a client's samples of which only the number in each class is known. labeling_functions: what the
     functions of `module` say of samples."""
     label_rate: float | None = 0.1
     """Part of the n samples of each client with labels (of the training set for labels_at=server), in [0, 1]: exactly
-    int(label_rate * n). Not given for another kind than few_labels, or for labels_at=some_clients: null, all n."""
+    int(label_rate * n), n being those that have a label in the data. Not given for another kind than few_labels, or for
+    labels_at=some_clients: null, all n."""
     labels_per_class: int | None = None
     """Samples with a label per class, in the whole federation, whoever holds them (of those who have labels)."""
     labels_per_client: int | None = None
@@ -54,13 +57,16 @@ class LabelKind:
     exact per federation (symmetric, instance) or class (asymmetric, pair_flip). partial: the probability that a class
     outside the set takes the truth's place in it."""
     labels_file: str | None = None
-    """noise=file: a .npz below `data.root` (data.name=npz or table: beside it), in the order of the data set's training
-    samples; of a table whose test set is split off: of all rows of its file, of which test rows are not looked at."""
+    """noise=file: a .npz, .npy, CSV or Parquet file below `data.root` (data.name=npz or table: beside it), with labels
+    in the order of the data set's training samples; of a table whose test set is split off: of all rows of its file, of
+    which test rows are not looked at. A label is the name of a class, or its number from 0 where classes are not named
+    by numbers; -1 (unless it is the name of a class), NaN or an empty text is none."""
     labels_keys: tuple[str, ...] = ()
-    """noise=file: arrays of the file, of classes' numbers (-1 = none) or names ("" = none). One is a noisy label;
-    several are those of as many annotators. In a mix the annotators of each part are others."""
+    """noise=file: arrays or columns of the file; none: all. One column is a noisy label; several, or an array of
+    several columns, are those of as many annotators. In a mix the annotators of each part are others."""
     vote: bool = False
-    """noise=file, several keys: their labels become one noisy label, the most frequent; a tie is decided by chance."""
+    """noise=file, several annotators: their labels become one noisy label, the most frequent; a tie is decided by
+    chance."""
     bag_size: int | None = None
     """kind=bags: samples per bag; what is left of a client's samples is its last bag."""
     bag_size_max: int | None = None
@@ -71,6 +77,9 @@ class LabelKind:
     module: str | None = None
     """kind=labeling_functions: a module of functions, or the path of its file, which every node imports; see
     `fedlabel/data/labeling_functions.py`."""
+    on_error: str = "abstain"
+    """kind=labeling_functions. abstain: a function that fails on a sample, or says what is no class, abstains there; it
+    is counted in `labeling_functions.csv` and warned of. stop: the first such answer ends the run before it begins."""
     count_epsilon: float | None = None
     """kind=bags: counts have discrete Laplace noise, as if each bag were to be epsilon-differentially private (a
     simulation: the noise comes from `seed`); null: counts are exact."""
@@ -129,6 +138,13 @@ class LabelKind:
                 f"{self.kind}: take label_rate, labels_per_client or labels_total."
             )
         self._check_bag()
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"`supervision.on_error` (={self.on_error}) must be one of {', '.join(ON_ERROR)}.")
+        if self.on_error != "abstain" and self.kind != "labeling_functions":
+            raise ValueError(
+                f"`supervision.on_error` (={self.on_error}) has no place beside supervision.kind={self.kind}: take "
+                "supervision.kind=labeling_functions, or leave it out."
+            )
         if self.kind == "labeling_functions" and self.module is None:
             raise ValueError(
                 "`supervision.module` (=None) must be given for supervision.kind=labeling_functions: a module of "
@@ -140,17 +156,17 @@ class LabelKind:
                 "supervision.kind=labeling_functions, or leave it out."
             )
         from_file = self.noise == "file"
-        if from_file != (self.labels_file is not None) or from_file != bool(self.labels_keys):
+        if from_file != (self.labels_file is not None):
             raise ValueError(
-                f"`supervision.noise` (={self.noise}), `supervision.labels_file` (={self.labels_file}) and "
-                f"`supervision.labels_keys` (={list(self.labels_keys)}) belong together: give all three (noise=file, "
-                "the file, and which of its arrays), or none."
+                f"`supervision.noise` (={self.noise}) and `supervision.labels_file` (={self.labels_file}) belong "
+                "together: give both (noise=file, and the file), or none."
             )
-        if self.vote and len(self.labels_keys) < 2:
-            raise ValueError(
-                f"`supervision.vote` (=True) needs several `supervision.labels_keys` (={list(self.labels_keys)}): give "
-                "the keys of at least two annotators, or leave it out."
-            )
+        for key, value in (("labels_keys", list(self.labels_keys)), ("vote", self.vote)):
+            if value and not from_file:
+                raise ValueError(
+                    f"`supervision.{key}` (={value}) is for labels from a file: take supervision.noise=file with "
+                    "supervision.labels_file, or leave it out."
+                )
         if self.has_noisy_labels:
             if from_file == (self.noise_rate > 0):
                 raise ValueError(
@@ -191,6 +207,11 @@ class LabelKind:
     def has_noisy_labels(self) -> bool:
         """Whether samples have labels that may be wrong."""
         return self.kind in ("noisy", "partial_and_noisy")
+
+    @property
+    def from_truth(self) -> bool:
+        """Whether what is known of a sample is made of its true label, which the data must then have."""
+        return self.kind != "labeling_functions" and (self.kind != "noisy" or self.noise != "file")
 
     @property
     def classless(self) -> bool:
@@ -294,12 +315,6 @@ class SupervisionConfig(LabelKind):
                 raise ValueError(
                     f"`supervision.labels_per_client` (={self.labels_per_client}) has no place beside "
                     "supervision.labels_at=server, where no client has a label: take labels_per_class or labels_total."
-                )
-            if self.everything:
-                raise ValueError(
-                    f"`supervision.kind` (={self.kind}) and `supervision.label_rate` (={self.label_rate}) beside "
-                    "supervision.labels_at=server leave no sample to the clients: take supervision.kind=few_labels and "
-                    "a smaller amount."
                 )
 
     @property

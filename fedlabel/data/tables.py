@@ -64,7 +64,7 @@ class LoadedTable(NamedTuple):
     file_size: int | None = None
     """How many rows the file has; None: as many as `train`."""
     notes: tuple[str, ...] = ()
-    """What was found in the file that its owner should know: a sentence each."""
+    """What the user should know of how the data were read, a sentence each."""
 
 
 def encode(train: Table, others: Sequence[Table]) -> list[Split]:

@@ -35,6 +35,10 @@ BLOCK = 1 << 16
 """Numbers that the backward pass of `exact_messages` works on together."""
 SMALLEST_VARIANCE = 10.0
 """A bag above `EXACT_UP_TO` whose count varies less than this has exact messages, too: it is far from Gaussian."""
+NEARLY = 1e-9
+"""What `tilt` leaves of the expected number of the other labels, where all of a bag's labels are 1, or 0."""
+FIXED_STEPS, MOST_STEPS = 14, 60
+"""Steps of `tilt` without and with looking whether it is done. Log-odds within +-30 need 12, whatever the count."""
 CLASS_STATES = 100_000
 """The most count vectors that `class_posterior` looks at together."""
 
@@ -72,7 +76,7 @@ def count_log_likelihood(log_odds: Tensor, count: int | Tensor) -> Tensor:
 
     p = (.9, .6, .2) with count 1 gives log .344. The gradient is `bag_posterior` minus p. Exact up to `EXACT_UP_TO`
     labels; above, after the tilt, the mass that a Gaussian of the same variance has within half a label of its mean: at
-    most 1, and exact again where all labels are certain.
+    most 1, exact again where all labels are certain, and measured to be within .2, and .2 over that variance, of it.
 
     Args:
         log_odds: (..., n), finite, or -inf where there is no label, for bags smaller than n.
@@ -84,7 +88,7 @@ def count_log_likelihood(log_odds: Tensor, count: int | Tensor) -> Tensor:
     size = log_odds.shape[-1]
     counts = torch.as_tensor(count, device=log_odds.device).expand(log_odds.shape[:-1])
     target = counts.to(log_odds.dtype)
-    t = tilt(log_odds.detach(), target, target, checks=False)[..., None]
+    t = tilt(log_odds.detach(), target, target, tolerance=1e-6, checks=False)[..., None]
     there = log_odds > -math.inf
     share = (target / there.sum(-1).clamp_min(1))[..., None]
     terms = logsigmoid(-log_odds) - logsigmoid(-log_odds - t) - torch.where(there, t * share, torch.zeros_like(t))
@@ -113,8 +117,12 @@ def tilt(
 ) -> Tensor:
     """Returns t where the expected sum of labels with log-odds theta + t meets the factor; 0 if it meets it as it is.
 
-    It solves sum of sigmoid(theta + t) + t / (2 lambda_bag) = the nearest of `least` and `most`, by Newton's method
-    inside a bracket.
+    It solves sum of sigmoid(theta + t) + t / (2 lambda_bag) = the nearest of `least` and `most`. Without the penalty
+    the log-odds of both sides are compared, which are equal at once where all theta are, and nearly linear in tails.
+    Newton's method inside a bracket: what is solved is kept, and the bracket is halved where a step would reach its
+    end or, with a penalty, is more than half as long as the one before: from flat part to flat part they go to and fro
+    (Press et al., Numerical Recipes, section 9.4). A count of none or all has no root: t is where the expected sum
+    misses it by `NEARLY`.
 
     Args:
         theta: (..., k); -inf: no variable.
@@ -122,27 +130,49 @@ def tilt(
         most: (...) float.
         lambda_bag: see the top of this file.
         start: (...) a guess; None: 0.
-        tolerance: on the expected sum.
-        checks: whether to stop as soon as all are within `tolerance`; False: always 12 steps, for `torch.func.vmap`:
-            near enough, as the tilt only has to keep numbers in range.
+        tolerance: on the expected sum, or what the type of `theta` can tell if that is more.
+        checks: whether to stop as soon as all are within `tolerance`; False: always `FIXED_STEPS`, for
+            `torch.func.vmap`.
 
     Returns:
         (...) float.
     """
+    soft = lambda_bag < math.inf
     stiffness = 1 / (2 * lambda_bag) if lambda_bag > 0 else math.inf
-    target = torch.minimum(torch.maximum(theta.sigmoid().sum(-1), least), most)
-    reach = torch.where(theta.isinf(), 0.0, theta.abs()).amax(-1) + math.log(theta.shape[-1] + 1) + 20
-    low, high = -reach, reach
-    t = torch.zeros_like(target) if start is None else torch.minimum(torch.maximum(start, low), high)
-    for _ in range(40 if checks else 12):
+    there = theta > -math.inf
+    size = there.sum(-1)
+    expected = theta.sigmoid().sum(-1)
+    target = torch.minimum(torch.maximum(expected, least), most)
+    tolerance = max(tolerance, 4 * torch.finfo(theta.dtype).eps * theta.shape[-1])
+    # Were all log-odds the least of them, or all the largest, the root would be known: it lies between the two.
+    odds = target.clamp_min(NEARLY).log() - (size - target).clamp_min(NEARLY).log()
+    low, high = odds - theta.amax(-1), odds - torch.where(there, theta, math.inf).amin(-1)
+    if soft:  # the penalty pulls t towards 0, and the expected sum stays in 0..size
+        low = torch.maximum(low.clamp_max(0), (target - size) / stiffness)
+        high = torch.minimum(high.clamp_min(0), target / stiffness)
+    else:
+        low, high = torch.where(target >= size, high, low), torch.where(target <= 0, low, high)
+    low, high = low.masked_fill(target == expected, 0), high.masked_fill(target == expected, 0)
+    t = torch.zeros_like(target) if start is None else start
+    t = torch.minimum(torch.maximum(t, low), high)
+    moved = high - low
+    for _ in range(MOST_STEPS if checks else FIXED_STEPS):
         p = (theta + t[..., None]).sigmoid()
-        gap = p.sum(-1) + stiffness * t - target
-        if checks and bool((gap.abs() <= tolerance).all()):
+        total, slope = p.sum(-1), (p * (1 - p)).sum(-1)
+        gap = total + stiffness * t - target if soft else total - target
+        solved = gap.abs() <= tolerance
+        if checks and bool(solved.all()):
             break
-        slope = (p * (1 - p)).sum(-1) + stiffness
         low, high = torch.where(gap < 0, t, low), torch.where(gap > 0, t, high)
-        newton = t - gap / slope.clamp_min(1e-30)
-        t = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        if soft:
+            newton = t - gap / (slope + stiffness)
+            good = (newton > low) & (newton < high) & ((newton - t).abs() <= moved / 2)
+        else:
+            share = total / size
+            newton = t - (share.logit() - odds) * share * (size - total) / slope
+            good = (newton > low) & (newton < high)  # False also for what is not a number, in a flat part
+        before, t = t, torch.where(solved, t, torch.where(good, newton, (low + high) / 2))
+        moved = (t - before).abs() if soft else moved
     return t
 
 

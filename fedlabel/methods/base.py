@@ -155,6 +155,22 @@ class ModelPart(NamedTuple):
     weight: float
 
 
+class Limits(NamedTuple):
+    """What a client can have worked with at most in a round, as follows from what it holds and from the configuration.
+
+    It may be far more than what it did work with: only a client that does not follow the method exceeds it.
+    """
+
+    samples: int
+    """It holds."""
+    annotators: int
+    """Labels that annotators can have given to a sample."""
+    steps: int
+    """Optimiser steps over all phases."""
+    examples: int
+    """Samples that its losses can have used, over all steps (see `Step.examples`)."""
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of all methods. A subclass is final: it is never subclassed again."""
@@ -326,9 +342,39 @@ class Method:
         """Returns what stays at the client until it trains again. Default: nothing."""
         return {}
 
+    def kept_like(self, memory: State, global_state: StateDict) -> State:
+        """Returns an example of everything that `keep` may return: a checkpoint is held against its names, types and
+        sizes. What has no rows may grow some. Default: what a client starts from.
+
+        Args:
+            memory: of a client that never trained (`initial_memory`), and what the server shares.
+            global_state: the model.
+        """
+        return memory
+
     def statistics(self, memory: State) -> State:
         """Returns tensors whose sums over the cohort go into `server_step`. Default: nothing."""
         return {}
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        """Looks at the statistics of one client before they are added up: no robust strategy covers them, so what they
+        can do to the shared state has to be bounded by what the client holds. Default: anything goes.
+
+        Args:
+            statistics: float64, of the right names and shapes, all finite.
+            shared: the shared state that the client got, as the server has it.
+            limits: what the client can have worked with.
+
+        Raises:
+            ValueError: no client that follows the method can have sent this.
+        """
+
+    def check_shared(self, shared: State) -> None:
+        """Looks at the shared state before it is saved and sent; that all of it is finite is known. Default: nothing.
+
+        Raises:
+            ValueError: it is none that the method can go on from.
+        """
 
     def initial_shared(self, num_classes: int) -> State:
         """Returns the state that the server shares with all clients in round 1. Default: nothing."""

@@ -34,7 +34,8 @@ from torch import Tensor
 from fedlabel.data.labeling_functions import NOT_ASKED
 from fedlabel.data.supervision import Supervision
 from fedlabel.inference.label_model import ABSTAIN, VARIANTS, Counts, LabelModel
-from fedlabel.methods.base import Method, Phase, PhaseResult, Prepared, Survey, Votes
+from fedlabel.methods.base import Limits, Method, Phase, PhaseResult, Prepared, Survey, Votes
+from fedlabel.methods.plausible import SLACK, check_counts, check_shares
 from fedlabel.methods.steps import (
     Batch,
     Model,
@@ -55,6 +56,9 @@ PRIORS = ("learnt", "uniform", "client")
 STARTS = ("fresh", "warm")
 LEAST_PER_CLASS = 3
 """Heads that each class has at least with assignment=random."""
+LARGEST_LOSS = 100.0
+"""-log p(y) of a sample in the heads' losses: less than the smallest float32 is no probability, and one client's model
+or one bad sample must not decide on all heads."""
 _FORGET = 0.5
 """Share of the heads' old losses in the new ones: the heads move from round to round."""
 _PRIOR_STEPS = 50
@@ -148,7 +152,8 @@ def restricted(logits: Tensor, sets: Tensor) -> Tensor:
 
 
 def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sums of each head's -log p(y) over the samples of each class, (K, C), and their numbers, (C,).
+    """Returns the sums of each head's -log p(y) over the samples of each class, (K, C), and their numbers, (C,). No
+    sample counts more than `LARGEST_LOSS`.
 
     Args:
         logits: (n, K, C + 1).
@@ -156,7 +161,7 @@ def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     classes = logits.shape[-1] - 1
     of_class = one_hot(labels, classes)  # all 0 for -1
-    nll = -logits.log_softmax(-1)[..., :classes]
+    nll = -logits.log_softmax(-1)[..., :classes].clamp_min(-LARGEST_LOSS)
     return torch.einsum("nkc,nc->kc", nll, of_class), of_class.sum(0)
 
 
@@ -592,6 +597,24 @@ class DPSSL(Method):
         if stage == "functions" and self.assignment == "wta" and self._round(memory) <= self.assignment_rounds:
             return {name: memory[name] for name in ("head_losses", "class_samples")}
         return {}
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        if "head_losses" in statistics:
+            losses, samples = statistics["head_losses"], statistics["class_samples"]
+            check_counts("class_samples", samples, limits.samples)
+            if (losses < 0).any() or (losses > samples * LARGEST_LOSS * (1 + SLACK)).any():
+                raise ValueError(f"its statistic head_losses must lie in [0, {LARGEST_LOSS:g}] per sample")
+        if "vote_counts" in statistics:
+            votes, classes = statistics["vote_counts"], statistics["class_counts"]
+            check_counts("class_counts", classes, limits.samples * max(1.0, self.label_weight))
+            check_counts("vote_counts", votes, len(votes) * float(classes.sum()))
+            if ((votes.sum(1) - classes).abs() > SLACK * (1 + classes)).any():  # abstaining is a vote, too
+                raise ValueError("its statistic vote_counts does not add up to class_counts for every function")
+
+    def check_shared(self, shared: State) -> None:
+        if shared["fitted"] > 0:
+            check_shares("prior", shared["prior"], torch.ones(()))
+            check_shares("tables", shared["tables"].movedim(1, -1), torch.ones(()))
 
     def server_step(self, shared: State, total: State) -> State:
         """Assigns classes by the summed losses, or takes EM's M step of the summed counts."""

@@ -199,3 +199,6 @@ class FedTriNet(Method):
         old = {f"old/{name}": value for name, value in own[-1].items()} if own else {}
         earlier = {name: value for name, value in memory.items() if name.startswith("old/")}
         return {**earlier, **old, **{name: memory[name] for name in ("pseudo_label", "confidence")}}
+
+    def kept_like(self, memory: State, global_state: StateDict) -> State:
+        return {**memory, **{f"old/{name}": value for name, value in global_state.items()}}

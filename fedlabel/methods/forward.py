@@ -32,7 +32,8 @@ from torch import Tensor
 
 from fedlabel.inference.imprecise import candidates_log_likelihood, label_log_likelihood, marginal_nll
 from fedlabel.inference.transition import diagonal_transition
-from fedlabel.methods.base import Method, Phase, Prepared, Survey
+from fedlabel.methods.base import Limits, Method, Phase, Prepared, Survey
+from fedlabel.methods.plausible import check_flags, check_shares
 from fedlabel.methods.steps import Batch, Model, State, Step, label_step
 
 KINDS = ("symmetric", "given", "anchor")
@@ -154,6 +155,14 @@ class Forward(Method):
         if self.kind != "anchor":
             return {}
         return {name: memory[name] for name in ("anchor_rows", "anchor_counts")}
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        if self.kind == "anchor":
+            check_flags("anchor_counts", statistics["anchor_counts"])
+            check_shares("its statistic anchor_rows", statistics["anchor_rows"], statistics["anchor_counts"])
+
+    def check_shared(self, shared: State) -> None:
+        check_shares("transition", shared["transition"], torch.ones(()))
 
     def initial_shared(self, num_classes: int) -> State:
         """Returns T.

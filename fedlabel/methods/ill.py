@@ -51,13 +51,15 @@ from fedlabel.inference.transition import (
     from_counts,
     gradient_step,
 )
-from fedlabel.methods.base import Method, Phase, PhaseResult, Prepared, Survey
+from fedlabel.methods.base import Limits, Method, Phase, PhaseResult, Prepared, Survey
+from fedlabel.methods.plausible import SLACK, check_counts, check_flags, check_shares
 from fedlabel.methods.steps import (
     Batch,
     Model,
     Part,
     PseudoLabels,
     State,
+    StateDict,
     Step,
     batch_mean,
     mean_metric,
@@ -408,6 +410,9 @@ class ILL(Method):
     def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
         return {name: value for name, value in memory.items() if name in ("own_transition", "own_logits")}
 
+    def kept_like(self, memory: State, global_state: StateDict) -> State:
+        return {**memory, "own_transition": memory["transition"]} if "transition" in memory else memory
+
     def initial_shared(self, num_classes: int) -> State:
         start = self.noise.initial(num_classes)
         shared = {"class_mean": torch.full((num_classes,), 1 / num_classes)} if self.alignment else {}
@@ -430,6 +435,30 @@ class ILL(Method):
             samples = memory["noisy_samples"]
             return {**total, "logits": memory["logits"] * samples, "noisy_samples": samples}
         return {**total, "counts": memory["expected_counts"]}
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        if self.alignment:
+            check_flags("aligned", statistics["aligned"])
+            check_shares("class_mean", statistics["class_mean"], statistics["aligned"])
+        # A label counts 1, a noisy set 1 or each of its candidates.
+        classes = next((value.shape[-1] for name, value in statistics.items() if name in ("counts", "logits")), 0)
+        of_set = classes if self.set_likelihood.kind == "product" else 1
+        of_sample = max(of_set, limits.annotators)
+        if "counts" in statistics:
+            check_counts("counts", statistics["counts"], limits.samples * of_sample)
+        if "logits" in statistics:
+            samples = statistics["noisy_samples"]
+            check_counts("noisy_samples", samples, limits.examples)
+            start = shared["logits"].to(samples)
+            # A step moves a logit by lr * |row sum of N * T - N| / samples, see `gradient_step`.
+            most = limits.steps * self.noise.lr * of_sample + SLACK * (1 + start.abs().max())
+            if (statistics["logits"] - samples * start).abs().max() > samples * most:
+                raise ValueError("its statistic logits is further from what was sent than its steps can have gone")
+
+    def check_shared(self, shared: State) -> None:
+        for name in ("transition", "class_mean"):
+            if name in shared:
+                check_shares(name, shared[name], torch.ones(()))
 
     def server_step(self, shared: State, total: State) -> State:
         """Returns the next T: from the summed counts (form=closed), or the mean of the clients' logits by the noisy

@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, Phase, Prepared, Survey
+from fedlabel.methods.base import Limits, Method, Phase, Prepared, Survey
+from fedlabel.methods.plausible import SLACK, check_counts, check_flags, check_shares
 from fedlabel.methods.steps import LossFunction, PseudoLabels, State, one_hot
 
 KINDS = ("fixed", "flexmatch", "freematch", "cbafed")
@@ -209,6 +210,24 @@ class Mask:
             return {"class_counts": memory["labeled_counts"] + memory["kept_counts"] * per_draw}
         return {}
 
+    def check_statistics(self, statistics: State, limits: Limits) -> None:
+        """See `Method.check_statistics`."""
+        if self.kind == "freematch":
+            took_part = statistics["clients"]
+            check_flags("clients", took_part)
+            if not 0 <= statistics["threshold"] <= took_part * (1 + SLACK):
+                raise ValueError(f"its statistic threshold (={float(statistics['threshold']):g}) must lie in [0, 1]")
+            for name in ("class_mean", "class_share"):
+                check_shares(f"its statistic {name}", statistics[name], took_part)
+        if self.kind == "cbafed":
+            check_counts("class_counts", statistics["class_counts"], limits.samples)
+
+    def check_shared(self, shared: State) -> None:
+        """See `Method.check_shared`."""
+        if self.kind == "freematch":
+            for name in ("class_mean", "class_share"):
+                check_shares(name, shared[name], torch.ones(()))
+
     def server_step(self, shared: State, total: State) -> State:
         """See `Method.server_step`; a round in which nobody reports leaves everything as it is."""
         if self.kind == "freematch" and total and total["clients"] > 0:
@@ -251,6 +270,12 @@ class MaskedMethod(Method):
 
     def statistics(self, memory: State) -> State:
         return self.mask.statistics(memory)
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        self.mask.check_statistics(statistics, limits)
+
+    def check_shared(self, shared: State) -> None:
+        self.mask.check_shared(shared)
 
     def server_step(self, shared: State, total: State) -> State:
         return self.mask.server_step(shared, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -43,15 +44,15 @@ def test_files(out: Path) -> None:
 def test_markdown_has_every_number(out: Path) -> None:
     """FedLabel: seeds 0.5, 0.6, 0.7 in round 4, half of it in round 2. The mean of both: 0.375, 0.45, 0.525 (sd 0.075).
 
-    Labelled only has seeds 0 and 1 with 0.3: the difference over these is (0.075 + 0.15) / 2 = 0.1125. Its t is
-    0.1125 / (0.053 / sqrt(2)) = 3 with one degree of freedom, p = 1 - 2 / pi * arctan(3) = 0.205; both rows are one
-    test. 60 % is reached by seeds 1 and 2 in round 4, after 4 MB.
+    Labelled only, the baseline, has seeds 0 and 1 with 0.3: the difference over these is (0.075 + 0.15) / 2 = 0.1125.
+    Its t is 0.1125 / (0.053 / sqrt(2)) = 3 with one degree of freedom, p = 1 - 2 / pi * arctan(3) = 0.205. 60 % is
+    reached by seeds 1 and 2 in round 4, after 4 MB.
     """
     text = (out / "compare.md").read_text()
     ours = "| FedLabel | 3 | 0.1 | 60.0 ± 10.0 | **45.0 ± 7.5** | 46.05 ± 1.09 | 60.0 ± 10.0 |"
-    assert "| method | seeds | lr | last | mean of last 10 | published | best | difference | p |" in text
+    assert "| method | seeds | lr | last | mean of last tenth | published | best | difference | p |" in text
     assert f"{ours} +11.2 (labelled only) | 0.205 |" in text
-    assert "| labelled only | 2 | 0.1 | 40.0 ± 0.0 | 30.0 ± 0.0 | – | 40.0 ± 0.0 | -11.2 (FedLabel) | 0.205 |" in text
+    assert "| labelled only | 2 | 0.1 | 40.0 ± 0.0 | 30.0 ± 0.0 | – | 40.0 ± 0.0 | – | – |" in text
     assert r"| fully \<b>labelled\</b> | 3 | 0.1 | 90.0 ± 0.0 | 67.5 ± 0.0 | – | 90.0 ± 0.0 | – | – |" in text
     assert "| method | rounds to 60 % | MB up to 60 % | MB up | seconds | failed |" in text
     assert "| FedLabel | 4 (2/3) | 4.0 (2/3) | 4.0 | 12 ± 0 | 3 |" in text
@@ -64,6 +65,10 @@ def test_markdown_has_every_number(out: Path) -> None:
         "- commands: `fedlabel run 'data.name=my set'`",
         "- common to all: `the defaults`",
         "- evaluated on: the test split of digits",
+        "- means: mean of 2 of rounds 1–4\n",
+        "Difference: to the baseline labelled only (the first row that trains on the labels alone, as no other was ",
+        "in accuracy, mean of last tenth, in points",
+        "corrected by Holm's procedure for the number of rows that are tested against the baseline",
         "- **warning:** alpha 0.1 / FedLabel: training.lr=0.1 lies at the edge",
         "What differs from its setting: a smaller net",
         "- FedLabel: `the configuration as it is`",
@@ -71,6 +76,7 @@ def test_markdown_has_every_number(out: Path) -> None:
         "![accuracy over rounds](curves-alpha-0.1.png)",
     ):
         assert fact in text, fact
+    assert "All pairs" not in text
     assert "partition.dirichlet_alpha" not in text.partition("## Configuration common")[2]
 
 
@@ -97,7 +103,7 @@ def test_csv_has_plain_numbers(out: Path) -> None:
     assert float(ours["accuracy_last_mean"]) == pytest.approx(0.6)
     assert float(ours["accuracy_last_sd"]) == pytest.approx(0.1)
     assert (ours["rounds_to_0.6_mean"], ours["rounds_to_0.6_count"]) == ("4.0", "2")
-    assert (ours["pseudo_accuracy_mean"], ours["baseline"]) == ("", "labelled only")
+    assert (ours["pseudo_accuracy_mean"], ours["against"]) == ("", "labelled only")
     assert float(ours["p_holm"]) == float(ours["p"]) == pytest.approx(0.2048, abs=1e-4)
     assert ours["published"] == "46.05 ± 1.09"
     with open(out / "compare_runs.csv", newline="") as file:
@@ -189,16 +195,92 @@ def test_baseline_must_exist(out: Path, tmp_path: Path) -> None:
     assert "-22.5 (fully" in (tmp_path / "x" / "compare.md").read_text()
 
 
+def test_all_pairs_may_be_tested(out: Path, tmp_path: Path) -> None:
+    """Of two rows that are tested there is one pair, which needs no table of its own."""
+    result = call(out, "--all-pairs", "--out", tmp_path / "x")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "x" / "compare.md").read_text()
+    assert "40.0 ± 0.0 | -11.2 (FedLabel) | 0.205 |" in text
+    assert "Difference: to the best of the other rows, in accuracy" in text
+    assert "corrected by Holm's procedure for all pairs of rows" in text
+    assert "### All pairs" not in text
+    assert "no row trains on the labels alone" not in result.output
+    both = call(out, "--all-pairs", "--baseline", "FedLabel", "--out", tmp_path / "y")
+    assert both.exit_code == 2
+    assert "`--baseline` (=FedLabel) has no meaning with --all-pairs: give one of them." in both.stderr
+    assert not (tmp_path / "y").exists()
+
+
+def test_without_a_row_of_labels_alone_all_pairs_are_tested(tmp_path: Path) -> None:
+    """Three rows of two seeds: .5 and .6, .4 and .4, .3 and .2; a - b is .1 and .2, t = 3, p = .205, times 3."""
+    for name, scores in {"fedlabel": (0.5, 0.6), "fixmatch": (0.4, 0.4), "uda": (0.3, 0.2)}.items():
+        for seed, score in enumerate(scores):
+            make_run(tmp_path / "mine" / f"{name}{seed}", f"method.name={name}", f"seed={seed}", accuracy=[score])
+    result = call(tmp_path / "mine", "--out", tmp_path / "x")
+    assert result.exit_code == 0, result.output
+    warning = "warning: all: no row trains on the labels alone (method supervised), so all pairs of rows are tested."
+    assert warning in result.output
+    text = (tmp_path / "x" / "compare.md").read_text()
+    lines = text[text.index("### All pairs") :].splitlines()
+    assert lines[2:7] == [
+        "| method | fedlabel | fixmatch | uda |",
+        "| --- | ---: | ---: | ---: |",
+        "| fedlabel | – | +15.0 (0.614) | +30.0 (0.614) |",
+        "| fixmatch | -15.0 (0.614) | – | +15.0 (0.614) |",
+        "| uda | -30.0 (0.614) | -15.0 (0.614) | – |",
+    ]
+    assert "**warning:** all: no row trains on the labels alone" in text
+    named = call(tmp_path / "mine", "--out", tmp_path / "x", "--baseline", "uda")
+    assert "no row trains" not in named.output
+    text = (tmp_path / "x" / "compare.md").read_text()
+    assert (
+        "Difference: to the baseline uda (named with --baseline: p holds only if that was done without a look" in text
+    )
+    assert "| fixmatch | 2 | 0.1 | 40.0 ± 0.0 | 40.0 ± 0.0 | 40.0 ± 0.0 | +15.0 (uda) | 0.410 |" in text
+
+
+def test_the_sweeps_file_names_the_baseline(tmp_path: Path) -> None:
+    out = make_sweep(tmp_path / "sweep")
+    content = json.loads((out / "sweep.json").read_text())
+    content["sweep"]["compare"] = {"baseline": "FedLabel"}
+    (out / "sweep.json").write_text(json.dumps(content))
+    assert call(out).exit_code == 0
+    text = (out / "compare.md").read_text()
+    assert "to the baseline FedLabel (named in the sweep's file (compare.baseline))" in text
+    assert "| labelled only | 2 | 0.1 | 40.0 ± 0.0 | 30.0 ± 0.0 | – | 40.0 ± 0.0 | -11.2 (FedLabel) | 0.205 |" in text
+    assert call(out, "--baseline", "labelled only").exit_code == 0
+    assert "to the baseline labelled only (named with --baseline" in (out / "compare.md").read_text()
+    content["sweep"]["compare"] = {"all_pairs": True}
+    (out / "sweep.json").write_text(json.dumps(content))
+    assert call(out).exit_code == 0
+    assert "Difference: to the best of the other rows" in (out / "compare.md").read_text()
+
+
+def test_runs_of_an_earlier_version_are_named(tmp_path: Path) -> None:
+    """Their mean was another one: one sentence, without a traceback."""
+    old = make_run(tmp_path / "runs" / "old")
+    make_run(tmp_path / "runs" / "new", "seed=1")
+    summary = json.loads((old / "summary.json").read_text())
+    summary["eval/accuracy"]["mean_last_10"] = summary["eval/accuracy"].pop("mean_last_tenth")
+    (old / "summary.json").write_text(json.dumps(summary))
+    result = call(tmp_path / "runs", "--out", tmp_path / "x")
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert f"{old / 'summary.json'} is of an earlier version, whose mean was that of the last ten evaluations" in line
+    assert f"move {old} away and run it again, or leave it out." in line
+    assert not (tmp_path / "x").exists()
+
+
 def test_rows_may_be_ranked_and_tested_by_another_metric(tmp_path: Path) -> None:
     """By accuracy `supervised` leads by .1, by AUC (means .5 and .7 of two rounds) the other one by .2."""
     make_run(tmp_path / "runs" / "a", "method.name=supervised", accuracy=(0.6, 0.6), auc=(0.4, 0.6))
     make_run(tmp_path / "runs" / "b", "method.name=fixmatch", accuracy=(0.5, 0.5), auc=(0.8, 0.6))
     result = call(tmp_path / "runs", "--out", tmp_path / "by", "--metric", "eval/auc")
     assert result.exit_code == 0, result.output
-    assert "AUC, mean of the last 10" in result.output
+    assert "AUC, mean of rounds 1–2" in result.output
     text = (tmp_path / "by" / "compare.md").read_text()
     assert "| fixmatch | 1 | 0.1 | 50.0 | 50.0 | 50.0 | **70.0** | 80.0 | +20.0 (supervised) | – |" in text
-    assert "in AUC, mean of the last 10, in points" in text
+    assert "in AUC, mean of last tenth, in points" in text
     comparison = read_comparison([tmp_path / "runs"], metric="eval/auc")
     axis = curves(comparison, "all").axes[0]
     assert axis.get_ylabel() == "test AUC (%)"
@@ -217,7 +299,7 @@ def test_a_metric_that_runs_lack_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "b", "seed=1")
     result = call(tmp_path / "runs", "--metric", "eval/auc")
     assert result.exit_code == 2
-    assert "`--metric` (=eval/auc) with `--column` (=mean_last_10) is not in the summary of 1 runs" in " ".join(
+    assert "`--metric` (=eval/auc) with `--column` (=mean_last_tenth) is not in the summary of 1 run, e.g." in " ".join(
         result.output.split()
     )
     other = call(tmp_path / "runs", "--metric", "eval/loss")
@@ -225,4 +307,4 @@ def test_a_metric_that_runs_lack_is_refused(tmp_path: Path) -> None:
     assert "`--metric` (=eval/loss) must be one of eval/accuracy, eval/auc" in " ".join(other.output.split())
     column = call(tmp_path / "runs", "--column", "first")
     assert column.exit_code == 2
-    assert "`--column` (=first) must be one of last, mean_last_10, selected" in " ".join(column.output.split())
+    assert "`--column` (=first) must be one of last, mean_last_tenth, selected" in " ".join(column.output.split())

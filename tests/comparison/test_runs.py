@@ -110,8 +110,16 @@ def test_unfinished_runs_are_left_out_with_a_warning(tmp_path: Path) -> None:
     assert rows(comparison) == {"all": {"fedlabel": [0]}}
     assert comparison.warnings == [f"{unfinished} has not finished and is left out."]
     assert comparison.title == "a, b"
-    with pytest.raises(ValueError, match="None of the 1 runs has finished"):
+    with pytest.raises(ValueError, match="1 run, none of which has finished"):
         read_comparison([unfinished])
+
+
+def test_runs_with_fewer_evaluations_in_the_last_tenth_are_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "whole", "method.name=supervised", accuracy=[None, None, 0.5, 0.5, 0.5, 0.5, 0.5])
+    make_run(tmp_path / "part", accuracy=[0.5, 0.5, 0.5, None, 0.5, None, 0.5])
+    (warning,) = read_comparison([tmp_path]).warnings
+    assert warning.startswith("1 run without an evaluation in some of the rounds that are averaged")
+    assert warning.endswith(f"e.g. {tmp_path / 'part'}: mean of 3 of rounds 3–7.")
 
 
 def test_rows_of_different_seeds_are_said(tmp_path: Path) -> None:
@@ -189,7 +197,7 @@ def test_a_sweep_stands_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="it must be the only path, without --by"):
             read_comparison(paths, by)
     (out / "sweep.json").write_text('{"sweep": {}}')
-    with pytest.raises(ValueError, match=r"sweep.json is damaged: .*`methods` must name"):
+    with pytest.raises(ValueError, match=r"sweep.json is damaged, or of an earlier version .*`methods` must name"):
         read_comparison([out])
     make_sweep(tmp_path / "none")
     content = json.loads((tmp_path / "none" / "sweep.json").read_text())

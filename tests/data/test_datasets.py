@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 
 from fedlabel.data.datasets import DATASETS, DataConfig, DataError, load_dataset
 
@@ -19,17 +18,6 @@ REAL = Path(__file__).parents[2].parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no folder ../shared/data with the real data sets")
 
 RNG = np.random.default_rng(0)
-
-
-def write_npz(path: Path, **changes: object) -> DataConfig:
-    arrays: dict[str, object] = {
-        "x_train": RNG.integers(0, 256, (20, 5, 4), dtype=np.uint8),
-        "y_train": np.arange(20) % 4,
-        "x_test": RNG.integers(0, 256, (6, 5, 4), dtype=np.uint8),
-        "y_test": np.arange(6) % 4,
-    } | changes
-    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-    return DataConfig(name="npz", root=str(path), validation_fraction=0.0)
 
 
 def write_idx(path: Path, array: np.ndarray, packed: bool = True) -> None:
@@ -50,20 +38,6 @@ def write_mnist(
         write_idx(root / folder / "raw" / f"{prefix}-images-idx3-ubyte", arrays[prefix], packed)
         write_idx(root / folder / "raw" / f"{prefix}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8), packed)
     return arrays
-
-
-def write_images(root: Path, mode: str = "RGB") -> Path:
-    shape = (6, 5, 3) if mode == "RGB" else (6, 5)
-    for part, count in (("train", 3), ("test", 2)):
-        for label, name in enumerate(("cat", "dog")):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.full(shape, 10 * label + i, dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    (root / "train" / "cat" / "notes.txt").write_text("not an image")
-    (root / "train" / ".cache").mkdir()
-    return root
 
 
 # ------------------------------------------------------------------------------------------------------------- digits
@@ -127,146 +101,6 @@ def test_validation_depends_on_the_seed_alone() -> None:
     assert torch.equal(first.validation.images, again.validation.images)
     assert torch.equal(first.train.labels, again.train.labels)
     assert not torch.equal(first.validation.images, other.validation.images)
-
-
-# ---------------------------------------------------------------------------------------------------------------- npz
-
-
-def test_npz_grey(tmp_path: Path) -> None:
-    x = RNG.integers(0, 256, (20, 5, 4), dtype=np.uint8)
-    data = load_dataset(write_npz(tmp_path / "set.npz", x_train=x), seed=0)
-    assert data.input_shape == (1, 5, 4)
-    assert data.class_names == ("0", "1", "2", "3")
-    assert np.array_equal(data.train.images[:, 0].numpy(), x)
-    assert not data.allow_flip
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("last", [True, False])
-def test_npz_finds_the_channels(tmp_path: Path, channels: int, last: bool) -> None:
-    images = {
-        part: RNG.integers(0, 256, (n, channels, 5, 4), dtype=np.uint8) for part, n in (("train", 20), ("test", 6))
-    }
-    stored = {f"x_{part}": x.transpose(0, 2, 3, 1) if last else x for part, x in images.items()}
-    data = load_dataset(write_npz(tmp_path / "set.npz", class_names=np.array(["a", "b", "c", "d"]), **stored), seed=0)
-    assert np.array_equal(data.train.images.numpy(), images["train"])
-    assert np.array_equal(data.test.images.numpy(), images["test"])
-    assert len(data.mean) == channels
-    assert data.class_names == ("a", "b", "c", "d")
-
-
-def test_a_constant_channel_can_be_divided_by(tmp_path: Path) -> None:
-    data = load_dataset(write_npz(tmp_path / "set.npz", x_train=np.full((20, 5, 4), 7, dtype=np.uint8)), seed=0)
-    assert data.std == (1.0,)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"y_train": None}, "lacks y_train; it holds x_train, x_test, y_test"),
-        ({"x_train": np.zeros((20, 5, 4))}, "`x_train` has dtype float64; it must be uint8"),
-        ({"x_train": np.zeros((20, 5), np.uint8)}, r"`x_train` has shape \(20, 5\)"),
-        ({"x_test": np.zeros((6, 5, 4, 2), np.uint8)}, r"`x_test` has shape \(6, 5, 4, 2\)"),
-        ({"x_test": np.zeros((6, 5, 5), np.uint8)}, r"`x_train` are \(1, 5, 4\), those of `x_test` \(1, 5, 5\)"),
-        ({"x_test": np.zeros((0, 5, 4), np.uint8), "y_test": np.zeros(0, int)}, "`x_test` holds no images"),
-        ({"x_train": np.zeros((0, 5, 4), np.uint8), "y_train": np.zeros(0, int)}, "`x_train` holds no images"),
-        ({"y_train": np.arange(19) % 4}, "`x_train` holds 20 images, but .*`y_train` holds 19 labels"),
-        ({"y_test": np.full((6, 1), 0)}, r"`y_test` is int64 of shape \(6, 1\); it must be integers of shape \(n,\)"),
-        ({"y_test": np.zeros(6)}, "`y_test` is float64"),
-        ({"y_test": np.array([0, 0, 4, 0, 0, 0])}, r"`y_test`: the label of sample 2 \(=4\) must lie in \[0, 3\]"),
-        ({"y_train": np.arange(20) % 4 - 1}, r"`y_train`: the label of sample 0 \(=-1\) must lie in \[0, 2\]"),
-        ({"class_names": np.array(["a", "b"])}, r"`y_train`: the label of sample 2 \(=2\) must lie in \[0, 1\]"),
-        ({"y_train": np.array([None] * 20)}, "cannot be read as an npz file of numbers and strings"),
-    ],
-)
-def test_npz_errors_name_file_and_key(tmp_path: Path, changes: dict, message: str) -> None:
-    path = tmp_path / "set.npz"
-    with pytest.raises(DataError, match=message) as caught:
-        load_dataset(write_npz(path, **changes), seed=0)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "npy"])
-def test_npz_that_is_broken(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "set.npz"
-    config = write_npz(path)
-    content = bytearray(path.read_bytes())
-    content[300] ^= 255
-    if damage == "npy":
-        with path.open("wb") as file:
-            np.save(file, np.zeros(3))
-    else:
-        path.write_bytes({"empty": b"", "text": b"hello", "cut": content[:-50], "flipped": content}[damage])
-    with pytest.raises(DataError, match=r"set\.npz cannot be read as an npz file"):
-        load_dataset(config, seed=0)
-
-
-def test_npz_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"there is no file {tmp_path}.*Set data.root="):
-        load_dataset(DataConfig(name="npz", root=str(tmp_path)), seed=0)
-
-
-# ------------------------------------------------------------------------------------------------------- image folder
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_image_folder(tmp_path: Path, mode: str) -> None:
-    data = load_dataset(DataConfig("image_folder", str(write_images(tmp_path, mode)), False, 0.0), seed=0)
-    assert data.class_names == ("cat", "dog")
-    assert data.input_shape == (3 if mode == "RGB" else 1, 6, 5)
-    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 10, 11, 12]
-    assert data.test.images[:, -1, -1, -1].tolist() == [0, 1, 10, 11]
-    assert data.allow_flip
-
-
-def break_size(root: Path) -> None:
-    Image.new("RGB", (7, 6)).save(root / "test" / "dog" / "9.png")
-
-
-def break_depth(root: Path) -> None:
-    Image.fromarray(np.zeros((6, 5), np.uint16)).save(root / "train" / "dog" / "9.png")
-
-
-def break_pixels(root: Path) -> None:
-    path = root / "train" / "dog" / "1.png"
-    path.write_bytes(path.read_bytes()[:45])
-
-
-def break_header(root: Path) -> None:
-    (root / "train" / "dog" / "1.png").write_bytes(b"hello")
-
-
-def add_class(root: Path) -> None:
-    (root / "test" / "mouse").mkdir()
-
-
-def drop_test(root: Path) -> None:
-    (root / "test").rename(root / "other")
-
-
-def empty_test(root: Path) -> None:
-    for path in root.glob("test/*/*"):
-        path.unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (break_size, r"dog/9\.png is 7x6 pixels, but .*/0\.png is 5x6"),
-        (break_depth, r"dog/9\.png has more than 8 bits"),
-        (break_pixels, r"dog/1\.png cannot be read as an image"),
-        (break_header, r"dog/1\.png cannot be read as an image"),
-        (add_class, "test has the class mouse, which .*train has not"),
-        (drop_test, "there is no folder .*test. Set data.root="),
-        (empty_test, "test holds no images"),
-    ],
-)
-def test_image_folder_errors_name_the_file(tmp_path: Path, damage, message: str) -> None:
-    damage(write_images(tmp_path))
-    with pytest.raises(DataError, match=message) as caught:
-        load_dataset(DataConfig(name="image_folder", root=str(tmp_path)), seed=0)
-    assert str(tmp_path) in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------- the MNIST family

@@ -160,7 +160,7 @@ def poison(federation: Federation) -> Federation:
         {"labels_at": "server"},
         {"labels_at": "some_clients", "labeled_clients": 3, "label_rate": None},
         {"labeled_partition": LabeledPartitionConfig(kind="iid")},
-        {"skew": SkewConfig(labeled_imbalance=5, unlabeled_imbalance=9, unlabeled_only_classes=(1,))},
+        {"skew": SkewConfig(labeled_imbalance=5, unlabeled_imbalance=9, unlabeled_only_classes=("1",))},
     ],
 )
 def test_supervision_never_reads_a_hidden_label(supervision: dict) -> None:
@@ -298,7 +298,7 @@ def test_upper_bound_has_the_samples_that_the_tails_leave() -> None:
     ],
 )
 def test_labels_of_unlabelled_only_classes_are_told_to_nobody(supervision: dict) -> None:
-    federation = build(skew=SkewConfig(unlabeled_only_classes=(8, 3)), **supervision)
+    federation = build(skew=SkewConfig(unlabeled_only_classes=("8", "3")), **supervision)
     labels = federation.dataset.train.labels.numpy()
     told = np.bincount(labels[federation.labeled], minlength=10)
     assert told[[3, 8]].tolist() == [0, 0]
@@ -317,11 +317,11 @@ def test_labels_of_unlabelled_only_classes_are_told_to_nobody(supervision: dict)
 
 
 def test_upper_bound_is_told_all_classes() -> None:
-    assert build(skew=SkewConfig(unlabeled_only_classes=(8, 3)), all_labels=True).labeled.all()
+    assert build(skew=SkewConfig(unlabeled_only_classes=("8", "3")), all_labels=True).labeled.all()
 
 
-@pytest.mark.parametrize("classes", [(10,), tuple(range(10))])
-def test_classes_that_do_not_fit_the_data(classes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("classes", [("10",), tuple("0123456789")])
+def test_classes_that_do_not_fit_the_data(classes: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="`skew.unlabeled_only_classes`"):
         build(skew=SkewConfig(unlabeled_only_classes=classes))
 
@@ -509,7 +509,7 @@ def test_the_upper_bound_has_true_labels_whatever_the_kinds() -> None:
         {**NOISY, "noise": "instance", "labels_total": 200},
         {**PARTIAL, "candidates": "similar", "labels_per_class": 10},
         {**BOTH, "candidates": "instance", "label_rate": 0.3},
-        {**PARTIAL, "skew": SkewConfig(unlabeled_only_classes=(1, 2))},
+        {**PARTIAL, "skew": SkewConfig(unlabeled_only_classes=("1", "2"))},
         {
             "kind": "bags",
             "label_rate": None,
@@ -567,3 +567,9 @@ def test_sets_of_one_class_and_of_all_are_in_the_audit() -> None:
     assert sum(sizes) == 1294
     assert abs(sizes[1] - 1294 * 0.9**9) < 3 * math.sqrt(1294 * 0.387 * 0.613)
     assert not build().in_sets.any()
+
+
+@pytest.mark.parametrize("told", [{"kind": "full"}, {"label_rate": 1.0}])
+def test_a_server_with_every_sample_leaves_none_to_the_clients(told: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"beside supervision.labels_at=server leave no sample to the clients"):
+        build(labels_at="server", **told)

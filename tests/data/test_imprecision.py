@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -475,7 +478,9 @@ def test_labels_of_a_table_stand_in_the_order_of_its_file(tmp_path: Path) -> Non
     assert np.array_equal(given, dataset.train.labels.numpy())
     assert np.array_equal(dataset.tables["train"].column("size"), dataset.train_rows.numpy())
     np.savez(tmp_path / "labels.npz", nurse=truth[:n])
-    with pytest.raises(DataError, match=r"must have shape \(60,\): one label for each .* in the order of the file\."):
+    with pytest.raises(
+        DataError, match=r"must have shape \(60,\), or .*: one label for each .* in the order of the file\."
+    ):
         Resemblance(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))
 
 
@@ -491,28 +496,41 @@ GOOD = np.arange(20) % K
     [
         (
             lambda path: None,
-            r"`supervision.labels_file` \(=labels.npz\): .*labels.npz cannot be read .*below data.root",
+            r"`supervision.labels_file` \(=labels.npz\): there is no file .*labels.npz\. It must lie below data.root",
         ),
-        (lambda path: path.mkdir(), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (lambda path: path.write_bytes(b""), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (lambda path: path.write_text("0,1,2\n"), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (lambda path: path.write_bytes(b"PK\x03\x04 rubbish"), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (lambda path: path.write_bytes(_npy(GOOD)), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (write(a=np.array([None] * 20)), r"`supervision.labels_file` .*cannot be read as .npz"),
-        (write(b=GOOD, c=GOOD), r"`supervision.labels_keys`: .*labels.npz has no array a, only b, c\."),
-        (write(), r"`supervision.labels_keys`: .*has no array a, only none at all\."),
-        (write(a=GOOD[:19]), r"array a of shape \(19,\) must have shape \(20,\): one label for each .* of digits"),
-        (write(a=np.r_[GOOD, 0]), r"array a of shape \(21,\) must have shape \(20,\)"),
-        (write(a=GOOD[:, None]), r"array a of shape \(20, 1\) must have shape \(20,\)"),
-        (write(a=np.int64(3)), r"array a of shape \(\) must have shape \(20,\)"),
-        (write(a=GOOD + 0.5), r"array a of float64 must hold integers, or the names"),
+        (lambda path: path.mkdir(), r"`supervision.labels_file` .*there is no file"),
+        (lambda path: path.write_bytes(b""), r"`supervision.labels_file` .*cannot be read as an npz file"),
+        (lambda path: path.write_text("0,1,2\n"), r"`supervision.labels_file` .*cannot be read as an npz file"),
         (
-            write(a=np.full(len(GOOD), "ten")),
-            r"array a has the label 'ten', which is none of .*; an empty text",
+            lambda path: path.write_bytes(b"PK\x03\x04 rubbish"),
+            r"`supervision.labels_file` .*cannot be read as an npz file",
         ),
-        (write(a=np.where(GOOD == 7, 10, GOOD)), r"array a: label 7 \(=10\) must lie in \[0, 9\] \(.*\), or be -1"),
-        (write(a=np.where(GOOD == 4, -2, GOOD)), r"array a: label 4 \(=-2\) must lie in \[0, 9\]"),
-        (write(a=np.where(GOOD == 0, 255, GOOD).astype(np.uint8)), r"array a: label 0 \(=255\) must lie in"),
+        (lambda path: path.write_bytes(_npy(GOOD)), r"`supervision.labels_file` .*cannot be read as an npz file"),
+        (write(a=np.array([None] * 20)), r"`supervision.labels_file` .*`a` holds Python objects, which are not read"),
+        (write(b=GOOD, c=GOOD), r"`supervision.labels_keys`: .*labels.npz has no array or column 'a', only b, c\."),
+        (write(), r"`supervision.labels_keys`: .*has no array or column 'a', only none at all\."),
+        (
+            write(a=GOOD[:19]),
+            r"array a of shape \(19,\) must have shape \(20,\), or \(20, annotators\): one label for each .* of digits",
+        ),
+        (write(a=np.r_[GOOD, 0]), r"array a of shape \(21,\) must have shape \(20,\)"),
+        (write(a=np.stack([GOOD, GOOD])), r"array a of shape \(2, 20\) must .*on its side: transpose it"),
+        (write(a=np.zeros((20, 0), int)), r"array a of shape \(20, 0\) must have shape \(20,\)"),
+        (write(a=np.zeros((20, 2, 1), int)), r"array a of shape \(20, 2, 1\) must have shape \(20,\)"),
+        (write(a=np.int64(3)), r"array a of shape \(\) must have shape \(20,\)"),
+        (
+            write(a=GOOD + 0.5),
+            r"array a: label 0 \(=0.5\) is none of the classes class 0, .*, or a number from 0 to 9\. Where",
+        ),
+        (write(a=GOOD.astype(complex)), r"array a of complex128 must hold numbers or names of classes"),
+        (write(a=GOOD.astype("datetime64[D]")), r"array a of datetime64\[D\] must hold numbers or names"),
+        (write(a=np.full(len(GOOD), "ten")), r"array a: label 0 \(='ten'\) is none of the classes .*, or write -1"),
+        (
+            write(a=np.where(GOOD == 7, 10, GOOD)),
+            r"array a: label 7 \(=10\) is none of the classes class 0, .* from 0 to 9\.",
+        ),
+        (write(a=np.where(GOOD == 4, -2, GOOD)), r"array a: label 4 \(=-2\) is none of the classes"),
+        (write(a=np.where(GOOD == 0, 255, GOOD).astype(np.uint8)), r"array a: label 0 \(=255\) is none of the"),
     ],
 )
 def test_files_that_cannot_be_used_are_named(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
@@ -529,6 +547,105 @@ def _npy(values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, values)
     return buffer.getvalue()
+
+
+def named(*names: str) -> Dataset:
+    """Twenty samples of classes of these names."""
+    return replace(blank(classes=len(names)), class_names=names)
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "csv.gz", "parquet", "npy"])
+def test_annotators_of_a_file_of_any_kind_with_gaps(form: str, tmp_path: Path) -> None:
+    given = np.where(rng(3).random((20, 3)) < 0.3, -1, rng(4).integers(0, 3, (20, 3)))
+    assert (given == -1).any()
+    texts = [["cat", "dog", "1 000", ""][label] for label in given.flat]
+    rows = np.array(texts).reshape(20, 3)
+    path = tmp_path / f"labels.{form}"
+    if form == "npy":
+        np.save(path, rows)
+    elif form == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        columns = {f"a{i}": [text or None for text in rows[:, i].tolist()] for i in range(3)}
+        parquet.write_table(pyarrow.table(columns), path)
+    else:
+        separator = "\t" if form == "tsv" else ","
+        text = "\n".join(separator.join(row) for row in [["a0", "a1", "a2"], *rows.tolist()])
+        path.write_bytes(gzip.compress(text.encode()) if form == "csv.gz" else text.encode())
+    like = resemblance(named("cat", "dog", "1 000"), tmp_path)
+    assert np.array_equal(like.file_labels(from_file(file=path.name)), given)
+    if form != "npy":
+        assert np.array_equal(like.file_labels(from_file("a2", "a0", file=path.name)), given[:, [2, 0]])
+
+
+@pytest.mark.parametrize("gap", [-1, np.nan, ""])
+def test_a_matrix_of_annotators_is_as_many_annotators(gap: Any, tmp_path: Path) -> None:
+    given = np.where(rng(3).random((20, 3)) < 0.3, -1, rng(4).integers(0, K, (20, 3)))
+    matrix = given if gap == -1 else np.where(given < 0, np.nan, given)
+    if gap == "":
+        matrix = np.where(given < 0, "", given.astype(str))
+    np.savez(tmp_path / "labels.npz", labels=matrix, more=GOOD)
+    like = resemblance(root=tmp_path)
+    assert np.array_equal(like.file_labels(from_file("labels")), given)
+    assert np.array_equal(like.file_labels(from_file()), np.c_[given, GOOD])
+    record = impart(GOOD, np.zeros(20, np.int64), [from_file("labels")], K, like, 0)
+    assert torch.equal(record.annotations, torch.from_numpy(given))
+
+
+def test_a_column_of_a_matrix_is_one_label(tmp_path: Path) -> None:
+    np.savez(tmp_path / "labels.npz", labels=GOOD[:, None])
+    assert resemblance(root=tmp_path).file_labels(from_file())[:, 0].tolist() == GOOD.tolist()
+
+
+def test_labels_are_the_classes_that_the_data_name(tmp_path: Path) -> None:
+    """-1 is a class where the data say so, and 1 and 2 are the classes `1` and `2`, not the second and the third."""
+    labels = np.tile([1, -1], 10)
+    np.savez(tmp_path / "labels.npz", a=labels)
+    like = resemblance(named("-1", "1"), tmp_path)
+    assert like.file_labels(from_file())[:, 0].tolist() == np.tile([1, 0], 10).tolist()
+    np.savez(tmp_path / "labels.npz", a=np.where(np.arange(20) < 4, -1, np.tile([1, 2], 10)))
+    like = resemblance(named("1", "2"), tmp_path)
+    assert like.file_labels(from_file())[:, 0].tolist() == [-1] * 4 + [0, 1] * 8
+    np.savez(tmp_path / "labels.npz", a=np.tile([0, 1], 10))
+    with pytest.raises(DataError, match=r"label 0 \(=0\) is none of the classes 1, 2\. Where there is no label"):
+        like.file_labels(from_file())
+
+
+@pytest.mark.parametrize("labels", [[-1, 1], [-1.0, 1.0], ["-1", "1"], [-1.0, float("nan"), 1.0, 1.0]])
+def test_a_sign_that_may_be_a_class_or_none_is_not_guessed(labels: list[Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "labels.npz", a=np.resize(labels, 20))
+    with pytest.raises(
+        DataError, match=r"its labels are -1 and 1 alone. If -1 is the class benign, write that name; if"
+    ):
+        resemblance(named("benign", "malignant"), tmp_path).file_labels(from_file())
+    np.savez(tmp_path / "labels.npz", a=np.resize([-1, 0, 1], 20))
+    given = resemblance(named("benign", "malignant"), tmp_path).file_labels(from_file())
+    assert given[:3, 0].tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["labels.pt", "labels.pkl"])
+def test_files_that_could_run_code_are_not_opened(name: str, tmp_path: Path) -> None:
+    torch.save({"a": torch.from_numpy(GOOD)}, tmp_path / name)
+    with pytest.raises(DataError, match=r"files of this kind are unpickled, which may run code. Write the labels by"):
+        resemblance(root=tmp_path).file_labels(from_file("a", file=name))
+
+
+@pytest.mark.parametrize("blank", ["", '""', "  "])
+@pytest.mark.parametrize("end", ["\n", "\n\n\n"])
+def test_an_empty_line_of_one_column_is_no_label(blank: str, end: str, tmp_path: Path) -> None:
+    lines = ["a", *map(str, GOOD)]
+    lines[1] = lines[8] = lines[-1] = blank
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + end)
+    given = resemblance(root=tmp_path).file_labels(from_file(file="labels.csv"))[:, 0]
+    assert given.tolist() == np.where(np.isin(np.arange(20), [0, 7, 19]), -1, GOOD).tolist()
+
+
+@pytest.mark.parametrize("count", [19, 21])
+def test_lines_that_are_too_few_or_many(count: int, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("\n".join(["a", *map(str, np.resize(GOOD, count))]))
+    with pytest.raises(DataError, match=rf"array a of shape \({count},\) must .* every line is a sample\."):
+        resemblance(root=tmp_path).file_labels(from_file(file="labels.csv"))
 
 
 def test_the_key_that_is_wrong_is_the_one_named(tmp_path: Path) -> None:
@@ -558,5 +675,5 @@ def test_annotators_may_vote(tmp_path: Path) -> None:
     assert record.annotations.shape == (n, 0)
     assert record.noisy.all()
     assert (record.label == 1).all()
-    with pytest.raises(ValueError, match=r"`supervision.vote` \(=True\) needs several .*\['a'\]"):
-        LabelKind(kind="noisy", noise="file", labels_file="a.npz", labels_keys=("a",), vote=True)
+    with pytest.raises(DataError, match=r"`supervision.vote` \(=True\) needs several annotators, and .*a.npz has one"):
+        like.file_labels(replace(part, labels_keys=("a",)))

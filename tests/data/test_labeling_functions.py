@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from fedlabel.config import ConfigError, load_config
 from fedlabel.data.datasets import DataConfig, load_dataset
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.imprecision import Resemblance
-from fedlabel.data.labeling_functions import cast_votes, load_functions
+from fedlabel.data.labeling_functions import NOT_ASKED, FunctionReport, cast_votes, load_functions
 from fedlabel.data.partition import PartitionConfig
 from fedlabel.data.skew import SkewConfig
-from fedlabel.data.supervision import KIND_NAMES, Supervision, impart, supervise
+from fedlabel.data.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
 from fedlabel.data.supervision_config import LabelKind, MixPart, SupervisionConfig
 
 NAMES = ("cat", "dog", "cow")
@@ -128,6 +130,10 @@ def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
     [
         (None, r"`supervision.module` \(=.*mine.py\) cannot be imported: FileNotFoundError"),
         ("def vote(sample):\nreturn 1\n", "cannot be imported: IndentationError"),
+        ("raise SystemExit\n", "cannot be imported: SystemExit"),
+        ("import numpi\n", "cannot be imported: ModuleNotFoundError: No module named 'numpi'"),
+        ("x = '" + "\x00" + "'\n", "cannot be imported: SyntaxError"),
+        ("raise ValueError('a\\nb' * 1000)\n", "cannot be imported: ValueError: a b.{,200} Give a module"),
         ("1 / 0\n", "cannot be imported: ZeroDivisionError: division by zero. Give a module that"),
         ("def _vote(sample):\n    return 1\n", "has no labelling functions: define some, or list them"),
         ("labeling_functions = []\ndef vote(sample):\n    return 1\n", "has no labelling functions"),
@@ -151,7 +157,14 @@ def test_a_module_that_is_not_there_is_named() -> None:
 # ---------------------------------------------------------------------------------------------------------------- votes
 
 
-def test_classes_by_number_or_name_and_three_ways_to_abstain() -> None:
+def one(answer: object, names: Sequence[str] = NAMES) -> FunctionReport:
+    """Asks a function that always says `answer` about one sample."""
+    (report,) = cast_votes([lambda x: answer], [0], names).reports
+    assert report.asked == 1 == report.votes + report.abstained + report.failed + report.invalid
+    return report
+
+
+def test_classes_by_number_or_name_and_ways_to_abstain() -> None:
     functions: list[Callable[[Any], Any]] = [
         lambda x: x,
         lambda x: None,
@@ -161,46 +174,126 @@ def test_classes_by_number_or_name_and_three_ways_to_abstain() -> None:
         lambda x: np.array([3, 1, 2]).argmin(),
         lambda x: np.str_("cow"),
         lambda x: torch.tensor(x),
+        lambda x: float(x),
+        lambda x: f" {NAMES[x].upper()} ",
+        lambda x: "",
+        lambda x: float("nan"),
     ]
-    votes = cast_votes(functions, [2, 0], NAMES)
-    assert votes.tolist() == [[2, -1, -1, 2, 2, 1, 2, 2], [0, -1, -1, 0, 0, 1, 2, 0]]
+    votes, reports = cast_votes(functions, [2, 0], NAMES)
+    assert votes.tolist() == [[2, -1, -1, 2, 2, 1, 2, 2, 2, 2, -1, -1], [0, -1, -1, 0, 0, 1, 2, 0, 0, 0, -1, -1]]
     assert votes.dtype == np.int64
+    assert [report.votes for report in reports] == [2, 0, 0, 2, 2, 2, 2, 2, 2, 2, 0, 0]
+    assert [report.abstained for report in reports] == [0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 2, 2]
+    assert not any(report.doubt() for report in reports)
+
+
+def test_a_number_is_the_class_of_that_name_where_all_classes_are_numbers() -> None:
+    """With classes 1 and 2 the answer 1 was once taken for the second class, which is `2`."""
+    functions: list[Callable[[Any], Any]] = [lambda x: 1, lambda x: 2.0, lambda x: "2", lambda x: 0, lambda x: -1]
+    votes, reports = cast_votes(functions, [None], ["1", "2"])
+    assert votes.tolist() == [[0, 1, 1, -1, -1]]
+    assert reports[3].first_invalid == "first sample 0 with 0, which is none of the classes 1, 2"
+    votes, _ = cast_votes(functions, [None], ["-1", "1"])
+    assert votes[0, [0, 4]].tolist() == [1, 0]
 
 
 def test_no_samples_give_no_rows() -> None:
-    assert cast_votes([lambda x: 0, lambda x: 1], [], NAMES).shape == (0, 2)
+    votes, reports = cast_votes([lambda x: 0, lambda x: 1], [], NAMES)
+    assert votes.shape == (0, 2)
+    assert [report.seconds_per_1000 for report in reports] == [0.0, 0.0]
 
 
-def of_dogs(sample: Any) -> Any:
-    return "dog" if sample == "right" else sample
+async def awaited(sample: object) -> int:
+    return 1
 
 
-@pytest.mark.parametrize("answer", [3, -2, 1.0, "fox", "1", [1], np.float32(1), float("nan"), 10**30])
-def test_what_is_no_class_is_named(answer: object) -> None:
-    with pytest.raises(
-        ValueError, match=r"`of_dogs` says .* of sample 1: it must return a class, one of cat, dog, cow"
-    ):
-        cast_votes([of_dogs], ["right", answer], NAMES)
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (3, "3, which is none of the classes cat, dog, cow, or a number from 0 to 2"),
+        (-2, "-2, which is none of"),
+        (True, "True, which is none of the classes cat, dog, cow, and no number of one"),
+        (np.bool_(False), "np.False_, which is none of"),
+        (0.5, "0.5, which is none of"),
+        ("fox", "'fox', which is none of"),
+        ([1], r"[1], which is none of"),
+        (10**30, "10000"),
+        ((number for number in [1]), "a generator: write the function with return, not yield"),
+        (lambda: 1, "<function <lambda> at"),
+        ("x" * 10_000, "'" + "x" * 50),
+    ],
+)
+def test_what_is_no_class_is_an_abstention_that_is_counted(answer: object, said: str) -> None:
+    report = one(answer)
+    assert (report.votes, report.invalid) == (0, 1)
+    assert report.first_invalid.startswith(f"first sample 0 with {said}")
+    assert len(report.first_invalid) < 250
+    doubt = report.doubt()
+    assert doubt is not None
+    assert doubt.startswith("Labelling function `<lambda>` answers 1 of 1 samples with no class (first sample 0")
+    with pytest.raises(ValueError, match=r"Labelling function `<lambda>` answers with no class: first sample 0 with "):
+        cast_votes([lambda x: answer], [0], NAMES, stop=True)
 
 
-def test_a_function_that_fails_is_named() -> None:
-    def lookup(sample: dict[str, int]) -> int:
-        return sample["size"]
-
-    with pytest.raises(
-        ValueError, match=r"`lookup` fails on sample 1, in line \d+: KeyError: 'size'. A sample has the columns"
-    ):
-        cast_votes([lambda x: 0, lookup], [{"size": 1}, {}], NAMES)
+def test_a_coroutine_is_closed_and_named() -> None:
+    (report,) = cast_votes([awaited], [0], NAMES).reports
+    assert report.first_invalid == "first sample 0 with a coroutine: write the function without async"
 
 
-def test_a_function_that_takes_no_sample_or_two_is_named() -> None:
-    def closer(one: int, other: int) -> int:
-        return one
+def lookup(sample: dict[str, int]) -> int:
+    return sample["size"]
 
-    with pytest.raises(
-        ValueError, match=r"`closer` fails on sample 0, which alone is what it gets: TypeError.*Write it as"
-    ):
-        cast_votes([closer], [1, 2], NAMES)
+
+def closer(one: int, other: int) -> int:
+    return one
+
+
+def leaves(sample: object) -> int:
+    sys.exit("bye")
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no")
+
+
+def unspeakable(sample: object) -> int:
+    raise Unspeakable
+
+
+def chatty(sample: object) -> int:
+    raise RuntimeError("\x1b[31m" + "much to say\n" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lookup, r"first on sample 1 in line \d+: KeyError: 'size'; a sample has the columns colour$"),
+        (closer, r"first on sample 0, which alone is what it gets: TypeError: closer\(\) missing 1 required"),
+        (leaves, r"first on sample 0 in line \d+: SystemExit: bye$"),
+        (unspeakable, r"first on sample 0 in line \d+: Unspeakable$"),
+        (chatty, r"first on sample 0 in line \d+: RuntimeError:  \[31mmuch to say much to say[ muchtosay]+$"),
+    ],
+)
+def test_a_function_that_fails_abstains_there_and_is_counted(function: Callable[[Any], Any], said: str) -> None:
+    samples = [{"size": 1}, {"colour": 2}, {"colour": 3}]
+    votes, reports = cast_votes([lambda x: 0, function], samples, NAMES)
+    failing = reports[1]
+    assert votes[:, 0].tolist() == [0, 0, 0]
+    assert votes[1:, 1].tolist() == [-1, -1]
+    assert failing.failed == (2 if function is lookup else 3)
+    assert failing.votes + failing.failed == 3
+    assert re.match(said, failing.first_failure)
+    assert len(failing.first_failure) < 300
+    assert f"fails on {failing.failed} of 3 samples (first on sample" in str(failing.doubt())
+    with pytest.raises(ValueError, match=rf"Labelling function `{function.__name__}` fails: first on sample"):
+        cast_votes([function], samples, NAMES, stop=True)
+
+
+def test_seconds_are_those_of_the_function() -> None:
+    _, (slow, fast) = cast_votes([lambda x: time.sleep(0.002), lambda x: None], range(10), NAMES)
+    assert 2.0 <= slow.seconds_per_1000 < 100
+    assert fast.seconds_per_1000 < slow.seconds_per_1000
 
 
 # --------------------------------------------------------------------------------------------------------------- record
@@ -343,10 +436,52 @@ def test_hidden_labels_are_not_looked_at_and_votes_are_part_of_the_hash(tmp_path
     kinds = np.where(np.arange(n) < 50, 0, -1)
     resemblance = Resemblance(dataset, tmp_path, 0, np.arange(50))
     record = impart(np.full(n, -99), kinds, [part], 10, resemblance, 0)
-    assert record.voted_on.tolist() == [True] * 50 + [False] * (n - 50)
+    assert not record.informed.any()
+    cast = ask_functions(kinds, [part], dataset)
+    assert cast is not None
+    assert (cast.votes > NOT_ASKED).any(1).tolist() == [True] * 50 + [False] * (n - 50)
     federation = build(kind="labeling_functions", module=module)
     turned = replace(federation, record=replace(federation.record, votes=federation.record.votes.flip(1)))
     assert turned.sha256 != federation.sha256
+
+
+FAULTY = """
+def right(image):
+    return 1
+
+def wrong(image):
+    return image["size"]
+
+def odd(image):
+    return "zero" if image.mean() < 70 else 0
+"""
+
+
+def test_what_came_of_asking_is_in_the_audit_and_warned_of(tmp_path: Path) -> None:
+    federation = build(kind="labeling_functions", module=write(tmp_path / "faulty.py", FAULTY))
+    n = len(federation.dataset.train.labels)
+    right, wrong, odd = federation.functions
+    assert (right.votes, wrong.failed, odd.votes + odd.invalid) == (n, n, n)
+    assert odd.votes > 0 < odd.invalid
+    assert federation.record.votes[:, 1].eq(-1).all()
+    assert [said[:29] for said in federation.doubts()] == [
+        "Labelling function `wrong` fa",
+        "Labelling function `odd` answ",
+    ]
+    listed = federation.audit()["labeling_functions"]
+    assert [row["name"] for row in listed] == ["right", "wrong", "odd"]
+    assert listed[1]["first_failure"].startswith("first on sample 0 in line 6: IndexError")
+    assert "seconds" not in listed[0]  # the file is the same on every machine
+    with pytest.raises(ValueError, match=r"Labelling function `wrong` fails: first on sample 0 in line 6: IndexError"):
+        build(kind="labeling_functions", module=write(tmp_path / "faulty.py", FAULTY), on_error="stop")
+
+
+def test_functions_of_which_none_ever_votes_are_an_error(tmp_path: Path) -> None:
+    module = write(tmp_path / "mute.py", "def first(x):\n    return None\ndef second(x):\n    return x.nothing\n")
+    with pytest.raises(
+        ValueError, match=r"none of its 2 functions votes on any of \d+ samples. Labelling .*`second` fai"
+    ):
+        build(kind="labeling_functions", module=module)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -363,6 +498,8 @@ def test_votes_do_not_depend_on_the_number_of_clients(seed: int, tmp_path: Path)
     ("keys", "message"),
     [
         ({"kind": "labeling_functions"}, r"`supervision.module` \(=None\) must be given for .*kind=labeling_functions"),
+        ({"on_error": "go on"}, r"`supervision.on_error` \(=go on\) must be one of abstain, stop"),
+        ({"on_error": "stop"}, r"`supervision.on_error` \(=stop\) has no place beside supervision.kind=few_labels"),
         ({"module": "rules"}, r"`supervision.module` \(=rules\) has no place beside supervision.kind=few_labels: take"),
     ],
 )

@@ -231,10 +231,48 @@ def test_no_clients() -> None:
         partition(make_labels(10), 0, NUM_CLASSES, PartitionConfig(), 0)
 
 
-@pytest.mark.parametrize("labels", [np.array([0, 1, -1]), np.array([0, 10, 1]), np.zeros((3, 1), int)])
+@pytest.mark.parametrize("labels", [np.array([0, 1, -2]), np.array([0, 10, 1]), np.zeros((3, 1), int)])
 def test_labels_that_are_none(labels: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"`labels` of shape .* must be \(n,\) integers in \[0, 9\]"):
         partition(labels, 1, NUM_CLASSES, PartitionConfig(), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_unknown_class_are_dealt_evenly_beside_a_recipe_by_class(kind: str) -> None:
+    labels = make_labels()
+    lacking = np.where(np.arange(2000) % 4 == 0, labels, -1)
+    config = PartitionConfig(kind=kind, min_samples=1)
+    parts = partition(lacking, 8, NUM_CLASSES, config, 0)
+    assert_is_partition(parts, 2000)
+    if kind in ("iid", "quantity_skew"):  # they never look
+        assert all(map(np.array_equal, parts, partition(labels, 8, NUM_CLASSES, config, 0)))
+    else:
+        unknown = [int((lacking[part] < 0).sum()) for part in parts]
+        assert max(unknown) - min(unknown) <= 1
+        # those of known class are spread as if there were no others
+        known = np.flatnonzero(lacking >= 0)
+        alone = partition(labels[known], 8, NUM_CLASSES, config, 0)
+        assert all(
+            np.array_equal(part[lacking[part] >= 0], known[mine]) for part, mine in zip(parts, alone, strict=True)
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_set_of_unknown_classes_is_spread(kind: str) -> None:
+    assert_is_partition(partition(np.full(50, -1), 5, NUM_CLASSES, PartitionConfig(kind=kind), 0), 50)
+
+
+def test_samples_of_unknown_class_count_as_a_share_of_each_when_another_set_follows() -> None:
+    """Client 0 knows of 10 cats, client 1 of 10 dogs; each 20 unknown samples count as 10 cats and 10 dogs: shares of
+    the cats are 20:10, of the dogs 10:20. Client 2 has only unknown ones, as many as half of these.
+    """
+    labels = np.array([0] * 10 + [1] * 10 + [-1] * 20 * 2 + [-1] * 10)
+    parts = [np.r_[0:10, 20:40], np.r_[10:20, 40:60], np.r_[60:70]]
+    test = np.repeat([0, 1], 350)
+    spread = split_like(labels, parts, test, 2, np.random.default_rng(0))
+    assert label_histogram(test, spread, 2).tolist() == [[200, 100], [100, 200], [50, 50]]
+    nothing = split_like(np.full(6, -1), [np.arange(4), np.arange(4, 6)], test, 2, np.random.default_rng(0))
+    assert label_histogram(test, nothing, 2) == pytest.approx(np.array([[233, 233], [117, 117]]), abs=1)
 
 
 def test_too_few_places_for_all_classes() -> None:

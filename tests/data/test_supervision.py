@@ -444,8 +444,6 @@ def test_more_labels_than_samples(config: SupervisionConfig, message: str) -> No
             {"labels_at": "server", "labels_per_client": 3},
             r"`supervision.labels_per_client` \(=3\) has no place .*take labels_per_class or labels_total",
         ),
-        ({"labels_at": "server", "kind": "full"}, r"`supervision.kind` \(=full\) .*leave no sample to the clients"),
-        ({"labels_at": "server", "label_rate": 1.0}, r"`supervision.label_rate` \(=1.0\) .*leave no sample"),
         ({"kind": "full", "labels_total": 10}, r"`supervision.labels_total` \(=10\) has no place beside .*kind=full"),
     ],
 )

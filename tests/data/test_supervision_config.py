@@ -69,17 +69,17 @@ FILE = {"kind": "noisy", "noise": "file", "labels_file": "a.npz", "labels_keys":
         ({**FILE, "noise_rate": 0.1}, r"`supervision.noise_rate` \(=0.1\) .* is not given for supervision.noise=file"),
         (
             {**FILE, "labels_file": None},
-            r"`supervision.labels_file` \(=None\) and .*labels_keys` \(=\['x'\]\) belong together",
+            r"`supervision.noise` \(=file\) and `supervision.labels_file` \(=None\) belong together",
         ),
-        ({**FILE, "labels_keys": ()}, r"`supervision.labels_keys` \(=\[\]\) belong together: give all three"),
         (
             {**NOISY, "labels_file": "a.npz"},
-            r"`supervision.noise` \(=symmetric\), .*labels_file` \(=a.npz\) .*belong together",
+            r"`supervision.noise` \(=symmetric\) and .*labels_file` \(=a.npz\) belong together",
         ),
         (
             {**NOISY, "labels_keys": ["x"]},
-            r"`supervision.noise` \(=symmetric\), .*labels_keys` \(=\['x'\]\) belong together",
+            r"`supervision.labels_keys` \(=\['x'\]\) is for labels from a file: take supervision.noise=file",
         ),
+        ({**NOISY, "vote": True}, r"`supervision.vote` \(=True\) is for labels from a file"),
         ({**FILE, "kind": "partial", "partial_ratio": 0.1}, r"`supervision.noise` \(=file\) .*no place .*kind=partial"),
         ({**PARTIAL, "labels_total": 0}, r"`supervision.labels_total` \(=0\) must be at least 1"),
         ({**NOISY, "label_rate": 2.0}, r"`supervision.label_rate` \(=2.0\) must lie in \[0, 1\]"),

@@ -111,12 +111,10 @@ def test_all_failed_stops_the_run_with_its_checkpoint(kind: str, tmp_path: Path)
     assert_same_run(resumed, run_tiny(tmp_path, "whole", *ALL_TRAIN, "num_rounds=3").path)
 
 
-def test_client_state_is_kept_between_rounds_and_over_a_resume(kind: str, tmp_path: Path) -> None:
-    """Every client trains in every round and reports how often it has: 1, 2, 3, 4, also if the run is cut in two."""
-    overrides = ("num_clients=3", "fraction_train=1.0")
-    run_with("counting", tiny(*overrides, "num_rounds=2"), tmp_path / "run", kind)
-    run_with("counting", tiny(*overrides, "num_rounds=4"), tmp_path / "run", kind, resume=True)
-    assert [row["train/times_seen"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+def test_client_state_is_kept_between_rounds(kind: str, tmp_path: Path) -> None:
+    """Every client trains in every round and reports how often it has: 1, 2, 3."""
+    run_with("counting", tiny("num_clients=3", "fraction_train=1.0", "num_rounds=3"), tmp_path / "run", kind)
+    assert [row["train/times_seen"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_round_without_usable_samples_keeps_the_model(tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import pytest
 
+import fedlabel
 import server.server_app
 from fedlabel.tracking import read_metrics
 from server.checkpoint import Checkpoint, save_checkpoint
@@ -24,11 +28,11 @@ def rounds_in(path: Path) -> int:
     return (path / "metrics.jsonl").read_bytes().count(b"\n") if (path / "metrics.jsonl").exists() else 0
 
 
-def run_and_kill(out: Path, after: int, *overrides: str) -> Path:
+def run_and_kill(out: Path, after: int, *overrides: str, tiny: Sequence[str] = TINY) -> Path:
     """Starts `fedlabel run` and kills it, without warning, as soon as `after` rounds are in metrics.jsonl."""
     mark = uuid.uuid4().hex
     path = out / "killed"
-    command = fedlabel_command("run", *TINY, *overrides, "--name", "killed", "--out", str(out))
+    command = fedlabel_command("run", *tiny, *overrides, "--name", "killed", "--out", str(out))
     # Ray's agents want to tell Ray's dead server of the death before they go, by default for a minute.
     env = environment(FEDLABEL_TEST=mark, RAY_gcs_rpc_server_reconnect_timeout_s="2")
     process = start(command, out / "killed.log", out, env)
@@ -58,6 +62,51 @@ def test_kill_in_process(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert_same_run(killed, run_tiny(tmp_path, "never_killed", *overrides).path)
+
+
+@pytest.mark.slow
+def test_kill_on_ray_where_clients_remember(shared_ray: None, tmp_path: Path) -> None:
+    overrides = ("method.name=fedtrinet", "method.warmup_rounds=2", "method.quality_start=0.2", "num_rounds=12")
+    tiny = [override for override in TINY if not override.startswith("method.")]
+    options = (*tiny, *overrides)
+    killed = run_and_kill(tmp_path, 4, *options, "grid.kind=ray", "grid.num_workers=1", tiny=())
+    assert 4 <= rounds_in(killed) < 12
+    fedlabel.run(overrides=["grid.kind=ray"], name="killed", out=tmp_path, resume=True)
+    assert_same_run(killed, fedlabel.run(overrides=options, name="never_killed", out=tmp_path).path)
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_change_nothing(tmp_path: Path) -> None:
+    """Whether they train, wait or start; the clients that they had are asked again."""
+    mark, path, random = uuid.uuid4().hex, tmp_path / "killed", Random(1)
+    overrides = ("num_rounds=8", "fraction_train=1.0")
+    ray = ("grid.kind=ray", "grid.num_workers=2")
+    command = fedlabel_command("run", *TINY, *overrides, *ray, "--name", "killed", "--out", str(tmp_path))
+    process = start(command, tmp_path / "killed.log", tmp_path, environment(FEDLABEL_TEST=mark))
+    kills = 0
+    try:
+        wait_until(lambda: rounds_in(path) >= 1 or process.poll() is not None, 200, "no rounds")
+        while process.poll() is None:
+            workers = sorted(worker for worker in marked("FEDLABEL_TEST", mark) if is_worker(worker))
+            if workers and kills < 7:
+                os.kill(random.choice(workers), signal.SIGKILL)
+                kills += 1
+            time.sleep(random.uniform(0.2, 1.0))
+        assert process.wait() == 0, (tmp_path / "killed.log").read_text()
+    finally:
+        stop_marked("FEDLABEL_TEST", mark)
+    assert kills >= 3
+    assert_same_run(path, run_tiny(tmp_path, "whole", *overrides).path)
+
+
+def is_worker(pid: int) -> bool:
+    """Whether a process is one of Ray's workers, busy, idle or on its way; Ray's agents have such titles, too."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # gone meanwhile
+        return False
+    starting = (b"default_worker.py", b"setup_worker.py")
+    return words[0].startswith((b"ray::ClientActor", b"ray::IDLE")) or any(w.endswith(starting) for w in words[1:2])
 
 
 @pytest.mark.slow

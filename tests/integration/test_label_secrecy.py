@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import fedlabel.data.federation
 import fedlabel.experiment
 from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
@@ -116,3 +118,24 @@ def test_the_comparison_sees_a_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = run_tiny(tmp_path, "leak").path
     with pytest.raises(AssertionError):
         assert_same_weights(final_weights(path), final_weights(normal))
+
+
+@pytest.mark.parametrize("method", ["dp_ssl", "fedlabel", "fixmatch", "ill", "supervised"])
+def test_labels_that_the_data_lack(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether nobody has the other labels, or they are hidden, makes no difference to a model."""
+    normal = run_method(tmp_path, "normal", method)
+    federation = fedlabel.experiment.open_experiment((normal / "config.yaml").read_text()).federation
+    train = federation.dataset.train
+    there = torch.from_numpy(federation.labeled)
+    assert 0 < int((~there).sum()) < len(there)
+    lacking = replace(federation.dataset, train=Split(train.images, torch.where(there, train.labels, -1)))
+    build_federation.cache_clear()
+    monkeypatch.setattr(fedlabel.data.federation, "load_dataset", lambda *_: lacking)
+    fedlabel.experiment.open_experiment.cache_clear()
+    overrides = [each for each in TINY if not each.startswith(("method.", "supervision."))]
+    told = [*overrides, *method_overrides(method), "supervision.kind=full"]
+    path = fedlabel.run(overrides=told, name="lacking", out=tmp_path).path
+    build_federation.cache_clear()
+    assert_same_weights(final_weights(path), final_weights(normal))
+    assert not any("pseudo/accuracy" in row for row in read_metrics(path))
+    assert json.loads((path / "supervision.json").read_text())["without_label"] == int((~there).sum())

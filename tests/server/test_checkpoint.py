@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import os
+import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.clientapp import ClientApp
 
-from fedlabel.config import ExperimentConfig, load_config, to_yaml
-from server.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from fedlabel.config import ExperimentConfig, load_config, parse_config, to_yaml
+from fedlabel.errors import FileError
+from fedlabel.experiment import open_experiment
+from server.checkpoint import (
+    MAGIC,
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from server.grids import InProcessGrid
+from server.strategy import build_strategy, strategy_names
+from tests.integration.tiny import run_tiny
 
 
 def checkpoint(round_number: int = 3, config: ExperimentConfig | None = None) -> Checkpoint:
@@ -67,73 +89,214 @@ def test_the_newest_are_kept_and_nothing_else_lies_there(tmp_path: Path) -> None
         "round_000010.ckpt",
         "round_000011.ckpt",
     ]
-    assert latest_checkpoint(tmp_path, load_config(), {}).round_number == 11
 
 
 def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, checkpoint(1), keep=1)
 
     def full_disk(descriptor: int) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FileError, match=r"round_000002.ckpt cannot be written or read: No space left.*make room there"):
         save_checkpoint(tmp_path, checkpoint(2), keep=1)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["round_000001.ckpt"]
-    assert latest_checkpoint(tmp_path, load_config(), {}).round_number == 1
+    assert load_checkpoint(tmp_path / "round_000001.ckpt").round_number == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other file"])
-def test_damaged_file_is_named_with_the_fix(damage: str, tmp_path: Path) -> None:
+def test_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, checkpoint(), keep=1)
     content = path.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     path.write_bytes({"cut": content[:-1], "bit": bytes(flipped), "empty": b"", "other file": b"PK\x03\x04"}[damage])
-    with pytest.raises(CheckpointError, match=rf"{path} is damaged \(\d+ bytes.*Delete it"):
-        latest_checkpoint(tmp_path, load_config(), {})
+    with pytest.raises(CheckpointError, match=rf"^Checkpoint {path} is damaged \(\d+ bytes, its digest does not match"):
+        load_checkpoint(path)
 
 
-def test_damaged_newest_can_be_deleted(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, checkpoint(1), keep=2)
-    newest = save_checkpoint(tmp_path, checkpoint(2), keep=2)
-    newest.write_bytes(b"")
-    newest.unlink()
-    assert latest_checkpoint(tmp_path, load_config(), {}).round_number == 1
+class Touching:
+    """Leaves a file behind if it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
 
 
-def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["whole", "inside", "plain pickle"])
+def test_nothing_in_a_file_is_run(where: str, tmp_path: Path) -> None:
+    path, touching = save_checkpoint(tmp_path, checkpoint(), keep=1), Touching(tmp_path / "touched")
+    buffer = io.BytesIO()
+    if where == "plain pickle":
+        buffer.write(pickle.dumps(touching))
+    else:
+        torch.save(touching if where == "whole" else {"round_number": 3, "model": touching}, buffer)
+    path.write_bytes(MAGIC + hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+    with pytest.raises(CheckpointError, match=r"is damaged \(its digest matches, but it cannot be read\)\.$"):
+        load_checkpoint(path)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three rounds, with a checkpoint of each."""
+    return run_tiny(tmp_path_factory.mktemp("runs"), "x", *SMALL).path
+
+
+SMALL = ("checkpoint.keep=3", "evaluation.figures=false", "strategy.name=FedAvgM", "strategy.args.server_momentum=0.5")
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "x")
+
+
+def opened(run: Path, *overrides: str) -> Checkpoint:
+    config = load_config([run / "config.yaml"], overrides)
+    return latest_checkpoint(run / "checkpoints", open_experiment(to_yaml(config)), build_strategy(config.strategy))
+
+
+def file(run: Path, round_number: int) -> Path:
+    return run / "checkpoints" / f"round_{round_number:06d}.ckpt"
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    save_checkpoint(path.parent, replace(load_checkpoint(path), **changes), keep=9)
+
+
+def test_the_newest_of_a_run_is_taken(run: Path) -> None:
+    assert opened(run).round_number == 3
+    file(run, 3).unlink()
+    (run / "checkpoints" / "round_x.ckpt").touch()
+    assert opened(run).round_number == 2
+
+
+def test_the_next_older_sound_checkpoint_is_named(run: Path) -> None:
+    file(run, 3).write_bytes(b"")
+    cure = "Delete it to resume from round_000002.ckpt, or start a new run under another --name."
+    with pytest.raises(CheckpointError, match=rf"{file(run, 3)} is damaged .*match\)\. {cure}$"):
+        opened(run)
+    file(run, 2).write_bytes(file(run, 1).read_bytes())
+    cure = r"Delete it and what lies between \(1, no better\) to resume from round_000001.ckpt"
+    with pytest.raises(CheckpointError, match=rf"{file(run, 3)} is damaged .*match\)\. {cure}"):
+        opened(run)
+    file(run, 1).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"No older one is sound: delete the files round_\*.ckpt there to begin"):
+        opened(run)
+    for number in (1, 2, 3):
+        file(run, number).unlink()
+    assert opened(run).round_number == 0
+
+
+def test_what_cannot_be_of_this_run_is_refused(run: Path) -> None:
+    """One thing after the other in the newest checkpoint; test_fuzzing.py tries many more."""
+    sound = load_checkpoint(file(run, 3))
+    name, weight = next(iter(sound.model.items()))
+    nan = weight.clone()
+    nan.view(-1)[0] = float("nan")
+    rest = {key: value for key, value in sound.model.items() if key != name}
+    momentum = sound.strategy["momentum_vector"]["list"]
+    changes = {
+        f"`model` lacks, or has beside what belongs there, {name}": {"model": rest},
+        f"`model` has {name} of shape .* and float64, not .* and float32": {
+            "model": {**sound.model, name: weight.double()}
+        },
+        f"`model` holds NaN or infinity in {name}": {"model": {**sound.model, name: nan}},
+        f"`model` has no plain tensor as {name}": {"model": {**sound.model, name: [1.0]}},
+        "`previous` does not fit the stage of round 3": {"previous": sound.model},
+        "`shared` lacks, or has beside what belongs there, threshold": {"shared": {"threshold": torch.tensor(0.5)}},
+        r"`strategy`: server_learning_rate \(=2.0\) is not what the configuration says": {
+            "strategy": {**sound.strategy, "server_learning_rate": 2.0}
+        },
+        "`strategy` lacks, or has beside what belongs there, momentum_vector": {
+            "strategy": {key: value for key, value in sound.strategy.items() if key != "momentum_vector"}
+        },
+        f"`strategy`: momentum_vector is no list of {len(momentum)} arrays": {
+            "strategy": {**sound.strategy, "momentum_vector": {"list": momentum[1:]}}
+        },
+        "`client_states: client 0` cannot be read": {"client_states": {0: b"text"}},
+        "`client_states: client 0` has beside what belongs there, x": {"client_states": {0: state_of(x=np.zeros(3))}},
+        "`client_states` names client 5, and there are 5": {"client_states": {5: state_of(x=np.zeros(3))}},
+        "`helpers` lacks, or has beside what belongs there, models": {"helpers": {"models": {}}},
+        "`votes: client 1` lacks, or has beside what belongs there, function_counts": {"votes": {1: {}}},
+    }
+    for message, change in changes.items():
+        rewrite(file(run, 3), **change)
+        with pytest.raises(
+            CheckpointError, match=f"round_000003.ckpt is damaged, or of another run: .*{message}"
+        ) as caught:
+            opened(run)
+        assert "\n" not in str(caught.value)
+        save_checkpoint(run / "checkpoints", sound, keep=9)
+    assert opened(run).round_number == 3
+
+
+def state_of(**arrays: np.ndarray) -> bytes:
+    grid = InProcessGrid(ClientApp(), 1)
+    grid.states = {0: RecordDict({"memory": ArrayRecord({name: Array(value) for name, value in arrays.items()})})}
+    return grid.dump_states()[0]
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_what_any_strategy_remembers_is_accepted(name: str, tmp_path: Path) -> None:
+    clips = {"noise_multiplier": 0.1, "num_sampled_clients": 3}
+    arguments = {
+        "DifferentialPrivacyServerSideAdaptiveClipping": clips,
+        "DifferentialPrivacyServerSideFixedClipping": {**clips, "clipping_norm": 1.0},
+        "QFedAvg": {"client_learning_rate": 0.03},
+    }.get(name, {})
+    args = [f"strategy.args.{key}={value}" for key, value in arguments.items()]
+    quick = ("evaluation.figures=false", "num_rounds=2", "training.local_steps=1")
+    run = run_tiny(tmp_path, "x", *quick, f"strategy.name={name}", *args).path
+    assert opened(run).round_number == 2
+
+
+def test_nothing_to_resume_is_said(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").unlink()
+    config = parse_config(text)
     with pytest.raises(CheckpointError, match="There is no run in .*nothing to resume.*--name"):
-        latest_checkpoint(tmp_path, load_config(), {})
+        latest_checkpoint(run / "checkpoints", open_experiment(text), build_strategy(config.strategy))
 
 
-def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, checkpoint(), keep=1)
-    changed = load_config([], ["training.lr=0.5", "method.lambda_0=0.25", "grid.kind=ray", "num_rounds=90"])
+def test_another_configuration_is_refused_with_the_keys_that_differ(run: Path) -> None:
+    changed = ["training.lr=0.5", "method.lambda_0=0.25", "grid.kind=ray", "num_rounds=90"]
     with pytest.raises(CheckpointError, match="was run with another configuration") as caught:
-        latest_checkpoint(tmp_path, changed, {})
+        opened(run, *changed)
     message = str(caught.value)
     default = load_config()
     assert f"training.lr (saved {default.training.lr}, now 0.5)" in message
     assert f"method.lambda_0 (saved {default.method.lambda_0}, now 0.25)" in message
-    assert "(saved 40, now 90)" not in message
-    assert "(saved in_process, now ray)" not in message
+    assert "now 90" not in message
+    assert "now ray" not in message
 
 
-def test_another_method_is_refused(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, checkpoint(), keep=1)
-    with pytest.raises(CheckpointError, match=r"method.name \(saved fedlabel, now supervised\)"):
-        latest_checkpoint(tmp_path, load_config([], ["method.name=supervised"]), {})
+def test_a_checkpoint_of_another_run_is_told_from_another_configuration(run: Path) -> None:
+    config = load_config([run / "config.yaml"], ["training.lr=0.5"])
+    rewrite(file(run, 3), config=to_yaml(config))
+    with pytest.raises(
+        CheckpointError, match=r"round_000003.ckpt is of a run of another configuration\. Delete it to res"
+    ):
+        opened(run)
 
 
-def test_what_does_not_change_a_round_may_change(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, checkpoint(3), keep=1)
+def test_the_method_of_a_foreign_checkpoint_is_not_imported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another method's module is code that the file would choose."""
+    text = load_checkpoint(file(run, 3)).config.replace("name: fedlabel", "name: no_such_module:Method")
+    rewrite(file(run, 3), config=text)
+    monkeypatch.setattr("fedlabel.methods.importlib.import_module", lambda name: pytest.fail(f"imports {name}"))
+    with pytest.raises(CheckpointError, match="is of a run of another configuration"):
+        opened(run)
+
+
+def test_what_does_not_change_a_round_may_change(run: Path) -> None:
     changed = ["num_rounds=100", "grid.kind=ray", "grid.num_workers=7", "checkpoint.every=5", "data.root=elsewhere"]
-    assert latest_checkpoint(tmp_path, load_config([], [*changed, "grid.num_workers=3"]), {}).round_number == 3
+    assert opened(run, *changed).round_number == 3
 
 
-def test_fewer_rounds_than_done_are_refused(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, checkpoint(3), keep=1)
+def test_fewer_rounds_than_done_are_refused(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"`num_rounds` \(=2\) is below the 3 rounds already done"):
-        latest_checkpoint(tmp_path, load_config([], ["num_rounds=2"]), {})
+        opened(run, "num_rounds=2")

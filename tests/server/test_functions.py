@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 import fedlabel
 import server.server_app
 from fedlabel.cli import run_experiment
+from fedlabel.data.labeling_functions import FunctionReport
 from fedlabel.experiment import open_experiment
 from fedlabel.figures import functions_figure
 from fedlabel.methods.dp_ssl import votes_of
@@ -102,7 +103,7 @@ def watching(path: Path, rounds: int = 5) -> tuple[FunctionWatch, Folder]:
             supervision=SimpleNamespace(parts=[]),
             evaluation=SimpleNamespace(figures=True),
         ),
-        federation=SimpleNamespace(dataset=SimpleNamespace(class_names=NAMES)),
+        federation=SimpleNamespace(dataset=SimpleNamespace(class_names=NAMES), functions=()),
     )
     folder: Any = Folder(path)
     return FunctionWatch(experiment, folder), folder
@@ -152,6 +153,7 @@ def test_table_has_a_row_of_each_function_over_all_and_at_each_client(tmp_path: 
         "accuracy": "0.750000",
         "estimated_accuracy": "0.500000",
         "votes": "5",
+        "abstentions": "1",
         "samples": "6",
     }
     assert [row["polarity"] for row in rows["all"]] == ["cat, dog", "dog, cow", "dog, cow"]
@@ -194,7 +196,7 @@ def test_table_and_figure_are_shown_with_the_first_estimate_and_at_the_end(tmp_p
     assert [round_number for round_number, _ in folder.figures] == [3, 5]
     lines = folder.texts[0][1].splitlines()
     assert lines[0].startswith("| function | polarity | coverage |")
-    assert lines[2] == "| 0 | cat, dog | 0.833 | 0.667 | 0.500 | 0.750 | 0.500 | 5 | 6 |"
+    assert lines[2] == "| 0 | cat, dog | 0.833 | 0.667 | 0.500 | 0.750 | 0.500 | 5 | 1 | 6 |"
     assert len(lines) == 5
     assert [round_number for round_number, _ in folder.clients] == [3, 5]
     head, _, row = folder.clients[0][1].splitlines()
@@ -320,6 +322,18 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
     assert rows[-1]["functions/accuracy"] == pytest.approx(mean, abs=1e-5)
 
 
+def test_what_came_of_asking_written_functions_is_in_the_rows_over_all_clients(tmp_path: Path) -> None:
+    watch, folder = watching(tmp_path)
+    failing = FunctionReport("a", asked=6, votes=5, failed=1, first_failure="first on sample 3: KeyError", seconds=0.03)
+    watch._experiment.federation.functions = (failing, *[FunctionReport(name, asked=6) for name in "bc"])
+    watch.watch(1, {0: counts_of(slice(0, 6))}, ESTIMATES)
+    rows = folder.rows()
+    assert [row["failed"] for row in rows["all"]] == ["1", "0", "0"]
+    assert rows["all"][0]["first_failure"] == "first on sample 3: KeyError"
+    assert rows["all"][0]["seconds_per_1000"] == "5.000000"
+    assert {row["failed"] for row in rows["0"]} == {""}
+
+
 RULES = """
 import numpy as np
 
@@ -363,6 +377,8 @@ def test_written_functions_teach_a_table_without_any_label(tmp_path: Path) -> No
         "coarse": "malignant, benign",
     }
     for row in table.values():
+        assert (row["failed"], row["first_failure"], row["invalid"]) == ("0", "", "0")
+        assert 0 < float(row["seconds_per_1000"]) < 10
         assert abs(float(row["accuracy"]) - float(row["estimated_accuracy"])) < 0.15
     audit = json.loads((path / "supervision.json").read_text())
     assert "votes" in json.dumps(audit)
@@ -370,7 +386,10 @@ def test_written_functions_teach_a_table_without_any_label(tmp_path: Path) -> No
     assert all("functions/log_likelihood" in row for row in rows[1:3])
 
     (tmp_path / "rules.py").write_text(RULES.replace("> 18", "> 17"))
-    with pytest.raises(ValueError, match=r"What clients hold and know is not what it was .* labelling functions, have"):
+    with pytest.raises(
+        ValueError,
+        match=r"The data are not what they were .*; changed: what clients hold and know \(.* labelling functions",
+    ):
         fedlabel.run([], ["num_rounds=6"], name="a", out=tmp_path, resume=True)
     assert len(read_metrics(path)) == 5
     (tmp_path / "rules.py").write_text(RULES)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+import server.grids
+from fedlabel.errors import RunError
 from server.grids import InProcessGrid, RayGrid, SimulationGrid
 from tests.integration import echo_app
-from tests.integration.processes import wait_until
+from tests.integration.processes import free_ports, wait_until
 
 CLIENTS = 5
 
 
-def ask(grid: SimulationGrid, clients: list[int], timeout: float | None = None, **order: int) -> list[Message]:
+def ask(grid: SimulationGrid, clients: list[int], timeout: float | None = None, **order: int | str) -> list[Message]:
     """Sends one shared content to some clients and returns their replies."""
     content = RecordDict({"order": ConfigRecord(dict(order))})
     messages = [Message(content, client + 1, "train") for client in clients]
@@ -119,3 +123,112 @@ def test_late_client_fails_and_its_worker_is_replaced(ray_grid: RayGrid) -> None
         return bool({echo(reply)["process"] for reply in ask(ray_grid, [0, 1, 2, 3, 4])} - before)
 
     wait_until(a_new_process_takes_part, 60, "the worker was not replaced", every=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [2, 3])
+def test_client_whose_worker_dies_is_asked_again(ray_grid: RayGrid, deaths: int, tmp_path: Path) -> None:
+    """Twice; its state is the one it had, and the others are answered."""
+    ray_grid.states = {}
+    ask(ray_grid, [0, 1, 2])
+    replies = ask(ray_grid, [0, 1, 2, 3], dies=1, deaths=deaths, marks=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == deaths
+    assert [reply.has_error() for reply in replies] == [False, deaths == 3, False, False]
+    assert [echo(replies[place])["calls"] for place in (0, 2, 3)] == [2, 2, 1]
+    if deaths == 3:
+        assert replies[1].error.reason == "WorkerDied: 3 workers died on it; out of memory?"
+    assert echo(ask(ray_grid, [1])[0])["calls"] == (2 if deaths == 3 else 3)
+
+
+def fragile_app(folder: Path, beginning: str) -> str:
+    """Writes the echo app into a module that workers import, with something before it; returns its name."""
+    code = "import os, signal\nfrom pathlib import Path\nmarks = Path(__file__).parent / 'marks'\n"
+    name = f"fragile_{folder.name}"
+    (folder / f"{name}.py").write_text(f"{code}{beginning}\nfrom tests.integration.echo_app import app\n")
+    (folder / "marks").mkdir()
+    return f"{name}:app"
+
+
+DIES = """
+deaths = len(list(marks.iterdir()))
+if deaths < {}:
+    (marks / f"{{os.getpid()}}").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_die_while_they_start_are_started_again(
+    shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    with RayGrid(fragile_app(tmp_path, DIES.format(3)), CLIENTS, 1, use_gpu=False) as grid:
+        assert [echo(reply)["client"] for reply in ask(grid, [0, 1])] == [0, 1]
+    assert len(list((tmp_path / "marks").iterdir())) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("beginning", "message"),
+    [
+        (
+            DIES.format(99),
+            "2 workers in a row of the simulation died while starting: each was killed, or out of memory",
+        ),
+        (
+            "import no_such_module",
+            "A worker .* died while starting: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+    ],
+    ids=["dies", "raises"],
+)
+def test_workers_that_never_start_end_the_run_in_one_sentence(
+    beginning: str, message: str, shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(server.grids, "STARTS", 2)
+    app = fragile_app(tmp_path, beginning)
+    with RayGrid(app, CLIENTS, 1, use_gpu=False) as grid, pytest.raises(RunError, match=message) as caught:
+        ask(grid, [0])
+    assert "\n" not in str(caught.value)
+
+
+def test_ray_gets_a_short_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """39 bytes and "/ray" leave room for the 64 of a socket's name; the system takes 107."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/" + 38 * "x")
+    assert server.grids._ray_folder() is None
+    monkeypatch.setenv("TMPDIR", "/" + 39 * "x")
+    assert server.grids._ray_folder() == "/tmp/ray"
+
+
+def test_no_short_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(dir: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("RAY_TMPDIR", "/" + 99 * "x")
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(ValueError, match=r"TMPDIR \(=/x+\) is too long for Ray.*set RAY_TMPDIR to a short path"):
+        server.grids._ray_folder()
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "no-such-host.invalid:{}", "127.0.0.1:99999"]
+)
+def test_cluster_that_is_not_there_is_said(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = address.format(free_ports(1)[0])
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RunError, match=rf"No Ray cluster answers at RAY_ADDRESS \(={address}\): .*; correct it"):
+        server.grids._start_ray(1)
+
+
+def test_ray_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nPlease ...")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("ray.init", fail)
+    message = "Ray does not start: ConnectionError: Could not find any running Ray instance.; check RAY_ADDRESS (=auto)"
+    with pytest.raises(RunError) as caught:
+        server.grids._start_ray(1)
+    assert str(caught.value).startswith(message)

@@ -119,6 +119,20 @@ def test_a_run_says_what_it_selected_and_hands_it_to_the_next_stage(select: str,
         assert all(torch.equal(value, saved[first_stage].model[name]) for name, value in later.previous.items())
 
 
+def test_what_is_selected_does_not_depend_on_when_the_run_is_to_end(tmp_path: Path) -> None:
+    """The last five of six rounds are all evaluated, but only each second one may be selected: the second stage begins
+    with the model of round 2, as in a run of ten rounds, whose last ones are later."""
+    overrides = [*BAGS, "evaluation.select=bag_mae", "evaluation.every=2"]
+    found = {}
+    for rounds in (6, 10):
+        result = fedlabel.run(overrides=[*overrides, f"num_rounds={rounds}"], name=str(rounds), out=tmp_path)
+        assert [row["round"] for row in result.metrics if "select/bag_mae" in row] == list(range(2, rounds + 1, 2))
+        evaluated = {row["round"] for row in result.metrics if "eval/accuracy" in row}
+        assert evaluated == {*range(2, rounds + 1, 2), *range(rounds - 4, rounds + 1)}
+        found[rounds] = [row["train/loss"] for row in result.metrics[:6]]
+    assert found[6] == found[10]
+
+
 def test_single_labels_of_the_validation_split_decide_only_where_asked_for(tmp_path: Path) -> None:
     """Poisoned validation labels change what instance_accuracy selects by, and nothing that bag_mae does."""
     found = {}

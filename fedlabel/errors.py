@@ -1,0 +1,69 @@
+"""What ends a run for a reason that the user can mend; everything else that is raised is a bug of ours."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; what was saved stays."""
+
+
+class FileError(ValueError):
+    """The system does not let us write, read or make a file or folder."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of errors that say that a disk, or what one may have of it, is full."""
+
+_CURES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.EROFS: "take a folder on a disk that can be written",
+    errno.EACCES: "take a folder that you may write, or change its permissions",
+    errno.EPERM: "take a folder that you may write, or change its permissions",
+    errno.ENAMETOOLONG: "take a shorter name",
+    errno.ENOTDIR: "a part of this path is no folder: take another path",
+    errno.EEXIST: "something that is no folder has this name: take another path",
+    errno.EISDIR: "a folder has this name: move it away",
+    errno.ENOTEMPTY: "a folder has this name: move it away",
+    errno.ENOENT: "it, or a folder above it, is missing or cannot be made: check the path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files",
+    errno.EIO: "the disk, or the connection to it, is failing",
+}
+
+
+def file_error(error: OSError, path: Path | str | None = None) -> FileError:
+    """Returns what the system said of a file as one sentence: which, why, and what to do.
+
+    Args:
+        error: the system's.
+        path: the file; None: the one that `error` names; where it names none it is what this command prints.
+    """
+    where = path or error.filename or "The output of this command"
+    cure = _CURES.get(error.errno or 0, "check the path and the disk")
+    return FileError(f"{where} cannot be written or read: {error.strerror or error}; {cure}. What was saved stays.")
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Turns an OSError inside into a `FileError` that names `path`: the system names no file when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise file_error(error, path) from error
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, if they are not there yet.
+
+    Raises:
+        FileError: the system does not let us.
+    """
+    with naming(path):
+        path.mkdir(parents=True, exist_ok=True)

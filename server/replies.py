@@ -1,0 +1,524 @@
+"""The schema of a reply to a round, and the only door for what clients send: bytes in, checked values or a refusal out.
+
+The schema follows from the method, the model and the training: which arrays of which type and shape, which weights and
+how large at most, which counts of which length and what they cannot exceed. Nothing behind this door can raise on what
+a client sent, and nothing that a client sends can do more than a client that follows the method could, but for the
+weights of its model (see `strategy.max_update_norm`, and Flower's robust strategies).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedlabel.batches import Units, bag_units, most_drawn
+from fedlabel.data.supervision import KIND_NAMES
+from fedlabel.experiment import Experiment
+from fedlabel.methods.base import Limits, Method, PhaseResult
+from fedlabel.methods.steps import State, StateDict
+from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
+from fedlabel.training import weight_in_mean
+from fedlabel.training_config import TrainingConfig
+from server.functions import OF_SAMPLES, RATES
+
+LARGEST_WEIGHT = 1e12
+"""Of a model: the sum of the squares of a large network's weights is then still a float32."""
+LARGEST_NUMBER = 1e15
+"""Of counts and statistics: whole numbers up to here are float64s."""
+LARGEST_LOSS = 1e40
+"""Of metrics: a client whose training goes astray reports sums of float32s."""
+LARGEST_POWER_BASE = 1e6
+"""Of losses that a strategy takes powers of."""
+MOST_TAGS = 50
+"""Metrics that a client may send."""
+PER_DRAW = 100
+"""How often, at most, a sample that is drawn is counted by one metric, or sent through one network."""
+_ROUNDING = 1e-3
+"""Relative error of sums that were made in float32."""
+_RECORDS = {
+    "arrays": ArrayRecord,
+    "metrics": MetricRecord,
+    "sums": ConfigRecord,
+    "counts": ConfigRecord,
+    "statistics": ConfigRecord,
+}
+_TAG = re.compile(r"(train|pseudo|posterior|transition|belief|bag|graph|functions)/[A-Za-z][A-Za-z0-9_]{0,39}")
+"""The groups of tags in which clients write."""
+EVALUATED = frozenset(
+    [
+        *(f"train/{name}" for name in ("forward_samples", "backward_samples")),
+        *(f"pseudo/{name}" for name in ("accuracy", "accuracy_local", "accuracy_global", "correct_wrong_ratio")),
+        *(f"pseudo/{name}" for name in ("coverage_local", "coverage_global", "ece", "ece_kept", "reliability")),
+        *(f"pseudo/{name}" for name in ("class_coverage", "class_accuracy", "client_coverage", "client_accuracy")),
+        *(f"pseudo/{name}" for name in ("confidences", "beliefs", "samples")),
+        *(f"posterior/accuracy_{name.replace(' ', '_')}" for name in KIND_NAMES),
+        *(f"transition/{name}" for name in ("smallest_diagonal", "largest_error", "mean_error")),
+        *(f"functions/{name}" for name in (*RATES, *OF_SAMPLES)),
+        *(f"functions/{name}" for name in ("estimated_accuracy", "estimation_error", "classes", "clients")),
+    ]
+)
+"""The server's own tags of these groups."""
+_HEADER = re.compile(
+    rb"\{'descr': '([<>|=]?[a-zA-Z?]\d{0,2})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,15},? ?)*)\), \} *\n"
+)
+_NPY_1_0 = b"\x93NUMPY\x01\x00"
+"""A file of numpy.save starts with this, then with the length of its header in two bytes."""
+
+
+class Refused(ValueError):
+    """What came is not used; the text says why in one line that is safe to show."""
+
+
+def harmless(text: str, most: int = 300) -> str:
+    """Returns a text of someone else as it may be shown: what is no printable character is escaped (terminal codes,
+    marks that turn the direction of writing), but for line ends, and what is too long is cut.
+    """
+    shown = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text[:most])
+    return shown if len(text) <= most else f"{shown}... (cut, of {len(text):,} characters)"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Returns the first of a client's names, in one line."""
+    return ", ".join(harmless(name, 60).replace("\n", "\\n") for name in names[:3]) + (", ..." * (len(names) > 3))
+
+
+class ArrayForm(NamedTuple):
+    """What one array of a model must be."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    header: bytes
+    """What numpy.save writes in front of such an array."""
+
+    @classmethod
+    def like(cls, value: torch.Tensor) -> ArrayForm:
+        """Returns the form of a tensor."""
+        dtype, shape, file = torch.empty(0, dtype=value.dtype).numpy().dtype, tuple(value.shape), BytesIO()
+        about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, about)
+        return cls(dtype, shape, file.getvalue())
+
+    def read(self, name: str, array: Array) -> np.ndarray:
+        """Returns the array as a read-only view of its bytes; `name` is the server's own for it.
+
+        Raises:
+            Refused: it is of another type or shape, or holds what no weight is.
+        """
+        what = f"{name} of its model"
+        if array.stype != "numpy.ndarray":
+            raise Refused(f"BadReply: {what} cannot be read: it is serialised as {_listed([str(array.stype)])}")
+        if array.dtype != str(self.dtype):
+            raise Refused(f"BadReply: {what} is {_listed([str(array.dtype)])}, not {self.dtype}")
+        if array.shape != self.shape:
+            raise Refused(f"BadReply: {what} has shape {_listed([str(array.shape)])}, not {self.shape}")
+        start, order = self._start(what, array.data)
+        size = math.prod(self.shape)
+        if len(array.data) - start != size * self.dtype.itemsize:
+            raise Refused(
+                f"BadReply: {what} has {len(array.data) - start} bytes, not {size * self.dtype.itemsize} of "
+                f"{self.dtype} {self.shape}"
+            )
+        values = np.frombuffer(array.data, self.dtype, size, start).reshape(self.shape, order=order)  # type: ignore[call-overload]
+        self._check(what, values)
+        return values
+
+    def _start(self, what: str, data: bytes) -> tuple[int, str]:
+        """Returns where the values begin and in which order they are. What a client wrote is not evaluated."""
+        if data.startswith(self.header):
+            return len(self.header), "C"
+        start = 10 + int.from_bytes(data[8:10], "little")
+        found = _HEADER.fullmatch(data[10:start]) if data.startswith(_NPY_1_0) else None
+        if found is None:
+            raise Refused(f"BadReply: {what} cannot be read: it is no file of numpy.save")
+        shape = tuple(int(size) for size in found[3].replace(b",", b" ").split())
+        if found[1].decode() != np.lib.format.dtype_to_descr(self.dtype) or shape != self.shape:
+            raise Refused(f"BadReply: {what} holds {found[1].decode()} {shape}, not {self.dtype} {self.shape}")
+        return start, "F" if found[2] == b"True" else "C"
+
+    def _check(self, what: str, values: np.ndarray) -> None:
+        if not values.size:
+            return
+        if self.dtype.kind == "b":
+            if values.view(np.uint8).max() > 1:
+                raise Refused(f"BadReply: {what} holds what is neither true nor false")
+            return
+        largest = LARGEST_WEIGHT if self.dtype.kind == "f" else LARGEST_NUMBER
+        if not (values.min() >= -largest and values.max() <= largest):  # nor if one is NaN
+            if not np.isfinite(values).all():
+                raise Refused(f"NotFinite: {what} holds NaN or infinity")
+            raise Refused(f"TooLarge: {what} holds a number beyond +-{largest:g}")
+
+
+class ClientLimits(NamedTuple):
+    """What a client can have sent at most in a round."""
+
+    method: Limits
+    weights: Mapping[str, float]
+    """Of the metrics that are weights in the server's mean."""
+    draws: int
+    """Times that a sample was drawn or looked at."""
+
+
+class Reply(NamedTuple):
+    """What came from one client and has been checked."""
+
+    content: RecordDict
+    """Its arrays, in the model's order, and its metrics, for a strategy."""
+    sums: Counts
+    counts: Counts
+    statistics: dict[str, np.ndarray]
+    """Name -> float64 of the shape that the statistic has."""
+
+
+class ReplySchema:
+    """What replies to the rounds of a run must be.
+
+    Args:
+        model: what is sent to clients, on any device.
+        method: the run's.
+        training: how clients train.
+        sizes: how many samples each client holds, as it announced.
+        num_classes: of the labels.
+        parameters: names in `model` that are trained.
+        functions: labelling functions that vote, or heads that do.
+        annotators: who label one sample at most.
+        units: (client, whether unlabelled samples are drawn) -> what a phase by bags draws.
+        max_update_norm: see `StrategyConfig`.
+        losses: least and largest value of `train_loss`.
+    """
+
+    def __init__(
+        self,
+        model: StateDict,
+        method: Method,
+        training: TrainingConfig,
+        sizes: Sequence[int],
+        num_classes: int,
+        parameters: frozenset[str] = frozenset(),
+        functions: int = 0,
+        annotators: int = 0,
+        units: Callable[[int, bool], Units] | None = None,
+        max_update_norm: float | None = None,
+        losses: tuple[float, float] = (-LARGEST_LOSS, LARGEST_LOSS),
+    ) -> None:
+        self.method = method
+        self.num_classes = num_classes
+        self.max_update_norm = max_update_norm
+        self.losses = losses
+        self._model = {name: value.cpu() for name, value in model.items()}
+        self._training = training
+        self._sizes = sizes
+        self._parameters = parameters
+        self._annotators = annotators
+        self._units = units
+        self._weights: dict[tuple[object, ...], Mapping[str, float]] = {}
+        parts = tuple(method.upload(self._model, [], parameters, 0.0))  # as of a client that did not train
+        self.parts = parts if len(parts) > 1 else ()
+        """Names of the models that a reply holds; none if it is one."""
+        one = {name: ArrayForm.like(value) for name, value in model.items()}
+        self.arrays = {f"{part}/{name}": form for part in self.parts for name, form in one.items()} or one
+        self.counts = _lengths(num_classes, functions, _claims(method))
+
+    @classmethod
+    def of(cls, experiment: Experiment, sizes: Sequence[int]) -> ReplySchema:
+        """Returns the schema of an experiment; sizes: as announced."""
+        config, record = experiment.config, experiment.federation.record
+        written = record.votes.shape[1] if config.method.functions_vote else 0
+        return cls(
+            experiment.initial_state,
+            config.method,
+            config.training,
+            sizes,
+            experiment.federation.dataset.num_classes,
+            frozenset(name for name, _ in experiment.teacher.named_parameters()),
+            config.method.labeling_heads or written,
+            record.annotations.shape[1],
+            cache(lambda client, unlabeled: bag_units(experiment.federation.supervision(client), unlabeled)),
+            config.strategy.max_update_norm,
+            (0.0, LARGEST_POWER_BASE) if config.strategy.name == "QFedAvg" else (-LARGEST_LOSS, LARGEST_LOSS),
+        )
+
+    def of_round(self, round_number: int, shared: State, messages: Sequence[Message]) -> RoundSchema:
+        """Returns the schema of a round.
+
+        Args:
+            round_number: 1-based.
+            shared: what the server shares in it.
+            messages: what is sent.
+        """
+        nobody = self.method.initial_memory(torch.ones(1, self.num_classes, dtype=torch.bool))
+        statistics = {name: tuple(v.shape) for name, v in self.method.statistics({**nobody, **shared}).items()}
+        sent = {}
+        if self.max_update_norm is not None:
+            arrays = messages[0].content["arrays"]
+            assert isinstance(arrays, ArrayRecord)
+            sent = {name: array.numpy() for name, array in arrays.items()}
+        return RoundSchema(self, round_number, shared, statistics, sent)
+
+    def limits(self, client: int, round_number: int) -> ClientLimits:
+        """Returns what a client can have sent at most in a round."""
+        samples, phases = self._sizes[client], self.method.phases(round_number)
+        drawn = []
+        for phase in phases:
+            units = None
+            if phase.bags:
+                assert self._units is not None
+                units = self._units(client, bool(phase.unlabeled))
+            drawn.append(most_drawn(phase, self._training, samples, units))
+        steps, examples = (sum(column) for column in zip(*drawn, strict=True)) if drawn else (0, 0)
+        key = (samples, *((phase.name, phase.start, most) for phase, (_, most) in zip(phases, drawn, strict=True)))
+        if key not in self._weights:
+            results = [
+                PhaseResult(phase.name, self._model, float(most), phase.start)
+                for phase, (_, most) in zip(phases, drawn, strict=True)
+                if most
+            ]
+            self._weights[key] = self._most_weights(results, weight_in_mean(self._training, examples, samples))
+        of_method = Limits(samples, self._annotators, int(steps), int(examples))
+        return ClientLimits(of_method, self._weights[key], int(examples) + samples * len(phases))
+
+    def _most_weights(self, results: list[PhaseResult], weight: float) -> Mapping[str, float]:
+        """Returns the weights that the method itself gives to a client that used all it could, or nothing."""
+        most = self.method.upload(self._model, results, self._parameters, weight)
+        none = self.method.upload(self._model, [], self._parameters, 0.0)
+        weights = {part: float(max(most[part].weight, none[part].weight)) for part in most}
+        if not self.parts:
+            return {"num-examples": next(iter(weights.values()))}
+        return {"num-examples": 1.0, **{f"weight/{part}": weights[part] for part in self.parts}}
+
+
+class RoundSchema(NamedTuple):
+    """What replies to one round must be."""
+
+    schema: ReplySchema
+    round_number: int
+    shared: State
+    statistics: Mapping[str, tuple[int, ...]]
+    """Name -> shape of what `Method.statistics` gives in this round."""
+    sent: Mapping[str, np.ndarray]
+    """The global model, if distances to it are asked for."""
+
+    def read(self, content: RecordDict, client: int) -> Reply:
+        """Returns what a client's reply holds.
+
+        Raises:
+            Refused: it is not what a client that follows the method can have sent; nothing else is ever raised.
+        """
+        for name, kind in _RECORDS.items():
+            if not isinstance(content.get(name), kind):
+                raise Refused(f"BadReply: it lacks the record `{name}`")
+        if further := [name for name in content if name not in _RECORDS]:
+            raise Refused(f"BadReply: it has records that nobody asked for, {_listed(further)}")
+        limits = self.schema.limits(client, self.round_number)
+        metrics = self._metrics(content["metrics"], limits)  # type: ignore[arg-type]
+        sums = self._sums(content["sums"], limits)  # type: ignore[arg-type]
+        counts = self._counts(content["counts"], limits)  # type: ignore[arg-type]
+        statistics = self._statistics(content["statistics"], limits.method)  # type: ignore[arg-type]
+        arrays = self._arrays(content["arrays"])  # type: ignore[arg-type]
+        return Reply(RecordDict({"arrays": arrays, "metrics": metrics}), sums, counts, statistics)
+
+    def _metrics(self, record: MetricRecord, limits: ClientLimits) -> MetricRecord:
+        expected = ["num-examples", "train_loss", *limits.weights]
+        if missing := [name for name in expected if name not in record]:
+            raise Refused(f"BadReply: its metrics lack `{missing[0]}`")
+        if further := [name for name in record if name not in expected]:
+            raise Refused(f"BadReply: its metrics have what nobody asked for, {_listed(further)}")
+        for name, most in limits.weights.items():
+            if type(record[name]) not in (int, float) or not 0 <= record[name] <= most * (1 + 1e-9):  # type: ignore[operator]
+                value = _listed([str(record[name])])
+                raise Refused(f"BadReply: `{name}` (={value}) must lie in [0, {most:g}], as what it holds allows")
+        loss, (least, largest) = record["train_loss"], self.schema.losses
+        if type(loss) not in (int, float) or not least <= loss <= largest:  # type: ignore[operator]
+            raise Refused(
+                f"BadReply: `train_loss` (={_listed([str(loss)])}) must be a number in [{least:g}, {largest:g}]"
+            )
+        return record
+
+    def _sums(self, record: ConfigRecord, limits: ClientLimits) -> Counts:
+        if len(record) > MOST_TAGS:
+            raise Refused(f"BadReply: it has {len(record)} metrics, more than {MOST_TAGS}")
+        for name, pair in record.items():
+            if not _TAG.fullmatch(name) or name in EVALUATED:
+                raise Refused(f"BadReply: its metric {_listed([name])} is none that a client may write")
+            _, count = _numbers("metric", name, pair, 2, LARGEST_LOSS)
+            if not 0 <= count <= PER_DRAW * (limits.draws + 1) * (self.schema.num_classes + 1):
+                raise Refused(f"BadReply: its metric {name} is over {count:g} samples, more than it can have")
+        return dict(record)  # type: ignore[arg-type]
+
+    def _counts(self, record: ConfigRecord, limits: ClientLimits) -> Counts:
+        known = {name: length for group in self.schema.counts for name, length in group.items()}
+        if further := [name for name in record if name not in known]:
+            raise Refused(f"BadReply: its counts have what nobody asked for, {_listed(further)}")
+        for group in self.schema.counts:
+            missing = [name for name in group if name not in record]
+            if missing and (len(missing) < len(group) or "passes" in group):
+                raise Refused(f"BadReply: its counts lack {missing[0]}")
+        values = {name: _numbers("count", name, numbers, known[name]) for name, numbers in record.items()}
+        for name, array in values.items():
+            if array.min() < 0:
+                raise Refused(f"BadReply: its count {name} is below 0 (={array.min():g})")
+        forward, backward = values["passes"]
+        if not backward <= forward <= PER_DRAW * self.schema.method.networks * (limits.draws + 1):
+            raise Refused(f"BadReply: its count passes (={forward:g}, {backward:g}) is more than it can have")
+        if "drawn" in values:
+            _check_pseudo_labels(values, limits.draws)
+        if "function_votes" in values:
+            _check_votes(values, limits.method.samples)
+        return dict(record)  # type: ignore[arg-type]
+
+    def _statistics(self, record: ConfigRecord, limits: Limits) -> dict[str, np.ndarray]:
+        if further := [name for name in record if name not in self.statistics]:
+            raise Refused(f"BadReply: it has statistics that nobody asked for, {_listed(further)}")
+        found = {}
+        for name, shape in self.statistics.items():
+            header = [float(len(shape)), *map(float, shape)]
+            value = record.get(name)
+            if type(value) is not list or value[: len(header)] != header:
+                raise Refused(f"BadReply: its statistic {name} is missing or has another shape than {list(shape)}")
+            values = _numbers("statistic", name, value, len(header) + math.prod(shape))
+            found[name] = values[len(header) :].reshape(shape)
+        if found:
+            try:
+                tensors = {name: torch.from_numpy(values) for name, values in found.items()}
+                self.schema.method.check_statistics(tensors, self.shared, limits)
+            except ValueError as error:
+                raise Refused(f"BadReply: {error}") from error
+        return found
+
+    def _arrays(self, record: ArrayRecord) -> ArrayRecord:
+        forms = self.schema.arrays
+        if record.keys() != forms.keys():
+            wrong = [*(name for name in forms if name not in record), *(name for name in record if name not in forms)]
+            raise Refused(f"BadReply: its model lacks, or has beside the global model's arrays, {_listed(wrong)}")
+        values = {name: form.read(name, record[name]) for name, form in forms.items()}
+        if self.schema.max_update_norm is not None:
+            self._check_distance(values, self.schema.max_update_norm)
+        if list(record) == list(forms):
+            return record
+        return ArrayRecord({name: record[name] for name in forms})  # strategies go by the order of arrays
+
+    def _check_distance(self, values: Mapping[str, np.ndarray], most: float) -> None:
+        for prefix in [f"{part}/" for part in self.schema.parts] or [""]:
+            moved = [
+                float(np.square(values[prefix + name].astype(np.float64) - start).sum())
+                for name, start in self.sent.items()
+                if start.dtype.kind == "f"
+            ]
+            distance = math.sqrt(math.fsum(moved))
+            if distance > most:
+                raise Refused(
+                    f"TooFar: its model is {distance:g} from the one it was sent, and `strategy.max_update_norm` is "
+                    f"{most:g}"
+                )
+
+
+def _numbers(what: str, name: str, value: object, length: int, largest: float = LARGEST_NUMBER) -> np.ndarray:
+    """Returns a list of so many numbers as (length,) float64; `name` is safe to show.
+
+    Raises:
+        Refused: it is anything else.
+    """
+    if type(value) is not list or set(map(type, value)) - {float}:
+        raise Refused(f"BadReply: its {what} {name} is no list of floats")
+    if len(value) != length:
+        raise Refused(f"BadReply: its {what} {name} has {len(value)} numbers, not {length}")
+    numbers = np.array(value, dtype=np.float64)
+    if not (np.abs(numbers) <= largest).all():
+        raise Refused(f"NotFinite: its {what} {name} holds NaN, infinity or a number beyond +-{largest:g}")
+    return numbers
+
+
+def _claims(method: Method) -> bool:
+    """Whether the method counts bytes as its paper does."""
+    return type(method).claimed_bytes is not Method.claimed_bytes
+
+
+def _lengths(classes: int, functions: int, claims: bool) -> tuple[Mapping[str, int], ...]:
+    """Returns groups of counts, name -> how many numbers; each group comes as a whole or not, "passes" always."""
+    per_class = dict.fromkeys(("drawn", "kept", "correct"), classes)
+    per_expert = dict.fromkeys((f"{name}_by_expert" for name in per_class), 2)
+    per_kind = dict.fromkeys(("drawn_by_kind", "correct_by_kind"), len(KIND_NAMES))
+    rows = [f"{bins}_{row}" for bins in ("bins", "kept_bins") for row in ("count", "confidence", "correct")]
+    beliefs = {"beliefs": BELIEF_BINS} if classes == 2 else {}
+    groups: list[Mapping[str, int]] = [
+        {"passes": 2},
+        {**per_class, **per_expert, **per_kind, **dict.fromkeys(rows, CALIBRATION_BINS), **beliefs},
+    ]
+    if claims:
+        groups.append({"claimed_bytes": 2})
+    if functions:
+        groups.append({"function_votes": functions * classes, "function_counts": functions * 4, "function_samples": 5})
+    return tuple(groups)
+
+
+def _check_pseudo_labels(counts: Mapping[str, np.ndarray], most: int) -> None:
+    """Looks at `metrics.pseudo_label_counts`: each count is of some samples of another, and all are of one number.
+
+    Raises:
+        Refused: they cannot be counts of the same pseudo-labels.
+    """
+    parts = [("kept", "drawn"), ("correct", "kept"), ("correct_by_kind", "drawn_by_kind")]
+    parts += [("kept_by_expert", "drawn_by_expert"), ("correct_by_expert", "kept_by_expert")]
+    parts += [("kept_bins_count", "bins_count")]
+    parts += [(f"{bins}_{row}", f"{bins}_count") for bins in ("bins", "kept_bins") for row in ("correct", "confidence")]
+    for part, whole in parts:
+        if (counts[part] > counts[whole] * (1 + _ROUNDING)).any():
+            raise Refused(f"BadReply: its count {part} is more than {whole}")
+    total = counts["drawn"].sum()
+    same = ["drawn_by_expert", "drawn_by_kind", "bins_count", *(["beliefs"] if "beliefs" in counts else [])]
+    for name in same:
+        if counts[name].sum() != total:
+            raise Refused(f"BadReply: its count {name} is of other samples than drawn")
+    if total > most:
+        raise Refused(f"BadReply: its count drawn (={total:g} samples) is more than it can have, {most}")
+
+
+def _check_votes(counts: Mapping[str, np.ndarray], most: int) -> None:
+    """Looks at `metrics.function_counts`.
+
+    Raises:
+        Refused: they cannot be counts of the same votes.
+    """
+    samples, voted, known, *right = counts["function_samples"]
+    if not (samples <= most and voted <= samples and known <= samples and max(right) <= known * (1 + _ROUNDING)):
+        raise Refused(f"BadReply: its count function_samples is more than it can have, {most}")
+    per_function = counts["function_counts"].reshape(-1, 4)
+    cast = counts["function_votes"].reshape(len(per_function), -1).sum(1)
+    if (cast > voted).any() or (per_function > cast[:, None]).any():
+        raise Refused("BadReply: its count function_votes or function_counts is more than function_samples allows")
+
+
+class Identity(NamedTuple):
+    """What a node says of itself before the first round."""
+
+    client: int
+    source_hash: str
+    samples: int | None
+    """None: it runs other code than it was asked for."""
+
+
+def read_identity(content: RecordDict) -> Identity:
+    """Returns what a node says of itself.
+
+    Raises:
+        Refused: it says nothing that makes sense.
+    """
+    record = content.get("identity")
+    if not isinstance(record, ConfigRecord):
+        raise Refused("its answer lacks the record `identity`")
+    client, code, samples = (record.get(name) for name in ("partition-id", "source-hash", "num-samples"))
+    if type(client) is not int or client < 0:
+        raise Refused(f"its partition-id (={_listed([str(client)])}) is no number of at least 0")
+    if type(code) is not str:
+        raise Refused("its answer lacks `source-hash`")
+    if samples is not None and (type(samples) is not int or samples < 0):
+        raise Refused(f"its num-samples (={_listed([str(samples)])}) is no number of at least 0")
+    return Identity(client, harmless(code, 64), samples)

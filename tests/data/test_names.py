@@ -1,0 +1,28 @@
+"""Names in messages and of classes."""
+
+from __future__ import annotations
+
+from fedlabel.data.names import alike, closest, in_order, listed, shown
+
+
+def test_what_a_terminal_would_obey_is_escaped_and_what_is_long_is_cut() -> None:
+    assert shown("é\x1b[31m\n\u202e") == r"é\x1b[31m\n\u202e"
+    assert shown("a" * 200, 5) == "aaaaa…"
+    assert shown(-3) == "-3"
+    assert listed([1, 2, 3], 2) == "1, 2, … (3 in all)"
+    assert listed(["a", "b"], 2) == "a, b"
+
+
+def test_numbers_are_in_the_order_of_numbers() -> None:
+    assert in_order(["10", "9", "1.5"]) == ["1.5", "9", "10"]
+    assert in_order(["10", "9", "a"]) == ["10", "9", "a"]
+
+
+def test_the_closest_name_is_found_through_case_and_blanks() -> None:
+    assert closest("LEFT eye", ["right eye", "Left Eye"]) == "Left Eye"
+    assert closest("lef", ["right", "Left"]) == "Left"
+    assert closest("zebra", ["right", "Left"]) is None
+    assert alike(["a b", "AB", "c", "C "]) == [
+        "The classes `a b`, `AB` differ in case or blanks alone; they count as 2 classes.",
+        "The classes `c`, `C ` differ in case or blanks alone; they count as 2 classes.",
+    ]
