@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from fedlabel.config import ConfigError, ExperimentConfig, is_file, load_config, parse_config, to_yaml
+from fedlabel.data.datasets import DATASETS, load_dataset
 from fedlabel.data.federation import build_federation
 from fedlabel.data.labeling_functions import FunctionReport
 from fedlabel.errors import FULL, RunError, file_error, make_folder, naming
@@ -85,9 +86,10 @@ def run_experiment(
                 "resume=True)."
             )
     build_strategy(resolved.strategy)
-    if any(part.module for part in resolved.supervision.parts):  # its functions may have been edited since
-        open_experiment.cache_clear()
-        build_federation.cache_clear()
+    # The user's own files and functions may have been changed since this process read them.
+    if DATASETS[resolved.data.name].own or any(part.module or part.labels_file for part in resolved.supervision.parts):
+        for cached in (open_experiment, build_federation, load_dataset):
+            cached.cache_clear()
     experiment = open_experiment(to_yaml(resolved))
     on_start(resolved, path)
     with open_grid(resolved, experiment.device.type == "cuda") as grid:
@@ -384,9 +386,7 @@ def partition(
         console.print(_kinds_table(federation.kinds(), KIND_NAMES))
     if federation.functions:
         console.print(_functions_table(federation.functions))
-    for doubt in federation.doubts():
-        say(console, doubt, "yellow")
-    for note in federation.dataset.notes:
+    for note in (*federation.dataset.notes, *federation.doubts()):
         say(console, f"note: {note}", "yellow")
     if len(federation.server_rows):
         say(console, f"The server holds {counted(len(federation.server_rows), 'labelled sample')}.")

@@ -19,6 +19,7 @@ import fedlabel
 from fedlabel.cli import app
 from fedlabel.progress import make_table
 from server.checkpoint import load_checkpoint
+from tests.data.arrays import write_npz
 from tests.integration.processes import environment, fedlabel_command
 from tests.integration.tiny import TINY, run_tiny
 
@@ -411,3 +412,14 @@ def test_a_run_that_diverges_says_so_without_a_warning(method: str, tmp_path: Pa
     assert result.exit_code == 1, result.output
     (line,) = result.stderr.strip().splitlines()
     assert "Training diverged: take a smaller training.lr (=1e+06)" in line
+
+
+def test_partition_prints_what_a_loader_has_to_say(tmp_path: Path) -> None:
+    write_npz(tmp_path / "set.npz", weights=np.zeros(3))
+    result = call(
+        *("partition", "data.name=npz", f"data.root={tmp_path / 'set.npz'}", "num_clients=2"),
+        *("supervision.label_rate=0.5", "--out", str(tmp_path / "p")),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output.count("note: ") == 1
+    assert f"note: {tmp_path / 'set.npz'}: weights of it is not read." in result.output
