@@ -300,5 +300,9 @@ class _Reading:
             categories=categories,
             labels=torch.from_numpy(rows.labels),
             names=(*self.numbers, *self.categories),
-            aside={name: np.array(rows.cells(name), dtype=object) for name in self.config.aside_columns},
+            aside={
+                name: np.array(rows.cells(name), dtype=object)
+                for name in self.config.aside_columns
+                if name in rows.file.columns
+            },
         )
