@@ -3,9 +3,9 @@
 Usage: python scripts/kill_runs.py [--kills 25] [--ray 8] [--seed 0] [METHOD ...]
 
 METHOD: names in `METHODS` below (default: all of them in turn). Each run is killed with SIGKILL up to three times, a
-random while after its first new round, and then goes on to its end. All metrics but timings and the final weights are
-compared, bit by bit. `--ray` of the kills are on Ray, the others in one process. Prints a line per run; exit status 1 if
-any differs.
+random while after its first new round, and then goes on to its end. All metrics but timings and the final weights
+are compared, bit by bit. `--ray` of the kills are on Ray, the others in one process. Prints a line per run; exit
+status 1 if any differs.
 """
 
 from __future__ import annotations
