@@ -125,7 +125,8 @@ def _resolve(
     try:
         found = load_config([saved])
     except ValueError as error:
-        raise ConfigError(f"{saved} is damaged: {error} Put it back as it was, or begin a new run.") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{saved} is damaged: {reason} Put it back as it was, or begin a new run.") from error
     if not paths and not overrides:
         return found
     method, saved_method = load_config(paths, overrides).method.name, found.method.name

@@ -22,8 +22,8 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -132,7 +132,11 @@ class RunFolder:
         """Opens a new event file in an existing folder; not for callers, see `create` and `resume`."""
         self.path = path
         self._lock = FolderLock(path)
-        self._events = EventFile(path, purge_step)
+        try:
+            self._events = EventFile(path, purge_step)
+        except BaseException:
+            self._lock.close()
+            raise
         self._failures: list[str] = []
         self._next_round = purge_step or 1
 
@@ -165,14 +169,16 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        _sync_folder(path.parent)
+        with naming(path.parent):
+            _sync_folder(path.parent)
         folder = cls(path)
         # Without the "experiment" record: TensorBoard takes its columns from the first such record it meets, and runs
         # of other methods beside it would lose theirs. Lacking one it gathers the columns from all runs.
         # (TensorBoard 2.21 then lists metrics beside them only for --logdir on the folder that holds the runs.)
         _, session_start, _ = summaries.hparams(dict(hparams), {})
-        folder._events.add(session_start)
-        folder._events.flush()
+        with folder.closed_on_error():
+            folder._events.add(session_start)
+            folder._events.flush()
         return folder
 
     @classmethod
@@ -209,7 +215,8 @@ class RunFolder:
         write_atomic(path / "metrics.jsonl", "".join(_json_line(row) for row in rows))
         _wait_for_later_name(path)
         folder = cls(path, purge_step=completed_round + 1)
-        folder._events.flush()
+        with folder.closed_on_error():
+            folder._events.flush()
         return folder
 
     @property
@@ -327,6 +334,16 @@ class RunFolder:
             self._events.close()
         finally:
             self._lock.close()
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Closes the folder if something inside fails."""
+        try:
+            yield
+        except BaseException:
+            with suppress(ValueError):  # what failed before is to be told
+                self.close()
+            raise
 
     def _add_bins(self, tag: str, counts: np.ndarray, round_number: int) -> None:
         limits = np.linspace(0, 1, len(counts) + 1)[1:]

@@ -57,12 +57,24 @@ def main(grid: Grid, context: Context) -> None:
     """Runs an experiment on the grid Flower gives; `run_config` holds `configs` (comma separated) and `overrides`."""
     logger.setLevel(logging.INFO)  # `flwr run --stream` and `flwr log` show what is written to stderr
     logger.addHandler(logging.StreamHandler())
+    try:
+        path = _run_here(grid, context)
+    except Exception as error:
+        # Flower logs what is raised, and its own exit status does not tell: the last line of the log has to.
+        known = isinstance(error, (ValueError, RunError))
+        reason = str(error).partition("\n")[0] if known else repr(error)
+        failed = RunError(f"fedlabel: the run FAILED (whatever the exit status of flwr run): {reason}")
+        raise failed from (None if known else error)  # a bug: show where
+    logger.info("fedlabel: the run is finished. Results are in %s", path)
+
+
+def _run_here(grid: Grid, context: Context) -> Path:
     configs = [path.strip() for path in str(context.run_config.get("configs", "")).split(",") if path.strip()]
     config = load_config(configs, split_overrides(str(context.run_config.get("overrides", ""))))
     path = (Path("runs") / default_name(config)).absolute()
     logger.info("Results go to %s", path)  # below the directory where the SuperLink was started
     run_federation(config, grid, path, on_round=_log_line)
-    logger.info("Results are in %s", path)
+    return path
 
 
 def default_name(config: ExperimentConfig) -> str:
@@ -140,22 +152,28 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
         if checkpoint.round_number > 0:
             _check_same_data(path / PARTITION_JSON, experiment.federation)
         folder = RunFolder.resume(path, checkpoint.round_number)
-        write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
-        with naming(folder.summary_json):
-            folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
-        if checkpoint.round_number > 0:
-            return folder
     else:
         folder = RunFolder.create(path, text, flatten(experiment.config))
-    write_atomic(folder.partition_json, experiment.federation.to_json())
-    write_atomic(folder.supervision_json, experiment.federation.audit_json())
+    with folder.closed_on_error():
+        if checkpoint is not None:
+            write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
+            with naming(folder.summary_json):
+                folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
+        if checkpoint is None or checkpoint.round_number == 0:
+            _describe(experiment, folder)
+    return folder
+
+
+def _describe(experiment: Experiment, folder: RunFolder) -> None:
+    """Writes what a run begins with: who holds what, and the configuration."""
     federation = experiment.federation
+    write_atomic(folder.partition_json, federation.to_json())
+    write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.evaluation.figures:
         figure = partition_figure(federation.histograms(), KIND_NAMES, federation.true_classes)
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
-    folder.log_text("config", f"```yaml\n{text}```")
-    return folder
+    folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")
 
 
 def _check_same_data(path: Path, federation: Federation) -> None:

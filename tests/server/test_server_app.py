@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedlabel.config import load_config
 from fedlabel.hardware import source_hash
-from server.grids import SimulationGrid
+from server import server_app
+from server.grids import InProcessGrid, SimulationGrid
 from server.server_app import RunError, connect, default_name, run_federation
 
 
@@ -69,3 +71,22 @@ def test_no_folder_is_made_before_the_nodes_are_there(tmp_path: Path) -> None:
 def test_default_name_says_what_it_is() -> None:
     config = load_config([], ["method.name=fedlabel.methods.supervised:Supervised", "seed=4"])
     assert re.fullmatch(r"[Ss]upervised-digits-seed4-\d{8}-\d{6}", default_name(config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ("training.lr=-1", r"`training.lr` \(=-1.0\) must be a positive number."),
+        ("num_clients=9 grid.connect_timeout=0.1", "Only 2 of `num_clients`"),
+    ],
+)
+def test_the_last_line_of_flowers_log_says_that_a_run_failed(
+    overrides: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower writes the traceback of what is raised last; `flwr run` ends with status 0."""
+    monkeypatch.chdir(tmp_path)
+    context = Context(1, 0, {}, RecordDict(), {"configs": "", "overrides": overrides})
+    with pytest.raises(RunError, match=rf"^fedlabel: the run FAILED .*: {reason}") as caught:
+        server_app.main(InProcessGrid(ClientApp(), 2), context)
+    assert caught.value.__suppress_context__
+    assert not (tmp_path / "runs").exists()
