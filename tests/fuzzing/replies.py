@@ -184,6 +184,8 @@ ODD: tuple[Any, ...] = (
     *({"a": 1}, (1.0, 1.0), np.float64(1), [[1.0], [1.0]], [-1.0, -1.0], [1e308, 1e308], [1.0, float("inf")]),
 )
 """What stands for no number, and for no pair of a sum and a count."""
+SHAPES = ((8, 64), (8,), (10, 8), (10,), (44, 8), (44,))
+"""Of the models' arrays."""
 NAMES = (
     "evil",
     "",
@@ -226,8 +228,9 @@ def _keys(rng: np.random.Generator, body: RecordDict) -> None:
     record = body.get(_any(rng, [name for name in ("arrays", "metrics", "counts", "statistics") if name in body]))
     if not isinstance(record, (ArrayRecord, MetricRecord, ConfigRecord)):
         return
-    if rng.random() < 0.5 and len(record):
-        del record[_any(rng, record)]
+    own = [name for name in record if name not in NAMES]
+    if rng.random() < 0.5 and own:
+        del record[_any(rng, own)]
     else:
         _put(record, _any(rng, NAMES), _any(rng, [1.0, [1.0, 1.0], Array(np.ones(3, np.float32))]))
 
@@ -238,10 +241,10 @@ def _array(rng: np.random.Generator, body: RecordDict) -> None:
         return
     key = _any(rng, record)
     good = record[key]
-    if not isinstance(good, Array) or good.stype != "numpy.ndarray":
+    if not isinstance(good, Array) or good.shape not in SHAPES or len(good.data) < 128:  # mutated before
         return
     kind = rng.integers(8)
-    made = Array(good.dtype, good.shape, good.stype, good.data)
+    made = copy.copy(good)
     values = np.zeros(good.shape, np.float32)
     if kind == 0:
         made = Array(
@@ -344,10 +347,16 @@ def _statistic(rng: np.random.Generator, body: RecordDict) -> None:
         return
     key = _any(rng, record)
     value = record[key]
-    if not isinstance(value, list) or not value or not all(isinstance(number, float) for number in value):
-        return
+    if (
+        not isinstance(value, list)
+        or value[:1] not in ([0.0], [1.0], [2.0], [3.0])
+        or {type(x) for x in value} != {float}
+    ):
+        return  # mutated before
     start = 1 + int(value[0])
     numbers = np.array(value[start:])
+    if not len(numbers):
+        return
     match rng.integers(5):
         case 0:
             _put(record, key, _any(rng, ODD))
