@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from fedlabel.config import load_config
 from fedlabel.hardware import source_hash
 from server.grids import SimulationGrid
-from server.server_app import RunError, connect, default_name, run_federation
+from server.server_app import RunError, _log_line, connect, default_name, run_federation
 
 
 class Nodes(SimulationGrid):
@@ -133,3 +133,14 @@ def test_no_folder_is_made_before_the_nodes_are_there(tmp_path: Path) -> None:
 def test_default_name_says_what_it_is() -> None:
     config = load_config([], ["method.name=fedlabel.methods.supervised:Supervised", "seed=4"])
     assert re.fullmatch(r"[Ss]upervised-digits-seed4-\d{8}-\d{6}", default_name(config))
+
+
+def test_a_deployed_round_is_one_short_line(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = {"train/loss": 0.51234, "eval/accuracy": 0.8, "system/failed_clients": 0.0, "system/round_seconds": 3.21}
+    with caplog.at_level("INFO", "fedlabel"):
+        _log_line(3, {**metrics, "pseudo/ece": 0.1})
+        _log_line(4, {"system/failed_clients": 2.0, "system/round_seconds": 3.0})
+    assert caplog.messages == [
+        "Round 3: loss 0.5123, accuracy 0.8000, 3.2 s",
+        "Round 4: failed clients 2, 3.0 s",
+    ]
