@@ -29,6 +29,7 @@ CHANGEABLE = (
     "grid.num_workers",
     "grid.timeout",
     "grid.connect_timeout",
+    "strategy.min_replies",
     "checkpoint.every",
     "checkpoint.keep",
     "evaluation.figures",

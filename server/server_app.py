@@ -386,7 +386,7 @@ def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[
     if missing:
         raise RunError(
             f"No node has partition-id {missing[0]} ({len(missing)} of {config.num_clients} are missing). "
-            + " ".join(refusals[:1])
+            + " ".join(refusals[:3])
         )
     for refusal in refusals:
         logger.warning("Left out: %s", refusal)
