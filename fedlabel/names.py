@@ -13,7 +13,7 @@ def simple(name: str) -> str:
 
 
 def near(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """Returns up to `most` of the names that are spelt like `name` or begin with it, the nearest first; none if none is near."""
+    """Returns up to `most` of the names that are spelt like `name`, the nearest first; none if none is near."""
     by_spelling: dict[str, list[str]] = {}
     for each in known:
         by_spelling.setdefault(simple(each), []).append(each)
