@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -12,22 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedlabel.data.bag_files import as_counted, bags_of_column, published_bags
 from fedlabel.data.bags import Bags, draw_bags
 from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
 from fedlabel.data.fingerprint import fingerprint
+from fedlabel.data.hand_out import HandOut
 from fedlabel.data.imprecision import Resemblance
-from fedlabel.data.label_amounts import kind_of_samples
 from fedlabel.data.labeling_functions import FunctionReport
-from fedlabel.data.loaders import data_root
+from fedlabel.data.loaders import DataError, data_root
+from fedlabel.data.own_columns import own_column, own_rows, with_columns_aside
 from fedlabel.data.partition import (
-    MAX_DRAWS,
+    COLUMN,
     LabeledPartitionConfig,
     PartitionConfig,
-    partition,
+    column_owners,
     split_like,
-    too_small,
 )
-from fedlabel.data.skew import SkewConfig, long_tails
+from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
 from fedlabel.data.supervision_config import SupervisionConfig
 from fedlabel.seeding import derive_seed, numpy_generator
@@ -56,6 +56,8 @@ class Federation:
     shares, with noise on their counts where those have it; None where clients have none."""
     functions: tuple[FunctionReport, ...] = ()
     """What came of asking the labelling functions, over all clients; none where there are none."""
+    names: tuple[str, ...] = ()
+    """Of the clients, where a column says whose a sample is; else none."""
 
     @cached_property
     def labeled(self) -> np.ndarray:
@@ -88,8 +90,9 @@ class Federation:
                 "labeled": rows[self.labeled[rows]].tolist(),
                 "unlabeled": rows[~self.labeled[rows]].tolist(),
                 "evaluation": test_rows.tolist(),
+                **({"name": self.names[client]} if self.names else {}),
             }
-            for rows, test_rows in zip(self.parts, self.test_parts, strict=True)
+            for client, (rows, test_rows) in enumerate(zip(self.parts, self.test_parts, strict=True))
         ]
         return {"clients": clients, "server": self.server_rows.tolist()}
 
@@ -191,20 +194,14 @@ class Federation:
         return self._doubts_of_labels() + failing[:MAX_DOUBTS]
 
     def _doubts_of_labels(self) -> list[str]:
-        if not self.lacking:
-            return []
         held = sum(map(len, [*self.parts, self.server_rows]))
-        has_label = held - self.lacking
         told = int((self.record.labeled & ~self.record.noisy).sum())
-        said = (
-            f"{self.lacking:,} of {held:,} training samples have no label in the data: nothing is compared with them."
-        )
-        if 0 < told < has_label:
-            said += (
-                f" Of the {has_label:,} labels that there are, supervision uses {told:,} and hides the others; "
-                "supervision.kind=full uses all."
-            )
-        return [said]
+        if not self.lacking or not 0 < told < held - self.lacking:
+            return []
+        return [
+            f"{self.lacking:,} of {held:,} training samples have no label in the data. Of the {held - self.lacking:,} "
+            f"labels that there are, supervision uses {told:,} and hides the others; supervision.kind=full uses all."
+        ]
 
     def audit_json(self) -> str:
         """Returns the audit and the federation's hash as JSON, in one line."""
@@ -255,18 +252,34 @@ def build_federation(
         num_clients: number of clients.
         evaluation_split: "test" or "validation", the split that clients are evaluated on.
         all_labels: give every client all labels that the data have of its samples, whatever `supervision` and `skew`
-            say (the upper bound). The
-            samples are those of a run without it; for labels_at=server the server's are the clients', too.
+            say (the upper bound). The samples are those of a run without it; for labels_at=server the server's are the
+            clients', too.
         seed: the experiment's seed.
 
     Raises:
         ValueError: the data are missing or damaged, or the partition or the labels asked for are impossible.
     """
-    dataset = load_dataset(data, seed)
+    dataset, own = _load(data, partition_config, labeled_partition, supervision, seed)
     labels, classes = dataset.train.labels.numpy(), dataset.num_classes
     hidden = skew.hidden_classes(dataset.class_names)
-    recipe = _Recipe(
-        labels, classes, num_clients, partition_config, labeled_partition, supervision, skew, hidden, all_labels, seed
+    published = published_bags(dataset, data, supervision, own.get("supervision.bag_column"))
+    owners, names = {}, {}
+    for config in (partition_config, labeled_partition):
+        if config is not None and config.kind == COLUMN:
+            owners[config.key], names[config.key] = column_owners(own[f"{config.key}.column"], num_clients, config)
+    recipe = HandOut(
+        labels,
+        classes,
+        num_clients,
+        partition_config,
+        labeled_partition,
+        supervision,
+        skew,
+        hidden,
+        all_labels,
+        seed,
+        owners,
+        published,
     )
     parts, kinds, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
     functions: tuple[FunctionReport, ...] = ()
@@ -275,7 +288,7 @@ def build_federation(
         record = supervise(labels, held & (labels >= 0), classes)
     else:
         resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
-        record = impart(labels, kinds, supervision.parts, classes, resemblance, seed, parts)
+        record = impart(labels, kinds, supervision.parts, classes, resemblance, seed, parts, published)
         cast = ask_functions(kinds, supervision.parts, dataset, parts)
         if cast is not None:
             record, functions = replace(record, votes=torch.from_numpy(cast.votes)), cast.reports
@@ -294,97 +307,53 @@ def build_federation(
             f"data.validation_fraction (={data.validation_fraction}) above 0."
         )
     rng = numpy_generator(seed, "evaluation_parts")
-    test_parts = split_like(labels, parts, split.labels.numpy(), classes, rng)
+    client_names = tuple(names.get(partition_config.key, ()))
+    own_test = own_rows(dataset, data, partition_config, client_names, evaluation_split)
+    if own_test is not None:
+        test_parts = own_test
+    else:
+        test_parts = split_like(as_counted(labels, published), parts, split.labels.numpy(), classes, rng)
     with_sets = [place for place, part in enumerate(supervision.parts) if part.has_candidates and not all_labels]
     test_bags = None
     for part in supervision.parts:
-        if part.kind == "bags" and test_bags is None:
+        if part.bags_file is not None:
+            test_bags = bags_of_column(dataset, data, part, evaluation_split)
+        elif part.kind == "bags" and test_bags is None:
             scope = derive_seed(seed, "evaluation")
             feature = None if part.bag_feature is None else dataset.feature(part.bag_feature, evaluation_split)
             test_bags = draw_bags(split.labels.numpy(), test_parts, classes, part, feature, scope)
     in_sets = np.isin(kinds, with_sets)
-    return Federation(dataset, parts, record, test_parts, in_sets, server_rows, test_bags, functions)
+    return Federation(dataset, parts, record, test_parts, in_sets, server_rows, test_bags, functions, client_names)
 
 
-@dataclass(frozen=True, eq=False)
-class _Recipe:
-    """How samples and labels are handed out; for the fields see `build_federation`."""
-
-    labels: np.ndarray
-    num_classes: int
-    num_clients: int
-    partition: PartitionConfig
-    labeled_partition: LabeledPartitionConfig | None
-    supervision: SupervisionConfig
-    skew: SkewConfig
-    hidden_classes: Sequence[int]
-    """Numbers of `skew.unlabeled_only_classes`."""
-    all_labels: bool
-    seed: int
-
-    @property
-    def chosen_over_all(self) -> bool:
-        """Whether the labelled samples are chosen from the whole training set, whoever will hold them."""
-        if self.supervision.mix:
-            return False
-        counted = self.supervision.labels_per_class is not None or self.supervision.labels_total is not None
-        at = self.supervision.labels_at
-        return at == "server" or self.labeled_partition is not None or (at == "clients" and counted)
-
-    def labels_first(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Chooses labels, cuts the tails, and spreads what is left.
-
-        Returns:
-            The clients' parts; (n,) int64, which kind of label is known (see `kind_of_samples`); the server's rows.
-        """
-        kinds, kept = self._choose([np.arange(len(self.labels))])
-        kinds = np.where(kept, kinds, -1)
-        known, unknown = np.flatnonzero(kinds >= 0), np.flatnonzero(kept & (kinds < 0))
-        if self.labeled_partition is not None:
-            labeled = self._spread(known, self.labeled_partition, derive_seed(self.seed, "labeled_partition"))
-            unlabeled = self._spread(unknown, self.partition, self.seed, [len(rows) for rows in labeled])
-            parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled, unlabeled, strict=True)]
-            return parts, kinds, known[:0]
-        if self.supervision.labels_at == "server" and not self.all_labels:
-            if len(unknown) == 0:
-                raise ValueError(
-                    f"`supervision.kind` (={self.supervision.kind}) and `supervision.label_rate` "
-                    f"(={self.supervision.label_rate}) beside supervision.labels_at=server leave no sample to the "
-                    "clients, since every training sample has a label: take supervision.kind=few_labels and a smaller "
-                    "amount."
-                )
-            return self._spread(unknown, self.partition, self.seed), kinds, known
-        return self._spread(np.flatnonzero(kept), self.partition, self.seed), kinds, known[:0]
-
-    def labels_last(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Spreads all, chooses labels inside the parts, cuts the tails; anew if a client is left with too little.
-
-        The tails are exact over the federation; a client's share of labels is then no longer the one configured.
-
-        Returns:
-            As `labels_first`.
-        """
-        best = 0
-        for draw in range(MAX_DRAWS):
-            seed = self.seed if draw == 0 else derive_seed(self.seed, "partition_again", draw)
-            parts = self._spread(np.arange(len(self.labels)), self.partition, seed)
-            kinds, kept = self._choose(parts)
-            parts = [rows[kept[rows]] for rows in parts]
-            smallest = min(map(len, parts))
-            if smallest >= self.partition.min_samples:
-                return parts, np.where(kept, kinds, -1), np.arange(0)
-            best = max(best, smallest)
-        reason = too_small(int(kept.sum()), self.num_clients, self.partition, best, MAX_DRAWS)
-        raise ValueError(f"{reason} Or take smaller skew.labeled_imbalance and skew.unlabeled_imbalance.")
-
-    def _choose(self, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (n,) int64, the kinds of label before the tails, and (n,) bool, the samples that the tails leave."""
-        kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, self.hidden_classes)
-        return kinds, long_tails(self.labels, kinds >= 0, self.num_classes, self.skew, self.seed)
-
-    def _spread(
-        self, rows: np.ndarray, config: PartitionConfig, seed: int, held: Sequence[int] | None = None
-    ) -> list[np.ndarray]:
-        """As `partition`, of the samples `rows`."""
-        drawn = partition(self.labels[rows], self.num_clients, self.num_classes, config, seed, held)
-        return [rows[part] for part in drawn]
+def _load(
+    data: DataConfig,
+    partition_config: PartitionConfig,
+    labeled_partition: LabeledPartitionConfig | None,
+    supervision: SupervisionConfig,
+    seed: int,
+) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """Loads the data; returns also the columns that are no features, since a key of the configuration names them: key
+    -> (n,) texts of the training split.
+    """
+    wanted = {
+        f"{config.key}.column": config.column
+        for config in (partition_config, labeled_partition)
+        if config is not None and config.column is not None
+    }
+    for part in supervision.parts:
+        if part.bag_column is not None:
+            wanted["supervision.bag_column"] = part.bag_column
+    try:
+        dataset = load_dataset(with_columns_aside(data, wanted), seed)
+    except DataError as error:
+        for key, name in wanted.items():  # the user has not named it there
+            if name not in data.aside_columns and str(error).startswith("`data.aside_columns`") and name in str(error):
+                raise DataError(str(error).replace("data.aside_columns", key, 1)) from error
+        raise
+    own = {}
+    for key, name in wanted.items():
+        values = own_column(dataset, data, key, name)
+        assert values is not None, "the training split has all its columns"
+        own[key] = values
+    return dataset, own

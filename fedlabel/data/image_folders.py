@@ -14,8 +14,9 @@ import torch
 
 from fedlabel.data.image_files import EXTENSIONS, Header, read_headers, read_pixels
 from fedlabel.data.loaders import DataError, Loaded, Split, data_root
-from fedlabel.data.names import alike, closest, counted, in_order, listed, shown
+from fedlabel.data.names import alike, closest, in_order, listed, shown
 from fedlabel.data.repeats import repeated_images
+from fedlabel.names import counted
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig

@@ -4,11 +4,15 @@ Sources: uniform candidates (Feng et al., NeurIPS 2020), instance-dependent cand
 Partial Label Learning", NeurIPS 2021), symmetric and asymmetric noise (Patrini et al., CVPR 2017), candidates that may
 miss the truth (Chen et al., "Imprecise Label Learning", NeurIPS 2024).
 
+Symmetric noise draws from all classes, the true one among them: at a rate of .4 and 10 classes .36 of the labels are
+wrong and .64 are right, not .6.
+
 What differs: similar candidates, instance-dependent candidates and instance-dependent noise all come from one small
-network that is trained on the true labels of the samples of which something will be known; the noise then goes to the
-samples that the network finds hard, exactly as many as asked for. Xu et al. let class j in with probability p_j / (the
-largest p of a wrong class), so the likeliest wrong class always; here p is scaled so that sets have the size that
-`partial_ratio` asks for.
+network that is trained on the true labels of the samples of which something will be known. Instance-dependent noise is
+our own, not the part-dependent noise of Xia et al. (NeurIPS 2020): it goes to the samples that the network finds hard,
+exactly as many as asked for, and their labels to wrong classes that it finds probable. Of the candidates, Xu et al. let
+class j in with probability p_j / (the largest p of a wrong class), so the likeliest wrong class always; here p is scaled
+so that sets have the size that `partial_ratio` asks for.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ has one label per sample, in the order of the data set's training samples; what 
 
 from __future__ import annotations
 
-import zipfile
+import sys
+import tokenize
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,15 +68,15 @@ def _read(path: Path, keys: Sequence[str]) -> Mapping[str, Column]:
         elif suffix in PARQUET:
             found = read_parquet(path).columns
         elif suffix == ".npy":
-            # Mapped, so that a header which claims more than there is takes no memory.
-            found = {path.stem: np.array(np.load(path, mmap_mode="r", allow_pickle=False))}
+            found = {path.stem: _read_npy(path)}
         else:
             names = read_npz(path, ())[1]
             found = read_npz(path, [name for name in names if name in keys or not keys])[0]
-    except (DataError, OSError, EOFError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{key}: {error if isinstance(error, DataError) else f'{path} cannot be read: {error}'}"
-        ) from error
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+    except (OSError, EOFError, ValueError, SyntaxError, MemoryError, tokenize.TokenError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise DataError(f"{key}: {path} cannot be read: {cause}. Write it again by numpy.savez, or as CSV.") from error
     if missing := [name for name in keys if name not in found]:
         known = list(found) if suffix in (*CSV, *PARQUET, ".npy") else names
         raise DataError(
@@ -84,6 +86,17 @@ def _read(path: Path, keys: Sequence[str]) -> Mapping[str, Column]:
     if not found:
         raise DataError(f"{key}: {path} has no array.")
     return {name: found[name] for name in keys or found}
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of files that Python 2 has written
+        # Mapped, so that a header which claims more than there is takes no memory.
+        array = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    if array.dtype.kind == "U" and array.size and array.dtype.itemsize:
+        codes = np.ascontiguousarray(array).reshape(-1).view(array.dtype.byteorder.replace("|", "=") + "u4")
+        if codes.max() > sys.maxunicode:
+            raise ValueError("it holds texts that are none")
+    return array
 
 
 def _columns(path: Path, key: str, array: Column, dataset: Dataset) -> dict[str, Column]:
@@ -120,8 +133,8 @@ def _check_signs(path: Path, columns: Mapping[str, Column], classes: ClassNames)
         found.update(str(label).strip().removesuffix(".0") for label in dict.fromkeys(_plain(column)))
     if found - {"", "nan", "None"} == {"-1", "1"}:
         raise DataError(
-            f"{path}: its labels are -1 and 1 alone. If -1 is the class {listed(classes.names[:1])}, write that name; if "
-            "it says that there is no label, write an empty text, or NaN."
+            f"{path}: its labels are -1 and 1 alone. If -1 is the class {listed(classes.names[:1])}, write that name; "
+            "if it says that there is no label, write an empty text, or NaN."
         )
 
 

@@ -22,11 +22,6 @@ def listed(values: Sequence[object], most: int = 10) -> str:
     return text if len(values) <= most else f"{text}, … ({len(values)} in all)"
 
 
-def counted(count: int, noun: str) -> str:
-    """Returns "1 image" or "2 images"."""
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def in_order(names: Sequence[str]) -> list[str]:
     """Returns names in the order of numbers if all are numbers, and else of the alphabet."""
     try:

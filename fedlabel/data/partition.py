@@ -22,9 +22,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fedlabel.data.names import in_order, listed
 from fedlabel.seeding import derive_seed, numpy_generator
 
 KINDS = ("iid", "dirichlet", "dirichlet_per_class", "classes_per_client", "quantity_skew")
+COLUMN = "column"
+"""The partition that the data have: nothing is drawn."""
 CLASSLESS = ("iid", "quantity_skew")
 """Recipes that do not look at classes."""
 FLWR_DATASETS = "flwr_datasets:"
@@ -42,15 +45,20 @@ class PartitionConfig:
     """What `min_samples` must be at least."""
 
     kind: str = "dirichlet"
-    """iid, dirichlet (FedLabel's), dirichlet_per_class (the common one), classes_per_client, quantity_skew, or
-    `flwr_datasets:<Class>` for a partitioner of the flwr-datasets package, e.g. `flwr_datasets:ShardPartitioner`.
-    Samples without a label in the data, of which recipes by class say nothing, are dealt evenly beside the others."""
+    """iid, dirichlet (FedLabel's), dirichlet_per_class (the common one), classes_per_client, quantity_skew, column
+    (every different value of `column` is a client), or `flwr_datasets:<Class>` for a partitioner of the flwr-datasets
+    package, e.g. `flwr_datasets:ShardPartitioner`. Samples without a label in the data, of which recipes by class say
+    nothing, are dealt evenly beside the others."""
     dirichlet_alpha: float = 0.5
     """Of dirichlet and dirichlet_per_class: the smaller, the fewer classes a client holds."""
     classes_per_client: int = 2
     """Of classes_per_client: how many classes each client holds."""
     quantity_alpha: float = 1.0
     """Of quantity_skew: the smaller, the more the numbers of samples differ."""
+    column: str | None = None
+    """Of column: the column of a table that says whose each row is, e.g. a site, or with data.name=npz an array with a
+    value for each training sample. It is no feature. Clients stand in the order of the values; num_clients must be
+    their number. Where the test set has the column, too, a client is judged on its own rows."""
     min_samples: int = 2
     """The least number of samples of a client; up to `MAX_DRAWS` partitions are drawn to meet it."""
     partitioner_args: str = "{}"
@@ -58,11 +66,17 @@ class PartitionConfig:
     `partition_by` and `seed` are filled in where it takes them. It is asked once, not drawn anew."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS and not self.kind.startswith(FLWR_DATASETS):
-            near = difflib.get_close_matches(self.kind, KINDS, n=1)
+        if self.kind not in (*KINDS, COLUMN) and not self.kind.startswith(FLWR_DATASETS):
+            near = difflib.get_close_matches(self.kind, (*KINDS, COLUMN), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ValueError(
-                f"`{self.key}.kind` (={self.kind}) must be one of {', '.join(KINDS)}, {FLWR_DATASETS}<Class>.{hint}"
+                f"`{self.key}.kind` (={self.kind}) must be one of {', '.join(KINDS)}, {COLUMN}, "
+                f"{FLWR_DATASETS}<Class>.{hint}"
+            )
+        if (self.kind == COLUMN) != (self.column is not None):
+            raise ValueError(
+                f"`{self.key}.kind` (={self.kind}) and `{self.key}.column` (={self.column}) belong together: give both "
+                f"({self.key}.kind={COLUMN}, and which column), or none."
             )
         for name in ("dirichlet_alpha", "quantity_alpha"):
             value = getattr(self, name)
@@ -175,6 +189,37 @@ def _draw(
             return quantity_skew(labels, num_clients, config.quantity_alpha, rng)
     name = config.kind.removeprefix(FLWR_DATASETS)
     return flwr_datasets_partition(labels, num_clients, name, json.loads(config.partitioner_args), seed, config.key)
+
+
+def column_owners(values: np.ndarray, num_clients: int, config: PartitionConfig) -> tuple[np.ndarray, list[str]]:
+    """Makes a client of every different value of a column.
+
+    Args:
+        values: (n,) texts, "" where there is none.
+        num_clients: how many clients there are to be.
+        config: names the column.
+
+    Returns:
+        (n,) int64, the client of each sample; and the clients' names, in the order of numbers or of the alphabet.
+
+    Raises:
+        ValueError: a sample has no value, or there are not `num_clients` different ones.
+    """
+    key = f"`{config.key}.column` (={config.column})"
+    missing = np.flatnonzero(values == "")
+    if len(missing):
+        raise ValueError(
+            f"{key} says nothing of {len(missing)} of {len(values)} training samples (the first is number "
+            f"{missing[0] + 1}): write whose they are, or delete them."
+        )
+    names = in_order(sorted(set(values.tolist())))
+    if len(names) != num_clients:
+        raise ValueError(
+            f"{key} has {len(names)} different values ({listed(names, 5)}), and each is a client: set "
+            f"num_clients={len(names)} (={num_clients}), or name another column."
+        )
+    place = {name: client for client, name in enumerate(names)}
+    return np.array([place[value] for value in values.tolist()], dtype=np.int64), names
 
 
 def too_small(num_samples: int, num_clients: int, config: PartitionConfig, best: int, draws: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlabel.data.bags import draw_bags
+from fedlabel.data.bags import Bags, draw_bags
 from fedlabel.data.datasets import Dataset
 from fedlabel.data.imprecision import Resemblance, draw_candidates, draw_noisy_labels, swap_truth
 from fedlabel.data.labeling_functions import NOT_ASKED, Cast, cast_votes, load_functions
@@ -207,6 +207,7 @@ def impart(
     resemblance: Resemblance,
     seed: int,
     holders: Sequence[np.ndarray] = (),
+    published: Bags | None = None,
 ) -> Supervision:
     """Makes the record of all samples of a federation, but for the votes of functions, see `ask_functions`.
 
@@ -218,6 +219,7 @@ def impart(
         resemblance: which classes look alike, and the labels of files.
         seed: the experiment's seed.
         holders: per client the rows of its samples; a bag lies within one client.
+        published: over all samples, the bags of the kind of label whose counts are from a file.
 
     Raises:
         ValueError: a label that is needed is not in [0, num_classes), or what a part asks for is impossible.
@@ -231,6 +233,12 @@ def impart(
         rows = np.flatnonzero(kinds == place)
         index = torch.from_numpy(rows)
         if part.module is not None:  # see `ask_functions`
+            continue
+        if part.bags_file is not None:
+            assert published is not None
+            bags = _whole_bags(published, index)
+            bag[index] = torch.where(bags.bag >= 0, bags.bag + sum(map(len, counts)), -1)
+            counts.append(bags.counts)
             continue
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":
@@ -264,6 +272,25 @@ def impart(
         annotations[index, first : first + labels_given.shape[1]] = labels_given
         first += labels_given.shape[1]
     return Supervision(candidates, noisy, annotations, bag, torch.cat(counts), torch.zeros(n, 0, dtype=torch.int64))
+
+
+def _whole_bags(published: Bags, rows: Tensor) -> Bags:
+    """Returns the bags of some samples, numbered anew.
+
+    Raises:
+        ValueError: other samples are in them, too.
+    """
+    bag = published.bag[rows]
+    kept, place, sizes = bag[bag >= 0].unique(return_inverse=True, return_counts=True)
+    counts = published.counts[kept]
+    torn = int((counts.sum(1) != sizes).sum())
+    if torn:
+        raise ValueError(
+            f"`supervision.bags_file`: of {torn} bags some samples, but not all, have gone elsewhere, so that their "
+            "counts no longer hold: leave out skew.labeled_imbalance, skew.unlabeled_imbalance and data.train_samples, "
+            "and see that every bag lies in one client."
+        )
+    return Bags(bag.masked_scatter(bag >= 0, place), counts)
 
 
 def ask_functions(

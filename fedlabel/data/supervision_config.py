@@ -49,11 +49,13 @@ class LabelKind:
     """uniform: every wrong class with probability q. similar: classes that a small network confuses with the true one
     more often. instance: those that it finds probable for this very sample (Xu et al., 2021)."""
     noise: str = "symmetric"
-    """Kinds with noisy labels. symmetric: a class drawn from all. asymmetric: a fixed similar class, known for MNIST,
-    digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance: a class that a small network finds probable,
-    for the samples that it finds hard. file: from `labels_file`."""
+    """Kinds with noisy labels. symmetric: a class drawn from all, the true one among them. asymmetric: a fixed similar
+    class, known for MNIST, digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance (our own noise, not
+    that of Xia et al., 2020): a wrong class that a small network finds probable, for the samples that it finds hard.
+    file: from `labels_file`."""
     noise_rate: float = 0.0
-    """noisy: the share of samples whose label is drawn anew (symmetric: from all classes, so that a part keeps it),
+    """noisy: the share of samples whose label is drawn anew (symmetric: from all classes, so that of 10 classes
+    a rate of .4 leaves .64 of the labels right),
     exact per federation (symmetric, instance) or class (asymmetric, pair_flip). partial: the probability that a class
     outside the set takes the truth's place in it."""
     labels_file: str | None = None
@@ -67,6 +69,15 @@ class LabelKind:
     vote: bool = False
     """noise=file, several annotators: their labels become one noisy label, the most frequent; a tie is decided by
     chance."""
+    bags_file: str | None = None
+    """kind=bags: published counts, in place of counts made of labels (`bag_size`). A CSV or Parquet file below
+    `data.root` (data.name=npz or table: beside it), with the name of a bag in its first column and how many of its
+    samples are in a class in each of the others, which are named by the classes. No training sample needs a label.
+    Bags stay whole: a partition that draws deals out bags, as if each were all of its most frequent class; and no
+    sample may be held out (data.validation_fraction=0, and a data.test_file)."""
+    bag_column: str | None = None
+    """Of bags_file: the column of a table (with data.name=npz the array) that has the name of each sample's bag; empty
+    = in none. It is no feature."""
     bag_size: int | None = None
     """kind=bags: samples per bag; what is left of a client's samples is its last bag."""
     bag_size_max: int | None = None
@@ -181,15 +192,32 @@ class LabelKind:
 
     def _check_bag(self) -> None:
         if self.kind != "bags":
-            for key in ("bag_size", "bag_size_max", "bag_feature", "count_epsilon"):
+            for key in ("bags_file", "bag_column", "bag_size", "bag_size_max", "bag_feature", "count_epsilon"):
                 if getattr(self, key) is not None:
                     raise ValueError(
                         f"`supervision.{key}` (={getattr(self, key)}) has no place beside supervision.kind="
                         f"{self.kind}: take supervision.kind=bags, or leave it out."
                     )
             return
+        if (self.bags_file is None) != (self.bag_column is None):
+            raise ValueError(
+                f"`supervision.bags_file` (={self.bags_file}) and `supervision.bag_column` (={self.bag_column}) belong "
+                "together: give both, or supervision.bag_size for counts made of labels."
+            )
+        if self.bags_file is not None:
+            amounts = ("label_rate", *COUNTS)
+            for key in ("bag_size", "bag_size_max", "bag_feature", "count_epsilon", *amounts):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"`supervision.{key}` (={getattr(self, key)}) has no place beside supervision.bags_file, which "
+                        "says which bags there are: leave it out."
+                    )
+            return
         if self.bag_size is None or self.bag_size < 1:
-            raise ValueError(f"`supervision.bag_size` (={self.bag_size}) must be at least 1 for supervision.kind=bags.")
+            raise ValueError(
+                f"`supervision.bag_size` (={self.bag_size}) must be at least 1 for supervision.kind=bags (or give "
+                "supervision.bags_file, with published counts)."
+            )
         if self.bag_size_max is not None and self.bag_size_max < self.bag_size:
             raise ValueError(
                 f"`supervision.bag_size_max` (={self.bag_size_max}) must be at least supervision.bag_size "
@@ -211,7 +239,8 @@ class LabelKind:
     @property
     def from_truth(self) -> bool:
         """Whether what is known of a sample is made of its true label, which the data must then have."""
-        return self.kind != "labeling_functions" and (self.kind != "noisy" or self.noise != "file")
+        from_elsewhere = self.kind == "noisy" and self.noise == "file"
+        return self.kind != "labeling_functions" and self.bags_file is None and not from_elsewhere
 
     @property
     def classless(self) -> bool:
@@ -283,6 +312,17 @@ class SupervisionConfig(LabelKind):
                 f"`supervision.mix` has several parts of kind labeling_functions ({', '.join(modules)}): give one, "
                 "with a module that has the functions of all."
             )
+        published = [part.bags_file for part in self.mix if part.bags_file is not None]
+        if len(published) > 1:
+            raise ValueError(
+                f"`supervision.mix` has several parts with a bags_file ({', '.join(published)}): give one, with all "
+                "bags."
+            )
+        if published and self.mix_over == "samples":
+            raise ValueError(
+                f"`supervision.mix_over` (={self.mix_over}) would take bags of {published[0]} apart: take "
+                "supervision.mix_over=clients."
+            )
         total = sum(part.share for part in self.mix)
         if total > 1 + 1e-9:
             raise ValueError(f"The shares of `supervision.mix` sum to {total:g}; they must sum to at most 1.")
@@ -329,6 +369,7 @@ def fill_amounts(user: dict[str, Any]) -> None:
         user["label_rate"] = None
     if user.get("labels_at") == "some_clients" or user.get("kind", "few_labels") not in ("few_labels", "full"):
         user.setdefault("label_rate", None)
-    for part in user.get("mix") or []:
+    mix = user.get("mix")
+    for part in mix if isinstance(mix, list) else []:
         if isinstance(part, dict):
             fill_amounts(part)

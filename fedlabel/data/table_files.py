@@ -112,7 +112,7 @@ def load_table(config: DataConfig) -> LoadedTable:
         else:
             test = labels.numbers(files[1].where, cells[1], names)
         if len(absent := np.flatnonzero(test < 0)):
-            more = f", nor have {len(absent) - 1} others" if len(absent) > 1 else ""
+            more = f" (of {len(absent)} without)" if len(absent) > 1 else ""
             raise DataError(
                 f"{files[1].where}: column {column} has no label in data row {absent[0] + 1}{more}. Every test row "
                 "needs one: write it, or delete the row."
@@ -131,7 +131,7 @@ def load_table(config: DataConfig) -> LoadedTable:
         loaded = split_off_test(files[0], train, names, config)
     else:
         check_columns(files[0], config, config.drop_columns or ())
-        if odd := sorted(set(files[0].columns) ^ set(files[1].columns)):
+        if odd := sorted((set(files[0].columns) ^ set(files[1].columns)) - set(config.aside_columns)):
             raise DataError(
                 f"{files[1].where} and {files[0].where} must have the same columns; only one of them has {listed(odd)}."
             )

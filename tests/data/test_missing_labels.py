@@ -218,11 +218,11 @@ def test_noisy_labels_of_unknown_truth_are_no_errors() -> None:
 
 
 def test_who_has_few_labels_and_hides_most_is_told() -> None:
-    (said,) = build(kind="full").doubts()
-    assert said == "958 of 1,390 training samples have no label in the data: nothing is compared with them."
+    assert build(kind="full").doubts() == []
     federation = build(label_rate=0.1)
     (said,) = federation.doubts()
-    assert said.endswith(
+    assert said == (
+        "958 of 1,390 training samples have no label in the data. "
         f"Of the 432 labels that there are, supervision uses {federation.labeled.sum()} and hides the others; "
         "supervision.kind=full uses all."
     )
