@@ -68,7 +68,8 @@ def load_npz(config: DataConfig) -> Loaded:
     if missing:
         raise DataError(
             f"{path} lacks {', '.join(missing)}; it holds {listed(names) or 'nothing'}. The keys must be "
-            f"{', '.join(KEYS)} and, if wanted, class_names." + _meant(missing, names)
+            f"{', '.join(KEYS)} and, if wanted, class_names."
+            + (_meant(missing, names) if len(names) > 1 else " A file of labels alone is for supervision.labels_file.")
         )
     where = {key: f"{path}: `{key}`" for key in (*KEYS, *OPTIONAL_KEYS)}
     for part in ("train", "test"):

@@ -83,12 +83,19 @@ def test_errors_name_file_and_key(tmp_path: Path, changes: dict, message: str) -
         ("train_images train_labels test_images test_labels", "train_images as x_train, train_labels as y_train, "),
         ("x y", "x as x_train, y as y_train"),
         ("data target", "data as x_train"),
+        ("set/x_train set/y_train", "set/x_train as x_train, set/y_train as y_train"),
         ("xtrain y-train x_tset y_test", "xtrain as x_train, y-train as y_train, x_tset as x_test"),
     ],
 )
 def test_other_names_of_the_keys_are_recognised(tmp_path: Path, names: str, meant: str) -> None:
     np.savez(tmp_path / "set.npz", **dict.fromkeys(names.split(), np.zeros(3)))
     with pytest.raises(DataError, match=rf"lacks .* Did you mean {meant}.*\? Save the file with these names."):
+        load_dataset(DataConfig(name="npz", root=str(tmp_path / "set.npz")), seed=0)
+
+
+def test_a_file_of_labels_alone_is_no_data_set(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", labels=np.zeros((70, 3), int))
+    with pytest.raises(DataError, match="it holds labels.* A file of labels alone is for supervision.labels_file"):
         load_dataset(DataConfig(name="npz", root=str(tmp_path / "set.npz")), seed=0)
 
 
