@@ -91,6 +91,7 @@ def test_a_row_without_cells_in_the_middle_stays(tmp_path: Path) -> None:
         ("<!DOCTYPE html><html>", "a page of a web site"),
         (gzip.compress(gzip.compress(TEXT.encode())), "packed twice"),
         (gzip.compress(TEXT.encode() * 50)[:-12], "cannot be read as CSV"),
+        (gzip.compress(b"\xff" + TEXT.encode())[:-8] + bytes(8), "CRC check failed"),
         (gzip.compress(b"x,outcome\n" + b"1,y\n" * 2**23), "more than 100 times as large as packed"),
         ("a,a,outcome\n1,2,x\n", r"two columns of the name `a` \(numbers 1, 2\)"),
         ("a,,outcome\n1,2,x\n", "column 2 has no name. Write one"),
