@@ -289,13 +289,16 @@ def _no_text(path: Path, error: UnicodeDecodeError) -> DataError:
     """Returns the message for bytes that are not in the file's encoding, with the first line that holds some."""
     place = ""
     if error.encoding == "utf-8":
-        with _opened(path) as (binary, _):
-            for number, line in enumerate(iter(partial(binary.readline, MAX_LINE), b""), 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as found:
-                    place = f"line {number} holds the byte 0x{line[found.start]:02X}, which is no UTF-8"
-                    break
+        try:
+            with _opened(path) as (binary, _):
+                for number, line in enumerate(iter(partial(binary.readline, MAX_LINE), b""), 1):
+                    try:
+                        line.decode()
+                    except UnicodeDecodeError as found:
+                        place = f"line {number} holds the byte 0x{line[found.start]:02X}, which is no UTF-8"
+                        break
+        except (OSError, EOFError, zlib.error) as damage:  # the end of a packed file, where it is checked
+            place = str(damage)
     return DataError(
         f"{path} cannot be read as CSV: {place or error}. Write it again as UTF-8: in Excel as `CSV UTF-8`, elsewhere "
         "by iconv -f WINDOWS-1252 -t UTF-8 (if that is what it is written in)."

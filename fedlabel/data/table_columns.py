@@ -120,7 +120,7 @@ def as_tables(
     left_out = dropped if config.drop_columns is None else config.drop_columns
     check_columns(train.file, config, left_out)
     kept = [name for name in train.file.columns if name not in {*left_out, *config.aside_columns}]
-    if not train.file.columns:
+    if not set(train.file.names) - {config.label_column}:
         raise DataError(f"{train.file.where} has no column but that of the labels. At least one is needed.")
     if not kept:
         raise DataError(

@@ -68,7 +68,8 @@ def unreadable(texts: Iterable[str]) -> str | None:
     They are what is left of bytes that are missing or too many in UTF-16, where they hide the ends of lines.
     """
     for text in texts:
-        if not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") for char in text):
+        odd = [] if text.isprintable() else [char for char in text if char not in "\t\n\r"]
+        if any(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") for char in odd):
             return text
     return None
 
