@@ -304,7 +304,7 @@ def build_federation(
     if len(split.labels) == 0:
         raise ValueError(
             f"`evaluation.split` (={evaluation_split}) is empty for data set {dataset.name}; for validation set "
-            f"data.validation_fraction (={data.validation_fraction}) above 0."
+            f"data.validation_fraction (={data.validation_fraction}) above 0, of training samples that have a label."
         )
     rng = numpy_generator(seed, "evaluation_parts")
     client_names = tuple(names.get(partition_config.key, ()))

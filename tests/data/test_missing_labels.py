@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from clients.client_app import _reply
 from fedlabel.config import load_config
@@ -20,6 +22,7 @@ from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.data.supervision_config import MixPart, SupervisionConfig
 from fedlabel.experiment import Experiment
+from server.report import pseudo_panel
 
 HAS_LABEL = np.arange(1437) % 3 == 0
 
@@ -244,6 +247,17 @@ def experiment(*overrides: str) -> Experiment:
 def counted(run: Experiment) -> dict[str, list[float]]:
     update = run.train(0, run.initial_state, 1)
     return dict(_reply(update, run, 0).config_records["counts"])  # type: ignore[arg-type]
+
+
+def test_the_panel_shows_samples_whose_class_nobody_knows() -> None:
+    run = experiment("method.name=fixmatch", "method.confidence_threshold=0", "supervision.kind=full")
+    content = RecordDict({"arrays": ArrayRecord(run.initial_state), "shared": ConfigRecord({})})
+    tally: Any = SimpleNamespace(client_counts={0: {}}, messages={0: SimpleNamespace(content=content)}, round_number=1)
+    figure = pseudo_panel(run, tally, {})
+    assert figure is not None
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles
+    assert all(title.endswith("true: unknown") for title in titles)
 
 
 def test_pseudo_labels_are_compared_with_known_classes_alone() -> None:
