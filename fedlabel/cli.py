@@ -205,7 +205,10 @@ def run(
             values = result.summary[key]
             table.add_row(key, *(f"{values[column]:.4f}" if column in values else "" for column in columns))
     console.print(table)
-    say(console, f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s. Look closer:")
+    say(
+        console,
+        f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s in rounds. Look closer:",
+    )
     say(console, f"  tensorboard --logdir {result.path.parent}")
 
 
