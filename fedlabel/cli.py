@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,35 +12,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
-from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
+from fedlabel.config import ConfigError, ExperimentConfig, is_file, load_config, parse_config, to_yaml
+from fedlabel.data.datasets import DATASETS, load_dataset
 from fedlabel.data.federation import build_federation
 from fedlabel.data.labeling_functions import FunctionReport
 from fedlabel.errors import FULL, RunError, file_error, make_folder, naming
 from fedlabel.experiment import open_experiment
 from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
 from fedlabel.importing import add_working_directory, claim_packages
-from fedlabel.progress import OnRound, run_progress, sweep_progress
+from fedlabel.names import counted
+from fedlabel.progress import OnRound, make_console, make_table, run_progress, say, sweep_progress
 
 if TYPE_CHECKING:
     from fedlabel.sweep import Group
     from fedlabel.workers import Tell
     from server.grids import SimulationGrid
 
+DEFAULT_OUT = Path("runs")
 MAX_CLIENT_ROWS = 20
 """A table has a row per client up to so many."""
 
 app = typer.Typer(
-    help="Federated learning where labels are few.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # they would print local variables: labels and rows of samples
 )
-console = Console()
-error_console = Console(stderr=True)
+console, error_console = make_console(), make_console(stderr=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +86,10 @@ def run_experiment(
                 "resume=True)."
             )
     build_strategy(resolved.strategy)
-    if any(part.module for part in resolved.supervision.parts):  # its functions may have been edited since
-        open_experiment.cache_clear()
-        build_federation.cache_clear()
+    # The user's own files and functions may have been changed since this process read them.
+    if DATASETS[resolved.data.name].own or any(part.module or part.labels_file for part in resolved.supervision.parts):
+        for cached in (open_experiment, build_federation, load_dataset):
+            cached.cache_clear()
     experiment = open_experiment(to_yaml(resolved))
     on_start(resolved, path)
     with open_grid(resolved, experiment.device.type == "cuda") as grid:
@@ -124,7 +125,8 @@ def _resolve(
     try:
         found = load_config([saved])
     except ValueError as error:
-        raise ConfigError(f"{saved} is damaged: {error} Put it back as it was, or begin a new run.") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{saved} is damaged: {reason} Put it back as it was, or begin a new run.") from error
     if not paths and not overrides:
         return found
     method, saved_method = load_config(paths, overrides).method.name, found.method.name
@@ -134,13 +136,28 @@ def _resolve(
     return load_config([saved, *paths], overrides)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(console, f"fedlabel {versions()['fedlabel']}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Federated learning where labels are few."""
+
+
 @app.command()
 def run(
     items: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
-    out: Annotated[Path, typer.Option(help="Where run folders are kept.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Where run folders are kept.")] = DEFAULT_OUT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
@@ -148,19 +165,34 @@ def run(
 
     configs, overrides = _split(items)
     done: list[int] = []
-    with _reported(), run_progress(console) as (on_start, on_round):
+    begun: list[Path] = []
+
+    def how_to_go_on() -> str:
+        if not begun or not (begun[0] / "config.yaml").is_file():
+            return "Nothing had begun."
+        elsewhere = "" if out == DEFAULT_OUT else f" --out {shlex.quote(str(out))}"
+        return (
+            f"`fedlabel run --resume --name {shlex.quote(begun[0].name)}{elsewhere}` goes on from the last checkpoint."
+        )
+
+    with _reported(how_to_go_on), run_progress(console) as (on_start, on_round):
+
+        def begin(config: ExperimentConfig, path: Path) -> None:
+            begun.append(path)
+            on_start(config, path)
 
         def note(round_number: int, metrics: Mapping[str, float]) -> None:
             done.append(round_number)
             on_round(round_number, metrics)
 
-        result = run_experiment(configs, overrides, name=name, out=out, resume=resume, on_start=on_start, on_round=note)
+        result = run_experiment(configs, overrides, name=name, out=out, resume=resume, on_start=begin, on_round=note)
     if not done:
-        console.print("All its rounds had been done; for more of them give num_rounds=...")
+        rounds = counted(result.summary["rounds"], "round")
+        say(console, f"This run was finished before ({rounds}), so nothing was done. For more give num_rounds=...")
     columns = {"last": "last", "best": "best", "mean_last_tenth": name_mean(result.summary["last_tenth"])}
     if "selected_round" in result.summary:
         columns["selected"] = f"selected ({result.summary['selected_round']})"
-    table = Table(Column("metric", overflow="fold"), *columns.values(), title=str(result.path))
+    table = make_table("metric", *columns.values(), title=str(result.path))
     for key in (
         "eval/accuracy",
         "eval/auc",
@@ -173,8 +205,11 @@ def run(
             values = result.summary[key]
             table.add_row(key, *(f"{values[column]:.4f}" if column in values else "" for column in columns))
     console.print(table)
-    console.print(f"{result.summary['rounds']} rounds, {result.summary['seconds']:.1f} s in rounds. Look closer:")
-    console.print(f"  tensorboard --logdir {result.path.parent}", soft_wrap=True, highlight=False)
+    say(
+        console,
+        f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s in rounds. Look closer:",
+    )
+    say(console, f"  tensorboard --logdir {result.path.parent}")
 
 
 @app.command()
@@ -195,12 +230,12 @@ def sweep(
     ] = False,
 ) -> None:
     """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
-    from fedlabel.sweep import counted, load_sweep, plan_sweep
+    from fedlabel.sweep import load_sweep, plan_sweep
     from fedlabel.sweep_run import finished_cells, run_sweep
 
     given, overrides = _split(items)
     folder = out or Path("runs") / "sweeps" / Path(file).stem
-    with _reported(f"The same command goes on with what is left in {folder}."):
+    with _reported(lambda: f"The same command goes on with what is left in {folder}."):
         if given:
             raise ConfigError(f"`{given[0]}` must have the form key=value; a sweep is one file.")
         asked = load_sweep(file, overrides)
@@ -208,30 +243,25 @@ def sweep(
         done = finished_cells(groups, folder)
         searches = len({cell.path for group in groups for cell in group.search})
         finals = len(groups) * len(asked.seeds)
-        console.print(
-            f"{counted(len(asked.methods), 'method')} x {counted(len(asked.sections), 'setting')}: "
-            f"{counted(searches, 'run')} to search, {finals} final ({counted(len(asked.seeds), 'seed')}), {folder}"
-            + (f", {len(done)} of them finished" if done else ""),
-            soft_wrap=True,
-            highlight=False,
-        )
+        rows = f"{counted(len(asked.methods), 'method')} x {counted(len(asked.sections), 'setting')}"
+        runs = f"{counted(searches, 'run')} to search, {finals} final ({counted(len(asked.seeds), 'seed')})"
+        say(console, f"{rows}: {runs}, {folder}" + (f", {len(done)} of them finished" if done else ""))
         if dry_run:
             if not _print_plan(groups, asked.seeds, done):
                 raise typer.Exit(1)
             return
         with sweep_progress(console, searches + finals) as report:
             complete = run_sweep(asked, folder, workers, run_cell, report)
-    console.print(f"Compare:  fedlabel compare {folder}", soft_wrap=True, highlight=False)
+    say(console, f"Compare:  fedlabel compare {folder}")
     if not complete:
-        error_console.print(
-            "Some runs failed, see above; once the cause is mended, the same command tries these again.", style="red"
-        )
+        text = "Some runs failed, see above; once the cause is mended, the same command tries these again."
+        say(error_console, text, "red")
         raise typer.Exit(1)
 
 
 def _print_plan(groups: Sequence[Group], seeds: Sequence[int], done: Collection[str]) -> bool:
     """Prints what a sweep would run, and what of it is impossible; returns whether all is possible."""
-    table = Table("setting", "method", "searched", "seeds", "done", "impossible")
+    table = make_table("setting", "method", "searched", "seeds", "done", "impossible")
     reasons: dict[str, dict[str, None]] = {}
     for group in groups:
         cells = [*group.search, *(cell for cells in group.final.values() for cell in cells)]
@@ -251,7 +281,7 @@ def _print_plan(groups: Sequence[Group], seeds: Sequence[int], done: Collection[
     for reason, names in reasons.items():
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         text = f"Impossible: {'; '.join(list(names)[:3])}{rest}: {reason}"
-        error_console.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
+        say(error_console, text, "red")
     return not reasons
 
 
@@ -313,15 +343,15 @@ def compare(
         folder = out or (paths[0] if (paths[0] / SWEEP_JSON).is_file() else Path("comparison"))
         written = write_comparison(comparison, folder)
     for warning in comparison.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+        say(console, f"warning: {warning}", "yellow")
     for name, section in comparison.sections.items():
-        table = Table("method", "seeds", comparison.ranked_in(name), "worst client", title=name)
+        table = make_table("method", "seeds", comparison.ranked_in(name), "worst client", title=name)
         for row, runs in section.items():
             scores = [(comparison.score(run), run.value("eval/worst_client_accuracy")) for run in runs]
             means = [sum(values) / len(runs) for values in zip(*scores, strict=True)]
             table.add_row(row, str(len(runs)), *(f"{100 * value:.1f}" for value in means))
         console.print(table)
-    console.print("Written:", *written, sep="\n  ", soft_wrap=True, highlight=False)
+    say(console, "\n  ".join(map(str, ["Written:", *written])))
 
 
 @app.command()
@@ -349,7 +379,7 @@ def partition(
     known, unknown = counts[1:].sum(0), counts[0]
     mixed = bool(counts[2:].any())
     names = ("known", "unknown") if mixed else ("labelled", "unlabelled")
-    table = Table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
+    table = make_table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
     classes = federation.dataset.num_classes
     held, classes_known = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), known))
     for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
@@ -360,14 +390,12 @@ def partition(
         console.print(_kinds_table(federation.kinds(), KIND_NAMES))
     if federation.functions:
         console.print(_functions_table(federation.functions))
-    for doubt in federation.doubts():
-        console.print(doubt, style="yellow", soft_wrap=True, highlight=False, markup=False)
-    for note in federation.dataset.notes:
-        console.print(f"note: {note}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+    for note in (*federation.dataset.notes, *federation.doubts()):
+        say(console, f"note: {note}", "yellow")
     if len(federation.server_rows):
-        console.print(f"The server holds {len(federation.server_rows)} labelled samples.", highlight=False)
+        say(console, f"The server holds {counted(len(federation.server_rows), 'labelled sample')}.")
     written = ", ".join(str(out / name) for name in ("partition.json", "partition.png", "supervision.json"))
-    console.print(f"{len(federation.parts)} clients. Written: {written}", soft_wrap=True, highlight=False)
+    say(console, f"{counted(len(federation.parts), 'client')}. Written: {written}")
 
 
 def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
@@ -379,7 +407,7 @@ def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
     """
     used = np.flatnonzero(kinds.any(0)).tolist()
     counts = kinds[:, used]
-    table = Table("client", *(names[kind] for kind in used), title="kinds of label per client")
+    table = make_table("client", *(names[kind] for kind in used), title="kinds of label per client")
     if len(kinds) <= MAX_CLIENT_ROWS:
         for client, row in enumerate(counts.tolist()):
             table.add_row(str(client), *map(str, row))
@@ -392,41 +420,43 @@ def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
 
 def _functions_table(reports: Sequence[FunctionReport]) -> Table:
     """Returns a table of what came of asking labelling functions."""
-    table = Table(
+    table = make_table(
         "function", "samples", "votes", "abstains", "fails", "no class", "s / 1,000", title="labelling functions"
     )
     for report in reports:
         counts = (report.asked, report.votes, report.abstained, report.failed, report.invalid)
-        table.add_row(escape(report.name), *map(str, counts), f"{report.seconds_per_1000:.3g}")
+        table.add_row(report.name, *map(str, counts), f"{report.seconds_per_1000:.3g}")
     return table
 
 
 @app.command("list")
-def list_all() -> None:
-    """List methods, data sets, models and strategies."""
-    from fedlabel.data.datasets import DATASETS
-    from fedlabel.methods import METHODS
-    from fedlabel.models import MODELS
+def list_all(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[METHOD|SECTION]", help="Show its keys, with defaults.", show_default=False),
+    ] = None,
+) -> None:
+    """List what there is to choose from, or the keys of a method or of a section such as training."""
+    from fedlabel.listing import SECTIONS, about, choices
     from server.strategy import strategy_names
 
-    sections: dict[str, dict[str, str]] = {
-        "method.name": {name: method.description for name, method in METHODS.items()},
-        "data.name": {name: entry.description for name, entry in DATASETS.items()},
-        "model.name": {name: entry.description for name, entry in MODELS.items()},
-        "strategy.name": {"weighted_mean": "weighted mean of the clients' models (default)"}
-        | dict.fromkeys(strategy_names()[1:], "Flower's"),
-    }
-    for key, rows in sections.items():
-        table = Table(Column(key, no_wrap=True, min_width=max(map(len, rows))), "what")
-        for name, description in rows.items():
-            table.add_row(name, description)
+    if name is not None:
+        with _reported():
+            for line in about(name, min(console.width, 120)):
+                say(console, line)
+        return
+    for key, rows in choices(strategy_names()).items():
+        table = make_table(key, "what")
+        for row, description in rows.items():
+            table.add_row(row, description)
         console.print(table)
+    say(console, f"The keys of a method, or of a section: fedlabel list NAME. Sections: {', '.join(SECTIONS)}.")
 
 
 @app.command()
 def doctor() -> None:
     """Show versions, devices, memory and what a run would use."""
-    table = Table("what", "value")
+    table = make_table("what", "value")
     device = resolve_device("auto")
     for key, value in {**versions(), "commit": source_commit(), **describe_hardware(device)}.items():
         table.add_row(key, str(value))
@@ -438,28 +468,29 @@ def doctor() -> None:
 def _split(items: list[str] | None) -> tuple[list[str], list[str]]:
     """Separates configuration files from key=value overrides."""
     given = items or []
-    return [item for item in given if "=" not in item], [item for item in given if "=" in item]
+    files = {item for item in given if "=" not in item or is_file(item)}
+    return [item for item in given if item in files], [item for item in given if item not in files]
 
 
 @contextmanager
-def _reported(again: str = "`--resume --name NAME` goes on from the last checkpoint.") -> Iterator[None]:
-    """Turns a user's error into one message and exit status 2, a failed run into status 1; `again`: after Ctrl-C."""
+def _reported(again: Callable[[], str] = str) -> Iterator[None]:
+    """Turns a user's error into one message and status 2, a failed run into status 1; `again`: words after Ctrl-C."""
     try:
         yield
     except ValueError as error:
-        error_console.print(f"Error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        say(error_console, f"Error: {error}", "red")
         raise typer.Exit(2) from error
     except OSError as error:
         if error.filename is None and error.errno not in FULL:  # a bug: show where
             raise
         text = f"Error: {file_error(error)}"
-        error_console.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
+        say(error_console, text, "red")
         raise typer.Exit(2) from error
     except RunError as error:
-        error_console.print(f"Stopped: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        say(error_console, f"Stopped: {error}", "red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        error_console.print(f"Interrupted. {again}", soft_wrap=True, highlight=False)
+        say(error_console, f"Interrupted. {again()}".rstrip())
         raise typer.Exit(130) from error
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedlabel.config_names import unknown_key
+from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
+from fedlabel.config_text import ConfigError, Plain, merged, parse_value, parse_yaml, read_mapping, shown
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision_config import MixPart, SupervisionConfig, fill_amounts
-from fedlabel.methods import method_class
+from fedlabel.methods import METHODS, in_own_words, method_class
 from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.models import ModelConfig
@@ -32,16 +37,15 @@ SELECT = {
     "instance_loss": "eval/loss",
 }
 """What `evaluation.select` may be, and the metric that it goes by."""
+MAX_WORKERS, MAX_SECONDS = 1024, 1e9
+"""Of `grid`: more processes or threads no machine has, and no system call waits longer."""
+_KEY = r"[^\W\d]\w*(?:\.\w+)*"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def cohort_size(num_clients: int, fraction: float) -> int:
     """Returns how many clients train in a round."""
     return max(1, round(fraction * num_clients))
-
-
-class ConfigError(ValueError):
-    """The user's configuration is wrong; the message names the key, the value and the fix."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,11 @@ class GridConfig:
         if self.kind not in ("in_process", "ray"):
             raise ValueError(f"`grid.kind` (={self.kind}) must be one of in_process, ray.")
         for key in ("num_workers", "threads_per_worker"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must be at least 1.")
+            if not 1 <= getattr(self, key) <= MAX_WORKERS:
+                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must lie in [1, {MAX_WORKERS}].")
         for key in ("timeout", "connect_timeout"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must be positive (seconds).")
+            if not 0 < getattr(self, key) <= MAX_SECONDS:
+                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must lie in (0, {MAX_SECONDS:g}] (seconds).")
 
 
 @dataclass(frozen=True)
@@ -190,12 +194,6 @@ class ExperimentConfig:
                 f"(={self.num_clients})."
             )
         self._check_labels()
-        averages = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
-        if self.model.norm == "batch" and self.strategy.name not in averages:
-            raise ValueError(
-                f"`strategy.name` (={self.strategy.name}) would apply its optimiser or noise to BatchNorm's running "
-                f"statistics (`model.norm` =batch); use model.norm=group, or one of {', '.join(averages)}."
-            )
         self.method.check_rounds(self.num_rounds)
         noisy = [part.count_epsilon for part in self.supervision.parts if part.count_epsilon is not None]
         if noisy and getattr(self.method, "lambda_bag", 0.0) == math.inf:
@@ -252,6 +250,14 @@ class ExperimentConfig:
             )
 
 
+def is_file(path: str | Path) -> bool:
+    """Returns whether there is such a file; a name that no file system takes is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def find_config(path: str | Path) -> Path:
     """Returns the YAML file named: as given, or below `configs/` of the project.
 
@@ -260,10 +266,17 @@ def find_config(path: str | Path) -> Path:
     """
     candidates = [Path(path), PROJECT_ROOT / "configs" / path, PROJECT_ROOT / path]
     for candidate in candidates:
-        if candidate.is_file():
+        if is_file(candidate):
             return candidate
+    name = str(path)
+    if re.fullmatch(rf"[-+~]*({_KEY})", name) and not name.endswith((".yaml", ".yml")):
+        key = name.lstrip("-+~")
+        raise ConfigError(
+            f"`{shown(name)}` is neither a configuration file nor an override, which has the form key=value, e.g. "
+            f"{shown(key)}=...: no space around the `=`, no + or ~ before the key; null takes a value away."
+        )
     places = dict.fromkeys(str(candidate.absolute()) for candidate in candidates)
-    raise ConfigError(f"Configuration file {path} does not exist: looked at {', '.join(places)}.")
+    raise ConfigError(f"Configuration file {shown(name)} does not exist: looked at {', '.join(map(shown, places))}.")
 
 
 def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -277,26 +290,41 @@ def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] = ())
     Raises:
         ConfigError: a file is missing or is no YAML mapping, a key is unknown, a value has the wrong type or range.
     """
-    return _resolve([*(_load_yaml(find_config(path)) for path in paths), *_parse_overrides(overrides)])
+    return _resolve([*(read_mapping(find_config(path)) for path in paths), *map(_parse_override, overrides)])
 
 
 def parse_config(text: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Returns the configuration that `to_yaml` wrote as `text`, changed by `overrides` (see `load_config`)."""
-    loaded = OmegaConf.create(text)
-    assert isinstance(loaded, DictConfig)
-    return _resolve([loaded, *_parse_overrides(overrides)])
+    return _resolve([parse_yaml(text, "The configuration"), *map(_parse_override, overrides)])
 
 
-def _parse_overrides(overrides: Sequence[str]) -> list[DictConfig]:
-    layers = []
-    for override in overrides:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*=.*", override, re.DOTALL):
-            raise ConfigError(f"Override `{override}` must have the form key=value, e.g. training.lr=0.1.")
-        try:
-            layers.append(OmegaConf.from_dotlist([override]))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"Override `{override}` has no readable value: {error}") from error
-    return layers
+def split_overrides(text: str) -> list[str]:
+    """Returns the overrides in one text, separated by spaces; quotes hold one together, as in a shell.
+
+    Raises:
+        ConfigError: a quote is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"The overrides `{shown(text)}` have a quote that is not closed, or a backslash at their end: mend it."
+        ) from error
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """Returns "a.b=value" as {"a": {"b": value}}."""
+    if not re.fullmatch(rf"{_KEY}=.*", override, re.DOTALL):
+        listed = re.match(rf"{_KEY}\[\d+\]|{_KEY}\.\d+=", override)
+        hint = " A list is given as a whole, e.g. supervision.mix=[{share: 0.5, kind: full}]." if listed else ""
+        hint = hint or " No space stands before the `=`, no + or ~ before the key; null takes a value away."
+        raise ConfigError(f"Override `{shown(override)}` must have the form key=value, e.g. training.lr=0.1.{hint}")
+    key, _, text = override.partition("=")
+    value = parse_value(text, f"The value of the override `{shown(override)}`")
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
 
 
 def to_yaml(config: ExperimentConfig) -> str:
@@ -308,140 +336,81 @@ def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
     """Returns dotted key -> scalar (lists and mappings as JSON), for comparing runs and for TensorBoard's hparams."""
     flat: dict[str, str | int | float | bool] = {}
 
-    def visit(prefix: str, node: Any) -> None:
+    def visit(prefix: str, node: Mapping[str, Any]) -> None:
         for key, value in node.items():
             if isinstance(value, dict) and value:
                 visit(f"{prefix}{key}.", value)
             else:
                 flat[f"{prefix}{key}"] = value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
 
-    visit("", OmegaConf.to_container(OmegaConf.structured(config)))
+    visit("", OmegaConf.to_container(OmegaConf.structured(config)))  # type: ignore[arg-type]
     return flat
 
 
-def _load_yaml(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path} must hold a mapping of keys to values, not a list.")
-    return loaded
-
-
-def _resolve(layers: Sequence[DictConfig]) -> ExperimentConfig:
-    try:
-        user = _merged(layers)
-        base = OmegaConf.structured(ExperimentConfig)
-        for key, value in user.items():
-            if key == "labeled_partition" and value is None:
-                continue
-            node = OmegaConf.structured(LabeledPartitionConfig) if key == "labeled_partition" else base.get(key)
-            if isinstance(node, DictConfig) and not isinstance(value, dict):
-                raise ConfigError(
-                    f"`{key!s}` (={value!s}) must be a mapping of keys; set one of its keys, e.g. {key!s}."
-                    f"{next(iter(node))!s}=..."
-                )
-        # Giving one of two ways to say the same replaces the default of the other.
-        training, supervision = user.get("training", {}), user.get("supervision", {})
-        if training.get("local_epochs") is not None:
-            training.setdefault("local_steps", None)
+def _resolve(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
+    schema, name = _method_schema(layers)
+    unknown = partial(unknown_key, ExperimentConfig, schema, name)
+    kinds = {**hints(ExperimentConfig), "method": schema}
+    user = merged(*({key: settled(kinds.get(key, Any), layer[key], key) for key in layer} for layer in layers))
+    for key in user:
+        if key not in kinds:
+            raise ConfigError(unknown(ExperimentConfig, "", key))
+    # Giving one of two ways to say the same replaces the default of the other.
+    training, supervision = user.get("training"), user.get("supervision")
+    if isinstance(training, dict) and training.get("local_epochs") is not None:
+        training.setdefault("local_steps", None)
+    if isinstance(supervision, dict):
         fill_amounts(supervision)
-        _check_names(supervision, "supervision")
         if "mix" in supervision:
-            supervision["mix"] = _mix_parts(supervision["mix"])
-        for law in (user.get("partition"), user.get("labeled_partition")):
-            if law and isinstance(law.get("partitioner_args"), dict):  # a mapping in YAML or on the command line
-                law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
-        _check_lists(user)
-        schema = method_class(user.get("method", {}).get("name", FedLabel.name))
-        # The schema node replaces the default method: another method has other fields.
-        OmegaConf.set_readonly(base, False)
-        base.method = None
-        base = OmegaConf.merge(base, {"method": OmegaConf.structured(schema)})
-        resolved = OmegaConf.to_object(OmegaConf.merge(base, user))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_describe(error)) from error
-    except ConfigError:
-        raise
+            supervision["mix"] = parts(tuple[MixPart, ...], supervision["mix"], "supervision.mix", unknown)
+    for law in (user.get("partition"), user.get("labeled_partition")):
+        if isinstance(law, dict) and isinstance(law.get("partitioner_args"), dict):  # in YAML or on the command line
+            law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text
+    base = OmegaConf.structured(ExperimentConfig)
+    OmegaConf.set_readonly(base, False)
+    base.method = None  # another method has other fields
+    base.method = OmegaConf.structured(_build_method(schema, {**user.pop("method", {}), "name": name}, unknown))
+    return build(ExperimentConfig, user, "", unknown, base)
+
+
+def _method_schema(layers: Sequence[Mapping[str, Any]]) -> tuple[type[Method], str]:
+    """Returns the class that `method.name` names, and that name."""
+    name: Any = FedLabel.name
+    for layer in layers:
+        given = layer.get("method", {})
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                f"`method` (={shown(given)}) must be a mapping of keys: set one of its keys, e.g. "
+                f"method.name={FedLabel.name}."
+            )
+        name = given.get("name", name)
+    if isinstance(name, Plain):
+        name = name.text
+    if not isinstance(name, str):
+        raise ConfigError(f"`method.name` (={shown(name)}) must be a text, e.g. method.name={FedLabel.name}.")
+    try:
+        return method_class(name), name
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    assert isinstance(resolved, ExperimentConfig)
-    assert isinstance(resolved.method, Method)
-    return resolved
 
 
-def _merged(layers: Sequence[DictConfig]) -> dict[Any, Any]:
-    """Returns what the user's files and overrides say together."""
-    merged = OmegaConf.create({})
-    for layer in layers:
-        try:
-            merged = OmegaConf.merge(merged, layer)  # type: ignore[assignment]
-        except TypeError as error:  # a mapping where a list was, or the other way round
-            raise ConfigError(
-                f"`{', '.join(map(str, layer))}`: {OmegaConf.to_container(layer)} does not fit what was said before. "
-                "A list is replaced as a whole, e.g. supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
-            ) from error
-    user = OmegaConf.to_container(merged)
-    assert isinstance(user, dict)
-    return user
-
-
-def _mix_parts(value: Any) -> list[MixPart]:
-    """Returns the parts of a mix; OmegaConf would leave them as mappings, and its messages would not say of which."""
-    example = "e.g. supervision.mix=[{share: 0.5, kind: full}, {share: 0.5, kind: partial, partial_ratio: 0.3}]"
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise ConfigError(f"`supervision.mix` (={value}) must be a list of mappings, {example}.")
-    parts = []
-    for place, part in enumerate(value):
-        where = f"supervision.mix[{place}]"
-        _check_names(part, where)
-        try:
-            parts.append(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(MixPart), part)))
-        except OmegaConfBaseException as error:
-            raise ConfigError(_describe(error, MixPart, f"{where}.")) from error
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
-    return parts  # type: ignore[return-value]
-
-
-def _check_names(kind: Mapping[str, Any], where: str) -> None:
-    """OmegaConf's own message would not name the value."""
-    value = kind.get("labels_keys", [])
-    if not isinstance(value, list):
-        raise ConfigError(f"`{where}.labels_keys` (={value}) must be a list of names, e.g. [{value}].")
-
-
-def _check_lists(user: Mapping[str, Any]) -> None:
-    """OmegaConf's own message would not name the value."""
-    for section, key, types, what in (
-        ("data", "positive_classes", (str, int), "names or numbers of classes, e.g. [ship,truck]"),
-        ("skew", "unlabeled_only_classes", (str, int), "names or numbers of classes, e.g. [8,9]"),
-        ("data", "categorical", (str,), "names of columns, e.g. [month,job]"),
-        ("data", "drop_columns", (str,), "names of columns, e.g. [month,job]"),
-        ("model", "hidden_layers", (int,), "widths, e.g. [256,128,64]"),
-    ):
-        value = user.get(section, {}).get(key)
-        if value is not None and not (isinstance(value, list) and all(type(each) in types for each in value)):
-            raise ConfigError(f"`{section}.{key}` (={value}) must be a list of {what}.")
-    matrix = user.get("method", {}).get("matrix")
-    rows = matrix if isinstance(matrix, list) and all(isinstance(row, list) for row in matrix) else None
-    if matrix is not None and (rows is None or not all(type(each) in (int, float) for row in rows for each in row)):
-        raise ConfigError(f"`method.matrix` (={matrix}) must be a list of rows of numbers, e.g. [[0.9,0.1],[0.2,0.8]].")
-
-
-def _describe(error: OmegaConfBaseException, schema: type = ExperimentConfig, prefix: str = "") -> str:
-    """Returns OmegaConf's message in one line, with the full key: `prefix` and what it is in `schema`."""
-    message = str(error.msg or error).split("\n")[0]
-    key = error.full_key
-    if "not in '" in message:
-        hint = message.partition("Did you mean:")[2].strip()
-        allowed = ""
-        if error.object_type is not None and hasattr(error.object_type, "__dataclass_fields__"):
-            allowed = " Allowed here: " + ", ".join(f.name for f in fields(error.object_type)) + "."
-        suggestion = f" Did you mean {hint}?" if hint else ""
-        return f"`{prefix}{key}` is not a configuration key.{suggestion.replace('??', '?')}{allowed}"
-    if not key:
-        return message
-    default = OmegaConf.select(OmegaConf.structured(schema), str(key))
-    return f"`{prefix}{key}`: {message}; its default is {default}."
+def _build_method(schema: type[Method], values: Mapping[str, Any], unknown: Unknown) -> Method:
+    """Returns the method; where a class of the user's own cannot be made, the message has its words and place."""
+    name = values["name"]
+    if inspect.isabstract(schema):
+        missing = ", ".join(sorted(getattr(schema, "__abstractmethods__", ())))
+        raise ConfigError(f"`method.name` (={name}) is abstract: its class must define {missing}.")
+    try:
+        method = build(schema, values, "method", unknown)
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"`method.name` (={name}) has a field of a type that a configuration cannot hold: {HOLDS} "
+            f"({in_own_words(error)})."
+        ) from error
+    except Exception as error:
+        if name in METHODS:  # a bug of ours: show where
+            raise
+        raise ConfigError(f"`method.name` (={name}) cannot be made of its fields: {in_own_words(error)}.") from error
+    return method

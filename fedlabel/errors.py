@@ -47,7 +47,8 @@ def file_error(error: OSError, path: Path | str | None = None) -> FileError:
     """
     where = path or error.filename or "The output of this command"
     cure = _CURES.get(error.errno or 0, "check the path and the disk")
-    return FileError(f"{where} cannot be written or read: {error.strerror or error}; {cure}. What was saved stays.")
+    saved = " What was saved stays; --resume goes on from there." if error.errno in FULL else ""
+    return FileError(f"{where} cannot be written or read: {error.strerror or error}; {cure}.{saved}")
 
 
 @contextmanager

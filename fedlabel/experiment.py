@@ -18,9 +18,9 @@ from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.skew import shift_features
 from fedlabel.evaluation import Evaluation, evaluate
-from fedlabel.hardware import resolve_device
+from fedlabel.hardware import memory_bytes, resolve_device
 from fedlabel.methods.steps import State, StateDict
-from fedlabel.models import Net, build_model
+from fedlabel.models import Net, build_model, check_size
 from fedlabel.models.additive import Additive
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.labeling_heads import LabelingHeads
@@ -35,6 +35,9 @@ from fedlabel.training import (
     train_client,
     train_server,
 )
+
+AVERAGES = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
+"""The strategies whose result is a mean, a median or one of what clients send: right for running statistics, too."""
 
 
 class Judged(NamedTuple):
@@ -74,7 +77,11 @@ class Experiment:
             allow_flip=dataset.allow_flip,
         )
         seed = derive_seed(config.seed, "model")
+        memory = memory_bytes()
+        if memory is not None:
+            check_size(lambda: self._network(seed), config.model, memory)
         student, self.teacher = (self._build_model(seed) for _ in range(2))
+        self._check_strategy(student)
         self.trainer = Trainer(student, self.teacher, self.transform, config.training)
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
@@ -124,7 +131,23 @@ class Experiment:
             None if bags is None else Bags(*(values.to(self.device) for values in bags)),
         )
 
+    def _check_strategy(self, model: nn.Module) -> None:
+        """Looks for buffers: to a server's optimiser or noise they would be weights like others."""
+        name, weights = self.config.strategy.name, {key for key, _ in model.named_parameters(remove_duplicate=False)}
+        buffers = [key for key in model.state_dict() if key not in weights]
+        if buffers and name not in AVERAGES:
+            raise ValueError(
+                f"`strategy.name` (={name}) would apply its optimiser or noise to what `model.name` "
+                f"(={self.config.model.name}) keeps beside its weights, BatchNorm's running statistics for instance: "
+                f"{', '.join(buffers[:3])} ({len(buffers)} in all). Take a network without, e.g. "
+                f"model.name=cnn with model.norm=group, or strategy.name={' or '.join(AVERAGES)}."
+            )
+
     def _build_model(self, seed: int) -> nn.Module:
+        return self._network(seed).to(self.device)
+
+    def _network(self, seed: int) -> nn.Module:
+        """Returns the student, on the device that torch makes things on."""
         dataset, method = self.federation.dataset, self.config.method
         if method.additive and method.networks > 1:
             raise ValueError(
@@ -139,11 +162,13 @@ class Experiment:
                 f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs: "
                 "take a network of our own, e.g. cnn or mlp."
             )
-        batch_norm = any(isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)) for part in models[0].modules())
-        if method.input_gradients and batch_norm:
+        # Every BatchNorm, and InstanceNorm that tracks statistics.
+        running = [key for key, part in models[0].named_modules() if getattr(part, "running_mean", None) is not None]
+        if method.input_gradients and running:
             raise ValueError(
-                f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}) is BatchNorm, "
-                f"which method {method.name} cannot differentiate by its inputs: take model.norm=group."
+                f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}): its layer "
+                f"{running[0]} is BatchNorm, or has running statistics like it, which method {method.name} cannot "
+                "differentiate by its inputs: take model.norm=group and a network of our own."
             )
         for name, size, wrap in (
             ("bag_head", method.bag_head, BagHead),
@@ -153,10 +178,10 @@ class Experiment:
                 assert isinstance(models[0], Net), "who has heads of its own needs embeddings"
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(derive_seed(seed, name))  # and no GPU's
-                    return wrap(models[0], size).to(self.device)
+                    return wrap(models[0], size)
         if len(models) > 1:
-            return Twins(models).to(self.device)
-        return (Additive(models[0], method.additive) if method.additive else models[0]).to(self.device)
+            return Twins(models)
+        return Additive(models[0], method.additive) if method.additive else models[0]
 
     def fresh_state(self, round_number: int) -> StateDict:
         """Returns the weights that a stage which starts in this round starts from (see `Method.starts_stage`)."""

@@ -30,7 +30,8 @@ def resolve_device(name: str) -> torch.device:
         ValueError: the name is none of these, or there is no such CUDA device.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"`device` (={name}) must be one of auto, cpu, cuda, cuda:N (N = 0, 1, ...).")
+        hint = " Did you mean cuda?" if name.lower().startswith(("gpu", "cuda", "nvidia")) or name.isdecimal() else ""
+        raise ValueError(f"`device` (={name}) must be one of auto, cpu, cuda, cuda:N (N = 0, 1, ...).{hint}")
     if name == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -57,8 +58,8 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical,
         "device": str(device),
     }
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        hardware["memory_gib"] = _gib(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if memory := memory_bytes():
+        hardware["memory_gib"] = _gib(memory)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         hardware |= {
@@ -67,6 +68,13 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
             "cuda": str(torch.version.cuda),
         }
     return hardware
+
+
+def memory_bytes() -> int | None:
+    """Returns the memory of this machine; None where the system does not tell."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def versions() -> dict[str, str]:

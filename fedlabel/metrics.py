@@ -83,10 +83,11 @@ def calibration_bins(confidence: Tensor, correct: Tensor) -> np.ndarray:
     All three add up over clients.
 
     Args:
-        confidence: (n,) in [0, 1].
+        confidence: (n,) in [0, 1]; NaN, of a network that diverged, counts as 0.
         correct: (n,) bool.
     """
     values = confidence.double().cpu().numpy()  # there sums do not depend on the order in which threads arrive
+    values = np.nan_to_num(values)
     places = np.clip((values * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
     weights = (np.ones_like(values), values, correct.double().cpu().numpy())
     bins = np.stack([np.bincount(places, weight, CALIBRATION_BINS) for weight in weights])

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from fedlabel.config import ExperimentConfig
+from fedlabel.names import counted
 
 if TYPE_CHECKING:
     from fedlabel.sweep_run import Event
@@ -22,16 +24,31 @@ OnRound = Callable[[int, Mapping[str, float]], None]
 """Told of a round's number and metrics."""
 
 
+def make_console(stderr: bool = False) -> Console:
+    """Returns where everything is printed; what a user wrote, [brackets] and :colons: too, is printed as it is."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Prints lines that only the terminal breaks, so that they can be searched and copied whole."""
+    console.print(text, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def make_table(*heads: str, title: str | None = None) -> Table:
+    """Returns a table whose cells are folded where they do not fit, and never cut."""
+    return Table(*(Column(head, overflow="fold") for head in heads), title=title)
+
+
 @contextmanager
 def run_progress(console: Console) -> Iterator[tuple[Callable[[ExperimentConfig, Path], None], OnRound]]:
     """A live bar on a terminal, lines elsewhere."""
     total = 0
     started = time.monotonic()
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
+        TextColumn("{task.fields[shown]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
@@ -46,7 +63,7 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[ExperimentConfig,
         total, stage_name = config.num_rounds, config.method.stage_name
         bar.add_task(config.method.name, total=total, shown="")
         if not console.is_terminal:
-            console.print(f"{config.method.name} on {config.data.name}: {total} rounds, {path}", soft_wrap=True)
+            say(console, f"{config.method.name} on {config.data.name}: {counted(total, 'round')}, {path}")
 
     def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
         nonlocal stage
@@ -61,7 +78,7 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[ExperimentConfig,
         bar.update(bar.task_ids[0], completed=round_number, shown=text)
         news = begins or failed or "eval/accuracy" in metrics or "interim/accuracy" in metrics
         if news and not console.is_terminal:
-            console.print(f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s", soft_wrap=True)
+            say(console, f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s")
 
     with bar:
         yield on_start, on_round
@@ -71,7 +88,7 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[ExperimentConfig,
 def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], None]]:
     """A bar over all runs and one per worker on a terminal; a line for every run that ends, everywhere."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -86,7 +103,7 @@ def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], N
     def report(event: Event) -> None:
         if event.cell is None:
             style = "yellow" if event.kind == "warning" else None
-            console.print(f"{event.kind}: {event.text}", style=style, soft_wrap=True, highlight=False, markup=False)
+            say(console, f"{event.kind}: {event.text}", style)
             return
         path, name = event.cell.path, f"{event.cell.role} {event.cell.name}"
         if event.kind == "started":
@@ -104,7 +121,7 @@ def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], N
         why = f": {event.text.strip().splitlines()[-1]}" if event.text else ""
         style = "red" if event.kind == "failed" else None
         text = f"{len(ended)}/{total} {event.kind}: {name}{seconds}{why}"
-        console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
+        say(console, text, style)
 
     with bar:
         yield report

@@ -6,20 +6,18 @@ OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see tracking.py); 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_config
+from fedlabel.config_schema import build, fields_of, settled
+from fedlabel.config_text import merged, read_mapping, shown
 from fedlabel.evaluation import EVALUATED
+from fedlabel.names import counted, did_you_mean
 
 SWEEP_JSON = "sweep.json"
 COLUMNS = ("last", "best", "mean_last_tenth")
@@ -183,22 +181,15 @@ def _read_sweep(path: str | Path, extending: tuple[Path, ...]) -> dict[str, Any]
     file = find_config(path)
     if file.resolve() in extending:
         raise ConfigError(f"{file} extends itself, by way of {' -> '.join(map(str, extending))}.")
-    try:
-        loaded = OmegaConf.load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not readable YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{file} must hold a mapping of keys to values, e.g. `methods: {{FedLabel: []}}`.")
-    content = OmegaConf.to_container(loaded)
-    assert isinstance(content, dict)
+    content: dict[str, Any] = settled(SweepConfig, read_mapping(file))
     base = content.pop("extends", None)
     if base is not None:
-        merged = OmegaConf.to_container(OmegaConf.merge(_read_sweep(str(base), (*extending, file.resolve())), content))
-        assert isinstance(merged, dict)
-        content = merged
+        if not isinstance(base, str):
+            raise ConfigError(f"{file}: `extends` (={shown(base)}) must be the name of another sweep's file.")
+        content = merged(_read_sweep(base, (*extending, file.resolve())), content)
     rows = {key: value for key, value in content.items() if key in ("methods", "settings") and isinstance(value, dict)}
     content |= {key: {name: row for name, row in value.items() if row is not None} for key, value in rows.items()}
-    return {str(key): value for key, value in content.items()}
+    return content
 
 
 def parse_sweep(content: Mapping[Any, Any]) -> SweepConfig:
@@ -207,12 +198,7 @@ def parse_sweep(content: Mapping[Any, Any]) -> SweepConfig:
     Raises:
         ValueError: a key is unknown, or a value has the wrong type or range.
     """
-    try:
-        resolved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig), dict(content)))
-    except OmegaConfBaseException as error:
-        raise ValueError(_describe(error)) from error
-    assert isinstance(resolved, SweepConfig)
-    return resolved
+    return build(SweepConfig, content, "", _unknown_key)
 
 
 @dataclass(frozen=True)
@@ -322,11 +308,6 @@ def format_value(value: float) -> str:
     return str(int(value)) if value.is_integer() else repr(value)
 
 
-def counted(number: int, noun: str) -> str:
-    """Returns "1 run", "2 runs"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def slug(name: str) -> str:
     """Returns a name as a folder's: lower case, as some file systems do not tell cases apart."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
@@ -346,15 +327,10 @@ def _check_slugs(kind: str, names: Iterable[str]) -> None:
 
 
 def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{', '.join(known)}.{f' Did you mean {near[0]}?' if near else ''}"
+    return f"{', '.join(known)}.{did_you_mean(name, known)}"
 
 
-def _describe(error: OmegaConfBaseException) -> str:
-    """Returns OmegaConf's message in one line, with the full key and what is allowed in its place."""
-    message, key = str(error.msg or error).split("\n")[0], error.full_key
-    if "not in '" not in message:
-        return f"`{key}`: {message}" if key else message
-    parent = {"search": SearchConfig, "compare": CompareConfig}.get(str(key).rpartition(".")[0], SweepConfig)
-    allowed = [each.name for each in fields(parent)]
-    return f"`{key}` is no key of a sweep, which must be one of {_near(str(key).rpartition('.')[2], allowed)}"
+def _unknown_key(schema: type, where: str, name: str) -> str:
+    """Returns the message for a key that a sweep does not have."""
+    full = f"{where}.{name}" if where else name
+    return f"`{full}` is no key of a sweep, which must be one of {_near(name, list(fields_of(schema)))}"

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, to_yaml
 from fedlabel.errors import make_folder
@@ -206,7 +204,7 @@ class _Ledger:
             return place[row["setting"], row["method"]], row.get("role") == "final", row["value"] or 0, row.get("seed")
 
         content = {
-            "sweep": OmegaConf.to_container(OmegaConf.structured(self.sweep)),
+            "sweep": asdict(self.sweep),
             "planned_runs": self.planned,
             "runs": sorted(self.rows.values(), key=order),
             "chosen": sorted(self.chosen, key=order),

@@ -22,8 +22,8 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -132,7 +132,11 @@ class RunFolder:
         """Opens a new event file in an existing folder; not for callers, see `create` and `resume`."""
         self.path = path
         self._lock = FolderLock(path)
-        self._events = EventFile(path, purge_step)
+        try:
+            self._events = EventFile(path, purge_step)
+        except BaseException:
+            self._lock.close()
+            raise
         self._failures: list[str] = []
         self._next_round = purge_step or 1
 
@@ -165,14 +169,16 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        _sync_folder(path.parent)
+        with naming(path.parent):
+            _sync_folder(path.parent)
         folder = cls(path)
         # Without the "experiment" record: TensorBoard takes its columns from the first such record it meets, and runs
         # of other methods beside it would lose theirs. Lacking one it gathers the columns from all runs.
         # (TensorBoard 2.21 then lists metrics beside them only for --logdir on the folder that holds the runs.)
         _, session_start, _ = summaries.hparams(dict(hparams), {})
-        folder._events.add(session_start)
-        folder._events.flush()
+        with folder.closed_on_error():
+            folder._events.add(session_start)
+            folder._events.flush()
         return folder
 
     @classmethod
@@ -209,7 +215,8 @@ class RunFolder:
         write_atomic(path / "metrics.jsonl", "".join(_json_line(row) for row in rows))
         _wait_for_later_name(path)
         folder = cls(path, purge_step=completed_round + 1)
-        folder._events.flush()
+        with folder.closed_on_error():
+            folder._events.flush()
         return folder
 
     @property
@@ -328,6 +335,16 @@ class RunFolder:
         finally:
             self._lock.close()
 
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Closes the folder if something inside fails."""
+        try:
+            yield
+        except BaseException:
+            with suppress(ValueError):  # what failed before is to be told
+                self.close()
+            raise
+
     def _add_bins(self, tag: str, counts: np.ndarray, round_number: int) -> None:
         limits = np.linspace(0, 1, len(counts) + 1)[1:]
         middles = limits - 0.5 / len(counts)
@@ -442,19 +459,23 @@ def is_evaluated(round_number: int, num_rounds: int, every: int) -> bool:
     return round_number % every == 0 or round_number in last_tenth(num_rounds)
 
 
-def averaged_rounds(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, int]:
-    """Returns first and last round of the last tenth, and how many of its rounds have a metric.
+def averaged_rounds(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Returns first and last round of the last tenth, and how many of its rounds have an evaluation.
 
-    All of them do, but in a run that was resumed with another number of rounds: one of 20 rounds with
-    evaluation.every=10, stopped after the 12th and resumed for 15, has 13 to 15 of 11 to 15.
+    All of them do, but where a method has no model as yet (interim/accuracy), or in a run that was resumed with another
+    number of rounds: one of 20 rounds with evaluation.every=10, stopped after the 12th and resumed for 15, has 13 to 15
+    of 11 to 15.
 
     Args:
         rows: as `read_metrics` returns them.
-        key: the metric's tag.
     """
     window = last_tenth(rows[-1]["round"] if rows else 0)
-    count = sum(row["round"] in window and row.get(key) is not None for row in rows)
-    return {"first": window.start, "last": window.stop - 1, "count": count}
+    return {"first": window.start, "last": window.stop - 1, "count": len(_averaged(rows))}
+
+
+def _averaged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    window = last_tenth(rows[-1]["round"] if rows else 0)
+    return [row for row in rows if row["round"] in window and row.get("eval/accuracy") is not None]
 
 
 def name_mean(rounds: Mapping[str, int]) -> str:
@@ -468,8 +489,9 @@ def name_mean(rounds: Mapping[str, int]) -> str:
 def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
     """Returns last and best value of a metric and its mean over the last tenth of the rounds (see `last_tenth`).
 
-    Only rows that have the key with a finite value count; without such rows, or without one in the last tenth, it is
-    NaN. Best is the lowest where `lower_is_better`, else the highest.
+    The mean of every metric is over the same rounds: those of the last tenth with an evaluation. Only rows that have
+    the key with a finite value count; without such rows, or without one among these, it is NaN. Best is the lowest
+    where `lower_is_better`, else the highest.
 
     Values 0.1, 0.2, ..., 1.2 and then 0.5 in 13 rounds: last 0.5, best 1.2, and the last five are 0.9, 1.0, 1.1, 1.2
     and 0.5, of mean 0.94.
@@ -478,13 +500,10 @@ def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> 
         rows: as `read_metrics` returns them; the last one tells how many rounds there are.
         key: the metric's tag.
     """
-    having = [(row["round"], float(row[key])) for row in rows if row.get(key) is not None]
-    if not having:
+    values, recent = ([float(row[key]) for row in rs if row.get(key) is not None] for rs in (rows, _averaged(rows)))
+    if not values:
         return dict.fromkeys(("last", "best", "mean_last_tenth"), math.nan)
-    values = [value for _, value in having]
     best: Callable[[list[float]], float] = min if lower_is_better(key) else max
-    window = last_tenth(rows[-1]["round"])
-    recent = [value for round_number, value in having if round_number in window]
     mean = math.fsum(recent) / len(recent) if recent else math.nan
     return {"last": values[-1], "best": best(values), "mean_last_tenth": mean}
 

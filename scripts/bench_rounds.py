@@ -4,7 +4,7 @@ Usage: python scripts/bench_rounds.py [--rounds 10] [--blocks 2] [--only NAME] [
 
 1,000 clients are registered and 50 take part in each round. The global model (the default cnn for 28x28 images) goes to
 them, each answers at once with the arrays it got, and the server takes the weighted mean. Our grids run the server's
-own steps: encode the model, sample, send, check every reply (RoundTally), average, decode. Flower's runtime runs
+own steps: encode the model, sample, send, check every reply (server/replies.py), average, decode. Flower's runtime runs
 `FedAvg.start` under `flwr.simulation.run_simulation`. It and our Ray grid get two workers of one CPU each.
 
 Every runtime has a process of its own, with one thread for numerics. They run one after the other, and again for each
@@ -40,10 +40,13 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlabel.config import ExperimentConfig
 from fedlabel.hardware import describe_hardware, versions
+from fedlabel.methods.supervised import Supervised
 from fedlabel.models import ModelConfig, build_model
+from fedlabel.training_config import TrainingConfig
 from server.grids import InProcessGrid, RayGrid, SimulationGrid
-from server.report import RoundTally
+from server.replies import ReplySchema
 from server.strategy import WeightedMean, aggregate, configure_round, sample_cohort
+from server.tally import RoundTally
 
 CLIENT_APP = "bench_rounds:app"
 """Workers import it by this path; they find it beside this script."""
@@ -57,10 +60,14 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answers with the arrays that came; the weight differs from client to client."""
+    weight = 1.0 + int(context.node_config["partition-id"]) % 7
     content = RecordDict(
         {
             "arrays": message.content.array_records["arrays"],
-            "metrics": MetricRecord({"num-examples": 1.0 + int(context.node_config["partition-id"]) % 7}),
+            "metrics": MetricRecord({"num-examples": weight, "train_loss": 0.0}),
+            "sums": ConfigRecord({"train/loss": [0.0, 1.0]}),
+            "counts": ConfigRecord({"passes": [1.0, 1.0]}),
+            "statistics": ConfigRecord({}),
         }
     )
     return Message(content, reply_to=message)
@@ -82,11 +89,13 @@ def our_rounds(grid: SimulationGrid, rounds: int) -> list[float]:
     strategy = WeightedMean(fraction_train=1.0, min_train_nodes=1, min_available_nodes=1)
     nodes = {client: client + 1 for client in range(CLIENTS)}
     first = model = initial_model()
+    schema = ReplySchema(model, Supervised(), TrainingConfig(), [100] * CLIENTS, 10)
     ends = []
     for round_number in range(1, rounds + 1):
         cohort = sample_cohort(0, round_number, CLIENTS, COHORT / CLIENTS)
         messages = configure_round(strategy, round_number, ArrayRecord(model), ConfigRecord({}), nodes, cohort)
-        tally = RoundTally(round_number, {nodes[client]: client for client in cohort}, messages)
+        client_of = {nodes[client]: client for client in cohort}
+        tally = RoundTally(schema.of_round(round_number, {}, messages), client_of, messages)
         replies = grid.send_and_receive(messages, timeout=ExperimentConfig().grid.timeout)
         aggregated = aggregate(strategy, round_number, tally.usable(replies))
         tally.finish()

@@ -8,7 +8,8 @@ setup_venv ""
 
 out="runs/demo/$(date +%Y%m%d-%H%M%S)"
 mkdir -p "$out"
-echo "Training over 20 clients with 10 % labels (about two minutes on two idle cores); runs go to $out."
+echo "Training over 20 clients with 10 % labels (some 90 seconds of processor time: a minute or two on two idle cores, longer beside other work)."
+echo "Runs go to $out."
 fedlabel run experiment/digits.yaml method.name=supervised --out "$out" --name labelled-only >"$out/labelled-only.log" 2>&1 &
 other=$!
 trap 'kill "$other" 2>/dev/null || true' EXIT

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from flwr.serverapp.strategy import Strategy
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from fedlabel.config import ExperimentConfig, flatten, parse_config, to_yaml
+from fedlabel.config_text import parse_yaml
 from fedlabel.errors import naming
 from fedlabel.experiment import Experiment
 from fedlabel.tracking import write_atomic
@@ -31,6 +29,7 @@ CHANGEABLE = (
     "grid.num_workers",
     "grid.timeout",
     "grid.connect_timeout",
+    "strategy.min_replies",
     "checkpoint.every",
     "checkpoint.keep",
     "evaluation.figures",
@@ -206,11 +205,11 @@ def _differing(text: str, config: ExperimentConfig, wanted_text: str) -> list[st
     if text == wanted_text:  # to read it takes much longer
         return []
     try:
-        method = OmegaConf.select(OmegaConf.create(text), "method.name")
+        method = parse_yaml(text, "The configuration")["method"]["name"]
         if method != config.method.name:  # before the other method, whatever module it is in, is imported
             return [f"method.name (saved {method}, now {config.method.name})"]
         saved, wanted = flatten(parse_config(text)), flatten(config)
-    except (ValueError, AssertionError, OmegaConfBaseException, yaml.YAMLError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return None
     return [
         f"{key} (saved {saved.get(key)}, now {wanted.get(key)})"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -20,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from fedlabel.config import ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.config import ExperimentConfig, flatten, load_config, split_overrides, to_yaml
 from fedlabel.data.federation import Federation
 from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
@@ -58,12 +57,24 @@ def main(grid: Grid, context: Context) -> None:
     """Runs an experiment on the grid Flower gives; `run_config` holds `configs` (comma separated) and `overrides`."""
     logger.setLevel(logging.INFO)  # `flwr run --stream` and `flwr log` show what is written to stderr
     logger.addHandler(logging.StreamHandler())
+    try:
+        path = _run_here(grid, context)
+    except Exception as error:
+        # Flower logs what is raised, and its own exit status does not tell: the last line of the log has to.
+        known = isinstance(error, (ValueError, RunError))
+        reason = str(error).partition("\n")[0] if known else repr(error)
+        failed = RunError(f"fedlabel: the run FAILED (whatever the exit status of flwr run): {reason}")
+        raise failed from (None if known else error)  # a bug: show where
+    logger.info("fedlabel: the run is finished. Results are in %s", path)
+
+
+def _run_here(grid: Grid, context: Context) -> Path:
     configs = [path.strip() for path in str(context.run_config.get("configs", "")).split(",") if path.strip()]
-    config = load_config(configs, shlex.split(str(context.run_config.get("overrides", ""))))
+    config = load_config(configs, split_overrides(str(context.run_config.get("overrides", ""))))
     path = (Path("runs") / default_name(config)).absolute()
     logger.info("Results go to %s", path)  # below the directory where the SuperLink was started
     run_federation(config, grid, path, on_round=_log_line)
-    logger.info("Results are in %s", path)
+    return path
 
 
 def default_name(config: ExperimentConfig) -> str:
@@ -141,22 +152,28 @@ def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | Non
         if checkpoint.round_number > 0:
             _check_same_data(path / PARTITION_JSON, experiment.federation)
         folder = RunFolder.resume(path, checkpoint.round_number)
-        write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
-        with naming(folder.summary_json):
-            folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
-        if checkpoint.round_number > 0:
-            return folder
     else:
         folder = RunFolder.create(path, text, flatten(experiment.config))
-    write_atomic(folder.partition_json, experiment.federation.to_json())
-    write_atomic(folder.supervision_json, experiment.federation.audit_json())
+    with folder.closed_on_error():
+        if checkpoint is not None:
+            write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
+            with naming(folder.summary_json):
+                folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
+        if checkpoint is None or checkpoint.round_number == 0:
+            _describe(experiment, folder)
+    return folder
+
+
+def _describe(experiment: Experiment, folder: RunFolder) -> None:
+    """Writes what a run begins with: who holds what, and the configuration."""
     federation = experiment.federation
+    write_atomic(folder.partition_json, federation.to_json())
+    write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.evaluation.figures:
         figure = partition_figure(federation.histograms(), KIND_NAMES, federation.true_classes)
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
-    folder.log_text("config", f"```yaml\n{text}```")
-    return folder
+    folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")
 
 
 def _check_same_data(path: Path, federation: Federation) -> None:
@@ -288,12 +305,22 @@ def _collect(
     least = config.strategy.min_replies
     if tally.num_usable >= least and not unfit:
         return aggregated
-    few = f"All {len(messages)} clients failed"
+    few = f"All {len(messages)} clients failed" if len(messages) > 1 else "The only client failed"
     if tally.num_usable:
         few = unfit or f"Only {tally.num_usable} of {len(messages)} clients gave a usable reply"
         few += f", `strategy.min_replies` is {least}," * (not unfit)
     first = f" {tally.failures[0].splitlines()[0]} (all, with tracebacks: {folder.failures})" if tally.failures else ""
+    if tally.failures and all(map(_diverged, tally.failures)):
+        first += (
+            f" Training diverged: take a smaller training.lr (={config.training.lr:g}), or cut gradients with "
+            "training.max_grad_norm."
+        )
     raise RunError(f"{few} in round {tally.round_number}, so the run stops; its checkpoints stay.{first}")
+
+
+def _diverged(failure: str) -> bool:
+    """Returns whether a client failed as its numbers grew beyond all bounds."""
+    return any(sign in failure.partition("\n")[0] for sign in (" NotFinite: ", " TooLarge: ", "(=nan)", "(=inf)"))
 
 
 def _check_shared(method: Method, shared: State, round_number: int) -> None:
@@ -359,7 +386,7 @@ def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[
     if missing:
         raise RunError(
             f"No node has partition-id {missing[0]} ({len(missing)} of {config.num_clients} are missing). "
-            + " ".join(refusals[:1])
+            + " ".join(refusals[:3])
         )
     for refusal in refusals:
         logger.warning("Left out: %s", refusal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from io import BytesIO
 from types import SimpleNamespace
@@ -18,6 +18,9 @@ from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from fedlabel.config import ConfigError, StrategyConfig, cohort_size
+from fedlabel.config_schema import LARGEST
+from fedlabel.config_text import shown
+from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
 
 
@@ -81,10 +84,15 @@ class WeightedMean(FedAvg):
         if not weights or any(weight <= 0 for weight in weights.values()):
             return None, None
         mean = {
-            key: np.asarray(sum(totals[part][key] / weights[part] for part in totals) / len(totals)).astype(dtype)
+            key: _in_type(sum(totals[part][key] / weights[part] for part in totals) / len(totals), dtype)
             for key, dtype in dtypes.items()
         }
         return ArrayRecord({key: Array(value) for key, value in mean.items()}), None
+
+
+def _in_type(mean: np.typing.ArrayLike, dtype: np.dtype) -> np.ndarray:
+    """Returns a mean in the type of what it is of: integers (BatchNorm's batch counter) and bools rounded, not cut."""
+    return np.asarray(np.rint(mean) if dtype.kind in "iub" else mean, dtype=dtype)
 
 
 def strategy_names() -> list[str]:
@@ -110,29 +118,64 @@ def build_strategy(config: StrategyConfig) -> Strategy:
     available = _flower_strategies()
     if config.name not in available:
         hint = " FedProx is a term of the local loss: set training.prox_mu." if config.name == "FedProx" else ""
+        hint = hint or did_you_mean(config.name, strategy_names())
         raise ConfigError(f"`strategy.name` (={config.name}) must be one of {', '.join(strategy_names())}.{hint}")
     strategy_class = available[config.name]
-    taken = set(inspect.signature(strategy_class).parameters) - set(sampling) - _FIXED
+    parameters = inspect.signature(strategy_class).parameters
+    taken = set(parameters) - set(sampling) - _FIXED
     unknown = sorted(set(config.args) - taken)
     if unknown:
         raise ConfigError(
             f"`strategy.args` has {', '.join(unknown)}, which {config.name} does not take; "
-            f"allowed: {', '.join(sorted(taken))}."
+            f"allowed: {', '.join(sorted(taken)) or 'nothing'}."
         )
-    try:
-        if issubclass(strategy_class, FedAvg):
-            return strategy_class(**sampling, **config.args)
-        return cast(Any, strategy_class)(FedAvg(**sampling), **config.args)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"`strategy.args` (={dict(config.args)}) does not fit {config.name}: {error}") from error
+    arguments: dict[str, Any] = {name: _argument(name, value) for name, value in config.args.items()}
+    missing = [name for name in sorted(taken - set(arguments)) if parameters[name].default is inspect.Parameter.empty]
+    if missing:
+        raise ConfigError(
+            f"`strategy.name` (={config.name}) needs {' and '.join(f'strategy.args.{name}' for name in missing)}: "
+            f"{_ARGUMENTS[missing[0]][2]}."
+        )
+    if issubclass(strategy_class, FedAvg):
+        return strategy_class(**sampling, **arguments)
+    return cast(Any, strategy_class)(FedAvg(**sampling), **arguments)
+
+
+def _argument(name: str, value: object) -> int | float:
+    """Returns an argument of a strategy, checked here, as Flower's would fail in a round, or never."""
+    kind, allowed, words = _ARGUMENTS[name]
+    right = isinstance(value, (int, kind)) and not isinstance(value, bool) and allowed(value)
+    if not right:
+        raise ConfigError(f"`strategy.args.{name}` (={shown(value)}) must be {words}.")
+    return kind(value)
+
+
+_COUNT = (int, lambda value: 0 <= value <= LARGEST, "a whole number of at least 0")
+_AT_LEAST_ONE = (int, lambda value: 1 <= value <= LARGEST, "a whole number of at least 1")
+_POSITIVE = (float, lambda value: 0 < value < math.inf, "a positive number")
+_SHARE = (float, lambda value: 0 <= value < 1, "a number in [0, 1)")
+_NOT_NEGATIVE = (float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+_ARGUMENTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("eta", "eta_l", "tau", "server_learning_rate", "client_learning_rate", "clipping_norm"), _POSITIVE
+    ),
+    **dict.fromkeys(("initial_clipping_norm", "clip_norm_lr"), _POSITIVE),
+    **dict.fromkeys(("beta_1", "beta_2", "server_momentum", "target_clipped_quantile"), _SHARE),
+    **dict.fromkeys(("noise_multiplier", "q", "clipped_count_stddev"), _NOT_NEGATIVE),
+    **dict.fromkeys(("num_sampled_clients", "num_nodes_to_select"), _AT_LEAST_ONE),
+    "num_malicious_nodes": _COUNT,
+    "beta": (float, lambda value: 0 <= value < 0.5, "a number in [0, 0.5)"),
+}
+"""Argument of one of Flower's strategies -> its type, whether a value is allowed, and what is."""
 
 
 _FIXED = (
     {"self", "strategy", "fraction_evaluate", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"}
     | {f"{what}_key" for what in ("arrayrecord", "configrecord")}
-    | {"weighted_by_key"}
+    | {"weighted_by_key", "train_loss_key", "selection_rule", "accountant"}
 )
-"""Arguments of Flower's strategies that the round loop decides."""
+"""Arguments of Flower's strategies that the round loop decides, or that are no numbers."""
 
 _LEFT_OUT = ("Strategy", "Result", "FedProx")
 """FedProx acts on the client: `training.prox_mu`."""
@@ -195,15 +238,21 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message],
     weighted = [r for r in replies if cast(float, r.content.metric_records["metrics"]["num-examples"]) > 0]
     if not weighted:
         return None
+    # Now, as some strategies empty the replies. Theirs are floats; `WeightedMean` keeps types itself.
+    types = {key: np.dtype(array.dtype) for key, array in weighted[0].content.array_records["arrays"].items()}
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(derive_seed(seed, "strategy", round_number) % 2**32)  # noqa: NPY002
     try:
         with np.errstate(all="ignore"):  # what is not finite is looked for in the result
-            return strategy.aggregate_train(round_number, weighted)[0]
+            combined = strategy.aggregate_train(round_number, weighted)[0]
     except (AppExitException, ArithmeticError, IndexError, ValueError) as error:
         raise CannotCombine(f"{type(strategy).__name__} cannot combine {len(weighted)} replies ({error})") from error
     finally:
         np.random.set_state(before)  # noqa: NPY002
+    if combined is None:
+        return None
+    whole = {key: Array(_in_type(combined[key].numpy(), types[key])) for key in combined if types[key].kind in "iub"}
+    return ArrayRecord({**combined, **whole})
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import io
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 import fedlabel
 from fedlabel.cli import app
+from fedlabel.progress import make_table
 from server.checkpoint import load_checkpoint
+from tests.data.arrays import write_npz
 from tests.integration.processes import environment, fedlabel_command
 from tests.integration.tiny import TINY, run_tiny
 
@@ -38,10 +44,10 @@ def assert_refused(result: Result, *words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["training.lrr=1"], ["`training.lrr` is not a configuration key", "Did you mean 'lr'", "Allowed here: lr, "]),
-        (["trainin.lr=1"], ["`trainin` is not a configuration key", "Did you mean 'training'"]),
-        (["training.lr=fast"], ["`training.lr`", "'fast'", "Float"]),
-        (["num_rounds=many"], ["`num_rounds`", "'many'"]),
+        (["training.lrr=1"], ["`training.lrr` is not a configuration key", "mean training.lr?", "Allowed here: lr, "]),
+        (["trainin.lr=1"], ["`trainin` is not a configuration key", "Did you mean training?"]),
+        (["training.lr=fast"], ["`training.lr`", "(=fast)", "must be a number"]),
+        (["num_rounds=many"], ["`num_rounds` (=many)"]),
         (["num_rounds=0"], ["`num_rounds` (=0)", "at least 1"]),
         (["fraction_train=1.5"], ["`fraction_train` (=1.5)", "(0, 1]"]),
         (["method.confidence_threshold=1.5"], ["`method.confidence_threshold` (=1.5)", "[0, 1]"]),
@@ -114,7 +120,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = call("run", *SMALL, "--name", "done", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert "round 2/2  accuracy 0." in result.output  # line-wise: this is no terminal
-    assert "had been done" not in result.output
+    assert "finished before" not in result.output
     assert "selected" not in result.output
     assert f"tensorboard --logdir {out}" in result.output
     return out / "done"
@@ -135,7 +141,7 @@ def test_success_leaves_the_promised_summary(done: Path) -> None:
 def test_resuming_a_finished_run_says_that_nothing_was_left(done: Path) -> None:
     result = call("run", "--resume", "--name", "done", "--out", str(done.parent))
     assert result.exit_code == 0, result.output
-    assert "All its rounds had been done" in result.output
+    assert "This run was finished before" in result.output
     assert "round 2/2" not in result.output
 
 
@@ -336,3 +342,84 @@ def test_the_command_itself_reports_by_status(tmp_path: Path) -> None:
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
         assert (tmp_path / "runs" / str(status)).exists() == (status == 0)
+
+
+def test_version() -> None:
+    result = call("--version")
+    assert (result.exit_code, result.output) == (0, f"fedlabel {importlib.metadata.version('fedlabel')}\n")
+
+
+def test_list_of_one_thing() -> None:
+    result = call("list", "fixmatch")
+    assert result.exit_code == 0
+    assert "method.confidence_threshold (float), default 0.95" in result.output
+    assert "Sohn" in result.output
+    assert "training.lr (float), default 0.1" in call("list", "training").output
+    assert_refused(call("list", "fixmtch"), "`fixmtch` is neither a method nor a section", "Did you mean fixmatch")
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_ctrl_c_says_how_to_go_on_by_the_runs_name(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    target = "fedlabel.cli.open_experiment" if when == "before" else "server.server_app.log_round"
+    monkeypatch.setattr(target, interrupt)
+    out = tmp_path / "with space"
+    result = call("run", *SMALL, "--out", str(out))
+    assert result.exit_code == 130
+    if when == "before":
+        assert result.stderr == "Interrupted. Nothing had begun.\n"
+        return
+    (path,) = out.iterdir()
+    command = f"`fedlabel run --resume --name {path.name} --out '{out}'`"
+    assert result.stderr == f"Interrupted. {command} goes on from the last checkpoint.\n"
+    monkeypatch.undo()
+    assert call(*shlex.split(command.strip("`"))[1:]).exit_code == 0
+
+
+def test_what_a_user_wrote_is_printed_as_it_is_and_whole(tmp_path: Path) -> None:
+    """Neither markup nor emoji, and no cell is cut, however narrow the terminal."""
+    result = CliRunner().invoke(app, ["run", "data.name='[red]x[/red]:smile:'"], env={"COLUMNS": "40"})
+    assert_refused(result, "`data.name` (=[red]x[/red]:smile:) must be one of")
+    console = Console(width=30, file=io.StringIO(), markup=False, emoji=False)
+    table = make_table("[b]what", title="[i]title")
+    table.add_row("[red]a-name-without-any-space-that-is-longer-than-the-terminal:cat:")
+    console.print(table)
+    shown = console.file.getvalue()
+    joined = "".join(line.strip("│ \n") for line in shown.splitlines() if "│" in line)
+    assert joined == "[red]a-name-without-any-space-that-is-longer-than-the-terminal:cat:"
+    assert "[b]what" in shown
+    assert "[i]title" in shown
+
+
+def test_a_file_may_have_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1.yaml").write_text("training: {lr: fast}\n")
+    assert_refused(call("run", "lr=1.yaml"), "`training.lr` (=fast) must be a number")
+
+
+def test_a_network_larger_than_the_machine_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    result = call("run", *SMALL, "model.name=resnet18", "model.width=4096", "--name", "a", "--out", str(tmp_path))
+    assert_refused(result, "`model.width` (=4096)", "A run needs 8 times their size", "take a smaller one")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("method", ["fedlabel", "fedmatch"])
+def test_a_run_that_diverges_says_so_without_a_warning(method: str, tmp_path: Path) -> None:
+    small = [override for override in SMALL if not override.startswith("method.")]
+    result = call("run", *small, f"method.name={method}", "training.lr=1e6", "--name", "a", "--out", str(tmp_path))
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert "Training diverged: take a smaller training.lr (=1e+06)" in line
+
+
+def test_partition_prints_what_a_loader_has_to_say(tmp_path: Path) -> None:
+    write_npz(tmp_path / "set.npz", weights=np.zeros(3))
+    result = call(
+        *("partition", "data.name=npz", f"data.root={tmp_path / 'set.npz'}", "num_clients=2"),
+        *("supervision.label_rate=0.5", "--out", str(tmp_path / "p")),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output.count("note: ") == 1
+    assert f"note: {tmp_path / 'set.npz'}: weights of it is not read." in result.output

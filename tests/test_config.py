@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision_config import MixPart, SupervisionConfig
+from fedlabel.methods import METHODS
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.supervised import Supervised
 from fedlabel.models import ModelConfig
@@ -58,22 +61,22 @@ def test_method_by_import_path() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.lrr=1", r"`training.lrr` is not a configuration key. Did you mean 'lr'\?"),
-        ("sed=1", r"`sed` is not a configuration key. Did you mean 'seed'\?"),
-        ("method.lambda0=1", r"`method.lambda0` is not a configuration key. Did you mean 'lambda_0'\?"),
-        ("training.lr=fast", r"`training.lr`: Value 'fast' of type 'str' could not be converted to Float"),
-        ("seed=1.5", r"`seed`: Value '1.5'"),
+        ("training.lrr=1", r"`training.lrr` is not a configuration key. Did you mean training.lr\? Allowed here: lr, "),
+        ("sed=1", r"`sed` is not a configuration key. Did you mean seed\?"),
+        ("method.lambda0=1", r"`method.lambda0` is not a field of fedlabel. Did you mean method.lambda_0\?"),
+        ("training.lr=fast", r"`training.lr` \(=fast\) must be a number; its default is 0.1"),
+        ("seed=1.5", r"`seed` \(=1.5\) must be a whole number"),
         ("num_rounds=0", r"`num_rounds` \(=0\) must be at least 1"),
         ("fraction_train=1.5", r"`fraction_train` \(=1.5\) must lie in \(0, 1\]"),
         ("method.confidence_threshold=2", r"`method.confidence_threshold` \(=2.0\) must lie in \[0, 1\]"),
-        ("method=fedlabel", r"`method` \(=fedlabel\) must be a mapping of keys; .* method.name="),
+        ("method=fedlabel", r"`method` \(=fedlabel\) must be a mapping of keys: .* method.name="),
         ("method.name=fedlable", "Did you mean fedlabel"),
         ("model.name=cnm", r"`model.name` \(=cnm\)"),
         ("data.name=digit", r"`data.name` \(=digit\)"),
         ("partition.kind=dirichet", r"`partition.kind` \(=dirichet\)"),
         ("grid.kind=rays", r"`grid.kind` \(=rays\) must be one of in_process, ray"),
         ("training", "must have the form key=value"),
-        ("training=3", r"`training` \(=3\) must be a mapping of keys; .* training.lr="),
+        ("training=3", r"`training` \(=3\) must be a mapping of keys: .* training.lr=0.1"),
         ("strategy.args.eta=1", "must be empty for strategy.name=weighted_mean"),
         ("evaluation.every=0", r"`evaluation.every` \(=0\)"),
         ("checkpoint.keep=0", r"`checkpoint.keep` \(=0\)"),
@@ -160,7 +163,10 @@ def test_lists_of_data_and_model_survive_yaml() -> None:
     ("overrides", "message"),
     [
         (["labeled_partition=iid"], r"`labeled_partition` \(=iid\) must be a mapping .* labeled_partition.kind="),
-        (["labeled_partition.kin=iid"], r"`labeled_partition.kin` is not a configuration key. Did you mean 'kind'"),
+        (
+            ["labeled_partition.kin=iid"],
+            r"`labeled_partition.kin` is not a configuration key. Did you mean labeled_partition.kind\?",
+        ),
         (["labeled_partition.kind=id"], r"`labeled_partition.kind` \(=id\).*Did you mean iid"),
         (
             ["labeled_partition.kind=iid", "supervision.labels_at=server"],
@@ -174,13 +180,19 @@ def test_lists_of_data_and_model_survive_yaml() -> None:
             ["labeled_partition.kind=iid", "supervision.kind=full"],
             r"`supervision.kind` \(=full\).*set labeled_partition=null",
         ),
-        (["data.positive_classes=ship"], r"`data.positive_classes` \(=ship\) must be a list of names or numbers of"),
-        (["data.positive_classes=[[1]]"], r"`data.positive_classes` \(=\[\[1\]\]\) must be a list of names"),
-        (["data.drop_columns={a: b}"], r"`data.drop_columns` \(=\{'a': 'b'\}\) must be a list of names of columns"),
-        (["data.categorical=age"], r"`data.categorical` \(=age\) must be a list of names of columns"),
-        (["model.hidden_layers=[8,x]"], r"`model.hidden_layers` \(=\[8, 'x'\]\) must be a list of widths"),
-        (["skew.unlabeled_only_classes=3"], r"`skew.unlabeled_only_classes` \(=3\) must be a list of names or numbers"),
-        (["skew.unlabeled_only_classes=[1.5]"], r"`skew.unlabeled_only_classes` \(=\[1.5\]\) must be a list"),
+        (
+            ["data.positive_classes=ship"],
+            r"`data.positive_classes` \(=ship\) must be a list of texts, e.g. data.positive_classes=",
+        ),
+        (["data.positive_classes=[[1]]"], r"`data.positive_classes` \(=\[\[1\]\]\) must be a list of texts"),
+        (["data.drop_columns={a: b}"], r"`data.drop_columns` \(=\{'a': 'b'\}\) must be a list of texts"),
+        (["data.categorical=age"], r"`data.categorical` \(=age\) must be a list of texts"),
+        (
+            ["model.hidden_layers=[8,x]"],
+            r"`model.hidden_layers` \(=\[8, 'x'\]\) must be a list of whole numbers, e.g. model.hidden_layers=\[8, 8\]",
+        ),
+        (["skew.unlabeled_only_classes=3"], r"`skew.unlabeled_only_classes` \(=3\) must be a list of texts"),
+        (["skew.unlabeled_only_classes=[[1]]"], r"`skew.unlabeled_only_classes` \(=\[\[1\]\]\) must be a list"),
         (["skew.labeled_imbalance=0"], r"`skew.labeled_imbalance` \(=0.0\)"),
     ],
 )
@@ -249,7 +261,7 @@ def test_imprecise_labels_are_those_of_all_samples_unless_an_amount_is_given(
     [
         (
             ["supervision.mix=[{share: 0.5}, {share: 0.5, kindd: partial}]"],
-            r"`supervision.mix\[1\].kindd` is not a configuration key. Did you mean 'kind'\? Allowed .*share",
+            r"`supervision.mix\[1\].kindd` is not .* Did you mean supervision.mix\[1\].kind\? Allowed .*share",
         ),
         (
             ["supervision.mix=[{kind: full}]"],
@@ -261,24 +273,30 @@ def test_imprecise_labels_are_those_of_all_samples_unless_an_amount_is_given(
         ),
         (
             ["supervision.mix=[{share: 0.5}, {share: much}]"],
-            r"`supervision.mix\[1\].share`: Value 'much' .* Float; its default is 0.0",
+            r"`supervision.mix\[1\].share` \(=much\) must be a number; its default is 0.0",
         ),
-        (["supervision.mix=[{share: 0.5, labels_total: 2.5}]"], r"`supervision.mix\[0\].labels_total`: Value '2.5'"),
+        (
+            ["supervision.mix=[{share: 0.5, labels_total: 2.5}]"],
+            r"`supervision.mix\[0\].labels_total` \(=2.5\) must be a whole number",
+        ),
         (
             ["supervision.mix=[{share: 0.5, labels_keys: x}]"],
-            r"`supervision.mix\[0\].labels_keys` \(=x\) must be a list of names, e.g. \[x\]",
+            r"`supervision.mix\[0\].labels_keys` \(=x\) must be a list of texts",
         ),
-        (["supervision.labels_keys=x"], r"`supervision.labels_keys` \(=x\) must be a list of names, e.g. \[x\]"),
+        (["supervision.labels_keys=x"], r"`supervision.labels_keys` \(=x\) must be a list of texts"),
         (["supervision.mix=[{share: 0.6}, {share: 0.6}]"], r"The shares of `supervision.mix` sum to 1.2"),
         (["supervision.mix=half"], r"`supervision.mix` \(=half\) must be a list of mappings, e.g. supervision.mix=\["),
         (["supervision.mix={share: 0.5}"], r"`supervision.mix` \(=\{'share': 0.5\}\) must be a list of mappings"),
         (["supervision.mix=[half]"], r"`supervision.mix` \(=\['half'\]\) must be a list of mappings"),
-        (["supervision.mix=null"], r"`supervision.mix` \(=None\) must be a list of mappings"),
+        (["supervision.mix=null"], r"`supervision.mix` \(=null\) must be a list of mappings"),
         (
             ["supervision.mix.0.share=0.5"],
             r"`supervision.mix` \(=\{'0': \{'share': 0.5\}\}\) must be a list of mappings",
         ),
-        ([MIX, "supervision.mix.0.share=0.5"], r"'mix': \{'0': \{'share': 0.5\}\}.* A list is replaced as a whole"),
+        (
+            [MIX, "supervision.mix.0.share=0.5"],
+            r"`supervision.mix` \(=\{'0': \{'share': 0.5\}\}\) does not fit .* A list is replaced as a whole",
+        ),
         (
             [MIX, "supervision.labels_at=some_clients", "supervision.labeled_clients=2"],
             r"`supervision.labels_at` \(=some_clients\) has no place beside supervision.mix",
@@ -322,3 +340,154 @@ def test_bags_with_noise_on_their_counts_need_a_number() -> None:
     config = load_config([], [*BAGS, "method.name=llp_bp", "supervision.count_epsilon=1", "method.lambda_bag=1"])
     assert config.supervision.label_rate is None
     assert load_config([], [*BAGS, "method.name=dllp", "supervision.count_epsilon=1"]).method.name == "dllp"
+
+
+def test_a_part_of_a_mapping_keeps_the_methods_own_default_for_the_rest() -> None:
+    """FreeMatch's mask is of kind freematch, not the fixed one that a mask is by itself."""
+    mask = load_config([], ["method.name=freematch", "method.mask.ema=0.9"]).method.mask
+    assert (mask.kind, mask.ema) == ("freematch", 0.9)
+
+
+# Numbers that are none, or too large; classes of the user's own.
+
+
+def float_keys() -> list[tuple[str, str]]:
+    """(method, key) of every key that holds a number."""
+    found = []
+    for name in METHODS:
+        for key, value in flatten(load_config([], [*SETTINGS.get(name, []), f"method.name={name}"])).items():
+            if isinstance(value, float) and (key.startswith("method.") or name == "supervised"):
+                found.append((name, key))
+    return found
+
+
+SETTINGS = {"llp_bp": ["supervision.kind=bags", "supervision.bag_size=4"]}
+UNBOUNDED = {"method.lambda_bag"}
+"""inf: counts are exact."""
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "-1", "true", "1e999", "'1'"])
+def test_no_number_may_be_what_it_cannot_mean(value: str) -> None:
+    """NaN passes a check like `x < 0`, and infinity one like `x >= 0`."""
+    keys = float_keys()
+    assert len(keys) > 60
+    for method, key in keys:
+        if value == ".inf" and key in UNBOUNDED:
+            continue
+        with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
+            load_config([], [*SETTINGS.get(method, []), f"method.name={method}", f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=9007199254740993"], r"`seed` \(=9007199254740993\) must be a whole number in \[-9007199254740992, "),
+        (["seed=1e3"], r"`seed` \(=1e3\) must be a whole number: write 1000"),
+        (["seed='3'"], r"`seed` \(=3\) must be a whole number \(without quotes\)"),
+        (["seed=true"], r"`seed` \(=true\) must be a whole number"),
+        (["training.nesterov=1"], r"`training.nesterov` \(=1\) must be true or false"),
+        (["seed=null"], r"`seed` \(=null\) must be a whole number; its default is 0"),
+        (["data.root=null"], r"`data.root` \(=null\) must be a text"),
+        (["data.root=[a]"], r"`data.root` \(=\['a'\]\) must be a text \(in quotes, if it has brackets"),
+        (["data.train_samples=many"], r"`data.train_samples` \(=many\) must be a whole number or null"),
+        (["strategy.args=[1,2,3]"], r"`strategy.args` \(=\[1, 2, 3\]\) must be a mapping, e.g. \{name: value\}"),
+        (["method.name=[1,2]"], r"`method.name` \(=\[1, 2\]\) must be a text"),
+        (["supervision.mix=.inf"], r"`supervision.mix` \(=.inf\) must be a list of mappings"),
+        (["model.hidden_layers=[1e9]"], r"must be a list of whole numbers, e.g. .* \(write 1000000000\)"),
+        (["model.width=9223372036854775807"], r"`model.width` \(=9223372036854775807\) must be a whole number in"),
+        (["model.width=65537"], r"`model.width` \(=65537\) must lie in \[1, 65536\]"),
+        (["model.name=mlp", "model.hidden_layers=[1048577]"], r"at most 100 widths in \[1, 1048576\]"),
+        (["augment.num_ops=1000000000"], r"`augment.num_ops` \(=1000000000\) must lie in \[1, 14\]"),
+        (["grid.num_workers=100000"], r"`grid.num_workers` \(=100000\) must lie in \[1, 1024\]"),
+        (["grid.timeout=1e10"], r"`grid.timeout` \(=10000000000.0\) must lie in \(0, 1e\+09\]"),
+        (["method.name=forward", "method.matrix=[1,2]"], r"`method.matrix` .* a list of lists of numbers, e.g."),
+    ],
+)
+def test_types_and_sizes(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config([], overrides)
+
+
+OWN = """
+import abc
+from dataclasses import dataclass, field
+from fedlabel.methods.base import Method
+
+@dataclass(frozen=True)
+class Good(Method):
+    name: str = "own:Good"
+    widths: tuple[int, ...] = (1, 2)
+    scales: dict[str, float] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class Fails(Method):
+    def __post_init__(self):
+        {}["key"]
+
+@dataclass(frozen=True)
+class Abstract(Method, abc.ABC):
+    @abc.abstractmethod
+    def further(self): ...
+
+@dataclass(frozen=True)
+class Sets(Method):
+    classes: set = field(default_factory=lambda: {1})
+
+@dataclass(frozen=True)
+class Needs(Method):
+    name: str = "own:Needs"
+    weight: float = field(kw_only=True)
+
+class Plain:
+    pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("x = 1 /\n")
+    (tmp_path / "divides.py").write_text("\n1 / 0\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in ("own", "broken", "divides", "leaves"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "own:Fails",
+            r"`method.name` \(=own:Fails\) cannot be made of its fields: KeyError: 'key' \(.*own.py, line 15\)",
+        ),
+        ("own:Abstract", r"`method.name` \(=own:Abstract\) is abstract: its class must define further"),
+        ("own:Sets", r"A configuration cannot hold a set .*: fields may be bool, int"),
+        ("own:Needs", "`method.weight` must be given: it has no default"),
+        ("own:Plain", "must be a subclass of fedlabel.methods.base.Method"),
+        ("own:number", "must be a subclass of"),
+        ("own:Goood", "own has no Goood. Did you mean Good"),
+        ("broken:X", r"cannot be imported: SyntaxError: .*broken.py, line 1\)"),
+        ("divides:X", r"cannot be imported: ZeroDivisionError: .*divides.py, line 2\)"),
+        ("leaves:X", "cannot be imported: SystemExit: 3"),
+        ("nowhere_at_all:X", r"cannot be imported: ModuleNotFoundError: No module named 'nowhere_at_all'\. The module"),
+        ("os:system", "must be a subclass of"),
+        (".own:Good", "must have the form package.module:Class"),
+        ("own:Good:x", "must have the form package.module:Class"),
+    ],
+)
+def test_methods_of_the_users_own_that_cannot_be(name: str, message: str, own: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config([], [f"method.name={name}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_of_the_users_own_may_have_lists_and_mappings(own: Path) -> None:
+    config = load_config([], ["method.name=own:Good", "method.widths=[3]", "method.scales={a: 1}"])
+    assert (config.method.widths, config.method.scales) == ((3,), {"a": 1.0})
+    assert parse_config(to_yaml(config)) == config
+    with pytest.raises(ConfigError, match=r"`method.scales.a` \(=x\) must be a number"):
+        load_config([], ["method.name=own:Good", "method.scales={a: x}"])

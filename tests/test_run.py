@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,6 +16,7 @@ from fedlabel.comparison.output import write_comparison
 from fedlabel.comparison.runs import read_comparison
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
+from tests.data.arrays import write_npz
 
 TINY = ["num_clients=4", "num_rounds=2", "fraction_train=0.5", "training.local_steps=2"]
 
@@ -138,3 +140,29 @@ def test_a_run_without_figures_has_the_same_numbers(result: RunResult, tmp_path:
     events.Reload()
     assert events.Tags()["images"] == []
     assert [row["eval/accuracy"] for row in plain.metrics] == [row["eval/accuracy"] for row in result.metrics]
+
+
+def small_npz(path: Path, **changes: object) -> list[str]:
+    """Writes an npz file and returns overrides for a run of one round on it."""
+    write_npz(path, **changes)
+    overrides = ["data.name=npz", f"data.root={path}", "num_clients=2", "supervision.label_rate=0.5", "num_rounds=1"]
+    return [*overrides, "training.local_steps=1", "evaluation.panel_samples=0", "model.name=mlp"]
+
+
+def test_what_a_loader_has_to_say_is_logged_once_by_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = small_npz(tmp_path / "set.npz", weights=np.zeros(3))
+    fedlabel.run([], overrides, name="x", out=tmp_path)
+    said = [record for record in caplog.records if "weights of it is not read" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].levelname == "WARNING"
+
+
+def test_a_file_that_was_changed_is_read_again_in_the_same_process(tmp_path: Path) -> None:
+    overrides = small_npz(tmp_path / "set.npz")
+    first = json.loads((fedlabel.run([], overrides, name="x", out=tmp_path).path / "partition.json").read_text())
+    small_npz(tmp_path / "set.npz", x_test=np.full((6, 5, 4), 99, np.uint8))
+    other = json.loads((fedlabel.run([], overrides, name="y", out=tmp_path).path / "partition.json").read_text())
+    assert first["data"]["inputs"] != other["data"]["inputs"]
+    assert first["data"]["labels"] == other["data"]["labels"]

@@ -52,7 +52,7 @@ def ledger(out: Path) -> dict[str, Any]:
         ({"methods": {"A b": [], "a-B": []}}, ["`methods` has 'A b' and 'a-B'", "rename one"]),
         ({"methods": {"λ": []}}, ["`methods` has a name ('λ')"]),
         ({"seeds": [0, 0]}, ["`seeds` (=[0, 0])"]),
-        ({"seeds": [0, "x"]}, ["`seeds[1]`", "'x'"]),
+        ({"seeds": [0, "x"]}, ["`seeds`", "'x'", "whole numbers"]),
         ({"targets": [60]}, ["`targets` (=[60.0]) must lie in (0, 1)"]),
         ({"final_split": "train"}, ["`final_split` (=train)", "test, validation"]),
         ({"search": {"values": []}}, ["`search.values` (=[]) must be at least one number"]),
@@ -206,7 +206,9 @@ def test_plan_without_search_or_settings() -> None:
 def test_an_impossible_row_says_why_and_the_others_are_planned() -> None:
     groups = plan_sweep(parse_sweep({"methods": {"A": ["method.lambda_00=1"], "B": []}}))
     assert groups[0].final[None][0].config is None
-    assert "`method.lambda_00` is not a configuration key" in groups[0].final[None][0].error
+    assert (
+        "`method.lambda_00` is not a field of fedlabel. Did you mean method.lambda_0?" in groups[0].final[None][0].error
+    )
     assert groups[1].final[None][0].config is not None
 
 

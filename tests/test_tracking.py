@@ -286,10 +286,13 @@ def test_summarize() -> None:
 
 
 def test_summarize_counts_only_rows_with_a_value() -> None:
-    """Of the last five of seven rounds two have x: (3 + 5) / 2; none of them has y."""
-    found = {1: {"y": 8.0}, 2: {"x": 1.0}, 4: {"x": 3.0}, 5: {"x": None}, 6: {"x": 5.0}}
+    """Of the last five of seven rounds, of which the third was not evaluated, two others have x: (3 + 5) / 2; none has
+    y."""
+    found = {1: {"y": 8.0}, 2: {"x": 1.0}, 3: {"x": 9.0}, 4: {"x": 3.0}, 5: {"x": None}, 6: {"x": 5.0}}
     rows = [{"round": number, **found.get(number, {})} for number in range(1, 8)]
-    assert summarize(rows, "x") == {"last": 5.0, "best": 5.0, "mean_last_tenth": 4.0}
+    for row in rows[3:]:
+        row["eval/accuracy"] = 0.5
+    assert summarize(rows, "x") == {"last": 5.0, "best": 9.0, "mean_last_tenth": 4.0}
     early = summarize(rows, "y")
     assert (early["last"], early["best"]) == (8.0, 8.0)
     assert math.isnan(early["mean_last_tenth"])

@@ -17,7 +17,8 @@ from typing import Any
 
 from fedlabel.config import ExperimentConfig, flatten, load_config
 from fedlabel.methods.supervised import Supervised
-from fedlabel.sweep import SWEEP_JSON, CompareConfig, SweepConfig, counted, format_value, parse_sweep
+from fedlabel.names import counted
+from fedlabel.sweep import SWEEP_JSON, CompareConfig, SweepConfig, format_value, parse_sweep
 from fedlabel.tracking import SUMMARY_JSON, averaged_rounds, name_mean, read_metrics, read_summary
 
 ACCURACY, COLUMN = "eval/accuracy", "mean_last_tenth"

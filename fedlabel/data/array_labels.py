@@ -11,6 +11,7 @@ import numpy as np
 from fedlabel.data.cells import MISSING
 from fedlabel.data.loaders import DataError
 from fedlabel.data.names import alike, closest, in_order, listed, shown
+from fedlabel.data.table_labels import MAYBE_CLASSES, UNLABELLED
 
 MAX_NAME = 200
 """Letters of a class's name; a longer one is no name."""
@@ -90,7 +91,7 @@ def number_labels(train: np.ndarray, test: np.ndarray, names: np.ndarray | None,
         )
         raise DataError(only + (" -1 says that a sample has no label: write classes as 0, 1, ..." if lacking else ""))
     counts = [np.bincount(each[each >= 0], minlength=len(class_names)) for each in numbers]
-    notes = [*_odd_numbers(class_names, where["y_train"], names is None and not given[0].is_text), *alike(class_names)]
+    notes = _doubts(class_names, where["y_train"], given[0].is_text) if names is None else []
     if lacking:
         notes.append(f"{where['y_train']}: {lacking} of {len(numbers[0])} samples have no label.")
     for count, key in zip(counts, ("y_train", "y_test"), strict=True):
@@ -180,13 +181,20 @@ def _texts(labels: np.ndarray, where: str) -> np.ndarray:
             labels = np.char.decode(labels, "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{where} holds bytes that are no UTF-8 ({error}). Write texts.") from error
-    different, place = np.unique(labels, return_inverse=True)
+    long = np.flatnonzero(np.char.str_len(labels) > 2 * MAX_NAME)  # with room for blanks around it
+    if len(long):
+        raise DataError(
+            f"{where}: the label of sample {long[0]} (={shown(labels[long[0]])}) is no name of a class: write at most "
+            f"{MAX_NAME} letters."
+        )
+    different, place = np.unique(labels.astype(f"U{2 * MAX_NAME}"), return_inverse=True)
     texts = [str(text).strip() for text in different]
     for text, index in zip(texts, range(len(texts)), strict=True):
-        if len(text) > MAX_NAME or not text.isprintable() or text == "-1":
+        doubtful = text == "-1" or text.casefold() in MAYBE_CLASSES
+        if doubtful or len(text) > MAX_NAME or not text.isprintable():
             row = int(np.flatnonzero(place == index)[0])
-            hint = "write an empty text for no label" if text == "-1" else f"write a name of at most {MAX_NAME} letters"
-            raise DataError(f"{where}: the label of sample {row} (={shown(text)}) is no name of a class: {hint}.")
+            hint = "an empty text for no label, or another name" if doubtful else f"at most {MAX_NAME} letters"
+            raise DataError(f"{where}: the label of sample {row} (={shown(text)}) is no name of a class: write {hint}.")
     found = np.array(["" if text.casefold() in MISSING else text for text in texts], dtype=str)
     values: np.ndarray = found[place]
     return values
@@ -272,11 +280,21 @@ def _places(given: Sequence[_Given], number: Mapping[str, int], where: Mapping[s
     return numbers
 
 
-def _odd_numbers(names: tuple[str, ...], where: str, numeric: bool) -> list[str]:
-    """Returns what should be said of classes whose names are numbers, but not their own."""
-    if not numeric or names == tuple(map(str, range(len(names)))):
+def _doubts(names: tuple[str, ...], where: str, are_texts: bool) -> list[str]:
+    """Returns what should be said of classes that were found in labels."""
+    if are_texts:
+        pairs = alike(names)
+        if pairs:
+            raise DataError(
+                f"{where} holds the labels {' and '.join(f'`{name}`' for name in pairs[0])}, which look the same: "
+                "one class or two? Write one in one way; list two in `class_names`, with all others."
+            )
+        return [
+            f"{where}: `{name}` is taken for a class. If it means that there is no label, write an empty text."
+            for name in names
+            if name.casefold() in UNLABELLED and len(names) > 2
+        ]
+    first, last = int(names[0]), int(names[-1])
+    if last - first == len(names) - 1:
         return []
-    return [
-        f"{where}: the labels {listed(names)} are the names of the {len(names)} classes. Where a class is asked for by "
-        f"its number and not its name (skew.unlabeled_only_classes), these are 0 to {len(names) - 1}, in this order."
-    ]
+    return [f"{where}: the labels are {listed(names)}, each of them a class; the numbers between them are none."]

@@ -87,8 +87,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if self.crop_padding is not None and self.crop_padding < 0:
             raise ValueError(f"`augment.crop_padding` (={self.crop_padding}) must be at least 0; 0 turns cropping off.")
-        if self.num_ops < 1:
-            raise ValueError(f"`augment.num_ops` (={self.num_ops}) must be at least 1.")
+        if not 1 <= self.num_ops <= len(OPERATIONS):
+            raise ValueError(f"`augment.num_ops` (={self.num_ops}) must lie in [1, {len(OPERATIONS)}].")
         if not 0 <= self.magnitude < NUM_MAGNITUDE_BINS:
             raise ValueError(f"`augment.magnitude` (={self.magnitude}) must lie in [0, {NUM_MAGNITUDE_BINS - 1}].")
         if not 0.0 <= self.cutout <= 1.0:

@@ -117,8 +117,11 @@ def read_numbers(cells: list[str], further: Collection[str] = (), decimal: str =
         if is_number(mark):
             absent |= {cell for cell, value in value_of.items() if value == float(mark)}
     odd = frozenset(cell for cell in rest if cell not in value_of) if len(value_of) < len(rest) else frozenset()
-    value_of |= dict.fromkeys((*absent, *odd), float("nan"))
-    values = np.fromiter(map(value_of.__getitem__, cells), np.float64, len(cells))
+    if absent or odd or decimal == "comma":
+        value_of |= dict.fromkeys((*absent, *odd), float("nan"))
+        values = np.fromiter(map(value_of.__getitem__, cells), np.float64, len(cells))
+    else:  # the same, without a look into a large dictionary for each
+        values = np.fromiter(map(float, cells), np.float64, len(cells))
     filled = absent - {""}
     marks = {mark: cells.count(mark) for mark in sorted(filled)[:100]}
     leading_zero = next((cell for cell in rest if cell[:1] == "0" and len(cell) > 1 and cell.isdigit()), None)

@@ -23,9 +23,9 @@ from fedlabel.data.text_tables import Interner, TextTable, check_names, shown
 
 MAX_LINE = 2**25
 """Characters of a line, and so of a cell. Longer ones are taken for damage."""
-MAX_GROWTH = 200
+MAX_GROWTH = 100
 """A packed file may hold so many times its own size, beyond `FREE_GROWTH`; more is taken for a bomb."""
-FREE_GROWTH = 2**26
+FREE_GROWTH = 2**24
 CHUNK = 2**18
 """About so many cells are held as rows before they are put into columns."""
 DELIMITERS = ",;\t|"
@@ -118,6 +118,7 @@ class _Reading:
         if names is None:
             names = [name.strip() for name in next(self.rows(), [])]
             self.before = self.line
+        self.remark = bool(names) and names[0].startswith("#")
         check_names(str(self.path), names)
         kept = [(place, name) for place, name in enumerate(names) if name not in self.skipped]
         columns: dict[str, list[str]] = {name: [] for _, name in kept}
@@ -143,7 +144,9 @@ class _Reading:
                     yield [""]
                 self.before = self.line
         except csv.Error as error:
-            reason = "a quote that is opened there is not closed" if "end of data" in str(error) else str(error)
+            reason = "a quote that is opened there is not closed, or one is not written twice"
+            if "limit" in str(error):
+                reason = f"a cell has more than {MAX_LINE} characters"
             raise DataError(
                 f"{self.path} cannot be read as CSV: line {self.before + 1}: {reason}. Correct the line; a quote "
                 'inside a quoted cell is written twice ("").'
@@ -153,9 +156,11 @@ class _Reading:
         """Yields the rows, checked, without those at the end that have no cell filled."""
         for row in self.rows(blank=self.empty_rows and width == 1):
             if len(row) != width:
-                remark = " If it is a remark, delete it." if row[0].startswith("#") else ""
+                remark = ""
+                if row[0].startswith("#") or self.remark:
+                    remark = " If a line that begins with # is a remark, delete it."
                 raise DataError(
-                    f"{self.path}, line {self.before + 1}: there are {len(row)} cells, but {width} columns. Correct "
+                    f"{self.path}, line {self.before + 1}: there are {len(row)} cells for {width} columns. Correct "
                     f"the line; a cell that holds the character between cells must be quoted.{remark}"
                 )
             if self.line > self.before + 1:
@@ -230,7 +235,14 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, int | None]]:
         if not start.startswith(_GZIP):
             yield file, None
             return
-        most = MAX_GROWTH * path.stat().st_size + FREE_GROWTH
+        size = file.seek(0, io.SEEK_END)
+        most = MAX_GROWTH * size + FREE_GROWTH
+        file.seek(max(0, size - 4))
+        if (
+            int.from_bytes(file.read(), "little") > most
+        ):  # what gzip says of itself: it need not be true, but saves time
+            raise _grown(path)
+        file.seek(0)
         with gzip.open(file) as unpacked:
             yield unpacked, most  # type: ignore[misc]
 
@@ -253,10 +265,7 @@ def _lines(path: Path, text: io.TextIOWrapper, most: int | None) -> Iterator[str
     for number, line in enumerate(iter(partial(text.readline, MAX_LINE), ""), 1):
         read += len(line)
         if most is not None and read > most:
-            raise DataError(
-                f"{path} cannot be read as CSV: unpacked, it is more than {MAX_GROWTH} times as large as packed. If it "
-                "is meant to be, unpack it by hand."
-            )
+            raise _grown(path)
         if "\0" in line:
             raise DataError(
                 f"{path} cannot be read as CSV: line {number} holds a NUL byte. If it is UTF-16, write it again as "
@@ -269,17 +278,27 @@ def _lines(path: Path, text: io.TextIOWrapper, most: int | None) -> Iterator[str
         yield line
 
 
+def _grown(path: Path) -> DataError:
+    return DataError(
+        f"{path} cannot be read as CSV: unpacked, it is more than {MAX_GROWTH} times as large as packed. If it is "
+        "meant to be, unpack it by hand."
+    )
+
+
 def _no_text(path: Path, error: UnicodeDecodeError) -> DataError:
     """Returns the message for bytes that are not in the file's encoding, with the first line that holds some."""
     place = ""
     if error.encoding == "utf-8":
-        with _opened(path) as (binary, _):
-            for number, line in enumerate(iter(partial(binary.readline, MAX_LINE), b""), 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as found:
-                    place = f"line {number} holds the byte 0x{line[found.start]:02X}, which is no UTF-8"
-                    break
+        try:
+            with _opened(path) as (binary, _):
+                for number, line in enumerate(iter(partial(binary.readline, MAX_LINE), b""), 1):
+                    try:
+                        line.decode()
+                    except UnicodeDecodeError as found:
+                        place = f"line {number} holds the byte 0x{line[found.start]:02X}, which is no UTF-8"
+                        break
+        except (OSError, EOFError, zlib.error) as damage:  # the end of a packed file, where it is checked
+            place = str(damage)
     return DataError(
         f"{path} cannot be read as CSV: {place or error}. Write it again as UTF-8: in Excel as `CSV UTF-8`, elsewhere "
         "by iconv -f WINDOWS-1252 -t UTF-8 (if that is what it is written in)."

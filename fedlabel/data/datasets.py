@@ -196,6 +196,8 @@ class DatasetEntry(NamedTuple):
     load: Callable[[DataConfig], Loaded | LoadedTable]
     allow_flip: bool
     tabular: bool = False
+    own: bool = False
+    """Whether the files are the user's, who may change them between two runs of a process."""
 
 
 @lru_cache(maxsize=2)
@@ -326,8 +328,10 @@ DATASETS: dict[str, DatasetEntry] = {
         True,
     ),
     "svhn": DatasetEntry("SVHN, cropped: 99,289 colour 32x32, 10 digits", load_svhn, False),
-    "image_folder": DatasetEntry("a folder of yours: train/<class>/* and test/<class>/*", load_image_folder, True),
-    "npz": DatasetEntry("a numpy file of yours: x_train, y_train, x_test, y_test", load_npz, False),
+    "image_folder": DatasetEntry(
+        "a folder of yours: train/<class>/* and test/<class>/*", load_image_folder, True, own=True
+    ),
+    "npz": DatasetEntry("a numpy file of yours: x_train, y_train, x_test, y_test", load_npz, False, own=True),
     "breast_cancer": DatasetEntry(
         "scikit-learn's table: 569 tumours, 30 features, malignant or benign, no download",
         load_breast_cancer,
@@ -340,7 +344,7 @@ DATASETS: dict[str, DatasetEntry] = {
     ),
     "magic": DatasetEntry("UCI's table: 19,020 showers in a telescope, gamma or hadron", load_magic, False, True),
     "table": DatasetEntry(
-        "a CSV or Parquet file of yours: data.label_column names the labels", load_table, False, True
+        "a CSV or Parquet file of yours: data.label_column names the labels", load_table, False, True, own=True
     ),
 }
 """Name -> description, loader, whether images may be mirrored, whether it is a table."""

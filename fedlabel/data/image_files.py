@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from fedlabel.data.loaders import DataError, check_memory
+from fedlabel.data.loaders import DataError, check_memory, instead_of_data
 from fedlabel.data.names import shown
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
@@ -140,8 +140,7 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"it claims to be larger than {Image.MAX_IMAGE_PIXELS} pixels"
     if isinstance(error, Image.UnidentifiedImageError):
-        empty = path.is_file() and path.stat().st_size == 0
-        return "the file is empty" if empty else f"it is in none of the formats {', '.join(FORMATS)}"
+        return f"it is in none of the formats {', '.join(FORMATS)}.{instead_of_data(path)}".rstrip(".")
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return shown(" ".join(f"{error}".split()) or type(error).__name__, 200).rstrip(".")

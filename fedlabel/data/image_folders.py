@@ -14,8 +14,9 @@ import torch
 
 from fedlabel.data.image_files import EXTENSIONS, Header, read_headers, read_pixels
 from fedlabel.data.loaders import DataError, Loaded, Split, data_root
-from fedlabel.data.names import alike, closest, counted, listed, shown
+from fedlabel.data.names import alike, closest, in_order, listed, shown
 from fedlabel.data.repeats import repeated_images
+from fedlabel.names import counted
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
@@ -61,10 +62,11 @@ class _Tree(NamedTuple):
 def load_image_folder(config: DataConfig) -> Loaded:
     """`<root>/train/<class>/.../<image>` and `<root>/test/<class>/.../<image>`.
 
-    Classes are the sorted folders of `train` that have images in `train` or `test`, at any depth; images in
-    `train/unlabeled` have no label. All images must be of one size: resizing is a choice that belongs to whoever
-    prepares the data. Grey if all images are, else RGB (alpha is dropped), turned as Exif says; of several pictures in
-    one file the first. What is not read is counted and said, but for what operating systems leave behind.
+    Classes are the folders of `train` that have images in `train` or `test`, at any depth, in the order of numbers if
+    all are numbers and else of the alphabet; images in `train/unlabeled` have no label. All images must be of one size:
+    resizing is a choice that belongs to whoever prepares the data. Grey if all images are, else RGB (alpha is dropped),
+    turned as Exif says; of several pictures in one file the first. What is not read is counted and said, but for what
+    operating systems leave behind.
 
     Raises:
         DataError: folders or images are missing, unreadable, of several sizes or of more than 8 bits.
@@ -87,7 +89,7 @@ def load_image_folder(config: DataConfig) -> Loaded:
     pixels = torch.from_numpy(read_pixels(paths, mode, headers[0].size)).split([len(samples[part]) for part in PARTS])
     labels = (torch.tensor([label for _, label in samples[part]]) for part in PARTS)
     train, test = (Split(*split) for split in zip(pixels, labels, strict=True))
-    notes = [*_of_folders(root, tree), *_of_files(root, tree, paths), *_of_headers(root, headers, mode), *alike(names)]
+    notes = [*_of_folders(root, tree, names), *_of_files(root, tree, paths), *_of_headers(root, headers, mode)]
     return Loaded(train, test, names, (*notes, *repeated_images(train, test, str(root))))
 
 
@@ -112,10 +114,13 @@ def _samples(root: Path, tree: _Tree, names: Sequence[str], part: str) -> list[t
 def _instead(root: Path) -> str:
     """Says what stands where `train` and `test` should."""
     if not root.is_dir():
-        return ""
+        return " That is a file: unpack it." if root.is_file() else ""
     folders = [path.name for path in _entries(root) if path.is_dir()]
     found = {part: closest(part, folders) for part in ("train", "test") if part not in folders}
     near = [f"{name} to {part}" for part, name in found.items() if name]
+    inside = [name for name in folders if all((root / name / part).is_dir() for part in PARTS)]
+    if inside:
+        return f" Set data.root={shown(root / inside[0], 500)}?"
     return f" Rename {', '.join(near)}?" if near else f" It holds {listed(folders) or 'no folders'}."
 
 
@@ -183,13 +188,13 @@ def _class_names(root: Path, tree: _Tree) -> tuple[str, ...]:
             + (f": did you mean {near}? Give both one name." if near else ".")
             + " Every class of the test set must be in the training set."
         )
-    return tuple(sorted(name for name in train if train[name].images or (name in test and test[name].images)))
+    return tuple(in_order([name for name in train if train[name].images or (name in test and test[name].images)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes
 
 
-def _of_folders(root: Path, tree: _Tree) -> list[str]:
+def _of_folders(root: Path, tree: _Tree, names: Sequence[str]) -> list[str]:
     """Returns what should be said of folders: images without a label, classes of one set alone, folders not read."""
     notes = [
         f"{root / 'train' / name}: {counted(len(found.images), 'image')} without a label."
@@ -202,6 +207,10 @@ def _of_folders(root: Path, tree: _Tree) -> list[str]:
             notes.append(f"{root / 'train' / name} {what}.")
         elif not tested:
             notes.append(f"{root / 'test'} holds no images of the class {name}.")
+    notes += [
+        f"{root / 'train'}: the classes {' and '.join(f'`{name}`' for name in group)} look the same."
+        for group in alike(names)
+    ]
     unread = [path.name for path in _entries(root) if path.is_dir() and path.name not in PARTS]
     if unread:
         notes.append(f"{root}: of its folders {listed(unread)} {'is' if len(unread) == 1 else 'are'} not read.")
@@ -212,7 +221,7 @@ def _of_files(root: Path, tree: _Tree, images: Sequence[Path]) -> list[str]:
     """Returns what should be said of where `images` were found, and of files and links that are passed over."""
     notes = [
         f"{root / part}: not read, as it is in no class's folder: {counted(len(found.images), 'image')}"
-        + (" (in train/unlabeled it would count, without a label)." if part == "train" else ".")
+        + (" (in train/unlabeled: one without a label)." if part == "train" else ".")
         for part, found in tree.loose.items()
         if found.images
     ]

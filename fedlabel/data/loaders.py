@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
 
 DIGITS = tuple("0123456789")
-MAX_DEFLATION = 1032
-"""How many bytes one of gzip's and zip's (deflate) can become: 258 of two bits."""
+SMALL, MAX_EXPANSION = 1 << 26, 100
+"""Files may unpack to more than `SMALL` bytes only if it is no more than so many times their size: images do not become
+that small, but a file of zeros takes a thousandth of its size."""
 
 
 class DataError(ValueError):
@@ -60,11 +61,33 @@ def data_root(config: DataConfig) -> Path:
     return Path(config.root).expanduser().resolve()
 
 
+def instead_of_data(path: Path) -> str:
+    """Returns a sentence that says what a file is which is often found in the place of data; "" for any other."""
+    with path.open("rb") as file:
+        start = file.read(100).lstrip().lower()
+    if not start:
+        return " It is empty."
+    if start.startswith(b"version https://git-lfs"):
+        return " It is a pointer of Git LFS: `git lfs pull` gets the file itself."
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return " It is a web page, and not what was to be downloaded."
+    return ""
+
+
 def machine_memory() -> float:
     """Returns the bytes of memory this machine has; infinity where it does not tell."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return math.inf
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_expansion(unpacked: int, packed: int, what: str) -> None:
+    """Raises a DataError if `what`, packed to so many bytes, claims to hold more than could be meant."""
+    if unpacked > max(SMALL, MAX_EXPANSION * packed):
+        raise DataError(
+            f"{what} is to unpack to {unpacked / 2**30:.1f} GiB, {unpacked // max(1, packed)} times its size: damaged, "
+            "or meant to fill the memory. If it is right, write it again without packing it (`numpy.savez`)."
+        )
 
 
 def check_memory(size: int, what: str) -> None:
@@ -176,7 +199,8 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
             header = file.read(4 + 4 * dimensions)
             shape = np.frombuffer(header[4:], ">u4").tolist() if len(header) == 4 + 4 * dimensions else [0]
             size = math.prod(shape)
-            if header[:4] == bytes([0, 0, 8, dimensions]) and size <= path.stat().st_size * MAX_DEFLATION:
+            if header[:4] == bytes([0, 0, 8, dimensions]):
+                check_expansion(size, path.stat().st_size, str(path))
                 check_memory(size, f"{path}: an array of shape {tuple(shape)}")
                 content = file.read(size + 1)  # one more than there should be: the end is looked at, too
                 if len(content) == size:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
+import unicodedata
 from collections.abc import Iterable, Sequence
+
+from fedlabel.data.cells import is_number
 
 
 def shown(value: object, most: int = 100) -> str:
@@ -18,17 +22,13 @@ def listed(values: Sequence[object], most: int = 10) -> str:
     return text if len(values) <= most else f"{text}, … ({len(values)} in all)"
 
 
-def counted(count: int, noun: str) -> str:
-    """Returns "1 image" or "2 images"."""
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def in_order(names: Sequence[str]) -> list[str]:
     """Returns names in the order of numbers if all are numbers, and else of the alphabet."""
     try:
-        return sorted(names, key=float)
+        numbers = {name: float(name) for name in names}
     except ValueError:
         return sorted(names)
+    return sorted(names, key=numbers.__getitem__) if all(map(math.isfinite, numbers.values())) else sorted(names)
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
@@ -38,14 +38,10 @@ def closest(name: str, names: Iterable[str]) -> str | None:
     return plain[near[0]] if near else None
 
 
-def alike(names: Sequence[str]) -> list[str]:
-    """Returns what should be said of classes whose names differ in nothing but case or blanks."""
-    groups: dict[str, list[str]] = {}
+def alike(names: Iterable[str]) -> list[list[str]]:
+    """Returns groups of names that are the same number, or the same but for case, blanks and look."""
+    groups: dict[float | str, list[str]] = {}
     for name in names:
-        groups.setdefault("".join(name.casefold().split()), []).append(name)
-    return [
-        f"The classes {', '.join(f'`{name}`' for name in group)} differ in case or blanks alone; they count as "
-        f"{len(group)} classes."
-        for group in groups.values()
-        if len(group) > 1
-    ]
+        folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups.setdefault(float(name) if is_number(name) else folded, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]

@@ -20,7 +20,15 @@ from numpy.lib import format as npy
 
 from fedlabel.data.array_labels import number_labels
 from fedlabel.data.array_pixels import to_pixels
-from fedlabel.data.loaders import MAX_DEFLATION, DataError, Loaded, Split, check_memory, data_root
+from fedlabel.data.loaders import (
+    DataError,
+    Loaded,
+    Split,
+    check_expansion,
+    check_memory,
+    data_root,
+    instead_of_data,
+)
 from fedlabel.data.names import listed, shown
 from fedlabel.data.repeats import repeated_images
 
@@ -60,7 +68,8 @@ def load_npz(config: DataConfig) -> Loaded:
     if missing:
         raise DataError(
             f"{path} lacks {', '.join(missing)}; it holds {listed(names) or 'nothing'}. The keys must be "
-            f"{', '.join(KEYS)} and, if wanted, class_names." + _meant(missing, names)
+            f"{', '.join(KEYS)} and, if wanted, class_names."
+            + (_meant(missing, names) if len(names) > 1 else " A file of labels alone is for supervision.labels_file.")
         )
     where = {key: f"{path}: `{key}`" for key in (*KEYS, *OPTIONAL_KEYS)}
     for part in ("train", "test"):
@@ -95,7 +104,8 @@ def _check_lengths(images: np.ndarray, labels: np.ndarray, images_name: str, lab
 
 def _meant(missing: Collection[str], names: Collection[str]) -> str:
     """Returns " Did you mean ...?" for keys that are called otherwise; "" where none looks like them."""
-    plain = {name.casefold().replace("-", "_").replace(" ", "_"): name for name in names if name not in KEYS}
+    last = {name: name.rpartition("/")[2].casefold() for name in names if name not in KEYS}  # without folders
+    plain = {text.replace("-", "_").replace(" ", "_"): name for name, text in last.items()}
     found: dict[str, str] = {}
     for key in missing:
         same_start = [name for name in plain if name[:1] == key[0]]
@@ -163,7 +173,8 @@ def _reported(path: Path) -> Iterator[None]:
         ) from error
     except (*kinds, *parsing) as error:
         reason = shown(" ".join(f"{error}".split()) or type(error).__name__, 200)
-        raise DataError(f"{path} cannot be read as an npz file: {reason.rstrip('.')}. {AGAIN}") from error
+        hint = instead_of_data(path) if isinstance(error, zipfile.BadZipFile) else ""
+        raise DataError(f"{path} cannot be read as an npz file: {reason.rstrip('.')}.{hint} {AGAIN}") from error
 
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> np.ndarray:
@@ -171,8 +182,7 @@ def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> n
         raise DataError(f"{name} is encrypted. Write the file again without a password.")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{name} is packed in a way that numpy does not write. {AGAIN}")
-    if info.file_size > MAX_DEFLATION * info.compress_size:
-        raise DataError(f"{name} claims {info.file_size} bytes, of {info.compress_size} packed ones: damaged. {AGAIN}")
+    check_expansion(info.file_size, info.compress_size, name)
     with archive.open(info) as stream:
         dtype, shape, columns_first = _read_header(stream, name)
         size = math.prod(shape) * dtype.itemsize

@@ -369,6 +369,7 @@ def fill_amounts(user: dict[str, Any]) -> None:
         user["label_rate"] = None
     if user.get("labels_at") == "some_clients" or user.get("kind", "few_labels") not in ("few_labels", "full"):
         user.setdefault("label_rate", None)
-    for part in user.get("mix") or []:
+    mix = user.get("mix")
+    for part in mix if isinstance(mix, list) else []:
         if isinstance(part, dict):
             fill_amounts(part)

@@ -18,15 +18,15 @@ import torch
 from fedlabel.data.cells import LARGEST, Numbers, is_number, looks_like, read_numbers
 from fedlabel.data.loaders import DataError
 from fedlabel.data.tables import LoadedTable, Table
-from fedlabel.data.text_tables import TextTable, as_list, did_you_mean, listed, shown, summed
+from fedlabel.data.text_tables import TextTable, as_list, did_you_mean, listed, shown, summed, unreadable
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
 
 MAX_CATEGORIES = 1000
 """A categorical column with more is taken for a mistake (names, identifiers), since every category is a feature."""
-MAX_ONE_HOT = 2**29
-"""So many numbers (2 GiB) may the categories of all columns become."""
+MAX_ONE_HOT = 2**28
+"""So many numbers (1 GiB) may the categories of all columns become."""
 MANY = 20
 """More categories than this must have two rows each on average."""
 MAX_TEXT = 1000
@@ -120,6 +120,8 @@ def as_tables(
     left_out = dropped if config.drop_columns is None else config.drop_columns
     check_columns(train.file, config, left_out)
     kept = [name for name in train.file.columns if name not in {*left_out, *config.aside_columns}]
+    if not set(train.file.names) - {config.label_column}:
+        raise DataError(f"{train.file.where} has no column but that of the labels. At least one is needed.")
     if not kept:
         raise DataError(
             f"`data.drop_columns` (={list(left_out)}) leaves no column of {train.file.where}: keep at least one."
@@ -227,17 +229,19 @@ class _Reading:
             what, cure = "a number with a decimal point", "With data.decimal=comma write decimals behind a comma."
         among = f", while {plain} of its {len(cells)} training cells are numbers" if plain else ""
         raise DataError(
-            f"{self.train.place(name, place)}: {shown(first)}, {what}{among}. {cure} Or {self._ways_out(name, first)}."
+            f"{self.train.place(name, place)}: {shown(first)}, {what}{among}. {cure} Or "
+            f"{self._ways_out(name, first if look is None else None)}."
         )
 
-    def _ways_out(self, name: str, cell: str) -> str:
-        missing = as_list(*self.config.missing, cell)
+    def _ways_out(self, name: str, cell: str | None) -> str:
         categorical = as_list(*(self.config.categorical or ()), name)
         dropped = as_list(*(self.config.drop_columns or ()), name)
-        return (
-            f"set data.missing={missing} if it means that nothing is known, data.categorical={categorical} if the "
-            f"column holds categories, data.drop_columns={dropped} to leave it out"
+        ways = (
+            f"set data.categorical={categorical} if these are categories, data.drop_columns={dropped} to leave them out"
         )
+        if cell is None or shown(cell)[1:-1] != cell:  # what is cut cannot be copied
+            return ways
+        return f"set data.missing={as_list(*self.config.missing, cell)} if it means that nothing is known; or {ways}"
 
     def _read_categories(self, name: str, cells: list[str], others: list[str]) -> None:
         counts = Counter(cells)
@@ -247,6 +251,12 @@ class _Reading:
             raise DataError(
                 f"{head}, more than {MAX_CATEGORIES}. Leave it out by {drop}, or see why not all its cells are numbers."
             )
+        for part, texts in ((self.train, cells), (self.test, others)):
+            if (found := unreadable(set(texts))) is not None:
+                raise DataError(
+                    f"{part.place(name, texts.index(found))}: {shown(found)} holds characters that no text has. Is the "
+                    f"file damaged? Correct it, or leave the column out by {drop}."
+                )
         asked = name in (self.config.categorical or ())
         if not asked and len(counts) > MANY and len(counts) > len(cells) / 2:
             raise DataError(

@@ -112,7 +112,7 @@ def load_table(config: DataConfig) -> LoadedTable:
         else:
             test = labels.numbers(files[1].where, cells[1], names)
         if len(absent := np.flatnonzero(test < 0)):
-            more = f", nor have {len(absent) - 1} others" if len(absent) > 1 else ""
+            more = f" (of {len(absent)} without)" if len(absent) > 1 else ""
             raise DataError(
                 f"{files[1].where}: column {column} has no label in data row {absent[0] + 1}{more}. Every test row "
                 "needs one: write it, or delete the row."

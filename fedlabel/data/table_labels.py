@@ -11,7 +11,7 @@ import numpy as np
 
 from fedlabel.data.cells import MISSING, is_number
 from fedlabel.data.loaders import DataError
-from fedlabel.data.text_tables import as_list, did_you_mean, listed, shown
+from fedlabel.data.text_tables import as_list, did_you_mean, listed, shown, unreadable
 
 MAYBE_CLASSES = frozenset(("none", "-", "--", "."))
 """Of the marks for what is not known those that are also used as names of classes (lesion: none; test: -)."""
@@ -48,6 +48,11 @@ class LabelColumn:
         counts = Counter(cells)
         names = [name for name in counts if not self._absent(name)]
         head = f"{where}: column {shown(self.name)[1:-1]}"
+        if (found := unreadable(names)) is not None:
+            raise DataError(
+                f"{head} holds characters that no text has in data row {cells.index(found) + 1}: {shown(found)}. Is "
+                "the file damaged? Correct it."
+            )
         self._check_doubtful(head, names, cells)
         self._check_spellings(head, names, cells)
         self._check_number(head, names, sum(counts[name] for name in names))

@@ -30,17 +30,19 @@ def column_notes(where: str, train: Table, names: Sequence[str]) -> Iterator[str
             f"{listed(data, 5)}."
         )
     constant, telling, counting, far = [], [], [], []
+    labels = train.labels.numpy()
     for name in train.names:
         column = train.column(name)
         numeric = column.dtype != object
-        values, codes = _different(column[~np.isnan(column)] if numeric else column)
-        if len(values) == 1 and len(codes) == len(column):
+        values = np.unique(column[~np.isnan(column)]) if numeric else np.array(sorted(set(column.tolist())), object)
+        whole = not numeric or not np.isnan(column).any()
+        if len(values) == 1 and whole:
             constant.append(name)
-        elif _tells(codes if len(codes) == len(column) else _different(column)[1], train.labels.numpy()):
+        elif 5 * len(values) <= len(column) and _tells(column, values, labels):
             telling.append(name)
         if numeric and _counts(values, len(column)):
             counting.append(name)
-        elif numeric and (found := _far(values, codes)) is not None:
+        elif numeric and (found := _far(values, column)) is not None:
             far.append((name, found))
     if constant:
         yield f"{where}: the same in all training rows, and so of no use: {listed(constant)}."
@@ -62,24 +64,20 @@ def column_notes(where: str, train: Table, names: Sequence[str]) -> Iterator[str
         )
 
 
-def _different(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the different values, sorted, and the place of each cell among them, (n,)."""
-    if column.dtype != object:
-        return np.unique(column, return_inverse=True)
-    values = sorted(set(column.tolist()))
-    place = {value: number for number, value in enumerate(values)}
-    return np.array(values, dtype=object), np.fromiter(map(place.__getitem__, column), np.int64, len(column))
-
-
-def _tells(codes: np.ndarray, labels: np.ndarray) -> bool:
-    """Whether every value stands with one label only, though it stands in five rows on average."""
+def _tells(column: np.ndarray, values: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether every value stands with one label only, though it stands in five labelled rows on average."""
     known = labels >= 0
-    codes, labels = codes[known], labels[known]
-    if not len(codes) or len(labels) < 10:
+    column, labels = column[known], labels[known]
+    if len(np.unique(labels)) < 2:
         return False
-    pairs = np.unique(codes * (labels.max() + 1) + labels)
+    if column.dtype == object:
+        place = {value: number for number, value in enumerate(values.tolist())}
+        codes = np.fromiter(map(place.__getitem__, column.tolist()), np.int64, len(column))
+    else:
+        codes = np.searchsorted(values, column)  # missing ones come last
     count = len(np.unique(codes))
-    return len(pairs) == count and 5 * count <= len(codes) and len(np.unique(labels)) > 1
+    pairs = np.unique(codes * (labels.max() + 1) + labels)
+    return len(pairs) == count and 5 * count <= len(codes)
 
 
 def _counts(values: np.ndarray, rows: int) -> bool:
@@ -89,13 +87,12 @@ def _counts(values: np.ndarray, rows: int) -> bool:
     return bool(values[-1] - values[0] < 2 * rows)
 
 
-def _far(values: np.ndarray, codes: np.ndarray) -> tuple[float, int] | None:
+def _far(values: np.ndarray, column: np.ndarray) -> tuple[float, int] | None:
     """Returns the least or largest number and how often it stands, if it is far from all others."""
     if len(values) < 5:
         return None
     for value, near, other in ((values[0], values[1], values[-1]), (values[-1], values[-2], values[0])):
-        gap, spread = abs(value - near), abs(other - near)
-        count = int((codes == (0 if value == values[0] else len(values) - 1)).sum())
+        gap, spread, count = abs(value - near), abs(other - near), int((column == value).sum())
         if gap > FAR * spread or (value in SENTINELS and count > 1 and gap > spread):
             return float(value), count
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,18 @@ def shown(text: str, limit: int = 60) -> str:
     """Returns a cell or a name as messages show it: in backquotes, cut, and nothing in it that a terminal obeys."""
     cut = text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text)} characters)"
     return "`" + "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut) + "`"
+
+
+def unreadable(texts: Iterable[str]) -> str | None:
+    """Returns a text with characters that no text has (control characters, unassigned ones), if there is one.
+
+    They are what is left of bytes that are missing or too many in UTF-16, where they hide the ends of lines.
+    """
+    for text in texts:
+        odd = [] if text.isprintable() else [char for char in text if char not in "\t\n\r"]
+        if any(unicodedata.category(char) in ("Cc", "Cn", "Co", "Cs") for char in odd):
+            return text
+    return None
 
 
 def listed(names: Sequence[str], limit: int = 20) -> str:

@@ -139,31 +139,24 @@ def tilt(
     """
     soft = lambda_bag < math.inf
     stiffness = 1 / (2 * lambda_bag) if lambda_bag > 0 else math.inf
-    there = theta > -math.inf
-    size = there.sum(-1)
     expected = theta.sigmoid().sum(-1)
     target = torch.minimum(torch.maximum(expected, least), most)
     tolerance = max(tolerance, 4 * torch.finfo(theta.dtype).eps * theta.shape[-1])
-    # Were all log-odds the least of them, or all the largest, the root would be known: it lies between the two.
-    odds = target.clamp_min(NEARLY).log() - (size - target).clamp_min(NEARLY).log()
-    low, high = odds - theta.amax(-1), odds - torch.where(there, theta, math.inf).amin(-1)
-    if soft:  # the penalty pulls t towards 0, and the expected sum stays in 0..size
-        low = torch.maximum(low.clamp_max(0), (target - size) / stiffness)
-        high = torch.minimum(high.clamp_min(0), target / stiffness)
-    else:
-        low, high = torch.where(target >= size, high, low), torch.where(target <= 0, low, high)
-    low, high = low.masked_fill(target == expected, 0), high.masked_fill(target == expected, 0)
     t = torch.zeros_like(target) if start is None else start
-    t = torch.minimum(torch.maximum(t, low), high)
-    moved = high - low
-    for _ in range(MOST_STEPS if checks else FIXED_STEPS):
+    for number in range(MOST_STEPS if checks else FIXED_STEPS):
         p = (theta + t[..., None]).sigmoid()
-        total, slope = p.sum(-1), (p * (1 - p)).sum(-1)
+        total = p.sum(-1)
         gap = total + stiffness * t - target if soft else total - target
         solved = gap.abs() <= tolerance
         if checks and bool(solved.all()):
             break
-        low, high = torch.where(gap < 0, t, low), torch.where(gap > 0, t, high)
+        if number == 0:  # not before: a good start needs none
+            size, odds, low, high = _bracket(theta, target, stiffness if soft else 0.0)
+            low, high = low.masked_fill(target == expected, 0), high.masked_fill(target == expected, 0)
+            moved = high - low
+        slope = (p * (1 - p)).sum(-1)
+        low = torch.where(gap < 0, torch.maximum(low, t), low)
+        high = torch.where(gap > 0, torch.minimum(high, t), high)
         if soft:
             newton = t - gap / (slope + stiffness)
             good = (newton > low) & (newton < high) & ((newton - t).abs() <= moved / 2)
@@ -174,6 +167,22 @@ def tilt(
         before, t = t, torch.where(solved, t, torch.where(good, newton, (low + high) / 2))
         moved = (t - before).abs() if soft else moved
     return t
+
+
+def _bracket(theta: Tensor, target: Tensor, stiffness: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns how many variables there are, the log-odds of `target` among them, and two ends of `tilt`, (...) each.
+
+    Were all log-odds the least of them, or all the largest, the root would be known: it lies between the two.
+    """
+    there = theta > -math.inf
+    size = there.sum(-1)
+    odds = target.clamp_min(NEARLY).log() - (size - target).clamp_min(NEARLY).log()
+    low, high = odds - theta.amax(-1), odds - torch.where(there, theta, math.inf).amin(-1)
+    if stiffness > 0:  # the penalty pulls t towards 0, and the expected sum stays in 0..size
+        low = torch.maximum(low.clamp_max(0), (target - size) / stiffness)
+        high = torch.minimum(high.clamp_min(0), target / stiffness)
+        return size, odds, low, high
+    return size, odds, torch.where(target >= size, high, low), torch.where(target <= 0, low, high)
 
 
 def exact_messages(

@@ -280,7 +280,9 @@ class LabelModel:
             self.prior = smoothed / smoothed.sum()
         votes = torch.where(self._symbols, counts.votes, 0.0)
         if self.variant == "full":
-            smoothed = torch.where(self._symbols, votes + self.smoothing / self._symbols.sum(1, keepdim=True), 0.0)
+            smoothed = torch.where(
+                self._symbols, votes + self.smoothing / self._symbols.double().sum(1, keepdim=True), 0.0
+            )
             self.tables = smoothed / smoothed.sum(1, keepdim=True)
         elif self.variant == "tied":
             self._update_tied(votes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import traceback
+from pathlib import Path
 
 from fedlabel.methods.base import Method
 from fedlabel.methods.cc import CC
@@ -32,6 +33,10 @@ from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
 from fedlabel.methods.top_count import TopCount
 from fedlabel.methods.uda import UDA
+from fedlabel.names import did_you_mean
+
+PACKAGE = str(Path(__file__).resolve().parents[1])
+IMPORTLIB = str(Path(importlib.__file__).parent)
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -72,19 +77,40 @@ def method_class(name: str) -> type[Method]:
     if name in METHODS:
         return METHODS[name]
     if ":" not in name:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own.{hint}"
+            f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own."
+            f"{did_you_mean(name, METHODS)}"
         )
     module_name, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise ValueError(
-            f"`method.name` (={name}) cannot be imported: {error}. The module must be importable from where the "
-            "command runs (PYTHONPATH) and define the class."
+            f"`method.name` (={name}) must have the form package.module:Class, with the names that Python imports."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever a module of the user's own does
+        raise ValueError(
+            f"`method.name` (={name}) cannot be imported: {in_own_words(error)}. The module must be importable from "
+            "where the command runs (PYTHONPATH)."
         ) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ValueError(
+            f"`method.name` (={name}): {module_name} has no {attribute}.{did_you_mean(attribute, vars(module))}"
+        )
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ValueError(f"`method.name` (={name}) must be a subclass of fedlabel.methods.base.Method.")
+        raise ValueError(
+            f"`method.name` (={name}) must be a subclass of fedlabel.methods.base.Method; see CONTRIBUTING.md."
+        )
     return found
+
+
+def in_own_words(error: BaseException) -> str:
+    """Returns the type, text, file and line of an error in somebody else's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not frame.filename.startswith((PACKAGE, "<frozen", IMPORTLIB))]
+    place = f" ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    text = str(error)
+    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

@@ -165,6 +165,10 @@ def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("nkc,nc->kc", nll, of_class), of_class.sum(0)
 
 
+MAX_FUNCTIONS = 4096
+"""Each has tables over classes and votes of its own."""
+
+
 @dataclass(frozen=True)
 class DPSSL(Method):
     """Hyper-parameters of DP-SSL."""
@@ -255,6 +259,8 @@ class DPSSL(Method):
         for key in ("num_functions", "functions_rounds", "label_model_rounds", "assignment_rounds"):
             if getattr(self, key) < 1:
                 raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be at least 1.")
+        if self.num_functions > MAX_FUNCTIONS:
+            raise ValueError(f"`method.num_functions` (={self.num_functions}) must be at most {MAX_FUNCTIONS}.")
         for key in ("lambda_u", "lambda_e", "lambda_c", "label_weight"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")

@@ -64,6 +64,10 @@ def _starting(prefix: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if name.startswith(prefix)]
 
 
+MAX_HELPERS = 100
+"""Each is a model that every client receives and runs."""
+
+
 @dataclass(frozen=True)
 class FedMatch(Method):
     """Hyper-parameters of FedMatch; the defaults are the released code's for labels at the clients."""
@@ -105,9 +109,10 @@ class FedMatch(Method):
         for key in (*weights, "zero_below", "change_above"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
-        for key in ("num_helpers", "helper_interval"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be at least 1.")
+        if not 1 <= self.num_helpers <= MAX_HELPERS:
+            raise ValueError(f"`method.num_helpers` (={self.num_helpers}) must lie in [1, {MAX_HELPERS}].")
+        if self.helper_interval < 1:
+            raise ValueError(f"`method.helper_interval` (={self.helper_interval}) must be at least 1.")
 
     @property
     def additive(self) -> Mapping[str, float]:

@@ -70,6 +70,10 @@ FORMS = ("closed", "gradient", "fixed")
 SCOPES = ("global", "client", "prior")
 
 
+MAX_ANNOTATORS = 1000
+"""Each has a matrix of its own."""
+
+
 @dataclass(frozen=True)
 class NoiseMatrix:
     """How T[y, j] = p(noisy label j | true label y) is learnt."""
@@ -115,8 +119,8 @@ class NoiseMatrix:
             raise ValueError(f"`method.noise.start` (={self.start}) must lie in (0, 1).")
         if not 0 <= self.decay < 1:
             raise ValueError(f"`method.noise.decay` (={self.decay}) must lie in [0, 1).")
-        if self.annotators < 1:
-            raise ValueError(f"`method.noise.annotators` (={self.annotators}) must be at least 1.")
+        if not 1 <= self.annotators <= MAX_ANNOTATORS:
+            raise ValueError(f"`method.noise.annotators` (={self.annotators}) must lie in [1, {MAX_ANNOTATORS}].")
         if self.warmup_rounds < 0:
             raise ValueError(f"`method.noise.warmup_rounds` (={self.warmup_rounds}) must be at least 0.")
 

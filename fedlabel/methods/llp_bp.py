@@ -270,9 +270,9 @@ class LLPBP(Method):
                 self.max_iterations,
             )
         log_odds = log_probs[:, 1] - log_probs[:, 0]
-        ones, zeros = known.bag_counts[:, 1].sum(), known.bag_counts[:, 0].sum()
+        zeros, ones = known.bag_counts.sum(0).tolist()
         if self.centered and ones > 0 and zeros > 0:
-            field = centering(self.lambda_edge * weight, math.log(float(ones / zeros)))
+            field = centering(self.lambda_edge * weight, math.log(ones / zeros))
             log_odds = log_odds.clone()
             for ends in graph.edges.unbind(1):
                 add_at(log_odds, ends, field)

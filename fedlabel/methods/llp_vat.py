@@ -4,6 +4,7 @@ Consistency Regularization", ACML 2020; Miyato et al., "Virtual Adversarial Trai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -46,11 +47,11 @@ class LLPVAT(BagMethod):
         return self.lambda_vat > 0
 
     def __post_init__(self) -> None:
-        if not self.lambda_vat >= 0:
-            raise ValueError(f"`method.lambda_vat` (={self.lambda_vat}) must be at least 0.")
+        if not 0 <= self.lambda_vat < math.inf:
+            raise ValueError(f"`method.lambda_vat` (={self.lambda_vat}) must be a finite number of at least 0.")
         for key in ("radius", "xi"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be positive.")
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a positive number.")
 
     def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return dllp_loss(log_bag_means(logits.log_softmax(-1), batch.labeled.members), shares(batch.labeled))

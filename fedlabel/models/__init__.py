@@ -15,6 +15,13 @@ from fedlabel.models.resnet import Bottleneck, ResNet, ResNet9, WideResNet
 
 NORMS = ("group", "batch", "none")
 
+MAX_WIDTH, MAX_HIDDEN, MAX_LAYERS = 2**16, 2**20, 100
+"""Of `model.width`, of hidden layers, and of their number: a network of these can be counted; see `check_size`."""
+
+COPIES = 8
+"""Of a network's weights that a run in one process holds at least, in single precision: student, teacher, initial and
+global model, gradient, and a reply, and their sum in double precision (2)."""
+
 TORCHVISION = "torchvision:"
 """Prefix of `model.name` for a network of torchvision."""
 
@@ -54,12 +61,15 @@ class ModelConfig:
             raise ValueError(f"`model.name` (={self.name}) must be {expected}.{hint}")
         if self.norm not in NORMS:
             raise ValueError(f"`model.norm` (={self.norm}) must be one of {', '.join(NORMS)}.")
-        for key in ("width", "hidden"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`model.{key}` (={getattr(self, key)}) must be at least 1.")
+        for key, most in (("width", MAX_WIDTH), ("hidden", MAX_HIDDEN)):
+            if not 1 <= getattr(self, key) <= most:
+                raise ValueError(f"`model.{key}` (={getattr(self, key)}) must lie in [1, {most}].")
         layers = list(self.hidden_layers)
-        if min(layers, default=1) < 1:
-            raise ValueError(f"`model.hidden_layers` (={layers}) must be widths of at least 1, e.g. [256, 128, 64].")
+        if not all(1 <= width <= MAX_HIDDEN for width in layers) or len(layers) > MAX_LAYERS:
+            raise ValueError(
+                f"`model.hidden_layers` (={layers}) must be at most {MAX_LAYERS} widths in [1, {MAX_HIDDEN}], e.g. "
+                "[256, 128, 64]."
+            )
         if layers and self.name != "mlp":
             raise ValueError(
                 f"`model.hidden_layers` (={layers}) is for model.name=mlp, not {self.name}; take model.name=mlp, or "
@@ -172,6 +182,29 @@ def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, 
         return entry.builder(config, input_shape, num_classes)
 
 
+def check_size(build: Callable[[], nn.Module], config: ModelConfig, memory: int) -> None:
+    """Counts a network's parameters before any memory is taken for them.
+
+    Args:
+        build: makes the network.
+        config: says how large, for the message.
+        memory: of the machine, in bytes.
+
+    Raises:
+        ValueError: `COPIES` of the weights do not fit into `memory`.
+    """
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in build().parameters())
+    needed = COPIES * 4 * count
+    if needed > memory:
+        raise ValueError(
+            f"`model.name` (={config.name}), `model.width` (={config.width}), `model.hidden` (={config.hidden}) and "
+            f"`model.hidden_layers` (={list(config.hidden_layers)}) make, with what the method adds, a network of "
+            f"{count:,} parameters. A run needs {COPIES} times their size or more, {needed / 2**30:,.1f} GiB, and this "
+            f"machine has {memory / 2**30:,.1f}: take a smaller one."
+        )
+
+
 def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:
     shape = "x".join(map(str, input_shape))
     hint = " For tables, whose rows are images of one pixel, take model.name=mlp." if input_shape[1:] == (1, 1) else ""
@@ -181,4 +214,4 @@ def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:
     )
 
 
-__all__ = ["MODELS", "ModelConfig", "ModelEntry", "Net", "Part", "build_model"]
+__all__ = ["MODELS", "ModelConfig", "ModelEntry", "Net", "Part", "build_model", "check_size"]

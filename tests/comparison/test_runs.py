@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedlabel.comparison.runs import Comparison, read_comparison
+from fedlabel.sweep import CompareConfig
 from tests.comparison.runs import make_run, make_sweep
 
 
@@ -112,6 +113,21 @@ def test_unfinished_runs_are_left_out_with_a_warning(tmp_path: Path) -> None:
     assert comparison.title == "a, b"
     with pytest.raises(ValueError, match="1 run, none of which has finished"):
         read_comparison([unfinished])
+
+
+def test_the_baseline_is_the_first_row_that_trains_on_the_labels_alone(tmp_path: Path) -> None:
+    """Not the upper bound, which is of the same method, nor the best one."""
+    make_run(tmp_path / "a", "method.name=supervised", "method.oracle_labels=true", accuracy=[0.9])
+    make_run(tmp_path / "b", "method.name=fixmatch", accuracy=[0.8])
+    make_run(tmp_path / "c", "method.name=supervised", "training.prox_mu=0.1", accuracy=[0.4])
+    make_run(tmp_path / "d", "method.name=supervised", accuracy=[0.5])
+    comparison = read_comparison([tmp_path])
+    assert comparison.baseline("all") == "supervised, oracle_labels=false, prox_mu=0.1"
+    assert comparison.warnings == []
+    pairs = read_comparison([tmp_path], compare=CompareConfig(all_pairs=True))
+    assert (pairs.baseline("all"), pairs.warnings) == ("", [])
+    named = read_comparison([tmp_path], compare=CompareConfig("fixmatch"))
+    assert named.baseline("all") == "fixmatch"
 
 
 def test_runs_with_fewer_evaluations_in_the_last_tenth_are_named(tmp_path: Path) -> None:

@@ -36,11 +36,12 @@ def test_a_column_and_a_row_count_as_a_list(shape: tuple[int, ...]) -> None:
 def test_labels_from_1_make_no_class_0_and_a_gap_no_class() -> None:
     found = numbered([1, 3, 2, 1], [3, 1, 2])
     assert (found.class_names, found.train.tolist(), found.test.tolist()) == (("1", "2", "3"), [0, 2, 1, 0], [2, 0, 1])
-    assert len(found.notes) == 1
-    assert "the labels 1, 2, 3 are the names of the 3 classes" in found.notes[0]
+    assert found.notes == ()
     found = numbered([8, 3, 8, 3], [3, 8])
     assert (found.class_names, found.train.tolist()) == (("3", "8"), [1, 0, 1, 0])
-    assert "these are 0 to 1, in this order" in found.notes[0]
+    assert found.notes == (
+        "f: `y_train`: the labels are 3, 8, each of them a class; the numbers between them are none.",
+    )
 
 
 def test_minus_1_nan_and_empty_texts_say_that_nobody_knows_the_class() -> None:
@@ -58,9 +59,11 @@ def test_texts_are_names_and_numbers_among_them_are_ordered_as_such() -> None:
     assert numbered(["10", "9", "1", "9"], ["1", "9", "10"]).class_names == ("1", "9", "10")
     assert numbered(["b", "a"], ["a", "b"]).train.tolist() == [1, 0]
     assert numbered([True, False, False], [False, True]).class_names == ("False", "True")
-    found = numbered(["Cat", "cat", "dog"], ["Cat", "cat", "dog"])
-    assert found.class_names == ("Cat", "cat", "dog")
-    assert found.notes == ("The classes `Cat`, `cat` differ in case or blanks alone; they count as 2 classes.",)
+    found = numbered(["cat", "dog", "Unknown"], ["cat", "dog", "Unknown"])
+    assert found.notes == (
+        "f: `y_train`: `Unknown` is taken for a class. If it means that there is no label, write an empty text.",
+    )
+    assert numbered(["A", "a"], ["a", "A"], ["A", "a"]).train.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
@@ -140,6 +143,7 @@ FAR = [0, 1, 2, 10**9]
         ([0j, 1j], [0, 1], None, "is complex128; labels must be"),
         (np.array(["2020-01-01"], "datetime64[D]"), [0], None, "labels must be whole numbers, texts, or True"),
         (["a", "b" * 201], ["a"], None, r"label of sample 1 \(=b{100}…\) is no name of a class: .*at most 200 letters"),
+        (["a", "b" * 401], ["a"], None, r"label of sample 1 \(=b{100}…\) is no name of a class: .*at most 200 letters"),
         (["a", "\x1b[31m"], ["a"], None, r"label of sample 1 \(=\\x1b\[31m\) is no name of a class"),
         (
             ["1", "-1"],

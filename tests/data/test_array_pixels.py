@@ -40,6 +40,13 @@ def test_one_scale_for_both_sets() -> None:
     assert notes == ["f: `x_train` and `x_test`: values are rounded to the 256 steps of a pixel."]
 
 
+def test_floats_above_1_are_not_stretched() -> None:
+    (train, _), notes = to_pixels(BYTES / 255 * 1.5, BYTES / 255, "f")
+    assert train.max() == 2
+    assert "values are rounded" in notes[0]
+    assert "no pixel is above 1.5 of 255" in notes[1]
+
+
 def test_black_and_white() -> None:
     (train, _), notes = to_pixels(BYTES > 127, BYTES > 127, "f")
     assert np.array_equal(train[:, 0], np.where(BYTES > 127, 255, 0))

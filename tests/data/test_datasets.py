@@ -134,7 +134,7 @@ def test_emnist_is_turned_upright(tmp_path: Path) -> None:
     assert np.array_equal(data.train.images[:, 0].numpy(), arrays["emnist-byclass-train"].swapaxes(1, 2))
 
 
-@pytest.mark.parametrize("damage", ["cut", "cut before packing", "text", "packed text", "wrong dimensions"])
+@pytest.mark.parametrize("damage", ["cut", "cut before packing", "longer", "text", "packed text", "wrong dimensions"])
 def test_broken_idx_files_are_named(tmp_path: Path, damage: str) -> None:
     write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
@@ -143,6 +143,8 @@ def test_broken_idx_files_are_named(tmp_path: Path, damage: str) -> None:
             path.write_bytes(path.read_bytes()[:-100])
         case "cut before packing":
             path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
+        case "longer":
+            path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"\0"))
         case "text":
             path.write_bytes(b"<html>")
         case "packed text":
@@ -151,6 +153,19 @@ def test_broken_idx_files_are_named(tmp_path: Path, damage: str) -> None:
             write_idx(path.with_suffix(""), np.zeros(4, dtype=np.uint8))
     with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz .*Delete it and download or copy it again"):
         load_dataset(DataConfig("mnist", str(tmp_path)), seed=0)
+
+
+def test_an_idx_file_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    """A gigabyte that is claimed, and one that is there: a megabyte of packed zeros."""
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    header = bytes([0, 0, 8, 3]) + np.array([1 << 10, 1 << 10, 1 << 10], ">u4").tobytes()
+    for content in (header, header + bytes(1 << 27)):
+        path.write_bytes(gzip.compress(content, 1))
+        with pytest.raises(
+            DataError, match=r"train-images-idx3-ubyte\.gz is to unpack to 1\.0 GiB, \d+ times its size"
+        ):
+            load_dataset(DataConfig("mnist", str(tmp_path)), seed=0)
 
 
 def test_idx_files_of_different_lengths(tmp_path: Path) -> None:

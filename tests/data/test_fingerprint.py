@@ -51,14 +51,12 @@ def test_texts_of_a_table_count_and_the_width_of_their_array_does_not() -> None:
     data = load_dataset(DataConfig("breast_cancer"), seed=0)
 
     def with_texts(texts: list[str], dtype: str) -> Dataset:
-        tables = {
-            part: replace(
-                table, categories=np.array([texts[0], *texts[1:] * len(table.labels)], dtype)[: len(table.labels), None]
-            )
-            for part, table in data.tables.items()
-        }
-        names = (*data.tables["train"].names, "text")
-        return replace(data, tables={part: replace(table, names=names) for part, table in tables.items()})
+        """Returns the set with a further column: these texts in the first rows of each part, and then empty ones."""
+        tables = {}
+        for part, table in data.tables.items():
+            column = np.array([*texts, *[""] * (len(table.labels) - len(texts))], dtype)
+            tables[part] = replace(table, categories=column[:, None], names=(*table.names, "text"))
+        return replace(data, tables=tables)
 
     one = fingerprint(with_texts(["a", "bé"], "U2"))
     assert fingerprint(with_texts(["a", "bé"], "U50")) == one

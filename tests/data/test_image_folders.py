@@ -101,7 +101,7 @@ def test_what_is_not_read_is_counted_and_named(tmp_path: Path) -> None:
         "R/train/owl has no training image, only test images.",
         "R/train/tmp holds no images and is not a class.",
         "R: of its folders val is not read.",
-        "R/train: not read, as it is in no class's folder: 1 image (in train/unlabeled it would count, without a label).",
+        "R/train: not read, as it is in no class's folder: 1 image (in train/unlabeled: one without a label).",
         "R: not read, as it is of no kind of image: 4 files (.dcm 2, .txt 1, without extension 1; e.g. "
         "R/train/cat/notes.txt).",
     ]
@@ -143,9 +143,7 @@ def test_names_that_differ_in_case_or_blanks_are_said_or_refused(tmp_path: Path)
     write_images(tmp_path, "L")
     for part in ("train", "test"):
         write_image(tmp_path / part / "Cat" / "0.png", 50 + (part == "test"))
-    assert load(tmp_path).notes == (
-        "The classes `Cat`, `cat` differ in case or blanks alone; they count as 2 classes.",
-    )
+    assert notes(tmp_path) == ["R/train: the classes `Cat` and `cat` look the same."]
     write_image(tmp_path / "test/dog /0.png", 7)
     with pytest.raises(DataError, match="test has the class dog , which .*: did you mean dog[?] Give both one name"):
         load(tmp_path)
@@ -165,6 +163,12 @@ def rename(source: str, target: str) -> Callable[[Path], object]:
     return lambda root: (root / source).rename(root / target)
 
 
+def into(root: Path) -> list[Path]:
+    inside = list(root.iterdir())
+    (root / "set").mkdir()
+    return inside
+
+
 def bare(root: Path) -> None:
     for path in [*root.glob("test/*/*"), *root.glob("test/*")]:
         path.unlink() if path.is_file() else path.rmdir()
@@ -179,6 +183,7 @@ def bare(root: Path) -> None:
         (rename("test", "Test"), "there is no folder .*test. Set data.root=.* Rename Test to test[?]"),
         (rename("train", "training"), "there is no folder .*train. .* Rename training to train[?]"),
         (rename("test", "holdout"), r"there is no folder .*test. .* It holds holdout, train\."),
+        (lambda root: [path.rename(root / "set" / path.name) for path in into(root)], r"Set data.root=.*/set\?$"),
         (bare, "test holds no images in folders of classes. .* Directly in it: 1 image. .*: 1 file .*dcm 1"),
         (
             lambda root: (root / "train" / "a\x1b[0m").mkdir(),
@@ -277,9 +282,13 @@ def cut(root: Path) -> None:
         (root / name).write_bytes((root / name).read_bytes()[:45])
 
 
-def claims(root: Path) -> None:
-    """Writes a header of 60000 x 60000 pixels over that of a small image."""
-    (root / "train/dog/9.pgm").write_bytes(b"P5 60000 60000 255\n" + b"\0" * 30)
+def pointer(root: Path) -> None:
+    (root / "train/dog/1.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def claims(root: Path, width: int = 60_000, height: int = 60_000) -> None:
+    """Writes an image that is larger by its header."""
+    (root / "train/dog/9.pgm").write_bytes(b"P5 %d %d 255\n" % (width, height) + b"\0" * 30)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +306,11 @@ def claims(root: Path) -> None:
         ),
         (
             lambda root: (root / "train/dog/1.png").write_bytes(b""),
-            r"dog/1\.png cannot .*: the file is empty\. Replace",
+            r"none of the formats .*AVIF\. It is empty\. Replace",
         ),
+        (pointer, r"It is a pointer of Git LFS: `git lfs pull` gets the file itself"),
         (claims, r"dog/9\.pgm cannot be read as an image: it claims to be larger than \d+ pixels. Replace"),
+        (lambda root: claims(root, 12000, 8000), r"dog/9\.pgm cannot be read as an image: it claims to be larger than"),
         (lambda root: (root / "train/dog/9.png").symlink_to("gone"), "it is no file, but a broken link or a pipe"),
         (lambda root: os.mkfifo(root / "train/dog/9.png"), "it is no file, but a broken link or a pipe"),
     ],

@@ -16,13 +16,16 @@ def test_what_a_terminal_would_obey_is_escaped_and_what_is_long_is_cut() -> None
 def test_numbers_are_in_the_order_of_numbers() -> None:
     assert in_order(["10", "9", "1.5"]) == ["1.5", "9", "10"]
     assert in_order(["10", "9", "a"]) == ["10", "9", "a"]
+    assert in_order(["10", "9", "nan"]) == ["10", "9", "nan"]
 
 
 def test_the_closest_name_is_found_through_case_and_blanks() -> None:
     assert closest("LEFT eye", ["right eye", "Left Eye"]) == "Left Eye"
     assert closest("lef", ["right", "Left"]) == "Left"
     assert closest("zebra", ["right", "Left"]) is None
-    assert alike(["a b", "AB", "c", "C "]) == [
-        "The classes `a b`, `AB` differ in case or blanks alone; they count as 2 classes.",
-        "The classes `c`, `C ` differ in case or blanks alone; they count as 2 classes.",
-    ]
+
+
+def test_names_that_look_the_same_are_grouped() -> None:
+    """Also 1 and 1.0, and the ligature of f and i."""
+    names = ["a b", "AB", "c", "1", "d", "C ", "1.0", "\ufb01n", "fin", "10"]
+    assert alike(names) == [["a b", "AB"], ["c", "C "], ["1", "1.0"], ["\ufb01n", "fin"]]

@@ -49,8 +49,6 @@ def test_what_there_is_to_say_is_a_note(tmp_path: Path) -> None:
     path = f"{tmp_path / 'set.npz'}:"
     assert load_dataset(config, seed=0).notes == (
         f"{path} classes of it is not read. Did you mean classes as class_names? Save the file with these names.",
-        f"{path} `y_train`: the labels 1, 2, 3 are the names of the 3 classes. Where a class is asked for by its "
-        "number and not its name (skew.unlabeled_only_classes), these are 0 to 2, in this order.",
         f"{path} `y_train`: 12 of 20 samples have no label.",
         f"{path} 6 of the 6 test images are training images, too; what is measured on them says nothing of new ones.",
         f"{path} 1 of the 20 training images repeat one under another label.",
@@ -85,12 +83,19 @@ def test_errors_name_file_and_key(tmp_path: Path, changes: dict, message: str) -
         ("train_images train_labels test_images test_labels", "train_images as x_train, train_labels as y_train, "),
         ("x y", "x as x_train, y as y_train"),
         ("data target", "data as x_train"),
+        ("set/x_train set/y_train", "set/x_train as x_train, set/y_train as y_train"),
         ("xtrain y-train x_tset y_test", "xtrain as x_train, y-train as y_train, x_tset as x_test"),
     ],
 )
 def test_other_names_of_the_keys_are_recognised(tmp_path: Path, names: str, meant: str) -> None:
     np.savez(tmp_path / "set.npz", **dict.fromkeys(names.split(), np.zeros(3)))
     with pytest.raises(DataError, match=rf"lacks .* Did you mean {meant}.*\? Save the file with these names."):
+        load_dataset(DataConfig(name="npz", root=str(tmp_path / "set.npz")), seed=0)
+
+
+def test_a_file_of_labels_alone_is_no_data_set(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", labels=np.zeros((70, 3), int))
+    with pytest.raises(DataError, match="it holds labels.* A file of labels alone is for supervision.labels_file"):
         load_dataset(DataConfig(name="npz", root=str(tmp_path / "set.npz")), seed=0)
 
 
@@ -107,6 +112,20 @@ def test_a_file_that_is_broken(tmp_path: Path, damage: str) -> None:
         path.write_bytes({"empty": b"", "text": b"hello", "cut": content[:-50], "flipped": content}[damage])
     with pytest.raises(DataError, match=r"set\.npz cannot be read as an npz file"):
         load_dataset(config, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "It is a pointer of Git LFS: `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html>not found</html>", "It is a web page, and not what was to be downloaded"),
+        (b"", "It is empty"),
+    ],
+)
+def test_what_stands_in_its_place_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(DataError, match=rf"File is not a zip file\. {said}.*\. Write it again"):
+        load_dataset(DataConfig(name="npz", root=str(tmp_path / "set.npz")), seed=0)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -186,7 +205,7 @@ def test_a_header_is_held_against_the_size_before_memory_is_taken(tmp_path: Path
 
 
 def test_a_packed_file_is_no_larger_than_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A zip bomb: a thousandth of its size, which is no reason to refuse it, but memory is."""
+    """A zip bomb, a thousandth of its size, is refused unless it is small; and so is what memory does not hold."""
     path = tmp_path / "set.npz"
     write_zip(path, [("x_train.npy", npy(np.zeros((1000, 100, 100), np.uint8)))], zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 20_000
@@ -195,6 +214,14 @@ def test_a_packed_file_is_no_larger_than_it_can_be(tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError, match="would take 0.0 GiB, more than the memory of this machine"):
         read_npz(path, ("x_train",))
     assert read_npz(path, ("y",)) == ({}, ["x_train"])  # what is not wanted is not unpacked
+    monkeypatch.undo()
+    write_zip(path, [("x_train.npy", npy(np.zeros((7000, 100, 100), np.uint8)))], zipfile.ZIP_DEFLATED)
+    with pytest.raises(
+        DataError, match="`x_train` is to unpack to 0.1 GiB, 10.. times its size: .* without packing it"
+    ):
+        read_npz(path, ("x_train",))
+    write_zip(path, [("x_train.npy", npy(np.zeros((7000, 100, 100), np.uint8)))])
+    assert read_npz(path, ("x_train",))[0]["x_train"].shape == (7000, 100, 100)
 
 
 def test_a_size_that_cannot_be_is_damage(tmp_path: Path) -> None:
@@ -204,7 +231,7 @@ def test_a_size_that_cannot_be_is_damage(tmp_path: Path) -> None:
     at = content.rindex(b"PK\x01\x02") + 24  # the size in the central directory
     content[at : at + 4] = struct.pack("<I", 1 << 30)
     path.write_bytes(content)
-    with pytest.raises(DataError, match="claims 1073741824 bytes, of .* packed ones: damaged"):
+    with pytest.raises(DataError, match="is to unpack to 1.0 GiB, .* times its size: damaged"):
         read_npz(path, ("x_train",))
 
 
@@ -223,6 +250,13 @@ def test_two_arrays_of_a_name_other_packing_and_passwords_are_refused(tmp_path: 
     path.write_bytes(content)
     with pytest.raises(DataError, match="`x` is encrypted"):
         read_npz(path, ("x",))
+    for at, value, message in ((6, 73, "zip file version 7.3"), (8, 32, "compressed patched data")):
+        write_zip(path, [("x.npy", entry)])
+        content = bytearray(path.read_bytes())
+        content[content.rindex(b"PK\x01\x02") + at] = value
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"cannot be read as an npz file: {message}"):
+            read_npz(path, ("x",))
 
 
 def test_what_numpy_writes_is_read_as_numpy_reads_it(tmp_path: Path) -> None:
@@ -260,5 +294,5 @@ def test_a_number_that_is_no_name_is_no_class_where_names_are_numbers(tmp_path: 
     config = write_npz(tmp_path / "set.npz", **labels)
     data = load_dataset(replace(config, positive_classes=("1",)), seed=0)
     assert data.train.labels.tolist() == (labels["y_train"] == 1).astype(int).tolist()
-    with pytest.raises(DataError, match=r"0 is no class of npz; it must be one of 1, 2, 3\."):
+    with pytest.raises(DataError, match=r"`data.positive_classes` \(=\[0\]\): 0 is none of the classes 1, 2, 3\."):
         load_dataset(replace(config, positive_classes=("0",)), seed=0)

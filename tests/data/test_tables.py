@@ -254,7 +254,7 @@ def test_columns_can_be_dropped_and_declared_categories(tmp_path: Path) -> None:
         (["size,colour,kind"], {}, "holds no rows"),
         ([], {}, "holds no rows"),
         (["size,kind,size", "1,a,2"], {}, "two columns of the name `size`"),
-        (["size,kind", "1,a", "2"], {}, "line 3: there are 1 cells, but 2 columns"),
+        (["size,kind", "1,a", "2"], {}, "line 3: there are 1 cells for 2 columns"),
         (["size,kind", '1,"a'], {}, "cannot be read as CSV"),
         (["size,kind", *["1,a", "2,b"] * 5, "3,c"], {}, r"class `c` has one row \(data row 11\)"),
         (["size,kind", *["1,", "2,NA"] * 5], {}, "column kind has no label in any row"),
@@ -287,7 +287,7 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path: Path, lines: list[str]
         (["size,sort", "1,a"], r"\(=kind\): .*test.csv has no such column"),
         (["kind", "a"], "must have the same columns; only one of them has size"),
         (["size,kind", "1,a", "large,a"], "test.csv: column size, data row 2: `large` is no number"),
-        (["size,kind", "1,a", "1,", "1,?"], "column kind has no label in data row 2, nor have 1 others"),
+        (["size,kind", "1,a", "1,", "1,?"], "column kind has no label in data row 2 .of 2 without."),
     ],
 )
 def test_a_test_file_that_does_not_fit(tmp_path: Path, lines: list[str], message: str) -> None:

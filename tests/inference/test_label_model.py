@@ -325,6 +325,16 @@ def test_tied_update_is_the_weighted_share_of_each_outcome() -> None:
     torch.testing.assert_close(model.tables[0], torch.tensor(expected).double(), rtol=0, atol=1e-6)
 
 
+def test_full_update_shares_its_smoothing_to_the_last_bit() -> None:
+    """The same votes: 1 is shared by the three votes of {0, 1}. Class 0: (3, 1, 1) + 1/3 of 6; 2: (0, 1, 1) of 3."""
+    sets = torch.tensor([[1, 1, 0], [0, 0, 1]]).bool()
+    model = LabelModel(3, sets, "full", smoothing=1)
+    votes = torch.tensor([[0, -1], [0, -1], [0, -1], [1, -1], [-1, -1], [1, 2], [-1, 2]])
+    model.update(model.expected_counts(votes, torch.tensor([0, 0, 0, 0, 0, 2, 2])))
+    expected = [[10 / 18, 1 / 3, 1 / 9], [4 / 18, 1 / 3, 4 / 9], [0, 0, 0], [4 / 18, 1 / 3, 4 / 9]]
+    torch.testing.assert_close(model.tables[0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
 def test_known_classes_are_held_and_weighed() -> None:
     votes, sets, y, _ = simulate(1, n=300, k=25)
     model = LabelModel(10, sets)

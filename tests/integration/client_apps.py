@@ -71,7 +71,19 @@ def _count(message: Message, context: Context) -> Message:
     return reply
 
 
+def _statistics_of_many(message: Message, context: Context) -> Message:
+    """Permutes its counts and multiplies them by a million."""
+    reply = train(message, context)
+    name, numbers = next(iter(reply.content.config_records["statistics"].items()))
+    start = 1 + int(numbers[0])  # type: ignore[index,arg-type]
+    changed = [*numbers[:start], *(1e6 * x for x in reversed(numbers[start:]))]  # type: ignore[index,arg-type]
+    reply.content["statistics"] = ConfigRecord({name: changed})  # type: ignore[dict-item]
+    return reply
+
+
 healthy = by_client({})
+poisoned = by_client({3: _statistics_of_many})
+only_raises = by_client({3: _always_raise})
 two_fail = by_client({1: _always_raise, 3: _nan})
 three_fail = by_client({1: _always_raise, 2: _die_in_round_1, 3: _nan})
 three_fail_alive = by_client({1: _always_raise, 2: _raise_in_round_1, 3: _nan})

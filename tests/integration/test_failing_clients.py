@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import flwr.serverapp.strategy
 import numpy as np
 import pytest
 import torch
 
 from fedlabel.config import ExperimentConfig, load_config, to_yaml
 from fedlabel.experiment import open_experiment
+from fedlabel.methods.ill import ILL
 from fedlabel.tracking import read_metrics
 from server.checkpoint import load_checkpoint
 from server.grids import InProcessGrid, RayGrid
@@ -109,6 +111,70 @@ def test_all_failed_stops_the_run_with_its_checkpoint(kind: str, tmp_path: Path)
     # Healed, the run goes on as if nothing had been.
     resumed = run_tiny(tmp_path, "run", *ALL_TRAIN, "num_rounds=3", resume=True).path
     assert_same_run(resumed, run_tiny(tmp_path, "whole", *ALL_TRAIN, "num_rounds=3").path)
+
+
+def test_a_run_stops_with_fewer_replies_than_it_needs(tmp_path: Path) -> None:
+    """Three of five are usable: enough for 3, too few for 4; one of the two others is refused, one fails."""
+    run_with("two_fail", tiny("fraction_train=1.0", "num_rounds=1", "strategy.min_replies=3"), tmp_path / "three")
+    assert read_metrics(tmp_path / "three")[0]["system/refused_replies"] == 1
+    message = (
+        r"Only 3 of 5 clients gave a usable reply, `strategy.min_replies` is 4, in round 1.*client 1: RuntimeError"
+    )
+    with pytest.raises(RunError, match=message):
+        run_with("two_fail", tiny("fraction_train=1.0", "num_rounds=1", "strategy.min_replies=4"), tmp_path / "four")
+
+
+def test_poisoned_statistics_leave_no_trace(tmp_path: Path) -> None:
+    """The noise matrix, the model and all else are as if the client had failed."""
+    noisy = ("supervision.kind=noisy", "supervision.noise=symmetric", "supervision.noise_rate=0.3")
+    known = [override for override in TINY if not override.startswith(("method.", "supervision."))]
+    config = load_config([], [*known, *noisy, "method.name=ill", "method.noise.warmup_rounds=0", *ALL_TRAIN])
+    run_with("poisoned", config, tmp_path / "poisoned")
+    run_with("only_raises", config, tmp_path / "without")
+    (first, second) = failures(tmp_path / "poisoned")
+    assert first.startswith("Round 1, client 3: BadReply: its statistic counts counts ")
+    assert second.startswith("Round 2, client 3: BadReply: its statistic counts counts ")
+    assert_same_run(tmp_path / "poisoned", tmp_path / "without")
+    found, expected = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "round_000002.ckpt").shared
+        for name in ("poisoned", "without")
+    )
+    assert_same_weights(found, expected)
+
+
+def test_a_strategy_that_cannot_combine_what_is_left_stops_the_run_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("n is too small")
+
+    monkeypatch.setattr(flwr.serverapp.strategy.FedMedian, "aggregate_train", fail)
+    message = r"Strategy FedMedian cannot combine 3 replies \(n is too small\) in round 1, .*client 1: RuntimeError"
+    with pytest.raises(RunError, match=message):
+        run_with("two_fail", tiny(*ALL_TRAIN, "strategy.name=FedMedian"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (torch.full((1, 10, 10), torch.nan), "transition holds NaN or infinity"),
+        (torch.full((1, 10, 10), 0.2), "transition must be probabilities"),
+    ],
+)
+def test_a_broken_shared_state_is_neither_saved_nor_sent(
+    made: torch.Tensor, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = ILL.server_step
+    monkeypatch.setattr(
+        ILL, "server_step", lambda self, s, t: step(self, s, t) | ({"transition": made} if s["rounds"] == 1 else {})
+    )
+    noisy = ("supervision.kind=noisy", "supervision.noise=symmetric", "supervision.noise_rate=0.3")
+    known = [override for override in TINY if not override.startswith(("method.", "supervision."))]
+    config = load_config([], [*known, *noisy, "method.name=ill", *ALL_TRAIN])
+    with pytest.raises(RunError, match=f"Method ill made a shared state .* in round 2: {reason}"):
+        run_with("healthy", config, tmp_path / "run")
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert load_checkpoint(saved).shared["transition"].isfinite().all()
 
 
 def test_client_state_is_kept_between_rounds(kind: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -139,20 +140,28 @@ def test_simulation_runtime(tmp_path: Path) -> None:
     assert_like_in_process(folder, tmp_path, *overrides)
 
 
-@pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
-    """A SuperLink on loopback with two SuperNodes, clients 0 and 1."""
-    with flower(tmp_path_factory.mktemp("deployment") / "flower") as machine:
+@contextmanager
+def deployed(root: Path) -> Iterator[tuple[Flower, list[subprocess.Popen[bytes]]]]:
+    """A SuperLink on loopback with two SuperNodes, clients 0 and 1; gives their processes, the SuperLink's first."""
+    with flower(root) as machine:
         connection = f'[superlink.loopback]\naddress = "127.0.0.1:{machine.port}"\ninsecure = true\n'
         (machine.home / "config.toml").write_text(connection)
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(machine.port)]
         superlink = machine.start("superlink", *command, "--disable-runtime-dependency-installation")
         wait_until(lambda: machine.answers() or superlink.poll() is not None, 60, "no SuperLink", every=0.2)
-        nodes = [machine.supernode(f"node{i}", f"partition-id={i} num-partitions=2") for i in range(2)]
-        yield machine
-        assert [process.poll() for process in (superlink, *nodes)] == [None] * 3
-    for process in (superlink, *nodes):
+        processes = [superlink]
+        processes += [machine.supernode(f"node{i}", f"partition-id={i} num-partitions=2") for i in range(2)]
+        yield machine, processes
+    for process in processes:
         process.wait(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
+    """See `deployed`; none of its processes may end meanwhile."""
+    with deployed(tmp_path_factory.mktemp("deployment") / "flower") as (machine, processes):
+        yield machine
+        assert [process.poll() for process in processes] == [None] * 3
 
 
 def test_superlink_with_two_supernodes(deployment: Flower, tmp_path: Path) -> None:
@@ -171,5 +180,23 @@ def test_supernode_without_partition_id_is_named(deployment: Flower) -> None:
         node.wait(timeout=30)
     text = re.sub(r"\s+", " ", output)
     assert re.search(
-        r"RunError: Node \d+ does not answer: .*This node has no `partition-id`: start the SuperNode", text
+        r"the run FAILED .*: Node \d+ does not answer: .*This node has no `partition-id`: start the SuperNode", text
     )
+
+
+def test_a_lost_node_fails_its_client_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Killed after the first round. Flower's SuperLink then answers in its place, with an id that is no client's."""
+    overrides = " ".join([*TINY, "num_clients=2", "num_rounds=3", "fraction_train=1.0", "grid.timeout=200"])
+    with deployed(tmp_path / "flower") as (machine, processes), ThreadPoolExecutor(1) as background:
+        running = background.submit(machine.run, "loopback", overrides=overrides)
+        metrics = "runs/*/metrics.jsonl"
+        wait_until(
+            lambda: running.done() or any(path.read_text() for path in machine.work.glob(metrics)), 200, "no round"
+        )
+        processes[2].kill()
+        folder = machine.the_run(running.result())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert [row["system/failed_clients"] for row in (rows[0], rows[2])] == [0, 1]
+    assert "Round 3, client 1: Error: Node Unavailable" in (folder / "failures.log").read_text()
+    assert json.loads((folder / "summary.json").read_text())["rounds"] == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -146,6 +147,8 @@ def test_gen_bags_combines_bags_in_blocks_of_four() -> None:
     errors = P[:5] - counts[:, 1]
     expected = (expected_square(errors[:4]) + expected_square(errors[4:])) / 5
     assert value == pytest.approx(float(expected))
+    # d = (-.1, .6, -.8, .1): 1.331 * 1.02 - .33 * .04 = 1.34442; d = (-.3): (1.331 - .33) * .09 = .09009.
+    assert value == pytest.approx((1.34442 + 0.09009) / 5, abs=1e-6)
 
 
 def test_gen_bags_has_one_scale_whatever_the_number_of_bags() -> None:
@@ -168,8 +171,29 @@ def test_count_likelihood_and_its_gradient() -> None:
     )
     chance_two = 0.7 * 0.6 + 0.3 * 0.4
     assert value == pytest.approx(-(math.log(chance_four) + math.log(chance_two) + math.log(0.8)) / 3)
+    assert chance_four == pytest.approx(0.9 * 0.4 * 0.8 * 0.9 + 0.1 * (0.432 + 0.072 + 0.032))  # .3128
+    assert value == pytest.approx((1.162191 + 0.616186 + 0.223144) / 3, abs=1e-6)  # -ln of .3128, .54, .8
     posterior = bag_posterior(P[:4].logit(), 1)
     torch.testing.assert_close(gradient[:4, 1], (P[:4] - posterior) / 3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 40, 130, 200, 599, 600])
+def test_count_likelihood_of_a_large_bag(count: int) -> None:
+    """600 samples, a third each with p = .1, .3 and .7, against the product of their polynomials q + p x.
+
+    At most .2 off (see `count_log_likelihood`); .036 for a count of 599, which varies by one sample, was measured.
+    """
+    p = torch.tensor([0.1, 0.3, 0.7], dtype=torch.float64).repeat(200)
+    value, gradient = run(
+        CountLikelihood(), two(p), make_batch({}, torch.arange(600)[None], torch.tensor([[600 - count, count]]))
+    )
+    row = np.array([0.0])  # logarithms of the coefficients
+    for one in p.tolist():
+        row = np.logaddexp(np.append(row + math.log(1 - one), -np.inf), np.append(-np.inf, row + math.log(one)))
+    assert value == pytest.approx(-row[count], abs=0.05 if count in (1, 599) else 1e-3)
+    posterior = p + gradient[:, 0]  # of the logit of class 0: minus that of the log-odds
+    assert float(posterior.sum()) == pytest.approx(count, abs=0.01)
+    torch.testing.assert_close(posterior, bag_posterior(p.logit(), count), rtol=0, atol=2e-3)
 
 
 def test_count_likelihood_of_several_classes_counts_each_against_the_rest() -> None:
@@ -190,7 +214,11 @@ def test_count_likelihood_of_several_classes_counts_each_against_the_rest() -> N
 
 
 def test_top_count() -> None:
-    """One of (.9, .6, .2, .1), one of (.7, .4) and the labelled sample are ones; cross-entropy on that."""
+    """One of (.9, .6, .2, .1), one of (.7, .4) and the labelled sample are ones; cross-entropy on that.
+
+    -ln .9 - ln .4 - ln .8 - ln .9 = 1.350157 over four, -ln .7 - ln .6 = .867501 over two, -ln .8 = .223144: mean
+    (.337539 + .433750 + .223144) / 3 = .331478.
+    """
     scores, there = by_bag(P, MEMBERS)
     chosen = top_counts(scores, there, COUNTS[:, 1])
     assert chosen.tolist() == [
@@ -206,6 +234,7 @@ def test_top_count() -> None:
     labels = torch.tensor([1, 0, 0, 0, 1, 0, 1])
     each = cross_entropy(two(P[:7]), labels, reduction="none")
     assert value == pytest.approx(float((each[:4].mean() + each[4:6].mean() + each[6]) / 3))
+    assert value == pytest.approx(0.331478, abs=1e-6)
     torch.testing.assert_close(gradient[:4, 1], (P[:4] - labels[:4]) / 4 / 3)
 
 
@@ -232,6 +261,21 @@ def test_vat_moves_inputs_where_the_prediction_changes_most() -> None:
     assert value == pytest.approx(float(divergence(clean, moved).sum()), rel=1e-4)
     plain = LLPVAT(lambda_vat=0).loss(student, {}, batch)
     assert float(step.loss) == pytest.approx(float(plain.loss) + 0.05 * value / 2, rel=1e-4)
+
+
+def test_vat_by_hand() -> None:
+    """Inputs 0 of one number, logits (0, x ln 3): p = .5, and (.25, .75) or (.75, .25) at a distance of 1.
+
+    Mean prediction .5 for a share of .5: ln 2 = .693147; (ln 2 - ln 1.5) / 2 = .143841, times .05: together .700339.
+    """
+    part = make_part(2, 2)._replace(members=torch.tensor([[0, 1]]), bag_counts=torch.tensor([[1, 1]]))
+    part = part._replace(views={"weak": torch.zeros(2, 1, 1, 1)})
+
+    def student(x: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(len(x), 1), math.log(3) * x.flatten(1)], 1)
+
+    step = LLPVAT().loss(student, {}, make_batch()._replace(labeled=part))
+    assert step.loss.item() == pytest.approx(0.693147 + 0.05 * 0.143841, abs=1e-6)
 
 
 def test_vat_divergence_and_unit_length() -> None:
@@ -295,6 +339,7 @@ def test_vat_refuses_batch_norm() -> None:
     """Its probe would change running statistics inside a derivative."""
     vat = ["method.name=llp_vat", "supervision.kind=bags", "supervision.bag_size=4", "device=cpu"]
     Experiment(load_config([], vat))
-    with pytest.raises(ValueError, match=r"`model.norm` \(=batch\) .* is BatchNorm, which method llp_vat cannot"):
-        Experiment(load_config([], [*vat, "model.norm=batch"]))
+    for network in ("model.norm=batch", "model.name=torchvision:resnet18"):
+        with pytest.raises(ValueError, match=r"its layer .* is BatchNorm, or .*, which method llp_vat cannot"):
+            Experiment(load_config([], [*vat, network]))
     Experiment(load_config([], [*vat, "model.norm=batch", "method.lambda_vat=0"]))

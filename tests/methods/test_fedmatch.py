@@ -424,7 +424,7 @@ def test_the_undivided_model_learns_both_losses_in_one_step(seed: int) -> None:
         ("psi_factor", -0.2, r"`method.psi_factor` \(=-0.2\)"),
         ("zero_below", -1.0, r"`method.zero_below` \(=-1.0\)"),
         ("change_above", float("nan"), r"`method.change_above` \(=nan\)"),
-        ("num_helpers", 0, r"`method.num_helpers` \(=0\) must be at least 1"),
+        ("num_helpers", 0, r"`method.num_helpers` \(=0\) must lie in \[1, 100\]"),
         ("helper_interval", 0, r"`method.helper_interval` \(=0\) must be at least 1"),
     ],
 )

@@ -20,11 +20,13 @@ from fedlabel.methods.steps import State
 from fedlabel.methods.supervised import Supervised
 from tests.methods.tables import (
     NOTHING,
+    Table,
     assert_all_moved,
     assert_equals_labels_only,
     assert_without_unlabeled_equals_supervised,
     best,
     labeled_mean,
+    logits_of,
     net,
     random_table,
     softmax,
@@ -103,6 +105,32 @@ def test_gradient_of_fairness_is_its_numerical_derivative_and_spares_dropped_sam
     assert gradient[~keep].abs().sum() == 0
     several = len(set(logits[keep].argmax(-1).tolist())) > 1  # with one class predicted SumNorm leaves nothing to move
     assert (gradient.abs().max().item() > 1e-9) == several
+
+
+def test_loss_by_hand() -> None:
+    """Weak (.9, .1), (.2, .8), (.6, .4), averages from before with weight .5: all thresholds are .7.
+
+    Threshold (.633333 + .766667) / 2 = .7, class mean ((.433333, .566667) + (.566667, .433333)) / 2 = (.5, .5), shares
+    ((1/3, 2/3) + (2/3, 1/3)) / 2 = (.5, .5). The first two are kept; strong (.8, .2), (.3, .7), (.5, .5):
+    (-ln .8 - ln .7) / 3 = .193273. Fairness: a = (.5, .5), b = (.55, .45): (ln .55 + ln .45) / 2 = -.698172.
+    Labelled p(y) = .5: ln 2 = .693147. .693147 + .193273 - .05 * .698172 = .851511.
+    """
+    table = Table(
+        labeled=torch.zeros(1, 2),
+        labels=torch.tensor([1]),
+        weak=logits_of([0.9, 0.1], [0.2, 0.8], [0.6, 0.4]),
+        strong=logits_of([0.8, 0.2], [0.3, 0.7], [0.5, 0.5]),
+    )
+    before = {
+        "threshold": torch.tensor(0.633333),
+        "class_mean": torch.tensor([0.433333, 0.566667]),
+        "class_share": torch.tensor([1 / 3, 2 / 3]),
+        "steps": torch.zeros(()),
+    }
+    method = FreeMatch(lambda_u=1, lambda_f=0.05, mask=Mask(kind="freematch", ema=0.5))
+    step = method.loss(table.student, NOTHING, table.batch(before))
+    assert step.loss.item() == pytest.approx(0.851511, abs=2e-6)
+    assert step.examples.item() == 3
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -465,7 +465,7 @@ def test_set_of_all_and_nothing_known_are_one_loss() -> None:
         (partial(NoiseMatrix, form="gradient", scope="prior"), r"scope` \(=prior\) adds up counts.*form=closed"),
         (partial(NoiseMatrix, start=1.0), r"`method.noise.start` \(=1.0\) must lie in \(0, 1\)"),
         (partial(NoiseMatrix, decay=1.0), r"`method.noise.decay` \(=1.0\) must lie in \[0, 1\)"),
-        (partial(NoiseMatrix, annotators=0), r"`method.noise.annotators` \(=0\) must be at least 1"),
+        (partial(NoiseMatrix, annotators=0), r"`method.noise.annotators` \(=0\) must lie in \[1, 1000\]"),
         (partial(NoiseMatrix, lr=0), r"`method.noise.lr` \(=0\) must be a finite number above 0"),
         (partial(NoiseMatrix, warmup_rounds=-1), r"warmup_rounds` \(=-1\) must be at least 0"),
         (partial(NoiseMatrix, smoothing=-1), r"`method.noise.smoothing` \(=-1\) must be a finite number of at least 0"),

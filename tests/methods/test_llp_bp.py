@@ -302,6 +302,26 @@ def test_loss_is_cross_entropy_to_the_labels_plus_that_of_mean_embeddings() -> N
     assert step.examples == 2
 
 
+def test_loss_by_hand() -> None:
+    """p(label) = .8 and .75, a sample between that is not learnt: (-ln .8 - ln .75) / 2 = .255413.
+
+    A bag output that is even at a share of .5 adds .3 ln 2 = .207944: .463357.
+    """
+    batch = make_batch(2, torch.tensor([0, 0, 0]), targets=None)
+    part = batch.labeled._replace(
+        targets={"target": torch.tensor([[0.0, 1], [0, 0], [1, 0]])},
+        members=torch.tensor([[0, 1], [2, -1]]),
+        bag_counts=torch.tensor([[1, 1], [0, 0]]),
+    )
+    logits = torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.75, 0.25]]).log()
+
+    def student(values: Tensor, output: str = "all") -> Tensor:
+        return {"embed": torch.ones(3, 4), "classify": logits, "bags": torch.zeros(len(values), 2)}[output]
+
+    step = LLPBP(lambda_aggregate=0.3).loss(student, {}, batch._replace(labeled=part))
+    assert step.loss.item() == pytest.approx(0.463357, abs=1e-6)
+
+
 def test_without_weight_the_bag_output_is_not_there_and_the_trunk_moves_as_without_it() -> None:
     """Check 14: lambda_aggregate = 0."""
     assert LLPBP(lambda_aggregate=0).bag_head == 0

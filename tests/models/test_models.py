@@ -312,9 +312,12 @@ def test_torchvision_models_refuse_shapes_they_cannot_take(name, shape, message)
         ({"name": "torchvision:resnt18"}, r"Did you mean torchvision:resnet18"),
         ({"name": "torchvision:googlenet"}, r"whose only output is logits"),
         ({"norm": "layer"}, r"`model.norm` \(=layer\) must be one of group, batch, none\."),
-        ({"width": 0}, r"`model.width` \(=0\) must be at least 1\."),
-        ({"hidden": -3}, r"`model.hidden` \(=-3\) must be at least 1\."),
-        ({"name": "mlp", "hidden_layers": (8, 0)}, r"`model.hidden_layers` \(=\[8, 0\]\) must be widths of at least 1"),
+        ({"width": 0}, r"`model.width` \(=0\) must lie in \[1, 65536\]"),
+        ({"hidden": -3}, r"`model.hidden` \(=-3\) must lie in \[1, 1048576\]"),
+        (
+            {"name": "mlp", "hidden_layers": (8, 0)},
+            r"`model.hidden_layers` \(=\[8, 0\]\) must be at most 100 widths in",
+        ),
         ({"hidden_layers": (8,)}, r"`model.hidden_layers` \(=\[8\]\) is for model.name=mlp, not cnn"),
     ],
 )

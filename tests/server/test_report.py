@@ -1,183 +1,26 @@
-"""One odd reply fails its client; it neither stops the run nor touches the model."""
+"""What a round leaves in the run folder."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Error, RecordDict
 
 import fedlabel
 import server.report
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import state_to_lists
+from fedlabel.methods.fedmatch import FedMatch
 from fedlabel.methods.steps import StateDict
 from fedlabel.training import ClientUpdate
 from server.functions import FunctionWatch
-from server.grids import InProcessGrid
 from server.noise import NoiseWatch
-from server.report import RoundTally, log_round, summary
-
-InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
-
-
-def content() -> RecordDict:
-    return RecordDict(
-        {
-            "arrays": ArrayRecord({"w": Array(np.ones(3, np.float32)), "b": Array(np.zeros((), np.float32))}),
-            "metrics": MetricRecord({"num-examples": 2.0, "train_loss": 0.5}),
-            "sums": ConfigRecord({"train/loss": [1.0, 2.0]}),
-            "counts": ConfigRecord({"passes": [4.0, 2.0], "drawn": [1.0, 2.0, 3.0]}),
-        }
-    )
-
-
-def tally_of(replies: list[Message]) -> tuple[RoundTally, list[int]]:
-    sent = [Message(content(), node, "train") for node in (11, 12, 13)]
-    tally = RoundTally(4, {11: 0, 12: 1, 13: 2}, sent)
-    used = [reply.metadata.src_node_id for reply in tally.usable(iter(replies))]
-    tally.finish()
-    return tally, used
-
-
-def reply(node: int, body: RecordDict | Error) -> Message:
-    order = Message(content(), node, "train")
-    order.metadata.__dict__["_message_id"] = "1"
-    return Message(body, reply_to=order)
-
-
-def change(what: str, key: str, value: object) -> Callable[[RecordDict], None]:
-    def apply(body: RecordDict) -> None:
-        body[what][key] = value  # type: ignore[assignment]
-
-    return apply
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (lambda body: body.pop("arrays"), "lacks the record"),
-        (lambda body: body.pop("metrics"), "lacks the record"),
-        (lambda body: body["metrics"].pop("num-examples"), "lack `num-examples`"),
-        (lambda body: body["arrays"].pop("b"), "lacks, or has beside the global model's arrays, b"),
-        (change("arrays", "extra", Array(np.zeros(1))), "arrays, extra"),
-        (change("arrays", "w", Array(np.ones(1, np.float32))), r"w of its model has shape \(1,\), not \(3,\)"),
-        (change("arrays", "w", Array(np.array([1, np.nan, 1], np.float32))), "NotFinite: w of its model"),
-        (change("arrays", "w", Array("float32", (3,), "numpy.ndarray", b"rubbish")), "w of its model cannot be read"),
-        (change("metrics", "num-examples", float("nan")), r"`num-examples` \(=nan\) must be a finite number"),
-        (change("metrics", "num-examples", -1.0), r"`num-examples` \(=-1.0\)"),
-        (change("sums", "train/loss", [float("inf"), 1.0]), "its metrics hold NaN"),
-        (change("sums", "train/loss", [1.0]), "its metric train/loss has 1 numbers, not 2"),
-        (change("counts", "passes", [1.0]), "its metric passes has 1 numbers, not 2"),
-        (change("counts", "claimed_bytes", [1.0, 2.0, 3.0]), "its metric claimed_bytes has 3 numbers, not 2"),
-        (change("counts", "drawn", [1.0]), "its metric drawn has 1 numbers, not 3"),  # as those before it had
-    ],
-)
-def test_odd_reply_fails_its_client_alone(spoil: Callable[[RecordDict], None], reason: str) -> None:
-    odd = content()
-    spoil(odd)
-    tally, used = tally_of([reply(11, content()), reply(12, odd), reply(13, content())])
-    assert used == [11, 13]
-    assert len(tally.failures) == 1
-    assert tally.failures[0].startswith("Round 4, client 1: ")
-    assert re.search(reason, tally.failures[0]), tally.failures[0]
-    assert tally.sums == {"train/loss": [2.0, 4.0]}
-    assert set(tally.client_counts) == {0, 2}
-    assert not tally.all_failed
-
-
-def test_errors_and_silence_are_counted_and_replies_of_flower_are_put_in_client_order() -> None:
-    sent = [Message(content(), node, "train") for node in (11, 12, 13)]
-    tally = RoundTally(4, {11: 0, 12: 1, 13: 2}, sent)
-    used = [r.metadata.src_node_id for r in tally.usable([reply(13, content()), reply(11, content())])]
-    tally.finish()
-    assert used == [11, 13]
-    assert tally.failures == ["Round 4, client 1: NoAnswer: the client did not answer in time"]
-    failed, _ = tally_of([reply(node, Error(2, "ValueError: no")) for node in (11, 12, 13)])
-    assert failed.all_failed
-    assert failed.failures[0] == "Round 4, client 0: ValueError: no"
-
-
-def test_released_merge_replies_need_both_parts() -> None:
-    body = content()
-    arrays = {f"{part}/{name}": array for part in ("a", "b") for name, array in body["arrays"].items()}
-    both = RecordDict(
-        {
-            "arrays": ArrayRecord(arrays),
-            "metrics": MetricRecord({"num-examples": 1.0, "weight/a": 1.0, "weight/b": 0.5}),
-        }
-    )
-    assert tally_of([reply(11, both)])[1] == [11]
-    del both["arrays"]["b/w"]
-    assert tally_of([reply(11, both)])[1] == []
-
-
-# Statistics: what the clients' memories add up to (`Method.statistics`).
-
-TEMPLATE = {"scalar": torch.tensor(1.0), "classes": torch.zeros(3), "table": torch.zeros(2, 3)}
-
-
-def bring(*values: float) -> RecordDict:
-    """A reply whose statistics are filled with the values."""
-    body = content()
-    filled = {
-        name: torch.full_like(example, value) for (name, example), value in zip(TEMPLATE.items(), values, strict=True)
-    }
-    body["statistics"] = ConfigRecord(dict(state_to_lists(filled)))
-    return body
-
-
-def statistics_of(replies: list[Message]) -> tuple[RoundTally, dict[str, torch.Tensor]]:
-    sent = [Message(content(), node, "train") for node in (11, 12, 13)]
-    tally = RoundTally(4, {11: 0, 12: 1, 13: 2}, sent, TEMPLATE)
-    list(tally.usable(iter(replies)))
-    return tally, tally.statistics(torch.device("cpu"))
-
-
-def test_statistics_are_summed_over_the_usable_replies() -> None:
-    """1 + 10 + 100, 2 + 20 + 200, 3 + 30 + 300, in the shapes they came in; what nobody asked for is left out."""
-    third = bring(100, 200, 300)
-    third["statistics"]["other"] = [1.0, 1.0, 5.0]  # type: ignore[assignment]
-    tally, total = statistics_of([reply(11, bring(1, 2, 3)), reply(12, bring(10, 20, 30)), reply(13, third)])
-    assert not tally.failures
-    assert list(total) == list(TEMPLATE)
-    for (name, example), value in zip(TEMPLATE.items(), (111, 222, 333), strict=True):
-        assert torch.equal(total[name], torch.full_like(example, value)), name
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("scalar", None, r"its statistic scalar is missing or has another shape than \[\]"),
-        ("classes", None, r"its statistic classes is missing or has another shape than \[3.0\]"),
-        ("classes", [1.0, 4.0, 0.0, 0.0, 0.0, 0.0], "its statistic classes is missing or has another shape"),
-        ("classes", [1.0, 3.0, 0.0, 0.0], "its statistic classes is missing or has another shape"),
-        ("table", [2.0, 3.0, 2.0, *[0.0] * 6], r"its statistic table .* another shape than \[2.0, 3.0\]"),
-        ("scalar", [0.0, float("nan")], "NotFinite: its metrics hold NaN or infinity"),
-    ],
-)
-def test_odd_statistic_fails_its_client_alone(name: str, value: list[float] | None, reason: str) -> None:
-    odd = bring(10, 20, 30)
-    if value is None:
-        del odd["statistics"][name]
-    else:
-        odd["statistics"][name] = value  # type: ignore[assignment]
-    tally, total = statistics_of([reply(11, bring(1, 2, 3)), reply(12, odd), reply(13, bring(100, 200, 300))])
-    (failure,) = tally.failures
-    assert re.search(rf"^Round 4, client 1: .*{reason}", failure), failure
-    assert [float(value.max()) for value in total.values()] == [101, 202, 303]
-    assert [float(value.min()) for value in total.values()] == [101, 202, 303]
-    nothing, none = statistics_of([reply(11, content())])
-    assert len(nothing.failures) == 1
-    assert none == {}
-
+from server.report import log_round, summary
+from tests.server.rounds import content, reply, round_of, schema_of, tally_of
 
 # What a round logs.
 
@@ -211,25 +54,34 @@ EXPERIMENT: Any = SimpleNamespace(
 NO_WATCH: Any = (NoiseWatch(EXPERIMENT), FunctionWatch(EXPERIMENT, None))  # type: ignore[arg-type]
 
 
+CLAIMING = round_of(schema_of(FedMatch(variant="inter_client")))
+
+
 def counted(passes: list[float], claimed: list[float] | None) -> RecordDict:
-    body = content()
-    body["counts"] = ConfigRecord({"passes": passes, **({"claimed_bytes": claimed} if claimed is not None else {})})  # type: ignore[dict-item]
+    body = content(passes=passes, **({"claimed_bytes": claimed} if claimed is not None else {}))
+    body["metrics"]["num-examples"] = 1.0
     return body
 
 
 def test_passes_and_claimed_bytes_are_summed_over_clients_and_rounds() -> None:
     """Forward 10 + 20, backward 4 + 8; claimed up 100 + 1000, down 7 + 70; a failed client's do not count."""
     folder: Any = Folder()
-    first = [reply(11, counted([10, 4], [100, 7])), reply(12, counted([20, 8], [1000, 70])), reply(13, Error(2, "no"))]
-    rows = [log_round(folder, EXPERIMENT, tally_of(first)[0], None, None, {}, NO_WATCH, 0.0)]
+    first = [
+        reply(11, counted([10.0, 4.0], [100.0, 7.0])),
+        reply(12, counted([20.0, 8.0], [1000.0, 70.0])),
+        reply(13, Error(2, "no")),
+    ]
+    rows = [log_round(folder, EXPERIMENT, tally_of(first, CLAIMING)[0], None, None, {}, NO_WATCH, 0.0)]
     assert rows[0]["train/forward_samples"] == 30
     assert rows[0]["train/backward_samples"] == 12
     assert rows[0]["comm/claimed_bytes_up"] == 1100
     assert rows[0]["comm/claimed_bytes_down"] == 77
     assert rows[0]["system/failed_clients"] == 1
-    rows.append(
-        log_round(folder, EXPERIMENT, tally_of([reply(11, counted([1, 1], [5, 5]))])[0], None, None, {}, NO_WATCH, 0.0)
-    )
+    assert rows[0]["system/refused_replies"] == 0
+    second = tally_of([reply(11, counted([1.0, 1.0], [5.0, 5.0])), reply(12, RecordDict({}))], CLAIMING)[0]
+    rows.append(log_round(folder, EXPERIMENT, second, None, None, {}, NO_WATCH, 0.0))
+    assert rows[1]["system/failed_clients"] == 2  # another one never answered
+    assert rows[1]["system/refused_replies"] == 1
     total = summary(folder, EXPERIMENT, "0123abc")
     assert total["commit"] == "0123abc"
     assert (total["train/forward_samples"], total["train/backward_samples"]) == (31, 13)
@@ -239,7 +91,8 @@ def test_passes_and_claimed_bytes_are_summed_over_clients_and_rounds() -> None:
 
 def test_without_a_claim_none_is_logged() -> None:
     folder: Any = Folder()
-    row = log_round(folder, EXPERIMENT, tally_of([reply(11, counted([1, 1], None))])[0], None, None, {}, NO_WATCH, 0.0)
+    tally, _ = tally_of([reply(11, counted([1.0, 1.0], None))])
+    row = log_round(folder, EXPERIMENT, tally, None, None, {}, NO_WATCH, 0.0)
     assert "comm/claimed_bytes_up" not in row
     assert "comm/claimed_bytes_up" not in summary(folder, EXPERIMENT, "0123abc")
     assert row["comm/bytes_up"] > 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedlabel.config import load_config
 from fedlabel.hardware import source_hash
-from server.grids import SimulationGrid
-from server.server_app import RunError, connect, default_name, run_federation
+from server import server_app
+from server.grids import InProcessGrid, SimulationGrid
+from server.server_app import RunError, _log_line, connect, default_name, run_federation
 
 
 class Nodes(SimulationGrid):
@@ -23,6 +25,7 @@ class Nodes(SimulationGrid):
         self.node_ids = list(node_ids or range(1, len(partition_ids) + 1))
         self.partition_of = dict(zip(self.node_ids, partition_ids, strict=True))
         self.source = source or source_hash()
+        self.samples = 60
         self.absent_at_first = 0
 
     def get_node_ids(self) -> Iterable[int]:
@@ -33,17 +36,24 @@ class Nodes(SimulationGrid):
         for message in messages:
             self._number(message)
             node = message.metadata.dst_node_id
-            answer = ConfigRecord({"partition-id": self.partition_of[node], "source-hash": self.source})
-            yield Message(RecordDict({"identity": answer}), reply_to=message)
+            assert message.content["ask"]["source-hash"] == source_hash()
+            answer = {"partition-id": self.partition_of[node], "source-hash": self.source, "num-samples": self.samples}
+            reply = Message(RecordDict({"identity": ConfigRecord(answer)}), reply_to=message)
+            self.spoil(node, reply)
+            yield reply
+
+    def spoil(self, node: int, reply: Message) -> None:
+        """Changes the answer of a node."""
 
 
+SIZES = [60, 60, 60]
 CONFIG = load_config([], ["num_clients=3", "grid.connect_timeout=0.7"])
 
 
 def test_clients_are_found_by_what_nodes_say() -> None:
     grid = Nodes([2, 0, 1], node_ids=[501, 77, 9000])
     grid.absent_at_first = 1  # it waits for them
-    assert connect(grid, CONFIG) == {2: 501, 0: 77, 1: 9000}
+    assert connect(grid, CONFIG, SIZES) == {2: 501, 0: 77, 1: 9000}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +67,63 @@ def test_clients_are_found_by_what_nodes_say() -> None:
 )
 def test_what_is_wrong_with_the_nodes_is_said(grid: Nodes, message: str) -> None:
     with pytest.raises(RunError, match=message):
-        connect(grid, CONFIG)
+        connect(grid, CONFIG, SIZES)
+
+
+class Odd(Nodes):
+    """Node 4 answers oddly."""
+
+    def __init__(self, partition_ids: Sequence[int], oddity: Callable[[Message], None]) -> None:
+        super().__init__(partition_ids)
+        self.oddity = oddity
+
+    def spoil(self, node: int, reply: Message) -> None:
+        if node == 4:
+            self.oddity(reply)
+
+
+def nothing(reply: Message) -> None:
+    reply.content = RecordDict({})
+
+
+def fail(reply: Message) -> None:
+    reply.__dict__["_content"] = None
+    reply.error = Error(2, "ValueError: \x1b[2Jno partition-id\nTraceback")
+
+
+def stray(reply: Message) -> None:
+    reply.metadata.__dict__["_reply_to_message_id"] = "another"
+
+
+@pytest.mark.parametrize(
+    ("oddity", "said"),
+    [
+        (nothing, "Node 4 does not say who it is: its answer lacks the record `identity`."),
+        (fail, r"Node 4 does not answer: ValueError: \x1b[2Jno partition-id"),
+        (stray, "Node 4 sent what nobody asked for."),
+    ],
+)
+def test_an_odd_node_is_left_out_where_it_is_not_needed(
+    oddity: Callable[[Message], None], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "fedlabel"):
+        assert connect(Odd([2, 0, 1, 5], oddity), CONFIG, SIZES) == {2: 1, 0: 2, 1: 3}
+    assert said in caplog.text
+    with pytest.raises(RunError, match=r"No node has partition-id 1 .*" + re.escape(said)):
+        connect(Odd([2, 0, 5, 1], oddity), CONFIG, SIZES)
+
+
+def test_a_further_node_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "fedlabel"):
+        assert connect(Nodes([3, 2, 0, 1]), CONFIG, SIZES) == {2: 2, 0: 3, 1: 4}
+    assert "Node 1 has partition-id 3, and `num_clients` is 3" in caplog.text
+
+
+def test_a_node_with_other_data_is_named() -> None:
+    grid = Nodes([0, 1, 2])
+    grid.samples = 59
+    with pytest.raises(RunError, match=r"Node 1 \(partition-id 0\) holds 59 samples, and by the configuration 60"):
+        connect(grid, CONFIG, SIZES)
 
 
 def test_no_folder_is_made_before_the_nodes_are_there(tmp_path: Path) -> None:
@@ -69,3 +135,33 @@ def test_no_folder_is_made_before_the_nodes_are_there(tmp_path: Path) -> None:
 def test_default_name_says_what_it_is() -> None:
     config = load_config([], ["method.name=fedlabel.methods.supervised:Supervised", "seed=4"])
     assert re.fullmatch(r"[Ss]upervised-digits-seed4-\d{8}-\d{6}", default_name(config))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ("training.lr=-1", r"`training.lr` \(=-1.0\) must be a positive number."),
+        ("num_clients=9 grid.connect_timeout=0.1", "Only 2 of `num_clients`"),
+    ],
+)
+def test_the_last_line_of_flowers_log_says_that_a_run_failed(
+    overrides: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower writes the traceback of what is raised last; `flwr run` ends with status 0."""
+    monkeypatch.chdir(tmp_path)
+    context = Context(1, 0, {}, RecordDict(), {"configs": "", "overrides": overrides})
+    with pytest.raises(RunError, match=rf"^fedlabel: the run FAILED .*: {reason}") as caught:
+        server_app.main(InProcessGrid(ClientApp(), 2), context)
+    assert caught.value.__suppress_context__
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_deployed_round_is_one_short_line(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = {"train/loss": 0.51234, "eval/accuracy": 0.8, "system/failed_clients": 0.0, "system/round_seconds": 3.21}
+    with caplog.at_level("INFO", "fedlabel"):
+        _log_line(3, {**metrics, "pseudo/ece": 0.1})
+        _log_line(4, {"system/failed_clients": 2.0, "system/round_seconds": 3.0})
+    assert caplog.messages == [
+        "Round 3: loss 0.5123, accuracy 0.8000, 3.2 s",
+        "Round 4: failed clients 2, 3.0 s",
+    ]

@@ -68,6 +68,31 @@ def test_one_client_is_returned_to_the_bit() -> None:
     assert np.float32(mean([reply({"w": value}, {"num-examples": 7.0})])) == value
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("weighted_mean", (70, 70, 70), 70),  # in floats (7 + 14 + 21) / .6 = 69.99999999999999
+        ("FedAvg", (70, 70, 70), 70),
+        ("weighted_mean", (-3, -4, -4), -4),  # -3.83
+        ("FedAvg", (1, 2, 2), 2),  # 1.83
+        ("FedMedian", (1, 2, 5), 2),
+    ],
+)
+def test_integer_buffers_are_rounded_and_stay_integers(name: str, values: tuple[int, ...], expected: int) -> None:
+    """With weights .1, .2 and .3; a mean that is cut would be one short."""
+    copies = []
+    for value, weight in zip(values, (0.1, 0.2, 0.3), strict=True):
+        copies.append(reply({"w": 1.0}, {"num-examples": weight}))
+        copies[-1].content["arrays"]["seen"] = Array(np.asarray(value, dtype=np.int64))
+        copies[-1].content["arrays"]["used"] = Array(np.asarray([True, value > 1]))
+    aggregated = aggregate(build_strategy(StrategyConfig(name)), 1, copies)
+    assert aggregated is not None
+    seen, used = aggregated["seen"].numpy(), aggregated["used"].numpy()
+    assert (seen.dtype, used.dtype) == (np.int64, np.bool_)
+    assert int(seen) == expected
+    assert used.tolist() == [True, expected > 1]
+
+
 def test_no_weight_keeps_the_global_model() -> None:
     idle = [reply({"w": 1.0}, {"num-examples": 0.0})]
     assert aggregate(WeightedMean(), 1, idle) is None
@@ -174,8 +199,26 @@ def test_strategy_errors_name_key_and_choices() -> None:
         build_strategy(StrategyConfig("FedAdam", {"weighted_by_key": "x"}))
     with pytest.raises(ConfigError, match="has etaa, which FedAdam does not take; allowed: .*eta"):
         build_strategy(StrategyConfig("FedAdam", {"etaa": 1}))
-    with pytest.raises(ConfigError, match="does not fit FedTrimmedAvg: .*beta"):
+    with pytest.raises(ConfigError, match=r"`strategy.args.beta` \(=0.9\) must be a number in \[0, 0.5\)"):
         build_strategy(StrategyConfig("FedTrimmedAvg", {"beta": 0.9}))
+    with pytest.raises(ConfigError, match=r"needs strategy.args.client_learning_rate: a positive number"):
+        build_strategy(StrategyConfig("QFedAvg"))
+    for value in ("fast", True, 0, float("nan"), float("inf"), None, [1]):
+        with pytest.raises(ConfigError, match=r"`strategy.args.eta` \(=.*\) must be a positive number"):
+            build_strategy(StrategyConfig("FedAdam", {"eta": value}))
+    with pytest.raises(ConfigError, match=r"`strategy.args.num_malicious_nodes` \(=1.5\) must be a whole number"):
+        build_strategy(StrategyConfig("Krum", {"num_malicious_nodes": 1.5}))
+
+
+def test_every_argument_that_a_strategy_takes_is_checked() -> None:
+    """None can be given of which nothing is known, whatever a later Flower adds."""
+    for name in strategy_names()[1:]:
+        with pytest.raises(ConfigError, match="which .* does not take; allowed: (.*)") as caught:
+            build_strategy(StrategyConfig(name, {"no_such": 1}))
+        allowed = str(caught.value).partition("allowed: ")[2].rstrip(".").split(", ")
+        for argument in allowed if allowed != ["nothing"] else []:
+            with pytest.raises(ConfigError, match=rf"`strategy.args.{argument}` \(=x\) must be a"):
+                build_strategy(StrategyConfig(name, {argument: "x"}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,254 @@
+"""YAML in and out, as the configuration needs it: the core of YAML 1.2, with messages of our own.
+
+What differs from PyYAML's loader, and why:
+
+* A plain scalar keeps its text beside its value. So a column called 010, 1e5 or no stays what was written, and only a
+  key that wants a number or a truth value reads one. `yes`, `0x10`, `1_000` and `12:30` are texts, as in YAML 1.2.
+* Aliases, tags, `${...}` and keys that stand twice are refused: they would make a value depend on more than what is
+  written in its place, and a few bytes of aliases can fill any memory.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+
+MAX_BYTES = 1_000_000
+"""Of a file."""
+MAX_DEPTH = 20
+"""Of mappings and lists in each other."""
+MAX_MESSAGE = 2_000
+"""Characters of a message."""
+MAX_SHOWN = 200
+"""Characters of a value in a message."""
+
+HELP = "Indent with spaces, close brackets and quotes, and put a text with `: `, ` #` or brackets in it in quotes."
+
+_NULLS = ("", "~", "null", "Null", "NULL")
+_TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INTEGER = re.compile(r"[-+]?[0-9]{1,400}")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class ConfigError(ValueError):
+    """The user's configuration is wrong; the message names the key, the value and the fix, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+class Plain(NamedTuple):
+    """A scalar without quotes that can be read as more than a text."""
+
+    value: bool | int | float
+    text: str
+    """As written."""
+
+
+def one_line(message: str) -> str:
+    """Returns a message that can be printed anywhere: one line of bounded length, control characters escaped."""
+    lines = re.sub(r"\s*\n\s*", " ", message)
+    printable = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in lines)
+    return printable if len(printable) <= MAX_MESSAGE else f"{printable[:1200]} [...] {printable[-700:]}"
+
+
+def shown(value: Any) -> str:
+    """Returns a value for a message, cut where it is long; `value`: as `parse_yaml` returns it."""
+    text = "null" if value is None else value.text if isinstance(value, Plain) else str(plain(value))
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def plain(value: Any) -> Any:
+    """Returns what `parse_yaml` returned with values in place of every `Plain`."""
+    if isinstance(value, Plain):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Returns the mapping that a YAML file holds, {} of an empty one; see `parse_yaml`.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, is no YAML, or holds no mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not readable YAML: it is no UTF-8 text. Save it as UTF-8.") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_BYTES:,} bytes, which is no configuration file.")
+    loaded = parse_yaml(text, str(path))
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, e.g. `seed: 1`, not {_kind(loaded)}.")
+    return loaded
+
+
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else f"one value (={shown(value)})"
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Returns a YAML document: dictionaries with texts as keys, lists, texts, None, and `Plain` numbers and booleans.
+
+    Args:
+        text: one document.
+        what: what it is, for messages.
+
+    Raises:
+        ConfigError: it is no YAML, or has what this module refuses.
+    """
+    node = _compose(text, what)
+    return None if node is None else _data(node, what)
+
+
+def parse_value(text: str, what: str) -> Any:
+    """Returns the value of an override, see `parse_yaml`; a comment in it, which would cut it short, is refused."""
+    node = _compose(text, what)
+    if isinstance(node, yaml.ScalarNode) or getattr(node, "flow_style", False):
+        cut = node.end_mark.index < len(text.rstrip())
+    else:
+        cut = node is None and text.strip() != ""
+    if cut:
+        raise ConfigError(f"{what}: a `#` after a space, or at the start, begins a comment. Put the value in quotes.")
+    return None if node is None else _data(node, what)
+
+
+class _Refused(Exception):
+    """The document has something that is not allowed here."""
+
+
+class _Composer(yaml.SafeLoader):
+    """Makes nodes; what plain scalars are is decided by `_scalar`."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        line = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise _Refused(f"{line} has an alias (*{event.anchor}): write the value out in its place")
+        if getattr(event, "tag", None) is not None:
+            raise _Refused(f"{line} has a tag ({event.tag.replace('tag:yaml.org,2002:', '!!')}): leave it out")
+        if self.depth == MAX_DEPTH:
+            raise _Refused(
+                f"{line} has lists or mappings more than {MAX_DEPTH} deep in each other: that is no value here"
+            )
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+def _compose(text: str, what: str) -> Any:
+    if found := _CONTROL.search(text.replace("\r\n", "\n")):
+        raise ConfigError(f"{what} has the character {found[0]!a}, which cannot be printed: leave it out.")
+    try:
+        return yaml.compose(text, Loader=_Composer)
+    except _Refused as error:
+        raise ConfigError(f"{what}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not readable YAML{_place(error, text)}. {HELP}") from error
+
+
+def _place(error: yaml.YAMLError, text: str) -> str:
+    """Returns where in `text` a reader stopped, as the end of a clause."""
+    mark = getattr(error, "problem_mark", None)
+    lines = text.splitlines()
+    if mark is None or mark.line >= len(lines):
+        return " (it ends too early)" if mark is not None else ""
+    line = lines[mark.line]
+    if line.lstrip(" ").startswith("\t"):
+        return f": line {mark.line + 1} begins with a tab"
+    if line.startswith("---"):
+        return f": a second document begins in line {mark.line + 1}"
+    return f": look at line {mark.line + 1}, `{shown(line.strip())}`" if len(lines) > 1 else ""
+
+
+def _data(node: Any, what: str) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node, what)
+    if isinstance(node, yaml.SequenceNode):
+        return [_data(each, what) for each in node.value]
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = f"line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{what}: {line} has a list or mapping for a key, which must be a name.")
+        key = key_node.value
+        if key in mapping:
+            raise ConfigError(f"{what} has the key {shown(key)} twice ({line}): leave one out.")
+        mapping[key] = _data(value_node, what)
+    return mapping
+
+
+def _scalar(node: yaml.ScalarNode, what: str) -> Plain | str | None:
+    text: str = node.value
+    if text == "???":
+        raise ConfigError(f"{what} has ???, which stands for a value that is missing: write the value itself.")
+    if "${" in text:
+        raise ConfigError(
+            f"{what} has {shown(text)}: nothing is put in place of ${{...}} here. Write the value itself."
+        )
+    if found := _CONTROL.search(text):
+        raise ConfigError(f"{what} has the character {found[0]!a}, which cannot be printed: leave it out.")
+    if node.style is not None:  # quotes, | and >
+        return text
+    if text in _NULLS:
+        return None
+    if text in _TRUTH:
+        return Plain(_TRUTH[text], text)
+    if _INTEGER.fullmatch(text):
+        return Plain(int(text), text)
+    if _FLOAT.fullmatch(text):
+        return Plain(float(text), text)
+    return Plain(float(text.replace(".", "")), text) if _NOT_FINITE.fullmatch(text) else text
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what layers of plain data say together: mappings key by key, of all else the last.
+
+    Raises:
+        ConfigError: one has a list where another has a mapping.
+    """
+    together = OmegaConf.create({})
+    for layer in layers:
+        try:
+            together = OmegaConf.merge(together, OmegaConf.create(dict(layer)))  # type: ignore[assignment]
+        except TypeError as error:
+            key, value = _clash(together, layer)
+            raise ConfigError(
+                f"`{key}` (={shown(value)}) does not fit what was said before. A list is replaced as a whole, e.g. "
+                "supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
+            ) from error
+    return typing.cast(dict[str, Any], OmegaConf.to_container(together))
+
+
+def _clash(first: Any, second: Mapping[str, Any]) -> tuple[str, Any]:
+    """Returns the key and the new value where one of two layers has a list and the other a mapping."""
+    for key, value in second.items():
+        old = first.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            inner, found = _clash(old, value)
+            if inner:
+                return f"{key}.{inner}", found
+        elif old is not None and isinstance(old, Mapping) != isinstance(value, Mapping):
+            return key, value
+    return "", None

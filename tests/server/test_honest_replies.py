@@ -1,0 +1,71 @@
+"""No client that follows its method is ever refused, whatever the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flwr.app import RecordDict
+
+import fedlabel
+from fedlabel.methods import METHODS
+from server.replies import _TAG, EVALUATED, Reply, RoundSchema
+
+TINY = (
+    *("num_clients=3", "fraction_train=1.0", "partition.kind=dirichlet", "data.train_samples=150", "model.name=mlp"),
+    *("model.hidden_layers=[8]", "training.local_steps=null", "training.local_epochs=1", "training.batch_size=16"),
+    *("device=cpu", "evaluation.figures=false", "evaluation.panel_samples=0"),
+)
+LABELS = ("supervision.label_rate=0.3", "num_rounds=1")
+NOISY = ("supervision.kind=noisy", "supervision.noise=symmetric", "supervision.noise_rate=0.3", "num_rounds=1")
+SETS = ("supervision.kind=partial", "supervision.partial_ratio=0.3", "num_rounds=1")
+BAGS = ("supervision.kind=bags", "supervision.bag_size=4", "num_rounds=1")
+OVERRIDES = {
+    **{"ill": (*NOISY, "method.noise.warmup_rounds=0"), "gce": NOISY, "elr": NOISY, "co_teaching": NOISY},
+    "forward": (*NOISY, "method.warmup_rounds=2", "num_rounds=3"),
+    **dict.fromkeys(("proden", "cc", "lws"), SETS),
+    **dict.fromkeys(("dllp", "easy_llp", "gen_bags", "count_likelihood", "llp_vat"), BAGS),
+    "top_count": (*BAGS, "data.positive_classes=[0,1,2,3,4]"),
+    "llp_bp": (*BAGS, "method.stage_rounds=1", "num_rounds=2"),
+    "fedlabel": (*LABELS, "method.merge=mean"),
+    "fedmatch": (*LABELS, "method.helper_interval=1", "num_rounds=2"),
+    "fedtrinet": (*LABELS, "method.warmup_rounds=1", "num_rounds=2"),
+    "dp_ssl": (
+        *(*LABELS, "method.functions_rounds=2", "method.assignment_rounds=1", "method.label_model_rounds=2"),
+        *("method.num_functions=4", "method.heads_per_class=4", "num_rounds=5"),
+    ),
+}
+"""`LABELS` for all others."""
+OTHER_FORMS = {
+    "ill with logits": ("method.name=ill", *NOISY, "method.noise.form=gradient", "method.noise.warmup_rounds=0"),
+    "ill that aligns": ("method.name=ill", *SETS, "method.alignment=true"),
+    "ill with noisy sets": (
+        "method.name=ill",
+        *SETS,
+        "supervision.noise_rate=0.2",
+        "method.set_likelihood.kind=product",
+    ),
+    "cbafed": ("method.name=fixmatch", *LABELS, "method.mask.kind=cbafed", "training.unlabeled_includes_labeled=true"),
+    "size": ("method.name=fixmatch", *LABELS, "training.weight_by=size", "method.confidence_threshold=0"),
+    "batch norm": ("method.name=supervised", *LABELS, "model.name=cnn", "model.hidden_layers=[]", "model.norm=batch"),
+}
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OTHER_FORMS])
+def test_honest_clients_are_not_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no metric that the server makes itself may come from one of them."""
+    read, sent = RoundSchema.read, set()
+
+    def watching(self: RoundSchema, content: RecordDict, client: int) -> Reply:
+        found = read(self, content, client)
+        sent.update(found.sums)
+        return found
+
+    monkeypatch.setattr(RoundSchema, "read", watching)
+    overrides = OTHER_FORMS.get(name) or (f"method.name={name}", *OVERRIDES.get(name, LABELS))
+    result = fedlabel.run([], [*TINY, *overrides], name="x", out=tmp_path)
+    failed = tmp_path / "x" / "failures.log"
+    assert not failed.exists(), failed.read_text()
+    for row in result.metrics:
+        assert (row["system/refused_replies"], row["system/failed_clients"]) == (0, 0)
+        assert not {tag for tag in row if _TAG.fullmatch(tag)} - sent - EVALUATED
