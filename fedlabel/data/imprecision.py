@@ -10,9 +10,9 @@ wrong and .64 are right, not .6.
 What differs: similar candidates, instance-dependent candidates and instance-dependent noise all come from one small
 network that is trained on the true labels of the samples of which something will be known. Instance-dependent noise is
 our own, not the part-dependent noise of Xia et al. (NeurIPS 2020): it goes to the samples that the network finds hard,
-exactly as many as asked for, and their labels to wrong classes that it finds probable. Of the candidates, Xu et al. let
-class j in with probability p_j / (the largest p of a wrong class), so the likeliest wrong class always; here p is scaled
-so that sets have the size that `partial_ratio` asks for.
+exactly as many as asked for, and their labels to wrong classes that it finds probable. As to candidates, Xu et al. let
+class j in with probability p_j / (the largest p of a wrong class), so the likeliest wrong class always; here p is
+scaled so that sets have the size that `partial_ratio` asks for.
 """
 
 from __future__ import annotations
