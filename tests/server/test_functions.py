@@ -310,7 +310,10 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
     assert rows[-1]["pseudo/accuracy"] > rows[-1]["functions/majority_accuracy"] + 0.03
     evaluated = {row["round"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
     before = {row["round"]: row["interim/accuracy"] for row in rows if "interim/accuracy" in row}
-    assert (list(before), list(evaluated)) == ([3, 6], [9])  # the end model alone is what the run is for
+    assert (list(before), list(evaluated)) == (
+        [3, 5, 6, 7],
+        [8, 9],
+    )  # every third, and the last five; then the end model
     assert min(before.values()) > 0.5
     assert evaluated[9] > 0.7
     assert json.loads((whole.path / "summary.json").read_text())["rounds"] == 9
