@@ -97,6 +97,8 @@ class ArrayForm(NamedTuple):
     shape: tuple[int, ...]
     header: bytes
     """What numpy.save writes in front of such an array."""
+    type_name: str
+    """Of the dtype."""
 
     @classmethod
     def like(cls, value: torch.Tensor) -> ArrayForm:
@@ -104,7 +106,7 @@ class ArrayForm(NamedTuple):
         dtype, shape, file = torch.empty(0, dtype=value.dtype).numpy().dtype, tuple(value.shape), BytesIO()
         about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, about)
-        return cls(dtype, shape, file.getvalue())
+        return cls(dtype, shape, file.getvalue(), str(dtype))
 
     def read(self, name: str, array: Array) -> np.ndarray:
         """Returns the array as a read-only view of its bytes; `name` is the server's own for it.
@@ -115,7 +117,7 @@ class ArrayForm(NamedTuple):
         what = f"{name} of its model"
         if array.stype != "numpy.ndarray":
             raise Refused(f"BadReply: {what} cannot be read: it is serialised as {_listed([str(array.stype)])}")
-        if array.dtype != str(self.dtype):
+        if array.dtype != self.type_name:
             raise Refused(f"BadReply: {what} is {_listed([str(array.dtype)])}, not {self.dtype}")
         if array.shape != self.shape:
             raise Refused(f"BadReply: {what} has shape {_listed([str(array.shape)])}, not {self.shape}")

@@ -28,10 +28,11 @@ class Asked:
 
     def of(self, reply: Message) -> Message | None:
         """Returns the message that a reply is to; None: it is to none of these."""
-        key = reply.metadata.reply_to_message_id
-        if key not in self._by_id:
-            self._by_id = {m.metadata.message_id: m for m in self._messages if m.metadata.message_id}
-        return self._by_id.get(key)
+        for message in self._messages[len(self._by_id) :]:  # they may be sent one by one, in order
+            if not message.metadata.message_id:
+                break
+            self._by_id[message.metadata.message_id] = message
+        return self._by_id.get(reply.metadata.reply_to_message_id)
 
 
 class RoundTally:

@@ -65,7 +65,7 @@ class Flower:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=280,
+            timeout=500,
         )
         assert done.returncode == 0, done.stdout
         return done.stdout
@@ -191,7 +191,7 @@ def test_a_lost_node_fails_its_client_and_the_run_goes_on(tmp_path: Path) -> Non
         running = background.submit(machine.run, "loopback", overrides=overrides)
         metrics = "runs/*/metrics.jsonl"
         wait_until(
-            lambda: running.done() or any(path.read_text() for path in machine.work.glob(metrics)), 200, "no round"
+            lambda: running.done() or any(path.read_text() for path in machine.work.glob(metrics)), 400, "no round"
         )
         processes[2].kill()
         folder = machine.the_run(running.result())
