@@ -95,7 +95,7 @@ def settled(kind: Any, value: Any, key: str = "") -> Any:
     if isinstance(number, float) and (math.isnan(number) or (math.isinf(number) and "inf" not in shown(value).lower())):
         raise ConfigError(f"`{key}` (={shown(value)}) must be a number below 1e308 (or .inf).")
     if isinstance(number, int) and abs(number) > LARGEST:
-        raise ConfigError(f"`{key}` (={shown(value)}) must be a number in [-{LARGEST}, {LARGEST}].")
+        raise ConfigError(f"`{key}` (={shown(value)}) must be a whole number in [-{LARGEST}, {LARGEST}].")
     return number
 
 
@@ -127,7 +127,9 @@ def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unkno
         if wrong is None:  # the schema of a class of the user's own
             raise
         path, kind, value, default = wrong
-        its_default = f"; its default is {shown(default)}" if _is_shown(default) else ""
+        whole = next((each for each in _flat(value) if isinstance(each, float) and each.is_integer()), None)
+        write = f" (write {int(whole)})" if whole is not None and "whole number" in _wanted(kind, path) else ""
+        its_default = f"{write}; its default is {shown(default)}" if _is_shown(default) else write
         message = f"`{prefix}{path}` (={shown(value)}) must be {_wanted(kind, prefix + path)}{its_default}."
         raise ConfigError(message) from error
     except ConfigError:
@@ -184,6 +186,10 @@ def _refused(schema: type, name: str, value: Any) -> bool:
 def _alternatives(kind: Any) -> tuple[Any, ...]:
     """Returns the types of a union, or the one type that it is."""
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _flat(value: Any) -> list[Any]:
+    return [each for item in value for each in _flat(item)] if isinstance(value, list) else [value]
 
 
 def _is_shown(default: Any) -> bool:

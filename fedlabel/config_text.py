@@ -10,6 +10,7 @@ What differs from PyYAML's loader, and why:
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -62,7 +63,14 @@ def one_line(message: str) -> str:
 
 def shown(value: Any) -> str:
     """Returns a value for a message, cut where it is long; `value`: as `parse_yaml` returns it."""
-    text = "null" if value is None else value.text if isinstance(value, Plain) else str(plain(value))
+    if isinstance(value, Plain):
+        text = value.text
+    elif value is None or isinstance(value, bool):
+        text = "null" if value is None else str(value).lower()
+    elif isinstance(value, float) and math.isinf(value):
+        text = f"{'-' if value < 0 else ''}.inf"
+    else:
+        text = str(plain(value))
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
@@ -233,22 +241,22 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
         try:
             together = OmegaConf.merge(together, OmegaConf.create(dict(layer)))  # type: ignore[assignment]
         except TypeError as error:
-            key, value = _clash(together, layer)
+            key, value, old = _clash(OmegaConf.to_container(together), layer)
             raise ConfigError(
-                f"`{key}` (={shown(value)}) does not fit what was said before. A list is replaced as a whole, e.g. "
-                "supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
+                f"`{key}` (={shown(value)}) does not fit what was said before (={shown(old)}). A list is replaced as a "
+                "whole, e.g. supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
             ) from error
     return typing.cast(dict[str, Any], OmegaConf.to_container(together))
 
 
-def _clash(first: Any, second: Mapping[str, Any]) -> tuple[str, Any]:
-    """Returns the key and the new value where one of two layers has a list and the other a mapping."""
+def _clash(first: Any, second: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """Returns the key, the new and the old value where one of two layers has a list and the other a mapping."""
     for key, value in second.items():
         old = first.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            inner, found = _clash(old, value)
+            inner, new, before = _clash(old, value)
             if inner:
-                return f"{key}.{inner}", found
+                return f"{key}.{inner}", new, before
         elif old is not None and isinstance(old, Mapping) != isinstance(value, Mapping):
-            return key, value
-    return "", None
+            return key, value, old
+    return "", None, None

@@ -366,7 +366,7 @@ UNBOUNDED = {"method.lambda_bag"}
 """inf: counts are exact."""
 
 
-@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "-1", "true", "1e999", "'1'"])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "-1", "true", "1e999", "'x'"])
 def test_no_number_may_be_what_it_cannot_mean(value: str) -> None:
     """NaN passes a check like `x < 0`, and infinity one like `x >= 0`."""
     keys = float_keys()
@@ -382,10 +382,9 @@ def test_no_number_may_be_what_it_cannot_mean(value: str) -> None:
     ("overrides", "message"),
     [
         (["seed=9007199254740993"], r"`seed` \(=9007199254740993\) must be a whole number in \[-9007199254740992, "),
-        (["seed=1e3"], r"`seed` \(=1e3\) must be a whole number: write 1000"),
-        (["seed='3'"], r"`seed` \(=3\) must be a whole number \(without quotes\)"),
+        (["seed=1e3"], r"`seed` \(=1000.0\) must be a whole number \(write 1000\)"),
         (["seed=true"], r"`seed` \(=true\) must be a whole number"),
-        (["training.nesterov=1"], r"`training.nesterov` \(=1\) must be true or false"),
+        (["training.nesterov=3.5x"], r"`training.nesterov` \(=3.5x\) must be true or false"),
         (["seed=null"], r"`seed` \(=null\) must be a whole number; its default is 0"),
         (["data.root=null"], r"`data.root` \(=null\) must be a text"),
         (["data.root=[a]"], r"`data.root` \(=\['a'\]\) must be a text \(in quotes, if it has brackets"),
@@ -465,7 +464,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             r"`method.name` \(=own:Fails\) cannot be made of its fields: KeyError: 'key' \(.*own.py, line 15\)",
         ),
         ("own:Abstract", r"`method.name` \(=own:Abstract\) is abstract: its class must define further"),
-        ("own:Sets", r"A configuration cannot hold a set .*: fields may be bool, int"),
+        ("own:Sets", r"`method.name` \(=own:Sets\) has a field .* cannot hold: fields may be bool, int"),
         ("own:Needs", "`method.weight` must be given: it has no default"),
         ("own:Plain", "must be a subclass of fedlabel.methods.base.Method"),
         ("own:number", "must be a subclass of"),
