@@ -261,6 +261,10 @@ def build_federation(
     """
     dataset, own = _load(data, partition_config, labeled_partition, supervision, seed)
     labels, classes = dataset.train.labels.numpy(), dataset.num_classes
+    if num_clients > len(labels):
+        raise ValueError(
+            f"`num_clients` (={num_clients}) must not exceed the number of training samples (={len(labels)})."
+        )
     hidden = skew.hidden_classes(dataset.class_names)
     published = published_bags(dataset, data, supervision, own.get("supervision.bag_column"))
     owners, names = {}, {}

@@ -210,7 +210,10 @@ def _put(record: Any, key: str, value: Any) -> None:
 
 
 def _records(rng: np.random.Generator, body: RecordDict) -> None:
-    key = _any(rng, body)
+    own = [name for name in body if name in ("arrays", "metrics", "sums", "counts", "statistics")]
+    if not own:
+        return
+    key = _any(rng, own)  # none that an earlier mutation put there, or this one would take it back
     match rng.integers(4):
         case 0:
             del body[key]
