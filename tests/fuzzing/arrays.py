@@ -202,9 +202,9 @@ def change(rng: Rng, content: bytes) -> bytes:
     """Returns bytes with a few of them changed, cut out, put in or repeated."""
     made = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
-        at, dice = int(rng.integers(len(made))), rng.random()
+        at, dice = int(rng.integers(max(1, len(made)))), rng.random()
         if dice < 0.8:
-            made[at] = int(rng.choice([0, 1, 127, 128, 255, int(rng.integers(256))]))
+            made[at : at + 1] = bytes([int(rng.choice([0, 1, 127, 128, 255, int(rng.integers(256))]))])
         elif dice < 0.87:
             del made[at : at + int(rng.integers(1, 9))]
         elif dice < 0.94:

@@ -186,6 +186,7 @@ ODD: tuple[Any, ...] = (
 """What stands for no number, and for no pair of a sum and a count."""
 SHAPES = ((8, 64), (8,), (10, 8), (10,), (44, 8), (44,))
 """Of the models' arrays."""
+RECORDS = ("arrays", "metrics", "sums", "counts", "statistics")
 NAMES = (
     "evil",
     "",
@@ -210,7 +211,7 @@ def _put(record: Any, key: str, value: Any) -> None:
 
 
 def _records(rng: np.random.Generator, body: RecordDict) -> None:
-    own = [name for name in body if name in ("arrays", "metrics", "sums", "counts", "statistics")]
+    own = [name for name in body if name in RECORDS]
     if not own:
         return
     key = _any(rng, own)  # none that an earlier mutation put there, or this one would take it back
@@ -223,7 +224,11 @@ def _records(rng: np.random.Generator, body: RecordDict) -> None:
             kinds = [kind for kind in (ArrayRecord, MetricRecord, ConfigRecord) if not isinstance(body[key], kind)]
             _put(body, key, _any(rng, kinds)({}))
         case _:
-            _put(body, _any(rng, NAMES), _any(rng, [ConfigRecord, MetricRecord, ArrayRecord])({}))
+            _put(
+                body,
+                _any(rng, [name for name in NAMES if name not in RECORDS]),
+                _any(rng, [ConfigRecord, MetricRecord, ArrayRecord])({}),
+            )
 
 
 def _keys(rng: np.random.Generator, body: RecordDict) -> None:
@@ -423,12 +428,13 @@ def case(seed: int, folder: Path) -> str | None:
         else:
             reply.__dict__["_content"] = None
     else:
+        whole = repr(body)
         for _ in range(int(rng.integers(1, 4))):
             mutation = MUTATIONS[rng.integers(len(MUTATIONS))]
             before = repr(body)
             mutation(rng, body)
             done += f" {mutation.__name__}" * (repr(body) != before)
-        if not done:
+        if repr(body) == whole:  # nothing was changed, or it was changed back
             return None
     outcome, wrong = _attempt(honest, changed, folder, done)
     if outcome is None:

@@ -180,7 +180,7 @@ def test_supernode_without_partition_id_is_named(deployment: Flower) -> None:
         node.wait(timeout=30)
     text = re.sub(r"\s+", " ", output)
     assert re.search(
-        r"the run FAILED .*: Node \d+ does not answer: .*This node has no `partition-id`: start the SuperNode", text
+        r"the run FAILED .*Node \d+ does not answer: .*This node has no `partition-id`: start the SuperNode", text
     )
 
 

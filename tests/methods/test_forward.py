@@ -243,7 +243,7 @@ def test_the_matrix_can_be_configured() -> None:
     assert hash(config.method) == hash(replace(config.method))
     assert parse_config(to_yaml(config)).method == config.method
     for wrong in ("0.8", "[0.8,0.2]", "[[1,0],[0,a]]"):
-        with pytest.raises(ConfigError, match=r"`method.matrix` \(=.*\) must be a list of rows of numbers, e\.g\."):
+        with pytest.raises(ConfigError, match=r"`method.matrix` \(=.*\) must be a list of lists of numbers, e\.g\."):
             load_config([], [*overrides[:2], f"method.matrix={wrong}"])
     with pytest.raises(ConfigError, match="row 1"):
         load_config([], [*overrides[:2], "method.matrix=[[.9,.1],[.25,.85]]"])
