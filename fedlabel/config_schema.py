@@ -93,7 +93,7 @@ def settled(kind: Any, value: Any, key: str = "") -> Any:
             isinstance(each, str) for each in _flat(list(value))
         ):  # OmegaConf looks no deeper
             raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
-        if inner is str and any(isinstance(each, (list, Mapping)) for each in value):  # OmegaConf would make it one
+        if inner in _SINGULAR and any(isinstance(each, (list, Mapping)) for each in value):  # OmegaConf takes these
             raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
         return [settled(inner, each, f"{key}[{place}]") for place, each in enumerate(value)]
     number = value.value if isinstance(value, Plain) else value

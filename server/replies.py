@@ -2,8 +2,9 @@
 
 The schema follows from the method, the model and the training: which arrays of which type and shape, which weights and
 how large at most, which counts of which length and what they cannot exceed. Nothing behind this door can raise on what
-a client sent, and nothing that a client sends can do more than a client that follows the method could, but for the
-weights of its model (see `strategy.max_update_norm`, and Flower's robust strategies).
+a client sent. Not bounded by what the method could give are a model's weights (see `strategy.max_update_norm`, and
+Flower's robust strategies) and the sums of a client's metrics; what Flower's own grid does before, on a real node's
+bytes, is outside.
 """
 
 from __future__ import annotations
@@ -351,7 +352,10 @@ class RoundSchema(NamedTuple):
             if not _TAG.fullmatch(name) or name in EVALUATED:
                 raise Refused(f"BadReply: its metric {_listed([name])} is none that a client may write")
             _, count = _numbers("metric", name, pair, 2, LARGEST_LOSS)
-            if not 0 <= count <= PER_DRAW * (limits.draws + 1) * (self.schema.num_classes + 1):
+            most = float(PER_DRAW * (limits.draws + 1) * (self.schema.num_classes + 1))
+            if name.startswith("graph/"):  # of pairs of samples
+                most = max(most, limits.method.samples * (limits.method.samples - 1) / 2)
+            if not 0 <= count <= most:
                 raise Refused(f"BadReply: its metric {name} is over {count:g} samples, more than it can have")
         return dict(record)  # type: ignore[arg-type]
 

@@ -394,6 +394,7 @@ def test_no_number_may_be_what_it_cannot_mean(value: str) -> None:
         (["supervision.mix=.inf"], r"`supervision.mix` \(=.inf\) must be a list of mappings"),
         (["model.hidden_layers=[1e9]"], r"must be a list of whole numbers, e.g. .* \(write 1000000000\)"),
         (["model.width=9223372036854775807"], r"`model.width` \(=9223372036854775807\) must be a whole number in"),
+        (["model.hidden_layers=[[1]]"], r"`model.hidden_layers` \(=\[\[1\]\]\) must be a list of whole numbers"),
         (["model.width=65537"], r"`model.width` \(=65537\) must lie in \[1, 65536\]"),
         (["model.name=mlp", "model.hidden_layers=[1048577]"], r"at most 100 widths in \[1, 1048576\]"),
         (["augment.num_ops=1000000000"], r"`augment.num_ops` \(=1000000000\) must lie in \[1, 14\]"),
