@@ -28,8 +28,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult
-from fedlabel.methods.steps import Batch, Model, PseudoLabels, StateDict, Step, cross_entropy_on_labels, mean_metric
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of
+from fedlabel.methods.batch import Batch, Model, PseudoLabels, StateDict, Step
+from fedlabel.methods.losses import labels_loss, mean_metric
+from fedlabel.methods.recipe import BySample, LabelKinds, Method, Phase, Recipe, Stage, Task
+from fedlabel.methods.uploads import ModelPart, PhaseResult, Upload, sum_of_updates
 
 SCORES = ("variance", "entropy")
 
@@ -113,6 +116,23 @@ def kl_divergence(target_log_probs: Tensor, log_probs: Tensor) -> Tensor:
     return torch.where(target_log_probs.isneginf(), torch.zeros_like(difference), difference).sum(-1)
 
 
+def send_both(
+    global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
+) -> dict[str, ModelPart]:
+    """Sends w_L with uniform weights and w_U weighted by kept samples, or 1 if there are none (released code). A stage
+    that did not run leaves the received weights.
+    """
+    by_name = {result.name: result for result in results}
+    supervised, unlabeled = by_name.get("supervised"), by_name.get("unlabeled")
+    return {
+        "supervised": ModelPart(supervised.state if supervised else dict(global_state), 1.0),
+        "unlabeled": ModelPart(
+            unlabeled.state if unlabeled else dict(global_state),
+            unlabeled.examples if unlabeled and unlabeled.examples else 1.0,
+        ),
+    }
+
+
 @dataclass(frozen=True)
 class FedLabel(Method):
     """Hyper-parameters of FedLabel; the defaults are the paper's algorithm."""
@@ -148,48 +168,40 @@ class FedLabel(Method):
     description: ClassVar[str] = "local or global model as expert per unlabelled sample (Cho et al., ICCV 2023)"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"`method.confidence_threshold` (={self.confidence_threshold}) must lie in [0, 1].")
-        for key in ("lambda_0", "prox_mu"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
-        if self.burn_in_rounds < 0:
-            raise ValueError(f"`method.burn_in_rounds` (={self.burn_in_rounds}) must be at least 0.")
-        if self.unlabeled_steps is not None and self.unlabeled_steps < 0:
-            raise ValueError(f"`method.unlabeled_steps` (={self.unlabeled_steps}) must be at least 0 (or null).")
-        choices = {
-            "teacher": ("both", "local", "global"),
-            "score": SCORES,
-            "merge": ("sum", "mean"),
-            "kl_target": ("discarded", "local"),
-            "kl_direction": ("teacher_student", "student_teacher"),
-            "normalization": ("kept", "batch", "each"),
-            "teacher_view": ("clean", "weak"),
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be one of {', '.join(allowed)}.")
+        in_unit_interval(self, "method", "confidence_threshold")
+        finite(self, "method", "lambda_0", "prox_mu")
+        at_least(self, "method", 0, "burn_in_rounds")
+        at_least(self, "method", 0, "unlabeled_steps", null=True)
+        one_of(
+            self,
+            "method",
+            teacher=("both", "local", "global"),
+            score=SCORES,
+            merge=("sum", "mean"),
+            kl_target=("discarded", "local"),
+            kl_direction=("teacher_student", "student_teacher"),
+            normalization=("kept", "batch", "each"),
+            teacher_view=("clean", "weak"),
+        )
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        supervised = Phase("supervised", self.supervised_loss, labeled=("weak",))
-        if round_number <= self.burn_in_rounds:
-            return (supervised,)
+    def recipe(self, task: Task) -> Recipe:
+        supervised = Phase("supervised", labels_loss)  # stage A, equations (1)-(2)
         unlabeled = Phase(
             "unlabeled",
             self.loss,
-            unlabeled=(self.teacher_view, "strong"),
+            draw=BySample(labeled=(), unlabeled=(self.teacher_view, "strong")),
             teachers=("global", "supervised"),
             steps=self.unlabeled_steps,
             proximal=self._proximal if self.prox_mu > 0 else None,
         )
-        return (supervised, unlabeled)
+        return Recipe(
+            stages=(Stage((supervised,), rounds=self.burn_in_rounds), Stage((supervised, unlabeled))),
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            upload=Upload(send_both) if self.merge == "mean" else sum_of_updates,
+        )
 
     def _proximal(self, parameter: Tensor) -> float:
         return 2 * self.prox_mu / parameter.numel()
-
-    def supervised_loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        """Returns stage A's loss, equations (1)-(2): cross-entropy on labels."""
-        return cross_entropy_on_labels(student, batch.labeled)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns stage B's loss, (5)-(8): cross-entropy to the expert (strong view), KL to the other (plain view)."""
@@ -244,20 +256,3 @@ class FedLabel(Method):
         expert = torch.where(chosen.from_global[:, None], global_log_probs, local_log_probs).exp()
         pseudo = PseudoLabels(chosen.pseudo_label, chosen.keep, chosen.from_global, expert.max(-1).values)
         return Step(loss, metrics, kept, pseudo)
-
-    def upload(
-        self, global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
-    ) -> dict[str, ModelPart]:
-        if self.merge == "sum":
-            return super().upload(global_state, results, parameters, weight)
-        # Released code: uniform weights for w_L; kept samples, or 1 if there are none, for w_U; a stage that did not
-        # run leaves the received weights.
-        by_name = {result.name: result for result in results}
-        supervised, unlabeled = by_name.get("supervised"), by_name.get("unlabeled")
-        return {
-            "supervised": ModelPart(supervised.state if supervised else dict(global_state), 1.0),
-            "unlabeled": ModelPart(
-                unlabeled.state if unlabeled else dict(global_state),
-                unlabeled.examples if unlabeled and unlabeled.examples else 1.0,
-            ),
-        }

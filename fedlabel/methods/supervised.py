@@ -9,12 +9,11 @@ What differs: nothing in the objective. The number of local steps, the clients' 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.steps import Batch, Model, Step, cross_entropy_on_labels
+from fedlabel.methods.losses import labels_loss
+from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage, Task
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Supervised(Method):
 
     description: ClassVar[str] = "FedAvg on labelled samples only; oracle_labels=true is the upper bound"
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("supervised", self.loss, labeled=("weak",)),)
-
-    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        return cross_entropy_on_labels(student, batch.labeled)
+    def recipe(self, task: Task) -> Recipe:
+        return Recipe(
+            stages=(Stage((Phase("supervised", labels_loss),)),),
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+        )

@@ -1,91 +1,13 @@
-"""What a loss sees of one batch and what it returns, and the losses and metrics that many methods share."""
+"""Losses and metrics that many methods share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-Model = Callable[..., Tensor]
-"""Images (batch, channels, height, width) -> logits (batch, classes). A second argument runs a part of the network, see
-`fedlabel.models.Net`."""
-
-StateDict = dict[str, Tensor]
-"""Weights and buffers of one model, by name."""
-
-State = dict[str, Tensor]
-"""Named tensors that a method keeps: in a client's memory, or shared by all through the server."""
-
-
-class Part(NamedTuple):
-    """The labelled or the unlabelled samples of one batch; a part that a phase does not ask for has batch 0."""
-
-    views: dict[str, Tensor]
-    """"clean", "weak", "strong" or "strong2" -> normalised images (batch, channels, height, width), float."""
-    candidates: Tensor
-    """(batch, classes) bool: the classes the sample may have; exactly one True where it is labelled."""
-    targets: dict[str, Tensor]
-    """What the phase's `prepare` said of these samples: name -> (batch, ...)."""
-    noisy: Tensor
-    """(batch,) bool, see `Supervision`."""
-    annotations: Tensor
-    """(batch, annotators) int64, see `Supervision`."""
-    rows: Tensor
-    """(batch,) int64, positions in the client's data, for what is remembered of each sample."""
-    size: Tensor
-    """() float, how many samples of the client this part is drawn from."""
-    members: Tensor = torch.zeros(0, 0, dtype=torch.int64)
-    """(bags, k) int64, positions in this part of each bag's samples, -1 where a bag has fewer than k; there are 0 bags
-    in a phase without `Phase.bags`."""
-    bag_counts: Tensor = torch.zeros(0, 0, dtype=torch.int64)
-    """(bags, classes) int64, samples of each bag in each class; all 0 where it is not known."""
-
-
-class Batch(NamedTuple):
-    """What one local step sees."""
-
-    labeled: Part
-    unlabeled: Part
-    mix: Part
-    """Further unlabelled samples, to mix with: see `Phase.mix`."""
-    mixing: Tensor
-    """() float in [0, 1], this batch's draw from Beta(`Phase.mix_alpha`, `Phase.mix_alpha`); 1 without `Phase.mix`."""
-    memory: State
-    """What the client carries from step to step: see `Method.initial_memory`."""
-
-
-class PseudoLabels(NamedTuple):
-    """What a method believed of the unlabelled samples of one batch (of a phase with `Phase.informed`: of the labelled
-    and then of the unlabelled ones); all detached, all (batch,).
-    """
-
-    label: Tensor
-    """int64, the class chosen."""
-    keep: Tensor
-    """bool, whether the sample was trained on."""
-    from_global: Tensor
-    """bool, whether the expert was the global model (False: the local one)."""
-    confidence: Tensor
-    """float in [0, 1], the expert's largest probability."""
-
-
-class Step(NamedTuple):
-    """The result of one loss evaluation."""
-
-    loss: Tensor
-    """() float, differentiable with respect to the student only."""
-    metrics: dict[str, Tensor]
-    """Metric name -> (2,) float, detached: (sum, count), added over steps and clients and divided at the end."""
-    examples: Tensor
-    """() number of samples that the loss used; a step with 0 moves nothing."""
-    pseudo: PseudoLabels | None = None
-    memory: State | None = None
-    """What to carry to the next step; None: what came with the batch."""
-
-
-LossFunction = Callable[[Model, Mapping[str, Model], Batch], Step]
+from fedlabel.methods.batch import Batch, Model, Part, PseudoLabels, State, Step
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
@@ -105,6 +27,11 @@ def cross_entropy_on_labels(student: Model, part: Part) -> Step:
     A sample counts only if exactly one candidate is left.
     """
     return labeled_step(student(part.views["weak"]), part.candidates)
+
+
+def labels_loss(student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+    """Returns `cross_entropy_on_labels` of the labelled part, as a `LossFunction`."""
+    return cross_entropy_on_labels(student, batch.labeled)
 
 
 def labeled_step(logits: Tensor, candidates: Tensor) -> Step:
