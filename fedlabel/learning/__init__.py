@@ -1,0 +1,1 @@
+"""The run of a recipe: what its method can learn from the labels that a federation holds."""
