@@ -1,1 +1,1 @@
-"""The run of a recipe: what its method can learn from the labels that a federation holds."""
+"""What a client and the server do with data in a round: plan, batches, local steps, measurements."""
