@@ -159,11 +159,10 @@ class Forward(Method):
 
     def recipe(self, task: Task) -> Recipe:
         train = Phase("train", self.loss)
+        stages: tuple[Stage, ...] = (Stage((train,)),)
         if self.kind == "anchor":
             estimate = replace(train, teachers=("global",), prepare=report_anchors)
             stages = (Stage((train,), rounds=self.warmup_rounds - 1), Stage((estimate,)))
-        else:
-            stages = (Stage((train,)),)
         return Recipe(
             stages,
             uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,

@@ -195,9 +195,9 @@ def test_an_experiment_builds_two_networks_of_different_weights() -> None:
     assert update.parts["model"].weight > 0
     trained = update.parts["model"].state
     networks = [{k: trained[f"networks.{i}.{k}"] for k in single.initial_state} for i in (0, 1)]
-    first, second = (single.evaluate({"model": state}) for state in networks)
+    first, second = (single.evaluate(1, {"model": state}) for state in networks)
     # By Jensen's inequality the mean's loss is below the mean of the losses.
-    assert 0 < experiment.evaluate({"model": trained}).loss < (first.loss + second.loss) / 2
+    assert 0 < experiment.evaluate(1, {"model": trained}).loss < (first.loss + second.loss) / 2
 
 
 @pytest.mark.parametrize(
