@@ -16,36 +16,29 @@ from fedlabel.config import SELECT, ExperimentConfig, parse_config
 from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.label_card import label_card
 from fedlabel.data.skew import shift_features
 from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import memory_bytes, resolve_device
-from fedlabel.methods.steps import State, StateDict
+from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
+from fedlabel.learning.step import frozen_model
+from fedlabel.learning.task import check_labels
+from fedlabel.learning.views import ImageTransform
+from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size
-from fedlabel.models.additive import Additive
-from fedlabel.models.bag_head import BagHead
-from fedlabel.models.labeling_heads import LabelingHeads
-from fedlabel.models.twins import Twins
 from fedlabel.seeding import derive_seed
-from fedlabel.training import (
-    ClientData,
-    ClientUpdate,
-    ImageTransform,
-    Trainer,
-    frozen_model,
-    train_client,
-    train_server,
-)
 
 AVERAGES = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 """The strategies whose result is a mean, a median or one of what clients send: right for running statistics, too."""
 
 
-class Judged(NamedTuple):
-    """What models are judged on."""
+class EvaluationData(NamedTuple):
+    """The samples that models are evaluated on."""
 
     split: Split
     parts: Sequence[np.ndarray]
-    """Rows of the split that each client is judged on."""
+    """Rows of the split that each client is evaluated on."""
     bags: Bags | None
     """Of the samples of the split."""
 
@@ -59,17 +52,14 @@ class Experiment:
         if self.device.type == "cuda":  # the same seed should give the same numbers on a GPU, too
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.federation: Federation = self._federation(config.evaluation.split)
-        if len(self.federation.server_rows) and not config.method.server_labels:
-            raise ValueError(
-                f"`supervision.labels_at` (=server): method {config.method.name} learns from labels at the clients. "
-                "Take supervision.labels_at=clients or some_clients."
-            )
-        config.method.check(self.federation.record)
         dataset, skew = self.federation.dataset, config.skew
+        card = label_card(self.federation.record)
+        self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
+        check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")
         self.images = images.to(self.device)
-        self.judged = self._judged(config.evaluation.split)
-        self.selects_by = self._judged("validation") if config.evaluation.select is not None else None
+        self.evaluates_on = self._evaluation_data(config.evaluation.split)
+        self.selects_by = self._evaluation_data("validation") if config.evaluation.select is not None else None
         self.transform = ImageTransform(
             mean=torch.tensor(dataset.mean, device=self.device).view(-1, 1, 1),
             std=torch.tensor(dataset.std, device=self.device).view(-1, 1, 1),
@@ -101,8 +91,8 @@ class Experiment:
             config.seed,
         )
 
-    def _judged(self, split: str) -> Judged:
-        """Returns what models are judged on, on the device."""
+    def _evaluation_data(self, split: str) -> EvaluationData:
+        """Returns the samples that models are evaluated on, on the device."""
         config, select = self.config, self.config.evaluation.select
         if select is not None and len(self.federation.dataset.validation.labels) == 0:
             raise ValueError(
@@ -125,7 +115,7 @@ class Experiment:
             )
         samples = dataset.validation if split == "validation" else dataset.test
         images = shift_features(samples.images, federation.test_parts, config.skew, config.seed, "evaluation")
-        return Judged(
+        return EvaluationData(
             Split(images.to(self.device), samples.labels.to(self.device)),
             federation.test_parts,
             None if bags is None else Bags(*(values.to(self.device) for values in bags)),
@@ -148,43 +138,30 @@ class Experiment:
 
     def _network(self, seed: int) -> nn.Module:
         """Returns the student, on the device that torch makes things on."""
-        dataset, method = self.federation.dataset, self.config.method
-        if method.additive and method.networks > 1:
-            raise ValueError(
-                f"`networks` (={method.networks}) of method {method.name} must be 1 where its model is a sum of parts "
-                f"(`additive` ={', '.join(method.additive)}): leave out one of the two."
-            )
-        # The first network is what a method of one network starts from.
-        seeds = [seed, *(derive_seed(seed, "network", place) for place in range(1, method.networks))]
-        models = [build_model(self.config.model, dataset.input_shape, dataset.num_classes, own) for own in seeds]
-        if method.needs_embeddings and not isinstance(models[0], Net):
-            raise ValueError(
-                f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs: "
-                "take a network of our own, e.g. cnn or mlp."
-            )
-        # Every BatchNorm, and InstanceNorm that tracks statistics.
-        running = [key for key, part in models[0].named_modules() if getattr(part, "running_mean", None) is not None]
-        if method.input_gradients and running:
-            raise ValueError(
-                f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}): its layer "
-                f"{running[0]} is BatchNorm, or has running statistics like it, which method {method.name} cannot "
-                "differentiate by its inputs: take model.norm=group and a network of our own."
-            )
-        for name, size, wrap in (
-            ("bag_head", method.bag_head, BagHead),
-            ("labeling_heads", method.labeling_heads, LabelingHeads),
-        ):
-            if size:
-                assert isinstance(models[0], Net), "who has heads of its own needs embeddings"
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(derive_seed(seed, name))  # and no GPU's
-                    return wrap(models[0], size)
-        if len(models) > 1:
-            return Twins(models)
-        return Additive(models[0], method.additive) if method.additive else models[0]
+        dataset, network, name = self.federation.dataset, self.recipe.network, self.config.method.name
+
+        def build(place: int) -> nn.Module:
+            own = derive_seed(seed, "network", place) if place else seed
+            model = build_model(self.config.model, dataset.input_shape, dataset.num_classes, own)
+            if network.embeds and not isinstance(model, Net):
+                raise ValueError(
+                    f"`model.name` (={self.config.model.name}) gives no embeddings, which method {name} needs: take a "
+                    "network of our own, e.g. cnn or mlp."
+                )
+            # Every BatchNorm, and InstanceNorm that tracks statistics.
+            running = [key for key, part in model.named_modules() if getattr(part, "running_mean", None) is not None]
+            if network.input_gradients and running:
+                raise ValueError(
+                    f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}): its layer "
+                    f"{running[0]} is BatchNorm, or has running statistics like it, which method {name} cannot "
+                    "differentiate by its inputs: take model.norm=group and a network of our own."
+                )
+            return model
+
+        return network.wrap(build, seed)
 
     def fresh_state(self, round_number: int) -> StateDict:
-        """Returns the weights that a stage which starts in this round starts from (see `Method.starts_stage`)."""
+        """Returns the weights that a stage which starts in this round starts from (see `Stage.start`)."""
         state = self._build_model(derive_seed(self.config.seed, "model", round_number)).state_dict()
         return {name: value.clone() for name, value in state.items()}
 
@@ -211,7 +188,7 @@ class Experiment:
         """Runs `client`'s part of a round from `global_state`; all tensors on the device, see `train_client`."""
         seed = derive_seed(self.config.seed, "client", client, "round", round_number)
         data = self.client_data(client)
-        return train_client(self.config.method, self.trainer, global_state, data, round_number, seed, memory, helpers)
+        return train_client(self.recipe, self.trainer, global_state, data, round_number, seed, memory, helpers)
 
     def train_server(self, global_state: StateDict, round_number: int) -> StateDict:
         """Trains `global_state` on the server's own labels after a round; returns it as it is if there are none."""
@@ -219,32 +196,40 @@ class Experiment:
         if data is None:
             return global_state
         seed = derive_seed(self.config.seed, "server", "round", round_number)
-        return train_server(self.config.method, self.trainer, global_state, data, round_number, seed)
+        return train_server(self.recipe, self.trainer, global_state, data, seed)
 
-    def evaluate(self, states: Mapping[str, StateDict], shared: State = MappingProxyType({})) -> Evaluation | None:  # type: ignore[assignment]
-        """Evaluates on the configured split what the method takes for the global model, if anything (`Method.judged`).
+    def evaluate(
+        self,
+        round_number: int,
+        states: Mapping[str, StateDict],
+        shared: State = MappingProxyType({}),  # type: ignore[assignment]
+    ) -> Evaluation | None:
+        """Evaluates on the configured split what the method takes for the global model, if anything (`Stage.predict`).
 
         Args:
+            round_number: the last that is done.
             states: weights on the device: "model", and "average" and "previous" where there are such.
             shared: what the server shares.
         """
-        return self._evaluate(states, shared, self.judged)
+        return self._evaluate(round_number, states, shared, self.evaluates_on)
 
-    def selection_score(self, states: Mapping[str, StateDict], shared: State) -> float | None:
+    def selection_score(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> float | None:
         """Returns what `evaluation.select` asks of the same model on the validation split; None where nothing is asked,
         or the answer is no number.
         """
         select = self.config.evaluation.select
-        found = self._evaluate(states, shared, self.selects_by) if self.selects_by is not None else None
+        found = self._evaluate(round_number, states, shared, self.selects_by) if self.selects_by is not None else None
         score = None if found is None or select is None else found.metrics()[SELECT[select]]
         return score if score is not None and math.isfinite(score) else None
 
-    def _evaluate(self, states: Mapping[str, StateDict], shared: State, on: Judged) -> Evaluation | None:
+    def _evaluate(
+        self, round_number: int, states: Mapping[str, StateDict], shared: State, on: EvaluationData
+    ) -> Evaluation | None:
         models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
-        judged = self.config.method.judged(models, shared)
-        if judged is None:
+        predict = self.recipe.place(round_number).stage.predict(models, shared)
+        if predict is None:
             return None
-        return evaluate(judged, on.split, self.transform, self.federation.dataset.num_classes, on.parts, on.bags)
+        return evaluate(predict, on.split, self.transform, self.federation.dataset.num_classes, on.parts, on.bags)
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """Grids that simulate all clients on this machine: in this process, or in Ray actors.
 
-All knowledge of Flower that is not in its public documentation is kept in this file (checked with flwr 1.41).
+Knowledge of Flower that is not in its public documentation is kept in this file and in `exchange.py` (checked with
+flwr 1.41).
 """
 
 from __future__ import annotations

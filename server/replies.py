@@ -3,8 +3,8 @@
 The schema follows from the method, the model and the training: which arrays of which type and shape, which weights and
 how large at most, which counts of which length and what they cannot exceed. Nothing behind this door can raise on what
 a client sent. Not bounded by what the method could give are a model's weights (see `strategy.max_update_norm`, and
-Flower's robust strategies) and the sums of a client's metrics; what Flower's own grid does before, on a real node's
-bytes, is outside.
+Flower's robust strategies) and the sums of a client's metrics. What a real node's bytes do in Flower's decoder, before
+this door, is dealt with in `server/exchange.py`.
 """
 
 from __future__ import annotations

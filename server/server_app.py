@@ -30,6 +30,7 @@ from fedlabel.methods.base import Method, state_to_lists
 from fedlabel.methods.steps import State, StateDict
 from fedlabel.tracking import PARTITION_JSON, RunFolder, is_evaluated, write_atomic
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from server.exchange import replies_to
 from server.functions import FunctionWatch
 from server.grids import SimulationGrid
 from server.helpers import HelperPool
@@ -288,10 +289,10 @@ def _collect(
     """Sends a round's messages and returns what the strategy makes of the usable replies, see `aggregate`.
 
     Raises:
-        RunError: too few replies are usable, or the strategy cannot combine them.
+        RunError: too few replies are usable, the strategy cannot combine them, or the SuperLink cannot be reached.
     """
     config, messages = experiment.config, list(tally.messages.values())
-    usable = tally.usable(grid.send_and_receive(messages, timeout=config.grid.timeout))
+    usable = tally.usable(replies_to(grid, messages, config.grid.timeout))
     if pool is not None:
         usable = pool.watch(usable, {m.metadata.dst_node_id: client for client, m in tally.messages.items()})
     unfit = ""
@@ -366,7 +367,7 @@ def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[
 
     Raises:
         RunError: too few nodes in `grid.connect_timeout`, two nodes with one partition-id, a node with other code or
-            data.
+            data, or a SuperLink that cannot be reached.
     """
     deadline = time.monotonic() + config.grid.connect_timeout
     connected = -1
@@ -406,7 +407,7 @@ def _identify(
     asked = Asked(queries)
     nodes: dict[int, int] = {}
     refusals: list[str] = []
-    for reply in grid.send_and_receive(queries, timeout=config.grid.timeout):
+    for reply in replies_to(grid, queries, config.grid.timeout):
         query = asked.of(reply)
         if query is None:
             refusals.append(f"Node {reply.metadata.src_node_id} sent what nobody asked for.")

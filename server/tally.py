@@ -10,6 +10,7 @@ from flwr.app import Message, RecordDict
 
 from fedlabel.methods.steps import State
 from fedlabel.metrics import Counts, add_counts
+from server.exchange import BAD_REPLY
 from server.replies import Refused, RoundSchema, harmless
 
 LONGEST_FAILURE = 10_000
@@ -69,7 +70,9 @@ class RoundTally:
                 self._refuse(f"client {client}", "BadReply: it answers a second time; the first answer counts")
             else:
                 self._seen.add(client)
-                if reply.has_error():
+                if reply.has_error() and reply.error.code == BAD_REPLY:
+                    self._refuse(f"client {client}", str(reply.error.reason))
+                elif reply.has_error():
                     self._note(f"client {client}", str(reply.error.reason))
                 elif self._take(client, reply):
                     yield reply

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from google.protobuf.message import DecodeError
 
 from clients.client_app import app
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods.steps import State
 from server.checkpoint import load_checkpoint
+from server.exchange import replies_to
 from server.functions import FunctionWatch
 from server.grids import InProcessGrid
 from server.helpers import HelperPool
@@ -77,6 +79,21 @@ class Recorder(InProcessGrid):
         for message, reply in zip(messages, super().send_and_receive(messages), strict=True):
             self.rounds[-1].append((message, copy.deepcopy(reply.content)))
             yield reply
+
+
+class Garbled:
+    """What Flower's own grid does with a reply that it cannot decode."""
+
+    pull_interval = 0.0
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        raise self.error
 
 
 class Outcome(NamedTuple):
@@ -418,13 +435,19 @@ def case(seed: int, folder: Path) -> str | None:
         _allowed(rng, body)
         return _attempt(honest, changed, folder, "_allowed")[1] or None
     if chance < 0.2:
-        done = _any(rng, ["twice", "forged", "earlier", "empty"])
+        done = _any(rng, ["twice", "forged", "earlier", "empty", "undecodable"])
         if done == "twice":
             changed, expected = {client: [Message(copy.copy(body), reply_to=message), reply]}, CLIENTS
         elif done == "forged":
             reply.metadata.__dict__["_src_node_id"] = _any(rng, [0, 1 + (client + 1) % CLIENTS, 2**63, -1, None])
         elif done == "earlier":
             reply.metadata.__dict__["_reply_to_message_id"] = _any(rng, ["", "999999", None, "\x1b[2J"])
+        elif done == "undecodable":
+            raised = _any(
+                rng, [DecodeError("\x1b[2J\n"), AttributeError(), KeyError("a" * 100_000), RecursionError("b")]
+            )
+            grid: Any = Garbled(raised)
+            changed = {client: list(replies_to(grid, [message], timeout=1.0))}
         else:
             reply.__dict__["_content"] = None
     else:

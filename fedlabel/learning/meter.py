@@ -1,0 +1,47 @@
+"""Measurements of a client's round: metrics, pseudo-labels and passes; tensors stay on the device until the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedlabel.methods.batch import PseudoLabels, Votes
+
+
+class Meter:
+    """What the phases of a round report, added up."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        """Metric -> (2,) float64 (sum, count)."""
+        self.forward = 0
+        """Samples sent through a model, student's and teachers' alike."""
+        self.backward = 0
+        """Samples whose gradient was propagated back."""
+        self.pairs: Tensor | None = None
+        """See `Prepared.pairs`."""
+        self.votes: Votes | None = None
+        """See `Prepared.votes`."""
+        self._rows: list[Tensor] = []
+        self._pseudo: list[PseudoLabels] = []
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Adds metrics, see `Step.metrics`."""
+        for name, pair in metrics.items():
+            self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
+
+    def add_pseudo(self, pseudo: PseudoLabels | None, rows: Tensor, guessed: Tensor) -> None:
+        """Keeps pseudo-labels of samples `rows` (m,), positions in the client's data, where `guessed` (m,) bool."""
+        if pseudo is None:
+            return
+        self._rows.append(rows[guessed])
+        here = guessed.to(pseudo.label.device)
+        self._pseudo.append(PseudoLabels(*(values[here] for values in pseudo)))
+
+    def pseudo_labels(self) -> tuple[Tensor, PseudoLabels | None]:
+        """Returns the positions (draws,) of the pseudo-labelled draws and their pseudo-labels; None: no draws."""
+        if not self._pseudo:
+            return torch.zeros(0, dtype=torch.int64), None
+        return torch.cat(self._rows), PseudoLabels(*map(torch.cat, zip(*self._pseudo, strict=True)))

@@ -1,0 +1,208 @@
+"""All chance of a phase, drawn before its first step: which samples and bags each step takes, and the mixing shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlabel.data.supervision import Supervision
+from fedlabel.methods.recipe import ByBag, ByKnowledge, BySample, Draw, Phase
+from fedlabel.seeding import numpy_generator, torch_generator
+from fedlabel.training_config import TrainingConfig
+
+
+class Units(NamedTuple):
+    """What a phase by bags draws: bags, and samples on their own."""
+
+    rows: Tensor
+    """(units, k) int64, positions in the client's data, -1 where a unit has fewer than k samples."""
+    counts: Tensor
+    """(units, classes) int64, samples in each class; all 0 where they are unknown."""
+
+    def samples(self) -> Tensor:
+        """Returns the sorted positions of all samples, (m,)."""
+        return self.rows[self.rows >= 0].sort().values
+
+    def per_step(self, batch_size: int, least: int = 1) -> int:
+        """Returns how many units have about `batch_size` samples, or `least`."""
+        return max(least, round(batch_size * len(self.rows) / max(1, int((self.rows >= 0).sum()))))
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The samples of a client that a phase draws from; positions in its data, on the CPU."""
+
+    labeled: Tensor
+    """(m,) int64."""
+    unlabeled: Tensor
+    """(u,) int64."""
+    units: Units | None = None
+    """Of a phase by bags; its samples are those of `labeled` and `unlabeled`."""
+
+    def __len__(self) -> int:
+        return len(self.labeled) + len(self.unlabeled)
+
+
+class StepPlan(NamedTuple):
+    """The samples of one step; positions in the client's data, on the CPU."""
+
+    labeled: Tensor
+    unlabeled: Tensor
+    mix: Tensor
+    mixing: float
+    """The share of the first draw in what is mixed."""
+    units: Units | None
+    """Bags of the samples in `labeled`."""
+    pseudo: Tensor
+    """The samples whose pseudo-labels a loss reports, in its order."""
+    guessed: Tensor
+    """bool, for which of these a pseudo-label is a guess: their class is not certain, or it is hidden from the loss."""
+
+
+class Plan(NamedTuple):
+    """The steps of a phase."""
+
+    steps: tuple[StepPlan, ...]
+    sizes: tuple[int, int, int]
+    """How many samples (units) the labelled, the unlabelled and the mixed part are drawn from."""
+
+
+def sample_pool(draw: Draw, supervision: Supervision, config: TrainingConfig) -> Pool:
+    """Returns the samples that a phase draws from."""
+    if isinstance(draw, ByBag):
+        units, labeled = bag_units(supervision, draw.singles), supervision.labeled.cpu()
+        samples = units.samples()
+        return Pool(samples[labeled[samples]], samples[~labeled[samples]], units)
+    with_label = (supervision.informed if isinstance(draw, ByKnowledge) else supervision.labeled).cpu()
+    rows, others = with_label.nonzero().squeeze(1), (~with_label).nonzero().squeeze(1)
+    if config.unlabeled_includes_labeled:
+        others = torch.arange(len(with_label))
+    return Pool(rows if draw.labeled else rows[:0], others if draw.unlabeled else others[:0])
+
+
+def plan_phase(
+    phase: Phase, pool: Pool, chosen: Tensor | None, supervision: Supervision, config: TrainingConfig, seed: int
+) -> Plan:
+    """Draws the samples of all steps of a phase.
+
+    Args:
+        phase: the phase.
+        pool: see `sample_pool`.
+        chosen: (n,) bool, see `Prepared.draw`; None: all.
+        supervision: the client's.
+        config: how clients train.
+        seed: the client's in this round.
+    """
+    draw = phase.draw
+    labeled, unlabeled = pool.labeled, pool.unlabeled
+    if chosen is not None:
+        unlabeled = unlabeled[chosen.cpu()[unlabeled]]
+    if len(labeled) + len(unlabeled) == 0:
+        return Plan((), (0, 0, 0))
+    size = config.batch_size * config.unlabeled_ratio
+    if pool.units is not None:
+        assert isinstance(draw, ByBag)
+        places, per_step = torch.arange(len(pool.units.rows)), pool.units.per_step(config.batch_size, draw.least)
+        unlabeled, mix = unlabeled[:0], unlabeled[:0]
+        steps = count_steps(phase, config, len(places), per_step)
+    else:
+        places, per_step = labeled, config.batch_size
+        mix = pool.unlabeled if isinstance(draw, BySample) and draw.mix else unlabeled[:0]
+        over_labeled = count_steps(phase, config, len(labeled), config.batch_size)
+        over_unlabeled = count_steps(phase, config, len(unlabeled), size)
+        steps = over_unlabeled if len(unlabeled) else over_labeled
+        if isinstance(draw, ByKnowledge):  # a single unlabelled sample must not end the epoch after a step
+            steps = max(over_labeled, over_unlabeled)
+    sources = {"labeled": (places, per_step), "unlabeled": (unlabeled, size), "mix": (mix, min(size, len(unlabeled)))}
+    streams = [
+        draw_batches(rows, count, steps, torch_generator(seed, phase.name, kind))
+        for kind, (rows, count) in sources.items()
+    ]
+    alpha = draw.mix_alpha if isinstance(draw, BySample) and draw.mix else None
+    shares = numpy_generator(seed, phase.name, "mixing")
+    # Nothing is guessed where the label is certain, nor of a sample that is drawn without its supervision.
+    unsure, hidden = (~supervision.labeled | supervision.noisy).cpu(), ~supervision.informed.cpu()
+
+    def step(place: Tensor, free: Tensor, mixed: Tensor) -> StepPlan:
+        share = 1.0 if alpha is None else float(shares.beta(alpha, alpha))
+        units = None
+        if pool.units is not None:
+            units = Units(pool.units.rows[place], pool.units.counts[place])
+            place = units.rows[units.rows >= 0]
+            pseudo, guessed = place, unsure[place]
+        elif isinstance(draw, ByKnowledge):
+            pseudo, guessed = torch.cat([place, free]), torch.cat([unsure[place], hidden[free]])
+        else:
+            pseudo, guessed = free, torch.ones(len(free), dtype=torch.bool)
+        return StepPlan(place, free, mixed, share, units, pseudo, guessed)
+
+    drawn = tuple(step(*rows) for rows in zip(*streams, strict=True))
+    return Plan(drawn, (len(places), len(unlabeled), len(mix)))
+
+
+def draw_batches(index: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yields `steps` batches of min(batch_size, n) positions: shuffled passes over `index` (n,), cut without a gap."""
+    size = min(batch_size, len(index))
+    order = index[:0]
+    for _ in range(steps):
+        while len(order) < size:
+            order = torch.cat([order, index[torch.randperm(len(index), generator=generator)]])
+        yield order[:size]
+        order = order[size:]
+
+
+def count_steps(phase: Phase, config: TrainingConfig, num_samples: int, batch_size: int) -> int:
+    """Returns how many steps a phase takes over `num_samples` samples, `batch_size` a step."""
+    if phase.steps is not None:
+        return phase.steps
+    if config.local_steps is not None:
+        return config.local_steps
+    assert config.local_epochs is not None
+    return config.local_epochs * -(-num_samples // batch_size)
+
+
+def most_drawn(phase: Phase, config: TrainingConfig, num_samples: int, units: Units | None) -> tuple[int, int]:
+    """Returns how many (optimiser steps, samples over all of them) a phase has at most, whatever their labels.
+
+    Args:
+        phase: the phase.
+        config: how clients train.
+        num_samples: how many samples the client holds.
+        units: what a phase by bags draws; None for any other.
+    """
+    draw = phase.draw
+    if isinstance(draw, ByBag):
+        assert units is not None
+        drawn = units.per_step(config.batch_size, draw.least)
+        steps = count_steps(phase, config, len(units.rows), drawn)
+        per_step = min(drawn, len(units.rows)) * units.rows.shape[1]
+    else:
+        steps = count_steps(phase, config, num_samples, config.batch_size)
+        more = config.batch_size * config.unlabeled_ratio
+        mix = draw.mix if isinstance(draw, BySample) else ()
+        sizes = ((draw.labeled, config.batch_size), (draw.unlabeled, more), (mix, more))
+        per_step = sum(min(size, num_samples) for views, size in sizes if views)
+    steps *= len(phase.updates)
+    return steps, steps * per_step
+
+
+def bag_units(supervision: Supervision, singles: bool) -> Units:
+    """Returns bags, then the labelled samples in no bag and, if asked for, the others; on the CPU.
+
+    A noisy label is none: it would count as exact.
+    """
+    bag, counts, labeled = (x.cpu() for x in (supervision.bag, supervision.bag_counts, supervision.labeled))
+    certain = labeled & ~supervision.noisy.cpu()
+    alone = ((bag < 0) & (certain | singles)).nonzero().squeeze(1)
+    order = bag.argsort(stable=True)[int((bag < 0).sum()) :]
+    sizes = torch.bincount(bag[order], minlength=len(counts))
+    k = int(sizes.max()) if len(sizes) else 1
+    rows = torch.full((len(counts) + len(alone), k), -1)
+    rows[bag[order], torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[bag[order]]] = order
+    rows[len(counts) :, 0] = alone
+    true = supervision.candidates.cpu()[alone] & certain[alone, None]
+    return Units(rows, torch.cat([counts, true.long()]))

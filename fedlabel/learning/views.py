@@ -1,0 +1,41 @@
+"""The views of a batch: normalised, weakly and strongly augmented, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlabel.data.augment import AugmentConfig, strong, weak
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTransform:
+    """Makes the views of a batch from uint8 images, on their device."""
+
+    mean: Tensor
+    """(channels, 1, 1) on the [0, 1] scale."""
+    std: Tensor
+    """(channels, 1, 1)."""
+    augment: AugmentConfig
+    allow_flip: bool
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Returns (batch, channels, height, width) uint8 as float32 with zero mean and unit variance per channel.
+
+        Rows of tables (float32) are not pixels of [0, 255]: of them only mean and std are taken.
+        """
+        values = images if images.is_floating_point() else images.float() / 255
+        return (values - self.mean) / self.std
+
+    def views(self, images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn for itself."""
+        mild = strong if self.augment.weak_as_strong else weak
+        makers = {
+            "clean": lambda: images,
+            "weak": lambda: mild(images, generator, self.augment, self.allow_flip),
+            "strong": lambda: strong(images, generator, self.augment, self.allow_flip),
+            "strong2": lambda: strong(images, generator, self.augment, self.allow_flip),
+        }
+        return {name: self.normalize(makers[name]()) for name in names}

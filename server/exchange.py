@@ -1,0 +1,115 @@
+"""Sends messages and gathers their replies; a reply that cannot be decoded is refused and costs no other its place.
+
+`send_and_receive` of Flower's own grids pulls all replies at once and decodes what clients uploaded. One malformed
+object raises whatever its decoder happens to raise (DecodeError, AttributeError, KeyError, ...) when the SuperLink has
+already been told that the replies are received: all of them are lost. So replies are pulled here, message by message.
+(Checked with flwr 1.41.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import httpx  # Flower's grid talks to the SuperLink with it
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from fedlabel.errors import RunError
+from server.grids import SimulationGrid
+from server.replies import harmless
+
+BAD_REPLY = 1000
+"""Code of the error in place of a reply that cannot be read; Flower's own codes are below 10."""
+TRIES = 3
+"""How often a reply is pulled in vain before it is refused: an error of the SuperLink's own may pass."""
+PAUSE = 3.0
+"""Seconds between two rounds of pulling, as in Flower's own loop."""
+_GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+"""Codes of the SuperLink's errors where it has deleted a message or its reply, as it does when a reply was pulled."""
+
+
+def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterable[Message]:
+    """Sends messages and returns their replies.
+
+    Args:
+        grid: carries the messages and gives them their ids.
+        messages: what to send.
+        timeout: seconds to wait; a reply that comes later is missing.
+
+    Returns:
+        On a simulation's grid an iterator in the order of `messages`, on Flower's grids a list in order of arrival. In
+        place of a reply that cannot be read there is an error with the code `BAD_REPLY`.
+
+    Raises:
+        RunError: the SuperLink cannot be reached, or it refuses all messages.
+    """
+    if isinstance(grid, SimulationGrid):
+        return grid.send_and_receive(messages, timeout=timeout)
+    sent = _push(grid, messages)
+    deadline = time.monotonic() + timeout
+    waiting = {message.metadata.message_id: message for message in messages if message.metadata.message_id in sent}
+    unsent = Error(ErrorCode.MESSAGE_UNAVAILABLE, "NotSent: the SuperLink did not take the message to this client")
+    replies = [Message(unsent, reply_to=m) for m in messages if m.metadata.message_id not in sent]
+    faults: dict[str, str] = {}
+    tries = dict.fromkeys(waiting, 0)
+    # A small request per missing reply, never two at once, then a pause. The deadline is looked at only after all were
+    # asked for: while one client's upload stops half-way, pulling its reply can take minutes.
+    while waiting:
+        for key, message in list(waiting.items()):
+            try:
+                pulled = list(grid.pull_messages([key]))
+            except httpx.RequestError as error:
+                raise RunError(_unreachable(error)) from error
+            except Exception as error:
+                # Asked for again: the SuperLink may hand out another message with the reply, and that be the bad one.
+                faults.setdefault(key, _fault(error))
+                tries[key] += 1
+                pulled = [_refused(message, faults[key])] if tries[key] == TRIES else []
+            answers = [reply for reply in pulled if reply.metadata.reply_to_message_id == key]
+            if key in faults and any(reply.has_error() and reply.error.code in _GONE for reply in answers):
+                pulled = [_refused(message, faults[key])]
+            replies += pulled
+            if answers:
+                del waiting[key]
+        left = deadline - time.monotonic()
+        if not waiting or left <= 0:
+            break
+        time.sleep(min(left, getattr(grid, "pull_interval", PAUSE)))  # Flower's grid of a simulation has a shorter one
+    return replies + [_refused(message, faults[key]) for key, message in waiting.items() if key in faults]
+
+
+def _push(grid: Grid, messages: Sequence[Message]) -> set[str]:
+    """Sends messages; returns the ids of those that the grid took (Flower has None or "" in place of the others)."""
+    try:
+        return {key for key in grid.push_messages(messages) if key}
+    except httpx.HTTPStatusError as error:
+        raise RunError(
+            f"Flower's SuperLink refuses the messages (HTTP status {error.response.status_code}); its log says why. "
+            "Checkpoints stay."
+        ) from error
+    except httpx.RequestError as error:
+        raise RunError(_unreachable(error)) from error
+
+
+def _unreachable(error: httpx.RequestError) -> str:
+    """Flower itself tries again, without end, where a connection is refused or breaks; this is what it gives up on."""
+    return (
+        f"Flower's SuperLink cannot be reached ({_line(error)}), so the run stops; its checkpoints stay. Check that it "
+        "runs, and its certificate."
+    )
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"the SuperLink answers with HTTP status {error.response.status_code} when asked for it"
+    return f"it cannot be decoded ({_line(error)})"
+
+
+def _refused(message: Message, fault: str) -> Message:
+    return Message(Error(BAD_REPLY, f"BadReply: {fault}"), reply_to=message)
+
+
+def _line(error: Exception) -> str:
+    return harmless(f"{type(error).__name__}: {error}".partition("\n")[0])
