@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.inference.head_assignment import assign_classes, class_losses, classes_in_turn, random_classes, votes_of
+from fedlabel.inference.head_assignment import (
+    LARGEST_LOSS,
+    assign_classes,
+    class_losses,
+    classes_in_turn,
+    random_classes,
+    votes_of,
+)
 
 
 def sets_of(*rows: str) -> Tensor:
@@ -83,6 +90,8 @@ def test_class_losses_by_hand() -> None:
     expected = torch.tensor([[0, -math.log(0.25 * 0.8)], [0, -math.log(0.2 * 0.5)]])
     torch.testing.assert_close(losses, expected)
     assert seen.tolist() == [0, 2]
+    impossible, _ = class_losses(torch.tensor([[[-math.inf, 0.0, 0.0]]]), torch.tensor([0]))
+    assert impossible.tolist() == [[LARGEST_LOSS, 0.0]]  # no sample counts more
 
 
 def test_votes_are_in_the_set_or_abstain() -> None:
