@@ -88,12 +88,10 @@ def settled(kind: Any, value: Any, key: str = "") -> Any:
         return {name: settled(of.get(name, inner), each, f"{prefix}{name}") for name, each in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value, Plain):
         inner = next((typing.get_args(each)[0] for each in kinds if typing.get_origin(each) in (list, tuple)), Any)
-        leaf = typing.get_args(inner)[0] if typing.get_origin(inner) in (list, tuple) else None
-        if leaf in (int, float) and any(
-            isinstance(each, str) for each in _flat(list(value))
-        ):  # OmegaConf looks no deeper
-            raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
-        if inner in _SINGULAR and any(isinstance(each, (list, Mapping)) for each in value):  # OmegaConf takes these
+        # OmegaConf does not look into lists in lists, and takes a list or mapping for a text.
+        numbers = typing.get_origin(inner) in (list, tuple) and typing.get_args(inner)[0] in (int, float)
+        wrong = (str, Mapping, types.NoneType) if numbers else (list, Mapping) if inner in _SINGULAR else ()
+        if any(isinstance(each, wrong) for each in (_flat(list(value)) if numbers else value)):
             raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
         return [settled(inner, each, f"{key}[{place}]") for place, each in enumerate(value)]
     number = value.value if isinstance(value, Plain) else value

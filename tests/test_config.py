@@ -401,6 +401,8 @@ def test_no_number_may_be_what_it_cannot_mean(value: str) -> None:
         (["grid.num_workers=100000"], r"`grid.num_workers` \(=100000\) must lie in \[1, 1024\]"),
         (["grid.timeout=1e10"], r"`grid.timeout` \(=10000000000.0\) must lie in \(0, 1e\+09\]"),
         (["method.name=forward", "method.matrix=[1,2]"], r"`method.matrix` .* a list of lists of numbers, e.g."),
+        (["method.name=forward", "method.matrix=[{a: 1}]"], r"`method.matrix` .* a list of lists of numbers, e.g."),
+        (["method.name=forward", "method.matrix=[[null]]"], r"`method.matrix` .* a list of lists of numbers, e.g."),
     ],
 )
 def test_types_and_sizes(overrides: list[str], message: str) -> None:
