@@ -422,4 +422,4 @@ def test_partition_prints_what_a_loader_has_to_say(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert result.output.count("note: ") == 1
-    assert f"note: {tmp_path / 'set.npz'}: weights of it is not read." in result.output
+    assert f"note: {tmp_path / 'set.npz'}: weights of it is used only where a key names it" in result.output

@@ -83,7 +83,10 @@ def load_npz(config: DataConfig) -> Loaded:
     unread = [name for name in names if name not in (*KEYS, *OPTIONAL_KEYS)]
     if unread:
         hint = _meant(["class_names"], unread) if "class_names" not in names else ""
-        notes.append(f"{path}: {listed(unread)} of it {'is' if len(unread) == 1 else 'are'} not read.{hint}")
+        is_used = "is used" if len(unread) == 1 else "are used"
+        notes.append(
+            f"{path}: {listed(unread)} of it {is_used} only where a key names it, e.g. partition.column.{hint}"
+        )
     notes += [*labels.notes, *repeated_images(train, test, str(path))]
     return Loaded(train, test, labels.class_names, tuple(notes))
 

@@ -206,11 +206,15 @@ def check_size(build: Callable[[], nn.Module], config: ModelConfig, memory: int)
 
 
 def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:
+    if input_shape[1:] == (1, 1):
+        return ValueError(
+            f"`model.name` (={name}) is for images, and the data set has rows of a table ({input_shape[0]} features "
+            "each): take model.name=mlp."
+        )
     shape = "x".join(map(str, input_shape))
-    hint = " For tables, whose rows are images of one pixel, take model.name=mlp." if input_shape[1:] == (1, 1) else ""
     return ValueError(
         f"`model.name` (={name}) does not accept images of shape {shape} (channels x height x width): "
-        f"it needs {needs}. Choose another model or data set.{hint}"
+        f"it needs {needs}. Choose another model or data set."
     )
 
 
