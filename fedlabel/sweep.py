@@ -333,4 +333,6 @@ def _near(name: str, known: Sequence[str]) -> str:
 def _unknown_key(schema: type, where: str, name: str) -> str:
     """Returns the message for a key that a sweep does not have."""
     full = f"{where}.{name}" if where else name
-    return f"`{full}` is no key of a sweep, which must be one of {_near(name, list(fields_of(schema)))}"
+    known = list(fields_of(schema))
+    allowed = f" Allowed here: {', '.join(known)}."
+    return f"`{full}` is no key of a sweep.{did_you_mean(name, known) or allowed}"
