@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.config_names import unknown_key
 from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
-from fedlabel.config_text import ConfigError, Plain, merged, parse_value, parse_yaml, read_mapping, shown
+from fedlabel.config_text import ConfigError, Plain, as_written, merged, parse_value, parse_yaml, read_mapping, shown
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
@@ -348,6 +348,13 @@ def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
 
 
 def _resolve(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
+    try:
+        return _resolved(layers)
+    except ConfigError as error:
+        raise ConfigError(as_written(str(error), layers)) from error
+
+
+def _resolved(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
     schema, name = _method_schema(layers)
     unknown = partial(unknown_key, ExperimentConfig, schema, name)
     kinds = {**hints(ExperimentConfig), "method": schema}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ _TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fal
 _INTEGER = re.compile(r"[-+]?[0-9]{1,400}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_BARE = re.compile(r"[^\W\d][\w./-]*")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -62,16 +63,56 @@ def one_line(message: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns a value for a message, cut where it is long; `value`: as `parse_yaml` returns it."""
-    if isinstance(value, Plain):
-        text = value.text
-    elif value is None or isinstance(value, bool):
-        text = "null" if value is None else str(value).lower()
-    elif isinstance(value, float) and math.isinf(value):
-        text = f"{'-' if value < 0 else ''}.inf"
-    else:
-        text = str(plain(value))
+    """Returns a value for a message, as YAML has it and cut where it is long; `value`: as `parse_yaml` returns it."""
+    text = value if isinstance(value, str) else _flow(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _flow(value: Any) -> str:
+    """Returns a value as in YAML's lists and mappings in one line: numbers as they were written."""
+    if isinstance(value, Plain):
+        return value.text
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_flow(str(key))}: {_flow(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_flow, value))}]"
+    if isinstance(value, str):
+        bare = _BARE.fullmatch(value) and value not in (*_NULLS, *_TRUTH)
+        return value if bare else "'" + value.replace("'", "''") + "'"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{'-' * (value < 0)}.inf" if isinstance(value, float) and math.isinf(value) else str(value)
+
+
+def as_written(message: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a message in which "`key` (=value)" has what was written in place of Python's text of the value.
+
+    Args:
+        message: of whoever knows values only: `10.0` of 1e1, `inf` of .inf, `True` of true.
+        layers: mappings as `parse_yaml` returns them; later ones win.
+    """
+    for key, value in {key: value for layer in layers for key, value in _by_key("", layer)}.items():
+        number = plain(value)
+        forms = {str(number), shown(number)}
+        if isinstance(number, list):
+            forms |= {str(tuple(number)), f"[{', '.join(map(str, number))}]"}
+        elif isinstance(number, (int, float)):
+            forms |= {f"{number:g}", f"{float(number)}"} if abs(number) < 1e300 else set()
+        for form in forms:
+            message = message.replace(f"`{key}` (={form})", f"`{key}` (={shown(value)})")
+    return message
+
+
+def _by_key(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the full key and the value of everything in a mapping."""
+    if key:
+        yield key, value
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _by_key(f"{key}.{name}" if key else name, each)
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _by_key(f"{key}[{place}]", each)
 
 
 def plain(value: Any) -> Any:
