@@ -16,7 +16,7 @@ import torchvision
 from fedlabel.config import PROJECT_ROOT, ConfigError, ExperimentConfig
 from fedlabel.config_names import inner_schema
 from fedlabel.config_schema import describe, fields_of, hints
-from fedlabel.config_text import shown
+from fedlabel.config_text import as_yaml
 from fedlabel.data.datasets import DATASETS
 from fedlabel.data.partition import FLWR_DATASETS
 from fedlabel.methods import METHODS, method_class
@@ -114,7 +114,7 @@ def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",))
         return
     known = [*METHODS, *SECTIONS]
     raise ConfigError(
-        f"`{shown(name)}` is neither a method nor a section of the configuration, of which there are "
+        f"`{as_yaml(name)}` is neither a method nor a section of the configuration, of which there are "
         f"{', '.join(known)}.{did_you_mean(name, known)}"
     )
 
@@ -159,7 +159,7 @@ def _keys(schema: type, where: str, width: int, base: object = None) -> Iterator
 def _default(value: Any) -> str:
     if value is dataclasses.MISSING:
         return "none: it must be given"
-    return '""' if value == "" else str(value).lower() if isinstance(value, bool) else shown(value)
+    return '""' if value == "" else str(value).lower() if isinstance(value, bool) else as_yaml(value)
 
 
 def _wrapped(text: str, width: int, first: str = "", later: str | None = None) -> list[str]:

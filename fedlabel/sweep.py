@@ -15,7 +15,7 @@ from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_config
 from fedlabel.config_schema import build, fields_of, settled
-from fedlabel.config_text import merged, read_mapping, shown
+from fedlabel.config_text import as_yaml, merged, read_mapping
 from fedlabel.evaluation import EVALUATED
 from fedlabel.names import counted, did_you_mean
 
@@ -185,7 +185,7 @@ def _read_sweep(path: str | Path, extending: tuple[Path, ...]) -> dict[str, Any]
     base = content.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):
-            raise ConfigError(f"{file}: `extends` (={shown(base)}) must be the name of another sweep's file.")
+            raise ConfigError(f"{file}: `extends` (={as_yaml(base)}) must be the name of another sweep's file.")
         content = merged(_read_sweep(base, (*extending, file.resolve())), content)
     rows = {key: value for key, value in content.items() if key in ("methods", "settings") and isinstance(value, dict)}
     content |= {key: {name: row for name, row in value.items() if row is not None} for key, value in rows.items()}

@@ -26,6 +26,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods.base import Limits, Method, PhaseResult
 from fedlabel.methods.steps import State, StateDict
 from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
+from fedlabel.shown import shown
 from fedlabel.training import weight_in_mean
 from fedlabel.training_config import TrainingConfig
 from server.functions import OF_SAMPLES, RATES
@@ -75,16 +76,13 @@ class Refused(ValueError):
 
 
 def harmless(text: str, most: int = 300) -> str:
-    """Returns a text of someone else as it may be shown: what is no printable character is escaped (terminal codes,
-    marks that turn the direction of writing), but for line ends, and what is too long is cut.
-    """
-    shown = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text[:most])
-    return shown if len(text) <= most else f"{shown}... (cut, of {len(text):,} characters)"
+    """Returns a text of someone else, see `shown`; it keeps its lines."""
+    return shown(text, most, keep="\n")
 
 
 def _listed(names: Sequence[str]) -> str:
     """Returns the first of a client's names, in one line."""
-    return ", ".join(harmless(name, 60).replace("\n", "\\n") for name in names[:3]) + (", ..." * (len(names) > 3))
+    return ", ".join(shown(name, 60) for name in names[:3]) + (", ..." * (len(names) > 3))
 
 
 class ArrayForm(NamedTuple):

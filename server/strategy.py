@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from fedlabel.config import ConfigError, StrategyConfig, cohort_size
 from fedlabel.config_schema import LARGEST
-from fedlabel.config_text import shown
+from fedlabel.config_text import as_yaml
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
 from server.npy import npy_header
@@ -137,7 +137,7 @@ def _argument(name: str, value: object) -> int | float:
     kind, allowed, words = _ARGUMENTS[name]
     right = isinstance(value, (int, kind)) and not isinstance(value, bool) and allowed(value)
     if not right:
-        raise ConfigError(f"`strategy.args.{name}` (={shown(value)}) must be {words}.")
+        raise ConfigError(f"`strategy.args.{name}` (={as_yaml(value)}) must be {words}.")
     return kind(value)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 import torchvision
@@ -12,6 +11,7 @@ from torch import nn
 
 from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp, Net, Part
 from fedlabel.models.resnet import Bottleneck, ResNet, ResNet9, WideResNet
+from fedlabel.names import did_you_mean
 
 NORMS = ("group", "batch", "none")
 
@@ -56,9 +56,7 @@ class ModelConfig:
             allowed = list(MODELS)
             expected = f"one of {', '.join(MODELS)}, or {TORCHVISION}<name>"
         if self.name not in allowed:
-            near = " or ".join(get_close_matches(self.name, allowed))
-            hint = f" Did you mean {near}?" if near else ""
-            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{hint}")
+            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{did_you_mean(self.name, allowed, 3)}")
         if self.norm not in NORMS:
             raise ValueError(f"`model.norm` (={self.norm}) must be one of {', '.join(NORMS)}.")
         for key, most in (("width", MAX_WIDTH), ("hidden", MAX_HIDDEN)):
