@@ -318,7 +318,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Writes summary.json and marks the run as finished in TensorBoard's HParams tab."""
-        write_atomic(self.summary_json, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+        write_atomic(self.summary_json, json.dumps(as_json(summary), indent=2, allow_nan=False) + "\n")
         _, _, session_end = summaries.hparams({}, {})
         self._events.add(session_end)
         self._events.flush()
@@ -580,17 +580,17 @@ def _wait_for_later_name(path: Path) -> None:
 
 
 def _json_line(row: Mapping[str, object]) -> str:
-    return json.dumps(_plain(row), allow_nan=False) + "\n"
+    return json.dumps(as_json(row), allow_nan=False) + "\n"
 
 
-def _plain(value: object) -> Any:
+def as_json(value: object) -> Any:
     """Returns `value` as JSON has it: arrays as lists, NaN and infinity, which JSON has not, as None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
-        return _plain(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -26,9 +26,11 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods.base import Limits, Method, PhaseResult
 from fedlabel.methods.steps import State, StateDict
 from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
+from fedlabel.shown import shown
 from fedlabel.training import weight_in_mean
 from fedlabel.training_config import TrainingConfig
 from server.functions import OF_SAMPLES, RATES
+from server.npy import npy_header
 
 LARGEST_WEIGHT = 1e12
 """Of a model: the sum of the squares of a large network's weights is then still a float32."""
@@ -67,11 +69,6 @@ EVALUATED = frozenset(
     ]
 )
 """The server's own tags of these groups."""
-_HEADER = re.compile(
-    rb"\{'descr': '([<>|=]?[a-zA-Z?]\d{0,2})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,15},? ?)*)\), \} *\n"
-)
-_NPY_1_0 = b"\x93NUMPY\x01\x00"
-"""A file of numpy.save starts with this, then with the length of its header in two bytes."""
 
 
 class Refused(ValueError):
@@ -79,16 +76,13 @@ class Refused(ValueError):
 
 
 def harmless(text: str, most: int = 300) -> str:
-    """Returns a text of someone else as it may be shown: what is no printable character is escaped (terminal codes,
-    marks that turn the direction of writing), but for line ends, and what is too long is cut.
-    """
-    shown = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text[:most])
-    return shown if len(text) <= most else f"{shown}... (cut, of {len(text):,} characters)"
+    """Returns a text of someone else, see `shown`; it keeps its lines."""
+    return shown(text, most, keep="\n")
 
 
 def _listed(names: Sequence[str]) -> str:
     """Returns the first of a client's names, in one line."""
-    return ", ".join(harmless(name, 60).replace("\n", "\\n") for name in names[:3]) + (", ..." * (len(names) > 3))
+    return ", ".join(shown(name, 60) for name in names[:3]) + (", ..." * (len(names) > 3))
 
 
 class ArrayForm(NamedTuple):
@@ -137,14 +131,12 @@ class ArrayForm(NamedTuple):
         """Returns where the values begin and in which order they are. What a client wrote is not evaluated."""
         if data.startswith(self.header):
             return len(self.header), "C"
-        start = 10 + int.from_bytes(data[8:10], "little")
-        found = _HEADER.fullmatch(data[10:start]) if data.startswith(_NPY_1_0) else None
+        found = npy_header(data)
         if found is None:
             raise Refused(f"BadReply: {what} cannot be read: it is no file of numpy.save")
-        shape = tuple(int(size) for size in found[3].replace(b",", b" ").split())
-        if found[1].decode() != np.lib.format.dtype_to_descr(self.dtype) or shape != self.shape:
-            raise Refused(f"BadReply: {what} holds {found[1].decode()} {shape}, not {self.dtype} {self.shape}")
-        return start, "F" if found[2] == b"True" else "C"
+        if found.descr != np.lib.format.dtype_to_descr(self.dtype) or found.shape != self.shape:
+            raise Refused(f"BadReply: {what} holds {found.descr} {found.shape}, not {self.dtype} {self.shape}")
+        return found.start, found.order
 
     def _check(self, what: str, values: np.ndarray) -> None:
         if not values.size:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -155,15 +155,14 @@ def pseudo_panel(
     )
 
 
-def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str, object]:
+def summary(rows: Sequence[Mapping[str, Any]], experiment: Experiment, commit: str) -> dict[str, object]:
     """Returns the content of `summary.json`, from `metrics.jsonl` (so it covers resumed runs as a whole).
 
     Args:
-        folder: the run's.
+        rows: the run's rounds, as `read_metrics` returns them.
         experiment: the run's.
         commit: of the code that this process began with.
     """
-    rows = folder.read_metrics()
     config = experiment.config
     keys = ("system/round_seconds", *_COUNTED, *_CLAIMED)
     total = add_counts({key: [row.get(key) or 0.0] for key in keys} for row in rows)
@@ -194,6 +193,8 @@ def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str,
     }
 
 
+OF_THE_PROCESS = ("commit", "source_hash", "versions", "hardware", "command")
+"""Keys of `summary` that tell of the process which ended the run."""
 _SUMMARIZED = ("eval/", "pseudo/", "posterior/", "transition/", "belief/", "graph/", "functions/", "train/loss")
 _COUNTED = (
     "comm/bytes_up",

@@ -28,7 +28,15 @@ from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit, source_hash
 from fedlabel.methods.base import Method, state_to_lists
 from fedlabel.methods.steps import State, StateDict
-from fedlabel.tracking import PARTITION_JSON, RunFolder, is_evaluated, write_atomic
+from fedlabel.tracking import (
+    PARTITION_JSON,
+    RunFolder,
+    as_json,
+    is_evaluated,
+    read_metrics,
+    read_summary,
+    write_atomic,
+)
 from server.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from server.exchange import replies_to
 from server.functions import FunctionWatch
@@ -36,7 +44,7 @@ from server.grids import SimulationGrid
 from server.helpers import HelperPool
 from server.noise import NoiseWatch
 from server.replies import Refused, ReplySchema, harmless, read_identity
-from server.report import log_round, select_key, summary
+from server.report import OF_THE_PROCESS, log_round, select_key, summary
 from server.selection import Selection
 from server.strategy import (
     CannotCombine,
@@ -136,14 +144,33 @@ def run_federation(
         if checkpoint.client_states:
             assert isinstance(grid, SimulationGrid)  # only they have states to save
             grid.load_states(checkpoint.client_states)
+        finished = _finished(experiment, path, checkpoint)
+        if finished is not None:
+            return finished
     sizes = [len(rows) for rows in federation.parts]
     nodes = connect(grid, config, sizes)
     schema = ReplySchema.of(experiment, sizes)
     with closing(open_folder(experiment, path, checkpoint if resume else None)) as folder:
         _rounds(experiment, strategy, grid, nodes, schema, folder, checkpoint, on_round)
-        result = summary(folder, experiment, commit)
+        result = summary(folder.read_metrics(), experiment, commit)
         folder.write_summary(result)
         return result
+
+
+def _finished(experiment: Experiment, path: Path, checkpoint: Checkpoint) -> dict[str, object] | None:
+    """Returns what `summary.json` says of a run without rounds left; None where something is to be done or mended."""
+    if checkpoint.round_number < experiment.config.num_rounds:
+        return None
+    try:
+        saved, rows = read_summary(path), read_metrics(path)
+        same_keys = (path / "config.yaml").read_text() == to_yaml(experiment.config)
+    except (OSError, ValueError, RecursionError):
+        return None
+    made = as_json(summary(rows, experiment, ""))
+    if not same_keys or any(saved.get(key) != value for key, value in made.items() if key not in OF_THE_PROCESS):
+        return None
+    _check_same_data(path / PARTITION_JSON, experiment.federation)
+    return saved
 
 
 def open_folder(experiment: Experiment, path: Path, checkpoint: Checkpoint | None) -> RunFolder:

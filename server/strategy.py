@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from io import BytesIO
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,9 +18,12 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from fedlabel.config import ConfigError, StrategyConfig, cohort_size
 from fedlabel.config_schema import LARGEST
-from fedlabel.config_text import shown
+from fedlabel.config_text import as_yaml
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
+from server.npy import npy_header
+
+logger = logging.getLogger("fedlabel")
 
 
 class CannotCombine(ValueError):
@@ -30,22 +32,11 @@ class CannotCombine(ValueError):
 
 def decode(array: Array) -> np.ndarray:
     """Returns what `array.numpy()` returns, as a read-only view of its bytes and without parsing its header anew."""
-    data = array.data
-    if array.stype != "numpy.ndarray" or data[:8] != _NPY_1_0:
+    header = npy_header(array.data) if array.stype == "numpy.ndarray" else None
+    if header is None:
         return array.numpy()
-    start = 10 + int.from_bytes(data[8:10], "little")
-    shape, fortran_order, dtype = _npy_header(data[:start])
-    values = np.frombuffer(data, dtype, math.prod(shape), start)
-    return values.reshape(shape, order="F" if fortran_order else "C")
-
-
-_NPY_1_0 = b"\x93NUMPY\x01\x00"
-"""A file of numpy.save starts with this, then with the length of its header in two bytes."""
-
-
-@lru_cache(maxsize=1024)  # a model's arrays have the same few headers in every reply
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return np.lib.format.read_array_header_1_0(BytesIO(header[len(_NPY_1_0) :]))
+    values = np.frombuffer(array.data, header.descr, math.prod(header.shape), header.start)
+    return values.reshape(header.shape, order=header.order)  # type: ignore[call-overload]
 
 
 class WeightedMean(FedAvg):
@@ -146,7 +137,7 @@ def _argument(name: str, value: object) -> int | float:
     kind, allowed, words = _ARGUMENTS[name]
     right = isinstance(value, (int, kind)) and not isinstance(value, bool) and allowed(value)
     if not right:
-        raise ConfigError(f"`strategy.args.{name}` (={shown(value)}) must be {words}.")
+        raise ConfigError(f"`strategy.args.{name}` (={as_yaml(value)}) must be {words}.")
     return kind(value)
 
 
@@ -246,7 +237,9 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message],
         with np.errstate(all="ignore"):  # what is not finite is looked for in the result
             combined = strategy.aggregate_train(round_number, weighted)[0]
     except (AppExitException, ArithmeticError, IndexError, ValueError) as error:
-        raise CannotCombine(f"{type(strategy).__name__} cannot combine {len(weighted)} replies ({error})") from error
+        logger.debug("Strategy %s failed", type(strategy).__name__, exc_info=True)  # where: the round has its own error
+        reason = f"{type(error).__name__}: {error}"
+        raise CannotCombine(f"{type(strategy).__name__} cannot combine {len(weighted)} replies ({reason})") from error
     finally:
         np.random.set_state(before)  # noqa: NPY002
     if combined is None:

@@ -33,7 +33,7 @@ from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
 from fedlabel.methods.top_count import TopCount
 from fedlabel.methods.uda import UDA
-from fedlabel.names import did_you_mean
+from fedlabel.names import did_you_mean, simple
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
 IMPORTLIB = str(Path(importlib.__file__).parent)
@@ -67,6 +67,17 @@ METHODS: dict[str, type[Method]] = {
     "llp_vat": LLPVAT,
 }
 
+CALLED_ELSEWHERE = {
+    "fedavg": "Take supervised, which is FedAvg on the labelled samples",
+    "fedsgd": "Take supervised with training.local_steps=1, which is FedSGD on the labelled samples, by mini-batches",
+    "fedprox": "Take supervised with training.prox_mu, which is FedProx on the labelled samples",
+    **dict.fromkeys(
+        ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedopt"),
+        "That is how the server combines models: set strategy.name",
+    ),
+}
+"""Simple names of algorithms that people look for among the methods -> what to take."""
+
 
 def method_class(name: str) -> type[Method]:
     """Returns the class of a method by its name in `METHODS`, or by "package.module:Class".
@@ -77,9 +88,10 @@ def method_class(name: str) -> type[Method]:
     if name in METHODS:
         return METHODS[name]
     if ":" not in name:
+        known = CALLED_ELSEWHERE.get(simple(name))
+        hint = f" {known}." if known else did_you_mean(name, METHODS)
         raise ValueError(
-            f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own."
-            f"{did_you_mean(name, METHODS)}"
+            f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own.{hint}"
         )
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):

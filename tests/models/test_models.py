@@ -280,7 +280,9 @@ def test_one_hidden_layer_is_the_default_of_mlp():
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_a_table_is_refused_by_all_but_mlp(name):
-    with pytest.raises(ValueError, match=rf"`model.name` \(={name}\) .* 30x1x1 .*For tables, .* take model.name=mlp"):
+    with pytest.raises(
+        ValueError, match=rf"`model.name` \(={name}\) is for images.*rows of a table \(30 .*: take model.name=mlp"
+    ):
         build(name, (30, 1, 1))
 
 

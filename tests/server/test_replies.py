@@ -112,7 +112,7 @@ FAULTS = {
     "a list of samples": (put("metrics", "num-examples", [1.0]), r"`num-examples` \(=\[1.0\]\)"),
     "a text of samples": (put("metrics", "num-examples", "8"), r"`num-examples` \(=8\)"),
     "an infinite loss": (put("metrics", "train_loss", float("inf")), r"`train_loss` \(=inf\)"),
-    "a huge loss": (put("metrics", "train_loss", HUGE), r"`train_loss` \(=10000.*\(cut, of 401 characters\)"),
+    "a huge loss": (put("metrics", "train_loss", HUGE), r"`train_loss` \(=10000*…\)"),
     # sums
     "the run's accuracy": (put("sums", "eval/accuracy", [99.0, 100.0]), "eval/accuracy is none that a client may"),
     "the round": (put("sums", "round", [1e6, 1.0]), "its metric round is none"),
@@ -405,7 +405,7 @@ def test_odd_statistics_are_refused(value: Any, reason: str) -> None:
 def test_a_text_of_someone_else_is_harmless() -> None:
     assert harmless("Fehler: \u00e4 [bold]x[/bold]\nline two") == "Fehler: \u00e4 [bold]x[/bold]\nline two"
     assert harmless("a\x1b[31m\x07\r\x9b\u202eb\ud800") == r"a\x1b[31m\x07\r\x9b\u202eb\ud800"
-    assert harmless("x" * 10_000_000, 5) == "xxxxx... (cut, of 10,000,000 characters)"
+    assert harmless("x" * 10_000_000, 5) == "xxxxx…"
 
 
 @pytest.mark.parametrize(

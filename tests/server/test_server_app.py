@@ -140,7 +140,7 @@ def test_default_name_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ("training.lr=-1", r"`training.lr` \(=-1.0\) must be a positive number."),
+        ("training.lr=-1", r"`training.lr` \(=-1\) must be a positive number."),
         ("num_clients=9 grid.connect_timeout=0.1", "Only 2 of `num_clients`"),
     ],
 )

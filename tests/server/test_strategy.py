@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from flwr.serverapp.strategy import FedAdam
 from fedlabel.config import ConfigError, StrategyConfig
 from server.grids import InProcessGrid
 from server.strategy import (
+    CannotCombine,
     WeightedMean,
     aggregate,
     build_strategy,
@@ -219,6 +221,16 @@ def test_every_argument_that_a_strategy_takes_is_checked() -> None:
         for argument in allowed if allowed != ["nothing"] else []:
             with pytest.raises(ConfigError, match=rf"`strategy.args.{argument}` \(=x\) must be a"):
                 build_strategy(StrategyConfig(name, {argument: "x"}))
+
+
+def test_where_a_strategy_failed_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FedAdam):
+        def aggregate_train(self, *_: object) -> NoReturn:
+            raise IndexError("of a bug")
+
+    with caplog.at_level("DEBUG", "fedlabel"), pytest.raises(CannotCombine, match=r"\(IndexError: of a bug\)"):
+        aggregate(Broken(), 1, [reply({"w": 1.0}, {"num-examples": 1.0})])
+    assert 'raise IndexError("of a bug")' in caplog.text
 
 
 @pytest.mark.parametrize(
