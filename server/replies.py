@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
@@ -25,21 +26,17 @@ from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.experiment import Experiment
 from fedlabel.methods.base import Limits, Method, PhaseResult
 from fedlabel.methods.steps import State, StateDict
+from fedlabel.metric_tags import LARGEST_MEAN, client_tags
 from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
 from fedlabel.training import weight_in_mean
 from fedlabel.training_config import TrainingConfig
-from server.functions import OF_SAMPLES, RATES
 
 LARGEST_WEIGHT = 1e12
 """Of a model: the sum of the squares of a large network's weights is then still a float32."""
 LARGEST_NUMBER = 1e15
 """Of counts and statistics: whole numbers up to here are float64s."""
-LARGEST_LOSS = 1e40
-"""Of metrics: a client whose training goes astray reports sums of float32s."""
 LARGEST_POWER_BASE = 1e6
 """Of losses that a strategy takes powers of."""
-MOST_TAGS = 50
-"""Metrics that a client may send."""
 PER_DRAW = 100
 """How often, at most, a sample that is drawn is counted by one metric, or sent through one network."""
 _ROUNDING = 1e-3
@@ -51,22 +48,6 @@ _RECORDS = {
     "counts": ConfigRecord,
     "statistics": ConfigRecord,
 }
-_TAG = re.compile(r"(train|pseudo|posterior|transition|belief|bag|graph|functions)/[A-Za-z][A-Za-z0-9_]{0,39}")
-"""The groups of tags in which clients write."""
-EVALUATED = frozenset(
-    [
-        *(f"train/{name}" for name in ("forward_samples", "backward_samples")),
-        *(f"pseudo/{name}" for name in ("accuracy", "accuracy_local", "accuracy_global", "correct_wrong_ratio")),
-        *(f"pseudo/{name}" for name in ("coverage_local", "coverage_global", "ece", "ece_kept", "reliability")),
-        *(f"pseudo/{name}" for name in ("class_coverage", "class_accuracy", "client_coverage", "client_accuracy")),
-        *(f"pseudo/{name}" for name in ("confidences", "beliefs", "samples")),
-        *(f"posterior/accuracy_{name.replace(' ', '_')}" for name in KIND_NAMES),
-        *(f"transition/{name}" for name in ("smallest_diagonal", "largest_error", "mean_error")),
-        *(f"functions/{name}" for name in (*RATES, *OF_SAMPLES)),
-        *(f"functions/{name}" for name in ("estimated_accuracy", "estimation_error", "classes", "clients")),
-    ]
-)
-"""The server's own tags of these groups."""
 _HEADER = re.compile(
     rb"\{'descr': '([<>|=]?[a-zA-Z?]\d{0,2})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,15},? ?)*)\), \} *\n"
 )
@@ -210,12 +191,14 @@ class ReplySchema:
         annotators: int = 0,
         units: Callable[[int, bool], Units] | None = None,
         max_update_norm: float | None = None,
-        losses: tuple[float, float] = (-LARGEST_LOSS, LARGEST_LOSS),
+        losses: tuple[float, float] = (-LARGEST_MEAN, LARGEST_MEAN),
     ) -> None:
         self.method = method
         self.num_classes = num_classes
         self.max_update_norm = max_update_norm
         self.losses = losses
+        self.tags = client_tags(method.metrics)
+        """Name -> tag of each metric that a client may send."""
         self._model = {name: value.cpu() for name, value in model.items()}
         self._training = training
         self._sizes = sizes
@@ -246,7 +229,7 @@ class ReplySchema:
             record.annotations.shape[1],
             cache(lambda client, unlabeled: bag_units(experiment.federation.supervision(client), unlabeled)),
             config.strategy.max_update_norm,
-            (0.0, LARGEST_POWER_BASE) if config.strategy.name == "QFedAvg" else (-LARGEST_LOSS, LARGEST_LOSS),
+            (0.0, LARGEST_POWER_BASE) if config.strategy.name == "QFedAvg" else (-LARGEST_MEAN, LARGEST_MEAN),
         )
 
     def of_round(self, round_number: int, shared: State, messages: Sequence[Message]) -> RoundSchema:
@@ -340,23 +323,31 @@ class RoundSchema(NamedTuple):
                 raise Refused(f"BadReply: `{name}` (={value}) must lie in [0, {most:g}], as what it holds allows")
         loss, (least, largest) = record["train_loss"], self.schema.losses
         if type(loss) not in (int, float) or not least <= loss <= largest:  # type: ignore[operator]
+            kind = "TooLarge" if type(loss) in (int, float) and loss > largest else "BadReply"  # type: ignore[operator]
             raise Refused(
-                f"BadReply: `train_loss` (={_listed([str(loss)])}) must be a number in [{least:g}, {largest:g}]"
+                f"{kind}: `train_loss` (={_listed([str(loss)])}) must be a number in [{least:g}, {largest:g}]"
             )
         return record
 
     def _sums(self, record: ConfigRecord, limits: ClientLimits) -> Counts:
-        if len(record) > MOST_TAGS:
-            raise Refused(f"BadReply: it has {len(record)} metrics, more than {MOST_TAGS}")
         for name, pair in record.items():
-            if not _TAG.fullmatch(name) or name in EVALUATED:
+            tag = self.schema.tags.get(name)
+            if tag is None:
                 raise Refused(f"BadReply: its metric {_listed([name])} is none that a client may write")
-            _, count = _numbers("metric", name, pair, 2, LARGEST_LOSS)
+            total, count = _numbers("metric", name, pair, 2, sys.float_info.max)
             most = float(PER_DRAW * (limits.draws + 1) * (self.schema.num_classes + 1))
-            if name.startswith("graph/"):  # of pairs of samples
+            if tag.of_pairs:
                 most = max(most, limits.method.samples * (limits.method.samples - 1) / 2)
             if not 0 <= count <= most:
                 raise Refused(f"BadReply: its metric {name} is over {count:g} samples, more than it can have")
+            least, largest = tag.range(self.schema.num_classes)
+            slack = _ROUNDING * max(abs(least), abs(largest))
+            if not (least - slack) * count <= total <= (largest + slack) * count:
+                kind = "TooLarge" if largest == LARGEST_MEAN else "BadReply"  # as of a training that diverged
+                raise Refused(
+                    f"{kind}: its metric {name} (sum {total:g} over {count:g}) must have a mean in [{least:g}, "
+                    f"{largest:g}]"
+                )
         return dict(record)  # type: ignore[arg-type]
 
     def _counts(self, record: ConfigRecord, limits: ClientLimits) -> Counts:

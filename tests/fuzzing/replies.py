@@ -23,6 +23,7 @@ from clients.client_app import app
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods.steps import State
+from fedlabel.metric_tags import client_tags
 from server.checkpoint import load_checkpoint
 from server.functions import FunctionWatch
 from server.grids import InProcessGrid
@@ -186,6 +187,8 @@ ODD: tuple[Any, ...] = (
 """What stands for no number, and for no pair of a sum and a count."""
 SHAPES = ((8, 64), (8,), (10, 8), (10,), (44, 8), (44,))
 """Of the models' arrays."""
+GROUPS = ("train", "pseudo", "posterior", "transition", "belief", "bag", "graph", "functions")
+"""Of clients' metrics."""
 RECORDS = ("arrays", "metrics", "sums", "counts", "statistics")
 NAMES = (
     "evil",
@@ -305,7 +308,8 @@ def _sum(rng: np.random.Generator, body: RecordDict) -> None:
     record = body.get("sums")
     if not isinstance(record, ConfigRecord):
         return
-    if rng.random() < 0.5:
+    chance = rng.random()
+    if chance < 0.4:
         tags = (
             "eval/accuracy",
             "round",
@@ -313,8 +317,15 @@ def _sum(rng: np.random.Generator, body: RecordDict) -> None:
             "interim/accuracy",
             "system/failed_clients",
             "comm/bytes_up",
+            *(f"{group}/invented" for group in GROUPS),
         )
         _put(record, _any(rng, [*tags, "pseudo/accuracy", "train/forward_samples", *NAMES]), [1.0, 1.0])
+    elif chance < 0.7:  # a mean out of the tag's range
+        tag = _any(rng, client_tags().values())
+        least, largest = tag.range(10)
+        beyond = float(10 ** rng.uniform(-1, 30)) * max(abs(least), abs(largest))
+        mean, count = _any(rng, [least - beyond, largest + beyond]), float(rng.integers(1, 9))
+        _put(record, tag.name, [mean * count, count])
     else:
         _put(record, _any(rng, [*record, "train/loss"]), _any(rng, [*ODD, 1.0, [1.0, 1e14], [1e307, 1.0]]))
 

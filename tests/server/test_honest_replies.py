@@ -9,7 +9,8 @@ from flwr.app import RecordDict
 
 import fedlabel
 from fedlabel.methods import METHODS
-from server.replies import _TAG, EVALUATED, Reply, RoundSchema
+from fedlabel.metric_tags import client_tags, find_tag
+from server.replies import Reply, RoundSchema
 
 TINY = (
     *("num_clients=3", "fraction_train=1.0", "partition.kind=dirichlet", "data.train_samples=150", "model.name=mlp"),
@@ -53,7 +54,7 @@ OTHER_FORMS = {
 
 @pytest.mark.parametrize("name", [*METHODS, *OTHER_FORMS])
 def test_honest_clients_are_not_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no metric that the server makes itself may come from one of them."""
+    """And every metric that a run writes is declared, those as a client's that clients send and no others."""
     read, sent = RoundSchema.read, set()
 
     def watching(self: RoundSchema, content: RecordDict, client: int) -> Reply:
@@ -68,4 +69,6 @@ def test_honest_clients_are_not_refused(name: str, tmp_path: Path, monkeypatch: 
     assert not failed.exists(), failed.read_text()
     for row in result.metrics:
         assert (row["system/refused_replies"], row["system/failed_clients"]) == (0, 0)
-        assert not {tag for tag in row if _TAG.fullmatch(tag)} - sent - EVALUATED
+        assert not {key for key in row if find_tag(key) is None} - {"round"}
+        assert set(row) & client_tags().keys() <= sent
+    assert sent <= client_tags().keys()
