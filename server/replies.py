@@ -28,6 +28,7 @@ from fedlabel.methods.base import Limits, Method, PhaseResult
 from fedlabel.methods.steps import State, StateDict
 from fedlabel.metric_tags import LARGEST_MEAN, client_tags
 from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
+from fedlabel.models import NO_STATISTICS, RunningStatistics
 from fedlabel.training import weight_in_mean
 from fedlabel.training_config import TrainingConfig
 
@@ -81,14 +82,17 @@ class ArrayForm(NamedTuple):
     """What numpy.save writes in front of such an array."""
     type_name: str
     """Of the dtype."""
+    least: float
+    largest: float
 
     @classmethod
-    def like(cls, value: torch.Tensor) -> ArrayForm:
-        """Returns the form of a tensor."""
+    def like(cls, value: torch.Tensor, not_negative: bool = False) -> ArrayForm:
+        """Returns the form of a tensor; not_negative: whether no number in it can be below 0."""
         dtype, shape, file = torch.empty(0, dtype=value.dtype).numpy().dtype, tuple(value.shape), BytesIO()
         about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, about)
-        return cls(dtype, shape, file.getvalue(), str(dtype))
+        largest = LARGEST_WEIGHT if dtype.kind == "f" else LARGEST_NUMBER
+        return cls(dtype, shape, file.getvalue(), str(dtype), 0.0 if not_negative else -largest, largest)
 
     def read(self, name: str, array: Array) -> np.ndarray:
         """Returns the array as a read-only view of its bytes; `name` is the server's own for it.
@@ -134,11 +138,12 @@ class ArrayForm(NamedTuple):
             if values.view(np.uint8).max() > 1:
                 raise Refused(f"BadReply: {what} holds what is neither true nor false")
             return
-        largest = LARGEST_WEIGHT if self.dtype.kind == "f" else LARGEST_NUMBER
-        if not (values.min() >= -largest and values.max() <= largest):  # nor if one is NaN
+        if not (values.min() >= self.least and values.max() <= self.largest):  # nor if one is NaN
             if not np.isfinite(values).all():
                 raise Refused(f"NotFinite: {what} holds NaN or infinity")
-            raise Refused(f"TooLarge: {what} holds a number beyond +-{largest:g}")
+            if self.least == 0 and values.min() < 0:
+                raise Refused(f"BadReply: {what} holds a number below 0 (={values.min():g})")
+            raise Refused(f"TooLarge: {what} holds a number beyond +-{self.largest:g}")
 
 
 class ClientLimits(NamedTuple):
@@ -177,6 +182,7 @@ class ReplySchema:
         units: (client, whether unlabelled samples are drawn) -> what a phase by bags draws.
         max_update_norm: see `StrategyConfig`.
         losses: least and largest value of `train_loss`.
+        running: names in `model` of running statistics.
     """
 
     def __init__(
@@ -192,6 +198,7 @@ class ReplySchema:
         units: Callable[[int, bool], Units] | None = None,
         max_update_norm: float | None = None,
         losses: tuple[float, float] = (-LARGEST_MEAN, LARGEST_MEAN),
+        running: RunningStatistics = NO_STATISTICS,
     ) -> None:
         self.method = method
         self.num_classes = num_classes
@@ -202,14 +209,17 @@ class ReplySchema:
         self._model = {name: value.cpu() for name, value in model.items()}
         self._training = training
         self._sizes = sizes
-        self._parameters = parameters
+        self.parameters = parameters
         self._annotators = annotators
         self._units = units
         self._weights: dict[tuple[object, ...], Mapping[str, float]] = {}
         parts = tuple(method.upload(self._model, [], parameters, 0.0))  # as of a client that did not train
         self.parts = parts if len(parts) > 1 else ()
         """Names of the models that a reply holds; none if it is one."""
-        one = {name: ArrayForm.like(value) for name, value in model.items()}
+        self.counters = [f"{part}/{name}" for part in self.parts for name in running.counters] or [*running.counters]
+        """Arrays of a reply that count batches."""
+        not_negative = running.variances | running.counters
+        one = {name: ArrayForm.like(value, name in not_negative) for name, value in model.items()}
         self.arrays = {f"{part}/{name}": form for part in self.parts for name, form in one.items()} or one
         self.counts = _lengths(num_classes, functions, _claims(method))
 
@@ -230,6 +240,7 @@ class ReplySchema:
             cache(lambda client, unlabeled: bag_units(experiment.federation.supervision(client), unlabeled)),
             config.strategy.max_update_norm,
             (0.0, LARGEST_POWER_BASE) if config.strategy.name == "QFedAvg" else (-LARGEST_MEAN, LARGEST_MEAN),
+            experiment.running,
         )
 
     def of_round(self, round_number: int, shared: State, messages: Sequence[Message]) -> RoundSchema:
@@ -242,11 +253,11 @@ class ReplySchema:
         """
         nobody = self.method.initial_memory(torch.ones(1, self.num_classes, dtype=torch.bool))
         statistics = {name: tuple(v.shape) for name, v in self.method.statistics({**nobody, **shared}).items()}
-        sent = {}
-        if self.max_update_norm is not None:
-            arrays = messages[0].content["arrays"]
-            assert isinstance(arrays, ArrayRecord)
-            sent = {name: array.numpy() for name, array in arrays.items()}
+        arrays = messages[0].content["arrays"]
+        assert isinstance(arrays, ArrayRecord)
+        trained = self.parameters if self.max_update_norm is not None else frozenset()
+        needed = trained | {name.rpartition("/")[2] for name in self.counters}
+        sent = {name: array.numpy() for name, array in arrays.items() if name in needed}
         return RoundSchema(self, round_number, shared, statistics, sent)
 
     def limits(self, client: int, round_number: int) -> ClientLimits:
@@ -273,8 +284,8 @@ class ReplySchema:
 
     def _most_weights(self, results: list[PhaseResult], weight: float) -> Mapping[str, float]:
         """Returns the weights that the method itself gives to a client that used all it could, or nothing."""
-        most = self.method.upload(self._model, results, self._parameters, weight)
-        none = self.method.upload(self._model, [], self._parameters, 0.0)
+        most = self.method.upload(self._model, results, self.parameters, weight)
+        none = self.method.upload(self._model, [], self.parameters, 0.0)
         weights = {part: float(max(most[part].weight, none[part].weight)) for part in most}
         if not self.parts:
             return {"num-examples": next(iter(weights.values()))}
@@ -290,7 +301,7 @@ class RoundSchema(NamedTuple):
     statistics: Mapping[str, tuple[int, ...]]
     """Name -> shape of what `Method.statistics` gives in this round."""
     sent: Mapping[str, np.ndarray]
-    """The global model, if distances to it are asked for."""
+    """Of the global model, what counts batches, and the trained parameters if distances to them are asked for."""
 
     def read(self, content: RecordDict, client: int) -> Reply:
         """Returns what a client's reply holds.
@@ -308,7 +319,7 @@ class RoundSchema(NamedTuple):
         sums = self._sums(content["sums"], limits)  # type: ignore[arg-type]
         counts = self._counts(content["counts"], limits)  # type: ignore[arg-type]
         statistics = self._statistics(content["statistics"], limits.method)  # type: ignore[arg-type]
-        arrays = self._arrays(content["arrays"])  # type: ignore[arg-type]
+        arrays = self._arrays(content["arrays"], limits)  # type: ignore[arg-type]
         return Reply(RecordDict({"arrays": arrays, "metrics": metrics}), sums, counts, statistics)
 
     def _metrics(self, record: MetricRecord, limits: ClientLimits) -> MetricRecord:
@@ -390,12 +401,18 @@ class RoundSchema(NamedTuple):
                 raise Refused(f"BadReply: {error}") from error
         return found
 
-    def _arrays(self, record: ArrayRecord) -> ArrayRecord:
+    def _arrays(self, record: ArrayRecord, limits: ClientLimits) -> ArrayRecord:
         forms = self.schema.arrays
         if record.keys() != forms.keys():
             wrong = [*(name for name in forms if name not in record), *(name for name in record if name not in forms)]
             raise Refused(f"BadReply: its model lacks, or has beside the global model's arrays, {_listed(wrong)}")
         values = {name: form.read(name, record[name]) for name, form in forms.items()}
+        for name in self.schema.counters:
+            most = self.sent[name.rpartition("/")[2]] + PER_DRAW * limits.method.steps
+            if (values[name] > most).any():
+                raise Refused(
+                    f"BadReply: {name} of its model counts {values[name].max()} batches, more than it can have seen"
+                )
         if self.schema.max_update_norm is not None:
             self._check_distance(values, self.schema.max_update_norm)
         if list(record) == list(forms):
@@ -407,7 +424,7 @@ class RoundSchema(NamedTuple):
             moved = [
                 float(np.square(values[prefix + name].astype(np.float64) - start).sum())
                 for name, start in self.sent.items()
-                if start.dtype.kind == "f"
+                if name in self.schema.parameters
             ]
             distance = math.sqrt(math.fsum(moved))
             if distance > most:

@@ -58,6 +58,7 @@ SETTINGS: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("method.name=fedmatch", "method.confidence_threshold=0.1", "method.helper_interval=1", *LABELS), (2,)),
     (("method.name=forward", "method.warmup_rounds=2", "num_rounds=3", *NOISY), (2,)),
     (("method.name=dp_ssl", *STAGES, *LABELS), (1, 3, 4)),
+    (("method.name=supervised", "model.name=cnn", "model.hidden_layers=[]", "model.norm=batch", *LABELS), (2,)),
 )
 """Overrides, and the rounds that are taken."""
 
@@ -291,6 +292,23 @@ def _array(rng: np.random.Generator, body: RecordDict) -> None:
     _put(record, key, made)
 
 
+def _running(rng: np.random.Generator, body: RecordDict) -> None:
+    """A variance below 0, or a number of batches that it cannot have seen."""
+    record = body.get("arrays")
+    if not isinstance(record, ArrayRecord):
+        return
+    names = [name for name in record if name.endswith(("running_var", "num_batches_tracked"))]
+    if not names:
+        return
+    key = _any(rng, names)
+    if key.endswith("running_var"):
+        values = np.ones(record[key].shape, np.float32)
+        values[rng.integers(len(values))] = -(10.0 ** rng.uniform(-30, 30))
+    else:
+        values = np.array(_any(rng, [-1, -(2**40), 10**4, 2**40, 2**63 - 1]))
+    _put(record, key, Array(values))
+
+
 def _metric(rng: np.random.Generator, body: RecordDict) -> None:
     record = body.get("metrics")
     if not isinstance(record, MetricRecord):
@@ -413,7 +431,18 @@ def _allowed(rng: np.random.Generator, body: RecordDict) -> None:
             _put(body["sums"], "train/loss", [float(rng.normal() * 1e6), 1.0])
 
 
-MUTATIONS: tuple[Mutation, ...] = (_records, _keys, _array, _array, _metric, _sum, _count, _statistic, _statistic)
+MUTATIONS: tuple[Mutation, ...] = (
+    _records,
+    _keys,
+    _array,
+    _array,
+    _running,
+    _metric,
+    _sum,
+    _count,
+    _statistic,
+    _statistic,
+)
 
 
 def case(seed: int, folder: Path) -> str | None:

@@ -37,6 +37,7 @@ OVERRIDES = {
     ),
 }
 """`LABELS` for all others."""
+BATCH_NORM = ("model.name=cnn", "model.hidden_layers=[]", "model.norm=batch", "training.local_epochs=3")
 OTHER_FORMS = {
     "ill with logits": ("method.name=ill", *NOISY, "method.noise.form=gradient", "method.noise.warmup_rounds=0"),
     "ill that aligns": ("method.name=ill", *SETS, "method.alignment=true"),
@@ -48,7 +49,10 @@ OTHER_FORMS = {
     ),
     "cbafed": ("method.name=fixmatch", *LABELS, "method.mask.kind=cbafed", "training.unlabeled_includes_labeled=true"),
     "size": ("method.name=fixmatch", *LABELS, "training.weight_by=size", "method.confidence_threshold=0"),
-    "batch norm": ("method.name=supervised", *LABELS, "model.name=cnn", "model.hidden_layers=[]", "model.norm=batch"),
+    "batch norm": ("method.name=supervised", *LABELS, *BATCH_NORM),
+    "batch norm of two parts": ("method.name=fedlabel", *LABELS, *BATCH_NORM, "method.merge=mean"),
+    "batch norm of a sum": ("method.name=fedmatch", *LABELS, *BATCH_NORM, "num_rounds=2", "training.lr=0.01"),
+    "batch norm of twins": ("method.name=co_teaching", *NOISY, *BATCH_NORM, "num_rounds=2"),
 }
 
 

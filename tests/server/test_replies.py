@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlabel.methods.base import Limits, Method
 from fedlabel.methods.dp_ssl import DPSSL
@@ -25,6 +25,7 @@ from fedlabel.methods.masks import Mask
 from fedlabel.methods.steps import State
 from fedlabel.methods.supervised import Supervised
 from fedlabel.metric_tags import Tag
+from fedlabel.models import running_statistics
 from fedlabel.training_config import TrainingConfig
 from server.replies import ArrayForm, Refused, ReplySchema, RoundSchema, harmless, read_identity
 from tests.server.rounds import CLASSES, MODEL, PSEUDO, SAMPLES, TRAINING, VOTES, content, round_of, schema_of
@@ -312,6 +313,75 @@ def test_both_parts_of_the_released_merge_are_needed_and_no_others() -> None:
         schema.read(body, 0)
     with pytest.raises(Refused, match="metrics lack `weight/supervised`"):
         schema.read(content(), 0)
+
+
+def normed() -> tuple[RoundSchema, RecordDict]:
+    """Of a network with BatchNorm inside, and what an honest client sends: sent 7 batches, saw 2 more in 2 steps."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["1.0.num_batches_tracked"] += 7
+    trained = frozenset(name for name, _ in model.named_parameters())
+    schema = ReplySchema(
+        *(state, Supervised(), TRAINING, [SAMPLES], CLASSES, trained),
+        max_update_norm=1.0,
+        running=running_statistics(model),
+    )
+    message = Message(RecordDict({"arrays": ArrayRecord(state)}), 11, "train")  # type: ignore[arg-type]
+    body = content()
+    body["arrays"] = ArrayRecord({**state, "1.0.num_batches_tracked": torch.tensor(9)})  # type: ignore[arg-type]
+    return schema.of_round(1, {}, [message]), body
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "reason"),
+    [
+        ("running_var", np.array([1, -1e12, 1], np.float32), r"running_var .* a number below 0 \(=-1e\+12\)"),
+        ("running_var", np.array([1, -1e-30, 1], np.float32), r"running_var .* a number below 0 \(=-1e-30\)"),
+        ("running_var", np.array([1, 1e13, 1], np.float32), "TooLarge: 1.0.running_var"),
+        ("num_batches_tracked", np.array(-1), r"num_batches_tracked .* a number below 0 \(=-1\)"),
+        ("num_batches_tracked", np.array(7 + 201), "num_batches_tracked of its model counts 208 batches, more than it"),
+        ("num_batches_tracked", np.array(2**62), "TooLarge: 1.0.num_batches_tracked"),
+    ],
+)
+def test_running_statistics_have_a_range(key: str, values: np.ndarray, reason: str) -> None:
+    """A variance below 0 makes every output NaN."""
+    schema, body = normed()
+    assert schema.read(body, 0)
+    put("arrays", f"1.0.{key}", Array(values))(body)
+    with pytest.raises(Refused, match=reason):
+        schema.read(body, 0)
+
+
+def test_running_statistics_have_a_range_in_every_part_of_a_reply() -> None:
+    model = torch.nn.BatchNorm1d(3)
+    state, trained = model.state_dict(), frozenset(("weight", "bias"))
+    whole = ReplySchema(
+        *(state, FedLabel(merge="mean"), TRAINING, [SAMPLES], CLASSES, trained), running=running_statistics(model)
+    )
+    message = Message(RecordDict({"arrays": ArrayRecord(state)}), 11, "train")
+    schema = whole.of_round(1, {}, [message])
+    body = content()
+    parts = {f"{part}/{key}": value for part in ("supervised", "unlabeled") for key, value in state.items()}
+    body["arrays"] = ArrayRecord(parts)
+    body["metrics"] = MetricRecord(
+        {"num-examples": 1.0, "train_loss": 0.0, "weight/supervised": 1.0, "weight/unlabeled": 8.0}
+    )
+    assert schema.read(body, 0)
+    for key, value in (("num_batches_tracked", torch.tensor(10**6)), ("running_var", -torch.ones(3))):
+        body["arrays"] = ArrayRecord({**parts, f"unlabeled/{key}": value})
+        with pytest.raises(Refused, match=f"unlabeled/{key}"):
+            schema.read(body, 0)
+
+
+def test_a_far_update_is_one_of_trained_parameters() -> None:
+    """Running statistics move by what a client's samples are, however little it learns."""
+    schema, body = normed()
+    put("arrays", "1.0.running_mean", array(1000 * ONES))(body)
+    put("arrays", "1.0.running_var", array(1000 * ONES))(body)
+    assert schema.read(body, 0)
+    put("arrays", "1.0.bias", array(2 * ONES))(body)
+    with pytest.raises(Refused, match=r"TooFar: its model is 3.46\d* from the one it was sent"):
+        schema.read(body, 0)
 
 
 def test_a_far_update_is_refused_if_a_bound_is_set() -> None:
