@@ -31,13 +31,10 @@ from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
 from fedlabel.models import NO_STATISTICS, RunningStatistics
 from fedlabel.training import weight_in_mean
 from fedlabel.training_config import TrainingConfig
+from server.strategy import LARGEST_WEIGHT, Bounds, reply_bounds
 
-LARGEST_WEIGHT = 1e12
-"""Of a model: the sum of the squares of a large network's weights is then still a float32."""
 LARGEST_NUMBER = 1e15
 """Of counts and statistics: whole numbers up to here are float64s."""
-LARGEST_POWER_BASE = 1e6
-"""Of losses that a strategy takes powers of."""
 PER_DRAW = 100
 """How often, at most, a sample that is drawn is counted by one metric, or sent through one network."""
 _ROUNDING = 1e-3
@@ -54,6 +51,7 @@ _HEADER = re.compile(
 )
 _NPY_1_0 = b"\x93NUMPY\x01\x00"
 """A file of numpy.save starts with this, then with the length of its header in two bytes."""
+ANY = Bounds()
 
 
 class Refused(ValueError):
@@ -86,12 +84,18 @@ class ArrayForm(NamedTuple):
     largest: float
 
     @classmethod
-    def like(cls, value: torch.Tensor, not_negative: bool = False) -> ArrayForm:
-        """Returns the form of a tensor; not_negative: whether no number in it can be below 0."""
+    def like(cls, value: torch.Tensor, not_negative: bool = False, largest_weight: float = LARGEST_WEIGHT) -> ArrayForm:
+        """Returns the form of a tensor.
+
+        Args:
+            value: the tensor.
+            not_negative: whether no number in it can be below 0.
+            largest_weight: largest absolute value, of floats.
+        """
         dtype, shape, file = torch.empty(0, dtype=value.dtype).numpy().dtype, tuple(value.shape), BytesIO()
         about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, about)
-        largest = LARGEST_WEIGHT if dtype.kind == "f" else LARGEST_NUMBER
+        largest = largest_weight if dtype.kind == "f" else LARGEST_NUMBER
         return cls(dtype, shape, file.getvalue(), str(dtype), 0.0 if not_negative else -largest, largest)
 
     def read(self, name: str, array: Array) -> np.ndarray:
@@ -181,7 +185,7 @@ class ReplySchema:
         annotators: who label one sample at most.
         units: (client, whether unlabelled samples are drawn) -> what a phase by bags draws.
         max_update_norm: see `StrategyConfig`.
-        losses: least and largest value of `train_loss`.
+        bounds: of weights and of `train_loss`, see `strategy.reply_bounds`.
         running: names in `model` of running statistics.
     """
 
@@ -197,13 +201,13 @@ class ReplySchema:
         annotators: int = 0,
         units: Callable[[int, bool], Units] | None = None,
         max_update_norm: float | None = None,
-        losses: tuple[float, float] = (-LARGEST_MEAN, LARGEST_MEAN),
+        bounds: Bounds = ANY,
         running: RunningStatistics = NO_STATISTICS,
     ) -> None:
         self.method = method
         self.num_classes = num_classes
         self.max_update_norm = max_update_norm
-        self.losses = losses
+        self.bounds = bounds
         self.tags = client_tags(method.metrics)
         """Name -> tag of each metric that a client may send."""
         self._model = {name: value.cpu() for name, value in model.items()}
@@ -219,7 +223,7 @@ class ReplySchema:
         self.counters = [f"{part}/{name}" for part in self.parts for name in running.counters] or [*running.counters]
         """Arrays of a reply that count batches."""
         not_negative = running.variances | running.counters
-        one = {name: ArrayForm.like(value, name in not_negative) for name, value in model.items()}
+        one = {name: ArrayForm.like(value, name in not_negative, bounds.weight) for name, value in model.items()}
         self.arrays = {f"{part}/{name}": form for part in self.parts for name, form in one.items()} or one
         self.counts = _lengths(num_classes, functions, _claims(method))
 
@@ -239,7 +243,7 @@ class ReplySchema:
             record.annotations.shape[1],
             cache(lambda client, unlabeled: bag_units(experiment.federation.supervision(client), unlabeled)),
             config.strategy.max_update_norm,
-            (0.0, LARGEST_POWER_BASE) if config.strategy.name == "QFedAvg" else (-LARGEST_MEAN, LARGEST_MEAN),
+            reply_bounds(config.strategy),
             experiment.running,
         )
 
@@ -332,7 +336,7 @@ class RoundSchema(NamedTuple):
             if type(record[name]) not in (int, float) or not 0 <= record[name] <= most * (1 + 1e-9):  # type: ignore[operator]
                 value = _listed([str(record[name])])
                 raise Refused(f"BadReply: `{name}` (={value}) must lie in [0, {most:g}], as what it holds allows")
-        loss, (least, largest) = record["train_loss"], self.schema.losses
+        loss, (_, least, largest) = record["train_loss"], self.schema.bounds
         if type(loss) not in (int, float) or not least <= loss <= largest:  # type: ignore[operator]
             kind = "TooLarge" if type(loss) in (int, float) and loss > largest else "BadReply"  # type: ignore[operator]
             raise Refused(

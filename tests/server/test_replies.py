@@ -13,6 +13,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedlabel.config import StrategyConfig
 from fedlabel.methods.base import Limits, Method
 from fedlabel.methods.dp_ssl import DPSSL
 from fedlabel.methods.fedlabel import FedLabel
@@ -28,6 +29,7 @@ from fedlabel.metric_tags import Tag
 from fedlabel.models import running_statistics
 from fedlabel.training_config import TrainingConfig
 from server.replies import ArrayForm, Refused, ReplySchema, RoundSchema, harmless, read_identity
+from server.strategy import reply_bounds
 from tests.server.rounds import CLASSES, MODEL, PSEUDO, SAMPLES, TRAINING, VOTES, content, round_of, schema_of
 
 ROUND = round_of(schema_of(functions=2))
@@ -251,12 +253,15 @@ def test_the_weight_is_at_most_what_the_method_gives_to_a_client_that_used_all_i
     assert most(no_steps, 4) == {"num-examples": 16.0}
 
 
+QFEDAVG = StrategyConfig("QFedAvg", {"client_learning_rate": 0.1})
+
+
 def test_the_loss_of_qfedavg_has_powers() -> None:
     body = content()
     put("metrics", "train_loss", -0.5)(body)
     assert ROUND.read(body, 1)
     with pytest.raises(Refused, match=r"`train_loss` \(=-0.5\) must be a number in \[0, 1e\+06\]"):
-        round_of(schema_of(losses=(0.0, 1e6))).read(body, 1)
+        round_of(schema_of(bounds=reply_bounds(QFEDAVG))).read(body, 1)
 
 
 def test_metrics_at_the_ends_of_their_range_are_taken() -> None:
