@@ -49,6 +49,11 @@ OTHER_FORMS = {
     ),
     "cbafed": ("method.name=fixmatch", *LABELS, "method.mask.kind=cbafed", "training.unlabeled_includes_labeled=true"),
     "size": ("method.name=fixmatch", *LABELS, "training.weight_by=size", "method.confidence_threshold=0"),
+    "all pairs are neighbours": (
+        *("method.name=llp_bp", *BAGS, "supervision.bag_size=8", "data.positive_classes=[0,1,2,3,4]", "num_clients=1"),
+        *("data.train_samples=800", "method.num_neighbors=800", "method.stage_rounds=1", "method.max_iterations=1"),
+        *("training.local_steps=1", "training.local_epochs=null", "num_rounds=2"),
+    ),
     "batch norm": ("method.name=supervised", *LABELS, *BATCH_NORM),
     "batch norm of two parts": ("method.name=fedlabel", *LABELS, *BATCH_NORM, "method.merge=mean"),
     "batch norm of a sum": ("method.name=fedmatch", *LABELS, *BATCH_NORM, "num_rounds=2", "training.lr=0.01"),
