@@ -1,9 +1,9 @@
 """The schema of a reply to a round, and the only door for what clients send: bytes in, checked values or a refusal out.
 
 The schema follows from the method, the model and the training: which arrays of which type and shape, which weights and
-how large at most, which metrics in which range, which counts of which length and what they cannot exceed. Nothing behind
-this door can raise on what a client sent. Not bounded by what the method could give are a model's weights alone (see
-`strategy.max_update_norm`, and Flower's robust strategies); what Flower's own grid does before, on a real node's
+how large at most, which metrics in which range, which counts of which length and what they cannot exceed. Nothing
+behind this door can raise on what a client sent. Only a model's weights are not bounded by what the method could give
+(see `strategy.max_update_norm`, and Flower's robust strategies); what Flower's own grid does before, on a real node's
 bytes, is outside.
 """
 
@@ -354,10 +354,8 @@ class RoundSchema(NamedTuple):
             if tag.of_pairs:
                 most = max(most, limits.method.samples * (limits.method.samples - 1) / 2)
             if not 0 <= count <= most:
-                raise Refused(
-                    f"BadReply: its metric {name} is over {count:g} {'pairs of ' * tag.of_pairs}samples, more than it can "
-                    "have"
-                )
+                what = "pairs of samples" if tag.of_pairs else "samples"
+                raise Refused(f"BadReply: its metric {name} is over {count:g} {what}, more than it can have")
             least, largest = tag.range(self.schema.num_classes)
             slack = _ROUNDING * max(abs(least), abs(largest))
             if not (least - slack) * count <= total <= (largest + slack) * count:
