@@ -68,8 +68,8 @@ class StrategyConfig:
     min_replies: int = 1
     """Replies that a round needs; with fewer usable ones the run stops, and can be resumed from its checkpoint."""
     max_update_norm: float | None = None
-    """A client's model further than this from the one it was sent is refused (Euclidean distance over all its numbers
-    but integers); null: any. It bounds what one client can do to a mean: weights times 1000 are else averaged in."""
+    """A client's model further than this from the one it was sent is refused (Euclidean distance over its trained
+    weights); null: any. It bounds what one client can do to a mean: weights times 1000 are else averaged in."""
 
     def __post_init__(self) -> None:
         if self.min_replies < 1:

@@ -20,7 +20,7 @@ from fedlabel.data.skew import shift_features
 from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import memory_bytes, resolve_device
 from fedlabel.methods.steps import State, StateDict
-from fedlabel.models import Net, build_model, check_size
+from fedlabel.models import Net, build_model, check_size, running_statistics
 from fedlabel.models.additive import Additive
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.labeling_heads import LabelingHeads
@@ -86,6 +86,7 @@ class Experiment:
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
+        self.running = running_statistics(student)
 
     def _federation(self, split: str) -> Federation:
         config = self.config
@@ -162,8 +163,7 @@ class Experiment:
                 f"`model.name` (={self.config.model.name}) gives no embeddings, which method {method.name} needs: "
                 "take a network of our own, e.g. cnn or mlp."
             )
-        # Every BatchNorm, and InstanceNorm that tracks statistics.
-        running = [key for key, part in models[0].named_modules() if getattr(part, "running_mean", None) is not None]
+        running = sorted(name.rpartition(".")[0] for name in running_statistics(models[0]).means)
         if method.input_gradients and running:
             raise ValueError(
                 f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}): its layer "

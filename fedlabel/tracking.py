@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary as summaries
 
 from fedlabel.errors import make_folder, naming
+from fedlabel.metric_tags import LOWER, Tag, find_tag
 
 Hparam = str | int | float | bool
 PARTITION_JSON = "partition.json"
@@ -486,7 +487,9 @@ def name_mean(rounds: Mapping[str, int]) -> str:
     return f"mean of {f'{count} of ' if count < last + 1 - first else ''}rounds {first}–{last}"
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
+def summarize(
+    rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy", own: Sequence[Tag] = ()
+) -> dict[str, float]:
     """Returns last and best value of a metric and its mean over the last tenth of the rounds (see `last_tenth`).
 
     The mean of every metric is over the same rounds: those of the last tenth with an evaluation. Only rows that have
@@ -499,11 +502,12 @@ def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> 
     Args:
         rows: as `read_metrics` returns them; the last one tells how many rounds there are.
         key: the metric's tag.
+        own: see `lower_is_better`.
     """
     values, recent = ([float(row[key]) for row in rs if row.get(key) is not None] for rs in (rows, _averaged(rows)))
     if not values:
         return dict.fromkeys(("last", "best", "mean_last_tenth"), math.nan)
-    best: Callable[[list[float]], float] = min if lower_is_better(key) else max
+    best: Callable[[list[float]], float] = min if lower_is_better(key, own) else max
     mean = math.fsum(recent) / len(recent) if recent else math.nan
     return {"last": values[-1], "best": best(values), "mean_last_tenth": mean}
 
@@ -514,10 +518,15 @@ def best_row(rows: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] |
     return min((row for row in rows if row.get(key) is not None), key=lambda row: sign * row[key], default=None)
 
 
-def lower_is_better(key: str) -> bool:
-    """Returns whether low values of a metric are good: losses, errors and spreads over clients."""
-    name = key.rpartition("/")[2]
-    return name.startswith(("loss", "ece")) or name.endswith(("_sd", "_mae", "_error"))
+def lower_is_better(key: str, own: Sequence[Tag] = ()) -> bool:
+    """Returns whether low values of a metric are good, see `metric_tags`; not of one that nobody declared.
+
+    Args:
+        key: the metric's tag.
+        own: what the run's method declares, see `Method.metrics`.
+    """
+    tag = find_tag(key, own)
+    return tag is not None and tag.direction == LOWER
 
 
 def write_atomic(path: Path, *data: bytes | memoryview | str) -> None:

@@ -16,6 +16,7 @@ from fedlabel.data.augment import AugmentConfig, strong, weak
 from fedlabel.data.supervision import Supervision
 from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Prepared, Survey, Update, Votes
 from fedlabel.methods.steps import Batch, Model, Part, PseudoLabels, State, StateDict, Step, pseudo_metrics
+from fedlabel.metric_tags import client_tags
 from fedlabel.seeding import derive_seed, numpy_generator, torch_generator
 from fedlabel.training_config import TrainingConfig
 
@@ -148,13 +149,16 @@ def train_client(
         memory: what the client kept and the server shares; None: as for a client that never trained.
         extra_states: further weights that came along (see `Method.helpers`).
 
+    Raises:
+        ValueError: the method makes a metric that is not declared, see `Method.metrics`.
+
     Returns:
         The update. A phase without samples, or with 0 steps, does not run; a step that uses no sample moves nothing.
     """
     candidates = data.supervision.candidates
     memory = {**method.initial_memory(candidates), **(memory or {})}
     states = {"global": global_state, **method.states(global_state, memory), **extra_states}
-    run = _Run(trainer, data, states, seed, memory)
+    run = _Run(method, trainer, data, states, seed, memory)
     for phase in method.phases(round_number):
         run.phase(phase, trainer.config)
     parameters = frozenset(name for name, _ in trainer.student.named_parameters())
@@ -192,7 +196,8 @@ def train_server(
     config = replace(trainer.config, batch_size=trainer.config.server_batch_size or trainer.config.batch_size)
     if trainer.config.server_steps is not None:
         config = replace(config, local_steps=trainer.config.server_steps, local_epochs=None)
-    run = _Run(trainer, data, {"global": global_state}, seed, method.initial_memory(data.supervision.candidates))
+    memory = method.initial_memory(data.supervision.candidates)
+    run = _Run(method, trainer, data, {"global": global_state}, seed, memory)
     for phase in method.server_phases(round_number):
         run.phase(phase, replace(config, prox_mu=0.0))
     return run.results[-1].state if run.results else global_state
@@ -202,8 +207,15 @@ class _Run:
     """The phases of one round on one client's data, and what they observe; tensors stay on the device until the end."""
 
     def __init__(
-        self, trainer: Trainer, data: ClientData, states: dict[str, StateDict], seed: int, memory: State
+        self,
+        method: Method,
+        trainer: Trainer,
+        data: ClientData,
+        states: dict[str, StateDict],
+        seed: int,
+        memory: State,
     ) -> None:
+        self.method = method
         self.trainer = trainer
         self.data = data
         self.states = states
@@ -457,6 +469,8 @@ class _Run:
 
     def _log(self, step: Step, rows: Tensor, guessed: Tensor | None = None) -> None:
         for name, pair in step.metrics.items():
+            if name not in self.sums:
+                self._check_declared(name)
             self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
         if step.pseudo is not None:
             guessed = torch.ones(len(rows), dtype=torch.bool) if guessed is None else guessed
@@ -465,6 +479,15 @@ class _Run:
             self.pseudo.append(PseudoLabels(*(values[here] for values in step.pseudo)))
         if step.memory is not None:
             self.memory = step.memory
+
+    def _check_declared(self, name: str) -> None:
+        """Raises a ValueError if the server would refuse a metric."""
+        if name not in client_tags(self.method.metrics):
+            raise ValueError(
+                f"Method {self.method.name} makes the metric {name}, which nobody declared, so the server would refuse "
+                f'it. Declare it: metrics = (Tag("{name}", title, unit, page, least=0.0, largest=1.0),) in the '
+                "method's class, with Tag of fedlabel.metric_tags."
+            )
 
 
 @contextmanager

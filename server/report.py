@@ -166,9 +166,11 @@ def summary(rows: Sequence[Mapping[str, Any]], experiment: Experiment, commit: s
     config = experiment.config
     keys = ("system/round_seconds", *_COUNTED, *_CLAIMED)
     total = add_counts({key: [row.get(key) or 0.0] for key in keys} for row in rows)
-    measured = sorted({key for row in rows for key in row if key.startswith(_SUMMARIZED)})
+    own = config.method.metrics
+    declared = {tag.name for tag in own}
+    measured = sorted({key for row in rows for key in row if key.startswith(_SUMMARIZED) or key in declared})
     scalars = [key for key in measured if not any(isinstance(row.get(key), list) for row in rows)]
-    results = {key: summarize(rows, key) for key in scalars}
+    results = {key: summarize(rows, key, own) for key in scalars}
     tag = select_key(experiment)
     chosen = best_row(rows, tag) if tag is not None else None
     if chosen is not None:

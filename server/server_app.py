@@ -271,9 +271,11 @@ def _rounds(
         aggregated = _collect(tally, experiment, strategy, grid, pool, folder)
         if aggregated is not None:
             model = _like(experiment.initial_state, aggregated)
-            _check_finite(model, f"Strategy {config.strategy.name} made", round_number, "step in strategy.args")
+            who = f"Strategy {config.strategy.name} made"
+            _check_model(experiment, model, who, round_number, "step in strategy.args")
         model = experiment.train_server(model, round_number)
-        _check_finite(model, "The server's own training made", round_number, "steps in training.server_steps")
+        who = "The server's own training made"
+        _check_model(experiment, model, who, round_number, "steps in training.server_steps")
         shared = method.server_step(shared, tally.statistics(experiment.device))
         _check_shared(method, shared, round_number)
         if aggregated is not None:
@@ -376,10 +378,22 @@ def _moving_average(average: StateDict, model: StateDict, decay: float) -> State
     }
 
 
-def _check_finite(model: StateDict, who: str, round_number: int, what: str) -> None:
-    if not all(value.isfinite().all() for value in model.values()):
+def _check_model(experiment: Experiment, model: StateDict, who: str, round_number: int, what: str) -> None:
+    """Keeps a model that gives no numbers out of checkpoints and messages.
+
+    Args:
+        experiment: knows which of its arrays are variances.
+        model: the global one.
+        who: made it, for the message.
+        round_number: of the round.
+        what: of the server's may be too large, likewise.
+    """
+    finite = all(value.isfinite().all() for value in model.values())
+    negative = [name for name in sorted(experiment.running.variances) if (model[name] < 0).any()]
+    if not finite or negative:
+        wrong = f"a negative variance ({negative[0]})" if finite else "NaN or infinity"
         raise RunError(
-            f"{who} a model with NaN or infinity in round {round_number}; the last checkpoint is of a round before. "
+            f"{who} a model with {wrong} in round {round_number}; the last checkpoint is of a round before. "
             f"Lower the server's {what}, or training.lr."
         )
 

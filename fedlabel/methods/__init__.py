@@ -33,6 +33,7 @@ from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
 from fedlabel.methods.top_count import TopCount
 from fedlabel.methods.uda import UDA
+from fedlabel.metric_tags import client_tags
 from fedlabel.names import did_you_mean, simple
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
@@ -83,7 +84,7 @@ def method_class(name: str) -> type[Method]:
     """Returns the class of a method by its name in `METHODS`, or by "package.module:Class".
 
     Raises:
-        ValueError: no such method, module or class, or the class is not a `Method`.
+        ValueError: no such method, module or class, or the class is not a `Method`, or declares impossible `metrics`.
     """
     if name in METHODS:
         return METHODS[name]
@@ -114,6 +115,10 @@ def method_class(name: str) -> type[Method]:
         raise ValueError(
             f"`method.name` (={name}) must be a subclass of fedlabel.methods.base.Method; see CONTRIBUTING.md."
         )
+    try:
+        client_tags(found.metrics)
+    except ValueError as error:
+        raise ValueError(f"`method.name` (={name}): {error}") from error
     return found
 
 

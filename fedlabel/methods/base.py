@@ -25,6 +25,7 @@ from fedlabel.methods.steps import (
     Step,
     cross_entropy_on_labels,
 )
+from fedlabel.metric_tags import Tag
 
 
 class Survey(NamedTuple):
@@ -179,6 +180,8 @@ class Method:
 
     description: ClassVar[str] = ""
     """One line for `fedlabel list`."""
+    metrics: ClassVar[tuple[Tag, ...]] = ()
+    """Those in `Step.metrics` and `Prepared.metrics` that `fedlabel/metric_tags.py` lacks: a client sends no others."""
     server_labels: ClassVar[bool] = True
     """Whether it can use labels that only the server has (supervision.labels_at=server)."""
     oracle_labels: ClassVar[bool] = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -178,6 +179,30 @@ def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, 
         # Not torch.manual_seed, which would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(seed)
         return entry.builder(config, input_shape, num_classes)
+
+
+class RunningStatistics(NamedTuple):
+    """Names in a model's state of what BatchNorm, or InstanceNorm that tracks statistics, keeps beside its weights."""
+
+    means: frozenset[str] = frozenset()
+    variances: frozenset[str] = frozenset()
+    counters: frozenset[str] = frozenset()
+    """Of batches seen in training."""
+
+
+def running_statistics(model: nn.Module) -> RunningStatistics:
+    """Returns the running statistics of a model."""
+    layers = [name for name, layer in model.named_modules() if getattr(layer, "running_mean", None) is not None]
+    state = model.state_dict().keys()
+
+    def named(kind: str) -> frozenset[str]:
+        return frozenset(f"{layer}.{kind}".lstrip(".") for layer in layers) & state
+
+    return RunningStatistics(named("running_mean"), named("running_var"), named("num_batches_tracked"))
+
+
+NO_STATISTICS = RunningStatistics()
+"""Of a network without such layers."""
 
 
 def check_size(build: Callable[[], nn.Module], config: ModelConfig, memory: int) -> None:

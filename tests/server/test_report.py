@@ -43,7 +43,7 @@ EXPERIMENT: Any = SimpleNamespace(
         num_clients=3,
         num_rounds=9,
         seed=5,
-        method=SimpleNamespace(name="m", noise_matrix=lambda shared: None),
+        method=SimpleNamespace(name="m", metrics=(), noise_matrix=lambda shared: None),
         data=SimpleNamespace(name="d"),
         supervision=SimpleNamespace(parts=[]),
         evaluation=SimpleNamespace(split="test", select=None, figures=True),
