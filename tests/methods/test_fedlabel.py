@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from fedlabel.methods.base import ModelPart, PhaseResult
+from fedlabel.methods.steps import Step
 from torch import Tensor
 
-from fedlabel.methods.base import ModelPart, PhaseResult
 from fedlabel.methods.fedlabel import FedLabel, confidence, kl_divergence, select
-from fedlabel.methods.steps import Step
 from tests.methods.batches import make_batch
 
 LOCAL = torch.tensor([[0.7, 0.1, 0.1, 0.1]])

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from fedlabel.batches import draw_batches
 from fedlabel.methods.base import PhaseResult
-from fedlabel.methods.fedmatch import FedMatch, sparse_update, vote
 from fedlabel.methods.steps import Model, StateDict
+from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
+from torch import Tensor, nn
+
+from fedlabel.methods.fedmatch import FedMatch, sparse_update, vote
 from fedlabel.models.additive import Additive
 from fedlabel.seeding import torch_generator
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.training_config import TrainingConfig
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import (

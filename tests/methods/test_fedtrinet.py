@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Survey
+from fedlabel.methods.steps import State, StateDict
+from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
 from torch import Tensor, nn
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Survey
 from fedlabel.methods.fedtrinet import FedTriNet, head_names, label_together
-from fedlabel.methods.steps import State, StateDict
 from fedlabel.methods.supervised import Supervised
 from fedlabel.models import MODELS, ModelConfig, build_model
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.training_config import TrainingConfig
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import (

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from fedlabel.methods.steps import State
 from torch import Tensor
 
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch, fairness
 from fedlabel.methods.masks import Mask
-from fedlabel.methods.steps import State
 from fedlabel.methods.supervised import Supervised
 from tests.methods.tables import (
     NOTHING,

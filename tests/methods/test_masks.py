@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from fedlabel.methods.base import Method, Survey
+from fedlabel.methods.steps import State
 from torch import Tensor
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Method, Survey
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch
 from fedlabel.methods.masks import (
@@ -22,7 +23,6 @@ from fedlabel.methods.masks import (
     freematch_thresholds,
 )
 from fedlabel.methods.pseudo_label import PseudoLabel
-from fedlabel.methods.steps import State
 from fedlabel.methods.uda import UDA
 from tests.methods.tables import CLASSES, ROUND, best, client, logits_of, net, softmax, train_round
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from fedlabel.methods.base import Survey, Update
+from fedlabel.methods.steps import Step
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Survey, Update
 from fedlabel.methods.masks import Mask
 from fedlabel.methods.pseudo_label import PseudoLabel
-from fedlabel.methods.steps import Step
 from fedlabel.methods.supervised import Supervised
 from tests.methods.tables import (
     NOTHING,

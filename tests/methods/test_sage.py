@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from fedlabel.methods.steps import Model, Step
 from torch import Tensor
 
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.sage import SAGE, mix
-from fedlabel.methods.steps import Model, Step
 from fedlabel.methods.supervised import Supervised
 from tests.methods.tables import (
     NOTHING,

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from fedlabel.batches import draw_batches
+from fedlabel.methods.base import Method, Phase, PhaseResult, Survey
+from fedlabel.methods.steps import Batch, StateDict
+from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
 from torch import Tensor
 
-from fedlabel.batches import draw_batches
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Method, Phase, PhaseResult, Survey
 from fedlabel.methods.semifl import SemiFL
-from fedlabel.methods.steps import Batch, StateDict
 from fedlabel.methods.supervised import Supervised
 from fedlabel.seeding import numpy_generator, torch_generator
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
 from tests.methods.rounds import TRANSFORM

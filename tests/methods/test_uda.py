@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from fedlabel.methods.base import Update
+
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.masks import Mask
 from fedlabel.methods.supervised import Supervised
