@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlabel.methods.steps import Batch, Part, State
+from fedlabel.methods.batch import Batch, Part, State
 
 VIEWS = ("clean", "weak", "strong")
 

@@ -1,0 +1,13 @@
+"""Tasks to ask methods for their recipes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlabel.data.label_card import LabelCard
+from fedlabel.methods.recipe import Task
+
+
+def task(num_classes: int = 3, num_rounds: int = 100, **labels: Any) -> Task:
+    card = LabelCard(100, 50, 10, 10, 10, 10, 2, 10, 0, ())
+    return Task(num_classes, num_rounds, card._replace(**labels))
