@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.steps import Batch, Model, Part, Step, mean_metric
+from fedlabel.methods.batch import Batch, LossFunction, Model, Part, Prepared, Step, Survey
+from fedlabel.methods.losses import mean_metric
+from fedlabel.methods.recipe import ByBag, LabelKinds, Phase, Recipe, Stage
+
+BagLoss = Callable[[Tensor, Batch], Tensor]
+"""(logits (n, classes) of the labelled part, batch) -> (bags,) loss of each; anything where its counts are unknown."""
 
 
 def by_bag(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,17 +81,19 @@ def bag_step(values: Tensor, logits: Tensor, part: Part) -> Step:
     return Step(values.sum() / known.sum().clamp_min(1), metrics, samples)
 
 
-@dataclass(frozen=True)
-class BagMethod(Method):
-    """One phase over whole bags. A labelled sample in no bag is a bag of one; unlabelled ones there are not used."""
+def of_bags(bag_loss: BagLoss) -> LossFunction:
+    """Returns the mean of a loss over the bags of a batch, see `bag_step`."""
+    return partial(_of_bags, bag_loss=bag_loss)
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",), bags=True),)
 
-    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        logits = student(batch.labeled.views["weak"])
-        return bag_step(self.bag_loss(logits, batch), logits, batch.labeled)
+def _of_bags(student: Model, teachers: Mapping[str, Model], batch: Batch, bag_loss: BagLoss) -> Step:
+    logits = student(batch.labeled.views["weak"])
+    return bag_step(bag_loss(logits, batch), logits, batch.labeled)
 
-    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Returns the loss of every bag of the labelled part, (bags,); anything where its counts are not known."""
-        raise NotImplementedError
+
+def bag_recipe(loss: LossFunction, least: int = 1, prepare: Callable[[Survey], Prepared] | None = None) -> Recipe:
+    """Returns one phase over whole bags. A labelled sample in no bag is a bag of one; unlabelled ones there are not
+    used. Arguments: see `Phase` and `ByBag`.
+    """
+    train = Phase("train", loss, draw=ByBag(least=least), prepare=prepare)
+    return Recipe((Stage((train,)),), uses=LabelKinds.TRUE | LabelKinds.BAGS | LabelKinds.AT_SERVER)

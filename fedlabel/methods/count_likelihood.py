@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fedlabel.inference.cardinality import count_log_likelihood
-from fedlabel.methods.bags import BagMethod, by_bag
-from fedlabel.methods.steps import Batch
+from fedlabel.methods.bags import bag_recipe, by_bag, of_bags
+from fedlabel.methods.batch import Batch
+from fedlabel.methods.recipe import Method, Recipe, Task
 
 
 def one_against_rest(logits: Tensor) -> Tensor:
@@ -24,19 +25,23 @@ def one_against_rest(logits: Tensor) -> Tensor:
     return logits - torch.stack(others, -1)
 
 
+def count_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Returns -log p(count) of every bag and, with more than two classes, in the mean over them, see `BagLoss`."""
+    odds, there = by_bag(one_against_rest(logits), batch.labeled.members)
+    classes = range(1, 2) if logits.shape[-1] == 2 else range(logits.shape[-1])
+    absent = torch.full_like(odds[..., 0], -math.inf)
+    losses = [
+        -count_log_likelihood(torch.where(there, odds[..., c], absent), batch.labeled.bag_counts[:, c]) for c in classes
+    ]
+    return torch.stack(losses).mean(0)
+
+
 @dataclass(frozen=True)
-class CountLikelihood(BagMethod):
+class CountLikelihood(Method):
     """-log p(count), per bag and, with more than two classes, in the mean over them."""
 
     name: str = "count_likelihood"
     description: ClassVar[str] = "bags: exact likelihood of their counts"
 
-    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        odds, there = by_bag(one_against_rest(logits), batch.labeled.members)
-        classes = range(1, 2) if logits.shape[-1] == 2 else range(logits.shape[-1])
-        absent = torch.full_like(odds[..., 0], -math.inf)
-        losses = [
-            -count_log_likelihood(torch.where(there, odds[..., c], absent), batch.labeled.bag_counts[:, c])
-            for c in classes
-        ]
-        return torch.stack(losses).mean(0)
+    def recipe(self, task: Task) -> Recipe:
+        return bag_recipe(of_bags(count_bag_loss))

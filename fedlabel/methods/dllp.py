@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedlabel.methods.bags import BagMethod, log_bag_means, shares
-from fedlabel.methods.steps import Batch
+from fedlabel.methods.bags import bag_recipe, log_bag_means, of_bags, shares
+from fedlabel.methods.batch import Batch
+from fedlabel.methods.recipe import Method, Recipe, Task
 
 
 def dllp_loss(log_mean: Tensor, share: Tensor) -> Tensor:
@@ -19,12 +20,17 @@ def dllp_loss(log_mean: Tensor, share: Tensor) -> Tensor:
     return -(share * log_mean).sum(-1)
 
 
+def dllp_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Returns `dllp_loss` of every bag, see `BagLoss`."""
+    return dllp_loss(log_bag_means(logits.log_softmax(-1), batch.labeled.members), shares(batch.labeled))
+
+
 @dataclass(frozen=True)
-class DLLP(BagMethod):
+class DLLP(Method):
     """The cross-entropy of a bag's class shares to the mean of its samples' predicted probabilities."""
 
     name: str = "dllp"
     description: ClassVar[str] = "bags: mean prediction against class shares"
 
-    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return dllp_loss(log_bag_means(logits.log_softmax(-1), batch.labeled.members), shares(batch.labeled))
+    def recipe(self, task: Task) -> Recipe:
+        return bag_recipe(of_bags(dllp_bag_loss))

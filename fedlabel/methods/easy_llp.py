@@ -4,15 +4,15 @@ Learning from Label Proportions", NeurIPS 2023).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlabel.methods.bags import BagMethod, by_bag, shares
-from fedlabel.methods.base import Phase, Prepared, Survey
-from fedlabel.methods.steps import Batch
+from fedlabel.methods.bags import bag_recipe, by_bag, of_bags, shares
+from fedlabel.methods.batch import Batch, Prepared, State, Survey
+from fedlabel.methods.recipe import Memory, Method, Recipe, Task
 
 
 def easy_weights(share: Tensor, size: Tensor, prior: Tensor) -> Tensor:
@@ -29,29 +29,34 @@ def easy_weights(share: Tensor, size: Tensor, prior: Tensor) -> Tensor:
     return size[:, None] * (share - prior) + prior
 
 
+def easy_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Returns the weighted losses of all classes, in the mean over each bag's samples, see `BagLoss`."""
+    rows, there = by_bag(-logits.log_softmax(-1), batch.labeled.members)
+    size = there.sum(1).to(logits.dtype)
+    weights = easy_weights(shares(batch.labeled), size, batch.memory["prior"].to(logits.dtype))
+    return (rows.sum(1) * weights).sum(-1) / size.clamp_min(1)
+
+
+def with_prior(survey: Survey) -> Prepared:
+    """Finds the client's class shares in all its bags and its labels."""
+    supervision = survey.supervision
+    labels = supervision.candidates[supervision.labeled & ~supervision.noisy & (supervision.bag < 0)]
+    counts = supervision.bag_counts.sum(0) + labels.sum(0)
+    return Prepared({}, memory={**survey.memory, "prior": counts / counts.sum().clamp_min(1)})
+
+
+def even_prior(candidates: Tensor) -> State:
+    """Returns the memory of a client that never trained, see `Memory.start`."""
+    classes = candidates.shape[1]
+    return {"prior": torch.full((classes,), 1 / classes, device=candidates.device)}
+
+
 @dataclass(frozen=True)
-class EasyLLP(BagMethod):
+class EasyLLP(Method):
     """The prior is that of the client's bags, since its samples are drawn from its own class mix."""
 
     name: str = "easy_llp"
     description: ClassVar[str] = "bags: unbiased estimate of the loss on the labels"
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",), bags=True, prepare=self.prepare),)
-
-    def prepare(self, survey: Survey) -> Prepared:
-        """Finds the client's class shares in all its bags and its labels."""
-        known = survey.supervision
-        labels = known.candidates[known.labeled & ~known.noisy & (known.bag < 0)]
-        counts = known.bag_counts.sum(0) + labels.sum(0)
-        return Prepared({}, memory={**survey.memory, "prior": counts / counts.sum().clamp_min(1)})
-
-    def initial_memory(self, candidates: Tensor) -> dict[str, Tensor]:
-        classes = candidates.shape[1]
-        return {"prior": torch.full((classes,), 1 / classes, device=candidates.device)}
-
-    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        rows, there = by_bag(-logits.log_softmax(-1), batch.labeled.members)
-        size = there.sum(1).to(logits.dtype)
-        weights = easy_weights(shares(batch.labeled), size, batch.memory["prior"].to(logits.dtype))
-        return (rows.sum(1) * weights).sum(-1) / size.clamp_min(1)
+    def recipe(self, task: Task) -> Recipe:
+        return replace(bag_recipe(of_bags(easy_bag_loss), prepare=with_prior), memory=Memory(start=even_prior))

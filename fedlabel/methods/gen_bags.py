@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.bags import BagMethod, bag_sums, known_bags
-from fedlabel.methods.base import Phase
-from fedlabel.methods.steps import Batch
+from fedlabel.methods.bags import bag_recipe, bag_sums, known_bags, of_bags
+from fedlabel.methods.batch import Batch
+from fedlabel.methods.recipe import Method, Recipe, Task
 
 BLOCK = 4
 """Bags that are combined."""
@@ -28,8 +28,23 @@ def expected_square(errors: Tensor) -> Tensor:
     return OWN * errors.square().sum(-1) + SHARED * errors.sum(-1).square()
 
 
+def combined_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Returns the expected square of each block of bags, divided among them, see `BagLoss`."""
+    part = batch.labeled
+    sums, sizes = bag_sums(logits.softmax(-1), part.members)
+    errors = (sums - part.bag_counts) / sizes.clamp_min(1)[:, None]
+    errors = torch.where(known_bags(part)[:, None], errors, torch.zeros_like(errors))
+    bags, known = len(errors), known_bags(part).to(errors.dtype)
+    blocks = -(-bags // BLOCK)
+    filled = torch.cat([errors, errors.new_zeros(blocks * BLOCK - bags, errors.shape[1])])
+    by_class = filled.view(blocks, BLOCK, errors.shape[1]).transpose(1, 2)
+    per_block = expected_square(by_class).mean(-1)
+    in_block = torch.cat([known, known.new_zeros(blocks * BLOCK - bags)]).view(blocks, BLOCK).sum(1).clamp_min(1)
+    return (per_block / in_block).repeat_interleave(BLOCK)[:bags]
+
+
 @dataclass(frozen=True)
-class GenBags(BagMethod):
+class GenBags(Method):
     """The squared error of combined bags, in shares of a bag: d is (sum of p - count) / size. Every step draws at least
     four bags.
     """
@@ -37,18 +52,5 @@ class GenBags(BagMethod):
     name: str = "gen_bags"
     description: ClassVar[str] = "bags: squared error of random combinations of four"
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",), bags=True, least_bags=BLOCK),)
-
-    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        part = batch.labeled
-        sums, sizes = bag_sums(logits.softmax(-1), part.members)
-        errors = (sums - part.bag_counts) / sizes.clamp_min(1)[:, None]
-        errors = torch.where(known_bags(part)[:, None], errors, torch.zeros_like(errors))
-        bags, known = len(errors), known_bags(part).to(errors.dtype)
-        blocks = -(-bags // BLOCK)
-        filled = torch.cat([errors, errors.new_zeros(blocks * BLOCK - bags, errors.shape[1])])
-        by_class = filled.view(blocks, BLOCK, errors.shape[1]).transpose(1, 2)
-        per_block = expected_square(by_class).mean(-1)
-        in_block = torch.cat([known, known.new_zeros(blocks * BLOCK - bags)]).view(blocks, BLOCK).sum(1).clamp_min(1)
-        return (per_block / in_block).repeat_interleave(BLOCK)[:bags]
+    def recipe(self, task: Task) -> Recipe:
+        return bag_recipe(of_bags(combined_bag_loss), least=BLOCK)

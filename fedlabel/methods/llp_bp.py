@@ -4,8 +4,8 @@ Supervised Learners via Belief Propagation", ICLR 2024, arXiv 2310.08056).
 
 Bags, graph and beliefs stay at the client; the learner is federated, and the server says when a stage ends. What
 differs from the released code, each a field: one exact factor per bag instead of all its pairs (`factor`), a length
-scale of the kernel (`length_scale`), and what a model says of each sample as further evidence (`evidence`). Labels that
-are known are evidence, too, and there may be several classes. A sample that nothing reaches is not learnt.
+scale of the kernel (`length_scale`), and what a model says of each sample as further evidence (`evidence`). Labels
+and candidate sets are evidence, too, and there may be several classes. A sample that nothing reaches is not learnt.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive
 from fedlabel.data.supervision import Supervision
 from fedlabel.inference.belief import FACTORS, Beliefs, marginals
 from fedlabel.inference.cardinality import LARGEST
@@ -26,9 +27,12 @@ from fedlabel.inference.class_belief import class_marginals
 from fedlabel.inference.neighbors import BACKENDS, Graph, neighbor_graph
 from fedlabel.inference.sums import add_at
 from fedlabel.methods.bags import bag_means, bag_step, shares
-from fedlabel.methods.base import Method, Phase, PhaseResult, Prepared, Survey
+from fedlabel.methods.batch import Batch, Model, Prepared, PseudoLabels, State, Step, Survey
 from fedlabel.methods.dllp import dllp_loss
-from fedlabel.methods.steps import Batch, Model, PseudoLabels, State, Step, mean_metric, one_hot
+from fedlabel.methods.losses import mean_metric, one_hot
+from fedlabel.methods.recipe import ByBag, LabelKinds, Memory, Method, Phase, Recipe, Stage, Start, Task
+from fedlabel.methods.uploads import PhaseResult
+from fedlabel.models.wrap import Network, one_network, one_network_with_embeddings, with_bag_head
 
 RULES = ("threshold", "top_count", "soft")
 EVIDENCE = ("none", "previous", "current")
@@ -70,6 +74,17 @@ def centering(coupling: Tensor, log_odds: float) -> Tensor:
     return ((half.square() + odds).sqrt() - half).log() - log_odds
 
 
+def empty_memory(candidates: Tensor) -> State:
+    """Returns the memory of a client that never trained, see `Memory.start`."""
+    nothing = torch.zeros(0, candidates.shape[1], device=candidates.device)
+    return {
+        "belief": nothing,
+        "stage": torch.tensor(-1.0, device=candidates.device),
+        "edges": torch.zeros(0, 2, dtype=torch.int64, device=candidates.device),
+        "weight": nothing[:, 0],
+    }
+
+
 @dataclass(frozen=True)
 class LLPBP(Method):
     """Stages of `stage_rounds` rounds: beliefs at each client, once a stage, and a fresh learner of them."""
@@ -95,7 +110,7 @@ class LLPBP(Method):
     lambda_bag: float = math.inf
     """Weight of the squared error of a bag's count; .inf: counts are exact. pairwise and noisy counts need a number."""
     lambda_edge: float = 1.0
-    """Weight of two neighbours that differ, beside the kernel."""
+    """Weight of two neighbours that differ, times the kernel."""
     centered: bool = False
     """Ours, two classes: neighbours agree relative to the client's share of ones. The paper's coupling is even-handed:
     where ones are few a sample is the likelier a zero the more neighbours it has. See `centering`."""
@@ -119,24 +134,14 @@ class LLPBP(Method):
     """Width of that output's hidden layer."""
 
     def __post_init__(self) -> None:
-        for key, allowed in {"factor": FACTORS, "backend": BACKENDS, "rule": RULES, "evidence": EVIDENCE}.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be one of {', '.join(allowed)}.")
-        for key in ("num_stages", "stage_rounds", "max_iterations", "head_hidden"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be at least 1.")
-        for key in ("num_neighbors", "lambda_bag", "lambda_edge", "evidence_weight", "lambda_aggregate"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be at least 0.")
-        for key in ("lambda_edge", "evidence_weight", "lambda_aggregate"):
-            if getattr(self, key) == math.inf:
-                raise ValueError(f"`method.{key}` (=inf) must be finite.")
+        one_of(self, "method", factor=FACTORS, backend=BACKENDS, rule=RULES, evidence=EVIDENCE)
+        at_least(self, "method", 1, "num_stages", "stage_rounds", "max_iterations", "head_hidden")
+        at_least(self, "method", 0, "num_neighbors", "lambda_bag")
+        finite(self, "method", "lambda_edge", "evidence_weight", "lambda_aggregate")
+        positive(self, "method", "length_scale", null=True)
+        in_unit_interval(self, "method", "damping", below_one=True)
         if not 0 < self.max_distance <= 2:
             raise ValueError(f"`method.max_distance` (={self.max_distance}) must lie in (0, 2].")
-        if self.length_scale is not None and not 0 < self.length_scale < math.inf:
-            raise ValueError(f"`method.length_scale` (={self.length_scale}) must be a positive number, or null.")
-        if not 0 <= self.damping < 1:
-            raise ValueError(f"`method.damping` (={self.damping}) must lie in [0, 1).")
         if not 0 < self.threshold < 1:
             raise ValueError(f"`method.threshold` (={self.threshold}) must lie in (0, 1).")
         if self.factor == "pairwise" and self.lambda_bag == math.inf:
@@ -147,16 +152,6 @@ class LLPBP(Method):
         if self.evidence == "previous" and self.num_stages == 1:
             raise ValueError("`method.evidence` (=previous) needs method.num_stages (=1) of at least 2.")
 
-    def check(self, known: Supervision) -> None:
-        super().check(known)
-        classes = known.candidates.shape[1]
-        if classes > 2 and (self.rule == "top_count" or self.factor == "pairwise" or self.centered):
-            raise ValueError(
-                f"`method.rule` (={self.rule}), `method.factor` (={self.factor}) and `method.centered` "
-                f"(={self.centered}): with {classes} classes rule=top_count, factor=pairwise and centered=true have no "
-                "place; leave them out, or set data.positive_classes for two classes."
-            )
-
     def check_rounds(self, num_rounds: int) -> None:
         if num_rounds <= (self.num_stages - 1) * self.stage_rounds:
             raise ValueError(
@@ -164,39 +159,39 @@ class LLPBP(Method):
                 f"`method.stage_rounds` (={self.stage_rounds}) begins: take more rounds, or fewer or shorter stages."
             )
 
-    @property
-    def bag_head(self) -> int:
-        return self.head_hidden if self.lambda_aggregate > 0 else 0
-
-    @property
-    def reads_sets_of_bags(self) -> bool:
-        return True
-
-    @property
-    def needs_embeddings(self) -> bool:
-        return self.bag_head > 0 or self.num_stages > 1
-
-    def stage(self, round_number: int) -> int:
-        """Returns the stage of a round (1-based), from 0."""
-        return min((round_number - 1) // self.stage_rounds, self.num_stages - 1)
-
-    def stage_name(self, round_number: int) -> str:
-        return f"stage {self.stage(round_number) + 1} of {self.num_stages}"
-
-    def starts_stage(self, round_number: int) -> bool:
-        return round_number > 1 and self.stage(round_number) != self.stage(round_number - 1)
-
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        stage = self.stage(round_number)
-        teachers = ("previous",) if stage > 0 else ()
-        if self.evidence == "current":
-            teachers = (*teachers, "global")
-        fresh = round_number == 1 or self.starts_stage(round_number)
-        prepare = partial(self.prepare, stage=stage, fresh=fresh)
-        train = Phase(
-            "train", self.loss, labeled=("weak",), unlabeled=("weak",), bags=True, teachers=teachers, prepare=prepare
+    def recipe(self, task: Task) -> Recipe:
+        if task.num_classes > 2 and (self.rule == "top_count" or self.factor == "pairwise" or self.centered):
+            raise ValueError(
+                f"`method.rule` (={self.rule}), `method.factor` (={self.factor}) and `method.centered` "
+                f"(={self.centered}): with {task.num_classes} classes rule=top_count, factor=pairwise and "
+                "centered=true have no place; leave them out, or set data.positive_classes for two classes."
+            )
+        stages = tuple(
+            Stage(
+                partial(self._phases, stage),
+                rounds=self.stage_rounds if stage < self.num_stages - 1 else None,
+                name=f"stage {stage + 1} of {self.num_stages}",
+                start=Start.FRESH,
+            )
+            for stage in range(self.num_stages)
         )
-        return (train,)
+        return Recipe(
+            stages,
+            uses=LabelKinds.TRUE | LabelKinds.SETS | LabelKinds.BAGS | LabelKinds.AT_SERVER,
+            network=self._network(),
+            memory=Memory(start=empty_memory, keep=self.keep),
+        )
+
+    def _network(self) -> Network:
+        if self.lambda_aggregate > 0:
+            return with_bag_head(self.head_hidden)
+        return one_network_with_embeddings if self.num_stages > 1 else one_network
+
+    def _phases(self, stage: int, round_in_stage: int) -> tuple[Phase, ...]:
+        before = ("previous",) if stage > 0 else ()
+        current = ("global",) if self.evidence == "current" else ()
+        prepare = partial(self.prepare, stage=stage, fresh=round_in_stage == 1)
+        return (Phase("train", self.loss, draw=ByBag(singles=True), teachers=before + current, prepare=prepare),)
 
     # ------------------------------------------------------------------------------------------------------- E step
 
@@ -204,23 +199,23 @@ class LLPBP(Method):
         """Propagates beliefs over the client's bags and neighbours, unless that was done in this stage.
 
         Args:
-            survey: what is known.
+            survey: of the client's samples.
             stage: from 0.
             fresh: whether the global model is as it was drawn: it is then no evidence.
         """
-        known, memory = survey.supervision, survey.memory
-        n, classes = known.candidates.shape
+        supervision, memory = survey.supervision, survey.memory
+        n, classes = supervision.candidates.shape
         belief, metrics, pairs = memory["belief"], {}, None
         if len(belief) != n or int(memory["stage"]) != stage or self.evidence == "current":
             graph = self._graph(survey, stage)
-            beliefs = self.infer(known, graph, self._evidence(survey, stage, fresh))
+            beliefs = self.infer(supervision, graph, self._evidence(survey, stage, fresh))
             belief, pairs = beliefs.probability.float(), graph.edges
-            metrics = self._metrics(beliefs, belief, known)
+            metrics = self._metrics(beliefs, belief, supervision)
             memory = {**memory, "belief": belief, "stage": torch.tensor(float(stage), device=belief.device)}
             if self.evidence == "current":
                 memory |= {"edges": graph.edges, "weight": graph.weight}
-        label = self.label(belief, known)
-        reached = (known.bag >= 0) | (belief.amax(1) > 1 / classes + UNDECIDED)
+        label = self.label(belief, supervision)
+        reached = (supervision.bag >= 0) | (belief.amax(1) > 1 / classes + UNDECIDED)
         pseudo = PseudoLabels(label, reached, torch.zeros_like(reached), belief.gather(1, label[:, None]).squeeze(1))
         target = (belief if self.rule == "soft" else one_hot(label, classes)) * reached[:, None]
         return Prepared({"target": target}, memory=memory, pseudo=pseudo, metrics=metrics, pairs=pairs)
@@ -243,25 +238,25 @@ class LLPBP(Method):
             return torch.zeros_like(survey.supervision.candidates, dtype=torch.float32)
         return self.evidence_weight * survey.predict(who, "clean").log_softmax(-1)
 
-    def infer(self, known: Supervision, graph: Graph, evidence: Tensor) -> Beliefs:
+    def infer(self, supervision: Supervision, graph: Graph, evidence: Tensor) -> Beliefs:
         """Returns the beliefs (n, classes) of all samples, in double precision.
 
         Args:
-            known: bags, and candidates of which the truth is one; what is noisy is not evidence.
+            supervision: bags, and candidates; noisy ones are not evidence.
             graph: of neighbours.
             evidence: (n, classes) logarithms.
 
         Raises:
-            ValueError: what is known of a bag contradicts itself.
+            ValueError: the labels and the counts of a bag contradict each other.
         """
-        possible = known.candidates | known.noisy[:, None]
+        possible = supervision.candidates | supervision.noisy[:, None]
         log_probs = evidence.double().masked_fill(~possible, -math.inf)
         weight = graph.weight.double()
         if possible.shape[1] > 2:
             return class_marginals(
                 log_probs,
-                known.bag,
-                known.bag_counts,
+                supervision.bag,
+                supervision.bag_counts,
                 graph.edges,
                 weight,
                 self.lambda_bag / 2,  # of two classes the same as below
@@ -270,16 +265,16 @@ class LLPBP(Method):
                 self.max_iterations,
             )
         log_odds = log_probs[:, 1] - log_probs[:, 0]
-        zeros, ones = known.bag_counts.sum(0).tolist()
+        zeros, ones = supervision.bag_counts.sum(0).tolist()
         if self.centered and ones > 0 and zeros > 0:
             field = centering(self.lambda_edge * weight, math.log(ones / zeros))
             log_odds = log_odds.clone()
             for ends in graph.edges.unbind(1):
                 add_at(log_odds, ends, field)
         beliefs = marginals(
-            log_odds.clamp(-LARGEST, LARGEST) if self.factor == "pairwise" else log_odds,  # it knows no certainty
-            known.bag,
-            known.bag_counts[:, 1],
+            log_odds.clamp(-LARGEST, LARGEST) if self.factor == "pairwise" else log_odds,  # it allows no certainty
+            supervision.bag,
+            supervision.bag_counts[:, 1],
             graph.edges,
             weight,
             self.lambda_bag,
@@ -290,19 +285,20 @@ class LLPBP(Method):
         )
         return beliefs._replace(probability=torch.stack([1 - beliefs.probability, beliefs.probability], 1))
 
-    def label(self, belief: Tensor, known: Supervision) -> Tensor:
+    def label(self, belief: Tensor, supervision: Supervision) -> Tensor:
         """Returns (n,) int64, the class of each sample by `rule`, of beliefs (n, classes)."""
         if belief.shape[1] > 2:
             return belief.argmax(1)
         above = belief[:, 1] >= self.threshold
         if self.rule == "top_count":
-            above = top_count_labels(belief[:, 1], known.bag, known.bag_counts[:, 1], above)
+            above = top_count_labels(belief[:, 1], supervision.bag, supervision.bag_counts[:, 1], above)
         return above.long()
 
-    def _metrics(self, beliefs: Beliefs, belief: Tensor, known: Supervision) -> dict[str, Tensor]:
-        inside = known.bag >= 0
-        sums = add_at(torch.zeros_like(known.bag_counts, dtype=belief.dtype), known.bag[inside], belief[inside])
-        missed = (sums - known.bag_counts).abs().sum(1) / 2  # of two classes: of the count of one
+    def _metrics(self, beliefs: Beliefs, belief: Tensor, supervision: Supervision) -> dict[str, Tensor]:
+        bag, counts = supervision.bag, supervision.bag_counts
+        inside = bag >= 0
+        sums = add_at(torch.zeros_like(counts, dtype=belief.dtype), bag[inside], belief[inside])
+        missed = (sums - counts).abs().sum(1) / 2  # of two classes: of the count of one
         one = torch.ones(1, device=belief.device)
 
         def once(value: float) -> Tensor:
@@ -327,9 +323,9 @@ class LLPBP(Method):
             embeddings = student(images, "embed")
             logits = student(embeddings, "classify")
         values = -(target * logits.log_softmax(-1)).sum(-1)
-        told = target.sum(-1) > 0
-        loss = values.sum() / told.sum().clamp_min(1)
-        metrics, examples = {"train/loss_beliefs": mean_metric(values, told)}, told.sum()
+        learnt = target.sum(-1) > 0
+        loss = values.sum() / learnt.sum().clamp_min(1)
+        metrics, examples = {"train/loss_beliefs": mean_metric(values, learnt)}, learnt.sum()
         if self.lambda_aggregate > 0:
             predicted = student(bag_means(embeddings, part.members), "bags").log_softmax(-1)
             of_bags = bag_step(dllp_loss(predicted, shares(part)), logits, part)
@@ -342,18 +338,9 @@ class LLPBP(Method):
         metrics["train/loss"] = torch.stack([loss, torch.ones_like(loss)]).detach()
         return Step(loss, metrics, examples)
 
-    # -------------------------------------------------------------------------------------------- what is remembered
-
-    def initial_memory(self, candidates: Tensor) -> State:
-        nothing = torch.zeros(0, candidates.shape[1], device=candidates.device)
-        edges = torch.zeros(0, 2, dtype=torch.int64, device=candidates.device)
-        return {
-            "belief": nothing,
-            "stage": torch.tensor(-1.0, device=candidates.device),
-            "edges": edges,
-            "weight": nothing[:, 0],
-        }
+    # ------------------------------------------------------------------------------------------------------- memory
 
     def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
+        """Returns the beliefs of the stage and, where they are made anew in every round, its graph."""
         kept = ("belief", "stage", "edges", "weight") if self.evidence == "current" else ("belief", "stage")
         return {name: memory[name] for name in kept}

@@ -4,17 +4,20 @@ Consistency Regularization", ACML 2020; Miyato et al., "Virtual Adversarial Trai
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlabel.methods.bags import BagMethod, bag_step, log_bag_means, shares
-from fedlabel.methods.dllp import dllp_loss
-from fedlabel.methods.steps import Batch, Model, Step, batch_mean, mean_metric
+from fedlabel.checks import finite, positive
+from fedlabel.methods.bags import bag_recipe, bag_step
+from fedlabel.methods.batch import Batch, Model, Step
+from fedlabel.methods.dllp import dllp_bag_loss
+from fedlabel.methods.losses import batch_mean, mean_metric
+from fedlabel.methods.recipe import Method, Recipe, Task
+from fedlabel.models.wrap import one_network
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -29,7 +32,7 @@ def divergence(log_target: Tensor, log_probs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LLPVAT(BagMethod):
+class LLPVAT(Method):
     """DLLP's loss plus the divergence between the predictions of a sample and of its worst small change."""
 
     name: str = "llp_vat"
@@ -42,24 +45,19 @@ class LLPVAT(BagMethod):
     xi: float = 1e-2
     """Length of the probe in the one power iteration that finds the worst direction."""
 
-    @property
-    def input_gradients(self) -> bool:
-        return self.lambda_vat > 0
-
     def __post_init__(self) -> None:
-        if not 0 <= self.lambda_vat < math.inf:
-            raise ValueError(f"`method.lambda_vat` (={self.lambda_vat}) must be a finite number of at least 0.")
-        for key in ("radius", "xi"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a positive number.")
+        finite(self, "method", "lambda_vat")
+        positive(self, "method", "radius", "xi")
 
-    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return dllp_loss(log_bag_means(logits.log_softmax(-1), batch.labeled.members), shares(batch.labeled))
+    def recipe(self, task: Task) -> Recipe:
+        network = replace(one_network, input_gradients=self.lambda_vat > 0)
+        return replace(bag_recipe(self.loss), network=network)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        """Returns the mean loss over bags plus the weighted divergence of the batch's samples."""
         inputs = batch.labeled.views["weak"]
         logits = student(inputs)
-        step = bag_step(self.bag_loss(logits, batch), logits, batch.labeled)
+        step = bag_step(dllp_bag_loss(logits, batch), logits, batch.labeled)
         if self.lambda_vat == 0:
             return step
         target = logits.detach().log_softmax(-1)

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedlabel.data.supervision import Supervision
-from fedlabel.methods.bags import BagMethod, by_bag
-from fedlabel.methods.steps import Batch
+from fedlabel.methods.bags import bag_recipe, by_bag, of_bags
+from fedlabel.methods.batch import Batch
+from fedlabel.methods.recipe import Method, Recipe, Task
 
 
 def top_counts(scores: Tensor, there: Tensor, counts: Tensor) -> Tensor:
@@ -27,26 +27,27 @@ def top_counts(scores: Tensor, there: Tensor, counts: Tensor) -> Tensor:
     return (order.argsort(-1) < counts[:, None]) & there
 
 
+def top_count_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Returns the mean cross-entropy of each bag's samples to their top-count labels, see `BagLoss`."""
+    part = batch.labeled
+    rows, there = by_bag(logits.log_softmax(-1), part.members)
+    odds, _ = by_bag((logits[:, 1] - logits[:, 0]).detach(), part.members)
+    chosen = top_counts(odds, there, part.bag_counts[:, 1])
+    picked = rows[..., 1].masked_fill(~chosen, 0) + rows[..., 0].masked_fill(chosen, 0)
+    return -picked.sum(1) / there.sum(1).clamp_min(1)
+
+
 @dataclass(frozen=True)
-class TopCount(BagMethod):
+class TopCount(Method):
     """Cross-entropy on top-count pseudo-labels of the batch; the mean over a bag's samples, then over bags."""
 
     name: str = "top_count"
     description: ClassVar[str] = "bags: the likeliest samples get the labels (OT-LLP); two classes"
 
-    def check(self, known: Supervision) -> None:
-        super().check(known)
-        classes = known.candidates.shape[1]
-        if classes != 2:
+    def recipe(self, task: Task) -> Recipe:
+        if task.num_classes != 2:
             raise ValueError(
-                f"`method.name` (=top_count) is for two classes, and there are {classes}: take method.name=dllp, or "
-                "data.positive_classes."
+                f"`method.name` (=top_count) is for two classes, and there are {task.num_classes}: take "
+                "method.name=dllp, or data.positive_classes."
             )
-
-    def bag_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        part = batch.labeled
-        rows, there = by_bag(logits.log_softmax(-1), part.members)
-        odds, _ = by_bag((logits[:, 1] - logits[:, 0]).detach(), part.members)
-        chosen = top_counts(odds, there, part.bag_counts[:, 1])
-        picked = rows[..., 1].masked_fill(~chosen, 0) + rows[..., 0].masked_fill(chosen, 0)
-        return -picked.sum(1) / there.sum(1).clamp_min(1)
+        return bag_recipe(of_bags(top_count_bag_loss))
