@@ -195,18 +195,6 @@ class ExperimentConfig:
             )
         self._check_labels()
         self.method.check_rounds(self.num_rounds)
-        noisy = [part.count_epsilon for part in self.supervision.parts if part.count_epsilon is not None]
-        if noisy and getattr(self.method, "lambda_bag", 0.0) == math.inf:
-            raise ValueError(
-                f"`method.lambda_bag` (=inf) takes counts for exact, and those of `supervision.count_epsilon` "
-                f"(={noisy[0]}) are not: take a number, e.g. method.lambda_bag=1."
-            )
-        merge = getattr(self.method, "merge", "sum")
-        if merge == "mean" and self.strategy.name != "weighted_mean":
-            raise ValueError(
-                f"`method.merge` (=mean) sends two models with separate weights, which `strategy.name` "
-                f"(={self.strategy.name}) cannot combine; use strategy.name=weighted_mean or method.merge=sum."
-            )
 
     @property
     def cohort_size(self) -> int:

@@ -6,7 +6,7 @@ import importlib
 import traceback
 from pathlib import Path
 
-from fedlabel.methods.base import Method
+from fedlabel.methods.recipe import Method
 from fedlabel.methods.cc import CC
 from fedlabel.methods.co_teaching import CoTeaching
 from fedlabel.methods.count_likelihood import CountLikelihood
@@ -100,7 +100,7 @@ def method_class(name: str) -> type[Method]:
         )
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(
-            f"`method.name` (={name}) must be a subclass of fedlabel.methods.base.Method; see CONTRIBUTING.md."
+            f"`method.name` (={name}) must be a subclass of fedlabel.methods.recipe.Method; see CONTRIBUTING.md."
         )
     return found
 

@@ -21,7 +21,7 @@ from fedlabel.cli import run_experiment
 from fedlabel.data.labeling_functions import FunctionReport
 from fedlabel.experiment import open_experiment
 from fedlabel.figures import functions_figure
-from fedlabel.methods.dp_ssl import votes_of
+from fedlabel.inference.head_assignment import votes_of
 from fedlabel.metrics import Counts, add_counts, function_counts
 from fedlabel.tracking import RunFolder, read_metrics
 from fedlabel.training import frozen_model
