@@ -8,13 +8,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlabel.data.labeling_functions import NOT_ASKED
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
-from fedlabel.methods.base import state_from_lists, state_to_lists
-from fedlabel.methods.steps import StateDict
-from fedlabel.metrics import function_counts, means, pseudo_label_counts
-from fedlabel.training import ClientUpdate
+from fedlabel.learning.audit import against_truth, votes_against_truth
+from fedlabel.learning.client import ClientUpdate
+from fedlabel.methods.batch import StateDict
+from fedlabel.methods.shared import state_from_lists, state_to_lists
+from fedlabel.metrics import Counts, means
 
 app = ClientApp()
 
@@ -47,11 +47,13 @@ def train(message: Message, context: Context) -> Message:
     update = experiment.train(client, state, round_number, memory, received)
     if update.kept:
         context.state["memory"] = ArrayRecord({name: Array(t.cpu().numpy()) for name, t in update.kept.items()})
-    reply = _reply(update, experiment, client)
-    claimed = experiment.config.method.claimed_bytes(state, next(iter(update.parts.values())).state, len(received))
-    if claimed is not None:
-        reply.config_records["counts"]["claimed_bytes"] = list(claimed)
-    return Message(reply, reply_to=message)
+    counts: Counts = {"passes": [float(update.forward), float(update.backward)]}
+    claimed_bytes = experiment.recipe.upload.claimed_bytes
+    if claimed_bytes is not None:
+        uploaded = next(iter(update.parts.values())).state
+        counts["claimed_bytes"] = list(claimed_bytes(state, uploaded, len(received)))
+    measured = _measured(update, experiment, client, audit=bool(record.get("audit", False)))
+    return Message(_reply(update, measured[0], {**measured[1], **counts}), reply_to=message)
 
 
 def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
@@ -64,13 +66,17 @@ def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
     }
 
 
-def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordDict:
-    """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies want it, and counts beside.
+def _measured(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:
+    """Returns a client's metrics and counts; audit: whether it is simulated, and may look at its hidden labels."""
+    supervision, truth = experiment.federation.supervision(client), experiment.federation.hidden_labels(client)
+    if not audit:
+        return dict(update.sums), votes_against_truth(update, supervision, torch.full_like(truth, -1))
+    sums, counts = against_truth(update, supervision.to(experiment.device), truth)
+    return {**update.sums, **sums}, {**counts, **votes_against_truth(update, supervision, truth)}
 
-    The counts compare pseudo-labels with the hidden truth where the client has it (a simulation); they are sums over
-    all its draws of a round, per true class. So does graph/homophily: neighbours of the same class, and all; and so are
-    labelling functions' votes on the samples without a label counted.
-    """
+
+def _reply(update: ClientUpdate, sums: Counts, counts: Counts) -> RecordDict:
+    """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies want it, and the rest."""
     single = len(update.parts) == 1
     arrays = {
         name if single else f"{part}/{name}": value
@@ -81,24 +87,6 @@ def _reply(update: ClientUpdate, experiment: Experiment, client: int) -> RecordD
     weights = {f"weight/{part}": float(model.weight) for part, model in update.parts.items()} if not single else {}
     weight = float(next(iter(update.parts.values())).weight) if single else 1.0
     loss = means(update.sums).get("train/loss", 0.0)  # QFedAvg weighs clients by it
-    counts: dict[str, list[float]] = {}
-    if update.pseudo is not None:
-        truth = experiment.federation.hidden_labels(client).to(experiment.device)
-        rows = update.pseudo_index.to(experiment.device)
-        kind = experiment.federation.supervision(client).kind.to(experiment.device)
-        classes = experiment.federation.dataset.num_classes
-        counts = pseudo_label_counts(update.pseudo, truth[rows], classes, kind[rows])
-    sums = dict(update.sums)
-    if update.pairs is not None:
-        truth = experiment.federation.hidden_labels(client)
-        pairs = truth[update.pairs.cpu()]
-        first, second = pairs[(pairs >= 0).all(1)].unbind(1)
-        sums["graph/homophily"] = [float((first == second).sum()), float(len(first))]
-    if update.votes is not None:
-        votes, sets = (values.cpu() for values in update.votes)
-        free = ~experiment.federation.supervision(client).labeled & (votes > NOT_ASKED).any(1)
-        counts |= function_counts(votes[free], sets, experiment.federation.hidden_labels(client)[free])
-    counts["passes"] = [float(update.forward), float(update.backward)]
     return RecordDict(
         {
             "arrays": ArrayRecord(arrays),

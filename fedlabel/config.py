@@ -25,8 +25,8 @@ from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision_config import MixPart, SupervisionConfig, fill_amounts
 from fedlabel.methods import METHODS, in_own_words, method_class
-from fedlabel.methods.base import Method
 from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
 from fedlabel.training_config import TrainingConfig
 

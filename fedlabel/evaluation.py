@@ -13,7 +13,8 @@ from torch import Tensor
 from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
 from fedlabel.inference.sums import add_at
-from fedlabel.methods.steps import Model
+from fedlabel.learning.views import ImageTransform
+from fedlabel.methods.batch import Model
 from fedlabel.metrics import (
     area_under_curve,
     calibration_bins,
@@ -23,7 +24,6 @@ from fedlabel.metrics import (
     ratio,
     worst_share_mean,
 )
-from fedlabel.training import ImageTransform
 
 BATCH_SIZE = 500
 

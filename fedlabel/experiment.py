@@ -54,6 +54,7 @@ class Experiment:
         self.federation: Federation = self._federation(config.evaluation.split)
         dataset, skew = self.federation.dataset, config.skew
         card = label_card(self.federation.record)
+        self.labels = card
         self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.inference.label_model import coverage_normalized_votes, vote_tallies
-from fedlabel.methods.steps import PseudoLabels
+from fedlabel.methods.batch import PseudoLabels
 
 Counts = dict[str, list[float]]
 """Name -> numbers that add up over clients: what travels from a client to the server beside the model."""
@@ -73,6 +73,10 @@ def worst_share_mean(values: np.ndarray, share: float = 0.1) -> float:
     return float(np.sort(values)[:count].mean())
 
 
+RATES = ("coverage", "overlap", "conflict", "accuracy")
+OF_SAMPLES = ("voted", "majority_accuracy", "normalized_vote_accuracy")
+COUNTED = ("function_votes", "function_counts", "function_samples")
+"""See `function_counts`."""
 CALIBRATION_BINS = 15
 """Equal-width bins of confidence: [0, 1/15), [1/15, 2/15), ..., [14/15, 1]."""
 

@@ -43,6 +43,7 @@ from fedlabel.errors import make_folder, naming
 Hparam = str | int | float | bool
 PARTITION_JSON = "partition.json"
 SUMMARY_JSON = "summary.json"
+FUNCTIONS_CSV = "labeling_functions.csv"
 LEAST_AVERAGED = 5
 """Rounds over which results are averaged, where a tenth of the run is less."""
 
@@ -237,7 +238,7 @@ class RunFolder:
     @property
     def functions_csv(self) -> Path:
         """Analysis of labelling functions, all clients' and each one's; absent without such functions."""
-        return self.path / "labeling_functions.csv"
+        return self.path / FUNCTIONS_CSV
 
     @property
     def partition_png(self) -> Path:
@@ -272,6 +273,8 @@ class RunFolder:
         lists: Mapping[str, np.ndarray | Tensor] = _NOTHING,
         bins: Mapping[str, np.ndarray] = _NOTHING,
         figures: Mapping[str, Figure] = _NOTHING,
+        texts: Mapping[str, str] = _NOTHING,
+        files: Mapping[str, str] = _NOTHING,
     ) -> None:
         """Writes one round to TensorBoard and then, as the line that makes it count, to metrics.jsonl.
 
@@ -282,7 +285,11 @@ class RunFolder:
                 TensorBoard.
             bins: tag -> (n,) how many values are in each of n equal parts of [0, 1]: a histogram in TensorBoard only.
             figures: tag -> figure; TensorBoard only.
+            texts: tag -> Markdown; TensorBoard only.
+            files: name of a file in the folder -> its whole text.
         """
+        for name, text in files.items():
+            write_atomic(self.path / name, text)
         rows = {tag: _as_array(values) for tag, values in lists.items()}
         scalars = {tag: float(value) for tag, value in metrics.items()}
         for tag, value in scalars.items():
@@ -295,6 +302,8 @@ class RunFolder:
             self._add_bins(tag, counts, round_number)
         for tag, figure in figures.items():
             self._add_figure(tag, figure, round_number)
+        for tag, text in texts.items():
+            self._events.add(summaries.text(tag, text), round_number)
         self._next_round = round_number
         self._flush_failures()
         self._next_round = round_number + 1

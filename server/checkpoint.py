@@ -6,14 +6,13 @@ import hashlib
 import io
 import re
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
 from fedlabel.config import ExperimentConfig, flatten, parse_config, to_yaml
 from fedlabel.config_text import parse_yaml
@@ -21,8 +20,9 @@ from fedlabel.errors import naming
 from fedlabel.experiment import Experiment
 from fedlabel.tracking import write_atomic
 from server.checkpoint_schema import complaints
+from server.state import ServerState
 
-MAGIC = b"fedlabel-checkpoint-1\n"
+MAGIC = b"fedlabel-checkpoint-2\n"
 CHANGEABLE = (
     "num_rounds",
     "grid.kind",
@@ -44,38 +44,10 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another experiment."""
 
 
-@dataclass
-class Checkpoint:
-    """All that a round depends on beside the configuration."""
-
-    round_number: int
-    """The last completed round."""
-    model: dict[str, Tensor]
-    """Global weights."""
-    config: str
-    """Resolved configuration, YAML."""
-    strategy: dict[str, Any] = field(default_factory=dict)
-    """See `strategy.strategy_state`."""
-    client_states: dict[int, bytes] = field(default_factory=dict)
-    """Client -> what it keeps between rounds, serialised; only non-empty ones, only where this process keeps them."""
-    shared: dict[str, Tensor] = field(default_factory=dict)
-    """See `Method.initial_shared`."""
-    helpers: dict[str, Any] = field(default_factory=dict)
-    """See `HelperPool.dump`."""
-    previous: dict[str, Tensor] = field(default_factory=dict)
-    """What the model was at the end of the stage before (see `Method.starts_stage`); empty in the first."""
-    average: dict[str, Tensor] = field(default_factory=dict)
-    """See `Method.averaging`."""
-    votes: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    """See `FunctionWatch.dump`."""
-    selected: dict[str, Tensor] = field(default_factory=dict)
-    """The stage's best weights so far (see `evaluation.select`); empty where nothing was scored."""
-
-
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save_checkpoint(folder: Path, checkpoint: ServerState, keep: int) -> Path:
     """Writes `round_NNNNNN.ckpt` into `folder` and removes all but the `keep` newest."""
     buffer = io.BytesIO()
-    torch.save(_encode(vars(checkpoint)), buffer)
+    torch.save(_encode(vars(checkpoint.to(torch.device("cpu")))), buffer)
     payload = buffer.getbuffer()  # no copy: models of all clients may be in it
     path = folder / file_name(checkpoint.round_number)
     write_atomic(path, MAGIC + hashlib.sha256(payload).digest(), payload)
@@ -85,7 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return path
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path) -> ServerState:
     """Reads one checkpoint; nothing in the file is run.
 
     Raises:
@@ -101,10 +73,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             found = _decode(torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True))
     except Exception as error:  # torch's reader has many ways to fail, and its words are for those who wrote the file
         raise CheckpointError(f"Checkpoint {path} is damaged (its digest matches, but it cannot be read).") from error
-    names = {each.name for each in fields(Checkpoint)}
+    names = {each.name for each in fields(ServerState)}
     if not isinstance(found, dict) or found.keys() != names:
         raise CheckpointError(f"Checkpoint {path} is damaged (it does not hold what a checkpoint holds).")
-    checkpoint = Checkpoint(**found)
+    checkpoint = ServerState(**found)
     number = checkpoint.round_number
     if type(number) is not int or path.name != file_name(number) or type(checkpoint.config) is not str:
         raise CheckpointError(f"Checkpoint {path} is damaged (it is not of the round that its name says).")
@@ -116,7 +88,7 @@ def file_name(round_number: int) -> str:
     return f"round_{round_number:06d}.ckpt"
 
 
-def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) -> Checkpoint:
+def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) -> ServerState:
     """Returns the newest checkpoint in `folder`, checked against everything that the resuming run makes itself.
 
     A run that was killed before its first checkpoint starts at round 1 again, from the experiment's initial model.
@@ -170,7 +142,7 @@ def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) 
         return checkpoint
     if refused:
         raise _with_cure(refused, None)
-    return Checkpoint(0, experiment.initial_state, text)
+    return ServerState(0, experiment.initial_state, text)
 
 
 class _TooFew(CheckpointError):

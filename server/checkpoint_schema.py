@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +15,11 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedYogi, Strategy
 from torch import Tensor
 
 from fedlabel.experiment import Experiment
-from fedlabel.methods.steps import State, StateDict
-from server.functions import COUNTED
+from fedlabel.methods.batch import State, StateDict
+from fedlabel.metrics import COUNTED
 from server.grids import parse_state
+from server.state import ServerState
 from server.strategy import decode, strategy_state
-
-if TYPE_CHECKING:
-    from server.checkpoint import Checkpoint
 
 MOVING = ("clipping_norm",)
 """Numbers among a strategy's attributes that change from round to round; all others are the configuration's."""
@@ -29,7 +27,7 @@ _FORMS = {"m_t": "arrays", "v_t": "arrays", "momentum_vector": "list"}
 """Attribute of a strategy -> its form in `strategy_state`; see also `_form`."""
 
 
-def complaints(checkpoint: Checkpoint, experiment: Experiment, strategy: Strategy) -> Iterator[str]:
+def complaints(checkpoint: ServerState, experiment: Experiment, strategy: Strategy) -> Iterator[str]:
     """Yields what in a checkpoint cannot come from a run of this experiment. Only the first is sure to make sense.
 
     Args:
@@ -37,19 +35,21 @@ def complaints(checkpoint: Checkpoint, experiment: Experiment, strategy: Strateg
         experiment: of the run.
         strategy: a fresh one.
     """
-    method, like, done = experiment.config.method, experiment.initial_state, checkpoint.round_number
+    recipe, like, done = experiment.recipe, experiment.initial_state, checkpoint.round_number
     yield from _tensors("model", checkpoint.model, like)
     for name in ("previous", "average", "selected"):
         if not _is_empty(getattr(checkpoint, name)):
             yield from _tensors(name, getattr(checkpoint, name), like)
-    if any(method.starts_stage(number) for number in range(1, done + 1)) == _is_empty(checkpoint.previous):
+    if any(recipe.begins(number) for number in range(1, done + 1)) == _is_empty(checkpoint.previous):
         yield f"`previous` does not fit the stage of round {done}"
-    shared = method.initial_shared(experiment.federation.dataset.num_classes)
+    shared = recipe.shared.start()
     yield from _tensors("shared", checkpoint.shared, shared, finite=False)
     yield from _strategy(checkpoint.strategy, strategy, like)
-    yield from _client_states(checkpoint.client_states, experiment, shared)
+    yield from _client_states(checkpoint.clients, experiment, shared)
     yield from _helpers(checkpoint.helpers, experiment)
-    yield from _votes(checkpoint.votes, experiment)
+    if not isinstance(checkpoint.observers, dict) or checkpoint.observers.keys() - {"functions"}:
+        yield "`observers` holds what no observer remembers"
+    yield from _votes(checkpoint.observers.get("functions", {}), experiment)
 
 
 def _tensors(what: str, found: Any, like: State | StateDict, finite: bool = True) -> Iterator[str]:
@@ -132,19 +132,19 @@ def _form(attribute: str, strategy: Strategy) -> str:
 
 def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterator[str]:
     if not isinstance(saved, dict):
-        yield "`client_states` is no mapping"
-    method = experiment.config.method
+        yield "`clients` is no mapping"
+    remembered = experiment.recipe.memory
     for client, data in saved.items():
-        yield from _client("client_states", client, experiment)
-        what = f"client_states: client {client}"
+        yield from _client("clients", client, experiment)
+        what = f"clients: client {client}"
         records = parse_state(data) if type(data) is bytes else None
         if records is None:
             yield f"`{what}` cannot be read"
             return
         if set(records) != {"memory"} or not records.array_records:
             yield f"`{what}` holds other records than `memory`"
-        memory = method.initial_memory(experiment.federation.supervision(client).candidates)
-        examples = method.kept_like({**memory, **shared}, experiment.initial_state)
+        memory = remembered.start(experiment.federation.supervision(client).candidates)
+        examples = remembered.like({**memory, **shared}, experiment.initial_state)
         kept = records.array_records["memory"]
         if odd := sorted(map(_short, set(kept) - set(examples))):
             yield f"`{what}` has beside what belongs there, {', '.join(odd[:3])}"
@@ -166,7 +166,7 @@ def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterato
 
 
 def _helpers(saved: Any, experiment: Experiment) -> Iterator[str]:
-    helpers = experiment.config.method.helpers
+    helpers = experiment.recipe.helpers
     yield from _names("helpers", saved, {} if helpers is None else {"models": None, "outputs": None})
     if helpers is None:
         return

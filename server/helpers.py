@@ -14,9 +14,9 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from scipy.spatial import KDTree
 
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import Helpers
+from fedlabel.learning.step import frozen_model
+from fedlabel.methods.recipe import Helpers
 from fedlabel.seeding import numpy_generator
-from fedlabel.training import frozen_model
 from server.strategy import decode
 
 

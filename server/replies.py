@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedlabel.batches import Units, bag_units, most_drawn
 from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import Limits, Method, PhaseResult
-from fedlabel.methods.steps import State, StateDict
-from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
-from fedlabel.training import weight_in_mean
+from fedlabel.learning.client import weight_in_mean
+from fedlabel.learning.plan import Units, bag_units, most_drawn
+from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.recipe import ByBag, Recipe
+from fedlabel.methods.shared import Limits
+from fedlabel.methods.uploads import PhaseResult
+from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, OF_SAMPLES, RATES, Counts
 from fedlabel.training_config import TrainingConfig
-from server.functions import OF_SAMPLES, RATES
 
 LARGEST_WEIGHT = 1e12
 """Of a model: the sum of the squares of a large network's weights is then still a float32."""
@@ -186,7 +187,7 @@ class ReplySchema:
 
     Args:
         model: what is sent to clients, on any device.
-        method: the run's.
+        recipe: the method's.
         training: how clients train.
         sizes: how many samples each client holds, as it announced.
         num_classes: of the labels.
@@ -201,7 +202,7 @@ class ReplySchema:
     def __init__(
         self,
         model: StateDict,
-        method: Method,
+        recipe: Recipe,
         training: TrainingConfig,
         sizes: Sequence[int],
         num_classes: int,
@@ -212,7 +213,7 @@ class ReplySchema:
         max_update_norm: float | None = None,
         losses: tuple[float, float] = (-LARGEST_LOSS, LARGEST_LOSS),
     ) -> None:
-        self.method = method
+        self.recipe = recipe
         self.num_classes = num_classes
         self.max_update_norm = max_update_norm
         self.losses = losses
@@ -223,26 +224,25 @@ class ReplySchema:
         self._annotators = annotators
         self._units = units
         self._weights: dict[tuple[object, ...], Mapping[str, float]] = {}
-        parts = tuple(method.upload(self._model, [], parameters, 0.0))  # as of a client that did not train
+        parts = tuple(recipe.upload.send(self._model, [], parameters, 0.0))  # as of a client that did not train
         self.parts = parts if len(parts) > 1 else ()
         """Names of the models that a reply holds; none if it is one."""
         one = {name: ArrayForm.like(value) for name, value in model.items()}
         self.arrays = {f"{part}/{name}": form for part in self.parts for name, form in one.items()} or one
-        self.counts = _lengths(num_classes, functions, _claims(method))
+        self.counts = _lengths(num_classes, functions, recipe.upload.claimed_bytes is not None)
 
     @classmethod
     def of(cls, experiment: Experiment, sizes: Sequence[int]) -> ReplySchema:
         """Returns the schema of an experiment; sizes: as announced."""
         config, record = experiment.config, experiment.federation.record
-        written = record.votes.shape[1] if config.method.functions_vote else 0
         return cls(
             experiment.initial_state,
-            config.method,
+            experiment.recipe,
             config.training,
             sizes,
             experiment.federation.dataset.num_classes,
             frozenset(name for name, _ in experiment.teacher.named_parameters()),
-            config.method.labeling_heads or written,
+            experiment.recipe.num_functions,
             record.annotations.shape[1],
             cache(lambda client, unlabeled: bag_units(experiment.federation.supervision(client), unlabeled)),
             config.strategy.max_update_norm,
@@ -257,8 +257,8 @@ class ReplySchema:
             shared: what the server shares in it.
             messages: what is sent.
         """
-        nobody = self.method.initial_memory(torch.ones(1, self.num_classes, dtype=torch.bool))
-        statistics = {name: tuple(v.shape) for name, v in self.method.statistics({**nobody, **shared}).items()}
+        nobody = self.recipe.memory.start(torch.ones(1, self.num_classes, dtype=torch.bool))
+        statistics = {name: tuple(v.shape) for name, v in self.recipe.shared.statistics({**nobody, **shared}).items()}
         sent = {}
         if self.max_update_norm is not None:
             arrays = messages[0].content["arrays"]
@@ -268,13 +268,13 @@ class ReplySchema:
 
     def limits(self, client: int, round_number: int) -> ClientLimits:
         """Returns what a client can have sent at most in a round."""
-        samples, phases = self._sizes[client], self.method.phases(round_number)
+        samples, phases = self._sizes[client], self.recipe.phases(round_number)
         drawn = []
         for phase in phases:
             units = None
-            if phase.bags:
+            if isinstance(phase.draw, ByBag):
                 assert self._units is not None
-                units = self._units(client, bool(phase.unlabeled))
+                units = self._units(client, phase.draw.singles)
             drawn.append(most_drawn(phase, self._training, samples, units))
         steps, examples = (sum(column) for column in zip(*drawn, strict=True)) if drawn else (0, 0)
         key = (samples, *((phase.name, phase.start, most) for phase, (_, most) in zip(phases, drawn, strict=True)))
@@ -290,8 +290,8 @@ class ReplySchema:
 
     def _most_weights(self, results: list[PhaseResult], weight: float) -> Mapping[str, float]:
         """Returns the weights that the method itself gives to a client that used all it could, or nothing."""
-        most = self.method.upload(self._model, results, self._parameters, weight)
-        none = self.method.upload(self._model, [], self._parameters, 0.0)
+        most = self.recipe.upload.send(self._model, results, self._parameters, weight)
+        none = self.recipe.upload.send(self._model, [], self._parameters, 0.0)
         weights = {part: float(max(most[part].weight, none[part].weight)) for part in most}
         if not self.parts:
             return {"num-examples": next(iter(weights.values()))}
@@ -372,7 +372,7 @@ class RoundSchema(NamedTuple):
             if array.min() < 0:
                 raise Refused(f"BadReply: its count {name} is below 0 (={array.min():g})")
         forward, backward = values["passes"]
-        if not backward <= forward <= PER_DRAW * self.schema.method.networks * (limits.draws + 1):
+        if not backward <= forward <= PER_DRAW * self.schema.recipe.network.count * (limits.draws + 1):
             raise Refused(f"BadReply: its count passes (={forward:g}, {backward:g}) is more than it can have")
         if "drawn" in values:
             _check_pseudo_labels(values, limits.draws)
@@ -394,7 +394,7 @@ class RoundSchema(NamedTuple):
         if found:
             try:
                 tensors = {name: torch.from_numpy(values) for name, values in found.items()}
-                self.schema.method.check_statistics(tensors, self.shared, limits)
+                self.schema.recipe.shared.check_statistics(tensors, self.shared, limits)
             except ValueError as error:
                 raise Refused(f"BadReply: {error}") from error
         return found
@@ -440,11 +440,6 @@ def _numbers(what: str, name: str, value: object, length: int, largest: float = 
     if not (np.abs(numbers) <= largest).all():
         raise Refused(f"NotFinite: its {what} {name} holds NaN, infinity or a number beyond +-{largest:g}")
     return numbers
-
-
-def _claims(method: Method) -> bool:
-    """Whether the method counts bytes as its paper does."""
-    return type(method).claimed_bytes is not Method.claimed_bytes
 
 
 def _lengths(classes: int, functions: int, claims: bool) -> tuple[Mapping[str, int], ...]:

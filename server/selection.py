@@ -9,20 +9,28 @@ from typing import Any
 
 import torch
 
+from fedlabel.config import SELECT
 from fedlabel.errors import naming
-from fedlabel.methods.base import Method
-from fedlabel.methods.steps import StateDict
+from fedlabel.experiment import Experiment
+from fedlabel.methods.batch import StateDict
+from fedlabel.methods.recipe import Recipe
 from fedlabel.tracking import best_row, lower_is_better, write_atomic
 
 SELECTED = "selected_{:06d}.pt"
 """Weights by name; the round is in the name."""
 
 
+def select_key(experiment: Experiment) -> str | None:
+    """Returns the tag of what `evaluation.select` goes by on the validation split; None: nothing is selected."""
+    select = experiment.config.evaluation.select
+    return None if select is None else "select/" + SELECT[select].rpartition("/")[2]
+
+
 class Selection:
     """The best model so far: of all rounds, as a file, and of the stage."""
 
     def __init__(
-        self, folder: Path, key: str | None, method: Method, rows: Sequence[Mapping[str, Any]], stage_model: StateDict
+        self, folder: Path, key: str | None, recipe: Recipe, rows: Sequence[Mapping[str, Any]], stage_model: StateDict
     ) -> None:
         """Goes on where a run stands; files of later rounds, which will be done again, are removed. That of the best
         round is written anew where it is of the last stage: it may be gone, or damaged.
@@ -30,7 +38,7 @@ class Selection:
         Args:
             folder: gets a file `SELECTED`.
             key: the metric's tag; None: nothing is selected.
-            method: says where stages begin.
+            recipe: says where stages begin.
             rows: of the rounds that are done.
             stage_model: the best of their last stage.
 
@@ -39,7 +47,7 @@ class Selection:
         """
         self._folder, self._key = folder, key
         done = rows[-1]["round"] if rows else 0
-        begun = next((number for number in range(done, 0, -1) if method.starts_stage(number)), 1)
+        begun = next((number for number in range(done, 0, -1) if recipe.begins(number)), 1)
         best = None if key is None else best_row(rows, key)
         of_stage = None if key is None else best_row([row for row in rows if row["round"] >= begun], key)
         self._best: float | None = None if best is None or key is None else best[key]

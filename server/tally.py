@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from flwr.app import Message, RecordDict
 
-from fedlabel.methods.steps import State
+from fedlabel.methods.batch import State
 from fedlabel.metrics import Counts, add_counts
 from server.exchange import BAD_REPLY
 from server.replies import Refused, RoundSchema, harmless

@@ -30,19 +30,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Helpers, Method, ModelPart, Phase, PhaseResult, Update
-from fedlabel.methods.steps import (
-    Batch,
-    Model,
-    PseudoLabels,
-    StateDict,
-    Step,
-    cross_entropy_on_labels,
-    mean_metric,
-    one_hot,
-    pseudo_cross_entropy,
-    pseudo_metrics,
-)
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of
+from fedlabel.methods.batch import Batch, Model, PseudoLabels, StateDict, Step
+from fedlabel.methods.losses import cross_entropy_on_labels, mean_metric, one_hot, pseudo_cross_entropy, pseudo_metrics
+from fedlabel.methods.recipe import BySample, Helpers, LabelKinds, Method, Phase, Recipe, Stage, Task, Update
+from fedlabel.methods.uploads import ModelPart, PhaseResult, Upload, send_unweighted
+from fedlabel.models.wrap import one_network, sum_of_parts
 
 VARIANTS = ("full", "disjoint", "inter_client")
 BYTES = 4
@@ -62,6 +55,24 @@ def sparse_update(received: Tensor, new: Tensor, change: float) -> Tensor:
 
 def _starting(prefix: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if name.startswith(prefix)]
+
+
+def changed_bytes(received: StateDict, uploaded: StateDict, helpers: int) -> tuple[float, float]:
+    """Counts as the paper does: up, the entries that changed; down, sigma and the entries of psi that are not 0.
+
+    Positions of the entries are not counted. A helper's psi is taken to have as many entries that are not 0 as the
+    received one.
+    """
+    changed = sum(int((uploaded[name] != value).sum()) for name, value in received.items())
+    sigma = sum(value.numel() for name, value in received.items() if name.startswith("sigma."))
+    psi = sum(int(value.count_nonzero()) for name, value in received.items() if name.startswith("psi."))
+    return BYTES * float(changed), BYTES * float(sigma + psi * (1 + helpers))
+
+
+def all_bytes(received: StateDict, uploaded: StateDict, helpers: int) -> tuple[float, float]:
+    """Counts an undivided model, and each helper's, in full."""
+    size = sum(value.numel() for value in received.values())
+    return BYTES * float(size), BYTES * float(size * (1 + helpers))
 
 
 MAX_HELPERS = 100
@@ -101,50 +112,34 @@ class FedMatch(Method):
     description: ClassVar[str] = "disjoint learning and inter-client consistency (Jeong et al., ICLR 2021)"
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"`method.variant` (={self.variant}) must be one of {', '.join(VARIANTS)}.")
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"`method.confidence_threshold` (={self.confidence_threshold}) must lie in [0, 1].")
-        weights = ("lambda_s", "lambda_a", "lambda_i", "lambda_l1", "lambda_l2", "psi_factor")
-        for key in (*weights, "zero_below", "change_above"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
+        one_of(self, "method", variant=VARIANTS)
+        in_unit_interval(self, "method", "confidence_threshold")
+        finite(self, "method", "lambda_s", "lambda_a", "lambda_i", "lambda_l1", "lambda_l2")
+        finite(self, "method", "psi_factor", "zero_below", "change_above")
         if not 1 <= self.num_helpers <= MAX_HELPERS:
             raise ValueError(f"`method.num_helpers` (={self.num_helpers}) must lie in [1, {MAX_HELPERS}].")
-        if self.helper_interval < 1:
-            raise ValueError(f"`method.helper_interval` (={self.helper_interval}) must be at least 1.")
+        at_least(self, "method", 1, "helper_interval")
 
-    @property
-    def additive(self) -> Mapping[str, float]:
-        return {} if self.variant == "inter_client" else {"sigma": 1.0, "psi": self.psi_factor}
-
-    @property
-    def helpers(self) -> Helpers | None:
-        if self.variant == "disjoint":
-            return None
-        return Helpers(self.num_helpers, self.helper_interval, "psi." if self.additive else "")
-
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        names = tuple(f"helper{i}" for i in range(self.num_helpers)) if self.helpers is not None else ()
-        if not self.additive:
-            return (Phase("train", self.loss, ("weak",), ("weak", "strong"), names),)
-        second = Update(self.unsupervised_loss, partial(_starting, "psi."), self.penalty)
-        return (
-            Phase(
-                "train",
-                self.supervised_loss,
-                labeled=("weak",),
-                unlabeled=("weak", "strong"),
-                teachers=names,
-                trains=partial(_starting, "sigma."),
-                then=(second,),
-            ),
+    def recipe(self, task: Task) -> Recipe:
+        divided, helped = self.variant != "inter_client", self.variant != "disjoint"
+        # With labels at the server it trains sigma, and clients train psi.
+        sigma = partial(_starting, "sigma.") if divided else None
+        train = Phase(
+            "train",
+            self.supervised_loss if divided else self.loss,
+            draw=BySample(unlabeled=("weak", "strong")),
+            teachers=tuple(f"helper{i}" for i in range(self.num_helpers)) if helped else (),
+            trains=sigma,
+            then=(Update(self.unsupervised_loss, partial(_starting, "psi."), self.penalty),) if divided else (),
         )
-
-    def server_phases(self, round_number: int) -> tuple[Phase, ...]:
-        """With labels at the server it trains sigma, clients train psi."""
-        trains = partial(_starting, "sigma.") if self.additive else None
-        return (Phase("server", self.supervised_loss, labeled=("weak",), trains=trains),)
+        return Recipe(
+            stages=(Stage((train,)),),
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            network=sum_of_parts({"sigma": 1.0, "psi": self.psi_factor}) if divided else one_network,
+            upload=Upload(self.send_changes, changed_bytes) if divided else Upload(send_unweighted, all_bytes),
+            server_phases=(Phase("server", self.supervised_loss, trains=sigma),),
+            helpers=Helpers(self.num_helpers, self.helper_interval, "psi." if divided else "") if helped else None,
+        )
 
     def supervised_loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns step A's loss: lambda_s * CE(labels)."""
@@ -190,31 +185,15 @@ class FedMatch(Method):
         sigma = torch.cat([parameters[f"sigma.{name}"].flatten() for name in names])
         return self.lambda_l1 * psi.abs().sum() + self.lambda_l2 * (sigma - psi).square().sum()
 
-    def upload(
+    def send_changes(
         self, global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
     ) -> dict[str, ModelPart]:
-        """Sends the weights that changed; the server's mean is uniform over clients, whatever `training.weight_by`."""
-        model = super().upload(global_state, results, parameters, weight)["model"]
-        if not self.additive:
-            return {"model": ModelPart(model.state, float(weight > 0))}
+        """Sends the weights that changed, to an unweighted mean; arguments and result: see `Upload.send`."""
+        model = send_unweighted(global_state, results, parameters, weight)["model"]
         sent = dict(model.state)
         for name in parameters:
             new = model.state[name]
             if name.startswith("psi."):
                 new = torch.where(new.abs() < self.zero_below, torch.zeros_like(new), new)
             sent[name] = sparse_update(global_state[name], new, self.change_above)
-        return {"model": ModelPart(sent, float(weight > 0))}
-
-    def claimed_bytes(self, received: StateDict, uploaded: StateDict, helpers: int) -> tuple[float, float] | None:
-        """Counts as the paper does: up, the entries that changed; down, sigma and the entries of psi that are not 0.
-
-        Positions of the entries are not counted. A helper's psi is taken to have as many entries that are not 0 as the
-        received one. An undivided model counts in full.
-        """
-        size = sum(value.numel() for value in received.values())
-        if not self.additive:
-            return BYTES * float(size), BYTES * float(size * (1 + helpers))
-        changed = sum(int((uploaded[name] != value).sum()) for name, value in received.items())
-        sigma = sum(value.numel() for name, value in received.items() if name.startswith("sigma."))
-        psi = sum(int(value.count_nonzero()) for name, value in received.items() if name.startswith("psi."))
-        return BYTES * float(changed), BYTES * float(sigma + psi * (1 + helpers))
+        return {"model": ModelPart(sent, model.weight)}

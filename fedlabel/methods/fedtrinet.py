@@ -29,19 +29,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Prepared, Survey
-from fedlabel.methods.steps import (
-    Batch,
-    Model,
-    PseudoLabels,
-    State,
-    StateDict,
-    Step,
-    cross_entropy_on_labels,
-    labeled_and,
-    pseudo_cross_entropy,
-    semi_supervised_step,
-)
+from fedlabel.checks import at_least, finite, in_unit_interval
+from fedlabel.methods.batch import Batch, Model, Prepared, PseudoLabels, State, StateDict, Step, Survey
+from fedlabel.methods.losses import labeled_and, labels_loss, pseudo_cross_entropy, semi_supervised_step
+from fedlabel.methods.recipe import BySample, LabelKinds, Memory, Method, Phase, Recipe, Stage, Task
+from fedlabel.methods.uploads import ModelPart, PhaseResult, Upload
 
 
 def head_names(names: Iterable[str], layers: int) -> frozenset[str]:
@@ -52,20 +44,54 @@ def head_names(names: Iterable[str], layers: int) -> frozenset[str]:
     return frozenset(name for name in given if name.rpartition(".")[0] in last)
 
 
-def label_together(probs: Sequence[Tensor], threshold: float, known: Tensor) -> tuple[Tensor, Tensor]:
+def label_together(probs: Sequence[Tensor], threshold: float, earlier: Tensor) -> tuple[Tensor, Tensor]:
     """Lets networks label samples together, once and for all.
 
     Args:
         probs: (n, classes) probabilities of each network.
         threshold: a sample gets its label if the largest mean probability reaches it.
-        known: (n,) int64, the label a sample has already, or -1.
+        earlier: (n,) int64, the label a sample has already, or -1.
 
     Returns:
         (n,) int64 labels, -1 where there is still none; (n,) float, the largest mean probability.
     """
     confidence, label = torch.stack(list(probs)).mean(0).max(-1)
     fresh = torch.where(confidence >= threshold, label, torch.full_like(label, -1))
-    return torch.where(known >= 0, known, fresh), confidence
+    return torch.where(earlier >= 0, earlier, fresh), confidence
+
+
+def no_pseudo_labels(candidates: Tensor) -> State:
+    """Returns the memory of a client that never trained, see `Memory.start`."""
+    n, device = len(candidates), candidates.device
+    return {
+        "pseudo_label": torch.full((n,), -1, dtype=torch.int64, device=device),
+        "confidence": torch.zeros(n, device=device),
+    }
+
+
+def own_model(results: Sequence[PhaseResult]) -> StateDict | None:
+    """Returns the end of the phase that trains a client's own model, which is any but "new"; None: it did not run."""
+    return next((result.state for result in results if result.name != "new"), None)
+
+
+def keep(memory: State, results: Sequence[PhaseResult]) -> State:
+    """Keeps the pseudo-labels and the client's own model, which is O the next time."""
+    old = {f"old/{name}": value for name, value in (own_model(results) or {}).items()}
+    earlier = {name: value for name, value in memory.items() if name.startswith("old/")}
+    return {**earlier, **old, **{name: memory[name] for name in ("pseudo_label", "confidence")}}
+
+
+def with_own_model(memory: State, global_state: StateDict) -> State:
+    """Returns an example of what `keep` returns, see `Memory.like`."""
+    return {**memory, **{f"old/{name}": value for name, value in global_state.items()}}
+
+
+def send_own(
+    global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
+) -> dict[str, ModelPart]:
+    """Sends the client's own model; N stays at home. Arguments and result: see `Upload.send`."""
+    own = own_model(results)
+    return {"model": ModelPart(own or dict(global_state), weight if own else 0.0)}
 
 
 @dataclass(frozen=True)
@@ -93,20 +119,25 @@ class FedTriNet(Method):
     description: ClassVar[str] = "global, old and crossed network label together (Che et al., IEEE BigData 2021)"
 
     def __post_init__(self) -> None:
-        for key in ("warmup_rounds", "ramp_start", "quality_rounds"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be at least 0.")
-        if self.head_layers < 1:
-            raise ValueError(f"`method.head_layers` (={self.head_layers}) must be at least 1.")
+        at_least(self, "method", 0, "warmup_rounds", "ramp_start", "quality_rounds")
+        at_least(self, "method", 1, "head_layers")
         if self.ramp_end < self.ramp_start:
             raise ValueError(
                 f"`method.ramp_end` (={self.ramp_end}) must be at least `method.ramp_start` (={self.ramp_start})."
             )
-        for key in ("quality_start", "quality_end"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must lie in [0, 1].")
-        if not 0 <= self.lambda_u < float("inf"):
-            raise ValueError(f"`method.lambda_u` (={self.lambda_u}) must be a finite number of at least 0.")
+        in_unit_interval(self, "method", "quality_start", "quality_end")
+        finite(self, "method", "lambda_u")
+
+    def recipe(self, task: Task) -> Recipe:
+        return Recipe(
+            stages=(
+                Stage((Phase("warmup", labels_loss, start="crossed"),), rounds=self.warmup_rounds),
+                Stage(self.phases),
+            ),
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            memory=Memory(no_pseudo_labels, keep, self.models, with_own_model),
+            upload=Upload(send_own),
+        )
 
     def threshold(self, rounds: int) -> float:
         """Returns the quality threshold `rounds` rounds after the warm-up."""
@@ -121,29 +152,20 @@ class FedTriNet(Method):
             return 0.0
         return self.lambda_u * (rounds - self.ramp_start) / (self.ramp_end - self.ramp_start)
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        rounds = round_number - self.warmup_rounds
-        if rounds <= 0:
-            return (Phase("warmup", self.supervised_loss, labeled=("weak",), start="crossed"),)
+    def phases(self, rounds: int) -> tuple[Phase, ...]:
+        """Returns the phases `rounds` rounds after the warm-up."""
         return (
-            Phase(
-                "new",
-                self.supervised_loss,
-                labeled=("weak",),
-                start="crossed",
-                trains=partial(head_names, layers=self.head_layers),
-            ),
+            Phase("new", labels_loss, start="crossed", trains=partial(head_names, layers=self.head_layers)),
             Phase(
                 "train",
                 partial(self.loss, weight=self.weight(rounds)),
-                labeled=("weak",),
-                unlabeled=("weak",),
+                draw=BySample(unlabeled=("weak",)),
                 teachers=("global", "old", "new"),
                 prepare=partial(self.prepare, threshold=self.threshold(rounds)),
             ),
         )
 
-    def states(self, global_state: StateDict, memory: State) -> dict[str, StateDict]:
+    def models(self, global_state: StateDict, memory: State) -> dict[str, StateDict]:
         """Returns O, and the received feature layers under O's head; a client that never trained has the received."""
         old = {name: memory.get(f"old/{name}", value) for name, value in global_state.items()}
         head = head_names(global_state, self.head_layers)
@@ -155,29 +177,18 @@ class FedTriNet(Method):
         crossed = {name: old[name] if name in head else value for name, value in global_state.items()}
         return {"old": old, "crossed": crossed}
 
-    def initial_memory(self, candidates: Tensor) -> State:
-        n, device = len(candidates), candidates.device
-        return {
-            "pseudo_label": torch.full((n,), -1, dtype=torch.int64, device=device),
-            "confidence": torch.zeros(n, device=device),
-        }
-
     def prepare(self, survey: Survey, threshold: float) -> Prepared:
         """Labels what has no label yet; only these samples are drawn."""
         probs = [survey.predict(net, "clean").softmax(-1) for net in ("global", "old", "new")]
-        known = survey.memory["pseudo_label"]
-        label, confidence = label_together(probs, threshold, known)
+        earlier = survey.memory["pseudo_label"]
+        label, confidence = label_together(probs, threshold, earlier)
         # What is remembered of a label is how sure it was when it was given.
-        confidence = torch.where(known >= 0, survey.memory["confidence"].to(confidence.dtype), confidence)
+        confidence = torch.where(earlier >= 0, survey.memory["confidence"].to(confidence.dtype), confidence)
         keep = label >= 0
         guess = torch.where(keep, label, torch.stack(probs).mean(0).argmax(-1))
         pseudo = PseudoLabels(guess, keep, torch.zeros_like(keep), confidence)
         memory = {**survey.memory, "pseudo_label": label, "confidence": confidence}
         return Prepared({"label": guess}, keep, memory, pseudo)
-
-    def supervised_loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        """Returns the cross-entropy on labels."""
-        return cross_entropy_on_labels(student, batch.labeled)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, weight: float = 1.0) -> Step:
         """Returns CE(labels) + weight * CE(pseudo-labels), on weak views."""
@@ -185,20 +196,3 @@ class FedTriNet(Method):
         label = batch.unlabeled.targets["label"]
         keep = torch.ones_like(label, dtype=torch.bool)
         return semi_supervised_step(supervised, pseudo_cross_entropy(logits.log_softmax(-1), label, keep), weight, keep)
-
-    def upload(
-        self, global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
-    ) -> dict[str, ModelPart]:
-        """Sends the model of the last phase; N stays at home."""
-        own = [result.state for result in results if result.name in ("warmup", "train")]
-        return {"model": ModelPart(own[-1] if own else dict(global_state), weight if own else 0.0)}
-
-    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
-        """Keeps the pseudo-labels and the client's own model, which is O the next time."""
-        own = [result.state for result in results if result.name in ("warmup", "train")]
-        old = {f"old/{name}": value for name, value in own[-1].items()} if own else {}
-        earlier = {name: value for name, value in memory.items() if name.startswith("old/")}
-        return {**earlier, **old, **{name: memory[name] for name in ("pseudo_label", "confidence")}}
-
-    def kept_like(self, memory: State, global_state: StateDict) -> State:
-        return {**memory, **{f"old/{name}": value for name, value in global_state.items()}}

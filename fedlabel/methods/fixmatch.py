@@ -11,21 +11,25 @@ What differs: the batch is drawn on one client; the mean runs over all its unlab
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
-from fedlabel.methods.base import Phase
-from fedlabel.methods.masks import MaskedMethod
-from fedlabel.methods.steps import Batch, Model, Step, labeled_and, pseudo_cross_entropy, semi_supervised_step
+from fedlabel.checks import finite, in_unit_interval
+from fedlabel.methods.batch import Batch, Model, Step
+from fedlabel.methods.losses import labeled_and, pseudo_cross_entropy, semi_supervised_step
+from fedlabel.methods.masks import Mask, masked_phase, masked_recipe
+from fedlabel.methods.recipe import Method, Recipe, Task
 
 
 @dataclass(frozen=True)
-class FixMatch(MaskedMethod):
+class FixMatch(Method):
     """Hyper-parameters of FixMatch."""
 
     name: str = "fixmatch"
+    mask: Mask = field(default_factory=Mask)
+    """Thresholds per class, debiasing."""
     confidence_threshold: float = 0.95
     """tau: a pseudo-label is used if the largest probability reaches it."""
     lambda_u: float = 1.0
@@ -34,12 +38,12 @@ class FixMatch(MaskedMethod):
     description: ClassVar[str] = "weak view labels the strong view (Sohn et al., 2020); mask.kind=flexmatch|cbafed too"
 
     def __post_init__(self) -> None:
-        self.check_mask()
-        if not 0 <= self.lambda_u < float("inf"):
-            raise ValueError(f"`method.lambda_u` (={self.lambda_u}) must be a finite number of at least 0.")
+        in_unit_interval(self, "method", "confidence_threshold")
+        finite(self, "method", "lambda_u")
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (self.masked_phase(self.loss, ("weak", "strong")),)
+    def recipe(self, task: Task) -> Recipe:
+        phase = masked_phase(self.mask, self.loss, self.confidence_threshold)
+        return masked_recipe(self.mask, task.num_classes, (phase,))
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns CE(labels, weak) + lambda_u * mean(keep * CE(pseudo-label of the weak view, strong view))."""

@@ -17,18 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Phase
-from fedlabel.methods.masks import Mask, MaskedMethod
-from fedlabel.methods.steps import (
-    Batch,
-    Model,
-    Step,
-    labeled_and,
-    mean_metric,
-    one_hot,
-    pseudo_cross_entropy,
-    semi_supervised_step,
-)
+from fedlabel.checks import finite
+from fedlabel.methods.batch import Batch, Model, Step
+from fedlabel.methods.losses import labeled_and, mean_metric, one_hot, pseudo_cross_entropy, semi_supervised_step
+from fedlabel.methods.masks import Mask, masked_phase, masked_recipe
+from fedlabel.methods.recipe import Method, Recipe, Task
 
 
 def fairness(strong_probs: Tensor, keep: Tensor, class_mean: Tensor, class_share: Tensor) -> Tensor:
@@ -64,31 +57,29 @@ def _ratio(mean: Tensor, share: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FreeMatch(MaskedMethod):
+class FreeMatch(Method):
     """Hyper-parameters of FreeMatch."""
 
     name: str = "freematch"
+    mask: Mask = field(default_factory=lambda: Mask(kind="freematch"))
+    """mask.kind must stay freematch; mask.ema, mask.debias may change."""
     lambda_u: float = 1.0
     """Weight of the unlabelled loss."""
     lambda_f: float = 0.05
     """Weight of the fairness term."""
-    mask: Mask = field(default_factory=lambda: Mask(kind="freematch"))
-    """mask.kind must stay freematch; mask.ema, mask.debias may change."""
 
     description: ClassVar[str] = "FixMatch with self-adaptive thresholds and fairness (Wang et al., 2023)"
 
     def __post_init__(self) -> None:
-        for key in ("lambda_u", "lambda_f"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
+        finite(self, "method", "lambda_u", "lambda_f")
         if self.mask.kind != "freematch":
             raise ValueError(
                 f"`method.mask.kind` (={self.mask.kind}) must be freematch for method freematch; for other thresholds "
                 "take method.name=fixmatch."
             )
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (self.masked_phase(self.loss, ("weak", "strong")),)
+    def recipe(self, task: Task) -> Recipe:
+        return masked_recipe(self.mask, task.num_classes, (masked_phase(self.mask, self.loss),))
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns CE(labels) + lambda_u * mean(keep * CE(pseudo-label, strong)) + lambda_f * fairness."""

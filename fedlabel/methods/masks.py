@@ -21,15 +21,19 @@ Only pseudo_label, uda, fixmatch and freematch have this mask; the other methods
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Limits, Method, Phase, Prepared, Survey
-from fedlabel.methods.plausible import SLACK, check_counts, check_flags, check_shares
-from fedlabel.methods.steps import LossFunction, PseudoLabels, State, one_hot
+from fedlabel.checks import in_unit_interval, one_of
+from fedlabel.methods.batch import LossFunction, Prepared, PseudoLabels, State, Survey
+from fedlabel.methods.losses import one_hot
+from fedlabel.methods.recipe import BySample, LabelKinds, Memory, Phase, Recipe, Stage, Views
+from fedlabel.methods.shared import SLACK, Limits, Shared, check_counts, check_flags, check_shares, nothing_shared
 
 KINDS = ("fixed", "flexmatch", "freematch", "cbafed")
 
@@ -104,16 +108,12 @@ class Mask:
     """cbafed: the largest threshold."""
 
     def __post_init__(self) -> None:
-        for key, allowed in {"kind": KINDS, "debias": ("none", "prior")}.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"`method.mask.{key}` (={getattr(self, key)}) must be one of {', '.join(allowed)}.")
-        for key in ("ema", "base", "cap"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"`method.mask.{key}` (={getattr(self, key)}) must lie in [0, 1].")
+        one_of(self, "method.mask", kind=KINDS, debias=("none", "prior"))
+        in_unit_interval(self, "method.mask", "ema", "base", "cap")
 
     @property
     def surveys(self) -> bool:
-        """Whether it looks at all of a client's samples before a phase: then `prepare` must be the phase's."""
+        """Whether it looks at all of a client's samples before a phase."""
         return self.kind == "flexmatch" or self.debias == "prior"
 
     def select(self, logits: Tensor, threshold: float, memory: State) -> Selected:
@@ -122,7 +122,7 @@ class Mask:
         Args:
             logits: (n, classes).
             threshold: tau, for fixed and flexmatch.
-            memory: see `Method.initial_memory`; with the moving averages, which this batch moves.
+            memory: a client's; with the moving averages, which this batch moves.
         """
         logits, memory = logits.detach(), dict(memory)
         raw = logits.softmax(-1)
@@ -159,7 +159,9 @@ class Mask:
         return torch.full((probs.shape[-1],), threshold, dtype=probs.dtype, device=probs.device)
 
     def prepare(self, survey: Survey, threshold: float) -> State:
-        """Returns the memory after a look at all of a client's unlabelled samples with the received model."""
+        """Returns the memory after a look, if needed, at a client's unlabelled samples with the received model."""
+        if not self.surveys:
+            return survey.memory
         probs = survey.predict("global", "clean").softmax(-1)
         unlabeled = survey.supervision.candidates.sum(-1) != 1
         count = unlabeled.sum().clamp_min(1)
@@ -177,105 +179,118 @@ class Mask:
             memory["class_threshold"] = flexmatch_thresholds(counts, (unlabeled & ~passed).sum(), threshold)
         return memory
 
-    def initial_memory(self, candidates: Tensor) -> State:
-        """See `Method.initial_memory`."""
-        if self.kind == "freematch":
-            return {"steps": torch.zeros((), device=candidates.device)}
-        if self.kind == "cbafed":
-            labeled = candidates.sum(-1) == 1
-            counts = (candidates & labeled[:, None]).sum(0).float()
-            return {
-                "labeled_counts": counts,
-                "num_unlabeled": (~labeled).sum().float(),
-                "kept_counts": torch.zeros_like(counts),
-                "drawn": torch.zeros((), device=candidates.device),
-            }
-        return {}
 
-    def initial_shared(self, num_classes: int) -> State:
-        """See `Method.initial_shared`."""
-        uniform = torch.full((num_classes,), 1 / num_classes)
-        if self.kind == "freematch":
-            return {"threshold": uniform[0].clone(), "class_mean": uniform, "class_share": uniform.clone()}
-        return {"class_counts": torch.zeros(num_classes)} if self.kind == "cbafed" else {}
+@dataclass(frozen=True)
+class _Averages(Shared):
+    """FreeMatch's moving averages: their mean over the clients that trained on unlabelled samples."""
+
+    num_classes: int
+
+    def start(self) -> State:
+        uniform = torch.full((self.num_classes,), 1 / self.num_classes)
+        return {"threshold": uniform[0].clone(), "class_mean": uniform, "class_share": uniform.clone()}
 
     def statistics(self, memory: State) -> State:
-        """See `Method.statistics`."""
-        if self.kind == "freematch":
-            took_part = (memory["steps"] > 0).to(memory["threshold"].dtype)
-            averages = {name: memory[name] * took_part for name in ("threshold", "class_mean", "class_share")}
-            return {**averages, "clients": took_part}
-        if self.kind == "cbafed":
-            per_draw = memory["num_unlabeled"] / memory["drawn"].clamp_min(1)
-            return {"class_counts": memory["labeled_counts"] + memory["kept_counts"] * per_draw}
-        return {}
+        took_part = (memory["steps"] > 0).to(memory["threshold"].dtype)
+        averages = {name: memory[name] * took_part for name in ("threshold", "class_mean", "class_share")}
+        return {**averages, "clients": took_part}
 
-    def check_statistics(self, statistics: State, limits: Limits) -> None:
-        """See `Method.check_statistics`."""
-        if self.kind == "freematch":
-            took_part = statistics["clients"]
-            check_flags("clients", took_part)
-            if not 0 <= statistics["threshold"] <= took_part * (1 + SLACK):
-                raise ValueError(f"its statistic threshold (={float(statistics['threshold']):g}) must lie in [0, 1]")
-            for name in ("class_mean", "class_share"):
-                check_shares(f"its statistic {name}", statistics[name], took_part)
-        if self.kind == "cbafed":
-            check_counts("class_counts", statistics["class_counts"], limits.samples)
+    def update(self, shared: State, total: State) -> State:
+        if not total or not total["clients"] > 0:
+            return shared
+        return {name: total[name] / total["clients"] for name in shared}
 
-    def check_shared(self, shared: State) -> None:
-        """See `Method.check_shared`."""
-        if self.kind == "freematch":
-            for name in ("class_mean", "class_share"):
-                check_shares(name, shared[name], torch.ones(()))
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        took_part = statistics["clients"]
+        check_flags("clients", took_part)
+        if not 0 <= statistics["threshold"] <= took_part * (1 + SLACK):
+            raise ValueError(f"its statistic threshold (={float(statistics['threshold']):g}) must lie in [0, 1]")
+        for name in ("class_mean", "class_share"):
+            check_shares(f"its statistic {name}", statistics[name], took_part)
 
-    def server_step(self, shared: State, total: State) -> State:
-        """See `Method.server_step`; a round in which nobody reports leaves everything as it is."""
-        if self.kind == "freematch" and total and total["clients"] > 0:
-            return {name: total[name] / total["clients"] for name in shared}
-        if self.kind == "cbafed" and total:
-            return {"class_counts": total["class_counts"]}
-        return shared
+    def check(self, shared: State) -> None:
+        for name in ("class_mean", "class_share"):
+            check_shares(name, shared[name], torch.ones(()))
 
 
 @dataclass(frozen=True)
-class MaskedMethod(Method):
-    """Base of the methods that have a `Mask`: one phase, and the mask's hooks passed on."""
+class _ClassCounts(Shared):
+    """CBAFed's counts per class: their sum over a round's clients."""
 
-    mask: Mask = field(default_factory=Mask)
-    """Thresholds per class, debiasing."""
+    num_classes: int
 
-    # Not a field: a method whose mask looks at a threshold has one of this name.
-    confidence_threshold = 0.0
-
-    def check_mask(self) -> None:
-        """Raises ValueError if the threshold is out of range."""
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"`method.confidence_threshold` (={self.confidence_threshold}) must lie in [0, 1].")
-
-    def masked_phase(self, loss: LossFunction, unlabeled: tuple[str, ...], prepares: bool = False) -> Phase:
-        """Returns the one phase of a round; prepares: whether it has an E step beside the mask's own."""
-        looks = prepares or self.mask.surveys
-        teachers, prepare = (("global",), self.prepare) if looks else ((), None)
-        return Phase("train", loss, labeled=("weak",), unlabeled=unlabeled, teachers=teachers, prepare=prepare)
-
-    def prepare(self, survey: Survey) -> Prepared:
-        """The mask's E step over a client's whole data."""
-        return Prepared({}, memory=self.mask.prepare(survey, self.confidence_threshold))
-
-    def initial_memory(self, candidates: Tensor) -> State:
-        return self.mask.initial_memory(candidates)
-
-    def initial_shared(self, num_classes: int) -> State:
-        return self.mask.initial_shared(num_classes)
+    def start(self) -> State:
+        return {"class_counts": torch.zeros(self.num_classes)}
 
     def statistics(self, memory: State) -> State:
-        return self.mask.statistics(memory)
+        per_draw = memory["num_unlabeled"] / memory["drawn"].clamp_min(1)
+        return {"class_counts": memory["labeled_counts"] + memory["kept_counts"] * per_draw}
+
+    def update(self, shared: State, total: State) -> State:
+        return {"class_counts": total["class_counts"]} if total else shared
 
     def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
-        self.mask.check_statistics(statistics, limits)
+        check_counts("class_counts", statistics["class_counts"], limits.samples)
 
-    def check_shared(self, shared: State) -> None:
-        self.mask.check_shared(shared)
 
-    def server_step(self, shared: State, total: State) -> State:
-        return self.mask.server_step(shared, total)
+def _no_steps(candidates: Tensor) -> State:
+    return {"steps": torch.zeros((), device=candidates.device)}
+
+
+def _labeled_counts(candidates: Tensor) -> State:
+    labeled = candidates.sum(-1) == 1
+    counts = (candidates & labeled[:, None]).sum(0).float()
+    return {
+        "labeled_counts": counts,
+        "num_unlabeled": (~labeled).sum().float(),
+        "kept_counts": torch.zeros_like(counts),
+        "drawn": torch.zeros((), device=candidates.device),
+    }
+
+
+def masked_phase(
+    mask: Mask,
+    loss: LossFunction,
+    threshold: float = 0.0,
+    unlabeled: Views = ("weak", "strong"),
+    prepare: Callable[[Survey], Prepared] | None = None,
+) -> Phase:
+    """Returns the one phase of a round of a method that has a mask.
+
+    Args:
+        mask: its mask.
+        loss: which calls `Mask.select`.
+        threshold: tau, see `Mask.select`.
+        unlabeled: views of unlabelled samples.
+        prepare: an E step of the method's own, which calls `Mask.prepare`; None: the mask's, where it has one.
+    """
+    if prepare is None and mask.surveys:
+        prepare = partial(_prepared, mask=mask, threshold=threshold)
+    return Phase("train", loss, BySample(unlabeled=unlabeled), teachers=("global",) if prepare else (), prepare=prepare)
+
+
+def _prepared(survey: Survey, mask: Mask, threshold: float) -> Prepared:
+    return Prepared({}, memory=mask.prepare(survey, threshold))
+
+
+def masked_recipe(
+    mask: Mask, num_classes: int, phases: tuple[Phase, ...] | Callable[[int], tuple[Phase, ...]]
+) -> Recipe:
+    """Returns the recipe of a method that has a mask: one stage, and what the mask remembers and shares.
+
+    Args:
+        mask: its mask.
+        num_classes: of the task.
+        phases: see `Stage.phases` and `masked_phase`.
+    """
+    memory, shared = Memory(), nothing_shared
+    if mask.kind == "freematch":
+        memory, shared = Memory(start=_no_steps), _Averages(num_classes)
+    elif mask.kind == "cbafed":
+        memory, shared = Memory(start=_labeled_counts), _ClassCounts(num_classes)
+    return Recipe(
+        stages=(Stage(phases),),
+        uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+        memory=memory,
+        shared=shared,
+    )

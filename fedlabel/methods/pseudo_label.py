@@ -11,20 +11,24 @@ over `ramp_rounds` rounds (Lee: over epochs). Setting: labels at the clients, or
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
-from fedlabel.methods.base import Phase, Prepared, Survey
-from fedlabel.methods.masks import MaskedMethod
-from fedlabel.methods.steps import Batch, Model, Step, labeled_and, pseudo_cross_entropy, semi_supervised_step
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of
+from fedlabel.methods.batch import Batch, Model, Prepared, Step, Survey
+from fedlabel.methods.losses import labeled_and, pseudo_cross_entropy, semi_supervised_step
+from fedlabel.methods.masks import Mask, masked_phase, masked_recipe
+from fedlabel.methods.recipe import Method, Phase, Recipe, Task
 
 
 @dataclass(frozen=True)
-class PseudoLabel(MaskedMethod):
+class PseudoLabel(Method):
     """Hyper-parameters of pseudo-labelling."""
 
     name: str = "pseudo_label"
+    mask: Mask = field(default_factory=Mask)
+    """Thresholds per class, debiasing."""
     confidence_threshold: float = 0.95
     """tau: a pseudo-label is used if the largest probability reaches it."""
     relabel: str = "batch"
@@ -37,25 +41,25 @@ class PseudoLabel(MaskedMethod):
     description: ClassVar[str] = "own confident predictions as labels, per batch or per round (Lee, 2013)"
 
     def __post_init__(self) -> None:
-        self.check_mask()
-        if self.relabel not in ("batch", "round"):
-            raise ValueError(f"`method.relabel` (={self.relabel}) must be one of batch, round.")
-        if not 0 <= self.lambda_u < float("inf"):
-            raise ValueError(f"`method.lambda_u` (={self.lambda_u}) must be a finite number of at least 0.")
-        if self.ramp_rounds < 0:
-            raise ValueError(f"`method.ramp_rounds` (={self.ramp_rounds}) must be at least 0.")
+        in_unit_interval(self, "method", "confidence_threshold")
+        one_of(self, "method", relabel=("batch", "round"))
+        finite(self, "method", "lambda_u")
+        at_least(self, "method", 0, "ramp_rounds")
+
+    def recipe(self, task: Task) -> Recipe:
+        return masked_recipe(self.mask, task.num_classes, self.phases)
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
+        """Returns the phase of a round (1-based), with the weight of the ramp."""
         weight = self.lambda_u * min(1.0, round_number / self.ramp_rounds) if self.ramp_rounds else self.lambda_u
-        return (self.masked_phase(partial(self.loss, weight=weight), ("weak",), prepares=self.relabel == "round"),)
+        loss, prepare = partial(self.loss, weight=weight), self.prepare if self.relabel == "round" else None
+        return (masked_phase(self.mask, loss, self.confidence_threshold, ("weak",), prepare),)
 
     def prepare(self, survey: Survey) -> Prepared:
-        """Labels the client's whole data with the received model, where that is the way."""
-        memory = self.mask.prepare(survey, self.confidence_threshold) if self.mask.surveys else survey.memory
-        if self.relabel == "batch":
-            return Prepared({}, memory=memory)
+        """Labels the client's whole data with the received model."""
+        memory = self.mask.prepare(survey, self.confidence_threshold)
         logits, unlabeled = survey.predict("global", "clean"), survey.supervision.candidates.sum(-1) != 1
-        # Averages and counts are over unlabelled samples; labelled ones, which may be drawn too, are judged by them.
+        # Averages and counts are over unlabelled samples; labelled ones may be drawn, too, under the same mask.
         memory = self.mask.select(logits[unlabeled], self.confidence_threshold, memory).memory
         chosen = replace(self.mask, ema=1.0).select(logits, self.confidence_threshold, memory)
         targets = {"label": chosen.label, "keep": chosen.keep}

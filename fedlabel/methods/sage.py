@@ -17,8 +17,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.steps import Batch, Model, PseudoLabels, Step, labeled_and, one_hot, semi_supervised_step
+from fedlabel.checks import finite, in_unit_interval
+from fedlabel.methods.batch import Batch, Model, PseudoLabels, Step
+from fedlabel.methods.losses import labeled_and, one_hot, semi_supervised_step
+from fedlabel.methods.recipe import BySample, LabelKinds, Method, Phase, Recipe, Stage, Task
 
 
 class Mixture(NamedTuple):
@@ -68,14 +70,12 @@ class SAGE(Method):
     description: ClassVar[str] = "local and global pseudo-labels mixed by their confidence gap (Liu et al., CVPR 2025)"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"`method.confidence_threshold` (={self.confidence_threshold}) must lie in [0, 1].")
-        for key in ("kappa", "lambda_u"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
+        in_unit_interval(self, "method", "confidence_threshold")
+        finite(self, "method", "kappa", "lambda_u")
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",), unlabeled=("weak", "strong"), teachers=("global",)),)
+    def recipe(self, task: Task) -> Recipe:
+        phase = Phase("train", self.loss, BySample(unlabeled=("weak", "strong")), teachers=("global",))
+        return Recipe((Stage((phase,)),), uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns CE(labels) + lambda_u * mean(keep * KL(mixture || strong view))."""

@@ -20,25 +20,17 @@ the server (GroupNorm has none).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Prepared, Survey
-from fedlabel.methods.steps import (
-    Batch,
-    Model,
-    PseudoLabels,
-    StateDict,
-    Step,
-    cross_entropy_on_labels,
-    labeled_step,
-    mean_metric,
-    pseudo_cross_entropy,
-    semi_supervised_step,
-)
+from fedlabel.checks import finite, in_unit_interval, positive
+from fedlabel.methods.batch import Batch, Model, Prepared, PseudoLabels, Step, Survey
+from fedlabel.methods.losses import labeled_step, labels_loss, mean_metric, pseudo_cross_entropy, semi_supervised_step
+from fedlabel.methods.recipe import BySample, LabelKinds, Method, Phase, Recipe, Stage, Task
+from fedlabel.methods.uploads import unweighted_sum_of_updates
 
 
 @dataclass(frozen=True)
@@ -59,27 +51,24 @@ class SemiFL(Method):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"`method.confidence_threshold` (={self.confidence_threshold}) must lie in [0, 1].")
-        if not 0 < self.mix_alpha < float("inf"):
-            raise ValueError(f"`method.mix_alpha` (={self.mix_alpha}) must be a positive number.")
-        if not 0 <= self.lambda_mix < float("inf"):
-            raise ValueError(f"`method.lambda_mix` (={self.lambda_mix}) must be a finite number of at least 0.")
+        in_unit_interval(self, "method", "confidence_threshold")
+        positive(self, "method", "mix_alpha")
+        finite(self, "method", "lambda_mix")
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (
-            Phase("supervised", self.supervised_loss, labeled=("weak",)),
-            Phase(
-                "train",
-                self.loss,
-                labeled=("weak",),
-                unlabeled=("weak", "strong"),
-                teachers=("global",),
-                start="supervised",
-                prepare=self.prepare,
-                mix=("weak",) if self.lambda_mix > 0 else (),
-                mix_alpha=self.mix_alpha,
-            ),
+    def recipe(self, task: Task) -> Recipe:
+        mix = ("weak",) if self.lambda_mix > 0 else ()
+        train = Phase(
+            "train",
+            self.loss,
+            draw=BySample(unlabeled=("weak", "strong"), mix=mix, mix_alpha=self.mix_alpha),
+            teachers=("global",),
+            start="supervised",
+            prepare=self.prepare,
+        )
+        return Recipe(
+            stages=(Stage((Phase("supervised", labels_loss), train)),),
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            upload=unweighted_sum_of_updates,
         )
 
     def prepare(self, survey: Survey) -> Prepared:
@@ -88,10 +77,6 @@ class SemiFL(Method):
         keep = confidence >= self.confidence_threshold
         pseudo = PseudoLabels(label, keep, torch.ones_like(keep), confidence)
         return Prepared({"label": label}, keep, pseudo=pseudo)
-
-    def supervised_loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        """Returns the cross-entropy on labels."""
-        return cross_entropy_on_labels(student, batch.labeled)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns CE(labels) + CE(y, strong) + lambda_mix * (s CE(y, x_mix) + (1 - s) CE(y', x_mix)).
@@ -118,10 +103,3 @@ class SemiFL(Method):
         metrics = {**step.metrics, "train/loss_mix": mean_metric(mixed, keep)}
         metrics["train/loss"] = torch.stack([loss, torch.ones_like(loss)]).detach()
         return step._replace(loss=loss, metrics=metrics)
-
-    def upload(
-        self, global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
-    ) -> dict[str, ModelPart]:
-        """As every method; the mean is uniform over the clients that trained, whatever `training.weight_by`."""
-        model = super().upload(global_state, results, parameters, weight)["model"]
-        return {"model": ModelPart(model.state, float(weight > 0))}

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Phase
-from fedlabel.methods.masks import MaskedMethod
-from fedlabel.methods.steps import Batch, Model, Step, labeled_step, semi_supervised_step
+from fedlabel.checks import finite, in_unit_interval, one_of, positive
+from fedlabel.methods.batch import Batch, Model, Step
+from fedlabel.methods.losses import labeled_step, semi_supervised_step
+from fedlabel.methods.masks import Mask, masked_phase, masked_recipe
+from fedlabel.methods.recipe import Method, Phase, Recipe, Task
 
 TSA = ("none", "linear", "log", "exp")
 
@@ -45,10 +47,12 @@ def soft_target_divergence(target_logits: Tensor, temperature: float, log_probs:
 
 
 @dataclass(frozen=True)
-class UDA(MaskedMethod):
+class UDA(Method):
     """Hyper-parameters of UDA."""
 
     name: str = "uda"
+    mask: Mask = field(default_factory=Mask)
+    """Thresholds per class, debiasing."""
     confidence_threshold: float = 0.8
     """A sample counts if the weak view's largest probability, before sharpening, reaches it."""
     temperature: float = 0.4
@@ -63,22 +67,23 @@ class UDA(MaskedMethod):
     description: ClassVar[str] = "strong view pulled to the sharpened weak view (Xie et al., 2020)"
 
     def __post_init__(self) -> None:
-        self.check_mask()
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"`method.temperature` (={self.temperature}) must be a positive number.")
-        if not 0 <= self.lambda_u < float("inf"):
-            raise ValueError(f"`method.lambda_u` (={self.lambda_u}) must be a finite number of at least 0.")
-        if self.tsa not in TSA:
-            raise ValueError(f"`method.tsa` (={self.tsa}) must be one of {', '.join(TSA)}.")
+        in_unit_interval(self, "method", "confidence_threshold")
+        positive(self, "method", "temperature")
+        finite(self, "method", "lambda_u")
+        one_of(self, "method", tsa=TSA)
         if (self.tsa == "none") != (self.tsa_rounds == 0) or self.tsa_rounds < 0:
             raise ValueError(
                 f"`method.tsa_rounds` (={self.tsa_rounds}) must be above 0 if and only if `method.tsa` (={self.tsa}) "
                 "is not none."
             )
 
+    def recipe(self, task: Task) -> Recipe:
+        return masked_recipe(self.mask, task.num_classes, self.phases)
+
     def phases(self, round_number: int) -> tuple[Phase, ...]:
+        """Returns the phase of a round (1-based), with what is annealed by then."""
         progress = min(1.0, round_number / self.tsa_rounds) if self.tsa_rounds else 1.0
-        return (self.masked_phase(partial(self.loss, progress=progress), ("weak", "strong")),)
+        return (masked_phase(self.mask, partial(self.loss, progress=progress), self.confidence_threshold),)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, progress: float = 1.0) -> Step:
         """Returns CE(labels) + lambda_u * mean(keep * KL(sharpened weak view || strong view))."""
@@ -95,8 +100,8 @@ class UDA(MaskedMethod):
         )
 
     def _annealed(self, logits: Tensor, candidates: Tensor, progress: float) -> Tensor:
-        """Returns the candidates, all True (no label) where the model already knows the label too well."""
+        """Returns the candidates, all True (no label) where the model is too sure of the label already."""
         if self.tsa == "none":
             return candidates
-        known = (logits.detach().softmax(-1) * candidates).sum(-1)
-        return candidates | (known > tsa_threshold(self.tsa, progress, logits.shape[-1]))[:, None]
+        sure = (logits.detach().softmax(-1) * candidates).sum(-1)
+        return candidates | (sure > tsa_threshold(self.tsa, progress, logits.shape[-1]))[:, None]

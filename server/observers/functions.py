@@ -1,85 +1,79 @@
-"""What is shown of labelling functions: the table that weak supervision looks at, over all clients and of each."""
+"""Labelling functions: the table that weak supervision looks at, over all clients and of each."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from fedlabel.data.labeling_functions import function_name, load_functions
 from fedlabel.experiment import Experiment
 from fedlabel.figures import functions_figure
-from fedlabel.methods.steps import State
-from fedlabel.metrics import Counts, add_counts, ratio
-from fedlabel.tracking import RunFolder, write_atomic
+from fedlabel.metrics import COUNTED, OF_SAMPLES, RATES, Counts, add_counts, ratio
+from fedlabel.tracking import FUNCTIONS_CSV
+from server.observers.base import Observer, Report, Round
+from server.state import ServerState
 
 ALL = "all"
-RATES = ("coverage", "overlap", "conflict", "accuracy")
-OF_SAMPLES = ("voted", "majority_accuracy", "normalized_vote_accuracy")
 REPORTED = ("asked", "failed", "first_failure", "invalid", "first_invalid", "seconds_per_1000")
 """What of `FunctionReport` the table of written functions has, in the rows over all clients."""
-COUNTED = ("function_votes", "function_counts", "function_samples")
-"""See `metrics.function_counts`."""
 
 
-class FunctionWatch:
-    """Keeps each client's latest votes: table and metrics are over all clients that have voted, not over a cohort."""
+class FunctionObserver(Observer):
+    """Keeps each client's latest votes: table and metrics are over all clients that have voted, not over a cohort. The
+    table is a file, and a text in TensorBoard once the method estimates accuracies, and at the end.
+    """
 
-    def __init__(self, experiment: Experiment, folder: RunFolder, kept: Mapping[int, Counts] | None = None) -> None:
-        """Args:
-        experiment: has the method and the names of functions and classes.
-        folder: the run's.
-        kept: what `dump` gave; None: no client has voted.
-        """
-        self._experiment = experiment
-        self._folder = folder
-        parts = experiment.config.supervision.parts
-        modules = [part.module for part in parts if part.module is not None]
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__(experiment)
+        modules = [part.module for part in experiment.config.supervision.parts if part.module is not None]
         self._names = [function_name(function) for module in modules for function in load_functions(module)]
         """Of written functions; grown ones have numbers."""
-        self._clients: dict[int, Counts] = dict(kept or {})
+        self._clients: dict[int, Counts] = {}
         self._shown = False
 
     def dump(self) -> dict[int, Counts]:
-        """Returns each client's latest votes, for a checkpoint."""
+        """Returns each client's latest votes."""
         return self._clients
 
-    def watch(self, round_number: int, client_counts: Mapping[int, Counts], shared: State) -> dict[str, float]:
-        """Writes the table (CSV; TensorBoard's at the first and at the last round) and returns `functions/...`.
+    def load(self, remembered: Mapping[int, Counts]) -> None:
+        """Puts them back."""
+        self._clients = dict(remembered)
 
-        Args:
-            round_number: of the votes.
-            client_counts: the round's counts per client.
-            shared: what the server shares after the round.
-        """
-        estimated = self._experiment.config.method.function_accuracy(shared)
+    def after_round(self, seen: Round, state: ServerState) -> Report:
+        """See `Observer`."""
+        if COUNTED[0] not in seen.counts:
+            return Report()
+        estimated = self.experiment.recipe.inspect(state.shared).get("function_accuracy")
         self._clients |= {
             client: {key: counts[key] for key in COUNTED}
-            for client, counts in client_counts.items()
+            for client, counts in seen.tally.client_counts.items()
             if COUNTED[0] in counts
         }
-        known = add_counts([self._clients[client] for client in sorted(self._clients)])
-        guess = np.full(self._size(known), np.nan) if estimated is None else estimated.cpu().double().numpy()
-        tables = {ALL: known, **{str(client): self._clients[client] for client in sorted(self._clients)}}
+        total = add_counts([self._clients[client] for client in sorted(self._clients)])
+        guess = np.full(self._size(total), np.nan) if estimated is None else estimated.cpu().double().numpy()
+        tables = {ALL: total, **{str(client): self._clients[client] for client in sorted(self._clients)}}
         nothing = np.full_like(guess, np.nan)  # the estimate is the federation's, not a client's
-        self._write(
+        file = self._file(
             {
                 name: self._rows(counts, guess if name == ALL else nothing, name == ALL)
                 for name, counts in tables.items()
             }
         )
-        last = round_number == self._experiment.config.num_rounds
-        if last or (not self._shown and estimated is not None):
-            self._shown = True
-            self._folder.log_text("functions", markdown(self._rows(known, guess, True)), round_number)
-            self._folder.log_text("functions/clients", markdown(self._client_rows()), round_number)
-            if self._experiment.config.evaluation.figures:
-                rates = self._rates(known)
-                figure = functions_figure(rates["coverage"], rates["accuracy"], guess)
-                self._folder.log_figure("functions", figure, round_number)
-        return self._metrics(known, guess)
+        report = Report(self._metrics(total, guess), files={FUNCTIONS_CSV: file})
+        if not self.is_last(seen.number) and (self._shown or estimated is None):
+            return report
+        self._shown = True
+        table = markdown(self._rows(total, guess, True))
+        texts = {"functions": table, "functions/clients": markdown(self._client_rows())}
+        figures = {}
+        if self.experiment.config.evaluation.figures:
+            rates = self._rates(total)
+            figures["functions"] = functions_figure(rates["coverage"], rates["accuracy"], guess)
+        return replace(report, texts=texts, figures=figures)
 
     def _size(self, counts: Counts) -> int:
         return len(counts["function_counts"]) // 4
@@ -93,8 +87,8 @@ class FunctionWatch:
         return {name: ratio(a, b) for name, a, b in zip(RATES, top, bottom, strict=True)}
 
     def _rows(self, counts: Counts, guess: np.ndarray, with_reports: bool = False) -> list[dict[str, object]]:
-        names = self._experiment.federation.dataset.class_names
-        reports = self._experiment.federation.functions
+        names = self.experiment.federation.dataset.class_names
+        reports = self.experiment.federation.functions
         votes = np.reshape(counts["function_votes"], (self._size(counts), -1))
         rates = self._rates(counts)
         return [
@@ -124,7 +118,7 @@ class FunctionWatch:
             rows.append({"client": client, "samples": int(self._clients[client]["function_samples"][0]), **means})
         return rows
 
-    def _write(self, tables: Mapping[str, list[dict[str, object]]]) -> None:
+    def _file(self, tables: Mapping[str, list[dict[str, object]]]) -> str:
         text = io.StringIO()
         first = next(iter(tables.values()))[0]
         writer = csv.DictWriter(text, ["client", *first], lineterminator="\n")
@@ -133,7 +127,7 @@ class FunctionWatch:
             for row in rows:
                 shown = {key: _cell(value, 6) for key, value in row.items()}
                 writer.writerow({"client": client, **shown})
-        write_atomic(self._folder.functions_csv, text.getvalue())
+        return text.getvalue()
 
     def _metrics(self, counts: Counts, guess: np.ndarray) -> dict[str, float]:
         samples, voted, known, majority, normalized = counts["function_samples"]

@@ -1,0 +1,43 @@
+"""Observers look at a round when it is done and report metrics, figures and texts; nothing goes on from what they say.
+
+Those of `TRUTH` compare with the hidden labels of the clients' samples: they exist only in a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedlabel.experiment import Experiment
+from server.observers.base import Observer, Report, Round
+from server.observers.evaluation import EvaluationObserver
+from server.observers.functions import FunctionObserver
+from server.observers.noise import NoiseErrorObserver, NoiseObserver
+from server.observers.panel import PanelObserver
+from server.observers.pseudo_labels import PseudoLabelObserver
+from server.observers.training import SystemObserver, TrainingObserver
+
+__all__ = ["EVERYWHERE", "TRUTH", "Observer", "Report", "Round", "observers_of"]
+
+EVERYWHERE: dict[str, Callable[[Experiment], Observer]] = {
+    "training": TrainingObserver,
+    "noise": NoiseObserver,
+    "functions": FunctionObserver,
+    "evaluation": EvaluationObserver,
+}
+"""In every run."""
+TRUTH: dict[str, Callable[[Experiment], Observer]] = {
+    "pseudo_labels": PseudoLabelObserver,
+    "noise": NoiseErrorObserver,
+    "panel": PanelObserver,
+}
+"""In a simulation only: they compute with hidden labels. One of a name above takes its place."""
+
+
+def observers_of(experiment: Experiment, remembered: Mapping[str, Any], simulated: bool) -> dict[str, Observer]:
+    """Returns a run's observers by name; remembered: what `Observer.dump` returned when the run was left."""
+    made = {name: make(experiment) for name, make in {**EVERYWHERE, **(TRUTH if simulated else {})}.items()}
+    for name, kept in remembered.items():
+        if name in made:
+            made[name].load(kept)
+    return {**made, "system": SystemObserver(experiment)}  # last: it says how long the round took

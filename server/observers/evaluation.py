@@ -1,0 +1,43 @@
+"""The global model on the test (or validation) split, and what `evaluation.select` goes by."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedlabel.figures import client_accuracy_figure, confusion_figure
+from server.observers.base import Observer, Report, Round
+from server.selection import select_key
+from server.state import ServerState
+
+
+class EvaluationObserver(Observer):
+    """What the method takes for the global model (`Stage.predict`)."""
+
+    def after_round(self, seen: Round, state: ServerState) -> Report:
+        """See `Observer`."""
+        experiment, number = self.experiment, seen.number
+        if not seen.is_evaluated:
+            return Report()
+        evaluation = experiment.evaluate(number, state.models, state.shared)
+        if evaluation is None:
+            return Report()
+        metrics = evaluation.metrics()
+        if not experiment.recipe.place(number).stage.final:
+            return Report({"interim/accuracy": metrics["eval/accuracy"]})
+        lists: dict[str, np.ndarray] = {
+            "eval/class_accuracy": evaluation.class_accuracy,
+            "eval/client_accuracy": evaluation.client_accuracy,
+        }
+        figures: dict[str, Figure] = {}
+        if self.has_figures(number):
+            names = experiment.federation.dataset.class_names
+            figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
+            figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
+        tag = select_key(experiment)
+        # Not in the other rounds of the last tenth: the next stage starts from the model that is selected, and what a
+        # run learns must not depend on when it is to end.
+        if tag is not None and (self.is_last(number) or number % experiment.config.evaluation.every == 0):
+            score = experiment.selection_score(number, state.models, state.shared)
+            metrics |= {tag: score} if score is not None else {}
+        return Report(metrics, lists, figures=figures)

@@ -1,0 +1,38 @@
+"""Metrics that clients report of their training, and what a round cost."""
+
+from __future__ import annotations
+
+import time
+
+from fedlabel.metrics import means
+from server.observers.base import Observer, Report, Round
+from server.state import ServerState
+
+
+class TrainingObserver(Observer):
+    """The means of what methods measure."""
+
+    def after_round(self, seen: Round, state: ServerState) -> Report:
+        """See `Observer`."""
+        return Report(metrics=means(seen.tally.sums))
+
+
+class SystemObserver(Observer):
+    """Bytes, passes through networks, failures and seconds."""
+
+    def after_round(self, seen: Round, state: ServerState) -> Report:
+        """See `Observer`."""
+        tally, counts = seen.tally, seen.counts
+        forward, backward = counts.get("passes", [0.0, 0.0])
+        metrics = {
+            "comm/bytes_up": float(tally.bytes_up),
+            "comm/bytes_down": float(tally.bytes_down),
+            "train/forward_samples": forward,
+            "train/backward_samples": backward,
+            "system/failed_clients": float(tally.num_failed),
+            "system/refused_replies": float(tally.refused),
+            "system/round_seconds": time.perf_counter() - seen.started,
+        }
+        if "claimed_bytes" in counts:
+            metrics["comm/claimed_bytes_up"], metrics["comm/claimed_bytes_down"] = counts["claimed_bytes"]
+        return Report(metrics)

@@ -1,0 +1,206 @@
+"""A server's parts that live through a run, and the steps of a round that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlabel.config import to_yaml
+from fedlabel.errors import RunError
+from fedlabel.experiment import Experiment
+from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.recipe import Start
+from fedlabel.methods.shared import state_to_lists
+from fedlabel.tracking import RunFolder, is_evaluated
+from server.checkpoint import save_checkpoint
+from server.exchange import replies_to
+from server.grids import SimulationGrid
+from server.helpers import HelperPool
+from server.nodes import is_simulation
+from server.observers import Observer, Report, Round, observers_of
+from server.replies import ReplySchema
+from server.selection import Selection, select_key
+from server.state import ServerState, check_finite, check_shared, like
+from server.strategy import (
+    CannotCombine,
+    aggregate,
+    build_strategy,
+    configure_round,
+    restore_strategy,
+    sample_cohort,
+    strategy_state,
+)
+from server.tally import RoundTally
+
+OnRound = Callable[[int, Mapping[str, float]], None]
+
+
+class Server:
+    """What the rounds of a run need beside the state.
+
+    Args:
+        experiment: the run's.
+        grid: carries the messages.
+        nodes: client -> node id.
+        folder: the run's.
+        state: that the run goes on from.
+        on_round: called after every round with its metrics.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        grid: Grid,
+        nodes: Mapping[int, int],
+        folder: RunFolder,
+        state: ServerState,
+        on_round: OnRound,
+    ) -> None:
+        self.config, self.recipe = experiment.config, experiment.recipe
+        self._experiment, self._grid, self._nodes, self._folder = experiment, grid, nodes, folder
+        self._on_round, self._yaml = on_round, to_yaml(self.config)
+        self._strategy = build_strategy(self.config.strategy)
+        restore_strategy(self._strategy, state.strategy)
+        if state.clients:
+            assert isinstance(grid, SimulationGrid)  # only they have states to save
+            grid.load_states(state.clients)
+        self._pool = HelperPool(experiment, self.recipe.helpers) if self.recipe.helpers is not None else None
+        if self._pool is not None and state.helpers:
+            self._pool.load(state.helpers)
+        self._simulated = is_simulation(grid)
+        self._observers: dict[str, Observer] = observers_of(experiment, state.observers, self._simulated)
+        self._selection = Selection(
+            folder.checkpoints, select_key(experiment), self.recipe, folder.read_metrics(), state.selected
+        )
+        self._schema = ReplySchema.of(experiment, [len(rows) for rows in experiment.federation.parts])
+        self._states: Mapping[int, RecordDict] | None = None
+        """What clients kept when the round began; None: not in this process."""
+
+    def begin_stage(self, state: ServerState, number: int) -> ServerState:
+        """Returns the state that a round starts from: where a stage begins, with its weights and a fresh strategy."""
+        if not self.recipe.begins(number):
+            return state
+        previous = self._selection.begin_stage() or state.average or state.model
+        start, fresh = self.recipe.place(number).stage.start, self._experiment.fresh_state(number)
+        self._strategy = build_strategy(self.config.strategy)  # its momentum belongs to the stage before
+        model = fresh if isinstance(start, Start) else start(previous, fresh)
+        return replace(state, previous=previous, average={}, model=model)
+
+    def invite(self, state: ServerState, number: int) -> list[Message]:
+        """Draws the cohort of a round and returns the messages to it."""
+        config, nodes = self.config, self._nodes
+        cohort = sample_cohort(config.seed, number, config.num_clients, config.fraction_train)
+        sent = ConfigRecord({"experiment": self._yaml, "audit": self._simulated})
+        messages = configure_round(self._strategy, number, ArrayRecord(state.model), sent, nodes, cohort)
+        for content in {id(message.content): message.content for message in messages}.values():
+            content["shared"] = ConfigRecord(dict(state_to_lists(self.recipe.shared.broadcast(state.shared))))
+            if state.previous:
+                content["previous"] = ArrayRecord(state.previous)
+        if self._pool is not None:
+            messages = self._pool.attach(messages, {nodes[client]: client for client in cohort}, number)
+        return messages
+
+    def collect(
+        self, messages: Sequence[Message], state: ServerState, number: int
+    ) -> tuple[RoundTally, StateDict | None]:
+        """Sends messages and returns the tally of their replies, and the weights that the strategy combines them to;
+        None: no reply has a weight.
+
+        Raises:
+            RunError: too few replies are usable, the strategy cannot combine them, or the SuperLink cannot be reached.
+        """
+        self._states = dict(self._grid.states) if isinstance(self._grid, SimulationGrid) else None
+        client_of = {self._nodes[client]: client for client in range(self.config.num_clients)}
+        tally = RoundTally(self._schema.of_round(number, state.shared, messages), client_of, messages)
+        usable = tally.usable(replies_to(self._grid, messages, self.config.grid.timeout))
+        if self._pool is not None:
+            usable = self._pool.watch(usable, client_of)
+        unfit, combined = "", None
+        try:
+            combined = aggregate(self._strategy, number, usable, self.config.seed)
+        except CannotCombine as error:
+            unfit = f"Strategy {error}"
+        tally.finish()
+        for failure in tally.failures:
+            self._folder.log_failure(failure)
+        if unfit or tally.num_usable < self.config.strategy.min_replies:
+            raise RunError(self._too_few(tally, unfit))
+        if combined is None:
+            return tally, None
+        model = like(self._experiment.initial_state, combined.to_torch_state_dict())
+        check_finite(model, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
+        return tally, model
+
+    def _too_few(self, tally: RoundTally, unfit: str) -> str:
+        """Says why a round ends the run."""
+        asked, least = len(tally.messages), self.config.strategy.min_replies
+        few = f"All {asked} clients failed" if asked > 1 else "The only client failed"
+        if tally.num_usable:
+            few = unfit or f"Only {tally.num_usable} of {asked} clients gave a usable reply"
+            few += f", `strategy.min_replies` is {least}," * (not unfit)
+        first = ""
+        if tally.failures:
+            first = f" {tally.failures[0].splitlines()[0]} (all, with tracebacks: {self._folder.failures})"
+        if tally.failures and all(map(_diverged, tally.failures)):
+            first += (
+                f" Training diverged: take a smaller training.lr (={self.config.training.lr:g}), or cut gradients with "
+                "training.max_grad_norm."
+            )
+        return f"{few} in round {tally.round_number}, so the run stops; its checkpoints stay.{first}"
+
+    def fine_tune(self, model: StateDict, number: int) -> StateDict:
+        """Returns the model after the server's own training, where it holds labels.
+
+        Raises:
+            RunError: it is finite no more.
+        """
+        model = self._experiment.train_server(model, number)
+        check_finite(model, "The server's own training made", number, "steps in training.server_steps")
+        return model
+
+    def update_shared(self, shared: State, tally: RoundTally, number: int) -> State:
+        """Returns the next shared state.
+
+        Raises:
+            RunError: clients could not go on from it.
+        """
+        updated = self.recipe.shared.update(shared, tally.statistics(self._experiment.device))
+        check_shared(self.config.method.name, self.recipe, updated, number)
+        return updated
+
+    def observe(self, state: ServerState, tally: RoundTally, started: float) -> dict[str, float]:
+        """Lets the observers look at a round, writes what they report, and returns its metrics."""
+        number, evaluation = state.round_number, self.config.evaluation
+        evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
+        seen = Round(number, tally, self._states, started, evaluated)
+        report = Report()
+        for observer in self._observers.values():
+            report = report.add(observer.after_round(seen, state))
+        self._folder.log_round(number, **vars(report))
+        return report.metrics
+
+    def save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
+        """Writes a checkpoint where one is due."""
+        number, every = state.round_number, self.config.checkpoint.every
+        self._selection.see(number, metrics, state.model)
+        if number == self.config.num_rounds or number % every == 0:
+            kept = self._grid.dump_states() if isinstance(self._grid, SimulationGrid) else {}
+            complete = replace(
+                state,
+                strategy=strategy_state(self._strategy),
+                clients=kept,
+                helpers=self._pool.dump() if self._pool is not None else {},
+                observers={name: kept for name, each in self._observers.items() if (kept := each.dump())},
+                selected=self._selection.stage_model,
+            )
+            save_checkpoint(self._folder.checkpoints, complete, self.config.checkpoint.keep)
+            self._selection.settle()
+        self._on_round(number, metrics)
+
+
+def _diverged(failure: str) -> bool:
+    """Returns whether a client failed as its numbers grew beyond all bounds."""
+    return any(sign in failure.partition("\n")[0] for sign in (" NotFinite: ", " TooLarge: ", "(=nan)", "(=inf)"))

@@ -1,0 +1,117 @@
+"""The state of a server between two rounds: what a checkpoint holds, and all that the next round depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlabel.errors import RunError
+from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.recipe import Recipe
+
+TENSORS = ("model", "shared", "previous", "average", "selected")
+"""Fields that hold tensors by name."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that a round depends on beside the configuration."""
+
+    round_number: int
+    """The last completed round."""
+    model: StateDict
+    """Global weights."""
+    config: str
+    """Resolved configuration, YAML."""
+    strategy: dict[str, Any] = field(default_factory=dict)
+    """See `strategy.strategy_state`."""
+    clients: dict[int, bytes] = field(default_factory=dict)
+    """Client -> what it keeps between rounds, serialised; only non-empty ones, only where this process keeps them."""
+    shared: State = field(default_factory=dict)
+    """See `Shared`."""
+    helpers: dict[str, Any] = field(default_factory=dict)
+    """See `HelperPool.dump`."""
+    previous: StateDict = field(default_factory=dict)
+    """What the model was at the end of the stage before (see `Stage`); empty in the first."""
+    average: StateDict = field(default_factory=dict)
+    """See `Stage.averaging`."""
+    observers: dict[str, Any] = field(default_factory=dict)
+    """Name of an observer -> what it remembers."""
+    selected: StateDict = field(default_factory=dict)
+    """The stage's best weights so far (see `evaluation.select`); empty where nothing was scored."""
+
+    def to(self, device: torch.device) -> ServerState:
+        """Returns the state with its tensors on a device."""
+        moved = {name: {key: v.to(device) for key, v in getattr(self, name).items()} for name in TENSORS}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    @property
+    def models(self) -> dict[str, StateDict]:
+        """The models there are, as `Stage.predict` names them."""
+        found = {"model": self.model, "average": self.average, "previous": self.previous}
+        return {name: state for name, state in found.items() if state}
+
+    def next(self, model: StateDict, shared: State, recipe: Recipe, moved: bool) -> ServerState:
+        """Returns the state after one more round.
+
+        Args:
+            model: the new global weights.
+            shared: the new shared state.
+            recipe: the method's.
+            moved: whether clients moved the model.
+        """
+        number = self.round_number + 1
+        average = self.average
+        if moved:
+            average = moving_average(average, model, recipe.place(number).stage.averaging)
+        return replace(self, round_number=number, model=model, shared=shared, average=average)
+
+
+def moving_average(average: StateDict, model: StateDict, decay: float) -> StateDict:
+    """Returns decay * average + (1 - decay) * model, the model itself for no average, and {} for decay 0."""
+    if not decay:
+        return {}
+    return {
+        name: torch.lerp(value, average[name], decay) if average and value.is_floating_point() else value
+        for name, value in model.items()
+    }
+
+
+def check_finite(model: StateDict, who: str, round_number: int, what: str) -> None:
+    """Keeps a model with NaN or infinity out of checkpoints and messages.
+
+    Raises:
+        RunError: it is one.
+    """
+    if not all(value.isfinite().all() for value in model.values()):
+        raise RunError(
+            f"{who} a model with NaN or infinity in round {round_number}; the last checkpoint is of a round before. "
+            f"Lower the server's {what}, or training.lr."
+        )
+
+
+def check_shared(method: str, recipe: Recipe, shared: State, round_number: int) -> None:
+    """Keeps a shared state that no client could work with out of checkpoints and messages.
+
+    Raises:
+        RunError: it is one.
+    """
+    wrong = [name for name, value in shared.items() if not value.isfinite().all()]
+    try:
+        if not wrong:
+            return recipe.shared.check(shared)
+        reason = f"{', '.join(wrong)} holds NaN or infinity"
+    except ValueError as error:
+        reason = str(error)
+    raise RunError(
+        f"Method {method} made a shared state to go on from no more in round {round_number}: {reason}. The last "
+        "checkpoint is of a round before."
+    )
+
+
+def like(reference: dict[str, Tensor], state: dict[str, Tensor]) -> StateDict:
+    """Returns aggregated weights with the device and dtype of `reference`."""
+    return {name: state[name].to(value.device, value.dtype) for name, value in reference.items()}

@@ -1,0 +1,62 @@
+"""The summary of a run, from its metrics: it covers resumed runs as a whole."""
+
+from __future__ import annotations
+
+import sys
+
+from fedlabel.experiment import Experiment
+from fedlabel.hardware import describe_hardware, source_hash, versions
+from fedlabel.metrics import add_counts
+from fedlabel.tracking import RunFolder, averaged_rounds, best_row, summarize
+from server.selection import select_key
+
+
+def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str, object]:
+    """Returns the content of `summary.json`, from `metrics.jsonl` (so it covers resumed runs as a whole).
+
+    Args:
+        folder: the run's.
+        experiment: the run's.
+        commit: of the code that this process began with.
+    """
+    rows = folder.read_metrics()
+    config = experiment.config
+    keys = ("system/round_seconds", *_COUNTED, *_CLAIMED)
+    total = add_counts({key: [row.get(key) or 0.0] for key in keys} for row in rows)
+    measured = sorted({key for row in rows for key in row if key.startswith(_SUMMARIZED)})
+    scalars = [key for key in measured if not any(isinstance(row.get(key), list) for row in rows)]
+    results = {key: summarize(rows, key) for key in scalars}
+    tag = select_key(experiment)
+    chosen = best_row(rows, tag) if tag is not None else None
+    if chosen is not None:
+        results |= {k: {**v, "selected": chosen[k]} for k, v in results.items() if chosen.get(k) is not None}
+    return {
+        **results,
+        **({"selected_round": chosen["round"]} if chosen is not None else {}),
+        "rounds": len(rows),
+        "last_tenth": averaged_rounds(rows),
+        "seed": config.seed,
+        "seconds": total["system/round_seconds"][0],
+        "method": config.method.name,
+        "dataset": config.data.name,
+        "evaluation_split": config.evaluation.split,
+        **{key: int(total[key][0]) for key in _COUNTED},
+        **{key: int(total[key][0]) for key in _CLAIMED if any(key in row for row in rows)},
+        "commit": commit,
+        "source_hash": source_hash(),
+        "versions": versions(),
+        "hardware": describe_hardware(experiment.device),
+        "command": sys.argv,
+    }
+
+
+_SUMMARIZED = ("eval/", "pseudo/", "posterior/", "transition/", "belief/", "graph/", "functions/", "train/loss")
+_COUNTED = (
+    "comm/bytes_up",
+    "comm/bytes_down",
+    "train/forward_samples",
+    "train/backward_samples",
+    "system/failed_clients",
+    "system/refused_replies",
+)
+_CLAIMED = ("comm/claimed_bytes_up", "comm/claimed_bytes_down")
