@@ -25,7 +25,7 @@ from fedlabel.methods.llp_bp import LLPBP, centering, empty_memory, top_count_la
 from fedlabel.methods.recipe import ByBag, LabelKinds, Start
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.nets import Mlp
-from fedlabel.models.wrap import one_network, one_network_with_embeddings, with_bag_head
+from fedlabel.models.wrap import one_network, one_network_with_embeddings
 from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import make_batch
 from tests.methods.recipes import task
@@ -330,7 +330,11 @@ def test_loss_by_hand() -> None:
 
 def test_without_weight_the_bag_output_is_not_there_and_the_trunk_moves_as_without_it() -> None:
     """Check 14: lambda_aggregate = 0."""
-    assert LLPBP(head_hidden=32).recipe(task()).network == with_bag_head(32)
+    headed = LLPBP(head_hidden=32).recipe(task()).network
+    module = headed.wrap(lambda place: Mlp((1, 1, 1), 2, (3,)), 0)
+    assert isinstance(module, BagHead)
+    assert module.bag_hidden.out_features == 32
+    assert headed.embeds
     assert LLPBP(lambda_aggregate=0).recipe(task()).network == one_network_with_embeddings
     assert LLPBP(lambda_aggregate=0, num_stages=1).recipe(task()).network == one_network
     torch.manual_seed(0)
