@@ -222,8 +222,8 @@ FINE_TUNING = Phase("server", labels_loss)
 class Place(NamedTuple):
     """Where a round lies in a recipe."""
 
-    index: int
-    """Of the stage."""
+    number: int
+    """Of the stage, from 0."""
     stage: Stage
     round_in_stage: int
     """1-based."""
@@ -268,8 +268,8 @@ class Recipe:
 
     def begins(self, round_number: int) -> bool:
         """Returns whether a stage with weights of its own begins with a round (1-based)."""
-        index, stage, number = self.place(round_number)
-        return index > 0 and number == 1 and stage.start is not Start.CONTINUE
+        place, stage, number = self.place(round_number)
+        return place > 0 and number == 1 and stage.start is not Start.CONTINUE
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import torch
 from fedlabel.data.label_card import label_card
 from fedlabel.data.supervision import Supervision
 from fedlabel.learning.task import check_labels, label_warnings
+from fedlabel.methods import METHODS
 from fedlabel.methods.recipe import LabelKinds, Recipe
+from tests.methods.recipes import task
 
 TRUE, NOISY, SETS, VOTES = LabelKinds.TRUE, LabelKinds.NOISY, LabelKinds.SETS, LabelKinds.VOTES
 USES = {
@@ -22,6 +24,7 @@ USES = {
     "llp_bp": TRUE | LabelKinds.BAGS | SETS | LabelKinds.AT_SERVER,
     "dp_ssl": TRUE | NOISY | VOTES,
 }
+"""Of these methods; of DP-SSL with written functions."""
 NAMES = ("cat", "dog", "cow")
 NOBODY = [[True] * 3]
 LABEL = [[True, False, False]]
@@ -60,6 +63,13 @@ def check(method: str, supervision: Supervision, at_server: bool = False) -> Non
 
 def unused(method: str, *what: str) -> list[str]:
     return [f"method.name={method} does not use {one}: these samples count as unlabelled." for one in what]
+
+
+@pytest.mark.parametrize("method", USES)
+def test_methods_use_these_kinds(method: str) -> None:
+    changes = {"functions": "written", "num_functions": 2} if method == "dp_ssl" else {}
+    recipe = METHODS[method](**changes).recipe(task(votes=((1, 1, 1),) * 2))  # type: ignore[arg-type]
+    assert recipe.uses == USES[method]
 
 
 # --------------------------------------------------------------------------------------------------------- warnings

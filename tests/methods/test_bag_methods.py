@@ -8,9 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from fedlabel.batches import bag_units
-from fedlabel.methods.base import Survey
-from fedlabel.methods.steps import Batch, State
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -18,17 +15,21 @@ from fedlabel.config import load_config
 from fedlabel.data.supervision import Supervision
 from fedlabel.experiment import Experiment
 from fedlabel.inference.cardinality import bag_posterior
-from fedlabel.methods.bags import BagMethod, bag_means, by_bag
+from fedlabel.learning.plan import bag_units
+from fedlabel.methods.bags import bag_means, by_bag
+from fedlabel.methods.batch import Batch, State, Survey
 from fedlabel.methods.count_likelihood import CountLikelihood, one_against_rest
 from fedlabel.methods.dllp import DLLP, dllp_loss
-from fedlabel.methods.easy_llp import EasyLLP, easy_weights
+from fedlabel.methods.easy_llp import EasyLLP, easy_weights, even_prior, with_prior
 from fedlabel.methods.gen_bags import GenBags, expected_square
 from fedlabel.methods.llp_vat import LLPVAT, divergence, unit
+from fedlabel.methods.recipe import ByBag, LabelKinds, Method, Phase
 from fedlabel.methods.top_count import TopCount, top_counts
 from tests.methods.batches import make_part
+from tests.methods.recipes import task
 
 MEMBERS = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1], [6, -1, -1, -1], [7, -1, -1, -1]])
-"""Bags of four and two samples, a labelled sample, and one of which nothing is known."""
+"""Bags of four and two samples, a labelled sample, and one without any label."""
 COUNTS = torch.tensor([[3, 1], [1, 1], [0, 1], [0, 0]])
 P = torch.tensor([0.9, 0.6, 0.2, 0.1, 0.7, 0.4, 0.8, 0.5], dtype=torch.float64)
 
@@ -44,16 +45,32 @@ def make_batch(memory: State | None = None, members: Tensor = MEMBERS, counts: T
     return Batch(part, nothing, nothing, torch.tensor(1.0), memory or {})
 
 
-def run(method: BagMethod, logits: Tensor, batch: Batch) -> tuple[float, Tensor]:
+def phase_of(method: Method, num_classes: int = 2) -> Phase:
+    """Returns the one phase of all rounds."""
+    recipe = method.recipe(task(num_classes))
+    ((phase,),) = {recipe.phases(r) for r in (1, 2, 100)}
+    return phase
+
+
+def run(method: Method, logits: Tensor, batch: Batch) -> tuple[float, Tensor]:
     """Returns the loss and its gradient by the logits."""
     logits = logits.clone().requires_grad_()
-    step = method.loss(lambda images: logits[images.flatten().long()], {}, batch)
+    step = phase_of(method, logits.shape[1]).loss(lambda images: logits[images.flatten().long()], {}, batch)
     (gradient,) = torch.autograd.grad(step.loss, logits)
     return float(step.loss.detach()), gradient
 
 
 ALL = [DLLP(), EasyLLP(), GenBags(), CountLikelihood(), TopCount(), LLPVAT(lambda_vat=0)]
 PRIOR = {"prior": torch.tensor([0.6, 0.4], dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+def test_recipe_learns_bags_and_true_labels_in_one_phase_over_whole_bags(method: Method) -> None:
+    phase, recipe = phase_of(method), method.recipe(task(2))
+    assert recipe.uses == LabelKinds.TRUE | LabelKinds.BAGS | LabelKinds.AT_SERVER
+    assert (phase.name, phase.teachers, phase.steps) == ("train", (), None)
+    assert phase.draw == ByBag(labeled=("weak",), singles=False, least=4 if method.name == "gen_bags" else 1)
+    assert not recipe.network.input_gradients
 
 
 def test_rows_of_bags() -> None:
@@ -64,7 +81,7 @@ def test_rows_of_bags() -> None:
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
-def test_unknown_counts_have_no_say_and_a_labelled_sample_is_a_bag_of_one(method: BagMethod) -> None:
+def test_unknown_counts_have_no_say_and_a_labelled_sample_is_a_bag_of_one(method: Method) -> None:
     """Nothing of the last sample; the labelled one gives its cross-entropy, -log .8 (GenBags its square error)."""
     logits = two(P)
     _, gradient = run(method, logits, make_batch(PRIOR))
@@ -77,9 +94,9 @@ def test_unknown_counts_have_no_say_and_a_labelled_sample_is_a_bag_of_one(method
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
-def test_step_counts_the_samples_of_known_bags_and_their_error(method: BagMethod) -> None:
+def test_step_counts_the_samples_of_known_bags_and_their_error(method: Method) -> None:
     logits = two(P)
-    step = method.loss(lambda images: logits[images.flatten().long()], {}, make_batch(PRIOR))
+    step = phase_of(method).loss(lambda images: logits[images.flatten().long()], {}, make_batch(PRIOR))
     assert step.examples == 7
     error, bags = step.metrics["bag/share_error"].tolist()
     assert (error, bags) == (pytest.approx(0.2 + 0.05 + 0.2), 3)
@@ -123,9 +140,13 @@ def test_easy_llp_takes_the_clients_own_prior() -> None:
     candidates[6, 0] = False
     nobody = torch.zeros(8, 0, dtype=torch.int64)
     bag = torch.tensor([0, 0, 0, 0, 1, 1, -1, -1])
-    known = Supervision(candidates, torch.zeros(8, dtype=torch.bool), nobody, bag, COUNTS[:2], nobody)
-    prepared = EasyLLP().prepare(Survey(lambda *_: torch.zeros(0), known, {}))
+    supervision = Supervision(candidates, torch.zeros(8, dtype=torch.bool), nobody, bag, COUNTS[:2], nobody)
+    assert phase_of(EasyLLP()).prepare is with_prior
+    prepared = with_prior(Survey(lambda *_: torch.zeros(0), supervision, {"other": torch.ones(1)}))
     assert prepared.memory is not None
+    assert prepared.memory.keys() == {"other", "prior"}
+    assert EasyLLP().recipe(task(2)).memory.start is even_prior
+    assert even_prior(candidates)["prior"].tolist() == [0.5, 0.5]
     assert prepared.memory["prior"].tolist() == pytest.approx([4 / 7, 3 / 7])
 
 
@@ -157,8 +178,7 @@ def test_gen_bags_has_one_scale_whatever_the_number_of_bags() -> None:
         members, counts = torch.arange(bags)[:, None], torch.eye(2).long()[torch.arange(bags) % 2]
         value, _ = run(GenBags(), two(torch.full((bags,), 0.5).double()), make_batch({}, members, counts))
         assert 0.24 < value < 0.35
-    (phase,) = GenBags().phases(1)
-    assert phase.least_bags == 4
+    assert phase_of(GenBags()).draw == ByBag(least=4)
 
 
 def test_count_likelihood_and_its_gradient() -> None:
@@ -300,7 +320,7 @@ def test_dllp_does_not_lose_its_gradient_where_it_is_most_wrong() -> None:
 
 
 @pytest.mark.parametrize("method", [DLLP(), CountLikelihood(), TopCount(), EasyLLP()], ids=lambda m: m.name)
-def test_who_shares_the_batch_does_not_matter(method: BagMethod) -> None:
+def test_who_shares_the_batch_does_not_matter(method: Method) -> None:
     """A labelled sample and a full bag beside a bag of 300, and beside nothing."""
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(303, generator=generator).double()
@@ -328,11 +348,23 @@ def test_count_likelihood_of_sure_predictions_in_a_padded_bag() -> None:
 
 def test_noisy_labels_are_no_bags_of_one() -> None:
     candidates = torch.eye(2, dtype=torch.bool)
-    known = Supervision.without_bags(candidates, torch.tensor([True, False]), torch.zeros(2, 0, dtype=torch.int64))
-    assert bag_units(known, unlabeled=False).rows.tolist() == [[1]]
-    prior = EasyLLP().prepare(Survey(lambda *_: torch.zeros(0), known, {})).memory
+    noisy, nobody = torch.tensor([True, False]), torch.zeros(2, 0, dtype=torch.int64)
+    supervision = Supervision.without_bags(candidates, noisy, nobody)
+    assert bag_units(supervision, singles=False).rows.tolist() == [[1]]
+    prior = with_prior(Survey(lambda *_: torch.zeros(0), supervision, {})).memory
     assert prior is not None
     assert prior["prior"].tolist() == [0, 1]
+
+
+def test_top_count_is_for_two_classes() -> None:
+    TopCount().recipe(task(2))
+    with pytest.raises(ValueError, match=r"`method.name` \(=top_count\) is for two classes, and there are 3: take"):
+        TopCount().recipe(task(3))
+
+
+def test_vat_asks_for_gradients_of_inputs() -> None:
+    assert LLPVAT().recipe(task()).network.input_gradients
+    assert not LLPVAT(lambda_vat=0).recipe(task()).network.input_gradients
 
 
 def test_vat_refuses_batch_norm() -> None:

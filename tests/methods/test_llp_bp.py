@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fedlabel.methods.base import Survey
-from fedlabel.training import ClientData, ImageTransform, Trainer, train_client
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,11 +16,19 @@ from fedlabel.data.supervision import Supervision
 from fedlabel.inference.belief import marginals
 from fedlabel.inference.cardinality import bag_posterior
 from fedlabel.inference.neighbors import Graph, neighbor_graph
-from fedlabel.methods.llp_bp import LLPBP, centering, top_count_labels
+from fedlabel.learning.client import ClientData, Trainer, train_client
+from fedlabel.learning.views import ImageTransform
+from fedlabel.methods.bags import bag_recipe, of_bags
+from fedlabel.methods.batch import Batch, Survey
+from fedlabel.methods.dllp import dllp_bag_loss
+from fedlabel.methods.llp_bp import LLPBP, centering, empty_memory, top_count_labels
+from fedlabel.methods.recipe import ByBag, LabelKinds, Start
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.nets import Mlp
+from fedlabel.models.wrap import one_network, one_network_with_embeddings
 from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import make_batch
+from tests.methods.recipes import task
 
 NO_GRAPH = Graph(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))
 
@@ -30,8 +36,8 @@ NO_GRAPH = Graph(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))
 def in_bags(labels: Tensor, size: int, classes: int = 2) -> Supervision:
     bag = torch.arange(len(labels)) // size
     counts = torch.stack([torch.bincount(labels[bag == b], minlength=classes) for b in range(int(bag.max()) + 1)])
-    known = Supervision.certain(torch.ones(len(labels), classes, dtype=torch.bool))
-    return replace(known, bag=bag, bag_counts=counts)
+    supervision = Supervision.certain(torch.ones(len(labels), classes, dtype=torch.bool))
+    return replace(supervision, bag=bag, bag_counts=counts)
 
 
 def gaussians(n: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -43,23 +49,23 @@ def gaussians(n: int = 1024, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, labels
 
 
-def belief(method: LLPBP, x: Tensor, known: Supervision) -> Tensor:
+def belief(method: LLPBP, x: Tensor, supervision: Supervision) -> Tensor:
     graph = neighbor_graph(x, method.num_neighbors, method.max_distance, method.length_scale)
-    return method.infer(known, graph, torch.zeros(known.candidates.shape)).probability
+    return method.infer(supervision, graph, torch.zeros(supervision.candidates.shape)).probability
 
 
 @pytest.mark.parametrize(("size", "least"), [(8, 0.95), (32, 0.93), (128, 0.9)])
 def test_beliefs_find_the_labels_from_counts_and_neighbours(size: int, least: float) -> None:
     """Check 14: far above what the bags' shares alone tell; features shuffled against labels destroy it."""
     x, labels = gaussians()
-    known = in_bags(labels, size)
+    supervision = in_bags(labels, size)
     method = LLPBP(lambda_bag=10, lambda_edge=10, length_scale=1.0)
-    auc = roc_auc_score(labels, belief(method, x, known)[:, 1])
-    share = (known.bag_counts[:, 1] / known.bag_counts.sum(1))[known.bag]
+    auc = roc_auc_score(labels, belief(method, x, supervision)[:, 1])
+    share = (supervision.bag_counts[:, 1] / supervision.bag_counts.sum(1))[supervision.bag]
     assert auc > least
     assert auc > roc_auc_score(labels, share) + 0.2
     shuffled = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(1))]
-    assert roc_auc_score(labels, belief(method, shuffled, known)[:, 1]) < roc_auc_score(labels, share) + 0.05
+    assert roc_auc_score(labels, belief(method, shuffled, supervision)[:, 1]) < roc_auc_score(labels, share) + 0.05
 
 
 def test_beliefs_fall_with_bag_size_and_beat_smoothed_shares_and_pairs() -> None:
@@ -70,16 +76,16 @@ def test_beliefs_fall_with_bag_size_and_beat_smoothed_shares_and_pairs() -> None
         scores: dict[str, list[float]] = {}
         for seed in range(3):
             x, labels = gaussians(seed=seed)
-            known = in_bags(labels, size)
-            share = (known.bag_counts[:, 1] / known.bag_counts.sum(1))[known.bag]
+            supervision = in_bags(labels, size)
+            share = (supervision.bag_counts[:, 1] / supervision.bag_counts.sum(1))[supervision.bag]
             edges = neighbor_graph(x, 5).edges
             ends = torch.cat([edges, edges.flip(1), torch.arange(len(x))[:, None].expand(-1, 2)])
             smoothed = torch.zeros(len(x)).index_add_(0, ends[:, 0], share[ends[:, 1]]) / torch.bincount(ends[:, 0])
             method = LLPBP(lambda_bag=10, lambda_edge=10, length_scale=1.0)
             pairs = replace(method, factor="pairwise")
             for name, values in {
-                "exact": belief(method, x, known)[:, 1],
-                "pairs": belief(pairs, x, known)[:, 1],
+                "exact": belief(method, x, supervision)[:, 1],
+                "pairs": belief(pairs, x, supervision)[:, 1],
                 "smoothed": smoothed,
             }.items():
                 scores.setdefault(name, []).append(float(roc_auc_score(labels, values)))
@@ -93,12 +99,12 @@ def test_beliefs_fall_with_bag_size_and_beat_smoothed_shares_and_pairs() -> None
 
 def test_the_pairwise_form_reports_that_it_does_not_converge() -> None:
     x, labels = gaussians(256)
-    graph, known = neighbor_graph(x), in_bags(labels, 8)
+    graph, supervision = neighbor_graph(x), in_bags(labels, 8)
     nothing = torch.zeros(256, 2)
-    oscillating = LLPBP(factor="pairwise", lambda_bag=10, lambda_edge=10).infer(known, graph, nothing)
+    oscillating = LLPBP(factor="pairwise", lambda_bag=10, lambda_edge=10).infer(supervision, graph, nothing)
     assert not oscillating.converged
-    calm = LLPBP(factor="pairwise", lambda_bag=0.05, lambda_edge=0.3).infer(known, graph, nothing)
-    same = LLPBP(lambda_bag=0.05, lambda_edge=0.3).infer(known, graph, nothing)
+    calm = LLPBP(factor="pairwise", lambda_bag=0.05, lambda_edge=0.3).infer(supervision, graph, nothing)
+    same = LLPBP(lambda_bag=0.05, lambda_edge=0.3).infer(supervision, graph, nothing)
     assert calm.converged
     torch.testing.assert_close(calm.probability, same.probability, rtol=0, atol=5e-3)
 
@@ -113,14 +119,14 @@ def test_without_a_graph_it_is_the_exact_posterior_of_each_bag() -> None:
     torch.testing.assert_close(found[:, 1], expected)
 
 
-def test_known_labels_are_evidence_and_noisy_ones_are_not() -> None:
+def test_true_labels_are_evidence_and_noisy_ones_are_not() -> None:
     labels = torch.tensor([1, 0, 0, 0])
-    known = in_bags(labels, 4)
-    candidates = known.candidates.clone()
+    supervision = in_bags(labels, 4)
+    candidates = supervision.candidates.clone()
     candidates[1, 1] = False  # sample 1 is certainly 0
-    certain = LLPBP(num_neighbors=0).infer(replace(known, candidates=candidates), NO_GRAPH, torch.zeros(4, 2))
+    certain = LLPBP(num_neighbors=0).infer(replace(supervision, candidates=candidates), NO_GRAPH, torch.zeros(4, 2))
     torch.testing.assert_close(certain.probability[:, 1], torch.tensor([1 / 3, 0, 1 / 3, 1 / 3]).double())
-    noisy = replace(known, candidates=candidates, noisy=torch.tensor([False, True, False, False]))
+    noisy = replace(supervision, candidates=candidates, noisy=torch.tensor([False, True, False, False]))
     even = LLPBP(num_neighbors=0).infer(noisy, NO_GRAPH, torch.zeros(4, 2))
     torch.testing.assert_close(even.probability[:, 1], torch.full((4,), 0.25).double())
     with pytest.raises(ValueError, match="Bag 0 contradicts itself"):
@@ -128,7 +134,7 @@ def test_known_labels_are_evidence_and_noisy_ones_are_not() -> None:
 
 
 def supervised_bag() -> Supervision:
-    """Two samples are known to be 1, one is counted."""
+    """Two samples have the label 1, one is counted."""
     candidates = torch.ones(4, 2, dtype=torch.bool)
     candidates[:2, 0] = False
     return replace(in_bags(torch.tensor([1, 0, 0, 0]), 4), candidates=candidates)
@@ -163,13 +169,13 @@ def test_a_run_that_ends_before_the_last_stage_is_refused() -> None:
 def test_rules() -> None:
     p = torch.tensor([0.9, 0.6, 0.55, 0.1, 0.3, 0.2, 0.8])
     beliefs = torch.stack([1 - p, p], 1)
-    known = replace(
+    supervision = replace(
         in_bags(torch.tensor([0, 0, 1, 1, 1, 0, 0]), 3), bag=torch.tensor([0, 0, 0, 1, 1, 1, -1]),
         bag_counts=torch.tensor([[2, 1], [1, 2]]),
     )  # fmt: skip
-    assert LLPBP().label(beliefs, known).tolist() == [1, 1, 1, 0, 0, 0, 1]
-    assert LLPBP(threshold=0.85).label(beliefs, known).tolist() == [1, 0, 0, 0, 0, 0, 0]
-    assert LLPBP(rule="top_count").label(beliefs, known).tolist() == [1, 0, 0, 0, 1, 1, 1]
+    assert LLPBP().label(beliefs, supervision).tolist() == [1, 1, 1, 0, 0, 0, 1]
+    assert LLPBP(threshold=0.85).label(beliefs, supervision).tolist() == [1, 0, 0, 0, 0, 0, 0]
+    assert LLPBP(rule="top_count").label(beliefs, supervision).tolist() == [1, 0, 0, 0, 1, 1, 1]
 
 
 def test_top_count_in_bags_of_any_order() -> None:
@@ -180,25 +186,25 @@ def test_top_count_in_bags_of_any_order() -> None:
     assert chosen.tolist() == [False, False, True, False, True, True, True]
 
 
-def survey(known: Supervision, x: Tensor, memory: dict[str, Tensor], calls: list[tuple[str, ...]]) -> Survey:
+def survey(supervision: Supervision, x: Tensor, memory: dict[str, Tensor], calls: list[tuple[str, ...]]) -> Survey:
     def predict(*arguments: str) -> Tensor:
         calls.append(arguments)
         if arguments[-1] == "embed":
             return x
         return torch.stack([torch.zeros(len(x)), 8 * (x[:, 0] > 0)], 1)
 
-    return Survey(predict, known, memory, lambda: x.view(*x.shape, 1, 1))
+    return Survey(predict, supervision, memory, lambda: x.view(*x.shape, 1, 1))
 
 
 def test_beliefs_are_made_once_a_stage_of_inputs_and_then_of_embeddings() -> None:
     x, labels = gaussians(64)
-    known, method = in_bags(labels, 8), LLPBP()
+    supervision, method = in_bags(labels, 8), LLPBP()
     calls: list[tuple[str, ...]] = []
-    memory = method.initial_memory(known.candidates)
-    first = method.prepare(survey(known, x, memory, calls), stage=0)
+    memory = empty_memory(supervision.candidates)
+    first = method.prepare(survey(supervision, x, memory, calls), stage=0)
     assert calls == []
     assert first.memory is not None
-    expected = belief(method, x, known)
+    expected = belief(method, x, supervision)
     torch.testing.assert_close(first.memory["belief"], expected.float())
     assert first.pseudo is not None
     assert first.pseudo.label.tolist() == (expected[:, 1] >= 0.5).long().tolist()
@@ -206,10 +212,10 @@ def test_beliefs_are_made_once_a_stage_of_inputs_and_then_of_embeddings() -> Non
     assert float(first.metrics["belief/bag_residual"][0]) < 1e-3
     assert first.pairs is not None
     assert len(first.pairs) > 64
-    again = method.prepare(survey(known, -x, first.memory, calls), stage=0)
+    again = method.prepare(survey(supervision, -x, first.memory, calls), stage=0)
     assert torch.equal(again.targets["target"], first.targets["target"])
     assert not again.metrics
-    later = method.prepare(survey(known, -x, first.memory, calls), stage=1)
+    later = method.prepare(survey(supervision, -x, first.memory, calls), stage=1)
     assert calls == [("previous", "clean", "embed")]
     assert later.memory is not None
     assert int(later.memory["stage"]) == 1
@@ -221,16 +227,16 @@ def test_beliefs_are_made_once_a_stage_of_inputs_and_then_of_embeddings() -> Non
 def test_evidence_of_models(evidence: str, asked: list[list[tuple[str, str]]]) -> None:
     """Alone in a bag of unknown use it decides; evidence_weight=0 takes it away."""
     x, labels = gaussians(32)
-    known = in_bags(labels, 16)
+    supervision = in_bags(labels, 16)
     for stage in (0, 1):
         calls: list[tuple[str, ...]] = []
         method = LLPBP(evidence=evidence, num_neighbors=0)
-        found = method.prepare(survey(known, x, method.initial_memory(known.candidates), calls), stage)
+        found = method.prepare(survey(supervision, x, empty_memory(supervision.candidates), calls), stage)
         assert [call for call in calls if call[-1] != "embed"] == asked[stage]
         assert found.memory is not None
         spread = float(found.memory["belief"][:, 1].std())
         without = replace(method, evidence_weight=0.0)
-        other = without.prepare(survey(known, x, method.initial_memory(known.candidates), []), stage)
+        other = without.prepare(survey(supervision, x, empty_memory(supervision.candidates), []), stage)
         assert other.memory is not None
         assert (spread > float(other.memory["belief"][:, 1].std()) + 0.1) == bool(asked[stage])
 
@@ -238,42 +244,42 @@ def test_evidence_of_models(evidence: str, asked: list[list[tuple[str, str]]]) -
 def test_current_evidence_keeps_the_graph_of_a_stage() -> None:
     """Other features later in the stage change nothing; the next stage has a graph of its own."""
     x, labels = gaussians(48)
-    known, method = in_bags(labels, 8), LLPBP(evidence="current")
-    memory = method.initial_memory(known.candidates)
-    first = method.prepare(survey(known, x, memory, []), stage=0)
+    supervision, method = in_bags(labels, 8), LLPBP(evidence="current")
+    memory = empty_memory(supervision.candidates)
+    first = method.prepare(survey(supervision, x, memory, []), stage=0)
     assert first.memory is not None
-    kept = method.keep(first.memory, [])
+    kept = method.recipe(task(2)).memory.keep(first.memory, [])
     assert torch.equal(kept["edges"], neighbor_graph(x, 5).edges)
     moved = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    again = method.prepare(survey(known, moved, {**memory, **kept}, []), stage=0)
+    again = method.prepare(survey(supervision, moved, {**memory, **kept}, []), stage=0)
     assert again.pairs is not None
     assert torch.equal(again.pairs, kept["edges"])
-    later = method.prepare(survey(known, moved, {**memory, **kept}, []), stage=1)
+    later = method.prepare(survey(supervision, moved, {**memory, **kept}, []), stage=1)
     assert later.pairs is not None
     assert later.pairs.shape != kept["edges"].shape or not torch.equal(later.pairs, kept["edges"])
-    assert set(LLPBP().keep(first.memory, [])) == {"belief", "stage"}
+    assert set(LLPBP().recipe(task(2)).memory.keep(first.memory, [])) == {"belief", "stage"}
 
 
 def test_an_untrained_model_is_no_evidence() -> None:
     """Rounds 1 and 11 begin stages: there the global model is not asked."""
     x, labels = gaussians(32)
-    known, method = in_bags(labels, 8), LLPBP(evidence="current", num_neighbors=0)
+    supervision, method = in_bags(labels, 8), LLPBP(evidence="current", num_neighbors=0)
     asked = {}
     for round_number in (1, 2, 11, 12):
         calls: list[tuple[str, ...]] = []
-        prepare = method.phases(round_number)[0].prepare
+        prepare = method.recipe(task(2)).phases(round_number)[0].prepare
         assert prepare is not None
-        prepare(survey(known, x, method.initial_memory(known.candidates), calls))
+        prepare(survey(supervision, x, empty_memory(supervision.candidates), calls))
         asked[round_number] = ("global", "clean") in calls
     assert asked == {1: False, 2: True, 11: False, 12: True}
 
 
 def test_what_nothing_reaches_is_not_learnt() -> None:
-    """A bag half of ones is told so; samples in no bag and without a neighbour in one are told nothing."""
-    known = in_bags(torch.tensor([1, 0, 0, 0, 0, 1]), 2)
-    known = replace(known, bag=torch.tensor([0, 0, 1, 1, -1, -1]), bag_counts=known.bag_counts[:2])
-    memory = LLPBP().initial_memory(known.candidates)
-    prepared = LLPBP(num_neighbors=0, rule="soft").prepare(survey(known, torch.ones(6, 2), memory, []), 0)
+    """A bag half of ones learns that; samples in no bag and without a neighbour in one learn nothing."""
+    supervision = in_bags(torch.tensor([1, 0, 0, 0, 0, 1]), 2)
+    supervision = replace(supervision, bag=torch.tensor([0, 0, 1, 1, -1, -1]), bag_counts=supervision.bag_counts[:2])
+    memory = empty_memory(supervision.candidates)
+    prepared = LLPBP(num_neighbors=0, rule="soft").prepare(survey(supervision, torch.ones(6, 2), memory, []), 0)
     assert prepared.targets["target"].tolist() == [[0.5, 0.5]] * 2 + [[1, 0]] * 2 + [[0, 0]] * 2
     assert prepared.pseudo is not None
     assert prepared.pseudo.keep.tolist() == [True] * 4 + [False] * 2
@@ -324,7 +330,13 @@ def test_loss_by_hand() -> None:
 
 def test_without_weight_the_bag_output_is_not_there_and_the_trunk_moves_as_without_it() -> None:
     """Check 14: lambda_aggregate = 0."""
-    assert LLPBP(lambda_aggregate=0).bag_head == 0
+    headed = LLPBP(head_hidden=32).recipe(task()).network
+    module = headed.wrap(lambda place: Mlp((1, 1, 1), 2, (3,)), 0)
+    assert isinstance(module, BagHead)
+    assert module.bag_hidden.out_features == 32
+    assert headed.embeds
+    assert LLPBP(lambda_aggregate=0).recipe(task()).network == one_network_with_embeddings
+    assert LLPBP(lambda_aggregate=0, num_stages=1).recipe(task()).network == one_network
     torch.manual_seed(0)
     net = Mlp((1, 1, 1), 2, (3,))
     batch = make_batch(2, torch.tensor([0, 1, 0]))
@@ -344,11 +356,22 @@ def test_without_weight_the_bag_output_is_not_there_and_the_trunk_moves_as_witho
 
 
 def test_stages() -> None:
-    method = LLPBP(num_stages=3, stage_rounds=4)
-    assert [method.stage(r) for r in range(1, 14)] == [0] * 4 + [1] * 4 + [2] * 5
-    assert [r for r in range(1, 30) if method.starts_stage(r)] == [5, 9]
-    assert method.phases(4)[0].teachers == ()
-    assert method.phases(5)[0].teachers == ("previous",)
+    recipe = LLPBP(num_stages=3, stage_rounds=4).recipe(task())
+    assert [recipe.place(r).index for r in range(1, 14)] == [0] * 4 + [1] * 4 + [2] * 5
+    assert [r for r in range(1, 30) if recipe.begins(r)] == [5, 9]
+    assert [stage.name for stage in recipe.stages] == ["stage 1 of 3", "stage 2 of 3", "stage 3 of 3"]
+    assert {stage.start for stage in recipe.stages} == {Start.FRESH}
+    assert recipe.phases(4)[0].teachers == ()
+    assert recipe.phases(5)[0].teachers == ("previous",)
+    current = LLPBP(evidence="current").recipe(task())
+    assert [current.phases(r)[0].teachers for r in (1, 11)] == [("global",), ("previous", "global")]
+
+
+def test_it_learns_bags_sets_and_true_labels_and_draws_samples_in_no_bag() -> None:
+    recipe = LLPBP().recipe(task())
+    assert recipe.uses == LabelKinds.TRUE | LabelKinds.SETS | LabelKinds.BAGS | LabelKinds.AT_SERVER
+    assert recipe.phases(1)[0].draw == ByBag(labeled=("weak",), singles=True)
+    assert recipe.memory.start is empty_memory
 
 
 def transform(features: int) -> ImageTransform:
@@ -358,9 +381,9 @@ def transform(features: int) -> ImageTransform:
 def test_a_client_learns_its_labels_from_counts() -> None:
     """Both stages; the second no worse than the first but for .02, and the loss on bags falls. Check 14."""
     x, labels = gaussians(512)
-    known = in_bags(labels, 8)
-    data = ClientData((x * 16 + 128).clamp(0, 255).to(torch.uint8).view(512, 8, 1, 1), known)
-    method = LLPBP(stage_rounds=8)
+    supervision = in_bags(labels, 8)
+    data = ClientData((x * 16 + 128).clamp(0, 255).to(torch.uint8).view(512, 8, 1, 1), supervision)
+    recipe = LLPBP(stage_rounds=8).recipe(task(2))
     torch.manual_seed(0)
     modules = [BagHead(Mlp((8, 1, 1), 2, (16,)), 8) for _ in range(3)]
     trainer = Trainer(modules[0], modules[1], transform(8), TrainingConfig(lr=0.5, local_steps=20, batch_size=64))
@@ -369,7 +392,7 @@ def test_a_client_learns_its_labels_from_counts() -> None:
     for first in (1, 9):
         state = fresh
         for round_number in range(first, first + 8):
-            update = train_client(method, trainer, state, data, round_number, round_number, kept, before)
+            update = train_client(recipe, trainer, state, data, round_number, round_number, kept, before)
             state, kept = update.parts["model"].state, update.kept
             total, count = update.sums["train/loss_aggregate"]
             loss.append(total / count)
@@ -385,8 +408,8 @@ def test_a_client_learns_its_labels_from_counts() -> None:
 def test_a_step_draws_whole_bags() -> None:
     """Every batch has the samples of its bags, in their places, with their counts, and each bag once an epoch."""
     x, labels = gaussians(60)
-    known = in_bags(labels, 5)
-    data = ClientData((x * 16 + 128).clamp(0, 255).to(torch.uint8).view(60, 8, 1, 1), known)
+    supervision = in_bags(labels, 5)
+    data = ClientData((x * 16 + 128).clamp(0, 255).to(torch.uint8).view(60, 8, 1, 1), supervision)
     seen: list[int] = []
 
     class Watching(nn.Module):
@@ -397,24 +420,20 @@ def test_a_step_draws_whole_bags() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return self.layer(images.flatten(1))
 
-    from fedlabel.methods.dllp import DLLP
-
-    class Spy(DLLP):
-        def bag_loss(self, logits, batch):
-            part = batch.labeled
-            for members, counts in zip(part.members, part.bag_counts, strict=True):
-                rows = part.rows[members[members >= 0]]
-                (number,) = known.bag[rows].unique().tolist()
-                assert len(rows) == 5
-                assert torch.bincount(labels[rows], minlength=2).tolist() == counts.tolist()
-                seen.append(number)
-            assert len(part.members) == 4
-            return super().bag_loss(logits, batch)
+    def spy(logits: Tensor, batch: Batch) -> Tensor:
+        part = batch.labeled
+        for members, counts in zip(part.members, part.bag_counts, strict=True):
+            rows = part.rows[members[members >= 0]]
+            (number,) = supervision.bag[rows].unique().tolist()
+            assert len(rows) == 5
+            assert torch.bincount(labels[rows], minlength=2).tolist() == counts.tolist()
+            seen.append(number)
+        assert len(part.members) == 4
+        return dllp_bag_loss(logits, batch)
 
     config = TrainingConfig(local_epochs=2, local_steps=None, batch_size=20)
-    update = train_client(
-        Spy(), Trainer(Watching(), Watching(), transform(8), config), Watching().state_dict(), data, 1, 0
-    )
+    trainer = Trainer(Watching(), Watching(), transform(8), config)
+    update = train_client(bag_recipe(of_bags(spy)), trainer, Watching().state_dict(), data, 1, 0)
     assert sorted(seen) == sorted(list(range(12)) * 2)
     assert update.forward == update.backward == 120
     assert update.parts["model"].weight == 120
@@ -432,7 +451,7 @@ def test_a_step_draws_whole_bags() -> None:
         ({"stage_rounds": 0}, r"`method.stage_rounds` \(=0\)"),
         ({"num_neighbors": -1}, r"`method.num_neighbors` \(=-1\)"),
         ({"lambda_bag": -1.0}, r"`method.lambda_bag` \(=-1.0\)"),
-        ({"lambda_edge": math.inf}, r"`method.lambda_edge` \(=inf\) must be finite"),
+        ({"lambda_edge": math.inf}, r"`method.lambda_edge` \(=inf\) must be a finite number"),
         ({"max_distance": 0.0}, r"`method.max_distance` \(=0.0\)"),
         ({"length_scale": 0.0}, r"`method.length_scale` \(=0.0\)"),
         ({"damping": 1.0}, r"`method.damping` \(=1.0\)"),
@@ -448,11 +467,11 @@ def test_bad_fields_are_named(changes: dict[str, object], message: str) -> None:
 def test_centered_edges_say_nothing_where_all_bags_have_one_share() -> None:
     """Whatever the graph, beliefs stay at the share; the paper's coupling moves those with many neighbours to zero."""
     x, _ = gaussians(64)
-    graph, known = neighbor_graph(x), in_bags(torch.tensor([1, 0, 0, 0]).repeat(16), 4)
+    graph, supervision = neighbor_graph(x), in_bags(torch.tensor([1, 0, 0, 0]).repeat(16), 4)
     quarter = torch.full((64,), 0.25).double()
-    found = LLPBP(centered=True, max_iterations=500).infer(known, graph, torch.zeros(64, 2))
+    found = LLPBP(centered=True, max_iterations=500).infer(supervision, graph, torch.zeros(64, 2))
     torch.testing.assert_close(found.probability[:, 1], quarter, rtol=0, atol=1e-3)
-    plain = LLPBP(max_iterations=500).infer(known, graph, torch.zeros(64, 2)).probability[:, 1]
+    plain = LLPBP(max_iterations=500).infer(supervision, graph, torch.zeros(64, 2)).probability[:, 1]
     assert float((plain - quarter).abs().max()) > 0.05
     degree = torch.bincount(graph.edges.flatten(), minlength=64).double()
     assert float(torch.corrcoef(torch.stack([degree, plain]))[0, 1]) < -0.3
@@ -471,20 +490,23 @@ def test_centering_is_the_field_of_a_factor_with_the_given_marginals() -> None:
     "changes", [{"rule": "top_count"}, {"centered": True}, {"factor": "pairwise", "lambda_bag": 1.0}]
 )
 def test_what_is_for_two_classes_is_refused_for_more(changes: dict[str, object]) -> None:
-    known = in_bags(torch.tensor([0, 1, 2, 0]), 2, 3)
-    LLPBP().check(known)
-    LLPBP(lambda_bag=2.0).check(known)
+    LLPBP().recipe(task(3))
+    LLPBP(lambda_bag=2.0).recipe(task(3))
+    method = LLPBP(**changes)  # type: ignore[arg-type]
+    method.recipe(task(2))
     with pytest.raises(ValueError, match="with 3 classes rule=top_count, factor=pairwise and centered"):
-        LLPBP(**changes).check(known)  # type: ignore[arg-type]
+        method.recipe(task(3))
 
 
 def test_marginals_are_those_of_the_inference() -> None:
     """lambda_bag, lambda_edge, damping and iterations are handed on."""
     x, labels = gaussians(32)
-    known, graph = in_bags(labels, 8), neighbor_graph(x)
+    supervision, graph = in_bags(labels, 8), neighbor_graph(x)
     method = LLPBP(lambda_bag=0.5, lambda_edge=0.7, damping=0.2, max_iterations=3)
+    bag, ones = supervision.bag, supervision.bag_counts[:, 1]
     direct = marginals(
-        torch.zeros(32).double(), known.bag, known.bag_counts[:, 1], graph.edges, graph.weight.double(), 0.5, 0.7,
-        damping=0.2, max_iterations=3,
-    )  # fmt: skip
-    torch.testing.assert_close(method.infer(known, graph, torch.zeros(32, 2)).probability[:, 1], direct.probability)
+        torch.zeros(32).double(), bag, ones, graph.edges, graph.weight.double(), 0.5, 0.7, damping=0.2, max_iterations=3
+    )
+    torch.testing.assert_close(
+        method.infer(supervision, graph, torch.zeros(32, 2)).probability[:, 1], direct.probability
+    )
