@@ -382,7 +382,7 @@ def _count(rng: np.random.Generator, body: RecordDict) -> None:
                 _any(rng, [value for value in ODD if not (isinstance(value, list) and len(value) == len(old))]),
             )
         case 1:
-            _put(record, key, [*old, 0.0])
+            _put(record, key, [*old, -1.0])  # after another mutation it may be of the right length
         case 2:
             _put(record, key, [_any(rng, wrong), *old[1:]])
         case _:
