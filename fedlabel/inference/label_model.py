@@ -29,6 +29,7 @@ ABSTAIN = -1
 _CHUNK = 1 << 16
 """Samples whose votes are looked at together."""
 _GUIDE_STEPS = 30
+_PRIOR_STEPS = 50
 
 
 class Counts(NamedTuple):
@@ -400,6 +401,17 @@ def _clamped(posterior: Tensor, labels: Tensor | None, weight: float) -> Tensor:
         return posterior
     known = weight * torch.zeros_like(posterior).scatter_(1, labels.clamp_min(0)[:, None], 1.0)
     return torch.where((labels >= 0)[:, None], known, posterior)
+
+
+def client_prior(model: LabelModel, votes: Tensor) -> Tensor:
+    """Returns the class prior (C,) that is likeliest for votes (n, K) under the model's tables: EM from its prior."""
+    ratio = model.posterior(votes) / model.prior
+    prior = model.prior
+    for _ in range(_PRIOR_STEPS):
+        joint = ratio * prior
+        prior = (joint / joint.sum(1, keepdim=True)).sum(0) + model.smoothing
+        prior = prior / prior.sum()
+    return prior
 
 
 def majority_vote(votes: Tensor, num_classes: int) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.inference.label_model import LabelModel, coverage_normalized_votes, majority_vote
+from fedlabel.inference.label_model import LabelModel, client_prior, coverage_normalized_votes, majority_vote
 
 CLASSES = ("horse", "deer", "monkey", "dog", "cat")
 FIGURE = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1], [0, 0, 1, 0, 0]]).bool()
@@ -445,3 +445,52 @@ def test_prior_may_be_a_list_and_must_be_finite() -> None:
     assert LabelModel(2, [[True, True]], prior=[1, 3]).prior.tolist() == [0.25, 0.75]
     with pytest.raises(ValueError, match=r"`prior` \(=\[1.0, inf\]\) must be 2 positive, finite numbers"):
         LabelModel(2, [[True, True]], prior=[1, math.inf])
+
+
+# ------------------------------------------------------------------------------------------- a client's own classes
+
+
+def skewed(seed: int = 0) -> tuple[LabelModel, Tensor]:
+    """A model fitted to all, and the votes on a client that has mostly classes 0 and 1."""
+    votes, sets, y, _ = simulate(seed, n=2000, k=15)
+    model = LabelModel(10, sets).fit(votes)
+    mine = (y < 2) | (torch.arange(2000) % 20 == 0)
+    return model, votes[mine]
+
+
+def test_client_prior_is_em_of_the_prior_alone() -> None:
+    """Fifty steps, a sample and a class at a time."""
+    model, votes = skewed()
+    votes = votes[:25]
+    likelihood = [
+        [math.prod(float(model.tables[k, v if v >= 0 else 10, c]) for k, v in enumerate(row)) for c in range(10)]
+        for row in votes.tolist()
+    ]
+    prior = model.prior.tolist()
+    for _ in range(50):
+        new = [1.0] * 10  # smoothing
+        for row in likelihood:
+            joint = [p * value for p, value in zip(prior, row, strict=True)]
+            new = [count + value / sum(joint) for count, value in zip(new, joint, strict=True)]
+        prior = [count / sum(new) for count in new]
+    assert client_prior(model, votes).tolist() == pytest.approx(prior, abs=1e-9)
+
+
+def test_client_prior_is_likelier_and_near_the_clients_shares() -> None:
+    """Log-likelihood and the logarithm of the Dirichlet prior that the pseudo-counts are."""
+    model, votes = skewed()
+    before = model.prior
+
+    def penalised(prior: Tensor) -> float:
+        model.prior = prior
+        value = float(model.log_likelihood(votes).sum() + prior.log().sum() / 10)
+        model.prior = before
+        return value
+
+    found = client_prior(model, votes)
+    assert float(found.sum()) == pytest.approx(1)
+    assert penalised(found) > penalised(before) + 20
+    assert penalised(found) >= max(penalised(0.9 * found + 0.1 * torch.eye(10).double()[c]) for c in range(10))
+    assert found[:2].sum() > 0.5  # .64; .83 in truth
+    assert before[:2].sum() < 0.3
+    assert torch.equal(model.prior, before)

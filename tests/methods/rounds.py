@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.training import ImageTransform
+from fedlabel.learning.views import ImageTransform
 
 
 class _Flipped(ImageTransform):

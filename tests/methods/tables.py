@@ -12,12 +12,14 @@ from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.supervision import supervise
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.steps import Batch, Model, State, StateDict, Step
-from fedlabel.methods.supervised import Supervised
-from fedlabel.training import ClientData, ClientUpdate, ImageTransform, Trainer, train_client
+from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
+from fedlabel.learning.views import ImageTransform
+from fedlabel.methods.batch import Batch, Model, State, StateDict, Step
+from fedlabel.methods.losses import labels_loss
+from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage, Task
 from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
+from tests.methods.recipes import task
 
 NOTHING: Mapping[str, Model] = {}
 
@@ -134,20 +136,22 @@ def train_round(
         torch.zeros(1, 1, 1), torch.ones(1, 1, 1), AugmentConfig(crop_padding=0, flip=False), allow_flip=False
     )
     trainer = Trainer(net(5), net(6), transform, config)
-    memory = method.initial_shared(CLASSES) if shared is None else shared
-    update = train_client(method, trainer, start, client() if data is None else data, 1, 7, memory)
+    recipe = method.recipe(task(CLASSES))
+    memory = recipe.shared.start() if shared is None else shared
+    update = train_client(recipe, trainer, start, client() if data is None else data, 1, 7, memory)
     assert same(start, before)
     return update
 
 
 @dataclass(frozen=True)
 class LabelsOnly(Method):
-    """`Supervised` in a phase of another name, so that it draws the batches that a phase called "train" draws."""
+    """`Supervised` in a phase of another name, so that it draws the batches that a phase of that name draws."""
 
     name: str = "labels_only"
+    phase: str = "train"
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", Supervised().loss, labeled=("weak",)),)
+    def recipe(self, task: Task) -> Recipe:
+        return Recipe((Stage((Phase(self.phase, labels_loss),)),), uses=LabelKinds.TRUE)
 
 
 def model(update: ClientUpdate) -> StateDict:

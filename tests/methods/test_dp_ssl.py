@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,85 +13,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedlabel.config import load_config
 from fedlabel.data.supervision import Supervision, supervise
-from fedlabel.experiment import Experiment
-from fedlabel.inference.label_model import LabelModel
-from fedlabel.methods.base import Method, Phase, Prepared, Survey
-from fedlabel.methods.dp_ssl import (
-    DPSSL,
-    assign_classes,
-    class_losses,
-    client_prior,
-    functions_loss,
-    random_classes,
-    votes_of,
-)
-from fedlabel.methods.steps import Batch, State, StateDict, Step, cross_entropy_on_labels
+from fedlabel.inference.head_assignment import assign_classes, class_losses, random_classes
+from fedlabel.inference.label_model import LabelModel, client_prior
+from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
+from fedlabel.methods.batch import Batch, Prepared, State, StateDict, Step, Survey
+from fedlabel.methods.dp_ssl import DPSSL, functions_loss
+from fedlabel.methods.losses import cross_entropy_on_labels
+from fedlabel.methods.recipe import BySample, LabelKinds, Method, Phase, Recipe, Stage, Start, Task
 from fedlabel.models.labeling_heads import LabelingHeads
 from fedlabel.models.nets import Mlp
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client
+from fedlabel.models.wrap import one_network
 from fedlabel.training_config import TrainingConfig
-from tests.inference.test_label_model import simulate
+from tests.inference.test_head_assignment import LOSSES, sets_of
+from tests.inference.test_label_model import simulate, skewed
 from tests.methods.batches import certain_part
+from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import CLASSES, NOTHING, Table, client, net, softmax
 
-
-def sets_of(*rows: str) -> Tensor:
-    """sets_of("110") is one head that may vote for classes 0 and 1."""
-    return torch.tensor([[digit == "1" for digit in row] for row in rows])
+LATE = 1000
+"""A round of the end model."""
 
 
-def zeros(shape: Sequence[int]) -> Tensor:
-    return torch.zeros(*shape)
+def recipe_of(method: DPSSL, classes: int = CLASSES) -> Recipe:
+    """The recipe for a federation whose written functions, if there are to be some, vote for every class."""
+    written = 0 if method.grown else method.num_functions
+    return method.recipe(task(classes, votes=((1,) * classes,) * written))
+
+
+def phase_of(method: DPSSL, round_number: int) -> Phase:
+    (phase,) = recipe_of(method).phases(round_number)
+    return phase
 
 
 def summed(statistics: Sequence[State]) -> State:
     return {name: torch.stack([each[name] for each in statistics]).sum(0) for name in statistics[0]}
 
 
-# ---------------------------------------------------------------------------------------------- who gets which classes
-
-LOSSES = np.array([[0.2, 1.5], [0.9, 0.3], [0.5, 0.6]])
-"""Check 7's heads x items; here an item is a class."""
-
-
-def test_winners_by_hand() -> None:
-    """Check 7: of two heads each class's winner is another, .2 + .3; two of three heads: .2 + .5 and .3 + .6."""
-    one = assign_classes(LOSSES[:2], 1)
-    assert one.tolist() == [[True, False], [False, True]]
-    assert LOSSES[:2][one].sum() == pytest.approx(0.5)
-    two = assign_classes(LOSSES, 2)
-    assert two.tolist() == [[True, False], [False, True], [True, True]]
-    assert LOSSES[two].sum() == pytest.approx(1.6)
-
-
-@pytest.mark.parametrize(("heads", "classes", "rho"), [(3, 3, 2), (4, 3, 2), (2, 4, 1), (5, 2, 3), (3, 4, 3)])
-def test_assignment_is_the_best_of_all(heads: int, classes: int, rho: int) -> None:
-    """Every 0/1 matrix that keeps the sizes, tried out."""
-    most = math.ceil(rho * classes / heads) + 1
-    rows = [row for row in itertools.product((0, 1), repeat=classes) if 1 <= sum(row) <= most]
-    allowed = [m for m in (np.array(m) for m in itertools.product(rows, repeat=heads)) if (m.sum(0) == rho).all()]
-    for seed in range(5):
-        losses = np.random.default_rng(seed).exponential(size=(heads, classes))
-        losses[0] /= 10  # one head wins everywhere
-        found = assign_classes(losses, rho)
-        assert any((found == matrix).all() for matrix in allowed)
-        assert losses[found].sum() == pytest.approx(min((losses * matrix).sum() for matrix in allowed), abs=1e-9)
-
-
-@pytest.mark.parametrize(("heads", "classes", "rho"), [(50, 10, 10), (12, 10, 2), (10, 10, 1), (7, 3, 3), (20, 2, 10)])
-def test_every_class_has_its_heads_and_no_head_is_empty_or_full(heads: int, classes: int, rho: int) -> None:
-    """Also where a head is best at everything and another worst: dead heads are the failure of multiple choice."""
-    losses = np.random.default_rng(0).exponential(size=(heads, classes))
-    losses[0], losses[-1] = 0, 100
-    sets = assign_classes(losses, rho)
-    assert (sets.sum(0) == rho).all()
-    sizes = sets.sum(1)
-    assert sizes.min() >= 1
-    assert sizes.max() <= math.ceil(rho * classes / heads) + 1
-    assert sizes[0] > sizes[-1] or rho * classes == heads
+# ------------------------------------------------------------------------------------------------- a label of the heads
 
 
 def test_all_heads_for_each_class_are_ordinary_classifiers() -> None:
@@ -133,50 +92,6 @@ def test_a_label_outside_the_set_teaches_to_abstain_only() -> None:
     torch.testing.assert_close(gradient, torch.tensor([[[1.0, 0.6, -1.6]]]))
     inside = functions_loss(logits.log_softmax(-1), torch.tensor([0]), sets_of("10"), torch.tensor([2.0])).sum()
     assert inside.item() == pytest.approx(-math.log(0.5), abs=1e-6)
-
-
-def test_class_losses_by_hand() -> None:
-    """Two heads, two classes; of the third sample the class is not known."""
-    probs = [[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]], [[0.1, 0.8, 0.1], [0.4, 0.5, 0.1]], [[0.9, 0.05, 0.05]] * 2]
-    losses, seen = class_losses(torch.tensor(probs).log(), torch.tensor([1, 1, -1]))
-    expected = torch.tensor([[0, -math.log(0.25 * 0.8)], [0, -math.log(0.2 * 0.5)]])
-    torch.testing.assert_close(losses, expected)
-    assert seen.tolist() == [0, 2]
-
-
-def test_random_sets_have_the_sizes_and_cover() -> None:
-    sets = random_classes(50, 10, 2, 4, seed=3)
-    assert set(sets.sum(1)) == {2, 3, 4}
-    assert sets.sum(0).min() >= 3
-    assert (sets == random_classes(50, 10, 2, 4, seed=3)).all()
-    assert (sets != random_classes(50, 10, 2, 4, seed=4)).any()
-    with pytest.raises(
-        ValueError, match=r"`method.num_functions` \(=4\) .* `method.most_classes` \(=2\) of 10 classes"
-    ):
-        random_classes(4, 10, 1, 2, seed=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------- votes
-
-
-def test_votes_are_in_the_set_or_abstain() -> None:
-    """Check 8, on logits that favour whatever is outside."""
-    sets = sets_of("110", "001", "111", "100")
-    logits = 5 * torch.randn(2000, 4, 4, generator=torch.Generator().manual_seed(0))
-    votes = votes_of(logits, sets)
-    for head, row in enumerate(sets):
-        own = {-1, *row.nonzero().flatten().tolist()}
-        assert set(votes[:, head].tolist()) == own
-    assert votes_of(torch.tensor([[[9.0, 0.5, 0.4]]]), sets_of("01")).item() == 1
-    assert votes_of(torch.tensor([[[9.0, 0.5, 0.6]]]), sets_of("01")).item() == -1
-
-
-def test_a_vote_below_the_threshold_is_none() -> None:
-    """Of the set {1} and to abstain: .6 / .8 = .75."""
-    logits = torch.tensor([[[0.2, 0.6, 0.2]]]).log()
-    assert votes_of(logits, sets_of("01"), 0.74).item() == 1
-    assert votes_of(logits, sets_of("01"), 0.76).item() == -1
-    assert votes_of(logits, sets_of("01"), 0.0).item() == 1
 
 
 # ------------------------------------------------------------------------------------------------- a batch of functions
@@ -355,23 +270,23 @@ def end_of(votes: Tensor, **changes: Any) -> DPSSL:
 class StrongLabels(Method):
     """Cross-entropy of labels on strong views."""
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("end model", self.of_strong, labeled=("strong",)),)
+    def recipe(self, task: Task) -> Recipe:
+        phase = Phase("end model", self.of_strong, draw=BySample(("strong",)))
+        return Recipe((Stage((phase,)),), uses=LabelKinds.TRUE)
 
     def of_strong(self, student: Any, teachers: Any, batch: Batch) -> Step:
         part = batch.labeled
         return cross_entropy_on_labels(student, part._replace(views={"weak": part.views["strong"]}))
 
 
-def train(method: Method, known: Supervision, round_number: int, shared: State | None = None) -> ClientUpdate:
+def train(recipe: Recipe, known: Supervision, round_number: int, shared: State) -> ClientUpdate:
     """A round on `client`'s images, from `net()`; a step sees all samples."""
     data = ClientData(client().images[: len(known.noisy)], known)
     trainer = Trainer(net(5), net(6), TRANSFORM, TrainingConfig(lr=0.2, batch_size=1000, local_steps=4))
-    memory = method.initial_shared(CLASSES) if shared is None else shared
-    return train_client(method, trainer, net().state_dict(), data, round_number, 7, memory)
+    return train_client(recipe, trainer, net().state_dict(), data, round_number, 7, shared)
 
 
-def told(votes: Sequence[Sequence[int]] | Tensor, labels: Tensor | None = None, classes: int = CLASSES) -> Supervision:
+def voted(votes: Sequence[Sequence[int]] | Tensor, labels: Tensor | None = None, classes: int = CLASSES) -> Supervision:
     """Votes of written functions, and labels where they are not -1."""
     votes = torch.as_tensor(votes)
     unknown = torch.full((len(votes),), -1) if labels is None else labels
@@ -383,11 +298,11 @@ def test_an_end_model_of_true_labels_is_supervised_training() -> None:
     """Check 11: a function that says the truth, up to the order of additions."""
     truth = torch.randint(CLASSES, (30,), generator=torch.Generator().manual_seed(3))
     method = end_of(truth[:, None], label_model_rounds=1, hard=True)
-    shared = method.initial_shared(CLASSES)
-    first = train(method, told(truth[:, None]), 1, shared)
-    shared = method.server_step(shared, first.statistics)
-    learnt = train(method, told(truth[:, None]), 2, shared)
-    expected = train(StrongLabels(), supervise(truth, torch.ones(30).bool(), CLASSES), 2, {})
+    recipe = recipe_of(method)
+    first = train(recipe, voted(truth[:, None]), 1, recipe.shared.start())
+    shared = recipe.shared.update(recipe.shared.start(), first.statistics)
+    learnt = train(recipe, voted(truth[:, None]), 2, shared)
+    expected = train(StrongLabels().recipe(task()), supervise(truth, torch.ones(30).bool(), CLASSES), 2, {})
     for name, value in expected.parts["model"].state.items():
         torch.testing.assert_close(learnt.parts["model"].state[name], value, atol=1e-6, rtol=1e-5)
         assert not torch.equal(value, net().state_dict()[name])
@@ -397,38 +312,55 @@ def test_an_end_model_of_true_labels_is_supervised_training() -> None:
 # --------------------------------------------------------------------------------------------------------------- stages
 
 
+def stages_of(method: DPSSL, rounds: int) -> list[str]:
+    recipe = recipe_of(method)
+    return [recipe.place(r).stage.name for r in range(1, rounds + 1)]
+
+
 def test_stages_follow_the_rounds() -> None:
     method = DPSSL(functions_rounds=5, assignment_rounds=2, label_model_rounds=3)
-    assert [method.stage(r) for r in range(11)] == ["functions"] * 6 + ["label model"] * 3 + ["end model"] * 2
-    assert [r for r in range(1, 30) if method.starts_stage(r)] == [6]
-    phases = [method.phases(r)[0] for r in range(1, 10)]
-    assert all(len(method.phases(r)) == 1 for r in range(1, 10))
+    assert stages_of(method, 10) == ["functions"] * 5 + ["label model"] * 3 + ["end model"] * 2
+    assert [r for r in range(1, 30) if recipe_of(method).begins(r)] == [6]
+    phases = [phase_of(method, r) for r in range(1, 10)]
     assert [p.name for p in phases] == ["functions"] * 5 + ["label model"] * 3 + ["end model"]
     assert [p.steps for p in phases] == [0, None, None, None, None, 0, 0, 0, None]
     assert [p.teachers for p in phases] == [("global",)] * 2 + [()] * 3 + [("previous",)] * 4
     assert [p.prepare is not None for p in phases] == [True] * 2 + [False] * 3 + [True] * 4
     drawn = DPSSL(assignment="random", functions_rounds=2, label_model_rounds=1)
-    assert [drawn.phases(r)[0].steps for r in (1, 2, 3, 4)] == [None, None, 0, None]
-    assert all(drawn.phases(r)[0].prepare is None for r in (1, 2))
+    assert [phase_of(drawn, r).steps for r in (1, 2, 3, 4)] == [None, None, 0, None]
+    assert all(phase_of(drawn, r).prepare is None for r in (1, 2))
 
 
 def test_written_functions_begin_with_the_label_model() -> None:
     method = DPSSL(functions="written", label_model_rounds=2, lambda_c=0.5)
-    assert [method.stage(r) for r in range(5)] == ["label model"] * 3 + ["end model"] * 2
-    assert not any(method.starts_stage(r) for r in range(50))
-    assert method.phases(1)[0].teachers == ()
-    assert method.phases(3)[0].unlabeled == ("weak", "strong")
-    assert (method.labeling_heads, method.needs_embeddings, method.averaging(1)) == (0, False, 0.0)
-    grown = DPSSL()
-    assert (grown.labeling_heads, grown.needs_embeddings) == (50, True)
-    assert [grown.averaging(r) for r in (1, 24, 25)] == [0.5, 0.5, 0.0]
-    assert [grown.interim(r) for r in (1, 24, 30, 31)] == [True, True, True, False]
+    assert stages_of(method, 4) == ["label model"] * 2 + ["end model"] * 2
+    recipe = recipe_of(method)
+    assert not any(recipe.begins(r) for r in range(50))
+    assert phase_of(method, 1).teachers == ()
+    assert phase_of(method, 3).draw == BySample(("weak",), ("weak", "strong"))
+    assert (recipe.network, recipe.place(1).stage.averaging) == (one_network, 0.0)
+    grown = recipe_of(DPSSL())
+    assert grown.network.embeds
+    with torch.random.fork_rng():
+        heads = grown.network.wrap(lambda place: Mlp((1, 2, 2), 3, (4,)), 0)
+    assert isinstance(heads, LabelingHeads)
+    assert heads(torch.zeros(2, 1, 2, 2), "heads").shape == (2, 50, 4)
+    assert recipe.num_functions == grown.num_functions == 50
+    assert [grown.place(r).stage.averaging for r in (1, 24, 25)] == [0.5, 0.5, 0.0]
+    assert [grown.place(r).stage.final for r in (1, 24, 30, 31)] == [False, False, False, True]
+
+
+def test_the_kinds_of_label_that_it_learns_from() -> None:
+    """None at the server alone: its stages begin at the clients."""
+    labels = LabelKinds.TRUE | LabelKinds.NOISY
+    assert recipe_of(DPSSL()).uses == labels
+    assert recipe_of(DPSSL(functions="written")).uses == labels | LabelKinds.VOTES
 
 
 def test_what_each_stage_trains() -> None:
     names = [name for name, _ in LabelingHeads(Mlp((1, 2, 2), 3, (4,)), 5).named_parameters()]
     method = DPSSL(functions_rounds=5)
-    first, last = method.phases(1)[0].trains, method.phases(LATE)[0].trains
+    first, last = phase_of(method, 1).trains, phase_of(method, LATE).trains
     assert first is not None
     assert last is not None
     own = {"net.output.weight", "net.output.bias"}
@@ -436,13 +368,12 @@ def test_what_each_stage_trains() -> None:
     assert set(names) - set(last(names)) == {"heads.weight", "heads.bias"}
 
 
-LATE = 1000
-
-
 def test_the_end_model_starts_fresh_or_from_the_functions_trunk() -> None:
     old, new = (LabelingHeads(Mlp((1, 2, 2), 3, (4,)), 2).state_dict() for _ in range(2))
-    assert DPSSL().begin_stage(old, new) == new
-    warm = DPSSL(end_start="warm").begin_stage(old, new)
+    assert recipe_of(DPSSL()).stages[1].start is Start.FRESH
+    start = recipe_of(DPSSL(end_start="warm")).stages[1].start
+    assert callable(start)
+    warm = start(old, new)
     assert list(warm) == list(new)
     for name, value in warm.items():
         assert torch.equal(value, (new if name.startswith("net.output.") else old)[name])
@@ -473,12 +404,15 @@ def test_what_is_evaluated_in_each_stage() -> None:
 
     method = DPSSL(num_functions=3, heads_per_class=1, functions_rounds=3, assignment_rounds=1, label_model_rounds=2)
     models = {"model": saying(0), "average": saying(1)}
-    shared = {**method.initial_shared(3), "sets": torch.eye(3)}
+    recipe = recipe_of(method)
+    shared = {**recipe.shared.start(), "sets": torch.eye(3)}
     images = torch.zeros(2, 1, 1, 1)
 
     def class_in(round_number: int, given: Mapping[str, Any]) -> list[int]:
         state = {**shared, "rounds": torch.tensor(float(round_number))}
-        logits = method.judged(given, state)(images)
+        predict = recipe.place(round_number).stage.predict(given, state)
+        assert predict is not None
+        logits = predict(images)
         assert logits.isfinite().all()
         return logits.argmax(1).tolist()
 
@@ -491,7 +425,7 @@ def test_what_is_evaluated_in_each_stage() -> None:
     shared |= {"fitted": torch.tensor(1.0), "tables": tables}  # head 0 is known to say 0 where it is 2
     assert class_in(5, {**models, "previous": saying(0)}) == [2, 2]
     written = DPSSL(functions="written", num_functions=3, label_model_rounds=2)
-    assert written.judged({"model": models["model"]}, shared) is None
+    assert recipe_of(written).stages[0].predict({"model": models["model"]}, shared) is None
 
 
 # ------------------------------------------------------------------------------------------------------ what is summed
@@ -513,14 +447,15 @@ def certainly(votes: Tensor, classes: int) -> Tensor:
     return 9.0 * torch.nn.functional.one_hot(symbol, classes + 1)
 
 
-def memory_of(method: DPSSL, shared: State, classes: int) -> State:
-    return {**method.initial_memory(torch.ones(1, classes).bool()), **shared}
+def memory_of(recipe: Recipe, shared: State) -> State:
+    return {**recipe.memory.start(torch.ones(1, shared["sets"].shape[1]).bool()), **shared}
 
 
 def test_measured_losses_of_clients_sum_to_those_of_the_union_and_classes_follow_them() -> None:
     """Clients of 20, 1 and 9 samples, the second without a label; then half of the old sums and all of the new."""
     method = DPSSL(num_functions=6, heads_per_class=3, functions_rounds=5)
-    shared = method.initial_shared(3)
+    recipe = recipe_of(method)
+    shared = recipe.shared.start()
     old_losses, old_samples = torch.zeros(6, 3), torch.zeros(3)
     for round_number in (1, 2):
         generator = torch.Generator().manual_seed(round_number)
@@ -531,16 +466,16 @@ def test_measured_losses_of_clients_sum_to_those_of_the_union_and_classes_follow
         statistics = []
         for rows in torch.arange(30).split([20, 1, 9]):
             known = supervise(labels[rows], mask[rows], 3)
-            prepared = method.measure(surveyed(logits[rows], known, memory_of(method, shared, 3)))
+            prepared = prepare(recipe, shared, logits[rows], known)
             assert prepared.memory is not None
-            statistics.append(method.statistics(prepared.memory))
+            statistics.append(recipe.shared.statistics(prepared.memory))
         assert statistics[0].keys() == {"head_losses", "class_samples"}
         assert statistics[1]["head_losses"].abs().sum() == 0
         union = class_losses(logits, torch.where(mask, labels, -1))
         total = summed(statistics)
         torch.testing.assert_close(total["head_losses"], union[0])
         assert total["class_samples"].tolist() == union[1].tolist()
-        shared = method.server_step(shared, total)
+        shared = recipe.shared.update(shared, total)
         old_losses, old_samples = 0.5 * old_losses + union[0], 0.5 * old_samples + union[1]
         expected = assign_classes((old_losses / old_samples).double().numpy(), 3)
         assert (shared["sets"].numpy() == expected).all()
@@ -551,15 +486,17 @@ def test_measured_losses_of_clients_sum_to_those_of_the_union_and_classes_follow
 
 def test_classes_stay_after_the_rounds_of_assignment() -> None:
     method = DPSSL(num_functions=6, heads_per_class=3, functions_rounds=5, assignment_rounds=2)
-    sent = []
+    recipe = recipe_of(replace(method, label_model_rounds=2))
+    shared, sent = recipe.shared.start(), []
     for rounds in range(8):
-        memory = memory_of(method, {**method.initial_shared(3), "rounds": torch.tensor(float(rounds))}, 3)
-        sent.append("".join(sorted(name[0] for name in method.statistics(memory))))
-    assert sent == ["ch"] * 2 + [""] * 3 + ["cv"] * 3
-    shared = method.initial_shared(3)
-    after = method.server_step(shared, {})
+        memory = memory_of(recipe, {**shared, "rounds": torch.tensor(float(rounds))})
+        sent.append("".join(sorted(name[0] for name in recipe.shared.statistics(memory))))
+    assert sent == ["ch"] * 2 + [""] * 3 + ["cv"] * 2 + [""]
+    after = recipe.shared.update(shared, {})
     assert all(torch.equal(after[name], shared[name]) for name in shared if name != "rounds")
-    assert DPSSL(assignment="random", num_functions=9).statistics(memory_of(method, shared, 3)) == {}
+    assert after["rounds"] == 1
+    drawn = recipe_of(DPSSL(assignment="random", num_functions=9))
+    assert drawn.shared.statistics(memory_of(drawn, drawn.shared.start())) == {}
 
 
 def functions_of(functions: str, seed: int = 2, n: int = 300, k: int = 20) -> tuple[DPSSL, Tensor, Tensor, State]:
@@ -568,26 +505,41 @@ def functions_of(functions: str, seed: int = 2, n: int = 300, k: int = 20) -> tu
     common: dict[str, Any] = {"functions": functions, "num_functions": k, "label_model_rounds": 6, "decay": 0.0}
     if functions == "written":
         method = DPSSL(**common)
-        return method, votes, torch.ones_like(sets), method.initial_shared(10)
+        return method, votes, torch.ones_like(sets), recipe_of(method, 10).shared.start()
     method = DPSSL(**common, functions_rounds=2, assignment_rounds=1)
-    shared = {**method.initial_shared(10), "sets": sets.float(), "rounds": torch.tensor(2.0)}
+    shared = {**recipe_of(method, 10).shared.start(), "sets": sets.float(), "rounds": torch.tensor(2.0)}
     return method, votes, sets, shared
 
 
+def prepare(recipe: Recipe, shared: State, logits: Tensor, known: Supervision) -> Prepared:
+    """The E step of the round that comes next at a client whose heads have these logits."""
+    (phase,) = recipe.phases(int(shared["rounds"]) + 1)
+    assert phase.prepare is not None
+    return phase.prepare(surveyed(logits, known, memory_of(recipe, shared)))
+
+
 def annotated(method: DPSSL, votes: Tensor, known: Supervision, shared: State, count: bool = True) -> Prepared:
+    """The next round's E step; if nothing is to be counted, that of a late round."""
     classes = known.candidates.shape[1]
-    logits = certainly(votes, classes)
-    return method.annotate(surveyed(logits, known, memory_of(method, shared, classes)), count)
+    state = shared if count else {**shared, "rounds": torch.tensor(float(LATE))}
+    return prepare(recipe_of(method, classes), state, certainly(votes, classes), known)
 
 
 def a_round(method: DPSSL, votes: Sequence[Tensor], known: Sequence[Supervision], shared: State) -> State:
     """What the server shares after a round of the label model in which all clients take part."""
-    statistics = []
+    recipe, statistics = recipe_of(method, known[0].candidates.shape[1]), []
     for own, record in zip(votes, known, strict=True):
         prepared = annotated(method, own, record, shared)
         assert prepared.memory is not None
-        statistics.append(method.statistics(prepared.memory))
-    return method.server_step(shared, summed(statistics))
+        statistics.append(recipe.shared.statistics(prepared.memory))
+    return recipe.shared.update(shared, summed(statistics))
+
+
+def fitted(sets: Tensor, shared: State, **options: Any) -> LabelModel:
+    """The label model of what is shared."""
+    model = LabelModel(sets.shape[1], sets, **options)
+    model.tables, model.prior = shared["tables"].double(), shared["prior"].double() / shared["prior"].double().sum()
+    return model
 
 
 @pytest.mark.parametrize("functions", ["grown", "written"])
@@ -599,7 +551,7 @@ def test_federated_em_is_em_of_the_pooled_votes(functions: str, variant: str) ->
     method, votes, sets, shared = functions_of(functions)
     method = replace(method, variant=variant)
     parts = [*votes.split([200, 1, 99]), votes[:5]]
-    known = [told(own, classes=10) for own in parts[:-1]] + [told(parts[-1], torch.arange(5), 10)]
+    known = [voted(own, classes=10) for own in parts[:-1]] + [voted(parts[-1], torch.arange(5), 10)]
     central = LabelModel(10, sets, variant)
     for step in range(6):
         shared = a_round(method, parts, known, shared)
@@ -607,19 +559,19 @@ def test_federated_em_is_em_of_the_pooled_votes(functions: str, variant: str) ->
         torch.testing.assert_close(shared["tables"].double(), central.tables, rtol=0, atol=1e-6)
         torch.testing.assert_close(shared["prior"].double(), central.prior, rtol=0, atol=1e-6)
     assert shared["fitted"] == 6
-    found = annotated(method, votes, told(votes, classes=10), shared, count=False).targets["target"]
+    found = annotated(method, votes, voted(votes, classes=10), shared, count=False).targets["target"]
     torch.testing.assert_close(found.double(), central.posterior(votes), rtol=0, atol=1e-6)
-    accuracy = method.function_accuracy(shared)
-    assert accuracy is not None
+    recipe = recipe_of(method, 10)
+    accuracy = recipe.inspect(shared)["function_accuracy"]
     torch.testing.assert_close(accuracy, central.accuracy(), rtol=0, atol=1e-6)
-    assert method.function_accuracy(method.initial_shared(10)) is None
+    assert recipe.inspect(recipe.shared.start()) == {}
     moved = (central.tables - LabelModel(10, sets, variant).tables).abs().max()
     assert moved > 0.1
 
 
 def test_the_first_round_of_the_label_model_guesses_from_votes() -> None:
     method, votes, sets, shared = functions_of("grown")
-    prepared = annotated(method, votes, told(votes, classes=10), shared)
+    prepared = annotated(method, votes, voted(votes, classes=10), shared)
     guess = LabelModel(10, sets).guess(votes)
     torch.testing.assert_close(prepared.targets["target"], guess.float())
     assert prepared.pseudo is not None
@@ -631,25 +583,24 @@ def test_the_first_round_of_the_label_model_guesses_from_votes() -> None:
 
 def test_without_counting_the_sums_stay() -> None:
     method, votes, _, shared = functions_of("written")
-    prepared = annotated(method, votes, told(votes, classes=10), shared, count=False)
+    prepared = annotated(method, votes, voted(votes, classes=10), shared, count=False)
     assert prepared.memory is not None
     assert prepared.memory["vote_counts"].abs().sum() == 0
 
 
 def test_labels_are_held_and_weighed_from_the_second_round_on() -> None:
     """Of 300 samples 40 have a label: in the first round they count nothing, then 3 each, in their class."""
-    method, votes, _, shared = functions_of("grown")
+    method, votes, sets, shared = functions_of("grown")
     method = replace(method, label_weight=3.0)
     labels = torch.where(torch.arange(300) < 40, torch.arange(300) % 10, -1)
-    known = told(votes, labels, 10)
+    known = voted(votes, labels, 10)
     first = annotated(method, votes, known, shared)
     assert first.memory is not None
     assert first.memory["class_counts"].sum().item() == pytest.approx(260, abs=1e-3)
     shared = a_round(method, [votes], [known], shared)
     second = annotated(method, votes, known, shared)
     assert second.memory is not None
-    model = method.label_model(shared)
-    expected = model.posterior(votes[40:]).sum(0) + 3 * 4
+    expected = fitted(sets, shared).posterior(votes[40:]).sum(0) + 3 * 4
     torch.testing.assert_close(second.memory["class_counts"], expected.float())
     without = annotated(replace(method, label_weight=0.0), votes, known, shared)
     assert without.memory is not None
@@ -659,7 +610,7 @@ def test_labels_are_held_and_weighed_from_the_second_round_on() -> None:
 def test_a_noisy_label_is_none_to_the_label_model() -> None:
     method, votes, _, shared = functions_of("written")
     labels = torch.where(torch.arange(300) < 40, 0, -1)
-    known = replace(told(votes, labels, 10), noisy=labels >= 0)
+    known = replace(voted(votes, labels, 10), noisy=labels >= 0)
     prepared = annotated(replace(method, label_weight=3.0), votes, known, shared)
     assert prepared.memory is not None
     assert prepared.memory["class_counts"].sum().item() == pytest.approx(300, abs=1e-3)
@@ -671,7 +622,7 @@ def test_a_prior_that_is_to_be_even_stays_even() -> None:
     for prior, is_even in (("uniform", True), ("learnt", False)):
         state = shared
         for _ in range(3):
-            state = a_round(replace(method, prior=prior), [votes], [told(votes, classes=10)], state)
+            state = a_round(replace(method, prior=prior), [votes], [voted(votes, classes=10)], state)
         assert torch.allclose(state["prior"], torch.full((10,), 0.1)) == is_even
     assert len(sets) == 20
 
@@ -679,21 +630,22 @@ def test_a_prior_that_is_to_be_even_stays_even() -> None:
 def test_decay_keeps_a_part_of_earlier_counts() -> None:
     """Of K = 1 and C = 2 with smoothing 2: (.5 * 6 + 1 + 1) / (...) by hand."""
     method = DPSSL(functions="written", num_functions=1, decay=0.5, smoothing=3.0)
-    shared = method.initial_shared(2)
+    federated = recipe_of(method, 2).shared
+    shared = federated.start()
 
     def total(votes: list[list[float]]) -> State:
         counts = torch.tensor([votes])
         return {"vote_counts": counts, "class_counts": counts[0].sum(0)}
 
-    shared = method.server_step(shared, total([[6, 0], [0, 4], [0, 0]]))
+    shared = federated.update(shared, total([[6, 0], [0, 4], [0, 0]]))
     expected = torch.tensor([[7 / 9, 1 / 7], [1 / 9, 5 / 7], [1 / 9, 1 / 7]])
     torch.testing.assert_close(shared["tables"][0], expected)
     torch.testing.assert_close(shared["prior"], torch.tensor([9 / 16, 7 / 16]))
-    shared = method.server_step(shared, total([[1, 1], [0, 0], [2, 0]]))
+    shared = federated.update(shared, total([[1, 1], [0, 0], [2, 0]]))
     expected = torch.tensor([[5 / 9, 2 / 6], [1 / 9, 3 / 6], [3 / 9, 1 / 6]])  # (3 + 1 + 1) / (3 + 3 + 3), ...
     torch.testing.assert_close(shared["tables"][0], expected)
     torch.testing.assert_close(shared["prior"], torch.tensor([9 / 15, 6 / 15]))
-    nobody = method.server_step(shared, total([[0, 0], [0, 0], [0, 0]]))
+    nobody = federated.update(shared, total([[0, 0], [0, 0], [0, 0]]))
     assert all(torch.equal(nobody[name], shared[name]) for name in shared if name != "rounds")
 
 
@@ -702,7 +654,7 @@ def test_samples_on_which_all_are_silent_are_learnt_only_where_asked_for(learn: 
     method, votes, _, shared = functions_of("grown")
     votes = votes.clone()
     votes[::3] = -1
-    prepared = annotated(replace(method, learn_silent=learn), votes, told(votes, classes=10), shared)
+    prepared = annotated(replace(method, learn_silent=learn), votes, voted(votes, classes=10), shared)
     silent = (votes < 0).all(1)
     assert 100 <= int(silent.sum()) < 300
     assert prepared.pseudo is not None
@@ -712,7 +664,7 @@ def test_samples_on_which_all_are_silent_are_learnt_only_where_asked_for(learn: 
 
 def test_hard_labels_and_least_confidence() -> None:
     method, votes, _, shared = functions_of("written")
-    known = told(votes, classes=10)
+    known = voted(votes, classes=10)
     shared = a_round(method, [votes], [known], shared)
     soft = annotated(method, votes, known, shared).targets["target"]
     strict = annotated(replace(method, hard=True, least_confidence=0.6), votes, known, shared)
@@ -729,15 +681,14 @@ def test_hard_labels_and_least_confidence() -> None:
 def test_threshold_and_temperature_reach_votes_and_posterior() -> None:
     """Heads that are sure at e^.5 / (e^.5 + |set|) at most, so abstain; kappa = .5 under tables that are fitted."""
     method, votes, sets, shared = functions_of("grown")
-    known = told(votes, classes=10)
-    unsure = Survey(lambda *_: certainly(votes, 10) / 18, known, memory_of(method, shared, 10))
+    known = voted(votes, classes=10)
     for threshold, said in ((0.0, votes), (0.7, torch.full_like(votes, -1))):
-        cast = replace(method, vote_threshold=threshold).annotate(unsure, True).votes
+        recipe = recipe_of(replace(method, vote_threshold=threshold), 10)
+        cast = prepare(recipe, shared, certainly(votes, 10) / 18, known).votes
         assert cast is not None
         assert torch.equal(cast.cast, said)
     shared = a_round(method, [votes], [known], shared)
-    flat = LabelModel(10, sets, temperature=0.5)
-    flat.tables, flat.prior = shared["tables"].double(), shared["prior"].double() / shared["prior"].double().sum()
+    flat = fitted(sets, shared, temperature=0.5)
     found = annotated(replace(method, temperature=0.5), votes, known, shared).targets["target"]
     torch.testing.assert_close(found, flat.posterior(votes).float())
     sharp = annotated(method, votes, known, shared).targets["target"]
@@ -746,7 +697,7 @@ def test_threshold_and_temperature_reach_votes_and_posterior() -> None:
 
 def test_silence_may_be_ignored() -> None:
     method, votes, sets, shared = functions_of("grown")
-    known = told(votes, classes=10)
+    known = voted(votes, classes=10)
     blind = replace(method, abstentions=False)
     shared = a_round(blind, [votes], [known], shared)
     alone = LabelModel(10, sets, prior=None, abstentions=False)
@@ -761,7 +712,7 @@ def test_silence_may_be_ignored() -> None:
 
 def test_samples_that_functions_were_not_given_are_not_learnt_nor_counted() -> None:
     method, votes, _, shared = functions_of("written")
-    known = told(votes.masked_fill((torch.arange(300) < 100)[:, None], -2), classes=10)
+    known = voted(votes.masked_fill((torch.arange(300) < 100)[:, None], -2), classes=10)
     prepared = annotated(method, votes, known, shared)
     assert prepared.memory is not None
     assert prepared.memory["class_counts"].sum().item() == pytest.approx(200, abs=1e-3)
@@ -778,63 +729,16 @@ def test_one_head_of_all_classes_is_pseudo_labelling(variant: str) -> None:
     """Check 11."""
     votes = torch.randint(4, (200, 1), generator=torch.Generator().manual_seed(0))
     method = DPSSL(num_functions=1, functions_rounds=2, assignment_rounds=1, label_model_rounds=5, variant=variant)
-    method.check(told(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1).long(), 4))
-    shared = {**method.initial_shared(4), "rounds": torch.tensor(2.0)}
+    shared = {**recipe_of(method, 4).shared.start(), "rounds": torch.tensor(2.0)}
     assert shared["sets"].tolist() == [[1, 1, 1, 1]]
     for _ in range(5):
-        shared = a_round(method, [votes], [told(votes, classes=4)], shared)
-    prepared = annotated(method, votes, told(votes, classes=4), shared)
+        shared = a_round(method, [votes], [voted(votes, classes=4)], shared)
+    prepared = annotated(method, votes, voted(votes, classes=4), shared)
     assert prepared.targets["target"].argmax(1).tolist() == votes[:, 0].tolist()
     assert prepared.targets["target"].amax(1).min() > 0.9
 
 
 # ----------------------------------------------------------------------------------------------- a client's own classes
-
-
-def skewed(seed: int = 0) -> tuple[LabelModel, Tensor]:
-    """A model fitted to all, and the votes on a client that has mostly classes 0 and 1."""
-    votes, sets, y, _ = simulate(seed, n=2000, k=15)
-    model = LabelModel(10, sets).fit(votes)
-    mine = (y < 2) | (torch.arange(2000) % 20 == 0)
-    return model, votes[mine]
-
-
-def test_client_prior_is_em_of_the_prior_alone() -> None:
-    """Fifty steps, a sample and a class at a time."""
-    model, votes = skewed()
-    votes = votes[:25]
-    likelihood = [
-        [math.prod(float(model.tables[k, v if v >= 0 else 10, c]) for k, v in enumerate(row)) for c in range(10)]
-        for row in votes.tolist()
-    ]
-    prior = model.prior.tolist()
-    for _ in range(50):
-        new = [1.0] * 10  # smoothing
-        for row in likelihood:
-            joint = [p * value for p, value in zip(prior, row, strict=True)]
-            new = [count + value / sum(joint) for count, value in zip(new, joint, strict=True)]
-        prior = [count / sum(new) for count in new]
-    assert client_prior(model, votes).tolist() == pytest.approx(prior, abs=1e-9)
-
-
-def test_client_prior_is_likelier_and_near_the_clients_shares() -> None:
-    """Log-likelihood and the logarithm of the Dirichlet prior that the pseudo-counts are."""
-    model, votes = skewed()
-    before = model.prior
-
-    def penalised(prior: Tensor) -> float:
-        model.prior = prior
-        value = float(model.log_likelihood(votes).sum() + prior.log().sum() / 10)
-        model.prior = before
-        return value
-
-    found = client_prior(model, votes)
-    assert float(found.sum()) == pytest.approx(1)
-    assert penalised(found) > penalised(before) + 20
-    assert penalised(found) >= max(penalised(0.9 * found + 0.1 * torch.eye(10).double()[c]) for c in range(10))
-    assert found[:2].sum() > 0.5  # .64; .83 in truth
-    assert before[:2].sum() < 0.3
-    assert torch.equal(model.prior, before)
 
 
 def test_each_client_reads_its_votes_under_its_own_prior_and_sends_none() -> None:
@@ -843,16 +747,16 @@ def test_each_client_reads_its_votes_under_its_own_prior_and_sends_none() -> Non
     method = replace(method, prior="client")
     shared |= {"fitted": torch.tensor(1.0), "tables": model.tables.float(), "prior": model.prior.float()}
     shared["sets"] = torch.ones(15, 10)
-    prepared = annotated(method, votes, told(votes, classes=10), shared)
-    own = method.label_model(shared)
+    prepared = annotated(method, votes, voted(votes, classes=10), shared)
+    own = fitted(torch.ones(15, 10).bool(), shared)
     own.prior = client_prior(own, votes)
     torch.testing.assert_close(prepared.targets["target"], own.posterior(votes).float())
-    common = annotated(replace(method, prior="learnt"), votes, told(votes, classes=10), shared)
+    common = annotated(replace(method, prior="learnt"), votes, voted(votes, classes=10), shared)
     assert (prepared.targets["target"] - common.targets["target"]).abs().max() > 0.05
     assert prepared.memory is not None
     assert torch.equal(prepared.memory["prior"], shared["prior"])
     torch.testing.assert_close(prepared.memory["class_counts"], own.posterior(votes).sum(0).float())
-    labeled_only = told(votes[:4], torch.zeros(4).long(), 10)
+    labeled_only = voted(votes[:4], torch.zeros(4).long(), 10)
     alone = annotated(method, votes[:4], labeled_only, shared)  # it has nothing to tell it from the others
     torch.testing.assert_close(alone.targets["target"], common.targets["target"][:4])
 
@@ -870,7 +774,7 @@ def grown_round(round_number: int, known: Supervision, shared: State, method: DP
     data = ClientData(client().images[: len(known.noisy)], known)
     trainer = Trainer(module(2), module(3), TRANSFORM, TrainingConfig(lr=0.1, batch_size=8, local_steps=2))
     before = {"previous": state} if round_number > method.functions_rounds else {}
-    return train_client(method, trainer, state, data, round_number, 5, shared, before)
+    return train_client(recipe_of(method), trainer, state, data, round_number, 5, shared, before)
 
 
 @pytest.mark.parametrize("labeled", [0, 30, 12], ids=["no labels", "labels only", "both"])
@@ -884,7 +788,8 @@ def test_a_client_of_any_kind_takes_part_in_every_stage(labeled: int, prior: str
     labels = torch.arange(30) % CLASSES
     known = supervise(labels, torch.arange(30) < labeled, CLASSES)
     both = supervise(labels, torch.arange(30) < 10, CLASSES)
-    shared = method.initial_shared(CLASSES)
+    recipe = recipe_of(method)
+    shared = recipe.shared.start()
     free = 30 - labeled
     for round_number in range(1, 6):
         update = grown_round(round_number, known, shared, method)
@@ -900,7 +805,7 @@ def test_a_client_of_any_kind_takes_part_in_every_stage(labeled: int, prior: str
             assert update.statistics["class_counts"].sum().item() == pytest.approx(counted, abs=1e-4)
         assert (update.votes is not None) == (round_number > 2)
         total = summed([update.statistics, other.statistics]) if update.statistics else {}
-        shared = method.server_step(shared, total)
+        shared = recipe.shared.update(shared, total)
     assert shared["fitted"] == 2
     assert (update.pseudo is None or len(update.pseudo.label) == 0) == (free == 0)
 
@@ -908,7 +813,7 @@ def test_a_client_of_any_kind_takes_part_in_every_stage(labeled: int, prior: str
 def test_only_measuring_moves_nothing_and_looks_once_at_each_sample() -> None:
     method = DPSSL(num_functions=4, heads_per_class=2, functions_rounds=2, assignment_rounds=1)
     known = supervise(torch.arange(30) % CLASSES, torch.arange(30) < 12, CLASSES)
-    update = grown_round(1, known, method.initial_shared(CLASSES), method)
+    update = grown_round(1, known, recipe_of(method).shared.start(), method)
     assert (update.forward, update.backward, update.parts["model"].weight) == (30, 0, 0)
 
 
@@ -952,34 +857,37 @@ def test_bad_fields_are_named(changes: dict[str, object], message: str) -> None:
 
 
 def test_fields_of_the_other_way_to_get_functions_or_sets_do_not_matter() -> None:
-    assert DPSSL(functions="written", functions_rounds=1).stage(1) == "label model"
-    assert DPSSL(assignment="random", assignment_rounds=40).phases(2)[0].prepare is None
-
-
-ONE_LABEL = supervise(torch.zeros(4).long(), torch.arange(4) < 1, 10)
+    assert stages_of(DPSSL(functions="written", functions_rounds=1), 1) == ["label model"]
+    assert phase_of(DPSSL(assignment="random", assignment_rounds=40), 2).prepare is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "known", "message"),
+    ("changes", "written", "message"),
     [
-        ({"functions": "written"}, ONE_LABEL, r"`method.num_functions` \(=50\) must be the number of .* 0: set superv"),
+        (
+            {"functions": "written"},
+            0,
+            r"`method.num_functions` \(=50\) must be the number of .* 0: set supervision.kind",
+        ),
         (
             {"functions": "written", "num_functions": 3},
-            told([[0, 1]], classes=10),
+            2,
             r"`method.num_functions` \(=3\) must be the number of labelling functions, 2\.",
         ),
-        ({}, told([[0, 1]], classes=10), r"`method.functions` \(=grown\): there are 2 written .*num_functions=2"),
-        ({}, ONE_LABEL.rows(torch.tensor([1])), r"`method.name` \(=dp_ssl\) learns from labels, and no sample has one"),
-        ({"heads_per_class": 4}, ONE_LABEL, r"`method.heads_per_class` \(=4\) must lie in \[5, 50\] .* 10 classes"),
-        ({"heads_per_class": 51}, ONE_LABEL, r"`method.heads_per_class` \(=51\) must lie in \[5, 50\]"),
-        ({"assignment": "random", "num_functions": 5}, ONE_LABEL, r"`method.num_functions` \(=5\) with sets of"),
+        ({}, 2, r"`method.functions` \(=grown\): there are 2 written .*num_functions=2"),
+        ({"heads_per_class": 4}, 0, r"`method.heads_per_class` \(=4\) must lie in \[5, 50\] .* 10 classes"),
+        ({"heads_per_class": 51}, 0, r"`method.heads_per_class` \(=51\) must lie in \[5, 50\]"),
+        ({"assignment": "random", "num_functions": 5}, 0, r"`method.num_functions` \(=5\) with sets of"),
+        (
+            {"assignment": "random", "most_classes": 11},
+            0,
+            r"`method.most_classes` \(=11\) must be at most the 10 classes",
+        ),
     ],
 )
-def test_what_does_not_fit_the_federation_is_named(
-    changes: dict[str, object], known: Supervision, message: str
-) -> None:
+def test_what_does_not_fit_the_federation_is_named(changes: dict[str, object], written: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DPSSL(**changes).check(known)  # type: ignore[arg-type]
+        DPSSL(**changes).recipe(task(10, votes=((1,) * 10,) * written))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -987,50 +895,48 @@ def test_what_does_not_fit_the_federation_is_named(
 )
 def test_heads_per_class_by_default(functions: int, classes: int, rho: int) -> None:
     """K / 5, at most 15, and as many as no head without a class needs; the first sets are of these sizes."""
-    method = DPSSL(num_functions=functions)
-    method.check(supervise(torch.zeros(4).long(), torch.arange(4) < 1, classes))
-    sets = method.initial_shared(classes)["sets"]
+    sets = recipe_of(DPSSL(num_functions=functions), classes).shared.start()["sets"]
     assert (sets.sum(0) == rho).all()
     assert sets.sum(1).min() >= 1
     assert set(sets.unique().tolist()) <= {0, 1}
 
 
 def test_written_functions_need_no_label_and_may_vote_for_all_classes() -> None:
+    votes = ((1, 0, 0), (0, 1, 1))
     method = DPSSL(functions="written", num_functions=2)
-    method.check(told([[0, 1], [-1, 2]]))
-    assert method.initial_shared(3)["sets"].tolist() == [[1, 1, 1], [1, 1, 1]]
+    sets = method.recipe(task(3, votes=votes, true=0, noisy=0)).shared.start()["sets"]
+    assert sets.tolist() == [[1, 1, 1], [1, 1, 1]]
     drawn = DPSSL(assignment="random", num_functions=30, sets_seed=4)
-    assert (drawn.initial_shared(3)["sets"].numpy() == random_classes(30, 3, 1, 3, 4)).all()
+    assert (recipe_of(drawn).shared.start()["sets"].numpy() == random_classes(30, 3, 1, 3, 4)).all()
 
 
-def test_clients_are_told_what_they_need_alone() -> None:
+def test_clients_get_what_they_need_alone() -> None:
     method = DPSSL(num_functions=4, heads_per_class=2, functions_rounds=2, assignment_rounds=1, label_model_rounds=2)
-    shared = method.initial_shared(CLASSES)
+    federated = recipe_of(method).shared
+    shared = federated.start()
     needed = {"rounds", "fitted", "sets"}
-    assert method.told(shared).keys() == needed
-    assert method.told({**shared, "rounds": torch.tensor(1.0)}).keys() == needed
+    assert federated.broadcast(shared).keys() == needed
+    assert federated.broadcast({**shared, "rounds": torch.tensor(1.0)}).keys() == needed
     for rounds in (2, 3, 4):
-        assert method.told({**shared, "rounds": torch.tensor(float(rounds))}).keys() == needed | {"tables", "prior"}
-
-
-def test_labels_that_only_the_server_has_are_refused() -> None:
-    overrides = ["method.name=dp_ssl", "supervision.labels_at=server", "supervision.labels_total=50", "device=cpu"]
-    with pytest.raises(ValueError, match=r"`supervision.labels_at` \(=server\): method dp_ssl learns from labels at"):
-        Experiment(load_config([], [*overrides, "num_rounds=60"]))
+        sent = federated.broadcast({**shared, "rounds": torch.tensor(float(rounds))})
+        assert sent.keys() == needed | {"tables", "prior"}
 
 
 def test_grown_functions_vote_once() -> None:
     """What a client keeps are its votes; with them nothing is sent through the functions again."""
     method, votes, _, shared = functions_of("grown")
-    known = told(votes, classes=10)
+    known = voted(votes, classes=10)
     first = annotated(method, votes, known, shared)
     assert first.memory is not None
-    kept = method.keep(first.memory, [])
+    recipe = recipe_of(method, 10)
+    kept = recipe.memory.keep(first.memory, [])
     assert torch.equal(kept["votes"].long(), votes)
 
     def never(*_: Any) -> Tensor:
         raise AssertionError
 
-    again = method.annotate(Survey(never, known, {**memory_of(method, shared, 10), **kept}), True)
+    prepare_again = recipe.phases(3)[0].prepare
+    assert prepare_again is not None
+    again = prepare_again(Survey(never, known, {**memory_of(recipe, shared), **kept}))
     torch.testing.assert_close(again.targets["target"], first.targets["target"])
-    assert method.keep(memory_of(method, shared, 10), []) == {}
+    assert recipe.memory.keep(memory_of(recipe, shared), []) == {}
