@@ -18,7 +18,7 @@ from fedlabel.config import ConfigError, ExperimentConfig, is_file, load_config,
 from fedlabel.data.datasets import DATASETS, load_dataset
 from fedlabel.data.federation import build_federation
 from fedlabel.data.labeling_functions import FunctionReport
-from fedlabel.errors import FULL, RunError, file_error, make_folder, naming
+from fedlabel.errors import FULL, RunError, check_folder, file_error, make_folder, naming
 from fedlabel.experiment import open_experiment
 from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
 from fedlabel.importing import add_working_directory, claim_packages
@@ -85,6 +85,8 @@ def run_experiment(
                 f"{path} exists already; give another --name, or --resume to go on with it (in Python: name=..., "
                 "resume=True)."
             )
+    if not resume:
+        check_folder(path.parent)
     build_strategy(resolved.strategy)
     # The user's own files and functions may have been changed since this process read them.
     if DATASETS[resolved.data.name].own or any(part.module or part.labels_file for part in resolved.supervision.parts):
@@ -245,6 +247,8 @@ def sweep(
         finals = len(groups) * len(asked.seeds)
         rows = f"{counted(len(asked.methods), 'method')} x {counted(len(asked.sections), 'setting')}"
         runs = f"{counted(searches, 'run')} to search, {finals} final ({counted(len(asked.seeds), 'seed')})"
+        if not dry_run:
+            check_folder(folder)
         say(console, f"{rows}: {runs}, {folder}" + (f", {len(done)} of them finished" if done else ""))
         if dry_run:
             if not _print_plan(groups, asked.seeds, done):
@@ -442,7 +446,7 @@ def list_all(
 
     if name is not None:
         with _reported():
-            for line in about(name, min(console.width, 120)):
+            for line in about(name, min(console.width, 120), strategy_names()):
                 say(console, line)
         return
     for key, rows in choices(strategy_names()).items():

@@ -18,7 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.config_names import unknown_key
 from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
-from fedlabel.config_text import ConfigError, Plain, merged, parse_value, parse_yaml, read_mapping, shown
+from fedlabel.config_text import (
+    ConfigError,
+    Plain,
+    as_written,
+    as_yaml,
+    merged,
+    parse_value,
+    parse_yaml,
+    read_mapping,
+)
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.datasets import DataConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
@@ -59,8 +68,8 @@ class StrategyConfig:
     min_replies: int = 1
     """Replies that a round needs; with fewer usable ones the run stops, and can be resumed from its checkpoint."""
     max_update_norm: float | None = None
-    """A client's model further than this from the one it was sent is refused (Euclidean distance over all its numbers
-    but integers); null: any. It bounds what one client can do to a mean: weights times 1000 are else averaged in."""
+    """A client's model further than this from the one it was sent is refused (Euclidean distance over its trained
+    weights); null: any. It bounds what one client can do to a mean: weights times 1000 are else averaged in."""
 
     def __post_init__(self) -> None:
         if self.min_replies < 1:
@@ -195,18 +204,6 @@ class ExperimentConfig:
             )
         self._check_labels()
         self.method.check_rounds(self.num_rounds)
-        noisy = [part.count_epsilon for part in self.supervision.parts if part.count_epsilon is not None]
-        if noisy and getattr(self.method, "lambda_bag", 0.0) == math.inf:
-            raise ValueError(
-                f"`method.lambda_bag` (=inf) takes counts for exact, and those of `supervision.count_epsilon` "
-                f"(={noisy[0]}) are not: take a number, e.g. method.lambda_bag=1."
-            )
-        merge = getattr(self.method, "merge", "sum")
-        if merge == "mean" and self.strategy.name != "weighted_mean":
-            raise ValueError(
-                f"`method.merge` (=mean) sends two models with separate weights, which `strategy.name` "
-                f"(={self.strategy.name}) cannot combine; use strategy.name=weighted_mean or method.merge=sum."
-            )
 
     @property
     def cohort_size(self) -> int:
@@ -272,11 +269,13 @@ def find_config(path: str | Path) -> Path:
     if re.fullmatch(rf"[-+~]*({_KEY})", name) and not name.endswith((".yaml", ".yml")):
         key = name.lstrip("-+~")
         raise ConfigError(
-            f"`{shown(name)}` is neither a configuration file nor an override, which has the form key=value, e.g. "
-            f"{shown(key)}=...: no space around the `=`, no + or ~ before the key; null takes a value away."
+            f"`{as_yaml(name)}` is neither a configuration file nor an override, which has the form key=value, e.g. "
+            f"{as_yaml(key)}=...: no space around the `=`, no + or ~ before the key; null takes a value away."
         )
     places = dict.fromkeys(str(candidate.absolute()) for candidate in candidates)
-    raise ConfigError(f"Configuration file {shown(name)} does not exist: looked at {', '.join(map(shown, places))}.")
+    raise ConfigError(
+        f"Configuration file {as_yaml(name)} does not exist: looked at {', '.join(map(as_yaml, places))}."
+    )
 
 
 def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -308,7 +307,7 @@ def split_overrides(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise ConfigError(
-            f"The overrides `{shown(text)}` have a quote that is not closed, or a backslash at their end: mend it."
+            f"The overrides `{as_yaml(text)}` have a quote that is not closed, or a backslash at their end: mend it."
         ) from error
 
 
@@ -318,9 +317,9 @@ def _parse_override(override: str) -> dict[str, Any]:
         listed = re.match(rf"{_KEY}\[\d+\]|{_KEY}\.\d+=", override)
         hint = " A list is given as a whole, e.g. supervision.mix=[{share: 0.5, kind: full}]." if listed else ""
         hint = hint or " No space stands before the `=`, no + or ~ before the key; null takes a value away."
-        raise ConfigError(f"Override `{shown(override)}` must have the form key=value, e.g. training.lr=0.1.{hint}")
+        raise ConfigError(f"Override `{as_yaml(override)}` must have the form key=value, e.g. training.lr=0.1.{hint}")
     key, _, text = override.partition("=")
-    value = parse_value(text, f"The value of the override `{shown(override)}`")
+    value = parse_value(text, f"The value of the override `{as_yaml(override)}`")
     for name in reversed(key.split(".")):
         value = {name: value}
     assert isinstance(value, dict)
@@ -348,6 +347,13 @@ def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
 
 
 def _resolve(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
+    try:
+        return _resolved(layers)
+    except ConfigError as error:
+        raise ConfigError(as_written(str(error), layers)) from error
+
+
+def _resolved(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
     schema, name = _method_schema(layers)
     unknown = partial(unknown_key, ExperimentConfig, schema, name)
     kinds = {**hints(ExperimentConfig), "method": schema}
@@ -380,14 +386,14 @@ def _method_schema(layers: Sequence[Mapping[str, Any]]) -> tuple[type[Method], s
         given = layer.get("method", {})
         if not isinstance(given, Mapping):
             raise ConfigError(
-                f"`method` (={shown(given)}) must be a mapping of keys: set one of its keys, e.g. "
+                f"`method` (={as_yaml(given)}) must be a mapping of keys: set one of its keys, e.g. "
                 f"method.name={FedLabel.name}."
             )
         name = given.get("name", name)
     if isinstance(name, Plain):
         name = name.text
     if not isinstance(name, str):
-        raise ConfigError(f"`method.name` (={shown(name)}) must be a text, e.g. method.name={FedLabel.name}.")
+        raise ConfigError(f"`method.name` (={as_yaml(name)}) must be a text, e.g. method.name={FedLabel.name}.")
     try:
         return method_class(name), name
     except ValueError as error:

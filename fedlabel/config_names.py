@@ -303,7 +303,6 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
     """
     full = f"{where}.{name}" if where else name
     of_method = where == "method" or where.startswith("method.")
-    allowed = f" Allowed here: {', '.join(fields_of(schema))}."
     spelling = simple(name)
     if "." in name:
         head, _, rest = name.partition(".")
@@ -312,9 +311,9 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
         )
     if spelling in OPTIONS and not where:
         option = OPTIONS[spelling]
-        return f"`{full}` is not a configuration key but an option of the command: {option}.{allowed}"
+        return f"`{full}` is not a configuration key but an option of the command: {option}."
     if spelling in GIVEN_BY_DATA:
-        return f"`{full}` is not a configuration key: the data set says it by itself. Leave it out.{allowed}"
+        return f"`{full}` is not a configuration key: the data set says it by itself. Leave it out."
     keys = all_keys(root, method)
     said = f"`{full}` is not a configuration key."
     if of_method:
@@ -327,8 +326,9 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
         said = f"`{full}` is not a field of {method_name}"
         said += f", but of {', '.join(owners)}." if owners else "."
     found = _meant(spelling, where, keys, schema)
-    hint = f" Did you mean {' or '.join(found)}?" if found else ""
-    return f"{said}{hint}{allowed}"
+    if found:
+        return f"{said} Did you mean {' or '.join(found)}?"
+    return f"{said} Allowed here: {', '.join(fields_of(schema))}."
 
 
 def _meant(spelling: str, where: str, keys: list[str], schema: type) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from fedlabel.config_text import ConfigError, Plain, shown
+from fedlabel.config_text import ConfigError, Plain, as_yaml
 
 T = TypeVar("T")
 Unknown = Callable[[type, str, str], str]
@@ -88,19 +88,19 @@ def settled(kind: Any, value: Any, key: str = "") -> Any:
         return {name: settled(of.get(name, inner), each, f"{prefix}{name}") for name, each in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value, Plain):
         inner = next((typing.get_args(each)[0] for each in kinds if typing.get_origin(each) in (list, tuple)), Any)
-        leaf = typing.get_args(inner)[0] if typing.get_origin(inner) in (list, tuple) else None
-        if leaf in (int, float) and any(
-            isinstance(each, str) for each in _flat(list(value))
-        ):  # OmegaConf looks no deeper
-            raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
-        if inner in _SINGULAR and any(isinstance(each, (list, Mapping)) for each in value):  # OmegaConf takes these
-            raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
+        # OmegaConf does not look into lists in lists, and takes a list or mapping for a text.
+        numbers = typing.get_origin(inner) in (list, tuple) and typing.get_args(inner)[0] in (int, float)
+        wrong = (str, Mapping, types.NoneType) if numbers else (list, Mapping) if inner in _SINGULAR else ()
+        if any(isinstance(each, wrong) for each in (_flat(list(value)) if numbers else value)):
+            raise ConfigError(f"`{key}` (={as_yaml(value)}) must be {_wanted(kind, key)}.")
         return [settled(inner, each, f"{key}[{place}]") for place, each in enumerate(value)]
     number = value.value if isinstance(value, Plain) else value
-    if isinstance(number, float) and (math.isnan(number) or (math.isinf(number) and "inf" not in shown(value).lower())):
-        raise ConfigError(f"`{key}` (={shown(value)}) must be a number below 1e308 (or .inf).")
+    if isinstance(number, float) and (
+        math.isnan(number) or (math.isinf(number) and "inf" not in as_yaml(value).lower())
+    ):
+        raise ConfigError(f"`{key}` (={as_yaml(value)}) must be a number below 1e308 (or .inf).")
     if isinstance(number, int) and abs(number) > LARGEST:
-        raise ConfigError(f"`{key}` (={shown(value)}) must be a whole number in [-{LARGEST}, {LARGEST}].")
+        raise ConfigError(f"`{key}` (={as_yaml(value)}) must be a whole number in [-{LARGEST}, {LARGEST}].")
     return number
 
 
@@ -134,8 +134,8 @@ def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unkno
         path, kind, value, default = wrong
         whole = next((each for each in _flat(value) if isinstance(each, float) and each.is_integer()), None)
         write = f" (write {int(whole)})" if whole is not None and "whole number" in _wanted(kind, path) else ""
-        its_default = f"{write}; its default is {shown(default)}" if _is_shown(default) else write
-        message = f"`{prefix}{path}` (={shown(value)}) must be {_wanted(kind, prefix + path)}{its_default}."
+        its_default = f"{write}; its default is {as_yaml(default)}" if _is_shown(default) else write
+        message = f"`{prefix}{path}` (={as_yaml(value)}) must be {_wanted(kind, prefix + path)}{its_default}."
         raise ConfigError(message) from error
     except ConfigError:
         raise
@@ -157,7 +157,7 @@ def parts(kind: Any, value: Any, key: str, unknown: Unknown) -> list[Any]:
         ConfigError: see `build`; or it is no list of mappings.
     """
     if not isinstance(value, list) or any(not isinstance(each, Mapping) for each in value):
-        raise ConfigError(f"`{key}` (={shown(value)}) must be {_wanted(kind, key)}.")
+        raise ConfigError(f"`{key}` (={as_yaml(value)}) must be {_wanted(kind, key)}.")
     schema = typing.get_args(kind)[0]
     return [build(schema, each, f"{key}[{place}]", unknown) for place, each in enumerate(value)]
 
@@ -209,7 +209,9 @@ def _wanted(kind: Any, key: str) -> str:
         origin, arguments = typing.get_origin(each), typing.get_args(each)
         if dataclasses.is_dataclass(each):
             first = next(iter(fields_of(typing.cast(type, each)).values()))
-            names.append(f"a mapping of keys: set one of its keys, e.g. {key}.{first.name}={shown(default_of(first))}")
+            names.append(
+                f"a mapping of keys: set one of its keys, e.g. {key}.{first.name}={as_yaml(default_of(first))}"
+            )
         elif origin in (list, tuple):
             inner = _example(arguments[0])
             names.append(f"a list of {_plural(arguments[0])}, e.g. {key}=[{inner}, {inner}]")

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
+
+from fedlabel.shown import printable, shown
 
 MAX_BYTES = 1_000_000
 """Of a file."""
@@ -36,6 +38,7 @@ _TRUTH = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fal
 _INTEGER = re.compile(r"[-+]?[0-9]{1,400}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_BARE = re.compile(r"[^\W\d][\w./-]*")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -57,21 +60,60 @@ class Plain(NamedTuple):
 def one_line(message: str) -> str:
     """Returns a message that can be printed anywhere: one line of bounded length, control characters escaped."""
     lines = re.sub(r"\s*\n\s*", " ", message)
-    printable = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in lines)
-    return printable if len(printable) <= MAX_MESSAGE else f"{printable[:1200]} [...] {printable[-700:]}"
+    text = printable(lines)
+    return text if len(text) <= MAX_MESSAGE else f"{text[:1200]} [...] {text[-700:]}"
 
 
-def shown(value: Any) -> str:
-    """Returns a value for a message, cut where it is long; `value`: as `parse_yaml` returns it."""
+def as_yaml(value: Any) -> str:
+    """Returns a value for a message, as YAML has it and cut where it is long; `value`: as `parse_yaml` returns it."""
+    return shown(value if isinstance(value, str) else _flow(value), MAX_SHOWN)
+
+
+def _flow(value: Any) -> str:
+    """Returns a value as in YAML's lists and mappings in one line: numbers as they were written."""
     if isinstance(value, Plain):
-        text = value.text
-    elif value is None or isinstance(value, bool):
-        text = "null" if value is None else str(value).lower()
-    elif isinstance(value, float) and math.isinf(value):
-        text = f"{'-' if value < 0 else ''}.inf"
-    else:
-        text = str(plain(value))
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        return value.text
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_flow(str(key))}: {_flow(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_flow, value))}]"
+    if isinstance(value, str):
+        bare = _BARE.fullmatch(value) and value not in (*_NULLS, *_TRUTH)
+        return value if bare else "'" + value.replace("'", "''") + "'"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{'-' * (value < 0)}.inf" if isinstance(value, float) and math.isinf(value) else str(value)
+
+
+def as_written(message: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a message in which "`key` (=value)" has what was written in place of Python's text of the value.
+
+    Args:
+        message: of whoever knows values only: `10.0` of 1e1, `inf` of .inf, `True` of true.
+        layers: mappings as `parse_yaml` returns them; later ones win.
+    """
+    for key, value in {key: value for layer in layers for key, value in _by_key("", layer)}.items():
+        number = plain(value)
+        forms = {str(number), as_yaml(number)}
+        if isinstance(number, list):
+            forms |= {str(tuple(number)), f"[{', '.join(map(str, number))}]"}
+        elif isinstance(number, (int, float)):
+            forms |= {f"{number:g}", f"{float(number)}"} if abs(number) < 1e300 else set()
+        for form in forms:
+            message = message.replace(f"`{key}` (={form})", f"`{key}` (={as_yaml(value)})")
+    return message
+
+
+def _by_key(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the full key and the value of everything in a mapping."""
+    if key:
+        yield key, value
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _by_key(f"{key}.{name}" if key else name, each)
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _by_key(f"{key}[{place}]", each)
 
 
 def plain(value: Any) -> Any:
@@ -108,7 +150,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else f"one value (={shown(value)})"
+    return "a list" if isinstance(value, list) else f"one value (={as_yaml(value)})"
 
 
 def parse_yaml(text: str, what: str) -> Any:
@@ -187,7 +229,7 @@ def _place(error: yaml.YAMLError, text: str) -> str:
         return f": line {mark.line + 1} begins with a tab"
     if line.startswith("---"):
         return f": a second document begins in line {mark.line + 1}"
-    return f": look at line {mark.line + 1}, `{shown(line.strip())}`" if len(lines) > 1 else ""
+    return f": look at line {mark.line + 1}, `{as_yaml(line.strip())}`" if len(lines) > 1 else ""
 
 
 def _data(node: Any, what: str) -> Any:
@@ -202,7 +244,7 @@ def _data(node: Any, what: str) -> Any:
             raise ConfigError(f"{what}: {line} has a list or mapping for a key, which must be a name.")
         key = key_node.value
         if key in mapping:
-            raise ConfigError(f"{what} has the key {shown(key)} twice ({line}): leave one out.")
+            raise ConfigError(f"{what} has the key {as_yaml(key)} twice ({line}): leave one out.")
         mapping[key] = _data(value_node, what)
     return mapping
 
@@ -213,7 +255,7 @@ def _scalar(node: yaml.ScalarNode, what: str) -> Plain | str | None:
         raise ConfigError(f"{what} has ???, which stands for a value that is missing: write the value itself.")
     if "${" in text:
         raise ConfigError(
-            f"{what} has {shown(text)}: nothing is put in place of ${{...}} here. Write the value itself."
+            f"{what} has {as_yaml(text)}: nothing is put in place of ${{...}} here. Write the value itself."
         )
     if found := _CONTROL.search(text):
         raise ConfigError(f"{what} has the character {found[0]!a}, which cannot be printed: leave it out.")
@@ -243,8 +285,8 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
         except TypeError as error:
             key, value, old = _clash(OmegaConf.to_container(together), layer)
             raise ConfigError(
-                f"`{key}` (={shown(value)}) does not fit what was said before (={shown(old)}). A list is replaced as a "
-                "whole, e.g. supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
+                f"`{key}` (={as_yaml(value)}) does not fit what was said before (={as_yaml(old)}). A list is replaced "
+                "as a whole, e.g. supervision.mix=[{share: 0.5, kind: full}], a mapping key by key."
             ) from error
     return typing.cast(dict[str, Any], OmegaConf.to_container(together))
 

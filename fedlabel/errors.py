@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,3 +69,16 @@ def make_folder(path: Path) -> None:
     """
     with naming(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Checks that a folder can be made, or is there and can be written; leaves everything as it is.
+
+    Raises:
+        FileError: the system would not let us.
+    """
+    with naming(path):
+        above = next(each for each in (path, *path.absolute().parents) if each.exists())
+        if above == path and not path.is_dir():
+            path.mkdir()  # fails with the system's reason
+        Path(tempfile.mkdtemp(prefix=".fedlabel-", dir=above)).rmdir()

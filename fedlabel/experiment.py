@@ -26,7 +26,7 @@ from fedlabel.learning.task import check_labels
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
-from fedlabel.models import Net, build_model, check_size
+from fedlabel.models import Net, build_model, check_size, running_statistics
 from fedlabel.seeding import derive_seed
 
 AVERAGES = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
@@ -73,10 +73,11 @@ class Experiment:
             check_size(lambda: self._network(seed), config.model, memory)
         student, self.teacher = (self._build_model(seed) for _ in range(2))
         self._check_strategy(student)
-        self.trainer = Trainer(student, self.teacher, self.transform, config.training)
+        self.trainer = Trainer(student, self.teacher, self.transform, config.training, config.method.metrics)
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
+        self.running = running_statistics(student)
 
     def _federation(self, split: str) -> Federation:
         config = self.config
@@ -149,8 +150,7 @@ class Experiment:
                     f"`model.name` (={self.config.model.name}) gives no embeddings, which method {name} needs: take a "
                     "network of our own, e.g. cnn or mlp."
                 )
-            # Every BatchNorm, and InstanceNorm that tracks statistics.
-            running = [key for key, part in model.named_modules() if getattr(part, "running_mean", None) is not None]
+            running = sorted(key.rpartition(".")[0] for key in running_statistics(model).means)
             if network.input_gradients and running:
                 raise ValueError(
                     f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}): its layer "

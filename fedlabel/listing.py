@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ import torchvision
 from fedlabel.config import PROJECT_ROOT, ConfigError, ExperimentConfig
 from fedlabel.config_names import inner_schema
 from fedlabel.config_schema import describe, fields_of, hints
-from fedlabel.config_text import shown
+from fedlabel.config_text import as_yaml
 from fedlabel.data.datasets import DATASETS
+from fedlabel.data.partition import FLWR_DATASETS
 from fedlabel.methods import METHODS, method_class
 from fedlabel.models import AUXILIARY_OUTPUTS, MODELS, TORCHVISION
 from fedlabel.names import did_you_mean
@@ -74,15 +76,16 @@ def _first_sentence(path: Path) -> str:
     return " ".join(comment).partition(". ")[0].rstrip(".")
 
 
-def about(name: str, width: int) -> Iterator[str]:
+def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",)) -> Iterator[str]:
     """Yields lines about a method (by the name that `method.name` may have) or a section of the configuration.
 
     Args:
         name: of the method or section.
         width: of a line.
+        strategies: see `choices`.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither; it says so where the name is a value of some key.
     """
     if name == "method":
         raise ConfigError(
@@ -94,6 +97,10 @@ def about(name: str, width: int) -> Iterator[str]:
         yield from _wrapped(inspect.getdoc(schema) or "", width)
         yield from _keys(schema, name, width)
         return
+    takers = _takers(name, strategies) if name not in METHODS else []
+    if takers:
+        every = " or ".join(takers)
+        raise ConfigError(f"`{name}` is neither a method nor a section but a value of {every}: {takers[0]}={name}.")
     if name in METHODS or ":" in name:
         try:
             method = method_class(name)
@@ -107,9 +114,27 @@ def about(name: str, width: int) -> Iterator[str]:
         return
     known = [*METHODS, *SECTIONS]
     raise ConfigError(
-        f"`{shown(name)}` is neither a method nor a section of the configuration, of which there are "
+        f"`{as_yaml(name)}` is neither a method nor a section of the configuration, of which there are "
         f"{', '.join(known)}.{did_you_mean(name, known)}"
     )
+
+
+def _takers(value: str, strategies: Sequence[str]) -> list[str]:
+    """Returns the keys that take a value by its name: those of `choices`, and those whose texts begin with "a | b"."""
+    found = [key for key, rows in choices(strategies).items() if "." in key and value in rows]
+    prefixes = {TORCHVISION: "model.name", FLWR_DATASETS: "partition.kind"}
+    found += [key for prefix, key in prefixes.items() if value.startswith(prefix)]
+    schemas = [("", ExperimentConfig), *(("method.", method) for method in METHODS.values())]
+    return list(dict.fromkeys([*found, *(key for prefix, schema in schemas for key in _naming(value, schema, prefix))]))
+
+
+def _naming(value: str, schema: type, prefix: str) -> Iterator[str]:
+    for key in describe(schema):
+        inner = inner_schema(hints(schema)[key.name])
+        if inner is not None:
+            yield from _naming(value, inner, f"{prefix}{key.name}.")
+        elif (said := re.match(r"\w+( \| \w+)+", key.doc)) and value in said[0].split(" | "):
+            yield f"{prefix}{key.name}"
 
 
 def _keys(schema: type, where: str, width: int, base: object = None) -> Iterator[str]:
@@ -134,7 +159,7 @@ def _keys(schema: type, where: str, width: int, base: object = None) -> Iterator
 def _default(value: Any) -> str:
     if value is dataclasses.MISSING:
         return "none: it must be given"
-    return '""' if value == "" else str(value).lower() if isinstance(value, bool) else shown(value)
+    return '""' if value == "" else str(value).lower() if isinstance(value, bool) else as_yaml(value)
 
 
 def _wrapped(text: str, width: int, first: str = "", later: str | None = None) -> list[str]:

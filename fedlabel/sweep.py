@@ -15,7 +15,7 @@ from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_config
 from fedlabel.config_schema import build, fields_of, settled
-from fedlabel.config_text import merged, read_mapping, shown
+from fedlabel.config_text import as_yaml, merged, read_mapping
 from fedlabel.evaluation import EVALUATED
 from fedlabel.names import counted, did_you_mean
 
@@ -185,7 +185,7 @@ def _read_sweep(path: str | Path, extending: tuple[Path, ...]) -> dict[str, Any]
     base = content.pop("extends", None)
     if base is not None:
         if not isinstance(base, str):
-            raise ConfigError(f"{file}: `extends` (={shown(base)}) must be the name of another sweep's file.")
+            raise ConfigError(f"{file}: `extends` (={as_yaml(base)}) must be the name of another sweep's file.")
         content = merged(_read_sweep(base, (*extending, file.resolve())), content)
     rows = {key: value for key, value in content.items() if key in ("methods", "settings") and isinstance(value, dict)}
     content |= {key: {name: row for name, row in value.items() if row is not None} for key, value in rows.items()}
@@ -333,4 +333,6 @@ def _near(name: str, known: Sequence[str]) -> str:
 def _unknown_key(schema: type, where: str, name: str) -> str:
     """Returns the message for a key that a sweep does not have."""
     full = f"{where}.{name}" if where else name
-    return f"`{full}` is no key of a sweep, which must be one of {_near(name, list(fields_of(schema)))}"
+    known = list(fields_of(schema))
+    allowed = f" Allowed here: {', '.join(known)}."
+    return f"`{full}` is no key of a sweep.{did_you_mean(name, known) or allowed}"

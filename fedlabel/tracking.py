@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary as summaries
 
 from fedlabel.errors import make_folder, naming
+from fedlabel.metric_tags import LOWER, Tag, find_tag
 
 Hparam = str | int | float | bool
 PARTITION_JSON = "partition.json"
@@ -327,7 +328,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Writes summary.json and marks the run as finished in TensorBoard's HParams tab."""
-        write_atomic(self.summary_json, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+        write_atomic(self.summary_json, json.dumps(as_json(summary), indent=2, allow_nan=False) + "\n")
         _, _, session_end = summaries.hparams({}, {})
         self._events.add(session_end)
         self._events.flush()
@@ -495,7 +496,9 @@ def name_mean(rounds: Mapping[str, int]) -> str:
     return f"mean of {f'{count} of ' if count < last + 1 - first else ''}rounds {first}–{last}"
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> dict[str, float]:
+def summarize(
+    rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy", own: Sequence[Tag] = ()
+) -> dict[str, float]:
     """Returns last and best value of a metric and its mean over the last tenth of the rounds (see `last_tenth`).
 
     The mean of every metric is over the same rounds: those of the last tenth with an evaluation. Only rows that have
@@ -508,11 +511,12 @@ def summarize(rows: Sequence[Mapping[str, Any]], key: str = "eval/accuracy") -> 
     Args:
         rows: as `read_metrics` returns them; the last one tells how many rounds there are.
         key: the metric's tag.
+        own: see `lower_is_better`.
     """
     values, recent = ([float(row[key]) for row in rs if row.get(key) is not None] for rs in (rows, _averaged(rows)))
     if not values:
         return dict.fromkeys(("last", "best", "mean_last_tenth"), math.nan)
-    best: Callable[[list[float]], float] = min if lower_is_better(key) else max
+    best: Callable[[list[float]], float] = min if lower_is_better(key, own) else max
     mean = math.fsum(recent) / len(recent) if recent else math.nan
     return {"last": values[-1], "best": best(values), "mean_last_tenth": mean}
 
@@ -523,10 +527,15 @@ def best_row(rows: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] |
     return min((row for row in rows if row.get(key) is not None), key=lambda row: sign * row[key], default=None)
 
 
-def lower_is_better(key: str) -> bool:
-    """Returns whether low values of a metric are good: losses, errors and spreads over clients."""
-    name = key.rpartition("/")[2]
-    return name.startswith(("loss", "ece")) or name.endswith(("_sd", "_mae", "_error"))
+def lower_is_better(key: str, own: Sequence[Tag] = ()) -> bool:
+    """Returns whether low values of a metric are good, see `metric_tags`; not of one that nobody declared.
+
+    Args:
+        key: the metric's tag.
+        own: what the run's method declares, see `Method.metrics`.
+    """
+    tag = find_tag(key, own)
+    return tag is not None and tag.direction == LOWER
 
 
 def write_atomic(path: Path, *data: bytes | memoryview | str) -> None:
@@ -589,17 +598,17 @@ def _wait_for_later_name(path: Path) -> None:
 
 
 def _json_line(row: Mapping[str, object]) -> str:
-    return json.dumps(_plain(row), allow_nan=False) + "\n"
+    return json.dumps(as_json(row), allow_nan=False) + "\n"
 
 
-def _plain(value: object) -> Any:
+def as_json(value: object) -> Any:
     """Returns `value` as JSON has it: arrays as lists, NaN and infinity, which JSON has not, as None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
-        return _plain(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

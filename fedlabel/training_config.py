@@ -15,8 +15,8 @@ class TrainingConfig:
     lr: float = 0.1
     """Learning rate."""
     optimizer: str = "sgd"
-    """sgd, or adamw: torch's, with its defaults but for `lr` and `weight_decay`; the scale of a loss, which of bags may
-    grow with their size, does not change its steps."""
+    """sgd | adamw: the latter is torch's, with its defaults but for `lr` and `weight_decay`; the scale of a loss, which
+    of bags may grow with their size, does not change its steps."""
     batch_size: int = 32
     """Samples per step; a client with fewer uses all it has."""
     local_steps: int | None = 15

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-import signal
 import sys
 import tempfile
 import time
@@ -21,31 +20,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tests.fuzzing
-
-
-class Hang(BaseException):
-    """A case took too long; no `except Exception` can swallow it."""
-
-
-def _stop(*_: object) -> None:
-    raise Hang
+from tests.fuzzing import limited
 
 
 def run_area(area: str, cases: int, first_seed: int, seconds: int) -> int:
     case = importlib.import_module(f"tests.fuzzing.{area}").case
-    signal.signal(signal.SIGALRM, _stop)
     started, failed = time.monotonic(), 0
     for seed in range(first_seed, first_seed + cases):
         with tempfile.TemporaryDirectory() as folder:
-            signal.alarm(seconds)
             try:
-                wrong = case(seed, Path(folder))
-            except Hang:
-                wrong = f"took more than {seconds} s"
+                wrong = limited(case, seed, Path(folder), seconds)
             except Exception:
                 wrong = traceback.format_exc().strip().replace("\n", "\n    ")
-            finally:
-                signal.alarm(0)
         if wrong:
             failed += 1
             print(f"{area} {seed}: {wrong}", flush=True)

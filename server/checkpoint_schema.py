@@ -17,6 +17,7 @@ from torch import Tensor
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.metrics import COUNTED
+from fedlabel.shown import shown
 from server.grids import parse_state
 from server.state import ServerState
 from server.strategy import decode, strategy_state
@@ -91,7 +92,7 @@ def _names(what: str, found: Any, wanted: Mapping[Any, object]) -> Iterator[str]
     if not isinstance(found, dict):
         yield f"`{what}` is no mapping"
     if found.keys() != wanted.keys():
-        odd = sorted(map(_short, found.keys() ^ wanted.keys()))
+        odd = sorted(map(shown, found.keys() ^ wanted.keys()))
         yield f"`{what}` lacks, or has beside what belongs there, {', '.join(odd[:3])}"
 
 
@@ -101,14 +102,14 @@ def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
         yield "`strategy` is no mapping"
     # A mapping of other things than arrays is not saved, see `strategy_state`.
     needed = {name for name, value in fresh.items() if value != {"arrays": {}}}
-    if odd := sorted(map(_short, (saved.keys() - fresh.keys()) | (needed - saved.keys()))):
+    if odd := sorted(map(shown, (saved.keys() - fresh.keys()) | (needed - saved.keys()))):
         yield f"`strategy` lacks, or has beside what belongs there, {', '.join(odd[:3])}"
     for name, value in saved.items():
         start, attribute = fresh[name], name.rpartition(".")[2]
         if isinstance(start, (bool, int, float)):
             moved = attribute in MOVING and type(value) is float and math.isfinite(value)
             if type(value) is not type(start) or not (value == start or moved):
-                yield f"`strategy`: {name} (={_short(value)}) is not what the configuration says (={start})"
+                yield f"`strategy`: {name} (={shown(value, 40)}) is not what the configuration says (={start})"
         elif value is not None and value != start:
             form = _form(attribute, strategy)
             if not isinstance(value, dict) or list(value) != [form]:
@@ -146,7 +147,7 @@ def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterato
         memory = remembered.start(experiment.federation.supervision(client).candidates)
         examples = remembered.like({**memory, **shared}, experiment.initial_state)
         kept = records.array_records["memory"]
-        if odd := sorted(map(_short, set(kept) - set(examples))):
+        if odd := sorted(map(shown, set(kept) - set(examples))):
             yield f"`{what}` has beside what belongs there, {', '.join(odd[:3])}"
         for name, array in kept.items():
             example = examples[name]
@@ -205,7 +206,7 @@ def _votes(saved: Any, experiment: Experiment) -> Iterator[str]:
 def _client(what: str, client: object, experiment: Experiment) -> Iterator[str]:
     clients = experiment.config.num_clients
     if type(client) is not int or not 0 <= client < clients:
-        yield f"`{what}` names client {_short(client)}, and there are {clients}"
+        yield f"`{what}` names client {shown(client, 40)}, and there are {clients}"
 
 
 def _is_empty(value: object) -> bool:
@@ -218,8 +219,3 @@ def _dtype(value: Tensor) -> str:
 
 def _size(value: Any) -> str:
     return "x".join(map(str, value if isinstance(value, tuple) else tuple(value.shape))) or "()"
-
-
-def _short(value: object) -> str:
-    text = repr(value) if not isinstance(value, str) else value
-    return text if len(text) <= 40 and text.isprintable() else ascii(text[:40])[1:-1] + "..."

@@ -1,16 +1,16 @@
 """The schema of a reply to a round, and the only door for what clients send: bytes in, checked values or a refusal out.
 
 The schema follows from the method, the model and the training: which arrays of which type and shape, which weights and
-how large at most, which counts of which length and what they cannot exceed. Nothing behind this door can raise on what
-a client sent. Not bounded by what the method could give are a model's weights (see `strategy.max_update_norm`, and
-Flower's robust strategies) and the sums of a client's metrics. What a real node's bytes do in Flower's decoder, before
-this door, is dealt with in `server/exchange.py`.
+how large at most, which metrics in which range, which counts of which length and what they cannot exceed. Nothing
+behind this door can raise on what a client sent. Only a model's weights are not bounded by what the method could give
+(see `strategy.max_update_norm`, and Flower's robust strategies). Errors of Flower's decoder, before this door, are
+dealt with in `server/exchange.py`.
 """
 
 from __future__ import annotations
 
 import math
-import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
@@ -28,19 +28,16 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import ByBag, Recipe
 from fedlabel.methods.shared import Limits
 from fedlabel.methods.uploads import PhaseResult
-from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, OF_SAMPLES, RATES, Counts
+from fedlabel.metric_tags import LARGEST_MEAN, Tag, client_tags
+from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
+from fedlabel.models import NO_STATISTICS, RunningStatistics
+from fedlabel.shown import shown
 from fedlabel.training_config import TrainingConfig
+from server.npy import npy_header
+from server.strategy import LARGEST_WEIGHT, Bounds, reply_bounds
 
-LARGEST_WEIGHT = 1e12
-"""Of a model: the sum of the squares of a large network's weights is then still a float32."""
 LARGEST_NUMBER = 1e15
 """Of counts and statistics: whole numbers up to here are float64s."""
-LARGEST_LOSS = 1e40
-"""Of metrics: a client whose training goes astray reports sums of float32s."""
-LARGEST_POWER_BASE = 1e6
-"""Of losses that a strategy takes powers of."""
-MOST_TAGS = 50
-"""Metrics that a client may send."""
 PER_DRAW = 100
 """How often, at most, a sample that is drawn is counted by one metric, or sent through one network."""
 _ROUNDING = 1e-3
@@ -52,27 +49,7 @@ _RECORDS = {
     "counts": ConfigRecord,
     "statistics": ConfigRecord,
 }
-_TAG = re.compile(r"(train|pseudo|posterior|transition|belief|bag|graph|functions)/[A-Za-z][A-Za-z0-9_]{0,39}")
-"""The groups of tags in which clients write."""
-EVALUATED = frozenset(
-    [
-        *(f"train/{name}" for name in ("forward_samples", "backward_samples")),
-        *(f"pseudo/{name}" for name in ("accuracy", "accuracy_local", "accuracy_global", "correct_wrong_ratio")),
-        *(f"pseudo/{name}" for name in ("coverage_local", "coverage_global", "ece", "ece_kept", "reliability")),
-        *(f"pseudo/{name}" for name in ("class_coverage", "class_accuracy", "client_coverage", "client_accuracy")),
-        *(f"pseudo/{name}" for name in ("confidences", "beliefs", "samples")),
-        *(f"posterior/accuracy_{name.replace(' ', '_')}" for name in KIND_NAMES),
-        *(f"transition/{name}" for name in ("smallest_diagonal", "largest_error", "mean_error")),
-        *(f"functions/{name}" for name in (*RATES, *OF_SAMPLES)),
-        *(f"functions/{name}" for name in ("estimated_accuracy", "estimation_error", "classes", "clients")),
-    ]
-)
-"""The server's own tags of these groups."""
-_HEADER = re.compile(
-    rb"\{'descr': '([<>|=]?[a-zA-Z?]\d{0,2})', 'fortran_order': (True|False), 'shape': \(((?:\d{1,15},? ?)*)\), \} *\n"
-)
-_NPY_1_0 = b"\x93NUMPY\x01\x00"
-"""A file of numpy.save starts with this, then with the length of its header in two bytes."""
+ANY = Bounds()
 
 
 class Refused(ValueError):
@@ -80,16 +57,13 @@ class Refused(ValueError):
 
 
 def harmless(text: str, most: int = 300) -> str:
-    """Returns a text of someone else as it may be shown: what is no printable character is escaped (terminal codes,
-    marks that turn the direction of writing), but for line ends, and what is too long is cut.
-    """
-    shown = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text[:most])
-    return shown if len(text) <= most else f"{shown}... (cut, of {len(text):,} characters)"
+    """Returns a text of someone else, see `shown`; it keeps its lines."""
+    return shown(text, most, keep="\n")
 
 
 def _listed(names: Sequence[str]) -> str:
     """Returns the first of a client's names, in one line."""
-    return ", ".join(harmless(name, 60).replace("\n", "\\n") for name in names[:3]) + (", ..." * (len(names) > 3))
+    return ", ".join(shown(name, 60) for name in names[:3]) + (", ..." * (len(names) > 3))
 
 
 class ArrayForm(NamedTuple):
@@ -101,14 +75,23 @@ class ArrayForm(NamedTuple):
     """What numpy.save writes in front of such an array."""
     type_name: str
     """Of the dtype."""
+    least: float
+    largest: float
 
     @classmethod
-    def like(cls, value: torch.Tensor) -> ArrayForm:
-        """Returns the form of a tensor."""
+    def like(cls, value: torch.Tensor, not_negative: bool = False, largest_weight: float = LARGEST_WEIGHT) -> ArrayForm:
+        """Returns the form of a tensor.
+
+        Args:
+            value: the tensor.
+            not_negative: whether no number in it can be below 0.
+            largest_weight: largest absolute value, of floats.
+        """
         dtype, shape, file = torch.empty(0, dtype=value.dtype).numpy().dtype, tuple(value.shape), BytesIO()
         about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, about)
-        return cls(dtype, shape, file.getvalue(), str(dtype))
+        largest = largest_weight if dtype.kind == "f" else LARGEST_NUMBER
+        return cls(dtype, shape, file.getvalue(), str(dtype), 0.0 if not_negative else -largest, largest)
 
     def read(self, name: str, array: Array) -> np.ndarray:
         """Returns the array as a read-only view of its bytes; `name` is the server's own for it.
@@ -138,14 +121,12 @@ class ArrayForm(NamedTuple):
         """Returns where the values begin and in which order they are. What a client wrote is not evaluated."""
         if data.startswith(self.header):
             return len(self.header), "C"
-        start = 10 + int.from_bytes(data[8:10], "little")
-        found = _HEADER.fullmatch(data[10:start]) if data.startswith(_NPY_1_0) else None
+        found = npy_header(data)
         if found is None:
             raise Refused(f"BadReply: {what} cannot be read: it is no file of numpy.save")
-        shape = tuple(int(size) for size in found[3].replace(b",", b" ").split())
-        if found[1].decode() != np.lib.format.dtype_to_descr(self.dtype) or shape != self.shape:
-            raise Refused(f"BadReply: {what} holds {found[1].decode()} {shape}, not {self.dtype} {self.shape}")
-        return start, "F" if found[2] == b"True" else "C"
+        if found.descr != np.lib.format.dtype_to_descr(self.dtype) or found.shape != self.shape:
+            raise Refused(f"BadReply: {what} holds {found.descr} {found.shape}, not {self.dtype} {self.shape}")
+        return found.start, found.order
 
     def _check(self, what: str, values: np.ndarray) -> None:
         if not values.size:
@@ -154,11 +135,12 @@ class ArrayForm(NamedTuple):
             if values.view(np.uint8).max() > 1:
                 raise Refused(f"BadReply: {what} holds what is neither true nor false")
             return
-        largest = LARGEST_WEIGHT if self.dtype.kind == "f" else LARGEST_NUMBER
-        if not (values.min() >= -largest and values.max() <= largest):  # nor if one is NaN
+        if not (values.min() >= self.least and values.max() <= self.largest):  # nor if one is NaN
             if not np.isfinite(values).all():
                 raise Refused(f"NotFinite: {what} holds NaN or infinity")
-            raise Refused(f"TooLarge: {what} holds a number beyond +-{largest:g}")
+            if self.least == 0 and values.min() < 0:
+                raise Refused(f"BadReply: {what} holds a number below 0 (={values.min():g})")
+            raise Refused(f"TooLarge: {what} holds a number beyond +-{self.largest:g}")
 
 
 class ClientLimits(NamedTuple):
@@ -196,7 +178,9 @@ class ReplySchema:
         annotators: who label one sample at most.
         units: (client, whether unlabelled samples are drawn) -> what a phase by bags draws.
         max_update_norm: see `StrategyConfig`.
-        losses: least and largest value of `train_loss`.
+        bounds: of weights and of `train_loss`, see `strategy.reply_bounds`.
+        running: names in `model` of running statistics.
+        metrics: see `Method.metrics`.
     """
 
     def __init__(
@@ -211,23 +195,30 @@ class ReplySchema:
         annotators: int = 0,
         units: Callable[[int, bool], Units] | None = None,
         max_update_norm: float | None = None,
-        losses: tuple[float, float] = (-LARGEST_LOSS, LARGEST_LOSS),
+        bounds: Bounds = ANY,
+        running: RunningStatistics = NO_STATISTICS,
+        metrics: Sequence[Tag] = (),
     ) -> None:
         self.recipe = recipe
         self.num_classes = num_classes
         self.max_update_norm = max_update_norm
-        self.losses = losses
+        self.bounds = bounds
+        self.tags = client_tags(metrics)
+        """Name -> tag of each metric that a client may send."""
         self._model = {name: value.cpu() for name, value in model.items()}
         self._training = training
         self._sizes = sizes
-        self._parameters = parameters
+        self.parameters = parameters
         self._annotators = annotators
         self._units = units
         self._weights: dict[tuple[object, ...], Mapping[str, float]] = {}
         parts = tuple(recipe.upload.send(self._model, [], parameters, 0.0))  # as of a client that did not train
         self.parts = parts if len(parts) > 1 else ()
         """Names of the models that a reply holds; none if it is one."""
-        one = {name: ArrayForm.like(value) for name, value in model.items()}
+        self.counters = [f"{part}/{name}" for part in self.parts for name in running.counters] or [*running.counters]
+        """Arrays of a reply that count batches."""
+        not_negative = running.variances | running.counters
+        one = {name: ArrayForm.like(value, name in not_negative, bounds.weight) for name, value in model.items()}
         self.arrays = {f"{part}/{name}": form for part in self.parts for name, form in one.items()} or one
         self.counts = _lengths(num_classes, functions, recipe.upload.claimed_bytes is not None)
 
@@ -246,7 +237,9 @@ class ReplySchema:
             record.annotations.shape[1],
             cache(lambda client, unlabeled: bag_units(experiment.federation.supervision(client), unlabeled)),
             config.strategy.max_update_norm,
-            (0.0, LARGEST_POWER_BASE) if config.strategy.name == "QFedAvg" else (-LARGEST_LOSS, LARGEST_LOSS),
+            reply_bounds(config.strategy),
+            experiment.running,
+            config.method.metrics,
         )
 
     def of_round(self, round_number: int, shared: State, messages: Sequence[Message]) -> RoundSchema:
@@ -259,11 +252,11 @@ class ReplySchema:
         """
         nobody = self.recipe.memory.start(torch.ones(1, self.num_classes, dtype=torch.bool))
         statistics = {name: tuple(v.shape) for name, v in self.recipe.shared.statistics({**nobody, **shared}).items()}
-        sent = {}
-        if self.max_update_norm is not None:
-            arrays = messages[0].content["arrays"]
-            assert isinstance(arrays, ArrayRecord)
-            sent = {name: array.numpy() for name, array in arrays.items()}
+        arrays = messages[0].content["arrays"]
+        assert isinstance(arrays, ArrayRecord)
+        trained = self.parameters if self.max_update_norm is not None else frozenset()
+        needed = trained | {name.rpartition("/")[2] for name in self.counters}
+        sent = {name: array.numpy() for name, array in arrays.items() if name in needed}
         return RoundSchema(self, round_number, shared, statistics, sent)
 
     def limits(self, client: int, round_number: int) -> ClientLimits:
@@ -290,8 +283,8 @@ class ReplySchema:
 
     def _most_weights(self, results: list[PhaseResult], weight: float) -> Mapping[str, float]:
         """Returns the weights that the method itself gives to a client that used all it could, or nothing."""
-        most = self.recipe.upload.send(self._model, results, self._parameters, weight)
-        none = self.recipe.upload.send(self._model, [], self._parameters, 0.0)
+        most = self.recipe.upload.send(self._model, results, self.parameters, weight)
+        none = self.recipe.upload.send(self._model, [], self.parameters, 0.0)
         weights = {part: float(max(most[part].weight, none[part].weight)) for part in most}
         if not self.parts:
             return {"num-examples": next(iter(weights.values()))}
@@ -307,7 +300,7 @@ class RoundSchema(NamedTuple):
     statistics: Mapping[str, tuple[int, ...]]
     """Name -> shape of what `Method.statistics` gives in this round."""
     sent: Mapping[str, np.ndarray]
-    """The global model, if distances to it are asked for."""
+    """Of the global model, what counts batches, and the trained parameters if distances to them are asked for."""
 
     def read(self, content: RecordDict, client: int) -> Reply:
         """Returns what a client's reply holds.
@@ -325,7 +318,7 @@ class RoundSchema(NamedTuple):
         sums = self._sums(content["sums"], limits)  # type: ignore[arg-type]
         counts = self._counts(content["counts"], limits)  # type: ignore[arg-type]
         statistics = self._statistics(content["statistics"], limits.method)  # type: ignore[arg-type]
-        arrays = self._arrays(content["arrays"])  # type: ignore[arg-type]
+        arrays = self._arrays(content["arrays"], limits)  # type: ignore[arg-type]
         return Reply(RecordDict({"arrays": arrays, "metrics": metrics}), sums, counts, statistics)
 
     def _metrics(self, record: MetricRecord, limits: ClientLimits) -> MetricRecord:
@@ -338,25 +331,34 @@ class RoundSchema(NamedTuple):
             if type(record[name]) not in (int, float) or not 0 <= record[name] <= most * (1 + 1e-9):  # type: ignore[operator]
                 value = _listed([str(record[name])])
                 raise Refused(f"BadReply: `{name}` (={value}) must lie in [0, {most:g}], as what it holds allows")
-        loss, (least, largest) = record["train_loss"], self.schema.losses
+        loss, (_, least, largest) = record["train_loss"], self.schema.bounds
         if type(loss) not in (int, float) or not least <= loss <= largest:  # type: ignore[operator]
+            kind = "TooLarge" if type(loss) in (int, float) and loss > largest else "BadReply"  # type: ignore[operator]
             raise Refused(
-                f"BadReply: `train_loss` (={_listed([str(loss)])}) must be a number in [{least:g}, {largest:g}]"
+                f"{kind}: `train_loss` (={_listed([str(loss)])}) must be a number in [{least:g}, {largest:g}]"
             )
         return record
 
     def _sums(self, record: ConfigRecord, limits: ClientLimits) -> Counts:
-        if len(record) > MOST_TAGS:
-            raise Refused(f"BadReply: it has {len(record)} metrics, more than {MOST_TAGS}")
         for name, pair in record.items():
-            if not _TAG.fullmatch(name) or name in EVALUATED:
+            tag = self.schema.tags.get(name)
+            if tag is None:
                 raise Refused(f"BadReply: its metric {_listed([name])} is none that a client may write")
-            _, count = _numbers("metric", name, pair, 2, LARGEST_LOSS)
+            total, count = _numbers("metric", name, pair, 2, sys.float_info.max)
             most = float(PER_DRAW * (limits.draws + 1) * (self.schema.num_classes + 1))
-            if name.startswith("graph/"):  # of pairs of samples
+            if tag.of_pairs:
                 most = max(most, limits.method.samples * (limits.method.samples - 1) / 2)
             if not 0 <= count <= most:
-                raise Refused(f"BadReply: its metric {name} is over {count:g} samples, more than it can have")
+                what = "pairs of samples" if tag.of_pairs else "samples"
+                raise Refused(f"BadReply: its metric {name} is over {count:g} {what}, more than it can have")
+            least, largest = tag.range(self.schema.num_classes)
+            slack = _ROUNDING * max(abs(least), abs(largest))
+            if not (least - slack) * count <= total <= (largest + slack) * count:
+                kind = "TooLarge" if largest == LARGEST_MEAN else "BadReply"  # as of a training that diverged
+                raise Refused(
+                    f"{kind}: its metric {name} (sum {total:g} over {count:g}) must have a mean in [{least:g}, "
+                    f"{largest:g}]"
+                )
         return dict(record)  # type: ignore[arg-type]
 
     def _counts(self, record: ConfigRecord, limits: ClientLimits) -> Counts:
@@ -399,12 +401,18 @@ class RoundSchema(NamedTuple):
                 raise Refused(f"BadReply: {error}") from error
         return found
 
-    def _arrays(self, record: ArrayRecord) -> ArrayRecord:
+    def _arrays(self, record: ArrayRecord, limits: ClientLimits) -> ArrayRecord:
         forms = self.schema.arrays
         if record.keys() != forms.keys():
             wrong = [*(name for name in forms if name not in record), *(name for name in record if name not in forms)]
             raise Refused(f"BadReply: its model lacks, or has beside the global model's arrays, {_listed(wrong)}")
         values = {name: form.read(name, record[name]) for name, form in forms.items()}
+        for name in self.schema.counters:
+            most = self.sent[name.rpartition("/")[2]] + PER_DRAW * limits.method.steps
+            if (values[name] > most).any():
+                raise Refused(
+                    f"BadReply: {name} of its model counts {values[name].max()} batches, more than it can have seen"
+                )
         if self.schema.max_update_norm is not None:
             self._check_distance(values, self.schema.max_update_norm)
         if list(record) == list(forms):
@@ -416,7 +424,7 @@ class RoundSchema(NamedTuple):
             moved = [
                 float(np.square(values[prefix + name].astype(np.float64) - start).sum())
                 for name, start in self.sent.items()
-                if start.dtype.kind == "f"
+                if name in self.schema.parameters
             ]
             distance = math.sqrt(math.fsum(moved))
             if distance > most:

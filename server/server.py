@@ -23,7 +23,7 @@ from server.nodes import is_simulation
 from server.observers import Observer, Report, Round, observers_of
 from server.replies import ReplySchema
 from server.selection import Selection, select_key
-from server.state import ServerState, check_finite, check_shared, like
+from server.state import ServerState, check_model, check_shared, like
 from server.strategy import (
     CannotCombine,
     aggregate,
@@ -131,7 +131,8 @@ class Server:
         if combined is None:
             return tally, None
         model = like(self._experiment.initial_state, combined.to_torch_state_dict())
-        check_finite(model, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
+        variances = self._experiment.running.variances
+        check_model(model, variances, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
         return tally, model
 
     def _too_few(self, tally: RoundTally, unfit: str) -> str:
@@ -158,7 +159,13 @@ class Server:
             RunError: it is finite no more.
         """
         model = self._experiment.train_server(model, number)
-        check_finite(model, "The server's own training made", number, "steps in training.server_steps")
+        check_model(
+            model,
+            self._experiment.running.variances,
+            "The server's own training made",
+            number,
+            "steps in training.server_steps",
+        )
         return model
 
     def update_shared(self, shared: State, tally: RoundTally, number: int) -> State:

@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from fedlabel.learning.task import label_warnings
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -26,14 +25,15 @@ from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit
-from fedlabel.tracking import PARTITION_JSON, RunFolder, write_atomic
+from fedlabel.learning.task import label_warnings
+from fedlabel.tracking import PARTITION_JSON, RunFolder, as_json, read_metrics, read_summary, write_atomic
 from server.checkpoint import latest_checkpoint
 from server.nodes import connect
 from server.rounds import run_rounds
 from server.server import OnRound, Server
 from server.state import ServerState
 from server.strategy import build_strategy
-from server.summary import summary
+from server.summary import OF_THE_PROCESS, summary
 
 app = ServerApp()
 logger = logging.getLogger("fedlabel")
@@ -111,13 +111,32 @@ def run_federation(
     if resume:
         found = latest_checkpoint(path / "checkpoints", experiment, strategy)
         state = replace(found, shared={**state.shared, **found.shared})
+        finished = _finished(experiment, path, state)
+        if finished is not None:
+            return finished
     state = state.to(experiment.device)
     nodes = connect(grid, config, [len(rows) for rows in federation.parts])
     with closing(open_folder(experiment, path, state.round_number if resume else None)) as folder:
         run_rounds(Server(experiment, grid, nodes, folder, state, on_round), state)
-        result = summary(folder, experiment, commit)
+        result = summary(folder.read_metrics(), experiment, commit)
         folder.write_summary(result)
         return result
+
+
+def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[str, object] | None:
+    """Returns what `summary.json` says of a run without rounds left; None where something is to be done or mended."""
+    if state.round_number < experiment.config.num_rounds:
+        return None
+    try:
+        saved, rows = read_summary(path), read_metrics(path)
+        same_keys = (path / "config.yaml").read_text() == to_yaml(experiment.config)
+    except (OSError, ValueError, RecursionError):
+        return None
+    made = as_json(summary(rows, experiment, ""))
+    if not same_keys or any(saved.get(key) != value for key, value in made.items() if key not in OF_THE_PROCESS):
+        return None
+    _check_same_data(path / PARTITION_JSON, experiment.federation)
+    return saved
 
 
 def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFolder:

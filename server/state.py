@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,15 +81,25 @@ def moving_average(average: StateDict, model: StateDict, decay: float) -> StateD
     }
 
 
-def check_finite(model: StateDict, who: str, round_number: int, what: str) -> None:
-    """Keeps a model with NaN or infinity out of checkpoints and messages.
+def check_model(model: StateDict, variances: Iterable[str], who: str, round_number: int, what: str) -> None:
+    """Keeps a model that gives no numbers out of checkpoints and messages.
+
+    Args:
+        model: the global one.
+        variances: names of its arrays that are variances.
+        who: made it, for the message.
+        round_number: of the round.
+        what: of the server's may be too large, likewise.
 
     Raises:
-        RunError: it is one.
+        RunError: it holds NaN, infinity or a negative variance.
     """
-    if not all(value.isfinite().all() for value in model.values()):
+    finite = all(value.isfinite().all() for value in model.values())
+    negative = [name for name in sorted(variances) if (model[name] < 0).any()]
+    if not finite or negative:
+        wrong = f"a negative variance ({negative[0]})" if finite else "NaN or infinity"
         raise RunError(
-            f"{who} a model with NaN or infinity in round {round_number}; the last checkpoint is of a round before. "
+            f"{who} a model with {wrong} in round {round_number}; the last checkpoint is of a round before. "
             f"Lower the server's {what}, or training.lr."
         )
 

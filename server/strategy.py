@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from io import BytesIO
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flwr.serverapp.strategy as flower_strategies
 import numpy as np
@@ -19,9 +18,13 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 
 from fedlabel.config import ConfigError, StrategyConfig, cohort_size
 from fedlabel.config_schema import LARGEST
-from fedlabel.config_text import shown
+from fedlabel.config_text import as_yaml
+from fedlabel.metric_tags import LARGEST_MEAN
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
+from server.npy import npy_header
+
+logger = logging.getLogger("fedlabel")
 
 
 class CannotCombine(ValueError):
@@ -30,22 +33,11 @@ class CannotCombine(ValueError):
 
 def decode(array: Array) -> np.ndarray:
     """Returns what `array.numpy()` returns, as a read-only view of its bytes and without parsing its header anew."""
-    data = array.data
-    if array.stype != "numpy.ndarray" or data[:8] != _NPY_1_0:
+    header = npy_header(array.data) if array.stype == "numpy.ndarray" else None
+    if header is None:
         return array.numpy()
-    start = 10 + int.from_bytes(data[8:10], "little")
-    shape, fortran_order, dtype = _npy_header(data[:start])
-    values = np.frombuffer(data, dtype, math.prod(shape), start)
-    return values.reshape(shape, order="F" if fortran_order else "C")
-
-
-_NPY_1_0 = b"\x93NUMPY\x01\x00"
-"""A file of numpy.save starts with this, then with the length of its header in two bytes."""
-
-
-@lru_cache(maxsize=1024)  # a model's arrays have the same few headers in every reply
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    return np.lib.format.read_array_header_1_0(BytesIO(header[len(_NPY_1_0) :]))
+    values = np.frombuffer(array.data, header.descr, math.prod(header.shape), header.start)
+    return values.reshape(header.shape, order=header.order)  # type: ignore[call-overload]
 
 
 class WeightedMean(FedAvg):
@@ -100,6 +92,33 @@ def strategy_names() -> list[str]:
     return ["weighted_mean", *sorted(_flower_strategies())]
 
 
+LARGEST_WEIGHT = 1e12
+"""Of a model: the sum of the squares of a large network's weights is then still a float32."""
+
+
+class Bounds(NamedTuple):
+    """What of a client's reply a strategy can calculate with."""
+
+    weight: float = LARGEST_WEIGHT
+    """The largest absolute value of a weight."""
+    least_loss: float = -LARGEST_MEAN
+    """Of `train_loss`."""
+    largest_loss: float = LARGEST_MEAN
+
+
+def reply_bounds(config: StrategyConfig) -> Bounds:
+    """Returns the bounds of a strategy's replies.
+
+    QFedAvg multiplies L (w - w_k) by loss^q and adds that up over the cohort, in float32, with L = 1 /
+    client_learning_rate. With loss^q <= 1e20, L <= 1e6 and weights of at most 1e6 a term is at most 2e32, so the sum
+    over a million clients is a float32, and so is the sum of the squares of L (w - w_k), each at most 4e24.
+    """
+    if config.name != "QFedAvg":
+        return Bounds()
+    q = float(config.args.get("q", inspect.signature(_flower_strategies()["QFedAvg"]).parameters["q"].default))
+    return Bounds(1e6, 0.0, 1e6 if q <= 20 / 6 else 10 ** (20 / q))
+
+
 def build_strategy(config: StrategyConfig) -> Strategy:
     """Returns the server's strategy.
 
@@ -146,7 +165,7 @@ def _argument(name: str, value: object) -> int | float:
     kind, allowed, words = _ARGUMENTS[name]
     right = isinstance(value, (int, kind)) and not isinstance(value, bool) and allowed(value)
     if not right:
-        raise ConfigError(f"`strategy.args.{name}` (={shown(value)}) must be {words}.")
+        raise ConfigError(f"`strategy.args.{name}` (={as_yaml(value)}) must be {words}.")
     return kind(value)
 
 
@@ -157,14 +176,14 @@ _SHARE = (float, lambda value: 0 <= value < 1, "a number in [0, 1)")
 _NOT_NEGATIVE = (float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 _ARGUMENTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("eta", "eta_l", "tau", "server_learning_rate", "client_learning_rate", "clipping_norm"), _POSITIVE
-    ),
+    **dict.fromkeys(("eta", "eta_l", "tau", "server_learning_rate", "clipping_norm"), _POSITIVE),
     **dict.fromkeys(("initial_clipping_norm", "clip_norm_lr"), _POSITIVE),
     **dict.fromkeys(("beta_1", "beta_2", "server_momentum", "target_clipped_quantile"), _SHARE),
-    **dict.fromkeys(("noise_multiplier", "q", "clipped_count_stddev"), _NOT_NEGATIVE),
+    **dict.fromkeys(("noise_multiplier", "clipped_count_stddev"), _NOT_NEGATIVE),
     **dict.fromkeys(("num_sampled_clients", "num_nodes_to_select"), _AT_LEAST_ONE),
     "num_malicious_nodes": _COUNT,
+    "q": (float, lambda value: 0 <= value <= 10, "a number in [0, 10]"),
+    "client_learning_rate": (float, lambda value: 1e-6 <= value <= 1e6, "a number in [0.000001, 1000000]"),
     "beta": (float, lambda value: 0 <= value < 0.5, "a number in [0, 0.5)"),
 }
 """Argument of one of Flower's strategies -> its type, whether a value is allowed, and what is."""
@@ -246,7 +265,9 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message],
         with np.errstate(all="ignore"):  # what is not finite is looked for in the result
             combined = strategy.aggregate_train(round_number, weighted)[0]
     except (AppExitException, ArithmeticError, IndexError, ValueError) as error:
-        raise CannotCombine(f"{type(strategy).__name__} cannot combine {len(weighted)} replies ({error})") from error
+        logger.debug("Strategy %s failed", type(strategy).__name__, exc_info=True)  # where: the round has its own error
+        reason = f"{type(error).__name__}: {error}"
+        raise CannotCombine(f"{type(strategy).__name__} cannot combine {len(weighted)} replies ({reason})") from error
     finally:
         np.random.set_state(before)  # noqa: NPY002
     if combined is None:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedlabel.experiment import Experiment
 from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.metrics import add_counts
-from fedlabel.tracking import RunFolder, averaged_rounds, best_row, summarize
+from fedlabel.tracking import averaged_rounds, best_row, summarize
 from server.selection import select_key
 
 
-def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str, object]:
+def summary(rows: Sequence[Mapping[str, Any]], experiment: Experiment, commit: str) -> dict[str, object]:
     """Returns the content of `summary.json`, from `metrics.jsonl` (so it covers resumed runs as a whole).
 
     Args:
-        folder: the run's.
+        rows: the run's rounds, as `read_metrics` returns them.
         experiment: the run's.
         commit: of the code that this process began with.
     """
-    rows = folder.read_metrics()
     config = experiment.config
     keys = ("system/round_seconds", *_COUNTED, *_CLAIMED)
     total = add_counts({key: [row.get(key) or 0.0] for key in keys} for row in rows)
-    measured = sorted({key for row in rows for key in row if key.startswith(_SUMMARIZED)})
+    own = config.method.metrics
+    declared = {tag.name for tag in own}
+    measured = sorted({key for row in rows for key in row if key.startswith(_SUMMARIZED) or key in declared})
     scalars = [key for key in measured if not any(isinstance(row.get(key), list) for row in rows)]
-    results = {key: summarize(rows, key) for key in scalars}
+    results = {key: summarize(rows, key, own) for key in scalars}
     tag = select_key(experiment)
     chosen = best_row(rows, tag) if tag is not None else None
     if chosen is not None:
@@ -50,6 +53,8 @@ def summary(folder: RunFolder, experiment: Experiment, commit: str) -> dict[str,
     }
 
 
+OF_THE_PROCESS = ("commit", "source_hash", "versions", "hardware", "command")
+"""Keys of `summary` that tell of the process which ended the run."""
 _SUMMARIZED = ("eval/", "pseudo/", "posterior/", "transition/", "belief/", "graph/", "functions/", "train/loss")
 _COUNTED = (
     "comm/bytes_up",

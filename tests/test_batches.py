@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-
 from fedlabel.batches import bag_units, draw_batches
+
 from fedlabel.data.supervision import Supervision, supervise
 from fedlabel.seeding import torch_generator
 

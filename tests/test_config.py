@@ -61,16 +61,19 @@ def test_method_by_import_path() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.lrr=1", r"`training.lrr` is not a configuration key. Did you mean training.lr\? Allowed here: lr, "),
+        ("training.lrr=1", r"`training.lrr` is not a configuration key. Did you mean training.lr\?$"),
         ("sed=1", r"`sed` is not a configuration key. Did you mean seed\?"),
         ("method.lambda0=1", r"`method.lambda0` is not a field of fedlabel. Did you mean method.lambda_0\?"),
         ("training.lr=fast", r"`training.lr` \(=fast\) must be a number; its default is 0.1"),
         ("seed=1.5", r"`seed` \(=1.5\) must be a whole number"),
         ("num_rounds=0", r"`num_rounds` \(=0\) must be at least 1"),
         ("fraction_train=1.5", r"`fraction_train` \(=1.5\) must lie in \(0, 1\]"),
-        ("method.confidence_threshold=2", r"`method.confidence_threshold` \(=2.0\) must lie in \[0, 1\]"),
+        ("method.confidence_threshold=2", r"`method.confidence_threshold` \(=2\) must lie in \[0, 1\]"),
         ("method=fedlabel", r"`method` \(=fedlabel\) must be a mapping of keys: .* method.name="),
         ("method.name=fedlable", "Did you mean fedlabel"),
+        ("method.name=FedAvg", "Take supervised, which is FedAvg on the labelled samples"),
+        ("method.name=fed_sgd", "Take supervised with training.local_steps=1, which is FedSGD"),
+        ("method.name=FedAdam", "how the server combines models: set strategy.name"),
         ("model.name=cnm", r"`model.name` \(=cnm\)"),
         ("data.name=digit", r"`data.name` \(=digit\)"),
         ("partition.kind=dirichet", r"`partition.kind` \(=dirichet\)"),
@@ -86,6 +89,41 @@ def test_user_errors_are_one_message_with_key_value_and_fix(override: str, messa
     with pytest.raises(ConfigError, match=message) as caught:
         load_config([], [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("num_rounds=1e1", "1e1"),  # the schema's own message, the others are of dataclasses
+        ("num_rounds=True", "True"),
+        ("num_rounds=-00", "-00"),
+        ("training.lr=-.Inf", "-.Inf"),
+        ("training.momentum=1e0", "1e0"),
+        ("fraction_train=+2", "+2"),
+        ("training.nesterov=true", "true"),
+        ("model.hidden_layers=[1e1, '8', true]", "[1e1, '8', true]"),
+        ("model.hidden_layers=[08]", "[08]"),
+        ("strategy.args={eta: 1e-2}", "{eta: 1e-2}"),
+    ],
+)
+def test_a_message_has_the_value_as_it_was_written(override: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], ["seed=1", override])
+    assert f"`{override.partition('=')[0]}` (={value})" in str(caught.value)
+
+
+def test_the_last_of_several_values_is_the_one_that_was_written(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("training: {lr: -1e0}\n")
+    with pytest.raises(ConfigError, match=r"`training.lr` \(=-1e0\)"):
+        load_config([tmp_path / "a.yaml"])
+    with pytest.raises(ConfigError, match=r"`training.lr` \(=-1.00\)"):
+        load_config([tmp_path / "a.yaml"], ["training.lr=-1.00"])
+
+
+def test_numbers_and_truth_values_in_quotes_are_read_as_if_they_had_none() -> None:
+    plain = ["num_rounds=3", "training.lr=1e-2", "evaluation.figures=false", "model.hidden_layers=[8]"]
+    quoted = ['num_rounds="3"', "training.lr='1e-2'", "evaluation.figures='false'", "model.hidden_layers=['8']"]
+    assert load_config([], ["model.name=mlp", *quoted]) == load_config([], ["model.name=mlp", *plain])
 
 
 def test_two_models_need_the_weighted_mean() -> None:
@@ -185,15 +223,15 @@ def test_lists_of_data_and_model_survive_yaml() -> None:
             r"`data.positive_classes` \(=ship\) must be a list of texts, e.g. data.positive_classes=",
         ),
         (["data.positive_classes=[[1]]"], r"`data.positive_classes` \(=\[\[1\]\]\) must be a list of texts"),
-        (["data.drop_columns={a: b}"], r"`data.drop_columns` \(=\{'a': 'b'\}\) must be a list of texts"),
+        (["data.drop_columns={a: b}"], r"`data.drop_columns` \(=\{a: b\}\) must be a list of texts"),
         (["data.categorical=age"], r"`data.categorical` \(=age\) must be a list of texts"),
         (
             ["model.hidden_layers=[8,x]"],
-            r"`model.hidden_layers` \(=\[8, 'x'\]\) must be a list of whole numbers, e.g. model.hidden_layers=\[8, 8\]",
+            r"`model.hidden_layers` \(=\[8, x\]\) must be a list of whole numbers, e.g. model.hidden_layers=\[8, 8\]",
         ),
         (["skew.unlabeled_only_classes=3"], r"`skew.unlabeled_only_classes` \(=3\) must be a list of texts"),
         (["skew.unlabeled_only_classes=[[1]]"], r"`skew.unlabeled_only_classes` \(=\[\[1\]\]\) must be a list"),
-        (["skew.labeled_imbalance=0"], r"`skew.labeled_imbalance` \(=0.0\)"),
+        (["skew.labeled_imbalance=0"], r"`skew.labeled_imbalance` \(=0\)"),
     ],
 )
 def test_labels_and_skew_that_cannot_be(overrides: list[str], message: str) -> None:
@@ -261,7 +299,7 @@ def test_imprecise_labels_are_those_of_all_samples_unless_an_amount_is_given(
     [
         (
             ["supervision.mix=[{share: 0.5}, {share: 0.5, kindd: partial}]"],
-            r"`supervision.mix\[1\].kindd` is not .* Did you mean supervision.mix\[1\].kind\? Allowed .*share",
+            r"`supervision.mix\[1\].kindd` is not .* Did you mean supervision.mix\[1\].kind\?",
         ),
         (
             ["supervision.mix=[{kind: full}]"],
@@ -286,16 +324,16 @@ def test_imprecise_labels_are_those_of_all_samples_unless_an_amount_is_given(
         (["supervision.labels_keys=x"], r"`supervision.labels_keys` \(=x\) must be a list of texts"),
         (["supervision.mix=[{share: 0.6}, {share: 0.6}]"], r"The shares of `supervision.mix` sum to 1.2"),
         (["supervision.mix=half"], r"`supervision.mix` \(=half\) must be a list of mappings, e.g. supervision.mix=\["),
-        (["supervision.mix={share: 0.5}"], r"`supervision.mix` \(=\{'share': 0.5\}\) must be a list of mappings"),
-        (["supervision.mix=[half]"], r"`supervision.mix` \(=\['half'\]\) must be a list of mappings"),
+        (["supervision.mix={share: 0.5}"], r"`supervision.mix` \(=\{share: 0.5\}\) must be a list of mappings"),
+        (["supervision.mix=[half]"], r"`supervision.mix` \(=\[half\]\) must be a list of mappings"),
         (["supervision.mix=null"], r"`supervision.mix` \(=null\) must be a list of mappings"),
         (
             ["supervision.mix.0.share=0.5"],
-            r"`supervision.mix` \(=\{'0': \{'share': 0.5\}\}\) must be a list of mappings",
+            r"`supervision.mix` \(=\{'0': \{share: 0.5\}\}\) must be a list of mappings",
         ),
         (
             [MIX, "supervision.mix.0.share=0.5"],
-            r"`supervision.mix` \(=\{'0': \{'share': 0.5\}\}\) does not fit .* A list is replaced as a whole",
+            r"`supervision.mix` \(=\{'0': \{share: 0.5\}\}\) does not fit .* A list is replaced as a whole",
         ),
         (
             [MIX, "supervision.labels_at=some_clients", "supervision.labeled_clients=2"],
@@ -325,7 +363,7 @@ BAGS = ["supervision.kind=bags", "supervision.bag_size=4"]
     [
         (
             ["method.name=llp_bp", "supervision.count_epsilon=1"],
-            r"`method.lambda_bag` \(=inf\) takes counts for exact, .* `supervision.count_epsilon` \(=1.0\)",
+            r"`method.lambda_bag` \(=inf\) takes counts for exact, .* `supervision.count_epsilon` \(=1\)",
         ),
         (["method.name=llp_bp", "num_rounds=10"], r"`num_rounds` \(=10\) ends before the last of `method.num_stages`"),
         (["method.name=llp_bp", "supervision.bag_size=0"], r"`supervision.bag_size` \(=0\)"),
@@ -382,12 +420,12 @@ def test_no_number_may_be_what_it_cannot_mean(value: str) -> None:
     ("overrides", "message"),
     [
         (["seed=9007199254740993"], r"`seed` \(=9007199254740993\) must be a whole number in \[-9007199254740992, "),
-        (["seed=1e3"], r"`seed` \(=1000.0\) must be a whole number \(write 1000\)"),
+        (["seed=1e3"], r"`seed` \(=1e3\) must be a whole number \(write 1000\)"),
         (["seed=true"], r"`seed` \(=true\) must be a whole number"),
         (["training.nesterov=3.5x"], r"`training.nesterov` \(=3.5x\) must be true or false"),
         (["seed=null"], r"`seed` \(=null\) must be a whole number; its default is 0"),
         (["data.root=null"], r"`data.root` \(=null\) must be a text"),
-        (["data.root=[a]"], r"`data.root` \(=\['a'\]\) must be a text \(in quotes, if it has brackets"),
+        (["data.root=[a]"], r"`data.root` \(=\[a\]\) must be a text \(in quotes, if it has brackets"),
         (["data.train_samples=many"], r"`data.train_samples` \(=many\) must be a whole number or null"),
         (["strategy.args=[1,2,3]"], r"`strategy.args` \(=\[1, 2, 3\]\) must be a mapping, e.g. \{name: value\}"),
         (["method.name=[1,2]"], r"`method.name` \(=\[1, 2\]\) must be a text"),
@@ -399,8 +437,10 @@ def test_no_number_may_be_what_it_cannot_mean(value: str) -> None:
         (["model.name=mlp", "model.hidden_layers=[1048577]"], r"at most 100 widths in \[1, 1048576\]"),
         (["augment.num_ops=1000000000"], r"`augment.num_ops` \(=1000000000\) must lie in \[1, 14\]"),
         (["grid.num_workers=100000"], r"`grid.num_workers` \(=100000\) must lie in \[1, 1024\]"),
-        (["grid.timeout=1e10"], r"`grid.timeout` \(=10000000000.0\) must lie in \(0, 1e\+09\]"),
+        (["grid.timeout=1e10"], r"`grid.timeout` \(=1e10\) must lie in \(0, 1e\+09\]"),
         (["method.name=forward", "method.matrix=[1,2]"], r"`method.matrix` .* a list of lists of numbers, e.g."),
+        (["method.name=forward", "method.matrix=[{a: 1}]"], r"`method.matrix` .* a list of lists of numbers, e.g."),
+        (["method.name=forward", "method.matrix=[[null]]"], r"`method.matrix` .* a list of lists of numbers, e.g."),
     ],
 )
 def test_types_and_sizes(overrides: list[str], message: str) -> None:

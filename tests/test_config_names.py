@@ -49,6 +49,15 @@ def test_what_is_meant(override: str, words: str) -> None:
         load_config([], [override])
 
 
+def test_all_keys_are_named_only_where_none_is_near() -> None:
+    with pytest.raises(ConfigError) as near:
+        load_config([], ["training.learning_rate=1"])
+    assert str(near.value) == "`training.learning_rate` is not a configuration key. Did you mean training.lr?"
+    with pytest.raises(ConfigError, match="Allowed here: lr, optimizer") as far:
+        load_config([], ["training.zzzzz=1"])
+    assert "Did you mean" not in str(far.value)
+
+
 def test_a_key_with_a_dot_in_a_file(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("training.lr: 1\n")
     with pytest.raises(ConfigError, match=r"in a file a mapping stands for the dot, `training: \{lr: ...\}`"):

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from fedlabel.training import ImageTransform
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.bags import Bags
 from fedlabel.data.datasets import Split
 from fedlabel.evaluation import bag_error, evaluate
-from fedlabel.training import ImageTransform
 
 
 def test_evaluation_by_hand() -> None:

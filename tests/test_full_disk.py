@@ -116,7 +116,8 @@ def test_an_impossible_out(command: str, place: str, whole: Path, tmp_path: Path
     out = path.format(tmp_path)
     result = CliRunner().invoke(app, [command, *arguments[command], "--out", out])
     assert result.exit_code == 2, result.output
-    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    (line,) = result.output.splitlines()  # nothing is printed before
+    assert line.startswith("Error: ")
     assert out in line
     assert message in line
 

@@ -60,8 +60,14 @@ def test_a_section_is_shown_with_every_key(name: str) -> None:
         ("fixmtch", "neither a method nor a section .* Did you mean fixmatch"),
         ("method", "other keys for every method: fedlabel list METHOD"),
         ("os:system", "must be a subclass"),
+        ("adult", "neither a method nor a section but a value of data.name: data.name=adult."),
+        ("torchvision:resnet18", "a value of model.name: model.name=torchvision:resnet18."),
+        ("flwr_datasets:ShardPartitioner", "a value of partition.kind: "),
+        ("FedAdam", "a value of strategy.name: strategy.name=FedAdam."),
+        ("adamw", "a value of training.optimizer: "),
+        ("flexmatch", "a value of method.mask.kind: "),
     ],
 )
 def test_what_is_not_there(name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        list(about(name, 80))
+        list(about(name, 80, strategy_names()))

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from fedlabel.methods.steps import PseudoLabels
+
 from fedlabel.metrics import (
     CALIBRATION_BINS,
     add_counts,

@@ -154,7 +154,7 @@ def test_what_a_loader_has_to_say_is_logged_once_by_the_server(
 ) -> None:
     overrides = small_npz(tmp_path / "set.npz", weights=np.zeros(3))
     fedlabel.run([], overrides, name="x", out=tmp_path)
-    said = [record for record in caplog.records if "weights of it is not read" in record.getMessage()]
+    said = [record for record in caplog.records if "weights of it is used only" in record.getMessage()]
     assert len(said) == 1
     assert said[0].levelname == "WARNING"
 

@@ -52,7 +52,7 @@ def ledger(out: Path) -> dict[str, Any]:
         ({"methods": {"A b": [], "a-B": []}}, ["`methods` has 'A b' and 'a-B'", "rename one"]),
         ({"methods": {"λ": []}}, ["`methods` has a name ('λ')"]),
         ({"seeds": [0, 0]}, ["`seeds` (=[0, 0])"]),
-        ({"seeds": [0, "x"]}, ["`seeds`", "'x'", "whole numbers"]),
+        ({"seeds": [0, "x"]}, ["`seeds` (=[0, x])", "whole numbers"]),
         ({"targets": [60]}, ["`targets` (=[60.0]) must lie in (0, 1)"]),
         ({"final_split": "train"}, ["`final_split` (=train)", "test, validation"]),
         ({"search": {"values": []}}, ["`search.values` (=[]) must be at least one number"]),

@@ -8,15 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from fedlabel.batches import draw_batches
-from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.supervision import Supervision, supervise
-from fedlabel.methods import METHODS
 from fedlabel.methods.base import Method, Phase, Prepared, Survey, Update, sum_updates
-from fedlabel.methods.fedlabel import FedLabel
-from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.steps import (
     Batch,
     LossFunction,
@@ -27,9 +20,16 @@ from fedlabel.methods.steps import (
     Step,
     cross_entropy_on_labels,
 )
+from fedlabel.training import ClientData, ClientUpdate, ImageTransform, Trainer, train_client, train_server
+from torch import Tensor, nn
+
+from fedlabel.data.augment import AugmentConfig
+from fedlabel.data.supervision import Supervision, supervise
+from fedlabel.methods import METHODS
+from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.supervised import Supervised
 from fedlabel.seeding import torch_generator
-from fedlabel.training import ClientData, ClientUpdate, ImageTransform, Trainer, train_client, train_server
 from fedlabel.training_config import TrainingConfig
 from tests.methods.test_contract import LATE, make, make_student
 

@@ -6,7 +6,6 @@ proximal term and strategy) alone. A sweep names its own rows and sections; what
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 
 from fedlabel.config import ExperimentConfig, flatten, load_config
 from fedlabel.methods.supervised import Supervised
-from fedlabel.names import counted
+from fedlabel.names import counted, did_you_mean
 from fedlabel.sweep import SWEEP_JSON, CompareConfig, SweepConfig, format_value, parse_sweep
 from fedlabel.tracking import SUMMARY_JSON, averaged_rounds, name_mean, read_metrics, read_summary
 
@@ -201,10 +200,8 @@ def read_comparison(
 def _check_row(comparison: Comparison, baseline: str | None) -> None:
     rows = list(dict.fromkeys(row for section in comparison.sections.values() for row in section))
     if baseline is not None and baseline not in rows:
-        near = difflib.get_close_matches(baseline, rows, n=1)
         raise ValueError(
-            f"`--baseline` (={baseline}) must be one of the rows: {'; '.join(rows)}."
-            f"{f' Did you mean {near[0]}?' if near else ''}"
+            f"`--baseline` (={baseline}) must be one of the rows: {'; '.join(rows)}.{did_you_mean(baseline, rows)}"
         )
 
 
@@ -312,10 +309,8 @@ def split_sections(runs: Iterable[Run], by: Sequence[str]) -> dict[str, list[Run
     known = {key for run in runs for key in run.flat}
     for key in by:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(
-                f"`--by` names {key}, which is no configuration key.{f' Did you mean {near[0]}?' if near else ''}"
-            )
+            hint = did_you_mean(key, sorted(known))
+            raise ValueError(f"`--by` names {key}, which is no configuration key.{hint}")
     sections: dict[str, list[Run]] = {}
     for run in runs:
         name = ", ".join(f"{key}={run.flat.get(key)}" for key in by) or "all"

@@ -10,8 +10,10 @@ import numpy as np
 
 from fedlabel.data.cells import MISSING
 from fedlabel.data.loaders import DataError
-from fedlabel.data.names import alike, closest, in_order, listed, shown
+from fedlabel.data.names import alike, in_order, listed
 from fedlabel.data.table_labels import MAYBE_CLASSES, UNLABELLED
+from fedlabel.names import did_you_mean
+from fedlabel.shown import shown
 
 MAX_NAME = 200
 """Letters of a class's name; a longer one is no name."""
@@ -268,11 +270,10 @@ def _places(given: Sequence[_Given], number: Mapping[str, int], where: Mapping[s
         for label in different.tolist():
             if label != nothing and str(label) not in number:
                 row = int(np.flatnonzero(each.values == label)[0])
-                near = closest(str(label), number)
                 raise DataError(
                     f"{where[key]}: the label of sample {row} (={shown(label)}) is none of the classes: "
                     f"{listed(list(number))}."
-                    + (f" Did you mean {near}?" if near else "")
+                    + did_you_mean(str(label), number)
                     + " A class without a training sample must be named in `class_names`, with all others."
                 )
         table = np.array([-1 if label == nothing else number[str(label)] for label in different.tolist()], np.int64)

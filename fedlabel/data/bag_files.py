@@ -19,10 +19,11 @@ from fedlabel.data.class_names import NO_CLASS, ClassNames
 from fedlabel.data.csv_files import read_csv
 from fedlabel.data.datasets import DataConfig, Dataset
 from fedlabel.data.loaders import DataError, data_root
-from fedlabel.data.names import listed, shown
+from fedlabel.data.names import listed
 from fedlabel.data.own_columns import name_of, own_column
 from fedlabel.data.parquet_files import read_parquet
 from fedlabel.data.supervision_config import LabelKind, SupervisionConfig
+from fedlabel.shown import shown
 
 
 def read_bags(path: Path, bag_of: np.ndarray, class_names: tuple[str, ...], held_out: bool) -> Bags:

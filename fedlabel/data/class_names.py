@@ -7,20 +7,18 @@ place, from 0 on. Upper and lower case and blanks around a name do not matter wh
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fedlabel.data import names as naming
 from fedlabel.data.cells import MISSING
+from fedlabel.data.names import listed
+from fedlabel.names import did_you_mean
 
 NO_CLASS = -1
 """In place of the number of a class: none was given. Where -1 is itself the name of a class, it means that class."""
-MAX_SHOWN = 60
-"""Letters of a value that a message shows."""
 
 
 class ClassNames:
@@ -112,7 +110,7 @@ class ClassNames:
 
     def listed(self) -> str:
         """Returns the names for a message, the first 20 of them."""
-        return naming.listed(self.names, 20)
+        return listed(self.names, 20)
 
 
 def find_classes(key: str, given: Sequence[str], names: Sequence[str], left: str) -> list[int]:
@@ -135,8 +133,7 @@ def find_classes(key: str, given: Sequence[str], names: Sequence[str], left: str
             if place == NO_CLASS:
                 raise ValueError(classes.unknown())
         except ValueError as error:
-            near = difflib.get_close_matches(name, names, n=1)
-            raise ValueError(f"{where}: {name} {error}." + (f" Did you mean {near[0]}?" if near else "")) from error
+            raise ValueError(f"{where}: {name} {error}.{did_you_mean(name, names)}") from error
         found.append(place)
     if len(set(found)) < len(found):
         raise ValueError(f"{where} names a class twice: {', '.join(names[place] for place in found)}.")
@@ -183,12 +180,3 @@ def _scalar(value: object) -> object:
 
 
 _NO_SCALAR = object()
-
-
-def shown(value: object) -> str:
-    """Returns a value for a message: in one line, cut, and nothing in it that a terminal obeys."""
-    try:
-        text = repr(value)
-    except Exception as error:
-        text = f"<{type(value).__name__}, whose repr fails: {type(error).__name__}>"
-    return naming.shown(" ".join(text.split()), MAX_SHOWN)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlabel.data.loaders import DataError
-from fedlabel.data.text_tables import Interner, TextTable, check_names, shown
+from fedlabel.data.text_tables import Interner, TextTable, check_names, quoted
 
 MAX_LINE = 2**25
 """Characters of a line, and so of a cell. Longer ones are taken for damage."""
@@ -179,7 +179,7 @@ class _Reading:
             if place in kept and ("\n" in cell or "\r" in cell):
                 raise DataError(
                     f"{self.path}, line {self.before + 1}: cell {place + 1} goes on to line {self.line}: "
-                    f"{shown(cell)}. If a quote is not closed: correct it; else leave the column out by "
+                    f"{quoted(cell)}. If a quote is not closed: correct it; else leave the column out by "
                     "data.drop_columns, or its line breaks."
                 )
         self.multiline.append(self.before + 1)

@@ -7,7 +7,6 @@ shows its class) is kept beside the images. Tables end up as float32 (n, feature
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -34,6 +33,7 @@ from fedlabel.data.loaders import (
 from fedlabel.data.npz_files import load_npz
 from fedlabel.data.table_files import load_adult, load_bank_marketing, load_breast_cancer, load_magic, load_table
 from fedlabel.data.tables import LoadedTable, Table, encode
+from fedlabel.names import did_you_mean
 from fedlabel.seeding import numpy_generator
 
 
@@ -79,8 +79,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.name not in DATASETS:
-            near = difflib.get_close_matches(self.name, DATASETS, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(self.name, DATASETS)
             raise DataError(f"`data.name` (={self.name}) must be one of {', '.join(DATASETS)}.{hint}")
         if not 0 <= self.validation_fraction < 1:
             raise DataError(f"`data.validation_fraction` (={self.validation_fraction}) must lie in [0, 1).")
@@ -148,10 +147,9 @@ class Dataset:
         if self.tabular:
             table = self.tables[part]
             if name not in (*table.names, *table.aside):
-                near = difflib.get_close_matches(name, table.names, n=1)
                 raise DataError(
                     f"`supervision.bag_feature` (={name}) must be one of the columns of {self.name}: "
-                    f"{', '.join(table.names)}." + (f" Did you mean {near[0]}?" if near else "")
+                    f"{', '.join(table.names)}.{did_you_mean(name, table.names)}"
                 )
             return table.column(name)
         pixels = getattr(self, part).images.flatten(1)

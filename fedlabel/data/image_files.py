@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fedlabel.data.loaders import DataError, check_memory, instead_of_data
-from fedlabel.data.names import shown
+from fedlabel.shown import shown
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 """Pillow's readers that are asked: none that calls another program, and none (TGA) that takes anything for an image."""

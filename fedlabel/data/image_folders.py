@@ -14,9 +14,10 @@ import torch
 
 from fedlabel.data.image_files import EXTENSIONS, Header, read_headers, read_pixels
 from fedlabel.data.loaders import DataError, Loaded, Split, data_root
-from fedlabel.data.names import alike, closest, in_order, listed, shown
+from fedlabel.data.names import alike, in_order, listed
 from fedlabel.data.repeats import repeated_images
-from fedlabel.names import counted
+from fedlabel.names import counted, near
+from fedlabel.shown import shown
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
@@ -116,12 +117,12 @@ def _instead(root: Path) -> str:
     if not root.is_dir():
         return " That is a file: unpack it." if root.is_file() else ""
     folders = [path.name for path in _entries(root) if path.is_dir()]
-    found = {part: closest(part, folders) for part in ("train", "test") if part not in folders}
-    near = [f"{name} to {part}" for part, name in found.items() if name]
+    found = {part: near(part, folders) for part in ("train", "test") if part not in folders}
+    renames = [f"{names[0]} to {part}" for part, names in found.items() if names]
     inside = [name for name in folders if all((root / name / part).is_dir() for part in PARTS)]
     if inside:
         return f" Set data.root={shown(root / inside[0], 500)}?"
-    return f" Rename {', '.join(near)}?" if near else f" It holds {listed(folders) or 'no folders'}."
+    return f" Rename {', '.join(renames)}?" if renames else f" It holds {listed(folders) or 'no folders'}."
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -182,10 +183,10 @@ def _class_names(root: Path, tree: _Tree) -> tuple[str, ...]:
     for name in sorted(set(test) - set(train)):
         if _is_unlabeled(name):
             raise DataError(f"{root / 'test' / name}: images of the test set need a class. Move them to train/{name}.")
-        near = closest(name, train)
+        meant = near(name, train)
         raise DataError(
             f"{root / 'test'} has the class {name}, which {root / 'train'} has not"
-            + (f": did you mean {near}? Give both one name." if near else ".")
+            + (f": did you mean {meant[0]}? Give both one name." if meant else ".")
             + " Every class of the test set must be in the training set."
         )
     return tuple(in_order([name for name in train if train[name].images or (name in test and test[name].images)]))

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedlabel.data.class_names import NO_CLASS, ClassNames, shown
+from fedlabel.data.class_names import NO_CLASS, ClassNames
 from fedlabel.data.csv_files import read_csv
 from fedlabel.data.datasets import Dataset
 from fedlabel.data.loaders import DataError
 from fedlabel.data.names import listed
 from fedlabel.data.npz_files import read_npz
 from fedlabel.data.parquet_files import read_parquet
+from fedlabel.shown import shown_repr
 
 PICKLED = (".pt", ".pth", ".pkl", ".pickle")
 CSV = (".csv", ".tsv", ".txt", ".gz")
@@ -80,7 +81,7 @@ def _read(path: Path, keys: Sequence[str]) -> Mapping[str, Column]:
     if missing := [name for name in keys if name not in found]:
         known = list(found) if suffix in (*CSV, *PARQUET, ".npy") else names
         raise DataError(
-            f"`supervision.labels_keys`: {path} has no array or column {shown(missing[0])}, only "
+            f"`supervision.labels_keys`: {path} has no array or column {shown_repr(missing[0])}, only "
             f"{listed(known) or 'none at all'}."
         )
     if not found:
@@ -156,7 +157,7 @@ def _numbers(what: str, column: Column, classes: ClassNames) -> np.ndarray:
             numbers[value] = classes.find(value)
         except ValueError as error:
             raise DataError(
-                f"{what}: label {values.index(value)} (={shown(value)}) {error}. Where there is no label, leave it "
-                f"empty{'' if NO_CLASS in classes else ', or write -1'}."
+                f"{what}: label {values.index(value)} (={shown_repr(value)}) {error}. Where there is no label, leave "
+                f"it empty{'' if NO_CLASS in classes else ', or write -1'}."
             ) from error
     return np.array([numbers[value] for value in values], dtype=np.int64)

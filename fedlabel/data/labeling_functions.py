@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedlabel.data.class_names import NO_CLASS, ClassNames, shown
+from fedlabel.data.class_names import NO_CLASS, ClassNames
+from fedlabel.shown import shown_repr
 
 ABSTAIN = NO_CLASS
 MAX_ERROR = 200
@@ -148,7 +149,7 @@ def cast_votes(
 
 def function_name(function: LabelingFunction) -> str:
     """Returns what to call a function in messages and tables."""
-    return str(getattr(function, "__name__", None) or shown(function))
+    return str(getattr(function, "__name__", None) or shown_repr(function))
 
 
 def _vote(function: LabelingFunction, report: FunctionReport, sample: Any, place: int, classes: ClassNames) -> int:
@@ -194,4 +195,4 @@ def _invalid(answer: object, error: ValueError) -> str:
         return "a coroutine: write the function without async"
     if inspect.isgenerator(answer):
         return "a generator: write the function with return, not yield"
-    return f"{shown(answer)}, which {error}"
+    return f"{shown_repr(answer)}, which {error}"

@@ -1,19 +1,13 @@
-"""Names of classes, and how names and values are shown in messages."""
+"""Names of classes, and how they are listed in messages."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 from fedlabel.data.cells import is_number
-
-
-def shown(value: object, most: int = 100) -> str:
-    """Returns a text for messages: what a terminal would obey is escaped, and what is long is cut."""
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value)[: most + 1])
-    return text if len(text) <= most else f"{text[:most]}…"
+from fedlabel.shown import shown
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:
@@ -29,13 +23,6 @@ def in_order(names: Sequence[str]) -> list[str]:
     except ValueError:
         return sorted(names)
     return sorted(names, key=numbers.__getitem__) if all(map(math.isfinite, numbers.values())) else sorted(names)
-
-
-def closest(name: str, names: Iterable[str]) -> str | None:
-    """Returns the one of `names` that is `name` but for case and blanks, or else nearly; None if none is."""
-    plain = {"".join(each.casefold().split()): each for each in names}
-    near = difflib.get_close_matches("".join(name.casefold().split()), plain, n=1)
-    return plain[near[0]] if near else None
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:

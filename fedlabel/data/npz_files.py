@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import struct
 import tokenize
@@ -29,8 +28,10 @@ from fedlabel.data.loaders import (
     data_root,
     instead_of_data,
 )
-from fedlabel.data.names import listed, shown
+from fedlabel.data.names import listed
 from fedlabel.data.repeats import repeated_images
+from fedlabel.names import near
+from fedlabel.shown import shown
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
@@ -83,7 +84,10 @@ def load_npz(config: DataConfig) -> Loaded:
     unread = [name for name in names if name not in (*KEYS, *OPTIONAL_KEYS)]
     if unread:
         hint = _meant(["class_names"], unread) if "class_names" not in names else ""
-        notes.append(f"{path}: {listed(unread)} of it {'is' if len(unread) == 1 else 'are'} not read.{hint}")
+        is_used = "is used" if len(unread) == 1 else "are used"
+        notes.append(
+            f"{path}: {listed(unread)} of it {is_used} only where a key names it, e.g. partition.column.{hint}"
+        )
     notes += [*labels.notes, *repeated_images(train, test, str(path))]
     return Loaded(train, test, labels.class_names, tuple(notes))
 
@@ -109,7 +113,7 @@ def _meant(missing: Collection[str], names: Collection[str]) -> str:
     found: dict[str, str] = {}
     for key in missing:
         same_start = [name for name in plain if name[:1] == key[0]]
-        likely = (key, *ALIKE[key], *difflib.get_close_matches(key, same_start, n=1, cutoff=0.75))
+        likely = (key, *ALIKE[key], *near(key, same_start, cutoff=0.75))
         meant = next((plain[name] for name in likely if name in plain), None)
         if meant is not None:
             found[key] = meant

@@ -10,9 +10,10 @@ import numpy as np
 from fedlabel.data.cells import MISSING
 from fedlabel.data.datasets import DATASETS, DataConfig, Dataset
 from fedlabel.data.loaders import DataError, data_root
-from fedlabel.data.names import listed, shown
+from fedlabel.data.names import listed
 from fedlabel.data.npz_files import read_npz
 from fedlabel.data.partition import PartitionConfig
+from fedlabel.shown import shown
 
 
 def with_columns_aside(data: DataConfig, wanted: Mapping[str, str]) -> DataConfig:

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from fedlabel.data.loaders import DataError
-from fedlabel.data.text_tables import Interner, TextTable, as_list, check_names, shown
+from fedlabel.data.text_tables import Interner, TextTable, as_list, check_names, quoted
+from fedlabel.shown import shown
 
 MAX_CELLS = 2**28
 """A few bytes of Parquet can hold any number of equal cells."""
@@ -37,7 +38,7 @@ def read_parquet(path: Path, skipped: Collection[str] = ()) -> TextTable:
                 kind = kind.value_type if types.is_dictionary(kind) else kind
                 if types.is_nested(kind) or "binary" in str(kind):
                     raise DataError(
-                        f"{path}: column {shown(name)[1:-1]} holds {shown(str(kind))}, neither numbers nor texts. "
+                        f"{path}: column {shown(name)} holds {quoted(str(kind))}, neither numbers nor texts. "
                         f"Write it as several columns, or leave it out by data.drop_columns={as_list(name)}."
                     )
             if not kept or not rows:

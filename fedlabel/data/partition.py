@@ -11,7 +11,6 @@ https://arxiv.org/abs/1905.12022): a Dirichlet vector over *clients* per class; 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import json
@@ -23,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedlabel.data.names import in_order, listed
+from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
 
 KINDS = ("iid", "dirichlet", "dirichlet_per_class", "classes_per_client", "quantity_skew")
@@ -67,8 +67,7 @@ class PartitionConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in (*KINDS, COLUMN) and not self.kind.startswith(FLWR_DATASETS):
-            near = difflib.get_close_matches(self.kind, (*KINDS, COLUMN), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(self.kind, (*KINDS, COLUMN))
             raise ValueError(
                 f"`{self.key}.kind` (={self.kind}) must be one of {', '.join(KINDS)}, {COLUMN}, "
                 f"{FLWR_DATASETS}<Class>.{hint}"

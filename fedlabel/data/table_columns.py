@@ -18,7 +18,9 @@ import torch
 from fedlabel.data.cells import LARGEST, Numbers, is_number, looks_like, read_numbers
 from fedlabel.data.loaders import DataError
 from fedlabel.data.tables import LoadedTable, Table
-from fedlabel.data.text_tables import TextTable, as_list, did_you_mean, listed, shown, summed, unreadable
+from fedlabel.data.text_tables import TextTable, as_list, listed, quoted, summed, unreadable
+from fedlabel.names import did_you_mean
+from fedlabel.shown import shown
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig
@@ -50,7 +52,7 @@ class Rows(NamedTuple):
         if max(map(len, cells), default=0) > MAX_TEXT:
             place = next(place for place, cell in enumerate(cells) if len(cell) > MAX_TEXT)
             raise DataError(
-                f"{self.place(name, place)}: a text of {len(cells[place])} characters, {shown(cells[place])}. Neither "
+                f"{self.place(name, place)}: a text of {len(cells[place])} characters, {quoted(cells[place])}. Neither "
                 f"a number nor a category has more than {MAX_TEXT}: leave the column out by "
                 f"data.drop_columns={as_list(name)}."
             )
@@ -58,7 +60,7 @@ class Rows(NamedTuple):
 
     def place(self, name: str, row: int) -> str:
         """Returns how messages name a cell."""
-        return f"{self.file.where}: column {shown(name)[1:-1]}, data row {self.rows[row] + 1}"
+        return f"{self.file.where}: column {shown(name)}, data row {self.rows[row] + 1}"
 
 
 def split_off_test(
@@ -84,7 +86,7 @@ def split_off_test(
     if len(single := np.flatnonzero(sizes < 2)):
         rows = [int(row) + 1 for row in np.flatnonzero(np.isin(labels, single))[:1]]
         there = f"one row (data row {rows[0]})" if rows else "no row"
-        reason = f"class {shown(class_names[single[0]])} has {there}, and a class needs two"
+        reason = f"class {quoted(class_names[single[0]])} has {there}, and a class needs two"
     elif not len(class_names) <= count <= len(known) - len(class_names):
         reason = f"of {count} test rows and {len(known) - count} training rows every class needs one"
     if reason:
@@ -155,7 +157,7 @@ def check_columns(file: TextTable, config: DataConfig, left_out: Sequence[str]) 
             if name not in file.names:
                 others = [each for each in file.names if each != config.label_column]
                 raise DataError(
-                    f"`data.{key}`: {file.where} has no column {shown(name)[1:-1]}, only {listed(others)}."
+                    f"`data.{key}`: {file.where} has no column {shown(name)}, only {listed(others)}."
                     + did_you_mean(name, others)
                 )
 
@@ -190,23 +192,21 @@ class _Reading:
         if tested.odd:
             place = next(place for place, cell in enumerate(others) if cell in tested.odd)
             raise DataError(
-                f"{self.test.place(name, place)}: {shown(others[place])} is no number, while all training cells of the "
-                f"column are. Correct it; or {self._ways_out(name, others[place])}."
+                f"{self.test.place(name, place)}: {quoted(others[place])} is no number, while all training cells of "
+                f"the column are. Correct it; or {self._ways_out(name, others[place])}."
             )
         for rows, read in ((self.train, found), (self.test, tested)):
             if len(large := np.flatnonzero(np.abs(read.values) > LARGEST)):
                 raise DataError(
-                    f"{rows.place(name, large[0])}: {shown(rows.cells(name)[large[0]])} is beyond {LARGEST:g}, no "
+                    f"{rows.place(name, large[0])}: {quoted(rows.cells(name)[large[0]])} is beyond {LARGEST:g}, no "
                     "measurement. Write a number, or leave it empty."
                 )
         self.numbers[name] = [found.values, tested.values]
         marks = Counter(found.marks) + Counter(tested.marks)
         if marks:
-            self.missing.append(
-                f"{shown(name)[1:-1]} ({', '.join(f'{shown(m)} {n}' for m, n in marks.most_common(5))})"
-            )
+            self.missing.append(f"{shown(name)} ({', '.join(f'{quoted(m)} {n}' for m, n in marks.most_common(5))})")
         if found.leading_zero:
-            self.zeros.append(f"{shown(name)[1:-1]} ({shown(found.leading_zero)})")
+            self.zeros.append(f"{shown(name)} ({quoted(found.leading_zero)})")
 
     def _are_categories(self, name: str, cells: list[str], found: Numbers) -> bool:
         """Whether a column, of which some cells are neither numbers nor missing, holds categories.
@@ -220,7 +220,7 @@ class _Reading:
         share = sum(looks[cell] is not None for cell in sample) / len(sample)
         if plain + share * odd < (plain + odd) / 2:
             if plain:
-                self.mixed.append(f"{shown(name)[1:-1]} ({plain} numbers, and texts like {shown(sample[0])})")
+                self.mixed.append(f"{shown(name)} ({plain} numbers, and texts like {quoted(sample[0])})")
             return True
         first = next((cell for cell in sample if looks[cell] is not None), sample[0]) if share >= 0.5 else sample[0]
         place, look = cells.index(first), looks[first]
@@ -229,7 +229,7 @@ class _Reading:
             what, cure = "a number with a decimal point", "With data.decimal=comma write decimals behind a comma."
         among = f", while {plain} of its {len(cells)} training cells are numbers" if plain else ""
         raise DataError(
-            f"{self.train.place(name, place)}: {shown(first)}, {what}{among}. {cure} Or "
+            f"{self.train.place(name, place)}: {quoted(first)}, {what}{among}. {cure} Or "
             f"{self._ways_out(name, first if look is None else None)}."
         )
 
@@ -239,13 +239,13 @@ class _Reading:
         ways = (
             f"set data.categorical={categorical} if these are categories, data.drop_columns={dropped} to leave them out"
         )
-        if cell is None or shown(cell)[1:-1] != cell:  # what is cut cannot be copied
+        if cell is None or shown(cell) != cell:  # what is cut cannot be copied
             return ways
         return f"set data.missing={as_list(*self.config.missing, cell)} if it means that nothing is known; or {ways}"
 
     def _read_categories(self, name: str, cells: list[str], others: list[str]) -> None:
         counts = Counter(cells)
-        head = f"{self.train.file.where}: column {shown(name)[1:-1]} has {len(counts)} categories"
+        head = f"{self.train.file.where}: column {shown(name)} has {len(counts)} categories"
         drop = f"data.drop_columns={as_list(*(self.config.drop_columns or ()), name)}"
         if len(counts) > MAX_CATEGORIES:
             raise DataError(
@@ -254,13 +254,13 @@ class _Reading:
         for part, texts in ((self.train, cells), (self.test, others)):
             if (found := unreadable(set(texts))) is not None:
                 raise DataError(
-                    f"{part.place(name, texts.index(found))}: {shown(found)} holds characters that no text has. Is the "
-                    f"file damaged? Correct it, or leave the column out by {drop}."
+                    f"{part.place(name, texts.index(found))}: {quoted(found)} holds characters that no text has. Is "
+                    f"the file damaged? Correct it, or leave the column out by {drop}."
                 )
         asked = name in (self.config.categorical or ())
         if not asked and len(counts) > MANY and len(counts) > len(cells) / 2:
             raise DataError(
-                f"{head} in {len(cells)} training rows, such as {shown(next(iter(counts)))}: names, identifiers or "
+                f"{head} in {len(cells)} training rows, such as {quoted(next(iter(counts)))}: names, identifiers or "
                 f"free text? Leave it out by {drop}, or set data.categorical="
                 f"{as_list(*(self.config.categorical or ()), name)} if they are categories."
             )
@@ -272,7 +272,7 @@ class _Reading:
             )
         if new := set(others) - set(counts):
             rows = sum(cell in new for cell in others)
-            self.unknown.append(f"{shown(name)[1:-1]} ({rows} rows, such as {shown(min(new))})")
+            self.unknown.append(f"{shown(name)} ({rows} rows, such as {quoted(min(new))})")
         self.categories[name] = [np.array(part, dtype=object) for part in (cells, others)]
 
     @property

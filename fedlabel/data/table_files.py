@@ -14,7 +14,8 @@ from fedlabel.data.table_columns import Rows, as_tables, check_columns, split_of
 from fedlabel.data.table_labels import LabelColumn
 from fedlabel.data.table_notes import column_notes
 from fedlabel.data.tables import LoadedTable
-from fedlabel.data.text_tables import TextTable, did_you_mean, listed
+from fedlabel.data.text_tables import TextTable, listed
+from fedlabel.names import did_you_mean
 
 if TYPE_CHECKING:
     from fedlabel.data.datasets import DataConfig

@@ -11,7 +11,9 @@ import numpy as np
 
 from fedlabel.data.cells import MISSING, is_number
 from fedlabel.data.loaders import DataError
-from fedlabel.data.text_tables import as_list, did_you_mean, listed, shown, unreadable
+from fedlabel.data.text_tables import as_list, listed, quoted, unreadable
+from fedlabel.names import did_you_mean
+from fedlabel.shown import shown
 
 MAYBE_CLASSES = frozenset(("none", "-", "--", "."))
 """Of the marks for what is not known those that are also used as names of classes (lesion: none; test: -)."""
@@ -47,10 +49,10 @@ class LabelColumn:
         """
         counts = Counter(cells)
         names = [name for name in counts if not self._absent(name)]
-        head = f"{where}: column {shown(self.name)[1:-1]}"
+        head = f"{where}: column {shown(self.name)}"
         if (found := unreadable(names)) is not None:
             raise DataError(
-                f"{head} holds characters that no text has in data row {cells.index(found) + 1}: {shown(found)}. Is "
+                f"{head} holds characters that no text has in data row {cells.index(found) + 1}: {quoted(found)}. Is "
                 "the file damaged? Correct it."
             )
         self._check_doubtful(head, names, cells)
@@ -75,7 +77,7 @@ class LabelColumn:
         if len(wrong := np.flatnonzero(numbers == -2)):
             cell = cells[wrong[0]]
             raise DataError(
-                f"{where}: data row {wrong[0] + 1} has the label {shown(cell)}, which is none of {listed(names)} of "
+                f"{where}: data row {wrong[0] + 1} has the label {quoted(cell)}, which is none of {listed(names)} of "
                 f"the training rows.{did_you_mean(cell, names)} Correct it, or delete the row."
             )
         return numbers
@@ -90,14 +92,14 @@ class LabelColumn:
         for name in names:
             if name.casefold() in MAYBE_CLASSES and not (name == "-" and "+" in names):
                 raise DataError(
-                    f"{head} holds {shown(name)} {cells.count(name)} times, first in data row {cells.index(name) + 1}: "
-                    f"a class, or no label? If no label, set data.missing={as_list(name)}; if a class, write "
+                    f"{head} holds {quoted(name)} {cells.count(name)} times, first in data row {cells.index(name) + 1}:"
+                    f" a class, or no label? If no label, set data.missing={as_list(name)}; if a class, write "
                     "it otherwise."
                 )
             if len(name) > MAX_NAME:
                 raise DataError(
                     f"{head} holds a text of {len(name)} characters in data row {cells.index(name) + 1}: "
-                    f"{shown(name)}. Names of classes have at most {MAX_NAME}. Is it the right column of labels?"
+                    f"{quoted(name)}. Names of classes have at most {MAX_NAME}. Is it the right column of labels?"
                 )
 
     def _check_spellings(self, head: str, names: Collection[str], cells: Sequence[str]) -> None:
@@ -106,7 +108,7 @@ class LabelColumn:
             key: object = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
             key = float(name) if is_number(name) else key
             if (other := seen.setdefault(key, name)) != name:
-                rows = [f"{shown(each)} (data row {cells.index(each) + 1})" for each in (other, name)]
+                rows = [f"{quoted(each)} (data row {cells.index(each) + 1})" for each in (other, name)]
                 same = "the same number" if isinstance(key, float) else "the same but for case, blanks or look"
                 raise DataError(f"{head} holds {rows[0]} and {rows[1]}, {same}: one class or two? Write it in one way.")
 
@@ -125,7 +127,7 @@ class LabelColumn:
         found = []
         if absent:
             marks = ", ".join(
-                f"{shown(cell) if cell else 'empty'} {count}" for cell, count in sorted(absent.items())[:9]
+                f"{quoted(cell) if cell else 'empty'} {count}" for cell, count in sorted(absent.items())[:9]
             )
             found.append(
                 f"{head} has no label in {sum(absent.values())} of {rows} rows ({marks}); of training rows these are "
@@ -133,7 +135,7 @@ class LabelColumn:
             )
         if meant := [name for name in names if name.casefold() in UNLABELLED and len(names) > 2]:
             found.append(
-                f"{head}: {shown(meant[0])} ({counts[meant[0]]} rows) is taken for a class. If it means no label, set "
+                f"{head}: {quoted(meant[0])} ({counts[meant[0]]} rows) is taken for a class. If it means no label, set "
                 f"data.missing={as_list(meant[0])}."
             )
         if len(names) > MANY and all(map(is_number, names)):

@@ -8,7 +8,8 @@ import numpy as np
 
 from fedlabel.data.cells import is_number
 from fedlabel.data.tables import Table
-from fedlabel.data.text_tables import as_list, listed, shown, summed
+from fedlabel.data.text_tables import as_list, listed, summed
+from fedlabel.shown import shown
 
 FAR = 5
 """A number is far from the others if the gap is so many times their range."""
@@ -57,7 +58,7 @@ def column_notes(where: str, train: Table, names: Sequence[str]) -> Iterator[str
             f"data.drop_columns={as_list(*counting[:5])}."
         )
     if far:
-        parts = [f"{shown(name)[1:-1]} ({value:g}, {count} of them)" for name, (value, count) in far]
+        parts = [f"{shown(name)} ({value:g}, {count} of them)" for name, (value, count) in far]
         yield (
             f"{where}: far from all other numbers of the column: {summed(parts)}. If it stands for a missing one, set "
             f"data.missing={as_list(f'{far[0][1][0]:g}')}; if it is damage, correct it."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedlabel.data.loaders import DataError
+from fedlabel.shown import shown
 
 INTERNED = 4096
 """So many different cells of a column are kept once, however often they stand there."""
@@ -56,10 +56,9 @@ class Interner:
         return map(self.known.get, cells, cells)
 
 
-def shown(text: str, limit: int = 60) -> str:
-    """Returns a cell or a name as messages show it: in backquotes, cut, and nothing in it that a terminal obeys."""
-    cut = text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text)} characters)"
-    return "`" + "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut) + "`"
+def quoted(text: str) -> str:
+    """Returns a cell or a name in backquotes, see `shown`."""
+    return f"`{shown(text)}`"
 
 
 def unreadable(texts: Iterable[str]) -> str | None:
@@ -76,7 +75,7 @@ def unreadable(texts: Iterable[str]) -> str | None:
 
 def listed(names: Sequence[str], limit: int = 20) -> str:
     """Returns names for a message, the first `limit` of them."""
-    return summed([shown(name)[1:-1] for name in names], limit)
+    return summed([shown(name) for name in names], limit)
 
 
 def summed(parts: Sequence[str], limit: int = 5) -> str:
@@ -87,15 +86,8 @@ def summed(parts: Sequence[str], limit: int = 5) -> str:
 def as_list(*texts: str) -> str:
     """Returns a list as the value of a key on the command line, its texts quoted where YAML needs it."""
     plain = [all(char.isalnum() or char in "_-." for char in text) and text[:1].isalnum() for text in texts]
-    quoted = ["'" + shown(text)[1:-1].replace("'", "''") + "'" for text in texts]
-    return f"[{','.join(text if bare else quote for text, bare, quote in zip(texts, plain, quoted, strict=True))}]"
-
-
-def did_you_mean(name: str, names: Sequence[str]) -> str:
-    """Returns a hint at the name that is meant, or nothing; names that differ only in case come first."""
-    same = [each for each in names if each.casefold() == name.casefold()]
-    near = same or difflib.get_close_matches(name, names[:1000], n=1)
-    return f" Did you mean {shown(near[0])[1:-1]}?" if near else ""
+    in_quotes = ["'" + shown(text).replace("'", "''") + "'" for text in texts]
+    return f"[{','.join(text if bare else quote for text, bare, quote in zip(texts, plain, in_quotes, strict=True))}]"
 
 
 def check_names(where: str, names: Sequence[str]) -> None:
@@ -108,5 +100,5 @@ def check_names(where: str, names: Sequence[str]) -> None:
     if twice:
         places = [str(place + 1) for place, name in enumerate(names) if name == twice[0]]
         raise DataError(
-            f"{where} has two columns of the name {shown(twice[0])} (numbers {listed(places, 5)}). Rename one of them."
+            f"{where} has two columns of the name {quoted(twice[0])} (numbers {listed(places, 5)}). Rename one of them."
         )

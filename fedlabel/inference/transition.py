@@ -58,6 +58,33 @@ def expected_set_counts(
     return transition * (inverse.T @ chosen)
 
 
+def expected_label_counts(
+    posterior: Tensor,
+    candidates: Tensor,
+    noisy: Tensor,
+    annotations: Tensor,
+    transitions: Tensor,
+    sets: SetLikelihood,
+) -> Tensor:
+    """Returns the expected counts of all noisy sets and labels, (matrices, classes, classes).
+
+    Args:
+        posterior: q (n, classes).
+        candidates: (n, classes) bool; those that are noisy count for the first matrix.
+        noisy: (n,) bool.
+        annotations: (n, annotators) int64, -1 = none.
+        transitions: (1, classes, classes), shared by all, or one per annotator.
+        sets: the likelihood of noisy sets.
+    """
+    several = len(transitions) > 1
+    first = expected_set_counts(posterior, candidates, noisy, transitions[0], sets)
+    counts = [first, *(torch.zeros_like(first) for _ in range(len(transitions) - 1))]
+    for annotator, labels in enumerate(annotations.unbind(-1)):
+        place = annotator if several else 0
+        counts[place] = counts[place] + expected_counts(posterior, labels)
+    return torch.stack(counts)
+
+
 def from_counts(counts: Tensor, prior: Tensor) -> Tensor:
     """Returns T from expected counts: (counts + prior) with rows normalised; a row without either is uniform.
 

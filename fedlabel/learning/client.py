@@ -20,6 +20,7 @@ from fedlabel.methods.batch import Model, Prepared, PseudoLabels, State, StateDi
 from fedlabel.methods.losses import pseudo_metrics
 from fedlabel.methods.recipe import Phase, Recipe
 from fedlabel.methods.uploads import ModelPart, PhaseResult
+from fedlabel.metric_tags import Tag, client_tags
 from fedlabel.seeding import derive_seed, torch_generator
 from fedlabel.training_config import TrainingConfig
 
@@ -75,6 +76,8 @@ class Trainer:
     """A second module of the same architecture; only its code is used, for frozen teachers."""
     transform: ImageTransform
     config: TrainingConfig
+    metrics: tuple[Tag, ...] = ()
+    """See `Method.metrics`."""
 
 
 def train_client(
@@ -98,6 +101,9 @@ def train_client(
         seed: the client's seed for this round; all random numbers derive from it.
         memory: what the client kept and the server shares; None: as for a client that never trained.
         extra_states: further weights that came along ("previous", "helper0", ...).
+
+    Raises:
+        ValueError: the method makes a metric that is not declared, see `Method.metrics`.
 
     Returns:
         The update. A phase without samples, or with 0 steps, does not run; a step that uses no sample moves nothing.
@@ -164,7 +170,7 @@ class _Run:
     ) -> None:
         self.results: list[PhaseResult] = []
         self.memory = memory
-        self.meter = Meter()
+        self.meter = Meter(client_tags(trainer.metrics))
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         """Samples that a phase could draw."""
         self._trainer, self._config, self._data, self._states, self._seed = trainer, config, data, states, seed

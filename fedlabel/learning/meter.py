@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from fedlabel.methods.batch import PseudoLabels, Votes
+from fedlabel.metric_tags import Tag
 
 
 class Meter:
-    """What the phases of a round report, added up."""
+    """What the phases of a round report, added up.
 
-    def __init__(self) -> None:
+    Args:
+        tags: name -> tag of each metric that a client may send.
+    """
+
+    def __init__(self, tags: Mapping[str, Tag]) -> None:
+        self._tags = tags
         self.sums: dict[str, Tensor] = {}
         """Metric -> (2,) float64 (sum, count)."""
         self.forward = 0
@@ -28,8 +34,18 @@ class Meter:
         self._pseudo: list[PseudoLabels] = []
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds metrics, see `Step.metrics`."""
+        """Adds metrics, see `Step.metrics`.
+
+        Raises:
+            ValueError: one is not declared, so that the server would refuse it.
+        """
         for name, pair in metrics.items():
+            if name not in self._tags:
+                raise ValueError(
+                    f"The method makes the metric {name}, which nobody declared, so the server would refuse it. "
+                    f'Declare it: metrics = (Tag("{name}", title, unit, page, least=0.0, largest=1.0),) in the '
+                    "method's class, with Tag of fedlabel.metric_tags."
+                )
             self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
 
     def add_pseudo(self, pseudo: PseudoLabels | None, rows: Tensor, guessed: Tensor) -> None:

@@ -6,7 +6,6 @@ import importlib
 import traceback
 from pathlib import Path
 
-from fedlabel.methods.base import Method
 from fedlabel.methods.cc import CC
 from fedlabel.methods.co_teaching import CoTeaching
 from fedlabel.methods.count_likelihood import CountLikelihood
@@ -28,12 +27,14 @@ from fedlabel.methods.llp_vat import LLPVAT
 from fedlabel.methods.lws import LWS
 from fedlabel.methods.proden import PRODEN
 from fedlabel.methods.pseudo_label import PseudoLabel
+from fedlabel.methods.recipe import Method
 from fedlabel.methods.sage import SAGE
 from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
 from fedlabel.methods.top_count import TopCount
 from fedlabel.methods.uda import UDA
-from fedlabel.names import did_you_mean
+from fedlabel.metric_tags import client_tags
+from fedlabel.names import did_you_mean, simple
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
 IMPORTLIB = str(Path(importlib.__file__).parent)
@@ -67,19 +68,31 @@ METHODS: dict[str, type[Method]] = {
     "llp_vat": LLPVAT,
 }
 
+CALLED_ELSEWHERE = {
+    "fedavg": "Take supervised, which is FedAvg on the labelled samples",
+    "fedsgd": "Take supervised with training.local_steps=1, which is FedSGD on the labelled samples, by mini-batches",
+    "fedprox": "Take supervised with training.prox_mu, which is FedProx on the labelled samples",
+    **dict.fromkeys(
+        ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedopt"),
+        "That is how the server combines models: set strategy.name",
+    ),
+}
+"""Simple names of algorithms that people look for among the methods -> what to take."""
+
 
 def method_class(name: str) -> type[Method]:
     """Returns the class of a method by its name in `METHODS`, or by "package.module:Class".
 
     Raises:
-        ValueError: no such method, module or class, or the class is not a `Method`.
+        ValueError: no such method, module or class, or the class is not a `Method`, or declares impossible `metrics`.
     """
     if name in METHODS:
         return METHODS[name]
     if ":" not in name:
+        known = CALLED_ELSEWHERE.get(simple(name))
+        hint = f" {known}." if known else did_you_mean(name, METHODS)
         raise ValueError(
-            f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own."
-            f"{did_you_mean(name, METHODS)}"
+            f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own.{hint}"
         )
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
@@ -100,8 +113,12 @@ def method_class(name: str) -> type[Method]:
         )
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(
-            f"`method.name` (={name}) must be a subclass of fedlabel.methods.base.Method; see CONTRIBUTING.md."
+            f"`method.name` (={name}) must be a subclass of fedlabel.methods.recipe.Method; see CONTRIBUTING.md."
         )
+    try:
+        client_tags(found.metrics)
+    except ValueError as error:
+        raise ValueError(f"`method.name` (={name}): {error}") from error
     return found
 
 

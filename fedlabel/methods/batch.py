@@ -80,7 +80,8 @@ class Step(NamedTuple):
     loss: Tensor
     """() float, differentiable with respect to the student only."""
     metrics: dict[str, Tensor]
-    """Metric name -> (2,) float, detached: (sum, count), added over steps and clients and divided at the end."""
+    """Metric name -> (2,) float, detached: (sum, count), added over steps and clients and divided at the end. Names and
+    the range of sum / count are those of `fedlabel/metric_tags.py`, or of `Method.metrics`."""
     examples: Tensor
     """() number of samples that the loss used; a step with 0 moves nothing."""
     pseudo: PseudoLabels | None = None

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from fedlabel.inference.imprecise import candidates_log_likelihood, marginal_nll, unchecked_posterior
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.steps import Batch, Model, PseudoLabels, State, Step, mean_metric, pseudo_metrics
+from fedlabel.methods.batch import Batch, LossFunction, Model, PseudoLabels, State, Step
+from fedlabel.methods.losses import mean_metric, pseudo_metrics
+from fedlabel.methods.recipe import ByKnowledge, LabelKinds, Method, Phase, Recipe, Stage, Task
 
 
 def candidate_posterior(logits: Tensor, candidates: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def candidate_step(values: Tensor, posterior: Tensor, candidates: Tensor, memory
 
     Args:
         values: (n,) loss per sample.
-        posterior: (n, classes) what is believed of them, detached.
+        posterior: (n, classes) of them, detached.
         candidates: (n, classes) bool.
         memory: see `Step.memory`.
     """
@@ -55,6 +56,14 @@ def candidate_step(values: Tensor, posterior: Tensor, candidates: Tensor, memory
     return Step(values.sum() / count.clamp_min(1), metrics, count, pseudo, memory)
 
 
+def candidates_recipe(loss: LossFunction) -> Recipe:
+    """Returns the recipe of a method that learns from candidate sets with one loss."""
+    return Recipe(
+        stages=(Stage((Phase("train", loss, draw=ByKnowledge()),)),),
+        uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.SETS | LabelKinds.AT_SERVER,
+    )
+
+
 @dataclass(frozen=True)
 class CC(Method):
     """CC has no hyper-parameters."""
@@ -63,8 +72,8 @@ class CC(Method):
 
     description: ClassVar[str] = "candidate sets: -log of the set's probability (Feng et al., NeurIPS 2020)"
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",), informed=True),)
+    def recipe(self, task: Task) -> Recipe:
+        return candidates_recipe(self.loss)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the mean of -log sum_{y in S} p(y)."""

@@ -25,8 +25,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.steps import Batch, Model, Step, mean_metric
+from fedlabel.checks import at_least, in_unit_interval
+from fedlabel.methods.batch import Batch, Model, Step
+from fedlabel.methods.losses import mean_metric
+from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage, Task
+from fedlabel.models.wrap import twins
 
 ROUNDING = 1e-9
 """Share * samples may fall short of a whole number by rounding."""
@@ -63,25 +66,25 @@ class CoTeaching(Method):
     description: ClassVar[str] = "noisy labels: two networks pick small-loss samples (Han et al., NeurIPS 2018)"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.forget_rate < 1:
-            raise ValueError(f"`method.forget_rate` (={self.forget_rate}) must lie in [0, 1).")
-        if self.ramp_rounds < 0:
-            raise ValueError(f"`method.ramp_rounds` (={self.ramp_rounds}) must be at least 0.")
+        in_unit_interval(self, "method", "forget_rate", below_one=True)
+        at_least(self, "method", 0, "ramp_rounds")
 
-    @property
-    def networks(self) -> int:
-        return 2
+    def recipe(self, task: Task) -> Recipe:
+        return Recipe(
+            stages=(Stage(self.phases),),
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            network=twins(),
+            server_phases=(Phase("server", self.loss),),
+        )
+
+    def phases(self, round_number: int) -> tuple[Phase, ...]:
+        """Returns the one phase of a round (1-based), with its R."""
+        return (Phase("train", partial(self.loss, share=self.share(round_number))),)
 
     def share(self, round_number: int) -> float:
         """Returns R of a round (1-based): 1 - min(t / T_k, 1) forget_rate for the t rounds before it."""
         progress = min((round_number - 1) / self.ramp_rounds, 1.0) if self.ramp_rounds else 1.0
         return 1 - progress * self.forget_rate
-
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", partial(self.loss, share=self.share(round_number)), labeled=("weak",)),)
-
-    def server_phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("server", self.loss, labeled=("weak",)),)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, share: float = 1.0) -> Step:
         """Returns the sum over both networks of the mean cross-entropy of the samples that the other one picked.

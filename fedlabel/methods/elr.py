@@ -1,4 +1,4 @@
-"""ELR: what the model believed of a sample early, before it learns wrong labels by heart, holds it back later.
+"""ELR: early predictions for a sample, from before wrong labels are learnt by heart, hold the model back later.
 
 Source: Liu, Niles-Weed, Razavian, Fernandez-Granda, "Early-Learning Regularization Prevents Memorization of Noisy
 Labels", NeurIPS 2020 (arXiv 2007.00151), and its released code. Setting: labels at the clients, some of them wrong.
@@ -18,19 +18,27 @@ As in the released code, p is cut to [.0001, .9999] in both places, and what ent
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, Phase, PhaseResult
-from fedlabel.methods.proden import replace_rows
-from fedlabel.methods.steps import Batch, Model, State, Step, label_step
+from fedlabel.checks import finite, in_unit_interval
+from fedlabel.methods.batch import Batch, Model, State, Step
+from fedlabel.methods.losses import label_step
+from fedlabel.methods.proden import keep_only, replace_rows
+from fedlabel.methods.recipe import LabelKinds, Memory, Method, Phase, Recipe, Stage, Task
 
 SMALLEST = 1e-4
 """Probabilities are cut to [SMALLEST, 1 - SMALLEST], so that the log is finite."""
+
+
+def no_targets(candidates: Tensor) -> State:
+    """Returns the targets t of a client that never trained, 0; candidates: (n, classes) bool."""
+    return {"early_target": torch.zeros_like(candidates, dtype=torch.float32)}
 
 
 @dataclass(frozen=True)
@@ -46,19 +54,15 @@ class ELR(Method):
     description: ClassVar[str] = "noisy labels: early-learning regularisation (Liu et al., NeurIPS 2020)"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lambda_elr < float("inf"):
-            raise ValueError(f"`method.lambda_elr` (={self.lambda_elr}) must be a finite number of at least 0.")
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"`method.beta` (={self.beta}) must lie in [0, 1).")
+        finite(self, "method", "lambda_elr")
+        in_unit_interval(self, "method", "beta", below_one=True)
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",)),)
-
-    def initial_memory(self, candidates: Tensor) -> State:
-        return {"early_target": torch.zeros_like(candidates, dtype=torch.float32)}
-
-    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
-        return {"early_target": memory["early_target"]}
+    def recipe(self, task: Task) -> Recipe:
+        return Recipe(
+            stages=(Stage((Phase("train", self.loss),)),),
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            memory=Memory(no_targets, partial(keep_only, "early_target")),
+        )
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the mean of CE(y, p) + lambda log(1 - <p, t>), where this batch's p is in t already."""

@@ -103,7 +103,7 @@ class FedMatch(Method):
     num_helpers: int = 2
     """Helpers per client."""
     helper_interval: int = 10
-    """Rounds between two of which helpers are sent."""
+    """Rounds between two in which helpers are sent."""
     zero_below: float = 5e-6
     """Entries of psi smaller than this are set to 0 before they are sent."""
     change_above: float = 5e-5

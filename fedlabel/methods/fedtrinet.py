@@ -135,7 +135,7 @@ class FedTriNet(Method):
                 Stage(self.phases),
             ),
             uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
-            memory=Memory(no_pseudo_labels, keep, self.models, with_own_model),
+            memory=Memory(start=no_pseudo_labels, keep=keep, models=self.models, like=with_own_model),
             upload=Upload(send_own),
         )
 

@@ -4,7 +4,7 @@ Source: Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to 
 Approach", CVPR 2017 (arXiv 1609.03683). Setting: labels at the clients, some of them wrong.
 
 The loss of a sample with noisy label j is -log sum_y p(y | x) T[y, j], where T[y, j] = p(noisy label j | true label y)
-is fixed. T is known (`kind`=symmetric, given), or estimated once from a model that was trained on the noisy labels
+is fixed. T is given (`kind`=symmetric, given), or estimated once from a model that was trained on the noisy labels
 (anchor): for a sample that is certainly of class i, the noisy label's distribution is row i of T, and the sample that
 the model finds most probable to be i is taken for one.
 
@@ -24,19 +24,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fedlabel.checks import at_least, in_unit_interval, one_of
 from fedlabel.inference.imprecise import candidates_log_likelihood, label_log_likelihood, marginal_nll
 from fedlabel.inference.transition import diagonal_transition
-from fedlabel.methods.base import Limits, Method, Phase, Prepared, Survey
-from fedlabel.methods.plausible import check_flags, check_shares
-from fedlabel.methods.steps import Batch, Model, State, Step, label_step
+from fedlabel.methods.batch import Batch, Model, Prepared, State, Step, Survey
+from fedlabel.methods.federated_transition import FixedTransition, check_transition, noise_matrix
+from fedlabel.methods.losses import label_step
+from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage, Task
+from fedlabel.methods.shared import Limits, Shared, check_flags, check_shares
 
-KINDS = ("symmetric", "given", "anchor")
 ROW_TOLERANCE = 1e-4
 """A row of a given matrix may miss the sum of 1 by that much (rounded numbers)."""
 
@@ -60,6 +62,48 @@ def anchor_rows(logits: Tensor, labeled: Tensor) -> tuple[Tensor, Tensor]:
     return rows * found[:, None], found
 
 
+def report_anchors(survey: Survey) -> Prepared:
+    """Reports one row per class, unless T is estimated already."""
+    if survey.memory["estimated"] > 0:
+        return Prepared({})
+    rows, found = anchor_rows(survey.predict("global", "clean"), survey.supervision.labeled)
+    return Prepared({}, memory={**survey.memory, "anchor_rows": rows, "anchor_counts": found})
+
+
+@dataclass(frozen=True)
+class AnchorTransition(Shared):
+    """T: the identity, until it is estimated once by the clients' mean rows."""
+
+    num_classes: int
+
+    def start(self) -> State:
+        return {"transition": torch.eye(self.num_classes), "estimated": torch.zeros(())}
+
+    def statistics(self, memory: State) -> State:
+        nothing = torch.zeros_like(memory["transition"])
+        return {
+            "anchor_rows": memory.get("anchor_rows", nothing),
+            "anchor_counts": memory.get("anchor_counts", nothing[0]),
+        }
+
+    def update(self, shared: State, total: State) -> State:
+        if "anchor_counts" not in total or shared["estimated"] > 0:
+            return shared
+        counts, transition = total["anchor_counts"], shared["transition"]
+        mean = total["anchor_rows"] / counts.clamp_min(1)[:, None]
+        return {
+            "transition": torch.where(counts[:, None] > 0, mean, transition),
+            "estimated": (counts.sum() > 0).to(transition.dtype),
+        }
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        check_flags("anchor_counts", statistics["anchor_counts"])
+        check_shares("its statistic anchor_rows", statistics["anchor_rows"], statistics["anchor_counts"])
+
+    def check(self, shared: State) -> None:
+        check_transition(shared)
+
+
 @dataclass(frozen=True)
 class Forward(Method):
     """Hyper-parameters of the forward correction."""
@@ -80,12 +124,9 @@ class Forward(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrix", tuple(tuple(row) for row in self.matrix))  # YAML gives lists
-        if self.kind not in KINDS:
-            raise ValueError(f"`method.kind` (={self.kind}) must be one of {', '.join(KINDS)}.")
-        if not 0 <= self.noise_rate < 1:
-            raise ValueError(f"`method.noise_rate` (={self.noise_rate}) must lie in [0, 1).")
-        if self.warmup_rounds < 2:
-            raise ValueError(f"`method.warmup_rounds` (={self.warmup_rounds}) must be at least 2.")
+        one_of(self, "method", kind=("symmetric", "given", "anchor"))
+        in_unit_interval(self, "method", "noise_rate", below_one=True)
+        at_least(self, "method", 2, "warmup_rounds")
         if self.kind == "given" and not self.matrix:
             raise ValueError(
                 "`method.matrix` is missing: `method.kind` (=given) takes T from it, e.g. "
@@ -116,10 +157,31 @@ class Forward(Method):
                 "warm-up, or another method.kind."
             )
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        if self.kind == "anchor" and round_number >= self.warmup_rounds:
-            return (Phase("train", self.loss, labeled=("weak",), teachers=("global",), prepare=self.prepare),)
-        return (Phase("train", self.loss, labeled=("weak",)),)
+    def recipe(self, task: Task) -> Recipe:
+        train = Phase("train", self.loss)
+        stages: tuple[Stage, ...] = (Stage((train,)),)
+        if self.kind == "anchor":
+            estimate = replace(train, teachers=("global",), prepare=report_anchors)
+            stages = (Stage((train,), rounds=self.warmup_rounds - 1), Stage((estimate,)))
+        return Recipe(
+            stages,
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            shared=self._shared(task.num_classes),
+            inspect=noise_matrix,
+        )
+
+    def _shared(self, num_classes: int) -> Shared:
+        if self.kind == "anchor":
+            return AnchorTransition(num_classes)
+        if self.kind == "symmetric":
+            wrong = self.noise_rate * (num_classes - 1) / num_classes
+            return FixedTransition(diagonal_transition(num_classes, wrong))
+        if len(self.matrix) != num_classes:
+            raise ValueError(
+                f"`method.matrix` ({len(self.matrix)} rows) must have as many rows as the data set has classes "
+                f"(={num_classes})."
+            )
+        return FixedTransition(torch.tensor(self.matrix, dtype=torch.float32))
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the mean of -log sum_y p_y T[y, label], of -log p_label where the label is certain.
@@ -130,68 +192,5 @@ class Forward(Method):
         is_label = labeled.candidates.sum(-1) == 1
         label = torch.where(is_label, labeled.candidates.int().argmax(-1), -1)
         noise = label_log_likelihood(label, batch.memory["transition"])
-        said = torch.where(labeled.noisy[:, None], noise, candidates_log_likelihood(labeled.candidates))
-        return label_step(marginal_nll(student(labeled.views["weak"]), said), labeled.candidates)
-
-    # ------------------------------------------------------------------------------------------ the matrix, kind=anchor
-
-    def prepare(self, survey: Survey) -> Prepared:
-        """Reports one row per class, unless T is estimated already."""
-        if survey.memory["estimated"] > 0:
-            return Prepared({})
-        rows, found = anchor_rows(survey.predict("global", "clean"), survey.supervision.labeled)
-        return Prepared({}, memory={**survey.memory, "anchor_rows": rows, "anchor_counts": found})
-
-    def initial_memory(self, candidates: Tensor) -> State:
-        if self.kind != "anchor":
-            return {}
-        classes, device = candidates.shape[-1], candidates.device
-        return {
-            "anchor_rows": torch.zeros(classes, classes, device=device),
-            "anchor_counts": torch.zeros(classes, device=device),
-        }
-
-    def statistics(self, memory: State) -> State:
-        if self.kind != "anchor":
-            return {}
-        return {name: memory[name] for name in ("anchor_rows", "anchor_counts")}
-
-    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
-        if self.kind == "anchor":
-            check_flags("anchor_counts", statistics["anchor_counts"])
-            check_shares("its statistic anchor_rows", statistics["anchor_rows"], statistics["anchor_counts"])
-
-    def check_shared(self, shared: State) -> None:
-        check_shares("transition", shared["transition"], torch.ones(()))
-
-    def initial_shared(self, num_classes: int) -> State:
-        """Returns T.
-
-        Raises:
-            ValueError: the given matrix is of another number of classes.
-        """
-        if self.kind == "anchor":
-            return {"transition": torch.eye(num_classes), "estimated": torch.zeros(())}
-        if self.kind == "symmetric":
-            wrong = self.noise_rate * (num_classes - 1) / num_classes
-            return {"transition": diagonal_transition(num_classes, wrong)}
-        if len(self.matrix) != num_classes:
-            raise ValueError(
-                f"`method.matrix` ({len(self.matrix)} rows) must have as many rows as the data set has classes "
-                f"(={num_classes})."
-            )
-        return {"transition": torch.tensor(self.matrix, dtype=torch.float32)}
-
-    def server_step(self, shared: State, total: State) -> State:
-        """Returns T from the clients' mean rows, once."""
-        if self.kind != "anchor" or "anchor_counts" not in total or shared["estimated"] > 0:
-            return shared
-        counts, transition = total["anchor_counts"], shared["transition"]
-        mean = total["anchor_rows"] / counts.clamp_min(1)[:, None]
-        return {
-            "transition": torch.where(counts[:, None] > 0, mean, transition),
-            "estimated": (counts.sum() > 0).to(transition.dtype),
-        }
-
-    def noise_matrix(self, shared: State) -> Tensor | None:
-        return shared["transition"][None]
+        likelihood = torch.where(labeled.noisy[:, None], noise, candidates_log_likelihood(labeled.candidates))
+        return label_step(marginal_nll(student(labeled.views["weak"]), likelihood), labeled.candidates)

@@ -18,8 +18,9 @@ from typing import ClassVar
 
 import torch
 
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.steps import Batch, Model, Step, label_step
+from fedlabel.methods.batch import Batch, Model, Step
+from fedlabel.methods.losses import label_step
+from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage, Task
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ class GCE(Method):
         if not 0 < self.q <= 1:
             raise ValueError(f"`method.q` (={self.q}) must lie in (0, 1]; for q = 0 take method.name=supervised.")
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",)),)
+    def recipe(self, task: Task) -> Recipe:
+        return Recipe(
+            stages=(Stage((Phase("train", self.loss),)),),
+            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+        )
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the mean of (1 - p_y^q) / q."""

@@ -1,11 +1,11 @@
 """ILL: one EM for labels that are missing, partial, noisy, or all of it at once.
 
 Source: Chen et al., "Imprecise Label Learning: A Unified Framework for Learning with Various Imprecise Label
-Configurations", NeurIPS 2024 (arXiv 2305.12715). Setting: any; every sample has what is known of it (`Supervision`).
+Configurations", NeurIPS 2024 (arXiv 2305.12715). Setting: any kind of label, all of them in one `Supervision`.
 
 E step, per batch, on the weak view: q(y) ~ p(y | x) p(information | y), see `inference/imprecise.py`. M step: CE(q,
 strong view); CE on the weak view where the label is certain (or on the strong one: `label_view`); the
-forward-corrected likelihood of noisy labels on the weak view. The noise matrix T is learnt beside.
+forward-corrected likelihood of noisy labels on the weak view. The noise matrix T is learnt, too.
 
 What differs, and why:
 - T is row-stochastic and the same in the E step and in the likelihood; the released code normalises rows in one and
@@ -17,10 +17,10 @@ What differs, and why:
   cut to the largest classes for unlabelled samples (`alignment`, `top_k`). Left out are its normalisations of T and a
   further term, consistency of the two views of noisy samples; its balance term is over one part of the batch, here over
   all weak views, and `reweighted` is here also for noisy sets.
-- Samples of which nothing is known weigh no more than the others where they are fewer: EM's objective is a sum over
-  samples, and a candidate set that came out as all classes would else be drawn in every step.
+- Unlabelled samples weigh no more than the others where they are fewer: EM's objective is a sum over samples, and a
+  candidate set that came out as all classes would else be drawn in every step.
 - Noisy sets go by the sum rule, not the released code's product: with the product, T is a distribution over all the
-  candidates drawn, flattens, and EM can end where nothing is known (see docs/decisions/0005).
+  candidates drawn, flattens, and EM can end where nothing is learnt (see docs/decisions/0005).
 - Noise that depends on the sample is modelled by the same T per class.
 """
 
@@ -34,6 +34,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of
 from fedlabel.data.supervision import Supervision
 from fedlabel.inference.imprecise import (
     SMALLEST,
@@ -44,98 +45,12 @@ from fedlabel.inference.imprecise import (
     posterior,
     unchecked_posterior,
 )
-from fedlabel.inference.transition import (
-    diagonal_transition,
-    expected_counts,
-    expected_set_counts,
-    from_counts,
-    gradient_step,
-)
-from fedlabel.methods.base import Limits, Method, Phase, PhaseResult, Prepared, Survey
-from fedlabel.methods.plausible import SLACK, check_counts, check_flags, check_shares
-from fedlabel.methods.steps import (
-    Batch,
-    Model,
-    Part,
-    PseudoLabels,
-    State,
-    StateDict,
-    Step,
-    batch_mean,
-    mean_metric,
-    pseudo_metrics,
-)
-
-FORMS = ("closed", "gradient", "fixed")
-SCOPES = ("global", "client", "prior")
-
-
-MAX_ANNOTATORS = 1000
-"""Each has a matrix of its own."""
-
-
-@dataclass(frozen=True)
-class NoiseMatrix:
-    """How T[y, j] = p(noisy label j | true label y) is learnt."""
-
-    form: str = "closed"
-    """closed: from expected counts over all of a client's samples, once a round. gradient: a step of gradient descent
-    with every batch. fixed: it stays as it starts."""
-    scope: str = "global"
-    """global: one T for the federation. client: each client has its own, which never leaves it. prior (form=closed):
-    a client's T is its own counts plus `strength` counts per class of the global T, for annotators who differ."""
-    strength: float = 50.0
-    """scope=prior: see there."""
-    annotators: int = 1
-    """Matrices: 1 for all labels, or one for each annotator of a sample."""
-    start: float = 0.3
-    """T starts with 1 - start on the diagonal, in (0, 1); a dominant diagonal says which class is which."""
-    smoothing: float = 1.0
-    """form=closed: how many counts per class the T before is worth; a class that no noisy label can be of keeps its
-    row. 0: none, so EM's own M step, in which such a class gets an even row."""
-    decay: float = 0.8
-    """form=closed: what remains of the counts of earlier rounds, in [0, 1), as a cohort is a part of the federation. 0:
-    T is of the last round's clients alone."""
-    warmup_rounds: int = 3
-    """Rounds that clients train with T as it starts, lest it take on the errors of the untrained model."""
-    lr: float = 0.1
-    """form=gradient: learning rate of T's logits."""
-
-    def __post_init__(self) -> None:
-        for key, allowed in {"form": FORMS, "scope": SCOPES}.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"`method.noise.{key}` (={getattr(self, key)}) must be one of {', '.join(allowed)}.")
-        if self.scope == "prior" and self.form != "closed":
-            raise ValueError(
-                f"`method.noise.scope` (=prior) adds up counts, which `method.noise.form` (={self.form}) does not "
-                "have: take method.noise.form=closed."
-            )
-        if not 0 <= self.smoothing < float("inf"):
-            raise ValueError(f"`method.noise.smoothing` (={self.smoothing}) must be a finite number of at least 0.")
-        for key in ("strength", "lr"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise ValueError(f"`method.noise.{key}` (={getattr(self, key)}) must be a finite number above 0.")
-        if not 0 < self.start < 1:
-            raise ValueError(f"`method.noise.start` (={self.start}) must lie in (0, 1).")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"`method.noise.decay` (={self.decay}) must lie in [0, 1).")
-        if not 1 <= self.annotators <= MAX_ANNOTATORS:
-            raise ValueError(f"`method.noise.annotators` (={self.annotators}) must lie in [1, {MAX_ANNOTATORS}].")
-        if self.warmup_rounds < 0:
-            raise ValueError(f"`method.noise.warmup_rounds` (={self.warmup_rounds}) must be at least 0.")
-
-    def initial(self, num_classes: int) -> Tensor:
-        """Returns the start, (matrices, classes, classes).
-
-        Raises:
-            ValueError: its diagonal would not be dominant.
-        """
-        if self.start >= 1 - 1 / num_classes:
-            raise ValueError(
-                f"`method.noise.start` (={self.start}) must be below {1 - 1 / num_classes:g} for {num_classes} "
-                "classes: a dominant diagonal says which class is which."
-            )
-        return diagonal_transition(num_classes, self.start).expand(self.annotators, -1, -1).clone()
+from fedlabel.inference.transition import expected_label_counts
+from fedlabel.methods.batch import Batch, Model, Part, Prepared, PseudoLabels, State, Step, Survey
+from fedlabel.methods.federated_transition import NoiseMatrix
+from fedlabel.methods.losses import batch_mean, mean_metric, pseudo_metrics
+from fedlabel.methods.recipe import ByKnowledge, LabelKinds, Memory, Method, Phase, Recipe, Stage, Task
+from fedlabel.methods.shared import Limits, Shared, check_flags, check_shares, together
 
 
 def complement(logits: Tensor, candidates: Tensor) -> Tensor:
@@ -187,7 +102,7 @@ def soft_cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
 
 
 def observed(belief: Tensor, candidates: Tensor, imprecise: Tensor) -> tuple[PseudoLabels, dict[str, Tensor]]:
-    """Returns what is reported of the posterior of a batch: every sample's class, and how much was learnt.
+    """Returns every sample's class by the posterior of a batch, and metrics of how much was learnt.
 
     Args:
         belief: q (n, classes).
@@ -205,15 +120,45 @@ def observed(belief: Tensor, candidates: Tensor, imprecise: Tensor) -> tuple[Pse
     return pseudo, {**metrics, **pseudo_metrics(pseudo)}
 
 
+def has_noise(part: Part | Supervision) -> Tensor:
+    """Returns (n,) bool, which samples have a noisy label or set, or an annotation."""
+    return part.noisy | (part.annotations >= 0).any(-1)
+
+
+class ClassMean(Shared):
+    """The average prediction for unlabelled samples: the mean of that of the clients that saw some."""
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+
+    def start(self) -> State:
+        return {"class_mean": torch.full((self._num_classes,), 1 / self._num_classes)}
+
+    def statistics(self, memory: State) -> State:
+        return {"class_mean": memory["class_mean"] * memory["aligned"], "aligned": memory["aligned"]}
+
+    def update(self, shared: State, total: State) -> State:
+        if not total or not total["aligned"] > 0:
+            return shared
+        return {**shared, "class_mean": total["class_mean"] / total["aligned"]}
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        check_flags("aligned", statistics["aligned"])
+        check_shares("class_mean", statistics["class_mean"], statistics["aligned"])
+
+    def check(self, shared: State) -> None:
+        check_shares("class_mean", shared["class_mean"], torch.ones(()))
+
+
 @dataclass(frozen=True)
 class ILL(Method):
     """Hyper-parameters of ILL."""
 
     name: str = "ill"
     lambda_u: float = 1.0
-    """Weight of the loss of samples of which nothing is known."""
+    """Weight of the loss of unlabelled samples: those without any supervision of their own."""
     forward_weight: float = 1.0
-    """Weight of -log sum_y p(y | weak view) T[y, label] for noisy labels, beside CE(q, strong view)."""
+    """Weight of -log sum_y p(y | weak view) T[y, label] for noisy labels, on top of CE(q, strong view)."""
     noise: NoiseMatrix = field(default_factory=NoiseMatrix)
     """The noise matrix."""
     label_view: str = "weak"
@@ -239,42 +184,49 @@ class ILL(Method):
     description: ClassVar[str] = "one EM over partial, noisy, missing and mixed labels (Chen et al., 2024)"
 
     def __post_init__(self) -> None:
-        for key in ("lambda_u", "forward_weight", "complement_weight", "balance_weight"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"`method.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
-        if self.label_view not in ("weak", "strong"):
-            raise ValueError(f"`method.label_view` (={self.label_view}) must be one of weak, strong.")
-        if not 0 <= self.alignment_ema < 1:
-            raise ValueError(f"`method.alignment_ema` (={self.alignment_ema}) must lie in [0, 1).")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"`method.top_k` (={self.top_k}) must be at least 1 (or null).")
+        finite(self, "method", "lambda_u", "forward_weight", "complement_weight", "balance_weight")
+        in_unit_interval(self, "method", "alignment_ema", below_one=True)
+        at_least(self, "method", 1, "top_k", null=True)
+        one_of(self, "method", label_view=("weak", "strong"))
 
-    @property
-    def reads_annotations(self) -> bool:
-        return True
-
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        counts = self.noise.form == "closed"
-        learn = self.noise.form == "gradient" and round_number > self.noise.warmup_rounds
-        strong = ("strong", "strong2") if self.view_mean else ("strong",)
-        return (
-            Phase(
-                "train",
-                partial(self.loss, learn=learn),
-                labeled=("weak", *strong),
-                unlabeled=("weak", "strong"),
-                teachers=("global",) if counts else (),
-                prepare=partial(self.prepare, round_number=round_number) if counts else None,
-                informed=True,
+    def recipe(self, task: Task) -> Recipe:
+        if self.noise.annotators not in (1, task.labels.annotators):
+            raise ValueError(
+                f"`method.noise.annotators` (={self.noise.annotators}) must be 1, one matrix for all, or as many as "
+                f"the data have: {task.labels.annotators}."
+            )
+        matrix = self.noise.shared(task.num_classes, task.num_classes if self.set_likelihood.kind == "product" else 1)
+        kinds = LabelKinds
+        return Recipe(
+            stages=(
+                Stage((self._phase(learn=False),), rounds=self.noise.warmup_rounds),
+                Stage((self._phase(learn=True),)),
             ),
+            uses=kinds.TRUE | kinds.NOISY | kinds.SETS | kinds.ANNOTATIONS | kinds.AT_SERVER,
+            memory=Memory(self._first_memory, self.noise.keep, like=self.noise.like),
+            shared=together(ClassMean(task.num_classes), matrix) if self.alignment else matrix,
+            inspect=self.noise.inspect,
         )
 
-    # ------------------------------------------------------------------------------------------------------- one batch
+    def _phase(self, learn: bool) -> Phase:
+        closed = self.noise.form == "closed"
+        strong = ("strong", "strong2") if self.view_mean else ("strong",)
+        return Phase(
+            "train",
+            partial(self.loss, learn=learn and self.noise.form == "gradient"),
+            draw=ByKnowledge(labeled=("weak", *strong), unlabeled=("weak", "strong")),
+            teachers=("global",) if closed else (),
+            prepare=partial(self.prepare, learn=learn) if closed else None,
+        )
+
+    def _first_memory(self, candidates: Tensor) -> State:
+        aligned = {"aligned": torch.zeros((), device=candidates.device)} if self.alignment else {}
+        return {**aligned, **self.noise.memory(candidates)}
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, learn: bool = False) -> Step:
         """Returns the loss of a batch; learn: whether T's logits take a step, too (form=gradient)."""
         labeled, unlabeled = batch.labeled, batch.unlabeled
-        matrices = self._matrices(batch.memory)
+        matrices = self.noise.matrices(batch.memory)
         certain, noise = self._information(labeled, matrices)
         with torch.set_grad_enabled(self.balance_weight > 0):
             weak_u = student(unlabeled.views["weak"])
@@ -287,23 +239,23 @@ class ILL(Method):
         class_mean, memory = self._moved_average(weak_u.detach().softmax(-1), batch.memory)
         q_u = aligned(weak_u.detach().softmax(-1), class_mean, self.top_k)
         if learn:
-            memory = self._learnt(memory, labeled, q, matrices)
+            memory = self.noise.stepped(memory, self._counts(labeled, q, matrices), has_noise(labeled).sum())
 
         certainly = (labeled.candidates.sum(-1) == 1) & ~labeled.noisy
         is_label = certainly & (self.label_view == "weak")
-        has_noise = self._has_noise(labeled) & ~certainly
-        in_set = ~is_label & ~labeled.candidates.all(-1) & ((labeled.candidates.sum(-1) > 1) | certainly)
+        is_noisy = has_noise(labeled) & ~certainly
         zero = torch.zeros_like(is_label, dtype=weak.dtype)
         supervised = torch.where(is_label, marginal_nll(weak, certain), zero)
-        em = torch.where(is_label, zero, self._em(q, weak, strong, noise, has_noise))
-        forward = torch.where(has_noise, marginal_nll(weak, certain + noise), zero)
+        em = torch.where(is_label, zero, self._em(q, weak, strong, noise, is_noisy))
+        forward = torch.where(is_noisy, marginal_nll(weak, certain + noise), zero)
         terms = supervised + em + self.forward_weight * forward
         if self.complement_weight > 0:
-            said = torch.where(labeled.noisy[:, None], weak.softmax(-1) @ matrices[0], weak.softmax(-1))
-            outside = -_log_one_minus(said, ~labeled.candidates)
+            in_set = ~is_label & ~labeled.candidates.all(-1) & ((labeled.candidates.sum(-1) > 1) | certainly)
+            probs = torch.where(labeled.noisy[:, None], weak.softmax(-1) @ matrices[0], weak.softmax(-1))
+            outside = -_log_one_minus(probs, ~labeled.candidates)
             terms = terms + self.complement_weight * torch.where(in_set, outside, zero)
         unsupervised = soft_cross_entropy(q_u, strong_u)
-        # Where fewer samples are unknown than known, each weighs as much as a known one.
+        # Where unlabelled samples are fewer than the others, each weighs as much as one of these.
         share = torch.where(labeled.size > 0, (unlabeled.size / labeled.size.clamp_min(1)).clamp_max(1), 1.0)
         loss = batch_mean(terms) + self.lambda_u * share * batch_mean(unsupervised)
         if self.balance_weight > 0:
@@ -313,7 +265,7 @@ class ILL(Method):
             "train/loss": torch.stack([loss, torch.ones_like(loss)]).detach(),
             "train/loss_supervised": mean_metric(supervised, is_label),
             "train/loss_em": mean_metric(em, ~is_label),
-            "train/loss_forward": mean_metric(forward, has_noise),
+            "train/loss_forward": mean_metric(forward, is_noisy),
             "train/loss_unsupervised": mean_metric(unsupervised, torch.ones_like(unlabeled.noisy)),
         }
         pseudo, metrics = observed(
@@ -321,23 +273,21 @@ class ILL(Method):
             torch.cat([labeled.candidates, unlabeled.candidates]),
             torch.cat([~certainly, torch.ones_like(unlabeled.noisy)]),
         )
-        if self.noise.scope != "global" and self.noise.form != "fixed":
+        if self.noise.own:
             dominant = matrices.argmax(-1) == torch.arange(matrices.shape[-1], device=matrices.device)
             metrics["transition/own_dominant"] = mean_metric(dominant.to(weak.dtype), torch.ones_like(dominant))
         used = len(terms) + (len(unsupervised) if self.lambda_u > 0 else 0)
         examples = torch.full((), float(used), device=weak.device)
         return Step(loss, {**losses, **metrics}, examples, pseudo, memory)
 
-    def _em(self, q: Tensor, weak: Tensor, strong: Sequence[Tensor], noise: Tensor, has_noise: Tensor) -> Tensor:
+    def _em(self, q: Tensor, weak: Tensor, strong: Sequence[Tensor], noise: Tensor, is_noisy: Tensor) -> Tensor:
         """Returns CE(q, strong view) of each sample, (n,), or one of the released code's variants."""
         first = strong[0] + noise if self.reweighted else strong[0]
         value = soft_cross_entropy(q, first)
         if self.view_mean:
             views = torch.stack([soft_cross_entropy(q, view) for view in (weak, *strong)])
-            value = torch.where(has_noise, value, views.mean(0))
+            value = torch.where(is_noisy, value, views.mean(0))
         return value
-
-    # ------------------------------------------------------------------------------------- information and the matrix
 
     def _information(self, part: Part | Supervision, matrices: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the log-likelihoods of what is certain (0 or -inf) and of what is noisy (finite), (n, classes)."""
@@ -346,33 +296,9 @@ class ILL(Method):
         noise = log_likelihood(hidden, part.noisy, part.annotations, matrices, self.set_likelihood)
         return candidates_log_likelihood(shown), noise
 
-    @staticmethod
-    def _has_noise(part: Part | Supervision) -> Tensor:
-        """Returns (n,) bool, whether something noisy is known of a sample."""
-        return part.noisy | (part.annotations >= 0).any(-1)
-
-    def _matrices(self, memory: State) -> Tensor:
-        """Returns the matrices in use, (matrices, classes, classes)."""
-        if self.noise.form == "gradient":
-            return memory["own_logits" if self.noise.scope == "client" else "logits"].softmax(-1)
-        return memory.get("own_transition", memory["transition"])
-
     def _counts(self, part: Part | Supervision, q: Tensor, matrices: Tensor) -> Tensor:
         """Returns the expected counts of samples with posterior q (n, classes), (matrices, classes, classes)."""
-        several = len(matrices) > 1
-        first = expected_set_counts(q, part.candidates, part.noisy, matrices[0], self.set_likelihood)
-        counts = [first, *(torch.zeros_like(first) for _ in range(len(matrices) - 1))]
-        for annotator, labels in enumerate(part.annotations.unbind(-1)):
-            place = annotator if several else 0
-            counts[place] = counts[place] + expected_counts(q, labels)
-        return torch.stack(counts)
-
-    def _learnt(self, memory: State, part: Part, q: Tensor, matrices: Tensor) -> State:
-        """Returns the memory after one gradient step of T's logits."""
-        name = "own_logits" if self.noise.scope == "client" else "logits"
-        samples = self._has_noise(part).sum()
-        logits = gradient_step(memory[name], self._counts(part, q, matrices), samples, self.noise.lr)
-        return {**memory, name: logits, "noisy_samples": memory["noisy_samples"] + samples}
+        return expected_label_counts(q, part.candidates, part.noisy, part.annotations, matrices, self.set_likelihood)
 
     def _moved_average(self, probs: Tensor, memory: State) -> tuple[Tensor | None, State]:
         """Returns the average prediction with this batch in it, (classes,) or None, and the memory with it."""
@@ -383,122 +309,13 @@ class ILL(Method):
         moved = self.alignment_ema * memory["class_mean"] + (1 - self.alignment_ema) * probs.mean(0)
         return moved, {**memory, "class_mean": moved, "aligned": torch.ones_like(memory["aligned"])}
 
-    def prepare(self, survey: Survey, round_number: int) -> Prepared:
-        """The E step over a client's whole data with the received model: expected counts, and its own T."""
-        memory, known = dict(survey.memory), survey.supervision
-        matrices = self._matrices(memory)
+    def prepare(self, survey: Survey, learn: bool) -> Prepared:
+        """The E step over a client's whole data with the received model: expected counts; learn: and its own T."""
+        supervision = survey.supervision
+        matrices = self.noise.matrices(survey.memory)
         counts = torch.zeros_like(matrices)
-        if bool(self._has_noise(known).any()):
-            certain, noise = self._information(known, matrices)
+        if bool(has_noise(supervision).any()):
+            certain, noise = self._information(supervision, matrices)
             q = posterior(survey.predict("global", "clean"), certain + noise)
-            counts = self._counts(known, q, matrices)
-        memory["expected_counts"] = counts
-        if self.noise.scope != "global" and round_number > self.noise.warmup_rounds:
-            prior = self.noise.smoothing * matrices
-            if self.noise.scope == "prior":
-                prior = self.noise.strength * memory["transition"]
-            memory["own_transition"] = from_counts(counts, prior)
-        return Prepared({}, memory=memory)
-
-    # --------------------------------------------------------------------------------------- what is kept and summed up
-
-    def initial_memory(self, candidates: Tensor) -> State:
-        start = self.noise.initial(candidates.shape[-1]).to(candidates.device)
-        zero = torch.zeros((), device=candidates.device)
-        memory = {"aligned": zero} if self.alignment else {}
-        if self.noise.form == "gradient":
-            memory |= {"noisy_samples": zero}
-            return {**memory, "own_logits": start.log()} if self.noise.scope == "client" else memory
-        return {**memory, "expected_counts": torch.zeros_like(start)}
-
-    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
-        return {name: value for name, value in memory.items() if name in ("own_transition", "own_logits")}
-
-    def kept_like(self, memory: State, global_state: StateDict) -> State:
-        return {**memory, "own_transition": memory["transition"]} if "transition" in memory else memory
-
-    def initial_shared(self, num_classes: int) -> State:
-        start = self.noise.initial(num_classes)
-        shared = {"class_mean": torch.full((num_classes,), 1 / num_classes)} if self.alignment else {}
-        if self.noise.form == "gradient":
-            return shared if self.noise.scope == "client" else {**shared, "logits": start.log()}
-        if self.noise.form == "fixed" or self.noise.scope == "client":
-            return {**shared, "transition": start}
-        return {**shared, "transition": start, "counts": torch.zeros_like(start), "rounds": torch.zeros(())}
-
-    def told(self, shared: State) -> State:
-        return {name: value for name, value in shared.items() if name not in ("counts", "rounds")}
-
-    def statistics(self, memory: State) -> State:
-        total: State = {}
-        if self.alignment:
-            total |= {"class_mean": memory["class_mean"] * memory["aligned"], "aligned": memory["aligned"]}
-        if self.noise.scope == "client" or self.noise.form == "fixed":
-            return total
-        if self.noise.form == "gradient":
-            samples = memory["noisy_samples"]
-            return {**total, "logits": memory["logits"] * samples, "noisy_samples": samples}
-        return {**total, "counts": memory["expected_counts"]}
-
-    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
-        if self.alignment:
-            check_flags("aligned", statistics["aligned"])
-            check_shares("class_mean", statistics["class_mean"], statistics["aligned"])
-        # A label counts 1, a noisy set 1 or each of its candidates.
-        classes = next((value.shape[-1] for name, value in statistics.items() if name in ("counts", "logits")), 0)
-        of_set = classes if self.set_likelihood.kind == "product" else 1
-        of_sample = max(of_set, limits.annotators)
-        if "counts" in statistics:
-            check_counts("counts", statistics["counts"], limits.samples * of_sample)
-        if "logits" in statistics:
-            samples = statistics["noisy_samples"]
-            check_counts("noisy_samples", samples, limits.examples)
-            start = shared["logits"].to(samples)
-            # A step moves a logit by lr * |row sum of N * T - N| / samples, see `gradient_step`.
-            most = limits.steps * self.noise.lr * of_sample + SLACK * (1 + start.abs().max())
-            if (statistics["logits"] - samples * start).abs().max() > samples * most:
-                raise ValueError("its statistic logits is further from what was sent than its steps can have gone")
-
-    def check_shared(self, shared: State) -> None:
-        for name in ("transition", "class_mean"):
-            if name in shared:
-                check_shares(name, shared[name], torch.ones(()))
-
-    def server_step(self, shared: State, total: State) -> State:
-        """Returns the next T: from the summed counts (form=closed), or the mean of the clients' logits by the noisy
-        labels that they were trained on.
-        """
-        shared = dict(shared)
-        if self.alignment and total and total["aligned"] > 0:
-            shared["class_mean"] = total["class_mean"] / total["aligned"]
-        if self.noise.form == "gradient" and "logits" in total and total["noisy_samples"] > 0:
-            shared["logits"] = total["logits"] / total["noisy_samples"]
-        if "counts" in total:
-            shared["rounds"] = shared["rounds"] + 1
-            if shared["rounds"] >= self.noise.warmup_rounds:
-                shared["counts"] = self.noise.decay * shared["counts"] + total["counts"]
-                shared["transition"] = from_counts(shared["counts"], self.noise.smoothing * shared["transition"])
-        return shared
-
-    def check(self, known: Supervision) -> None:
-        if not bool(known.informed.any()):
-            there = {
-                "bags of known counts (method.name=llp_bp learns from them)": len(known.bag_counts) > 0,
-                "votes of labelling functions (method.name=dp_ssl method.functions=written)": known.votes.shape[1] > 0,
-            }
-            found = " and ".join(what for what, some in there.items() if some)
-            raise ValueError(
-                f"`method.name` (={self.name}) learns from what is known of single samples, and nothing is"
-                + (f": there are only {found}." if found else ". Take supervision.kind=few_labels, or another kind.")
-            )
-        annotators = known.annotations.shape[1]
-        if self.noise.annotators not in (1, annotators):
-            raise ValueError(
-                f"`method.noise.annotators` (={self.noise.annotators}) must be 1, one matrix for all, or as many as "
-                f"the data have: {annotators}."
-            )
-
-    def noise_matrix(self, shared: State) -> Tensor | None:
-        if self.noise.scope == "client":
-            return None
-        return shared["logits"].softmax(-1) if self.noise.form == "gradient" else shared["transition"]
+            counts = self._counts(supervision, q, matrices)
+        return Prepared({}, memory=self.noise.counted(survey.memory, counts, learn))

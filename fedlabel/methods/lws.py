@@ -23,9 +23,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.cc import candidate_posterior, candidate_step
-from fedlabel.methods.steps import Batch, Model, Step
+from fedlabel.checks import finite
+from fedlabel.methods.batch import Batch, Model, Step
+from fedlabel.methods.cc import candidate_posterior, candidate_step, candidates_recipe
+from fedlabel.methods.recipe import Method, Recipe, Task
 
 
 def log_complement(log_probs: Tensor) -> Tensor:
@@ -64,11 +65,10 @@ class LWS(Method):
     description: ClassVar[str] = "candidate sets: leveraged weighted loss (Wen et al., ICML 2021)"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < float("inf"):
-            raise ValueError(f"`method.beta` (={self.beta}) must be a finite number of at least 0.")
+        finite(self, "method", "beta")
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",), informed=True),)
+    def recipe(self, task: Task) -> Recipe:
+        return candidates_recipe(self.loss)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the mean leveraged weighted loss."""

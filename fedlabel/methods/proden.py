@@ -17,15 +17,17 @@ What differs, and why:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import Method, Phase, PhaseResult
-from fedlabel.methods.cc import candidate_posterior, candidate_step
-from fedlabel.methods.steps import Batch, Model, State, Step
+from fedlabel.methods.batch import Batch, Model, State, Step
+from fedlabel.methods.cc import candidate_posterior, candidate_step, candidates_recipe
+from fedlabel.methods.recipe import Memory, Method, Recipe, Task
+from fedlabel.methods.uploads import PhaseResult
 
 
 def replace_rows(table: Tensor, rows: Tensor, values: Tensor) -> Tensor:
@@ -44,6 +46,16 @@ def replace_rows(table: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return table.index_put((rows,), values[last])
 
 
+def uniform_confidence(candidates: Tensor) -> State:
+    """Returns q, uniform over each set; candidates: (n, classes) bool."""
+    return {"candidate_confidence": candidates.float() / candidates.sum(-1, keepdim=True)}
+
+
+def keep_only(name: str, memory: State, results: Sequence[PhaseResult]) -> State:
+    """Keeps one tensor of the memory, see `Memory.keep`."""
+    return {name: memory[name]}
+
+
 @dataclass(frozen=True)
 class PRODEN(Method):
     """PRODEN has no hyper-parameters."""
@@ -52,15 +64,9 @@ class PRODEN(Method):
 
     description: ClassVar[str] = "candidate sets: confidences follow the model (Lv et al., ICML 2020)"
 
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase("train", self.loss, labeled=("weak",), informed=True),)
-
-    def initial_memory(self, candidates: Tensor) -> State:
-        """Returns q, uniform over each set."""
-        return {"candidate_confidence": candidates.float() / candidates.sum(-1, keepdim=True)}
-
-    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
-        return {"candidate_confidence": memory["candidate_confidence"]}
+    def recipe(self, task: Task) -> Recipe:
+        memory = Memory(uniform_confidence, partial(keep_only, "candidate_confidence"))
+        return replace(candidates_recipe(self.loss), memory=memory)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the mean of CE(q, p) with the stored q, and the memory with p * 1[S] normalised in q's place."""

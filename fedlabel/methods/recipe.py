@@ -19,6 +19,7 @@ from fedlabel.methods.batch import LossFunction, Model, Prepared, State, StateDi
 from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.shared import Shared, nothing_shared
 from fedlabel.methods.uploads import PhaseResult, Upload, sum_of_updates
+from fedlabel.metric_tags import Tag
 from fedlabel.models.wrap import Network, one_network
 
 Views = tuple[str, ...]
@@ -279,6 +280,8 @@ class Method:
 
     description: ClassVar[str] = ""
     """One line for `fedlabel list`."""
+    metrics: ClassVar[tuple[Tag, ...]] = ()
+    """Those in `Step.metrics` and `Prepared.metrics` that `fedlabel/metric_tags.py` lacks: a client sends no others."""
     oracle_labels: ClassVar[bool] = False
     """True only where the method is defined as an upper bound that sees every training label."""
 

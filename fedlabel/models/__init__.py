@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp, Net, Part
 from fedlabel.models.resnet import Bottleneck, ResNet, ResNet9, WideResNet
+from fedlabel.names import did_you_mean
 
 NORMS = ("group", "batch", "none")
 
@@ -56,9 +57,7 @@ class ModelConfig:
             allowed = list(MODELS)
             expected = f"one of {', '.join(MODELS)}, or {TORCHVISION}<name>"
         if self.name not in allowed:
-            near = " or ".join(get_close_matches(self.name, allowed))
-            hint = f" Did you mean {near}?" if near else ""
-            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{hint}")
+            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{did_you_mean(self.name, allowed, 3)}")
         if self.norm not in NORMS:
             raise ValueError(f"`model.norm` (={self.norm}) must be one of {', '.join(NORMS)}.")
         for key, most in (("width", MAX_WIDTH), ("hidden", MAX_HIDDEN)):
@@ -182,6 +181,30 @@ def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, 
         return entry.builder(config, input_shape, num_classes)
 
 
+class RunningStatistics(NamedTuple):
+    """Names in a model's state of what BatchNorm, or InstanceNorm that tracks statistics, keeps beside its weights."""
+
+    means: frozenset[str] = frozenset()
+    variances: frozenset[str] = frozenset()
+    counters: frozenset[str] = frozenset()
+    """Of batches seen in training."""
+
+
+def running_statistics(model: nn.Module) -> RunningStatistics:
+    """Returns the running statistics of a model."""
+    layers = [name for name, layer in model.named_modules() if getattr(layer, "running_mean", None) is not None]
+    state = model.state_dict().keys()
+
+    def named(kind: str) -> frozenset[str]:
+        return frozenset(f"{layer}.{kind}".lstrip(".") for layer in layers) & state
+
+    return RunningStatistics(named("running_mean"), named("running_var"), named("num_batches_tracked"))
+
+
+NO_STATISTICS = RunningStatistics()
+"""Of a network without such layers."""
+
+
 def check_size(build: Callable[[], nn.Module], config: ModelConfig, memory: int) -> None:
     """Counts a network's parameters before any memory is taken for them.
 
@@ -206,11 +229,15 @@ def check_size(build: Callable[[], nn.Module], config: ModelConfig, memory: int)
 
 
 def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:
+    if input_shape[1:] == (1, 1):
+        return ValueError(
+            f"`model.name` (={name}) is for images, and the data set has rows of a table ({input_shape[0]} features "
+            "each): take model.name=mlp."
+        )
     shape = "x".join(map(str, input_shape))
-    hint = " For tables, whose rows are images of one pixel, take model.name=mlp." if input_shape[1:] == (1, 1) else ""
     return ValueError(
         f"`model.name` (={name}) does not accept images of shape {shape} (channels x height x width): "
-        f"it needs {needs}. Choose another model or data set.{hint}"
+        f"it needs {needs}. Choose another model or data set."
     )
 
 

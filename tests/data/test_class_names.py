@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlabel.data.class_names import ClassNames, shown
+from fedlabel.data.class_names import ClassNames
 
 CASES: list[tuple[tuple[str, ...], Any, int]] = [
     (("cat", "dog"), "dog", 1),
@@ -88,21 +88,3 @@ def test_what_is_no_class_or_two_is_refused(names: tuple[str, ...], value: Any, 
 def test_many_names_are_cut_in_messages() -> None:
     with pytest.raises(ValueError, match=r"the classes 0, 1, .*, 19, … .1000 in all.$"):
         ClassNames([str(n) for n in range(1000)]).find("fox")
-
-
-class Rude:
-    def __repr__(self) -> str:
-        raise KeyError("no")
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("a\x1b[31m\nb", r"'a\x1b[31m\nb'"),
-        (Rude(), "<Rude, whose repr fails: KeyError>"),
-        ("x" * 1000, "'" + "x" * 59 + "…"),
-        (np.ones((2, 2)), "array([[1., 1.], [1., 1.]])"),
-    ],
-)
-def test_values_are_shown_in_one_short_line(value: Any, text: str) -> None:
-    assert shown(value) == text

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from server.report import pseudo_panel
 
 from clients.client_app import _reply
 from fedlabel.config import load_config
@@ -22,7 +23,6 @@ from fedlabel.data.skew import SkewConfig
 from fedlabel.data.supervision import KIND_NAMES
 from fedlabel.data.supervision_config import MixPart, SupervisionConfig
 from fedlabel.experiment import Experiment
-from server.report import pseudo_panel
 
 HAS_LABEL = np.arange(1437) % 3 == 0
 

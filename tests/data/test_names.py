@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from fedlabel.data.names import alike, closest, in_order, listed, shown
+from fedlabel.data.names import alike, in_order, listed
 
 
-def test_what_a_terminal_would_obey_is_escaped_and_what_is_long_is_cut() -> None:
-    assert shown("é\x1b[31m\n\u202e") == r"é\x1b[31m\n\u202e"
-    assert shown("a" * 200, 5) == "aaaaa…"
-    assert shown(-3) == "-3"
+def test_the_first_names_stand_for_many() -> None:
     assert listed([1, 2, 3], 2) == "1, 2, … (3 in all)"
     assert listed(["a", "b"], 2) == "a, b"
 
@@ -17,12 +14,6 @@ def test_numbers_are_in_the_order_of_numbers() -> None:
     assert in_order(["10", "9", "1.5"]) == ["1.5", "9", "10"]
     assert in_order(["10", "9", "a"]) == ["10", "9", "a"]
     assert in_order(["10", "9", "nan"]) == ["10", "9", "nan"]
-
-
-def test_the_closest_name_is_found_through_case_and_blanks() -> None:
-    assert closest("LEFT eye", ["right eye", "Left Eye"]) == "Left Eye"
-    assert closest("lef", ["right", "Left"]) == "Left"
-    assert closest("zebra", ["right", "Left"]) is None
 
 
 def test_names_that_look_the_same_are_grouped() -> None:

@@ -70,7 +70,7 @@ def test_marks_of_the_owner(tmp_path: Path) -> None:
         (["1", "2", "inf"], "data row 3: `inf`, infinity"),
         (["1", "2", "1e300"], r"data row 3: `1e300` is beyond 1e\+30"),
         (["1", "2", "3", "4 or more"], r"data row 4: `4 or more`, which is no number, while \d+ of its 48"),
-        (["1", "y" * 5000], r", data row 2: a text of 5000 characters, `y{40}\.\.\. \(5000 characters\)`"),
+        (["1", "y" * 5000], r", data row 2: a text of 5000 characters, `y{100}…`"),
         (["1", "2", "\x1b[31mred"], r"data row 3: `\\x1b\[31mred`"),
         (["blue", "red\u0a00green"], r", data row \d: `red.u0a00green` holds characters that no text has"),
         ([f"patient {i}" for i in range(60)], r" has 48 categories in 48 training rows.*drop_columns=\[a\]"),

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
-from fedlabel.config_names import CALLED_ELSEWHERE, all_keys
+from fedlabel.config_names import CALLED_ELSEWHERE, all_keys, inner_schema
+from fedlabel.config_schema import fields_of, hints
 from fedlabel.data.loaders import DataError
 from fedlabel.experiment import Experiment
 from fedlabel.methods import METHODS
@@ -32,7 +33,9 @@ a\nb|1\n2|{a: 1, a: 2}|<<|<<: {a: 1}|=|==1|2020-01-01|12:30:45|1:2|0b1|0o7|+1|1.
 \\u0000|\x1b[31m|\x00|\ud800|\u2028|\u202e|\ufeff1
 """
 BY_LINE = [value for line in VALUES.strip("\n").split("\n") for value in line.split("|")]
-NASTY = [*BY_LINE, "a\nb", "1\n2", "a: 1\n- b", "a" * 5000, "9" * 5000, "[" * 500, "[" * 500 + "]" * 500]
+NESTED = ["[[]]", "[[1]]", "[[a]]", "[[[1]]]", "[{a: 1}]", "[{}]", "[null]", "[1,[2]]", "[[1,2],3]", "[a,{b: [1]}]"]
+"""For keys that hold a list."""
+NASTY = [*BY_LINE, *NESTED, "a\nb", "1\n2", "a: 1\n- b", "a" * 5000, "9" * 5000, "[" * 500, "[" * 500 + "]" * 500]
 NUMBERS = [
     *("0", "1", "2", "3", "7", "10", "11", "64", "100", "4096", "65536", "1048576", "1000000000", "9007199254740992"),
     *("-1", "0.0", "0.5", "0.999", "1.0", "1.5", "2.5", "1e-300", "1e-7", "1e7", "1e300", "inf", "-inf"),
@@ -105,8 +108,27 @@ def keys() -> list[str]:
     )
 
 
+@cache
+def list_keys() -> list[str]:
+    """The keys that hold a list, of every method."""
+    return sorted({key for method in METHODS.values() for key in _lists_below(ExperimentConfig, method, "")})
+
+
+def _lists_below(schema: type, method: type, prefix: str) -> list[str]:
+    found = []
+    for name in fields_of(schema):
+        kind = method if name == "method" and not prefix else inner_schema(hints(schema)[name])
+        if kind is not None:
+            found += _lists_below(kind, method, f"{prefix}{name}.")
+        elif re.search(r"\b(tuple|list)\[", str(hints(schema)[name])):
+            found.append(f"{prefix}{name}")
+    return found
+
+
 def override(rng: random.Random) -> str:
     """One override."""
+    if rng.random() < 0.1:
+        return f"{rng.choice(list_keys())}={rng.choice(NESTED)}"
     if rng.random() < 0.25:
         key = rng.choice(list(SENSIBLE))
         return f"{key}={rng.choice(SENSIBLE[key])}"

@@ -17,21 +17,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from fedlabel.methods.steps import State
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
+from server.functions import FunctionWatch
+from server.noise import NoiseWatch
+from server.report import log_round
 
 from clients.client_app import app
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
-from fedlabel.methods.steps import State
+from fedlabel.metric_tags import client_tags
 from server.checkpoint import load_checkpoint
 from server.exchange import replies_to
-from server.functions import FunctionWatch
 from server.grids import InProcessGrid
 from server.helpers import HelperPool
-from server.noise import NoiseWatch
 from server.replies import ReplySchema
-from server.report import log_round
 from server.server_app import _check_shared, run_federation
 from server.strategy import aggregate, build_strategy, configure_round
 from server.tally import RoundTally
@@ -59,6 +60,7 @@ SETTINGS: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("method.name=fedmatch", "method.confidence_threshold=0.1", "method.helper_interval=1", *LABELS), (2,)),
     (("method.name=forward", "method.warmup_rounds=2", "num_rounds=3", *NOISY), (2,)),
     (("method.name=dp_ssl", *STAGES, *LABELS), (1, 3, 4)),
+    (("method.name=supervised", "model.name=cnn", "model.hidden_layers=[]", "model.norm=batch", *LABELS), (2,)),
 )
 """Overrides, and the rounds that are taken."""
 
@@ -203,6 +205,8 @@ ODD: tuple[Any, ...] = (
 """What stands for no number, and for no pair of a sum and a count."""
 SHAPES = ((8, 64), (8,), (10, 8), (10,), (44, 8), (44,))
 """Of the models' arrays."""
+GROUPS = ("train", "pseudo", "posterior", "transition", "belief", "bag", "graph", "functions")
+"""Of clients' metrics."""
 RECORDS = ("arrays", "metrics", "sums", "counts", "statistics")
 NAMES = (
     "evil",
@@ -305,6 +309,23 @@ def _array(rng: np.random.Generator, body: RecordDict) -> None:
     _put(record, key, made)
 
 
+def _running(rng: np.random.Generator, body: RecordDict) -> None:
+    """A variance below 0, or a number of batches that it cannot have seen."""
+    record = body.get("arrays")
+    if not isinstance(record, ArrayRecord):
+        return
+    names = [name for name in record if name.endswith(("running_var", "num_batches_tracked"))]
+    if not names:
+        return
+    key = _any(rng, names)
+    if key.endswith("running_var"):
+        values = np.ones(record[key].shape, np.float32)
+        values[rng.integers(len(values))] = -(10.0 ** rng.uniform(-30, 30))
+    else:
+        values = np.array(_any(rng, [-1, -(2**40), 10**4, 2**40, 2**63 - 1]))
+    _put(record, key, Array(values))
+
+
 def _metric(rng: np.random.Generator, body: RecordDict) -> None:
     record = body.get("metrics")
     if not isinstance(record, MetricRecord):
@@ -322,7 +343,8 @@ def _sum(rng: np.random.Generator, body: RecordDict) -> None:
     record = body.get("sums")
     if not isinstance(record, ConfigRecord):
         return
-    if rng.random() < 0.5:
+    chance = rng.random()
+    if chance < 0.4:
         tags = (
             "eval/accuracy",
             "round",
@@ -330,8 +352,15 @@ def _sum(rng: np.random.Generator, body: RecordDict) -> None:
             "interim/accuracy",
             "system/failed_clients",
             "comm/bytes_up",
+            *(f"{group}/invented" for group in GROUPS),
         )
         _put(record, _any(rng, [*tags, "pseudo/accuracy", "train/forward_samples", *NAMES]), [1.0, 1.0])
+    elif chance < 0.7:  # a mean out of the tag's range
+        tag = _any(rng, client_tags().values())
+        least, largest = tag.range(10)
+        beyond = float(10 ** rng.uniform(-1, 30)) * max(abs(least), abs(largest))
+        mean, count = _any(rng, [least - beyond, largest + beyond]), float(rng.integers(1, 9))
+        _put(record, tag.name, [mean * count, count])
     else:
         _put(record, _any(rng, [*record, "train/loss"]), _any(rng, [*ODD, 1.0, [1.0, 1e14], [1e307, 1.0]]))
 
@@ -419,7 +448,18 @@ def _allowed(rng: np.random.Generator, body: RecordDict) -> None:
             _put(body["sums"], "train/loss", [float(rng.normal() * 1e6), 1.0])
 
 
-MUTATIONS: tuple[Mutation, ...] = (_records, _keys, _array, _array, _metric, _sum, _count, _statistic, _statistic)
+MUTATIONS: tuple[Mutation, ...] = (
+    _records,
+    _keys,
+    _array,
+    _array,
+    _running,
+    _metric,
+    _sum,
+    _count,
+    _statistic,
+    _statistic,
+)
 
 
 def case(seed: int, folder: Path) -> str | None:

@@ -10,6 +10,7 @@ from fedlabel.inference.imprecise import SetLikelihood, label_log_likelihood, ma
 from fedlabel.inference.transition import (
     diagonal_transition,
     expected_counts,
+    expected_label_counts,
     expected_set_counts,
     from_counts,
     gradient_step,
@@ -89,6 +90,19 @@ def test_generator_learns_only_from_sets_of_one() -> None:
     candidates = torch.tensor([[True, True, False], [False, True, False]])
     counts = expected_set_counts(q, candidates, torch.tensor([True, True]), T, SetLikelihood("generator"))
     torch.testing.assert_close(counts, torch.tensor([[0, 1, 0]] * 3) / 3)
+
+
+def test_labels_count_for_their_annotators_matrix_or_for_the_only_one() -> None:
+    """A noisy label 1 with q = (.9, .1) and annotators' labels (0, none); then labels (1, 0) with q = (.2, .8)."""
+    q = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    candidates, noisy = torch.tensor([[False, True], [True, True]]), torch.tensor([True, False])
+    annotations = torch.tensor([[0, -1], [1, 0]])
+    start = diagonal_transition(2, 0.3)
+    first, second = torch.tensor([[0.9, 0.9 + 0.2], [0.1, 0.1 + 0.8]]), torch.tensor([[0.2, 0.0], [0.8, 0.0]])
+    both = expected_label_counts(q, candidates, noisy, annotations, start.expand(2, 2, 2), SetLikelihood())
+    torch.testing.assert_close(both, torch.stack([first, second]))
+    one = expected_label_counts(q, candidates, noisy, annotations, start[None], SetLikelihood())
+    torch.testing.assert_close(one, (first + second)[None])
 
 
 def test_shape_of_the_start_and_what_is_said_of_a_matrix() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedlabel.batches import draw_batches
 from torch.nn.functional import cross_entropy
 
 import fedlabel
-from fedlabel.batches import draw_batches
 from fedlabel.config import load_config, to_yaml
 from fedlabel.experiment import open_experiment
 from fedlabel.models import build_model

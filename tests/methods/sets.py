@@ -10,8 +10,8 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.steps import Batch, LossFunction, Part, State, Step
-from fedlabel.training import ClientData
+from fedlabel.learning.client import ClientData
+from fedlabel.methods.batch import Batch, LossFunction, Part, State, Step
 from tests.methods.tables import CLASSES, client
 
 NOTHING: State = {}

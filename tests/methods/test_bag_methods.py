@@ -8,22 +8,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from fedlabel.batches import bag_units
+from fedlabel.methods.base import Survey
+from fedlabel.methods.steps import Batch, State
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedlabel.batches import bag_units
 from fedlabel.config import load_config
 from fedlabel.data.supervision import Supervision
 from fedlabel.experiment import Experiment
 from fedlabel.inference.cardinality import bag_posterior
 from fedlabel.methods.bags import BagMethod, bag_means, by_bag
-from fedlabel.methods.base import Survey
 from fedlabel.methods.count_likelihood import CountLikelihood, one_against_rest
 from fedlabel.methods.dllp import DLLP, dllp_loss
 from fedlabel.methods.easy_llp import EasyLLP, easy_weights
 from fedlabel.methods.gen_bags import GenBags, expected_square
 from fedlabel.methods.llp_vat import LLPVAT, divergence, unit
-from fedlabel.methods.steps import Batch, State
 from fedlabel.methods.top_count import TopCount, top_counts
 from tests.methods.batches import make_part
 

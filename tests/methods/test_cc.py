@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedlabel.data.supervision import Supervision
+from fedlabel.learning.client import ClientData
 from fedlabel.methods.cc import CC
-from fedlabel.methods.supervised import Supervised
-from fedlabel.training import ClientData
+from fedlabel.methods.losses import labels_loss
 from tests.methods.sets import Known, assert_stacks, client_with_sets, random_known, sets
 from tests.methods.tables import (
     LabelsOnly,
@@ -67,7 +67,7 @@ def test_loss_and_gradient_per_sample(seed: int) -> None:
 def test_one_candidate_is_cross_entropy(seed: int) -> None:
     known = random_known(seed, several=False)
     ours, gradient = known.run(CC().loss)
-    theirs, expected = known.run(Supervised().loss)
+    theirs, expected = known.run(labels_loss)
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(gradient, expected)
     assert ours.examples == theirs.examples

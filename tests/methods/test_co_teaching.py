@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,15 +12,17 @@ import torch
 
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import Method, Phase
+from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
+from fedlabel.methods.batch import StateDict
 from fedlabel.methods.co_teaching import CoTeaching, smallest
-from fedlabel.methods.steps import StateDict
+from fedlabel.methods.losses import labels_loss
+from fedlabel.methods.recipe import Recipe
 from fedlabel.methods.supervised import Supervised
 from fedlabel.models.twins import Twins
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
+from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM
 from tests.methods.sets import Known, assert_stacks, sets
-from tests.methods.tables import ROUND, LabelsOnly, client, logits_of, model, net, softmax
+from tests.methods.tables import CLASSES, ROUND, LabelsOnly, client, logits_of, model, net, softmax
 
 SEEDS = range(5)
 
@@ -83,7 +84,7 @@ def test_keeping_all_is_cross_entropy_of_each(seed: int) -> None:
     ours, gradient = known.run(CoTeaching().loss)
     total = 0.0
     for k in range(2):
-        theirs, expected = Known(known.logits[:, k].detach(), known.candidates).run(Supervised().loss)
+        theirs, expected = Known(known.logits[:, k].detach(), known.candidates).run(labels_loss)
         total += theirs.loss.item()
         torch.testing.assert_close(gradient[:, k], expected)
         assert theirs.examples == ours.examples
@@ -126,15 +127,19 @@ def twins(first: int, second: int) -> Twins:
     return Twins([net(first), net(second)])
 
 
-def train_twins(method: Method, round_number: int = 1, data: ClientData | None = None) -> ClientUpdate:
+def recipe_of(method: CoTeaching) -> Recipe:
+    return method.recipe(task(CLASSES))
+
+
+def train_twins(method: CoTeaching, round_number: int = 1, data: ClientData | None = None) -> ClientUpdate:
     trainer = Trainer(twins(5, 6), twins(7, 8), TRANSFORM, ROUND)
     start = twins(1, 2).state_dict()
-    return train_client(method, trainer, start, client() if data is None else data, round_number, 7)
+    return train_client(recipe_of(method), trainer, start, client() if data is None else data, round_number, 7)
 
 
 def alone(seed: int) -> StateDict:
     trainer = Trainer(net(5), net(6), TRANSFORM, ROUND)
-    return model(train_client(LabelsOnly(), trainer, net(seed).state_dict(), client(), 1, 7))
+    return model(train_client(LabelsOnly().recipe(task()), trainer, net(seed).state_dict(), client(), 1, 7))
 
 
 def test_a_round_that_forgets_nothing_is_two_rounds_of_cross_entropy() -> None:
@@ -161,10 +166,10 @@ def test_a_late_round_leaves_samples_out_and_moves_every_parameter() -> None:
 def test_a_server_with_labels_trains_both_networks_on_all() -> None:
     trainer = Trainer(twins(5, 6), twins(7, 8), TRANSFORM, replace(ROUND, local_steps=1))
     start = twins(1, 2).state_dict()
-    after = train_server(CoTeaching(forget_rate=0.9), trainer, start, client(4, 4), 100, 7)
+    after = train_server(recipe_of(CoTeaching(forget_rate=0.9)), trainer, start, client(4, 4), 7)
     for place, seed in enumerate((1, 2)):
         single = Trainer(net(5), net(6), TRANSFORM, trainer.config)
-        expected = train_server(Supervised(), single, net(seed).state_dict(), client(4, 4), 100, 7)
+        expected = train_server(Supervised().recipe(task()), single, net(seed).state_dict(), client(4, 4), 7)
         for name, value in expected.items():
             torch.testing.assert_close(after[f"networks.{place}.{name}"], value)
 
@@ -190,33 +195,9 @@ def test_an_experiment_builds_two_networks_of_different_weights() -> None:
     assert update.parts["model"].weight > 0
     trained = update.parts["model"].state
     networks = [{k: trained[f"networks.{i}.{k}"] for k in single.initial_state} for i in (0, 1)]
-    first, second = (single.evaluate({"model": state}) for state in networks)
+    first, second = (single.evaluate(1, {"model": state}) for state in networks)
     # By Jensen's inequality the mean's loss is below the mean of the losses.
-    assert 0 < experiment.evaluate({"model": trained}).loss < (first.loss + second.loss) / 2
-
-
-@dataclass(frozen=True)
-class Both(Method):
-    """Two networks that are each a sum of parts: not offered."""
-
-    name: str = "both"
-
-    @property
-    def networks(self) -> int:
-        return 2
-
-    @property
-    def additive(self) -> Mapping[str, float]:
-        return {"sigma": 1.0, "psi": 0.2}
-
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return ()
-
-
-def test_several_networks_exclude_a_sum_of_parts() -> None:
-    config = replace(load_config([], list(TINY)), method=Both())
-    with pytest.raises(ValueError, match=r"`networks` \(=2\) of method both must be 1 .* \(`additive` =sigma, psi\)"):
-        Experiment(config)
+    assert 0 < experiment.evaluate(1, {"model": trained}).loss < (first.loss + second.loss) / 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from fedlabel.methods.base import Method, Phase, Prepared, Survey, Update
+from fedlabel.methods.steps import Batch, Model, Part, State
+from fedlabel.training import ClientData, ImageTransform, Trainer, train_client
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._pytree import tree_map
@@ -17,16 +20,13 @@ from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.supervision import Supervision, supervise
 from fedlabel.methods import METHODS, method_class
 from fedlabel.methods.bags import BagMethod
-from fedlabel.methods.base import Method, Phase, Prepared, Survey, Update
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.masks import MaskedMethod
-from fedlabel.methods.steps import Batch, Model, Part, State
 from fedlabel.models.additive import Additive
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.labeling_heads import LabelingHeads
 from fedlabel.models.nets import Mlp
 from fedlabel.models.twins import Twins
-from fedlabel.training import ClientData, ImageTransform, Trainer, train_client
 from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedlabel.methods.elr import ELR
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.elr import ELR, no_targets
+from fedlabel.methods.losses import labels_loss
 from tests.methods.sets import Known, assert_stacks, random_known, sets
 from tests.methods.tables import (
     ROUND,
@@ -35,7 +35,7 @@ def test_two_visits_by_hand() -> None:
     .1938, ln 2 + 3 ln .8062 = .693147 - .646270 = .046877. (With t before the update: .330032 again.)
     """
     candidates = sets([0], [0, 1, 2], classes=3)
-    memory = ELR().initial_memory(candidates)
+    memory = no_targets(candidates)
     assert torch.equal(memory[KEY], torch.zeros(2, 3))
     known = Known(logits_of([0.5, 0.3, 0.2], [0.1, 0.1, 0.8]), candidates)
     step, gradient = known.run(ELR().loss, memory)
@@ -54,7 +54,7 @@ def test_two_visits_by_hand() -> None:
 def test_certain_predictions_are_cut() -> None:
     """p = (1, 0, 0) is cut to (.9999, .0001, .0001); t = .3 of it, normalised by 1.0001; no gradient by the penalty."""
     known = Known(torch.tensor([[100.0, 0.0, 0.0]]), sets([1], classes=3))
-    step, gradient = known.run(ELR().loss, ELR().initial_memory(known.candidates))
+    step, gradient = known.run(ELR().loss, no_targets(known.candidates))
     assert step.memory is not None
     target = [0.3 * 0.9999 / 1.0001, 0.3 * 0.0001 / 1.0001, 0.3 * 0.0001 / 1.0001]
     assert step.memory[KEY][0].tolist() == pytest.approx(target, rel=1e-4)
@@ -96,8 +96,8 @@ def test_loss_gradient_and_memory_per_sample(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_without_weight_it_is_cross_entropy(seed: int) -> None:
     known = random_known(seed, several=False)
-    ours, gradient = known.run(ELR(lambda_elr=0.0).loss, ELR().initial_memory(known.candidates))
-    theirs, expected = known.run(Supervised().loss)
+    ours, gradient = known.run(ELR(lambda_elr=0.0).loss, no_targets(known.candidates))
+    theirs, expected = known.run(labels_loss)
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(gradient, expected)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.methods.base import ModelPart, PhaseResult
+from fedlabel.methods.batch import StateDict, Step
 from fedlabel.methods.fedlabel import FedLabel, confidence, kl_divergence, select
-from fedlabel.methods.steps import Step
+from fedlabel.methods.uploads import ModelPart, PhaseResult
 from tests.methods.batches import make_batch
+from tests.methods.recipes import task
 
 LOCAL = torch.tensor([[0.7, 0.1, 0.1, 0.1]])
 GLOBAL = torch.tensor([[0.5, 0.3, 0.1, 0.1]])
@@ -23,6 +24,10 @@ def loss_of(method: FedLabel, global_probs: Tensor, local_probs: Tensor, student
     logits = torch.zeros(n, classes) if student_logits is None else student_logits
     teachers = {"global": lambda x: global_probs.log(), "supervised": lambda x: local_probs.log()}
     return method.loss(lambda x: torch.cat([logits, logits]), teachers, make_batch(classes, unlabeled=n))
+
+
+def upload(method: FedLabel, start: StateDict, results: list[PhaseResult], weight: float) -> dict[str, ModelPart]:
+    return method.recipe(task()).upload.send(start, results, frozenset(start), weight)
 
 
 def test_check_1_variance_has_its_closed_form() -> None:
@@ -174,14 +179,14 @@ def test_check_9_released_merge_sends_two_models() -> None:
         PhaseResult("supervised", {"w": torch.tensor(1.0)}, 30),
         PhaseResult("unlabeled", {"w": torch.tensor(0.5)}, 3),
     ]
-    parts = FedLabel(merge="mean").upload(start, results, frozenset({"w"}), 33.0)
+    parts = upload(FedLabel(merge="mean"), start, results, 33.0)
     assert parts == {
         "supervised": ModelPart({"w": torch.tensor(1.0)}, 1.0),
         "unlabeled": ModelPart({"w": torch.tensor(0.5)}, 3),
     }
     nothing_kept = [results[0], PhaseResult("unlabeled", {"w": torch.tensor(0.0)}, 0)]
-    assert FedLabel(merge="mean").upload(start, nothing_kept, frozenset({"w"}), 30.0)["unlabeled"].weight == 1.0
-    burn_in = FedLabel(merge="mean").upload(start, results[:1], frozenset({"w"}), 30.0)
+    assert upload(FedLabel(merge="mean"), start, nothing_kept, 30.0)["unlabeled"].weight == 1.0
+    burn_in = upload(FedLabel(merge="mean"), start, results[:1], 30.0)
     assert burn_in["unlabeled"] == ModelPart({"w": torch.tensor(0.0)}, 1.0)
 
 
@@ -192,9 +197,7 @@ def test_check_9_paper_merge_is_the_sum_of_updates() -> None:
         PhaseResult("supervised", {"w": torch.tensor(1.0)}, 20),
         PhaseResult("unlabeled", {"w": torch.tensor(0.5)}, 10),
     ]
-    assert FedLabel().upload(start, results, frozenset({"w"}), 30.0) == {
-        "model": ModelPart({"w": torch.tensor(1.5)}, 30.0)
-    }
+    assert upload(FedLabel(), start, results, 30.0) == {"model": ModelPart({"w": torch.tensor(1.5)}, 30.0)}
 
 
 def test_check_11_kept_sets_are_nested() -> None:
@@ -257,8 +260,8 @@ def test_metrics_count_coverage_expert_and_agreement() -> None:
 
 
 def test_burn_in_leaves_out_stage_b() -> None:
-    method = FedLabel(burn_in_rounds=2)
-    assert [[phase.name for phase in method.phases(r)] for r in (1, 2, 3)] == [
+    recipe = FedLabel(burn_in_rounds=2).recipe(task())
+    assert [[phase.name for phase in recipe.phases(r)] for r in (1, 2, 3)] == [
         ["supervised"],
         ["supervised"],
         ["supervised", "unlabeled"],

@@ -10,16 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlabel.batches import draw_batches
-from fedlabel.methods.base import PhaseResult
+from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
+from fedlabel.learning.plan import draw_batches
+from fedlabel.methods.batch import Model, StateDict
 from fedlabel.methods.fedmatch import FedMatch, sparse_update, vote
-from fedlabel.methods.steps import Model, StateDict
-from fedlabel.models.additive import Additive
+from fedlabel.methods.recipe import Recipe
+from fedlabel.methods.uploads import ModelPart, PhaseResult
+from fedlabel.models.wrap import one_network
 from fedlabel.seeding import torch_generator
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.training_config import TrainingConfig
+from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import (
+    CLASSES,
     NOTHING,
     ROUND,
     LabelsOnly,
@@ -40,6 +43,10 @@ SEEDS = range(5)
 SEED = 7
 EXACT = {"zero_below": 0.0, "change_above": 0.0}
 """The upload is what was trained, to the bit."""
+
+
+def recipe_of(method: FedMatch) -> Recipe:
+    return method.recipe(task(CLASSES))
 
 
 class WeakOnly:
@@ -178,7 +185,7 @@ def test_penalty_by_hand() -> None:
     assert parameters["psi.b"].grad is not None
     assert parameters["psi.a"].grad.item() == pytest.approx(-1.9)
     assert parameters["psi.b"].grad.item() == pytest.approx(-2.6)
-    (update_b,) = method.phases(1)[0].then
+    (update_b,) = recipe_of(method).phases(1)[0].then
     assert update_b.penalty is not None
     assert update_b.trains is not None
     assert list(update_b.trains(list(parameters))) == ["psi.a", "psi.b"]
@@ -196,7 +203,12 @@ TRAINED = {
     "sigma.var": torch.tensor([1.125]),
     "psi.w": torch.tensor([0.03125, 0.25, 0.03125, -0.5]),
 }
-PARAMETERS = frozenset({"sigma.w", "psi.w"})
+TRAINED_ONCE = [PhaseResult("train", TRAINED, 5)]
+
+
+def upload(method: FedMatch, results: list[PhaseResult], weight: float) -> ModelPart:
+    (part,) = recipe_of(method).upload.send(RECEIVED, results, frozenset({"sigma.w", "psi.w"}), weight).values()
+    return part
 
 
 def test_upload_by_hand() -> None:
@@ -207,10 +219,10 @@ def test_upload_by_hand() -> None:
     Buffers go as they are.
     """
     method = FedMatch(zero_below=1 / 16, change_above=1 / 4)
-    model = method.upload(RECEIVED, [PhaseResult("train", TRAINED, 5)], PARAMETERS, 37.0)["model"]
-    assert model.state["sigma.w"].tolist() == [1.5, 1.0, 0.03125, 0.0]
-    assert model.state["psi.w"].tolist() == [0.0, 0.5, 0.0625, -0.5]
-    assert model.state["sigma.var"].tolist() == [1.125]
+    state = upload(method, TRAINED_ONCE, 37.0).state
+    assert state["sigma.w"].tolist() == [1.5, 1.0, 0.03125, 0.0]
+    assert state["psi.w"].tolist() == [0.0, 0.5, 0.0625, -0.5]
+    assert state["sigma.var"].tolist() == [1.125]
     assert sparse_update(torch.tensor(1.0), torch.tensor(0.5), 0.25).item() == 0.5
 
 
@@ -218,10 +230,9 @@ def test_upload_by_hand() -> None:
 def test_the_mean_is_uniform_over_the_clients_that_trained(variant: str) -> None:
     method = FedMatch(variant=variant)
     for weight, expected in ((37.0, 1.0), (1.0, 1.0), (0.0, 0.0)):
-        part = method.upload(RECEIVED, [PhaseResult("train", TRAINED, 5)], PARAMETERS, weight)["model"]
-        assert part.weight == expected
-    assert set(method.upload(RECEIVED, [], PARAMETERS, 0.0)) == {"model"}
-    assert same(method.upload(RECEIVED, [], PARAMETERS, 0.0)["model"].state, RECEIVED)
+        assert upload(method, TRAINED_ONCE, weight).weight == expected
+    assert set(recipe_of(method).upload.send(RECEIVED, [], frozenset(), 0.0)) == {"model"}
+    assert same(upload(method, [], 0.0).state, RECEIVED)
 
 
 def test_claimed_bytes_by_hand() -> None:
@@ -231,20 +242,27 @@ def test_claimed_bytes_by_hand() -> None:
     Undivided: all 9 entries up, all down, and all of each helper.
     """
     method = FedMatch(zero_below=1 / 16, change_above=1 / 4)
-    sent = method.upload(RECEIVED, [PhaseResult("train", TRAINED, 5)], PARAMETERS, 1.0)["model"].state
-    assert method.claimed_bytes(RECEIVED, sent, 0) == (20, 32)
-    assert method.claimed_bytes(RECEIVED, sent, 2) == (20, 56)
-    assert method.claimed_bytes(RECEIVED, RECEIVED, 0) == (0, 32)
-    undivided = FedMatch(variant="inter_client")
-    assert undivided.claimed_bytes(RECEIVED, sent, 0) == (36, 36)
-    assert undivided.claimed_bytes(RECEIVED, sent, 2) == (36, 108)
+    sent = upload(method, TRAINED_ONCE, 1.0).state
+    claimed, whole = (recipe_of(m).upload.claimed_bytes for m in (method, FedMatch(variant="inter_client")))
+    assert claimed is not None
+    assert claimed(RECEIVED, sent, 0) == (20, 32)
+    assert claimed(RECEIVED, sent, 2) == (20, 56)
+    assert claimed(RECEIVED, RECEIVED, 0) == (0, 32)
+    assert whole is not None
+    assert whole(RECEIVED, sent, 0) == (36, 36)
+    assert whole(RECEIVED, sent, 2) == (36, 108)
 
 
 # Rounds.
 
 
+def made_of(method: FedMatch, seed: int = 1) -> nn.Module:
+    """What the method makes of `net(seed)`."""
+    return recipe_of(method).network.wrap(lambda place: net(seed), 0)
+
+
 def start(method: FedMatch) -> StateDict:
-    return Additive(net(), method.additive).state_dict()
+    return made_of(method).state_dict()
 
 
 def fedmatch_round(
@@ -253,11 +271,9 @@ def fedmatch_round(
     config: TrainingConfig = ROUND,
     helpers: Mapping[str, StateDict] | None = None,
 ) -> ClientUpdate:
-    modules = [Additive(net(seed), method.additive) for seed in (5, 6)]
-    trainer = Trainer(modules[0], modules[1], TRANSFORM, config)
-    return train_client(
-        method, trainer, start(method), client() if data is None else data, 1, SEED, extra_states=helpers or {}
-    )
+    trainer = Trainer(made_of(method, 5), made_of(method, 6), TRANSFORM, config)
+    data = client() if data is None else data
+    return train_client(recipe_of(method), trainer, start(method), data, 1, SEED, extra_states=helpers or {})
 
 
 def moved(method: FedMatch, state: StateDict) -> set[str]:
@@ -279,7 +295,7 @@ def test_a_round_is_two_steps_a_batch_written_out(number: int) -> None:
         confidence_threshold=tau, lambda_a=lambda_a, lambda_i=lambda_i, lambda_l1=l1, lambda_l2=l2, **EXACT
     )
     data = client()
-    states = {f"helper{i}": Additive(net(20 + i), method.additive).state_dict() for i in range(number)}
+    states = {f"helper{i}": made_of(method, 20 + i).state_dict() for i in range(number)}
     psis = {helper: {n: v for n, v in state.items() if n.startswith("psi.")} for helper, state in states.items()}
     update = fedmatch_round(method, data, replace(ROUND, lr=lr), psis)
 
@@ -357,13 +373,13 @@ def test_without_a_sure_sample_step_b_is_not_taken_not_even_for_the_penalty() ->
 
 def test_labels_at_the_server_move_sigma_there_and_psi_at_the_clients() -> None:
     method = FedMatch(confidence_threshold=0.0, lambda_l2=0.01, **EXACT)
-    trainer = Trainer(Additive(net(5), method.additive), Additive(net(6), method.additive), TRANSFORM, ROUND)
-    trained = train_server(method, trainer, start(method), client(10, 10), 1, SEED)
+    trainer = Trainer(made_of(method, 5), made_of(method, 6), TRANSFORM, ROUND)
+    trained = train_server(recipe_of(method), trainer, start(method), client(10, 10), SEED)
     assert moved(method, trained) == names("sigma")
     assert moved(method, model(fedmatch_round(method, client(20, 0)))) == names("psi")
     undivided = FedMatch(variant="inter_client")
     plain = Trainer(net(5), net(6), TRANSFORM, ROUND)
-    trained = train_server(undivided, plain, net().state_dict(), client(10, 10), 1, SEED)
+    trained = train_server(recipe_of(undivided), plain, net().state_dict(), client(10, 10), SEED)
     assert not any(torch.equal(trained[name], value) for name, value in net().state_dict().items())
 
 
@@ -380,9 +396,14 @@ def test_without_psi_and_penalty_it_is_supervised_with_ten_times_the_learning_ra
 
 
 def test_variants() -> None:
-    full, disjoint, undivided = (FedMatch(variant=v) for v in ("full", "disjoint", "inter_client"))
-    assert full.additive == disjoint.additive == {"sigma": 1.0, "psi": 0.2}
-    assert undivided.additive == {}
+    for variant in ("full", "disjoint"):
+        parts, plain = start(FedMatch(variant=variant)), net().state_dict()
+        assert parts.keys() == {f"{part}.{name}" for part in ("sigma", "psi") for name in plain}
+        for name, value in plain.items():
+            assert torch.equal(parts[f"sigma.{name}"], value)
+            assert torch.equal(parts[f"psi.{name}"], 0.2 * value)
+    full, disjoint, undivided = (recipe_of(FedMatch(variant=v)) for v in ("full", "disjoint", "inter_client"))
+    assert undivided.network is one_network
     assert disjoint.helpers is None
     assert disjoint.phases(10)[0].teachers == ()
     assert full.helpers is not None
@@ -390,7 +411,7 @@ def test_variants() -> None:
     assert (full.helpers.count, full.helpers.every, full.helpers.prefix) == (2, 10, "psi.")
     assert (undivided.helpers.count, undivided.helpers.every, undivided.helpers.prefix) == (2, 10, "")
     assert full.phases(1)[0].teachers == undivided.phases(1)[0].teachers == ("helper0", "helper1")
-    assert FedMatch(num_helpers=3).phases(1)[0].teachers == ("helper0", "helper1", "helper2")
+    assert recipe_of(FedMatch(num_helpers=3)).phases(1)[0].teachers == ("helper0", "helper1", "helper2")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -403,7 +424,7 @@ def test_the_undivided_model_learns_both_losses_in_one_step(seed: int) -> None:
     assert step.loss.item() == pytest.approx(10 * labeled_mean(table) + second.loss.item(), abs=1e-5)
     assert step.examples == 3 + second.examples
     assert {"train/loss_supervised", "train/loss_unsupervised", "train/loss_inter_client"} <= set(step.metrics)
-    (phase,) = method.phases(1)
+    (phase,) = recipe_of(method).phases(1)
     assert phase.loss == method.loss
     assert phase.then == ()
     update = train_round(replace(method, confidence_threshold=0.0))

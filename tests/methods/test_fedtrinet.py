@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Method, ModelPart, Phase, PhaseResult, Survey
+from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
+from fedlabel.methods import fedtrinet
+from fedlabel.methods.batch import State, StateDict, Survey
 from fedlabel.methods.fedtrinet import FedTriNet, head_names, label_together
-from fedlabel.methods.steps import State, StateDict
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.recipe import BySample, Memory, Method, Phase, Recipe
+from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.models import MODELS, ModelConfig, build_model
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.training_config import TrainingConfig
+from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import (
+    CLASSES,
     NOTHING,
     ROUND,
+    LabelsOnly,
     Table,
     best,
     client,
@@ -40,6 +44,18 @@ SEED = 7
 HEAD = {"3.weight", "3.bias"}
 """The last layer of `net()`; "1.weight" and "1.bias" are the feature layers."""
 FEATURES = {"1.weight", "1.bias"}
+
+
+def recipe_of(method: Method) -> Recipe:
+    return method.recipe(task(CLASSES))
+
+
+def phases(method: Method, round_number: int) -> tuple[Phase, ...]:
+    return recipe_of(method).phases(round_number)
+
+
+def memory_of(method: Method) -> Memory:
+    return recipe_of(method).memory
 
 
 def weights(seed: int) -> StateDict:
@@ -83,40 +99,42 @@ def test_old_and_crossed_network_by_hand() -> None:
     """O is the kept model; N takes the received features and the kept head."""
     received = {"conv": torch.tensor(1.0), "body.w": torch.tensor(2.0), "fc.w": torch.tensor(3.0)}
     kept = {"conv": torch.tensor(10.0), "body.w": torch.tensor(20.0), "fc.w": torch.tensor(30.0)}
-    states = FedTriNet().states(received, old(kept))
+    states = memory_of(FedTriNet()).models(received, old(kept))
     assert states == {"old": kept, "crossed": {"conv": 1.0, "body.w": 2.0, "fc.w": 30.0}}
-    assert FedTriNet(head_layers=2).states(received, old(kept))["crossed"] == {"conv": 1, "body.w": 20, "fc.w": 30}
+    two = memory_of(FedTriNet(head_layers=2)).models(received, old(kept))
+    assert two["crossed"] == {"conv": 1, "body.w": 20, "fc.w": 30}
     # A client that never trained has the received model for all three.
-    memory = FedTriNet().initial_memory(torch.ones(4, 3, dtype=torch.bool))
+    memory = memory_of(FedTriNet()).start(torch.ones(4, 3, dtype=torch.bool))
     assert memory["pseudo_label"].tolist() == [-1] * 4
-    assert FedTriNet().states(received, memory) == {"old": received, "crossed": received}
+    assert memory_of(FedTriNet()).models(received, memory) == {"old": received, "crossed": received}
 
 
 def test_a_head_of_all_layers_is_refused() -> None:
     """`net()` has two layers with weights."""
     received = weights(1)
-    assert FedTriNet(head_layers=1).states(received, {})["old"] == received
+    assert memory_of(FedTriNet(head_layers=1)).models(received, {})["old"] == received
     for layers in (2, 3):
         with pytest.raises(ValueError, match=rf"`method.head_layers` \(={layers}\) covers all layers of the model"):
-            FedTriNet(head_layers=layers).states(received, {})
+            memory_of(FedTriNet(head_layers=layers)).models(received, {})
 
 
 def test_phases_before_and_after_the_warm_up() -> None:
     method = FedTriNet(warmup_rounds=2)
-    assert [[(p.name, p.start) for p in method.phases(r)] for r in (1, 2, 3)] == [
+    assert [[(p.name, p.start) for p in phases(method, r)] for r in (1, 2, 3)] == [
         [("warmup", "crossed")],
         [("warmup", "crossed")],
         [("new", "crossed"), ("train", "global")],
     ]
-    new, train = method.phases(3)
+    new, train = phases(method, 3)
     assert new.trains is not None
     assert set(new.trains(["1.weight", "1.bias", "3.weight", "3.bias"])) == HEAD
     assert train.trains is None
     assert train.teachers == ("global", "old", "new")
-    assert [phase.unlabeled for phase in (*method.phases(1), new)] == [(), ()]
-    assert [p.name for p in FedTriNet(warmup_rounds=0).phases(1)] == ["new", "train"]
-    assert len(FedTriNet().phases(40)) == 1
-    assert len(FedTriNet().phases(41)) == 2
+    assert [phase.draw for phase in (*phases(method, 1), new)] == [BySample(("weak",))] * 2
+    assert train.draw == BySample(("weak",), ("weak",))
+    assert [p.name for p in phases(FedTriNet(warmup_rounds=0), 1)] == ["new", "train"]
+    assert len(phases(FedTriNet(), 40)) == 1
+    assert len(phases(FedTriNet(), 41)) == 2
 
 
 # What is labelled.
@@ -189,7 +207,7 @@ def test_threshold_by_hand() -> None:
     rising = FedTriNet(quality_start=0.5, quality_end=0.9, quality_rounds=4)
     assert [rising.threshold(r) for r in (1, 2, 4, 5)] == pytest.approx([0.6, 0.7, 0.9, 0.9])
     # The first round after the warm-up is one round after it.
-    (_, train) = replace(method, warmup_rounds=3).phases(4)
+    (_, train) = phases(replace(method, warmup_rounds=3), 4)
     assert train.prepare is not None
     assert train.prepare.keywords == {"threshold": pytest.approx(0.896)}  # type: ignore[attr-defined]
     assert train.loss.keywords == {"weight": pytest.approx(0.005)}  # type: ignore[attr-defined]
@@ -234,22 +252,15 @@ def test_loss_and_gradient_per_sample(seed: int) -> None:
         probs = softmax(table.weak[i])
         expected = [0.3 * (probs[c] - (c == y)) / 8 for c in range(4)]
         assert gradients.weak[i].tolist() == pytest.approx(expected, abs=1e-6)
-    warm = FedTriNet().supervised_loss(table.student, NOTHING, table.batch())
+    (warmup,) = phases(FedTriNet(), 1)
+    warm = warmup.loss(table.student, NOTHING, table.batch())
     assert warm.loss.item() == pytest.approx(labeled_mean(table), abs=1e-5)
 
 
 # Rounds.
 
 
-@dataclass(frozen=True)
-class LabelsOnly(Method):
-    """`Supervised` in a phase of the given name, so that it draws the same batches."""
-
-    name: str = "labels_only"
-    phase: str = "warmup"
-
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase(self.phase, Supervised().loss, labeled=("weak",)),)
+WARM_UP = LabelsOnly(phase="warmup")
 
 
 def train_round(
@@ -262,7 +273,8 @@ def train_round(
 ) -> ClientUpdate:
     before = copy.deepcopy((received, memory))
     trainer = Trainer(net(5), net(6), TRANSFORM, config)
-    update = train_client(method, trainer, received, client() if data is None else data, round_number, SEED, memory)
+    data = client() if data is None else data
+    update = train_client(recipe_of(method), trainer, received, data, round_number, SEED, memory)
     assert same(received, before[0])
     assert memory is None or same(memory, before[1])
     return update
@@ -271,13 +283,13 @@ def train_round(
 def phase_results(monkeypatch: pytest.MonkeyPatch) -> list[PhaseResult]:
     """Everything that phases leave behind from now on."""
     seen: list[PhaseResult] = []
-    keep = FedTriNet.keep
+    keep = fedtrinet.keep
 
-    def watching(self: FedTriNet, memory: State, results: Sequence[PhaseResult]) -> State:
+    def watching(memory: State, results: Sequence[PhaseResult]) -> State:
         seen.extend(results)
-        return keep(self, memory, results)
+        return keep(memory, results)
 
-    monkeypatch.setattr(FedTriNet, "keep", watching)
+    monkeypatch.setattr(fedtrinet, "keep", watching)
     return seen
 
 
@@ -289,7 +301,7 @@ def test_in_the_warm_up_a_client_trains_the_received_features_under_its_own_head
     received, own = weights(1), weights(2)
     crossed = {name: own[name] if name in HEAD else received[name] for name in received}
     update = train_round(FedTriNet(), received, old(own))
-    assert same(model(update), model(train_round(LabelsOnly(), crossed)))
+    assert same(model(update), model(train_round(WARM_UP, crossed)))
     assert differing(model(update), crossed) == HEAD | FEATURES
     assert same(update.kept, old(model(update)))
     assert update.kept["pseudo_label"].tolist() == [-1] * 30
@@ -304,7 +316,7 @@ def test_one_client_within_the_warm_up_is_supervised_averaging() -> None:
     for round_number in (1, 2, 3):
         update = train_round(FedTriNet(), first, memory, round_number=round_number)
         first, memory = model(update), update.kept
-        second = model(train_round(LabelsOnly(), second, round_number=round_number))
+        second = model(train_round(WARM_UP, second, round_number=round_number))
         assert same(first, second)
     assert not same(first, weights(1))
 
@@ -320,7 +332,7 @@ def test_n_moves_its_head_only_and_training_starts_from_g(monkeypatch: pytest.Mo
     assert differing(new.state, own) == HEAD | FEATURES
     crossed = {name: own[name] if name in HEAD else received[name] for name in received}
     assert differing(new.state, crossed) == HEAD
-    assert same(model(update), model(train_round(LabelsOnly(phase="train"), received)))
+    assert same(model(update), model(train_round(LabelsOnly(), received)))
     assert same(model(update), trained.state)
     assert same(update.kept, old(trained.state))
     assert update.pseudo is not None
@@ -369,7 +381,7 @@ def test_g_o_and_n_label_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert update.sums["train/loss_unsupervised"][1] == 5 * 4
     assert update.parts["model"].weight == 5 * 4 + 5 * (4 + 4)  # N's labelled draws count, too
     assert differing(model(update), received) == HEAD | FEATURES
-    assert not same(model(update), model(train_round(LabelsOnly(phase="train"), received)))
+    assert not same(model(update), model(train_round(LabelsOnly(), received)))
 
 
 def test_a_label_stays_for_good_and_the_unlabelled_rest_is_not_drawn() -> None:
@@ -401,7 +413,7 @@ def test_before_the_ramp_pseudo_labels_are_given_but_move_nothing() -> None:
     update = train_round(method, received)
     assert update.pseudo is not None
     assert update.pseudo.keep.all()
-    expected = model(train_round(LabelsOnly(phase="train"), received))
+    expected = model(train_round(LabelsOnly(), received))
     for name, value in expected.items():
         torch.testing.assert_close(model(update)[name], value, atol=1e-7, rtol=1e-6)
 
@@ -410,7 +422,7 @@ def test_labels_at_the_server() -> None:
     """The server moves the model; clients sit out the warm-up, and later if no sample has a label."""
     received, own, data = weights(1), weights(2), client(20, 0)
     trainer = Trainer(net(5), net(6), TRANSFORM, ROUND)
-    trained = train_server(LATE, trainer, received, client(10, 10), 1, SEED)
+    trained = train_server(recipe_of(LATE), trainer, received, client(10, 10), SEED)
     assert differing(trained, received) == HEAD | FEATURES
     unsure = replace(LATE, quality_start=1.0, quality_end=1.0)
     for method in (FedTriNet(), unsure):
@@ -424,12 +436,21 @@ def test_labels_at_the_server() -> None:
     assert same(sure.kept, old(model(sure)))
 
 
+@pytest.mark.parametrize("method", [FedTriNet(), LATE])
+def test_what_a_client_keeps_is_like_the_example_that_checkpoints_are_held_against(method: FedTriNet) -> None:
+    received, data = weights(1), client()
+    memory = memory_of(method)
+    example = memory.like(memory.start(data.supervision.candidates), received)
+    kept = train_round(method, received, data=data).kept
+    assert {n: (v.dtype, v.shape) for n, v in kept.items()} == {n: (v.dtype, v.shape) for n, v in example.items()}
+
+
 def test_n_is_never_sent() -> None:
     received, trained, new = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}, {"w": torch.tensor(2.0)}
     results = [PhaseResult("new", new, 20, "crossed"), PhaseResult("train", trained, 20)]
-    method, parameters = FedTriNet(), frozenset({"w"})
-    assert method.upload(received, results, parameters, 40.0) == {"model": ModelPart(trained, 40.0)}
-    assert method.upload(received, results[:1], parameters, 20.0) == {"model": ModelPart(received, 0.0)}
+    send, parameters = recipe_of(FedTriNet()).upload.send, frozenset({"w"})
+    assert send(received, results, parameters, 40.0) == {"model": ModelPart(trained, 40.0)}
+    assert send(received, results[:1], parameters, 20.0) == {"model": ModelPart(received, 0.0)}
 
 
 @pytest.mark.parametrize(

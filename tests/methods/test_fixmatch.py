@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fedlabel.methods.fixmatch import FixMatch
+from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.masks import Mask
-from fedlabel.methods.supervised import Supervised
 from tests.methods.tables import (
     NOTHING,
     Table,
@@ -80,7 +80,7 @@ def test_loss_and_gradient_per_sample(seed: int) -> None:
 @pytest.mark.parametrize("method", [FixMatch(confidence_threshold=1.0), FixMatch(confidence_threshold=0, lambda_u=0)])
 def test_nothing_kept_or_no_weight_is_the_labelled_loss(method: FixMatch) -> None:
     table = random_table(0)
-    step, supervised = (m.loss(table.student, NOTHING, table.batch()) for m in (method, Supervised()))
+    step, supervised = (loss(table.student, NOTHING, table.batch()) for loss in (method.loss, labels_loss))
     assert torch.equal(step.loss, supervised.loss)
     for ours, theirs in zip(table.gradients(step), table.gradients(supervised), strict=True):
         assert torch.equal(ours, theirs)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fedlabel.config import ConfigError, load_config, parse_config, to_yaml
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Survey
-from fedlabel.methods.forward import Forward, anchor_rows
-from fedlabel.methods.steps import State
-from fedlabel.methods.supervised import Supervised
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client
+from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
+from fedlabel.methods.batch import State, Survey
+from fedlabel.methods.forward import AnchorTransition, Forward, anchor_rows, report_anchors
+from fedlabel.methods.losses import labels_loss
+from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM
 from tests.methods.sets import Known, assert_stacks, random_known, sets
 from tests.methods.tables import (
@@ -43,6 +43,11 @@ def random_matrix(seed: int, classes: int = 4) -> Tensor:
     ).softmax(1)
 
 
+def start(method: Forward, num_classes: int = 3) -> State:
+    """What the server shares in round 1."""
+    return method.recipe(task(num_classes)).shared.start()
+
+
 def noisy_client() -> ClientData:
     data = client(30, 20)
     known = data.supervision
@@ -61,7 +66,7 @@ def test_loss_by_hand() -> None:
         sets([1], [1], [0, 1, 2], classes=3),
         torch.tensor([True, False, False]),
     )
-    step, gradient = known.run(method.loss, method.initial_shared(3))
+    step, gradient = known.run(method.loss, start(method))
     assert step.loss.item() == pytest.approx(1.171704, abs=1e-5)
     assert step.examples.item() == 2
     assert gradient[0].tolist() == pytest.approx([0.34375 / 2, -0.35625 / 2, 0.0125 / 2], abs=1e-6)
@@ -71,14 +76,13 @@ def test_loss_by_hand() -> None:
 
 def test_symmetric_matrix_by_hand() -> None:
     """A share .3 drawn anew from all 3 classes: .7 + .1 on the diagonal, .1 elsewhere."""
-    method = Forward(kind="symmetric", noise_rate=0.3)
-    shared = method.initial_shared(3)
-    matrices = method.noise_matrix(shared)
-    assert matrices is not None
+    recipe = Forward(kind="symmetric", noise_rate=0.3).recipe(task())
+    shared = recipe.shared.start()
+    matrices = recipe.inspect(shared)["noise_matrix"]
     assert matrices.shape == (1, 3, 3)
     assert matrices.flatten().tolist() == pytest.approx([0.8, 0.1, 0.1, 0.1, 0.8, 0.1, 0.1, 0.1, 0.8])
-    assert method.server_step(shared, {}) is shared
-    assert method.statistics(method.initial_memory(torch.ones(1, 3).bool())) == {}
+    assert recipe.shared.update(shared, {}) is shared
+    assert recipe.shared.statistics(shared) == {}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -102,10 +106,10 @@ def test_loss_and_gradient_per_sample(seed: int) -> None:
 def test_with_the_identity_it_is_cross_entropy(seed: int, method: Forward) -> None:
     """Before T is estimated, too."""
     known = random_known(seed, several=False)
-    shared = method.initial_shared(4)
+    shared = start(method, 4)
     torch.testing.assert_close(shared["transition"], torch.eye(4))
     ours, gradient = known.run(method.loss, shared)
-    theirs, expected = known.run(Supervised().loss)
+    theirs, expected = known.run(labels_loss)
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(gradient, expected)
 
@@ -132,50 +136,47 @@ def test_anchor_rows_by_hand() -> None:
     assert found.tolist() == [0, 0, 0]
 
 
-def reported(method: Forward, shared: State, probabilities: list[list[float]]) -> State:
+def reported(shared: State, probabilities: list[list[float]]) -> State:
     """What a client with these predictions of its samples, all of them labelled, sends."""
     candidates = sets(*([0] for _ in probabilities), classes=3)
-    survey = Survey(
-        lambda teacher, view: logits_of(*probabilities),
-        Supervision.certain(candidates),
-        {**method.initial_memory(candidates), **shared},
-    )
-    return method.statistics(method.prepare(survey).memory or survey.memory)
+    survey = Survey(lambda teacher, view: logits_of(*probabilities), Supervision.certain(candidates), shared)
+    return AnchorTransition(3).statistics(report_anchors(survey).memory or shared)
 
 
 def test_the_server_averages_rows_once() -> None:
     """Two clients report class 0, (.7, .2, .1) and (.9, .1, 0): (.8, .15, .05). One reports class 1, nobody class 2."""
-    method = Forward()
-    shared = method.initial_shared(3)
-    first = reported(method, shared, [[0.7, 0.2, 0.1], [0.3, 0.6, 0.1]])
-    second = reported(method, shared, [[0.9, 0.1, 0.0]])
-    nobody = method.statistics(method.initial_memory(torch.ones(1, 3).bool()))
+    anchors = AnchorTransition(3)
+    shared = anchors.start()
+    first = reported(shared, [[0.7, 0.2, 0.1], [0.3, 0.6, 0.1]])
+    second = reported(shared, [[0.9, 0.1, 0.0]])
+    nobody = anchors.statistics(shared)
     total = {name: first[name] + second[name] + nobody[name] for name in first}
     assert total["anchor_counts"].tolist() == [2, 1, 0]
-    after = method.server_step(shared, total)
+    after = anchors.update(shared, total)
     expected = [0.8, 0.15, 0.05, 0.3, 0.6, 0.1, 0, 0, 1]
     assert after["transition"].flatten().tolist() == pytest.approx(expected)
     assert after["estimated"].item() == 1
     assert torch.equal(shared["transition"], torch.eye(3))
     # From now on nobody reports, and nothing changes it.
-    again = reported(method, after, [[0.1, 0.8, 0.1]])
+    again = reported(after, [[0.1, 0.8, 0.1]])
     assert again["anchor_counts"].sum() == 0
-    assert method.server_step(after, total) is after
-    assert method.server_step(after, again) is after
+    assert anchors.update(after, total) is after
+    assert anchors.update(after, again) is after
     # A round without any report leaves it to the next one.
-    assert method.server_step(shared, {name: 0 * value for name, value in total.items()})["estimated"].item() == 0
-    assert torch.equal(method.server_step(shared, {})["transition"], torch.eye(3))
+    assert anchors.update(shared, {name: 0 * value for name, value in total.items()})["estimated"].item() == 0
+    assert torch.equal(anchors.update(shared, {})["transition"], torch.eye(3))
 
 
 def train_at(method: Forward, round_number: int, shared: State, data: ClientData) -> ClientUpdate:
     trainer = Trainer(net(5), net(6), TRANSFORM, ROUND)
-    return train_client(method, trainer, net().state_dict(), data, round_number, 7, shared)
+    recipe = method.recipe(task(CLASSES))
+    return train_client(recipe, trainer, net().state_dict(), data, round_number, 7, shared)
 
 
 def test_clients_report_in_the_last_round_of_the_warm_up() -> None:
     """With the model they received, over their labelled samples; and train on plain cross-entropy until T is there."""
     method, data = Forward(warmup_rounds=3), noisy_client()
-    shared = method.initial_shared(CLASSES)
+    shared = start(method)
     early = train_at(method, 2, shared, data)
     assert early.statistics["anchor_counts"].sum() == 0
     last = train_at(method, 3, shared, data)
@@ -186,7 +187,7 @@ def test_clients_report_in_the_last_round_of_the_warm_up() -> None:
     assert torch.equal(last.statistics["anchor_counts"], found)
     assert last.kept == {}
     assert same(model(last), model(early))  # T is the identity in both
-    estimated = method.server_step(shared, last.statistics)
+    estimated = AnchorTransition(CLASSES).update(shared, last.statistics)
     corrected = train_at(method, 4, estimated, data)
     assert corrected.statistics["anchor_counts"].sum() == 0
     assert not same(model(corrected), model(early))
@@ -232,8 +233,8 @@ def test_wrong_hyper_parameters_are_named(fields: dict[str, Any], message: str) 
 def test_a_matrix_of_another_number_of_classes_is_an_error() -> None:
     method = Forward(kind="given", matrix=MATRIX)
     with pytest.raises(ValueError, match=r"`method.matrix` \(3 rows\) .* as the data set has classes \(=4\)"):
-        method.initial_shared(4)
-    assert method.initial_shared(3)["transition"].shape == (3, 3)
+        method.recipe(task(4))
+    assert start(method)["transition"].shape == (3, 3)
 
 
 def test_the_matrix_can_be_configured() -> None:

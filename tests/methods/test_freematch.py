@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlabel.methods.batch import State
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch, fairness
+from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.masks import Mask
-from fedlabel.methods.steps import State
-from fedlabel.methods.supervised import Supervised
+from tests.methods.recipes import task
 from tests.methods.tables import (
     NOTHING,
     Table,
@@ -201,7 +202,7 @@ def test_without_fairness_it_is_fixmatch_with_its_thresholds(seed: int) -> None:
 def test_without_both_weights_it_is_the_labelled_loss() -> None:
     table = random_table(0)
     step = FreeMatch(lambda_u=0.0, lambda_f=0.0).loss(table.student, NOTHING, table.batch(memory()))
-    supervised = Supervised().loss(table.student, NOTHING, table.batch())
+    supervised = labels_loss(table.student, NOTHING, table.batch())
     assert torch.equal(step.loss, supervised.loss)
     for ours, theirs in zip(table.gradients(step), table.gradients(supervised), strict=True):
         assert torch.equal(ours, theirs)
@@ -224,7 +225,7 @@ def test_a_round_moves_every_parameter(debias: str) -> None:
     assert update.pseudo.keep.any()
     assert update.statistics["clients"].item() == 1
     assert len(net().state_dict()) == len(update.parts["model"].state)
-    assert (method.phases(1)[0].prepare is not None) == (debias == "prior")
+    assert (method.recipe(task()).phases(1)[0].prepare is not None) == (debias == "prior")
 
 
 def test_a_round_without_weights_is_a_round_on_labels() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlabel.methods.gce import GCE
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.losses import labels_loss
 from tests.methods.sets import Known, assert_stacks, random_known, sets
 from tests.methods.tables import assert_all_moved, client, logits_of, model, same, softmax, train_round
 
@@ -53,7 +53,7 @@ def test_limits_of_q(seed: int) -> None:
     labels = known.candidates[:-1].int().argmax(1)
     assert step.loss.item() == pytest.approx((1 - probs[torch.arange(7), labels]).mean().item(), abs=1e-6)
     ours, gradient = known.run(GCE(q=1e-6).loss)
-    theirs, expected = known.run(Supervised().loss)
+    theirs, expected = known.run(labels_loss)
     torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
 

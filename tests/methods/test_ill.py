@@ -20,9 +20,12 @@ from fedlabel.inference.imprecise import (
     posterior,
 )
 from fedlabel.inference.transition import diagonal_transition, expected_counts, from_counts
-from fedlabel.methods.ill import ILL, NoiseMatrix, _log_one_minus, aligned, balance, complement
-from fedlabel.methods.steps import Batch, Part, State, Step
-from fedlabel.training import ClientData
+from fedlabel.learning.client import ClientData
+from fedlabel.methods.batch import Batch, Part, State, Step
+from fedlabel.methods.federated_transition import NoiseMatrix
+from fedlabel.methods.ill import ILL, _log_one_minus, aligned, balance, complement
+from fedlabel.methods.recipe import Recipe
+from tests.methods.recipes import task
 from tests.methods.tables import CLASSES, NOTHING, client, logits_of, net, softmax, train_round
 
 T = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6]])
@@ -72,9 +75,18 @@ def record(*rows: str, noisy: Sequence[bool] = (), annotations: Sequence[Sequenc
     return Supervision.without_bags(candidates, flags, given)
 
 
+def recipe_of(method: ILL, num_classes: int = CLASSES) -> Recipe:
+    return method.recipe(task(num_classes))
+
+
+def first_memory(method: ILL, num_classes: int = CLASSES) -> State:
+    """The memory of a client that never trained, in round 1."""
+    recipe = recipe_of(method, num_classes)
+    return {**recipe.memory.start(torch.ones(1, num_classes, dtype=torch.bool)), **recipe.shared.start()}
+
+
 def memory_of(method: ILL, transition: Tensor = T) -> State:
-    nothing = torch.ones(1, len(transition), dtype=torch.bool)
-    memory = {**method.initial_memory(nothing), **method.initial_shared(len(transition))}
+    memory = first_memory(method, len(transition))
     return {name: transition[None] if name.endswith("transition") else value for name, value in memory.items()}
 
 
@@ -189,14 +201,15 @@ def test_moving_average_of_alignment() -> None:
     method = ILL(alignment=True, alignment_ema=0.75)
     views = Views([torch.zeros(0, 2)] * 2, [logits_of([0.9, 0.1]), logits_of([0.5, 0.5])])
     none = Supervision.certain(torch.ones(0, 2, dtype=torch.bool))
-    memory = {**method.initial_memory(torch.ones(1, 2, dtype=torch.bool)), **method.initial_shared(2)}
+    memory = first_memory(method, 2)
     step = method.loss(views.student, NOTHING, views.batch(none, memory))
     assert step.memory is not None
     assert step.memory["class_mean"].tolist() == pytest.approx([0.6, 0.4])
     assert step.pseudo is not None
     assert step.pseudo.confidence.item() == pytest.approx(6 / 7)
-    total = {name: value * 2 for name, value in method.statistics(step.memory).items()}
-    assert method.server_step(method.initial_shared(2), total)["class_mean"].tolist() == pytest.approx([0.6, 0.4])
+    shared = recipe_of(method, 2).shared
+    total = {name: value * 2 for name, value in shared.statistics(step.memory).items()}
+    assert shared.update(shared.start(), total)["class_mean"].tolist() == pytest.approx([0.6, 0.4])
 
 
 def test_annotators_by_hand() -> None:
@@ -314,10 +327,11 @@ def central_step(clients: Sequence[ClientData], transition: Tensor, smoothing: f
 def test_closed_form_is_that_of_the_union_of_all_clients(smoothing: float) -> None:
     method = ILL(noise=NoiseMatrix(warmup_rounds=0, decay=0.0, smoothing=smoothing))
     clients = [noisy_client(seed, n) for seed, n in ((1, 40), (2, 7), (3, 80))]
-    shared = method.initial_shared(CLASSES)
+    closed_form = recipe_of(method).shared
+    shared = closed_form.start()
     for _ in range(3):
         expected = central_step(clients, shared["transition"][0], smoothing)
-        shared = method.server_step(shared, summed(method, clients, shared))
+        shared = closed_form.update(shared, summed(method, clients, shared))
         torch.testing.assert_close(shared["transition"][0].double(), expected, atol=1e-6, rtol=0)
     assert (shared["transition"][0] - diagonal_transition(CLASSES, 0.3)).abs().max() > 0.02
 
@@ -326,8 +340,9 @@ def test_annotators_have_matrices_of_their_own() -> None:
     """Each matrix is what EM gives with the posterior of both annotators' labels."""
     method = ILL(noise=NoiseMatrix(warmup_rounds=0, annotators=2, smoothing=0.5))
     data = noisy_client(4, annotators=2)
-    shared = method.initial_shared(CLASSES)
-    found = method.server_step(shared, summed(method, [data], shared))["transition"]
+    closed_form = recipe_of(method).shared
+    shared = closed_form.start()
+    found = closed_form.update(shared, summed(method, [data], shared))["transition"]
     with torch.no_grad():
         logits = net()(data.images.float() / 255)
     labels, start = data.supervision.annotations, diagonal_transition(CLASSES, 0.3)
@@ -340,18 +355,18 @@ def test_annotators_have_matrices_of_their_own() -> None:
 def test_warm_up_and_decay() -> None:
     """Clients of rounds 1 and 2 have the start; then the counts are those of the round plus half of what was there,
     without the first round's, and a class without counts keeps its row."""
-    method = ILL(noise=NoiseMatrix(warmup_rounds=2, decay=0.5, smoothing=2.0))
-    start = method.initial_shared(CLASSES)
+    closed_form = NoiseMatrix(warmup_rounds=2, decay=0.5, smoothing=2.0).shared(CLASSES, 1)
+    start = closed_form.start()
     counts = torch.tensor([[[5.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]])
-    shared = method.server_step(start, {"counts": 7 * counts})
+    shared = closed_form.update(start, {"counts": 7 * counts})
     assert torch.equal(shared["transition"], start["transition"])
-    shared = method.server_step(shared, {"counts": counts})
+    shared = closed_form.update(shared, {"counts": counts})
     second = from_counts(counts, 2 * start["transition"])
     torch.testing.assert_close(shared["transition"], second)
-    shared = method.server_step(shared, {"counts": counts})
+    shared = closed_form.update(shared, {"counts": counts})
     torch.testing.assert_close(shared["transition"], from_counts(1.5 * counts, 2 * second))
     torch.testing.assert_close(shared["transition"][0, 1], start["transition"][0, 1])
-    nobody = method.server_step(shared, {"counts": 0 * counts})
+    nobody = closed_form.update(shared, {"counts": 0 * counts})
     assert (nobody["transition"] - shared["transition"]).abs().max() < 0.1
 
 
@@ -369,24 +384,27 @@ def test_own_matrix_of_a_client() -> None:
         q = posterior(net()(data.images.float() / 255), label_log_likelihood(data.supervision.label, T))
     counts = expected_counts(q, data.supervision.label)
     drawn = ILL(noise=NoiseMatrix(scope="prior", warmup_rounds=0, strength=5.0))
-    shared = {**drawn.initial_shared(CLASSES), "transition": T[None]}
+    shared = {**recipe_of(drawn).shared.start(), "transition": T[None]}
     update = train_round(drawn, data, shared=shared)
     torch.testing.assert_close(update.statistics["counts"][0], counts)
     torch.testing.assert_close(update.kept["own_transition"][0], from_counts(counts, 5 * T))
-    assert own.noise_matrix(own.initial_shared(CLASSES)) is None
+    recipe = recipe_of(own)
+    assert recipe.inspect(recipe.shared.start()) == {}
 
 
 def test_gradient_form_moves_the_logits_and_the_server_takes_their_mean() -> None:
     method = ILL(noise=NoiseMatrix(form="gradient", warmup_rounds=0, lr=0.5))
-    shared = method.initial_shared(CLASSES)
+    recipe = recipe_of(method)
+    shared = recipe.shared.start()
     updates = [train_round(method, data, shared=shared) for data in (noisy_client(1), noisy_client(2, n=8))]
     weights = [float(update.statistics["noisy_samples"]) for update in updates]
     assert weights[0] == 20  # 5 steps of 4
     logits = [update.statistics["logits"] / weight for update, weight in zip(updates, weights, strict=True)]
     assert all((value - shared["logits"]).abs().max() > 0.01 for value in logits)
     total = {name: sum((u.statistics[name] for u in updates), torch.zeros(())) for name in updates[0].statistics}
-    moved = method.server_step(shared, total)
+    moved = recipe.shared.update(shared, total)
     torch.testing.assert_close(moved["logits"], (logits[0] * weights[0] + logits[1] * weights[1]) / sum(weights))
+    torch.testing.assert_close(recipe.inspect(moved)["noise_matrix"], moved["logits"].softmax(-1))
     frozen = ILL(noise=NoiseMatrix(form="gradient", warmup_rounds=1))
     assert torch.equal(
         train_round(frozen, noisy_client(1), shared=shared).statistics["noisy_samples"], torch.tensor(0.0)
@@ -397,17 +415,17 @@ def test_fixed_matrix_stays() -> None:
     method = ILL(noise=NoiseMatrix(form="fixed"))
     update = train_round(method, noisy_client(1))
     assert update.statistics == {}
-    shared = method.initial_shared(CLASSES)
-    assert torch.equal(method.server_step(shared, {})["transition"], shared["transition"])
-    matrix = method.noise_matrix(shared)
-    assert matrix is not None
-    torch.testing.assert_close(matrix[0], diagonal_transition(CLASSES, 0.3))
+    recipe = recipe_of(method)
+    shared = recipe.shared.start()
+    assert torch.equal(recipe.shared.update(shared, {})["transition"], shared["transition"])
+    torch.testing.assert_close(recipe.inspect(shared)["noise_matrix"], diagonal_transition(CLASSES, 0.3)[None])
 
 
 def test_nobody_with_noisy_labels_leaves_the_start() -> None:
     method = ILL(noise=NoiseMatrix(warmup_rounds=0))
-    shared = method.initial_shared(CLASSES)
-    after = method.server_step(shared, summed(method, [client()], shared))
+    closed_form = recipe_of(method).shared
+    shared = closed_form.start()
+    after = closed_form.update(shared, summed(method, [client()], shared))
     torch.testing.assert_close(after["transition"], shared["transition"])
 
 
@@ -466,10 +484,13 @@ def test_set_of_all_and_nothing_known_are_one_loss() -> None:
         (partial(NoiseMatrix, start=1.0), r"`method.noise.start` \(=1.0\) must lie in \(0, 1\)"),
         (partial(NoiseMatrix, decay=1.0), r"`method.noise.decay` \(=1.0\) must lie in \[0, 1\)"),
         (partial(NoiseMatrix, annotators=0), r"`method.noise.annotators` \(=0\) must lie in \[1, 1000\]"),
-        (partial(NoiseMatrix, lr=0), r"`method.noise.lr` \(=0\) must be a finite number above 0"),
+        (partial(NoiseMatrix, lr=0), r"`method.noise.lr` \(=0\) must be a positive number"),
         (partial(NoiseMatrix, warmup_rounds=-1), r"warmup_rounds` \(=-1\) must be at least 0"),
         (partial(NoiseMatrix, smoothing=-1), r"`method.noise.smoothing` \(=-1\) must be a finite number of at least 0"),
-        (partial(NoiseMatrix(start=0.6).initial, 2), r"`method.noise.start` \(=0.6\) must be below 0.5 for 2 classes"),
+        (
+            partial(ILL(noise=NoiseMatrix(start=0.6)).recipe, task(2)),
+            r"`method.noise.start` \(=0.6\) must be below 0.5 for 2 classes",
+        ),
         (partial(ILL, label_view="clean"), r"`method.label_view` \(=clean\) must be one of weak, strong"),
     ],
 )
@@ -479,11 +500,10 @@ def test_errors(make: Any, message: str) -> None:
 
 
 def test_wrong_number_of_annotators_is_named() -> None:
-    known = noisy_client(1, annotators=2).supervision
     for annotators in (1, 2):
-        ILL(noise=NoiseMatrix(annotators=annotators)).check(known)
+        ILL(noise=NoiseMatrix(annotators=annotators)).recipe(task(annotators=2))
     with pytest.raises(ValueError, match=r"`method.noise.annotators` \(=3\) must be 1, .* 2"):
-        ILL(noise=NoiseMatrix(annotators=3)).check(known)
+        ILL(noise=NoiseMatrix(annotators=3)).recipe(task(annotators=2))
 
 
 def test_generator_likelihood_reaches_the_loss() -> None:

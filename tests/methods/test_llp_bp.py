@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fedlabel.methods.base import Survey
+from fedlabel.training import ClientData, ImageTransform, Trainer, train_client
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -16,11 +18,9 @@ from fedlabel.data.supervision import Supervision
 from fedlabel.inference.belief import marginals
 from fedlabel.inference.cardinality import bag_posterior
 from fedlabel.inference.neighbors import Graph, neighbor_graph
-from fedlabel.methods.base import Survey
 from fedlabel.methods.llp_bp import LLPBP, centering, top_count_labels
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.nets import Mlp
-from fedlabel.training import ClientData, ImageTransform, Trainer, train_client
 from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import make_batch
 

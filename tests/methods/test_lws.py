@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.lws import LWS, leveraged_loss
-from fedlabel.methods.proden import PRODEN
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.proden import PRODEN, uniform_confidence
 from tests.methods.sets import Known, assert_stacks, client_with_sets, random_known, sets
 from tests.methods.tables import assert_all_moved, logits_of, softmax, train_round
 
@@ -68,11 +68,11 @@ def test_without_leverage_one_candidate_is_cross_entropy_and_a_set_is_proden(see
     """PRODEN with the confidences of the moment."""
     labels = random_known(seed, several=False)
     ours, gradient = labels.run(LWS(beta=0.0).loss)
-    theirs, expected = labels.run(Supervised().loss)
+    theirs, expected = labels.run(labels_loss)
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(gradient, expected)
     known = random_known(seed)
-    fresh, _ = known.run(PRODEN().loss, PRODEN().initial_memory(known.candidates))
+    fresh, _ = known.run(PRODEN().loss, uniform_confidence(known.candidates))
     assert fresh.memory is not None
     proden, expected = known.run(PRODEN().loss, fresh.memory)
     ours, gradient = known.run(LWS(beta=0.0).loss)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Method, Survey
+from fedlabel.methods.batch import State, Survey
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch
 from fedlabel.methods.masks import (
@@ -20,11 +20,14 @@ from fedlabel.methods.masks import (
     cbafed_thresholds,
     flexmatch_thresholds,
     freematch_thresholds,
+    masked_recipe,
 )
 from fedlabel.methods.pseudo_label import PseudoLabel
-from fedlabel.methods.steps import State
+from fedlabel.methods.recipe import Method
+from fedlabel.methods.shared import Shared
 from fedlabel.methods.uda import UDA
-from tests.methods.tables import CLASSES, ROUND, best, client, logits_of, net, softmax, train_round
+from tests.methods.recipes import task
+from tests.methods.tables import CLASSES, ROUND, best, client, logits_of, net, same, softmax, train_round
 
 SEEDS = range(5)
 
@@ -49,8 +52,9 @@ def survey(logits: Tensor, unlabeled: list[bool]) -> Survey:
 def started(mask: Mask, classes: int = 4) -> State:
     """The memory of a client without labels in round 1, after its look at data on which the model is unsure."""
     nothing = torch.ones(3, classes, dtype=torch.bool)
-    shared = {**mask.initial_memory(nothing), **mask.initial_shared(classes)}
-    return {**shared, **mask.prepare(survey(torch.zeros(3, classes), [True] * 3), 0.9)}
+    recipe = masked_recipe(mask, classes, ())
+    start = {**recipe.memory.start(nothing), **recipe.shared.start()}
+    return {**start, **mask.prepare(survey(torch.zeros(3, classes), [True] * 3), 0.9)}
 
 
 # Fixed.
@@ -144,7 +148,7 @@ def test_freematch_by_hand() -> None:
 
 
 def test_freematch_starts_at_one_over_the_number_of_classes() -> None:
-    shared = Mask(kind="freematch").initial_shared(5)
+    shared = masked_recipe(Mask(kind="freematch"), 5, ()).shared.start()
     assert shared["threshold"].item() == pytest.approx(0.2)
     assert shared["class_mean"].tolist() == shared["class_share"].tolist() == pytest.approx([0.2] * 5)
 
@@ -335,6 +339,11 @@ def test_select_is_pure_detached_and_runs_on_stacked_clients(mask: Mask) -> None
 
 # What the federation shares.
 
+
+def shared_of(method: Method) -> Shared:
+    return method.recipe(task(CLASSES)).shared
+
+
 METHODS_WITH_MASK = [FixMatch, PseudoLabel, UDA]
 
 
@@ -367,7 +376,7 @@ def test_freematch_clients_go_on_from_the_servers_averages_and_it_takes_their_me
             share = [sum(best(p)[1] == c for p in probs) / len(probs) for c in range(CLASSES)]
             expected.append([sum(max(p) for p in probs) / len(probs), *mean, *share])
     assert [total["clients"].item() for total in totals] == [1, 1, 0]
-    after = method.server_step(shared, add(totals))
+    after = shared_of(method).update(shared, add(totals))
     assert after.keys() == shared.keys()
     flat = [*after["threshold"].reshape(1).tolist(), *after["class_mean"].tolist(), *after["class_share"].tolist()]
     old = [0.6, 0.2, 0.3, 0.5, 0.1, 0.1, 0.8]
@@ -377,10 +386,10 @@ def test_freematch_clients_go_on_from_the_servers_averages_and_it_takes_their_me
 
 @pytest.mark.parametrize("method", federated("freematch"), ids=lambda method: method.name)
 def test_freematch_round_without_unlabelled_samples_leaves_the_shared_state(method: Method) -> None:
-    shared = {name: value + 0.1 for name, value in method.initial_shared(CLASSES).items()}
+    shared = {name: value + 0.1 for name, value in shared_of(method).start().items()}
     total = add([train_round(method, client(10, 10), shared=shared).statistics for _ in range(2)])
     for nothing in (total, {}):
-        after = method.server_step(shared, nothing)
+        after = shared_of(method).update(shared, nothing)
         assert after.keys() == shared.keys()
         assert all(torch.equal(after[name], shared[name]) for name in shared)
 
@@ -403,7 +412,7 @@ def test_cbafed_shares_the_sum_of_labelled_and_kept_counts(method: Method) -> No
     few = train_round(everything, data, replace(ROUND, local_steps=2))
     assert few.statistics["class_counts"].sum().item() == pytest.approx(10 + 20)
     total = add([update.statistics, few.statistics])
-    after = everything.server_step({"class_counts": torch.full((CLASSES,), 7.0)}, total)
+    after = shared_of(everything).update({"class_counts": torch.full((CLASSES,), 7.0)}, total)
     torch.testing.assert_close(after["class_counts"], counts + few.statistics["class_counts"])
 
 
@@ -414,23 +423,29 @@ def test_cbafed_without_kept_samples_counts_labels_and_keeps_its_counts_if_nobod
     counts = train_round(nothing, data).statistics["class_counts"]
     assert torch.equal(counts, data.supervision.candidates[:10].float().sum(0))
     shared = {"class_counts": torch.tensor([3.0, 2.0, 1.0])}
-    assert torch.equal(nothing.server_step(shared, {})["class_counts"], shared["class_counts"])
+    assert torch.equal(shared_of(nothing).update(shared, {})["class_counts"], shared["class_counts"])
 
 
 @pytest.mark.parametrize("kind", ["fixed", "flexmatch"])
 def test_masks_of_one_client_share_nothing(kind: str) -> None:
     method = FixMatch(mask=Mask(kind=kind))
-    assert method.initial_shared(CLASSES) == {}
+    assert shared_of(method).start() == {}
     assert train_round(method).statistics == {}
 
 
 @pytest.mark.parametrize("method_type", METHODS_WITH_MASK)
 def test_only_masks_that_survey_prepare_a_phase(method_type: type[FixMatch]) -> None:
     for mask in EVERY:
-        (phase,) = method_type(mask=mask).phases(1)
+        (phase,) = method_type(mask=mask, confidence_threshold=0.7).recipe(task()).phases(1)
         looks = mask.kind == "flexmatch" or mask.debias == "prior"
         assert (phase.prepare is not None) == looks
         assert phase.teachers == (("global",) if looks else ())
+        if phase.prepare is not None:  # with the method's threshold
+            seen = survey(random_logits(0, 40), [True] * 40)
+            prepared, expected = phase.prepare(seen).memory, mask.prepare(seen, 0.7)
+            assert prepared is not None
+            assert same(prepared, expected)
+            assert expected
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from fedlabel.methods.proden import PRODEN, replace_rows
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.losses import labels_loss
+from fedlabel.methods.proden import PRODEN, replace_rows, uniform_confidence
 from tests.methods.sets import Known, assert_stacks, client_with_sets, random_known, sets
 from tests.methods.tables import assert_all_moved, logits_of, model, same, softmax, train_round
 
@@ -23,7 +23,7 @@ def test_two_visits_by_hand() -> None:
     0). A sample of which nothing is known counts in neither.
     """
     candidates = sets([0, 1], [0, 1, 2], classes=3)
-    memory = PRODEN().initial_memory(candidates)
+    memory = uniform_confidence(candidates)
     assert memory[KEY][0].tolist() == [0.5, 0.5, 0]
     known = Known(logits_of([0.5, 0.3, 0.2], [0.1, 0.1, 0.8]), candidates)
     step, gradient = known.run(PRODEN().loss, memory)
@@ -74,9 +74,9 @@ def test_one_candidate_is_cross_entropy(seed: int) -> None:
     known = random_known(seed, several=False)
     own = torch.empty_like(known.candidates)
     own[known.rows] = known.candidates
-    memory = PRODEN().initial_memory(own)
+    memory = uniform_confidence(own)
     ours, gradient = known.run(PRODEN().loss, memory)
-    theirs, expected = known.run(Supervised().loss)
+    theirs, expected = known.run(labels_loss)
     torch.testing.assert_close(ours.loss, theirs.loss)
     torch.testing.assert_close(gradient, expected)
     assert ours.memory is not None
@@ -93,7 +93,7 @@ def test_a_sample_drawn_twice_leaves_its_last_prediction() -> None:
 
 def test_clients_stack() -> None:
     known = [random_known(seed) for seed in range(3)]
-    assert_stacks(PRODEN().loss, known, [PRODEN().initial_memory(one.candidates) for one in known])
+    assert_stacks(PRODEN().loss, known, [uniform_confidence(one.candidates) for one in known])
 
 
 def test_confidences_stay_from_round_to_round() -> None:
@@ -107,7 +107,7 @@ def test_confidences_stay_from_round_to_round() -> None:
     assert kept.shape == candidates.shape
     torch.testing.assert_close(kept.sum(1), torch.ones(30))
     assert (kept[~candidates] == 0).all()
-    uniform = PRODEN().initial_memory(candidates)[KEY]
+    uniform = uniform_confidence(candidates)[KEY]
     # 5 steps of 4 samples out of 25: five are not visited, and nothing is learnt of the last five.
     unvisited = (kept == uniform).all(1)
     several = (candidates.sum(1) == 2).sum()

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Survey, Update
+from fedlabel.methods.batch import Step, Survey
+from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.masks import Mask
 from fedlabel.methods.pseudo_label import PseudoLabel
-from fedlabel.methods.steps import Step
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.recipe import BySample, Phase, Update
+from tests.methods.recipes import task
 from tests.methods.tables import (
     NOTHING,
     ROUND,
@@ -37,9 +38,13 @@ from tests.methods.tables import (
 SEEDS = range(5)
 
 
+def phase_of(method: PseudoLabel, round_number: int = 1) -> Phase:
+    (phase,) = method.recipe(task()).phases(round_number)
+    return phase
+
+
 def update_of(method: PseudoLabel, round_number: int = 1) -> Update:
-    (phase,) = method.phases(round_number)
-    (update,) = phase.updates
+    (update,) = phase_of(method, round_number).updates
     return update
 
 
@@ -58,7 +63,7 @@ def test_loss_by_hand() -> None:
     step = loss_of(PseudoLabel(), table)
     assert step.loss.item() == pytest.approx(0.713558, abs=1e-6)
     assert step.examples.item() == 2
-    assert PseudoLabel().phases(1)[0].unlabeled == ("weak",)
+    assert phase_of(PseudoLabel()).draw == BySample(labeled=("weak",), unlabeled=("weak",))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -95,7 +100,7 @@ def test_labels_of_the_round_are_the_received_models(seed: int) -> None:
     """`prepare` labels everything with the received model on plain images; the loss takes these labels, whatever the
     student believes."""
     method = PseudoLabel(confidence_threshold=0.8, relabel="round")
-    (phase,) = method.phases(1)
+    phase = phase_of(method)
     received, table = random_table(seed + 100).weak, random_table(seed)
     asked = []
 
@@ -209,10 +214,11 @@ def test_labels_of_the_round_count_unlabelled_samples_only() -> None:
     for kind in ("cbafed", "freematch"):
         mask = Mask(kind=kind, ema=0.5, base=0.6, cap=0.7)  # no counts yet: .5 * 2 / 10 + .6 = .7
         method = PseudoLabel(relabel="round", mask=mask)
-        memory = {**method.initial_memory(candidates), **method.initial_shared(2)}
+        recipe = method.recipe(task(2))
+        memory = {**recipe.memory.start(candidates), **recipe.shared.start()}
         prepared = method.prepare(Survey(lambda teacher, view: logits, Supervision.certain(candidates), memory))
         assert prepared.memory is not None
-        statistics = method.statistics(prepared.memory)
+        statistics = recipe.shared.statistics(prepared.memory)
         assert prepared.targets["keep"].tolist() == [True] * 12 + [False, True]
         if kind == "cbafed":
             assert statistics["class_counts"].tolist() == [2, 11]
@@ -227,7 +233,7 @@ def test_labels_of_the_round_count_unlabelled_samples_only() -> None:
 )
 def test_nothing_kept_or_no_weight_is_the_labelled_loss(method: PseudoLabel) -> None:
     table = random_table(0)
-    step, supervised = (m.loss(table.student, NOTHING, table.batch()) for m in (update_of(method), Supervised()))
+    step, supervised = (loss(table.student, NOTHING, table.batch()) for loss in (update_of(method).loss, labels_loss))
     assert torch.equal(step.loss, supervised.loss)
     for ours, theirs in zip(table.gradients(step), table.gradients(supervised), strict=True):
         assert torch.equal(ours, theirs)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlabel.methods.batch import Model, Step
 from fedlabel.methods.fixmatch import FixMatch
+from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.sage import SAGE, mix
-from fedlabel.methods.steps import Model, Step
-from fedlabel.methods.supervised import Supervised
+from tests.methods.recipes import task
 from tests.methods.tables import (
     NOTHING,
     Table,
@@ -166,7 +167,7 @@ def test_limits_of_kappa(seed: int) -> None:
 def test_nothing_kept_or_no_weight_is_the_labelled_loss(method: SAGE) -> None:
     table = random_table(0)
     step = loss_of(method, table, random_table(100).weak)
-    supervised = Supervised().loss(table.student, NOTHING, table.batch())
+    supervised = labels_loss(table.student, NOTHING, table.batch())
     assert torch.equal(step.loss, supervised.loss)
     for ours, theirs in zip(table.gradients(step), table.gradients(supervised), strict=True):
         assert torch.equal(ours, theirs)
@@ -181,7 +182,7 @@ def test_a_round_moves_every_parameter_and_its_teacher_is_the_received_model() -
     assert update.pseudo.keep.all()
     assert not update.pseudo.from_global[:4].any()
     assert update.pseudo.from_global[4:].any()
-    assert method.phases(1)[0].teachers == ("global",)
+    assert method.recipe(task()).phases(1)[0].teachers == ("global",)
 
 
 def test_a_round_with_an_unreachable_threshold_or_no_weight_is_a_round_on_labels() -> None:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.batches import draw_batches
 from fedlabel.data.supervision import Supervision
-from fedlabel.methods.base import Method, Phase, PhaseResult, Survey
+from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
+from fedlabel.learning.plan import draw_batches
+from fedlabel.methods.batch import Batch, StateDict, Survey
+from fedlabel.methods.recipe import BySample, Method, Recipe
 from fedlabel.methods.semifl import SemiFL
-from fedlabel.methods.steps import Batch, StateDict
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.uploads import PhaseResult
 from fedlabel.seeding import numpy_generator, torch_generator
-from fedlabel.training import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
+from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM
-from tests.methods.tables import NOTHING, ROUND, best, client, model, net, same, softmax
+from tests.methods.tables import CLASSES, NOTHING, ROUND, LabelsOnly, best, client, model, net, same, softmax
 
 SEEDS = range(5)
 SEED = 7
@@ -178,16 +179,18 @@ def test_prepare_per_sample(seed: int) -> None:
     assert 5 < prepared.draw.sum() < 50
 
 
+def recipe_of(method: Method) -> Recipe:
+    return method.recipe(task(CLASSES))
+
+
 def test_phases_and_their_mixing() -> None:
-    supervised, train = SemiFL(mix_alpha=0.4).phases(1)
-    assert (supervised.name, supervised.start, supervised.labeled, supervised.unlabeled) == (
-        "supervised",
-        "global",
-        ("weak",),
-        (),
-    )
-    assert (train.start, train.teachers, train.mix, train.mix_alpha) == ("supervised", ("global",), ("weak",), 0.4)
-    assert SemiFL(lambda_mix=0.0).phases(1)[1].mix == ()
+    supervised, train = recipe_of(SemiFL(mix_alpha=0.4)).phases(1)
+    assert (supervised.name, supervised.start, supervised.draw) == ("supervised", "global", BySample(("weak",)))
+    assert (train.start, train.teachers) == ("supervised", ("global",))
+    assert train.draw == BySample(("weak",), ("weak", "strong"), mix=("weak",), mix_alpha=0.4)
+    without = recipe_of(SemiFL(lambda_mix=0.0)).phases(1)[1].draw
+    assert isinstance(without, BySample)
+    assert without.mix == ()
     assert SemiFL().mix_alpha == 0.75
 
 
@@ -196,23 +199,13 @@ def test_the_mean_is_uniform_over_the_clients_that_trained() -> None:
     start = {"w": torch.tensor(0.0)}
     first = PhaseResult("supervised", {"w": torch.tensor(1.0)}, 20)
     second = PhaseResult("train", {"w": torch.tensor(1.5)}, 30, "supervised")
-    sent = SemiFL().upload(start, [first, second], frozenset({"w"}), 50.0)
+    send = recipe_of(SemiFL()).upload.send
+    sent = send(start, [first, second], frozenset({"w"}), 50.0)
     assert sent == {"model": ({"w": torch.tensor(1.5)}, 1.0)}
-    assert SemiFL().upload(start, [], frozenset({"w"}), 0.0) == {"model": (start, 0.0)}
+    assert send(start, [], frozenset({"w"}), 0.0) == {"model": (start, 0.0)}
 
 
 # Rounds.
-
-
-@dataclass(frozen=True)
-class LabelsOnly(Method):
-    """Labels alone in a phase of the given name, so that it draws the same batches."""
-
-    name: str = "labels_only"
-    phase: str = "train"
-
-    def phases(self, round_number: int) -> tuple[Phase, ...]:
-        return (Phase(self.phase, Supervised().loss, labeled=("weak",)),)
 
 
 def received(scale: float = 8.0) -> StateDict:
@@ -225,7 +218,7 @@ def train_round(
 ) -> ClientUpdate:
     trainer = Trainer(net(5), net(6), TRANSFORM, config)
     start = received() if state is None else state
-    return train_client(method, trainer, start, client() if data is None else data, 1, SEED)
+    return train_client(recipe_of(method), trainer, start, client() if data is None else data, 1, SEED)
 
 
 def moved(update: ClientUpdate) -> set[str]:
@@ -323,7 +316,7 @@ def test_without_a_sure_sample_a_round_is_two_on_labels_one_after_the_other(lamb
 def test_labels_at_the_server() -> None:
     """The server moves the model; a client trains on its sure samples with weight 1, and sits out without one."""
     trainer = Trainer(net(5), net(6), TRANSFORM, ROUND)
-    trained = train_server(SemiFL(), trainer, received(), client(10, 10), 1, SEED)
+    trained = train_server(recipe_of(SemiFL()), trainer, received(), client(10, 10), SEED)
     assert not any(torch.equal(trained[name], value) for name, value in received().items())
     sure = train_round(SemiFL(confidence_threshold=TAU), client(20, 0))
     assert moved(sure) == ALL

@@ -7,6 +7,7 @@ import torch
 
 from fedlabel.methods.supervised import Supervised
 from tests.methods.batches import make_batch
+from tests.methods.recipes import task
 
 
 def test_loss_by_hand() -> None:
@@ -16,7 +17,8 @@ def test_loss_by_hand() -> None:
     candidates = batch.labeled.candidates.clone()
     candidates[2, 0] = True
     batch = batch._replace(labeled=batch.labeled._replace(candidates=candidates))
-    step = Supervised().loss(lambda images: logits[images.flatten().long()], {}, batch)
+    (phase,) = Supervised().recipe(task()).phases(1)
+    step = phase.loss(lambda images: logits[images.flatten().long()], {}, batch)
     assert step.loss.item() == pytest.approx(0.458145, abs=1e-6)
     assert step.examples.item() == 2
     (gradient,) = torch.autograd.grad(step.loss, logits)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedlabel.methods.base import Update
 from fedlabel.methods.fixmatch import FixMatch
+from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.masks import Mask
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.recipe import Update
 from fedlabel.methods.uda import UDA, soft_target_divergence, tsa_threshold
+from tests.methods.recipes import task
 from tests.methods.tables import (
     NOTHING,
     Table,
@@ -31,7 +32,7 @@ SEEDS = range(5)
 
 
 def update_of(method: UDA, round_number: int) -> Update:
-    (phase,) = method.phases(round_number)
+    (phase,) = method.recipe(task()).phases(round_number)
     (update,) = phase.updates
     return update
 
@@ -170,7 +171,7 @@ def test_all_labels_left_out_gives_exactly_zero() -> None:
 @pytest.mark.parametrize("method", [UDA(confidence_threshold=1.0), UDA(confidence_threshold=0, lambda_u=0)])
 def test_nothing_kept_or_no_weight_is_the_labelled_loss(method: UDA) -> None:
     table = random_table(0)
-    step, supervised = (m.loss(table.student, NOTHING, table.batch()) for m in (method, Supervised()))
+    step, supervised = (loss(table.student, NOTHING, table.batch()) for loss in (method.loss, labels_loss))
     assert torch.equal(step.loss, supervised.loss)
     for ours, theirs in zip(table.gradients(step), table.gradients(supervised), strict=True):
         assert torch.equal(ours, theirs)

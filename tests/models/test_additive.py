@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from fedlabel.training import frozen_model
 from torch import nn
 
 from fedlabel.models import ModelConfig, build_model
 from fedlabel.models.additive import Additive
-from fedlabel.training import frozen_model
 
 SCALES = {"sigma": 1.0, "psi": 0.2}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from fedlabel.models import MODELS, ModelConfig, build_model
+from fedlabel.models import MODELS, NO_STATISTICS, ModelConfig, build_model, running_statistics
 from fedlabel.models.nets import Net, norm_layer
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
@@ -280,7 +280,9 @@ def test_one_hidden_layer_is_the_default_of_mlp():
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_a_table_is_refused_by_all_but_mlp(name):
-    with pytest.raises(ValueError, match=rf"`model.name` \(={name}\) .* 30x1x1 .*For tables, .* take model.name=mlp"):
+    with pytest.raises(
+        ValueError, match=rf"`model.name` \(={name}\) is for images.*rows of a table \(30 .*: take model.name=mlp"
+    ):
         build(name, (30, 1, 1))
 
 
@@ -324,3 +326,16 @@ def test_torchvision_models_refuse_shapes_they_cannot_take(name, shape, message)
 def test_configuration_errors_name_key_value_and_what_is_allowed(fields, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**fields)
+
+
+def test_running_statistics_are_found_by_layer() -> None:
+    """Not by name: a parameter or buffer called running_var is none."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3), nn.InstanceNorm1d(3)), nn.GroupNorm(1, 3))
+    model.register_buffer("running_var", torch.zeros(1))
+    model.add_module("tracked", nn.InstanceNorm1d(3, track_running_stats=True))
+    found = running_statistics(model)
+    assert found.means == {"1.0.running_mean", "tracked.running_mean"}
+    assert found.variances == {"1.0.running_var", "tracked.running_var"}
+    assert found.counters == {"1.0.num_batches_tracked", "tracked.num_batches_tracked"}
+    assert running_statistics(nn.BatchNorm1d(3)).variances == {"running_var"}
+    assert running_statistics(nn.GroupNorm(1, 3)) == NO_STATISTICS

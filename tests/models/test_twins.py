@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from fedlabel.training import frozen_model
 from torch import nn
 
 from fedlabel.models import ModelConfig, build_model
 from fedlabel.models.twins import Twins
-from fedlabel.training import frozen_model
 
 
 def net(seed: int = 0, norm: str = "group") -> nn.Module:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-
 from fedlabel.methods.base import Method
 from fedlabel.methods.steps import State
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
 from fedlabel.methods.supervised import Supervised
 from fedlabel.training_config import TrainingConfig
 from server.grids import InProcessGrid

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedlabel.training import frozen_model
 from matplotlib.figure import Figure
+from server.functions import FunctionWatch, markdown
 
 import fedlabel
 import server.server_app
@@ -24,9 +26,7 @@ from fedlabel.figures import functions_figure
 from fedlabel.inference.head_assignment import votes_of
 from fedlabel.metrics import Counts, add_counts, function_counts
 from fedlabel.tracking import RunFolder, read_metrics
-from fedlabel.training import frozen_model
 from server.checkpoint import load_checkpoint
-from server.functions import FunctionWatch, markdown
 from tests.integration.tiny import assert_same_run, final_weights
 
 NAMES = ("cat", "dog", "cow")

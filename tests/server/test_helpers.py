@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedlabel.methods.base import Helpers
+from fedlabel.methods.steps import State, StateDict
+from fedlabel.training import ClientUpdate
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedlabel.cli import run_experiment
 from fedlabel.experiment import Experiment
-from fedlabel.methods.base import Helpers
-from fedlabel.methods.steps import State, StateDict
 from fedlabel.tracking import read_metrics
-from fedlabel.training import ClientUpdate
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.grids import InProcessGrid
 from server.helpers import HelperPool

@@ -9,7 +9,8 @@ from flwr.app import RecordDict
 
 import fedlabel
 from fedlabel.methods import METHODS
-from server.replies import _TAG, EVALUATED, Reply, RoundSchema
+from fedlabel.metric_tags import client_tags, find_tag
+from server.replies import Reply, RoundSchema
 
 TINY = (
     *("num_clients=3", "fraction_train=1.0", "partition.kind=dirichlet", "data.train_samples=150", "model.name=mlp"),
@@ -36,6 +37,7 @@ OVERRIDES = {
     ),
 }
 """`LABELS` for all others."""
+BATCH_NORM = ("model.name=cnn", "model.hidden_layers=[]", "model.norm=batch", "training.local_epochs=3")
 OTHER_FORMS = {
     "ill with logits": ("method.name=ill", *NOISY, "method.noise.form=gradient", "method.noise.warmup_rounds=0"),
     "ill that aligns": ("method.name=ill", *SETS, "method.alignment=true"),
@@ -47,13 +49,21 @@ OTHER_FORMS = {
     ),
     "cbafed": ("method.name=fixmatch", *LABELS, "method.mask.kind=cbafed", "training.unlabeled_includes_labeled=true"),
     "size": ("method.name=fixmatch", *LABELS, "training.weight_by=size", "method.confidence_threshold=0"),
-    "batch norm": ("method.name=supervised", *LABELS, "model.name=cnn", "model.hidden_layers=[]", "model.norm=batch"),
+    "all pairs are neighbours": (
+        *("method.name=llp_bp", *BAGS, "supervision.bag_size=8", "data.positive_classes=[0,1,2,3,4]", "num_clients=1"),
+        *("data.train_samples=800", "method.num_neighbors=800", "method.stage_rounds=1", "method.max_iterations=1"),
+        *("training.local_steps=1", "training.local_epochs=null", "num_rounds=2"),
+    ),
+    "batch norm": ("method.name=supervised", *LABELS, *BATCH_NORM),
+    "batch norm of two parts": ("method.name=fedlabel", *LABELS, *BATCH_NORM, "method.merge=mean"),
+    "batch norm of a sum": ("method.name=fedmatch", *LABELS, *BATCH_NORM, "num_rounds=2", "training.lr=0.01"),
+    "batch norm of twins": ("method.name=co_teaching", *NOISY, *BATCH_NORM, "num_rounds=2"),
 }
 
 
 @pytest.mark.parametrize("name", [*METHODS, *OTHER_FORMS])
 def test_honest_clients_are_not_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no metric that the server makes itself may come from one of them."""
+    """And every metric that a run writes is declared, those as a client's that clients send and no others."""
     read, sent = RoundSchema.read, set()
 
     def watching(self: RoundSchema, content: RecordDict, client: int) -> Reply:
@@ -68,4 +78,6 @@ def test_honest_clients_are_not_refused(name: str, tmp_path: Path, monkeypatch: 
     assert not failed.exists(), failed.read_text()
     for row in result.metrics:
         assert (row["system/refused_replies"], row["system/failed_clients"]) == (0, 0)
-        assert not {tag for tag in row if _TAG.fullmatch(tag)} - sent - EVALUATED
+        assert not {key for key in row if find_tag(key) is None} - {"round"}
+        assert set(row) & client_tags().keys() <= sent
+    assert sent <= client_tags().keys()

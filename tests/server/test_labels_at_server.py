@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedlabel.methods.steps import StateDict
 
 from fedlabel.cli import run_experiment
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods import METHODS
-from fedlabel.methods.steps import StateDict
 from fedlabel.tracking import RunFolder
 from server import server_app
 from server.checkpoint import load_checkpoint

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedlabel.methods.steps import State
+from server.noise import NoiseWatch
 from torch import Tensor
 
 import fedlabel
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
-from fedlabel.methods.steps import State
 from fedlabel.tracking import read_metrics
-from server.noise import NoiseWatch
 from tests.integration.tiny import TINY, run_tiny
 
 NAMES = ("cat", "dog", "cow")

@@ -7,19 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from flwr.app import Error, RecordDict
-
-import fedlabel
 import server.report
-from fedlabel.config import load_config
-from fedlabel.experiment import Experiment
-from fedlabel.methods.fedmatch import FedMatch
+import torch
 from fedlabel.methods.steps import StateDict
 from fedlabel.training import ClientUpdate
+from flwr.app import Error, RecordDict
 from server.functions import FunctionWatch
 from server.noise import NoiseWatch
 from server.report import log_round, summary
+
+import fedlabel
+from fedlabel.config import load_config
+from fedlabel.experiment import Experiment
+from fedlabel.methods.fedmatch import FedMatch
 from tests.server.rounds import content, reply, round_of, schema_of, tally_of
 
 # What a round logs.
@@ -43,7 +43,7 @@ EXPERIMENT: Any = SimpleNamespace(
         num_clients=3,
         num_rounds=9,
         seed=5,
-        method=SimpleNamespace(name="m", noise_matrix=lambda shared: None),
+        method=SimpleNamespace(name="m", metrics=(), noise_matrix=lambda shared: None),
         data=SimpleNamespace(name="d"),
         supervision=SimpleNamespace(parts=[]),
         evaluation=SimpleNamespace(split="test", select=None, figures=True),
@@ -82,7 +82,7 @@ def test_passes_and_claimed_bytes_are_summed_over_clients_and_rounds() -> None:
     rows.append(log_round(folder, EXPERIMENT, second, None, None, {}, NO_WATCH, 0.0))
     assert rows[1]["system/failed_clients"] == 2  # another one never answered
     assert rows[1]["system/refused_replies"] == 1
-    total = summary(folder, EXPERIMENT, "0123abc")
+    total = summary(folder.read_metrics(), EXPERIMENT, "0123abc")
     assert total["commit"] == "0123abc"
     assert (total["train/forward_samples"], total["train/backward_samples"]) == (31, 13)
     assert (total["comm/claimed_bytes_up"], total["comm/claimed_bytes_down"]) == (1105, 82)
@@ -94,7 +94,7 @@ def test_without_a_claim_none_is_logged() -> None:
     tally, _ = tally_of([reply(11, counted([1.0, 1.0], None))])
     row = log_round(folder, EXPERIMENT, tally, None, None, {}, NO_WATCH, 0.0)
     assert "comm/claimed_bytes_up" not in row
-    assert "comm/claimed_bytes_up" not in summary(folder, EXPERIMENT, "0123abc")
+    assert "comm/claimed_bytes_up" not in summary(folder.read_metrics(), EXPERIMENT, "0123abc")
     assert row["comm/bytes_up"] > 0
 
 

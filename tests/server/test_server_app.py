@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlabel.config import load_config
+from fedlabel.experiment import Experiment
 from fedlabel.hardware import source_hash
 from server import server_app
 from server.grids import InProcessGrid, SimulationGrid
-from server.server_app import RunError, _log_line, connect, default_name, run_federation
+from server.server_app import RunError, _check_model, _log_line, connect, default_name, run_federation
 
 
 class Nodes(SimulationGrid):
@@ -140,7 +142,7 @@ def test_default_name_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ("training.lr=-1", r"`training.lr` \(=-1.0\) must be a positive number."),
+        ("training.lr=-1", r"`training.lr` \(=-1\) must be a positive number."),
         ("num_clients=9 grid.connect_timeout=0.1", "Only 2 of `num_clients`"),
     ],
 )
@@ -165,3 +167,15 @@ def test_a_deployed_round_is_one_short_line(caplog: pytest.LogCaptureFixture) ->
         "Round 3: loss 0.5123, accuracy 0.8000, 3.2 s",
         "Round 4: failed clients 2, 3.0 s",
     ]
+
+
+def test_a_model_that_gives_no_numbers_is_not_gone_on_from() -> None:
+    small = ["num_clients=2", "data.train_samples=50", "model.name=cnn", "model.norm=batch", "device=cpu"]
+    experiment = Experiment(load_config([], [*small, "method.name=supervised", "supervision.kind=full"]))
+    model = {name: value.clone() for name, value in experiment.initial_state.items()}
+    _check_model(experiment, model, "Strategy X made", 3, "step")
+    variance = min(experiment.running.variances)
+    for value, reason in ((-1e-9, rf"a negative variance \({re.escape(variance)}\)"), (torch.nan, "NaN or infinity")):
+        model[variance][0] = value
+        with pytest.raises(RunError, match=f"Strategy X made a model with {reason} in round 3; the last checkpoint"):
+            _check_model(experiment, model, "Strategy X made", 3, "step")

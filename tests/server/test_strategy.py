@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from flwr.serverapp.strategy import FedAdam
 from fedlabel.config import ConfigError, StrategyConfig
 from server.grids import InProcessGrid
 from server.strategy import (
+    CannotCombine,
     WeightedMean,
     aggregate,
     build_strategy,
     configure_round,
     decode,
+    reply_bounds,
     restore_strategy,
     sample_cohort,
     strategy_names,
@@ -27,7 +31,7 @@ from server.strategy import (
 InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
 
 
-def reply(arrays: dict[str, float], metrics: dict[str, float]) -> Message:
+def reply(arrays: Mapping[str, float | np.ndarray], metrics: dict[str, float]) -> Message:
     content = RecordDict(
         {
             "arrays": ArrayRecord({}),
@@ -170,6 +174,29 @@ def test_every_listed_strategy_aggregates_finite_weights() -> None:
         assert math.isfinite(float(aggregated["w"].numpy())), name
 
 
+@pytest.mark.parametrize("rate", [1e-6, 0.1, 1e6])
+@pytest.mark.parametrize("q", [0.0, 0.1, 1.0, 10 / 3, 5.0, 10.0])
+def test_qfedavg_gives_numbers_whatever_one_client_sends(
+    q: float, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and losses at the ends of what is taken, of one client of two."""
+    monkeypatch.setattr("gc.collect", lambda: 0)  # Flower's strategy calls it for every reply: a second a round
+    config = StrategyConfig("QFedAvg", {"q": q, "client_learning_rate": rate})
+    bounds = reply_bounds(config)
+    assert bounds.largest_loss == pytest.approx(min(1e6, 1e20 ** (1 / q)) if q else 1e6)
+    for weight, loss in itertools.product((bounds.weight, 0.1, 0.0), (bounds.largest_loss, 0.0)):
+        strategy = build_strategy(config)
+        start = ArrayRecord({"w": Array(np.full(1000, -bounds.weight, np.float32))})
+        configure_round(strategy, 1, start, ConfigRecord({}), {0: 1, 1: 2}, [0, 1])
+        replies = [
+            reply({"w": np.full(1000, value)}, {"num-examples": 1.0, "train_loss": own})
+            for value, own in ((weight, loss), (0.1, 2.3))
+        ]
+        aggregated = aggregate(strategy, 1, replies)
+        assert aggregated is not None
+        assert np.isfinite(aggregated["w"].numpy().astype(np.float32)).all(), (weight, loss)
+
+
 def test_memory_of_a_strategy_survives_a_checkpoint() -> None:
     """FedAdam's second round depends on its first; a restored strategy gives the same third value."""
 
@@ -201,8 +228,13 @@ def test_strategy_errors_name_key_and_choices() -> None:
         build_strategy(StrategyConfig("FedAdam", {"etaa": 1}))
     with pytest.raises(ConfigError, match=r"`strategy.args.beta` \(=0.9\) must be a number in \[0, 0.5\)"):
         build_strategy(StrategyConfig("FedTrimmedAvg", {"beta": 0.9}))
-    with pytest.raises(ConfigError, match=r"needs strategy.args.client_learning_rate: a positive number"):
+    with pytest.raises(
+        ConfigError, match=r"needs strategy.args.client_learning_rate: a number in \[0.000001, 1000000\]"
+    ):
         build_strategy(StrategyConfig("QFedAvg"))
+    for key, value in (("q", 10.1), ("q", -1), ("client_learning_rate", 1e-7), ("client_learning_rate", 1e7)):
+        with pytest.raises(ConfigError, match=rf"`strategy.args.{key}` \(=.*\) must be a number in \["):
+            build_strategy(StrategyConfig("QFedAvg", {"client_learning_rate": 1, key: value}))
     for value in ("fast", True, 0, float("nan"), float("inf"), None, [1]):
         with pytest.raises(ConfigError, match=r"`strategy.args.eta` \(=.*\) must be a positive number"):
             build_strategy(StrategyConfig("FedAdam", {"eta": value}))
@@ -219,6 +251,16 @@ def test_every_argument_that_a_strategy_takes_is_checked() -> None:
         for argument in allowed if allowed != ["nothing"] else []:
             with pytest.raises(ConfigError, match=rf"`strategy.args.{argument}` \(=x\) must be a"):
                 build_strategy(StrategyConfig(name, {argument: "x"}))
+
+
+def test_where_a_strategy_failed_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FedAdam):
+        def aggregate_train(self, *_: object) -> NoReturn:
+            raise IndexError("of a bug")
+
+    with caplog.at_level("DEBUG", "fedlabel"), pytest.raises(CannotCombine, match=r"\(IndexError: of a bug\)"):
+        aggregate(Broken(), 1, [reply({"w": 1.0}, {"num-examples": 1.0})])
+    assert 'raise IndexError("of a bug")' in caplog.text
 
 
 @pytest.mark.parametrize(

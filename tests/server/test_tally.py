@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from fedlabel.methods.base import state_to_lists
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from fedlabel.methods.base import state_to_lists
 from fedlabel.methods.ill import ILL
 from server.tally import RoundTally
 from tests.server.rounds import NODES, content, order, reply, round_of, schema_of, tally_of

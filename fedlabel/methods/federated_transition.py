@@ -1,0 +1,250 @@
+"""The noise matrix T of a federation: where it starts, what clients send, the closed form, and bounds of what is sent.
+
+The mathematics of one matrix is in `fedlabel/inference/transition.py`. Here each form of learning T is a `Shared`, and
+`NoiseMatrix` is the configuration that chooses one, with what a client remembers for it. A state holds T as
+"transition" or, where clients move its logits, as "logits".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive
+from fedlabel.inference.transition import diagonal_transition, from_counts, gradient_step
+from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.shared import SLACK, Limits, Shared, check_counts, check_shares, nothing_shared
+from fedlabel.methods.uploads import PhaseResult
+
+MAX_ANNOTATORS = 1000
+"""Each has a matrix of its own."""
+
+
+def noise_matrix(shared: State) -> dict[str, Tensor]:
+    """Returns T, (matrices, classes, classes), as `Recipe.inspect` names it."""
+    matrices = shared["logits"].softmax(-1) if "logits" in shared else shared["transition"]
+    return {"noise_matrix": matrices.reshape(-1, *matrices.shape[-2:])}
+
+
+def check_transition(shared: State) -> None:
+    """Raises ValueError unless the rows of T are distributions."""
+    check_shares("transition", shared["transition"], torch.ones(()))
+
+
+@dataclass(frozen=True, eq=False)
+class FixedTransition(Shared):
+    """T as it starts."""
+
+    initial: Tensor
+    """([matrices,] classes, classes)."""
+
+    def start(self) -> State:
+        return {"transition": self.initial}
+
+    def check(self, shared: State) -> None:
+        check_transition(shared)
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedTransition(Shared):
+    """T in closed form, from the expected counts of all clients: `from_counts`.
+
+    With `decay` and `smoothing` 0 and all clients in the cohort, exactly EM's M step on the union of their data.
+    """
+
+    initial: Tensor
+    """(matrices, classes, classes)."""
+    smoothing: float
+    decay: float
+    warmup_rounds: int
+    """See `NoiseMatrix`."""
+    labels_of_set: int
+    """Labels that a noisy candidate set counts as, at most."""
+
+    def start(self) -> State:
+        return {"transition": self.initial, "counts": torch.zeros_like(self.initial), "rounds": torch.zeros(())}
+
+    def statistics(self, memory: State) -> State:
+        return {"counts": memory["expected_counts"]}
+
+    def update(self, shared: State, total: State) -> State:
+        if "counts" not in total:
+            return shared
+        rounds = shared["rounds"] + 1
+        if rounds < self.warmup_rounds:
+            return {**shared, "rounds": rounds}
+        counts = self.decay * shared["counts"] + total["counts"]
+        transition = from_counts(counts, self.smoothing * shared["transition"])
+        return {**shared, "rounds": rounds, "counts": counts, "transition": transition}
+
+    def broadcast(self, shared: State) -> State:
+        return {"transition": shared["transition"]}
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        most = limits.samples * max(self.labels_of_set, limits.annotators)
+        check_counts("counts", statistics["counts"], most)
+
+    def check(self, shared: State) -> None:
+        check_transition(shared)
+
+
+@dataclass(frozen=True, eq=False)
+class AveragedLogits(Shared):
+    """T's logits: the mean of the clients' by the samples with noisy labels that they were trained on."""
+
+    initial: Tensor
+    """T at the start, (matrices, classes, classes)."""
+    lr: float
+    labels_of_set: int
+    """As in `FederatedTransition`."""
+
+    def start(self) -> State:
+        return {"logits": self.initial.log()}
+
+    def statistics(self, memory: State) -> State:
+        samples = memory["noisy_samples"]
+        return {"logits": memory["logits"] * samples, "noisy_samples": samples}
+
+    def update(self, shared: State, total: State) -> State:
+        if "logits" not in total or not total["noisy_samples"] > 0:
+            return shared
+        return {**shared, "logits": total["logits"] / total["noisy_samples"]}
+
+    def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
+        samples = statistics["noisy_samples"]
+        check_counts("noisy_samples", samples, limits.examples)
+        start = shared["logits"].to(samples)
+        # A step moves a logit by lr * |row sum of N * T - N| / samples, see `gradient_step`.
+        of_steps = limits.steps * self.lr * max(self.labels_of_set, limits.annotators)
+        most = of_steps + SLACK * (1 + start.abs().max())
+        if (statistics["logits"] - samples * start).abs().max() > samples * most:
+            raise ValueError("its statistic logits is further from what was sent than its steps can have gone")
+
+
+@dataclass(frozen=True)
+class NoiseMatrix:
+    """How T[y, j] = p(noisy label j | true label y) is learnt."""
+
+    form: str = "closed"
+    """closed: from expected counts over all of a client's samples, once a round. gradient: a step of gradient descent
+    with every batch. fixed: it stays as it starts."""
+    scope: str = "global"
+    """global: one T for the federation. client: each client has its own, which never leaves it. prior (form=closed):
+    a client's T is its own counts plus `strength` counts per class of the global T, for annotators who differ."""
+    strength: float = 50.0
+    """scope=prior: see there."""
+    annotators: int = 1
+    """Matrices: 1 for all labels, or one for each annotator of a sample."""
+    start: float = 0.3
+    """T starts with 1 - start on the diagonal, in (0, 1); a dominant diagonal says which class is which."""
+    smoothing: float = 1.0
+    """form=closed: how many counts per class the T before is worth; a class that no noisy label can be of keeps its
+    row. 0: none, so EM's own M step, in which such a class gets an even row."""
+    decay: float = 0.8
+    """form=closed: what remains of the counts of earlier rounds, in [0, 1), as a cohort is a part of the federation. 0:
+    T is of the last round's clients alone."""
+    warmup_rounds: int = 3
+    """Rounds that clients train with T as it starts, lest it take on the errors of the untrained model."""
+    lr: float = 0.1
+    """form=gradient: learning rate of T's logits."""
+
+    def __post_init__(self) -> None:
+        section = "method.noise"
+        one_of(self, section, form=("closed", "gradient", "fixed"), scope=("global", "client", "prior"))
+        if self.scope == "prior" and self.form != "closed":
+            raise ValueError(
+                f"`method.noise.scope` (=prior) adds up counts, which `method.noise.form` (={self.form}) does not "
+                "have: take method.noise.form=closed."
+            )
+        finite(self, section, "smoothing")
+        positive(self, section, "strength", "lr")
+        in_unit_interval(self, section, "decay", below_one=True)
+        at_least(self, section, 0, "warmup_rounds")
+        if not 0 < self.start < 1:
+            raise ValueError(f"`method.noise.start` (={self.start}) must lie in (0, 1).")
+        if not 1 <= self.annotators <= MAX_ANNOTATORS:
+            raise ValueError(f"`method.noise.annotators` (={self.annotators}) must lie in [1, {MAX_ANNOTATORS}].")
+
+    @property
+    def own(self) -> bool:
+        """Whether each client learns a T of its own."""
+        return self.scope != "global" and self.form != "fixed"
+
+    def initial(self, num_classes: int) -> Tensor:
+        """Returns the start, (matrices, classes, classes).
+
+        Raises:
+            ValueError: its diagonal would not be dominant.
+        """
+        if self.start >= 1 - 1 / num_classes:
+            raise ValueError(
+                f"`method.noise.start` (={self.start}) must be below {1 - 1 / num_classes:g} for {num_classes} "
+                "classes: a dominant diagonal says which class is which."
+            )
+        return diagonal_transition(num_classes, self.start).expand(self.annotators, -1, -1).clone()
+
+    def shared(self, num_classes: int, labels_of_set: int) -> Shared:
+        """Returns the state that the server shares; labels_of_set: see `FederatedTransition`.
+
+        Raises:
+            ValueError: see `initial`.
+        """
+        initial = self.initial(num_classes)
+        if self.form == "gradient":
+            return nothing_shared if self.scope == "client" else AveragedLogits(initial, self.lr, labels_of_set)
+        if self.form == "fixed" or self.scope == "client":
+            return FixedTransition(initial)
+        return FederatedTransition(initial, self.smoothing, self.decay, self.warmup_rounds, labels_of_set)
+
+    def inspect(self, shared: State) -> dict[str, Tensor]:
+        """Returns what is shown of the shared state: T, unless it never leaves the clients."""
+        return {} if self.scope == "client" else noise_matrix(shared)
+
+    # ------------------------------------------------------------------------------------------------ a client's part
+
+    def memory(self, candidates: Tensor) -> State:
+        """Returns the memory of a client that never trained, see `Memory.start`."""
+        classes, device = candidates.shape[-1], candidates.device
+        if self.form == "closed":
+            return {"expected_counts": torch.zeros(self.annotators, classes, classes, device=device)}
+        if self.form == "fixed":
+            return {}
+        own = {"own_logits": self.initial(classes).log().to(device)} if self.own else {}
+        return {**own, "noisy_samples": torch.zeros((), device=device)}
+
+    def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
+        """Keeps a client's own T, see `Memory.keep`."""
+        return {name: value for name, value in memory.items() if name in ("own_transition", "own_logits")}
+
+    def like(self, memory: State, global_state: StateDict) -> State:
+        """Returns an example of what `keep` returns, see `Memory.like`."""
+        if not self.own:
+            return {}
+        if self.form == "gradient":
+            return {"own_logits": memory["own_logits"]}
+        return {"own_transition": memory["transition"]}
+
+    def matrices(self, memory: State) -> Tensor:
+        """Returns the T that a client works with, (matrices, classes, classes)."""
+        if self.form == "gradient":
+            return memory["own_logits" if self.scope == "client" else "logits"].softmax(-1)
+        return memory.get("own_transition", memory["transition"])
+
+    def stepped(self, memory: State, counts: Tensor, samples: Tensor) -> State:
+        """Returns the memory after a step of T's logits (form=gradient); arguments: see `gradient_step`."""
+        name = "own_logits" if self.scope == "client" else "logits"
+        logits = gradient_step(memory[name], counts, samples, self.lr)
+        return {**memory, name: logits, "noisy_samples": memory["noisy_samples"] + samples}
+
+    def counted(self, memory: State, counts: Tensor, learn: bool) -> State:
+        """Returns the memory with a round's expected counts (form=closed) and, to learn, a client's own T from them."""
+        if not (self.own and learn):
+            return {**memory, "expected_counts": counts}
+        if self.scope == "prior":
+            prior = self.strength * memory["transition"]
+        else:
+            prior = self.smoothing * self.matrices(memory)
+        return {**memory, "expected_counts": counts, "own_transition": from_counts(counts, prior)}
