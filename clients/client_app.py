@@ -12,9 +12,9 @@ from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
 from fedlabel.learning.audit import against_truth, votes_against_truth
 from fedlabel.learning.client import ClientUpdate
+from fedlabel.learning.metrics import Counts, means
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
-from fedlabel.metrics import Counts, means
 
 app = ClientApp()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedlabel.cli import RunResult
     from fedlabel.config import ExperimentConfig
+    from server.simulation import RunResult
 
 __all__ = ["run"]
 
@@ -37,6 +37,9 @@ def run(
         ValueError: configuration, data, checkpoint or folder are not as needed.
         RuntimeError: every client of a round failed.
     """
-    from fedlabel.cli import run_experiment
+    from fedlabel.importing import claim_packages
 
-    return run_experiment(config, overrides, name=name, out=out, resume=resume)
+    claim_packages()
+    from server.simulation import simulate
+
+    return simulate(config, overrides, name=name, out=out, resume=resume)

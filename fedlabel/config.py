@@ -29,15 +29,15 @@ from fedlabel.config_text import (
     read_mapping,
 )
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.datasets import DataConfig
+from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig, fill_amounts
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
+from fedlabel.data.sets.datasets import DataConfig
 from fedlabel.data.skew import SkewConfig
-from fedlabel.data.supervision_config import MixPart, SupervisionConfig, fill_amounts
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS, in_own_words, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
-from fedlabel.training_config import TrainingConfig
 
 SELECT = {
     "bag_mae": "eval/bag_mae",

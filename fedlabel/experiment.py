@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from fedlabel.config import SELECT, ExperimentConfig, parse_config
-from fedlabel.data.bags import Bags
-from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
-from fedlabel.data.label_card import label_card
+from fedlabel.data.labels.bags import Bags
+from fedlabel.data.labels.label_card import label_card
+from fedlabel.data.sets.datasets import Split
 from fedlabel.data.skew import shift_features
-from fedlabel.evaluation import Evaluation, evaluate
 from fedlabel.hardware import memory_bytes, resolve_device
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
+from fedlabel.learning.evaluation import Evaluation, evaluate
 from fedlabel.learning.step import frozen_model
 from fedlabel.learning.task import check_labels
 from fedlabel.learning.views import ImageTransform

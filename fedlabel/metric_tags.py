@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlabel.data.supervision import KIND_NAMES
+from fedlabel.data.labels.supervision import KIND_NAMES
 
 LARGEST_MEAN = 1e9
 """Of a metric without a narrower range: a loss per sample beyond +-this is of a training that diverged."""

@@ -40,10 +40,12 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlabel.config import ExperimentConfig
 from fedlabel.hardware import describe_hardware, versions
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.supervised import Supervised
 from fedlabel.models import ModelConfig, build_model
-from fedlabel.training_config import TrainingConfig
-from server.grids import InProcessGrid, RayGrid, SimulationGrid
+from server.grids.base import SimulationGrid
+from server.grids.in_process import InProcessGrid
+from server.grids.ray import RayGrid
 from server.replies import ReplySchema
 from server.strategy import WeightedMean, aggregate, configure_round, sample_cohort
 from server.tally import RoundTally

@@ -18,7 +18,7 @@ from fedlabel.config import ExperimentConfig, flatten, parse_config, to_yaml
 from fedlabel.config_text import parse_yaml
 from fedlabel.errors import naming
 from fedlabel.experiment import Experiment
-from fedlabel.tracking import write_atomic
+from fedlabel.record.run_folder import write_atomic
 from server.checkpoint_schema import complaints
 from server.state import ServerState
 

@@ -15,10 +15,10 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedYogi, Strategy
 from torch import Tensor
 
 from fedlabel.experiment import Experiment
+from fedlabel.learning.metrics import COUNTED
 from fedlabel.methods.batch import State, StateDict
-from fedlabel.metrics import COUNTED
 from fedlabel.shown import shown
-from server.grids import parse_state
+from server.grids.base import parse_state
 from server.state import ServerState
 from server.strategy import decode, strategy_state
 

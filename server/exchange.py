@@ -17,7 +17,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedlabel.errors import RunError
-from server.grids import SimulationGrid
+from server.grids.base import SimulationGrid
 from server.replies import harmless
 
 BAD_REPLY = 1000

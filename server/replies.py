@@ -20,19 +20,19 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedlabel.data.supervision import KIND_NAMES
+from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.experiment import Experiment
 from fedlabel.learning.client import weight_in_mean
+from fedlabel.learning.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
 from fedlabel.learning.plan import Units, bag_units, most_drawn
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import ByBag, Recipe
 from fedlabel.methods.shared import Limits
 from fedlabel.methods.uploads import PhaseResult
 from fedlabel.metric_tags import LARGEST_MEAN, Tag, client_tags
-from fedlabel.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts
 from fedlabel.models import NO_STATISTICS, RunningStatistics
 from fedlabel.shown import shown
-from fedlabel.training_config import TrainingConfig
 from server.npy import npy_header
 from server.strategy import LARGEST_WEIGHT, Bounds, reply_bounds
 

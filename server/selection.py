@@ -14,7 +14,7 @@ from fedlabel.errors import naming
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.recipe import Recipe
-from fedlabel.tracking import best_row, lower_is_better, write_atomic
+from fedlabel.record.run_folder import best_row, lower_is_better, write_atomic
 
 SELECTED = "selected_{:06d}.pt"
 """Weights by name; the round is in the name."""

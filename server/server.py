@@ -14,10 +14,10 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Start
 from fedlabel.methods.shared import state_to_lists
-from fedlabel.tracking import RunFolder, is_evaluated
+from fedlabel.record.run_folder import RunFolder, is_evaluated
 from server.checkpoint import save_checkpoint
 from server.exchange import replies_to
-from server.grids import SimulationGrid
+from server.grids.base import SimulationGrid
 from server.helpers import HelperPool
 from server.nodes import is_simulation
 from server.observers import Observer, Report, Round, observers_of

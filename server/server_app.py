@@ -20,13 +20,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlabel.config import ExperimentConfig, flatten, load_config, split_overrides, to_yaml
 from fedlabel.data.federation import Federation
-from fedlabel.data.supervision import KIND_NAMES
+from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
-from fedlabel.figures import partition_figure, save_png
 from fedlabel.hardware import source_commit
 from fedlabel.learning.task import label_warnings
-from fedlabel.tracking import PARTITION_JSON, RunFolder, as_json, read_metrics, read_summary, write_atomic
+from fedlabel.record.figures import partition_figure, save_png
+from fedlabel.record.run_folder import PARTITION_JSON, RunFolder, as_json, read_metrics, read_summary, write_atomic
 from server.checkpoint import latest_checkpoint
 from server.nodes import connect
 from server.rounds import run_rounds

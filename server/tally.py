@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from flwr.app import Message, RecordDict
 
+from fedlabel.learning.metrics import Counts, add_counts
 from fedlabel.methods.batch import State
-from fedlabel.metrics import Counts, add_counts
 from server.exchange import BAD_REPLY
 from server.replies import Refused, RoundSchema, harmless
 

@@ -15,9 +15,9 @@ from torch.utils.tensorboard import summary as summaries
 from typer.testing import CliRunner
 
 import fedlabel
-from fedlabel.cli import app
+from fedlabel.cli.main import app
 from fedlabel.errors import FileError
-from fedlabel.tracking import EventFile
+from fedlabel.record.run_folder import EventFile
 from tests.integration.processes import environment, fedlabel_command
 from tests.integration.tiny import TINY, assert_same_run, run_tiny
 
@@ -123,7 +123,7 @@ def test_an_impossible_out(command: str, place: str, whole: Path, tmp_path: Path
 
 
 def test_a_bug_shows_where_it_is_without_local_variables(tmp_path: Path) -> None:
-    code = "import fedlabel.cli as cli\ndef list(*a):\n    labels = 'secret'\n    raise KeyError('bug')\n"
+    code = "import fedlabel.cli.main as cli\ndef list(*a):\n    labels = 'secret'\n    raise KeyError('bug')\n"
     code += "cli.load_config = list\ncli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "partition"], env=environment(), cwd=tmp_path, capture_output=True, text=True

@@ -89,7 +89,7 @@ def test_versions_says_so_where_a_package_is_absent(monkeypatch):
 
 def test_versions_imports_neither_flower_nor_ray():
     code = (
-        "import sys, fedlabel.hardware as h, fedlabel.tracking, fedlabel.figures\n"
+        "import sys, fedlabel.hardware as h, fedlabel.record.run_folder, fedlabel.record.figures\n"
         "h.source_hash(); found = h.versions()\n"
         "assert {'flwr', 'ray'} <= set(found) and not {'flwr', 'ray', 'matplotlib.pyplot'} & set(sys.modules)"
     )

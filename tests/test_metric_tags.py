@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import fedlabel
-from fedlabel.cli import RunResult
 from fedlabel.errors import RunError
-from fedlabel.evaluation import EVALUATED
 from fedlabel.experiment import open_experiment
+from fedlabel.learning.evaluation import EVALUATED
 from fedlabel.methods import method_class
 from fedlabel.metric_tags import TAGS, Tag, client_tags, find_tag
+from server.simulation import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
 MINE = Tag("pseudo/margin", "margin", "share", "Pseudo-labels", "lower", least=0.0, largest=1.0)

@@ -15,12 +15,12 @@ import torch
 
 import fedlabel
 import server.server_app
-from fedlabel.cli import run_experiment
-from fedlabel.data.datasets import load_dataset
 from fedlabel.data.federation import build_federation
+from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.experiment import open_experiment
-from fedlabel.tracking import RunFolder
+from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from server.simulation import simulate
 from tests.data.arrays import write_npz
 
 TINY = ["num_clients=4", "num_rounds=3", "fraction_train=0.5", "training.local_steps=2", "evaluation.panel_samples=0"]
@@ -41,7 +41,7 @@ def stop_at(round_number: int, out: Path, *overrides: str) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_experiment([], [*TINY, *overrides], name="x", out=out, on_round=on_round)
+        simulate([], [*TINY, *overrides], name="x", out=out, on_round=on_round)
 
 
 @pytest.mark.parametrize("every", [1, 2, 50], ids=["each round", "each second", "none yet"])

@@ -11,11 +11,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fedlabel
-from fedlabel.cli import RunResult
-from fedlabel.comparison.output import write_comparison
-from fedlabel.comparison.runs import read_comparison
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
+from fedlabel.study.output import write_comparison
+from fedlabel.study.runs import read_comparison
+from server.simulation import RunResult
 from tests.data.arrays import write_npz
 
 TINY = ["num_clients=4", "num_rounds=2", "fraction_train=0.5", "training.local_steps=2"]

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlabel.data.bag_files import as_counted, bags_of_column, published_bags
-from fedlabel.data.bags import Bags, draw_bags
-from fedlabel.data.datasets import DataConfig, Dataset, load_dataset
-from fedlabel.data.fingerprint import fingerprint
-from fedlabel.data.hand_out import HandOut
-from fedlabel.data.imprecision import Resemblance
-from fedlabel.data.labeling_functions import FunctionReport
-from fedlabel.data.loaders import DataError, data_root
-from fedlabel.data.own_columns import own_column, own_rows, with_columns_aside
+from fedlabel.data.labels.bag_files import as_counted, bags_of_column, published_bags
+from fedlabel.data.labels.bags import Bags, draw_bags
+from fedlabel.data.labels.hand_out import HandOut
+from fedlabel.data.labels.imprecision import Resemblance
+from fedlabel.data.labels.labeling_functions import FunctionReport
+from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
+from fedlabel.data.labels.supervision_config import SupervisionConfig
 from fedlabel.data.partition import (
     COLUMN,
     LabeledPartitionConfig,
@@ -27,9 +25,11 @@ from fedlabel.data.partition import (
     column_owners,
     split_like,
 )
+from fedlabel.data.sets.datasets import DataConfig, Dataset, load_dataset
+from fedlabel.data.sets.fingerprint import fingerprint
+from fedlabel.data.sets.loaders import DataError, data_root
+from fedlabel.data.sets.own_columns import own_column, own_rows, with_columns_aside
 from fedlabel.data.skew import SkewConfig
-from fedlabel.data.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
-from fedlabel.data.supervision_config import SupervisionConfig
 from fedlabel.seeding import derive_seed, numpy_generator
 
 MAX_DOUBTS = 10

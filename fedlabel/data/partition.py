@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedlabel.data.names import in_order, listed
+from fedlabel.data.sets.names import in_order, listed
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from fedlabel.data.class_names import find_classes
+from fedlabel.data.sets.class_names import find_classes
 from fedlabel.seeding import numpy_generator, torch_generator
 
 SHIFTS = ("rotation", "blur", "noise", "inversion")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedlabel.data.labeling_functions import NOT_ASKED
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.labeling_functions import NOT_ASKED
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.client import ClientUpdate
-from fedlabel.metrics import Counts, function_counts, pseudo_label_counts
+from fedlabel.learning.metrics import Counts, function_counts, pseudo_label_counts
 
 
 def against_truth(update: ClientUpdate, supervision: Supervision, truth: Tensor) -> tuple[Counts, Counts]:

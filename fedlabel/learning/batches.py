@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.plan import Plan, StepPlan, Units
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Batch, Part, State

@@ -10,11 +10,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.batches import BatchMaker
 from fedlabel.learning.meter import Meter
 from fedlabel.learning.plan import Plan, Pool, count_steps, plan_phase, sample_pool
 from fedlabel.learning.step import Stepper, counted, frozen_model
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Model, Prepared, PseudoLabels, State, StateDict, Survey, Votes
 from fedlabel.methods.losses import pseudo_metrics
@@ -22,7 +23,6 @@ from fedlabel.methods.recipe import Phase, Recipe
 from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.metric_tags import Tag, client_tags
 from fedlabel.seeding import derive_seed, torch_generator
-from fedlabel.training_config import TrainingConfig
 
 SURVEY_BATCH = 500
 """Samples a model sees at once when a client's whole data are looked at."""

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.recipe import ByBag, ByKnowledge, BySample, Draw, Phase
 from fedlabel.seeding import numpy_generator, torch_generator
-from fedlabel.training_config import TrainingConfig
 
 
 class Units(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedlabel.learning.meter import Meter
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Batch, Model, StateDict, Step
 from fedlabel.methods.recipe import Update
-from fedlabel.training_config import TrainingConfig
 
 FROM_INPUTS = ((), ("all",), ("embed",), ("heads",))
 """The parts of a network that begin with its inputs: a pass through the rest is not counted as another."""

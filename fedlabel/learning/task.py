@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedlabel.data.label_card import LabelCard
+from fedlabel.data.labels.label_card import LabelCard
 from fedlabel.methods.recipe import LabelKinds, Recipe
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 
 Model = Callable[..., Tensor]
 """Images (batch, channels, height, width) -> logits (batch, classes). A second argument runs a part of the network, see

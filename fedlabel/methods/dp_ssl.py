@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive
-from fedlabel.data.labeling_functions import NOT_ASKED
+from fedlabel.data.labels.labeling_functions import NOT_ASKED
 from fedlabel.inference.head_assignment import random_classes, restricted, votes_of
 from fedlabel.inference.label_model import ABSTAIN, VARIANTS, LabelModel
 from fedlabel.methods.batch import Batch, Model, Prepared, PseudoLabels, State, StateDict, Step, Survey, Votes

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.checks import at_least, finite, in_unit_interval, one_of
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.inference.imprecise import (
     SMALLEST,
     SetLikelihood,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.inference.belief import FACTORS, Beliefs, marginals
 from fedlabel.inference.cardinality import LARGEST
 from fedlabel.inference.class_belief import class_marginals

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from fedlabel.data.label_card import LabelCard
+from fedlabel.data.labels.label_card import LabelCard
 from fedlabel.methods.batch import LossFunction, Model, Prepared, State, StateDict, Survey
 from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.shared import Shared, nothing_shared

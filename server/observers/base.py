@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
-from fedlabel.metrics import Counts, add_counts
+from fedlabel.learning.metrics import Counts, add_counts
 from server.state import ServerState
 from server.tally import RoundTally
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedlabel.figures import client_accuracy_figure, confusion_figure
+from fedlabel.record.figures import client_accuracy_figure, confusion_figure
 from server.observers.base import Observer, Report, Round
 from server.selection import select_key
 from server.state import ServerState

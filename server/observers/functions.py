@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedlabel.data.labeling_functions import function_name, load_functions
+from fedlabel.data.labels.labeling_functions import function_name, load_functions
 from fedlabel.experiment import Experiment
-from fedlabel.figures import functions_figure
-from fedlabel.metrics import COUNTED, OF_SAMPLES, RATES, Counts, add_counts, ratio
-from fedlabel.tracking import FUNCTIONS_CSV
+from fedlabel.learning.metrics import COUNTED, OF_SAMPLES, RATES, Counts, add_counts, ratio
+from fedlabel.record.figures import functions_figure
+from fedlabel.record.run_folder import FUNCTIONS_CSV
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fedlabel.experiment import Experiment
-from fedlabel.figures import transition_figure
 from fedlabel.inference.transition import not_dominant, transition_error
-from fedlabel.metrics import ratio
+from fedlabel.learning.metrics import ratio
+from fedlabel.record.figures import transition_figure
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 

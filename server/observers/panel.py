@@ -9,8 +9,8 @@ from flwr.app import ArrayRecord, RecordDict
 from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
-from fedlabel.figures import pseudo_label_panel
 from fedlabel.methods.shared import state_from_lists
+from fedlabel.record.figures import pseudo_label_panel
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedlabel.figures import reliability_figure
-from fedlabel.metrics import bins_of, pseudo_label_metrics, ratio
+from fedlabel.learning.metrics import bins_of, pseudo_label_metrics, ratio
+from fedlabel.record.figures import reliability_figure
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 

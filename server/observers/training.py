@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fedlabel.metrics import means
+from fedlabel.learning.metrics import means
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fedlabel.training import ImageTransform
 from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig, strong, weak
+from fedlabel.learning.client import ImageTransform
 
 N, FEATURES = 4000, 25
 

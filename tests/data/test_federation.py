@@ -14,12 +14,12 @@ import torch
 
 import fedlabel.data.federation
 from fedlabel.config import load_config
-from fedlabel.data.datasets import DataConfig, Split, load_dataset
 from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.labels.supervision import KIND_NAMES, impart
+from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
+from fedlabel.data.sets.datasets import DataConfig, Split, load_dataset
 from fedlabel.data.skew import SkewConfig, client_shift, tail_sizes
-from fedlabel.data.supervision import KIND_NAMES, impart
-from fedlabel.data.supervision_config import MixPart, SupervisionConfig
 from fedlabel.experiment import Experiment
 
 

@@ -16,12 +16,12 @@ from server.report import pseudo_panel
 
 from clients.client_app import _reply
 from fedlabel.config import load_config
-from fedlabel.data.datasets import DATASETS, DataConfig, Split, load_dataset
 from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.labels.supervision import KIND_NAMES
+from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
+from fedlabel.data.sets.datasets import DATASETS, DataConfig, Split, load_dataset
 from fedlabel.data.skew import SkewConfig
-from fedlabel.data.supervision import KIND_NAMES
-from fedlabel.data.supervision_config import MixPart, SupervisionConfig
 from fedlabel.experiment import Experiment
 
 HAS_LABEL = np.arange(1437) % 3 == 0

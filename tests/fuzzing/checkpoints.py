@@ -25,7 +25,7 @@ from fedlabel.config import ExperimentConfig, load_config
 from fedlabel.errors import RunError
 from fedlabel.hardware import PACKAGE_ROOT, SOURCE_PACKAGES
 from server.checkpoint import MAGIC, file_name, load_checkpoint
-from server.grids import InProcessGrid
+from server.grids.in_process import InProcessGrid
 from server.server_app import run_federation
 from tests.integration.tiny import comparable_metrics
 

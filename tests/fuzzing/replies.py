@@ -30,7 +30,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.metric_tags import client_tags
 from server.checkpoint import load_checkpoint
 from server.exchange import replies_to
-from server.grids import InProcessGrid
+from server.grids.in_process import InProcessGrid
 from server.helpers import HelperPool
 from server.replies import ReplySchema
 from server.server_app import _check_shared, run_federation

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedlabel.data.datasets import DataConfig, DataError
-from fedlabel.data.table_files import load_table
-from fedlabel.data.tables import LoadedTable, encode
+from fedlabel.data.sets.datasets import DataConfig, DataError
+from fedlabel.data.sets.table_files import load_table
+from fedlabel.data.sets.tables import LoadedTable, encode
 
 ROWS = 60
 HEADER = ["x", "n", "colour", "outcome"]

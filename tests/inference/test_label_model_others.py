@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlabel.inference.label_model import LabelModel
-from fedlabel.metrics import function_counts
+from fedlabel.learning.metrics import function_counts
 from tests.inference.test_label_model import accuracy, simulate
 
 

@@ -27,7 +27,7 @@ def environment(**marks: str) -> dict[str, str]:
 
 def fedlabel_command(*arguments: str) -> list[str]:
     """Returns the command line of `fedlabel ...` with this very code."""
-    return [sys.executable, "-c", "from fedlabel.cli import main; main()", *arguments]
+    return [sys.executable, "-c", "from fedlabel.cli.main import main; main()", *arguments]
 
 
 def start(command: Sequence[str], log: Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:

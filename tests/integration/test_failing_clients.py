@@ -13,9 +13,10 @@ import torch
 from fedlabel.config import ExperimentConfig, load_config, to_yaml
 from fedlabel.experiment import open_experiment
 from fedlabel.methods.ill import ILL
-from fedlabel.tracking import read_metrics
+from fedlabel.record.run_folder import read_metrics
 from server.checkpoint import load_checkpoint
-from server.grids import InProcessGrid, RayGrid
+from server.grids.in_process import InProcessGrid
+from server.grids.ray import RayGrid
 from server.server_app import RunError, run_federation
 from server.strategy import sample_cohort
 from tests.integration import client_apps

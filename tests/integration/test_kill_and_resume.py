@@ -15,7 +15,7 @@ import pytest
 
 import fedlabel
 import server.server_app
-from fedlabel.tracking import read_metrics
+from fedlabel.record.run_folder import read_metrics
 from server.checkpoint import Checkpoint, save_checkpoint
 from tests.integration.processes import environment, fedlabel_command, marked, start, stop_marked, wait_until
 from tests.integration.tiny import TINY, assert_same_run, run_tiny

@@ -13,10 +13,10 @@ import torch
 
 import fedlabel.data.federation
 import fedlabel.experiment
-from fedlabel.data.datasets import Split
 from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.sets.datasets import Split
 from fedlabel.methods import METHODS
-from fedlabel.tracking import read_metrics
+from fedlabel.record.run_folder import read_metrics
 from tests.integration.tiny import TINY, assert_same_weights, final_weights, run_tiny
 
 

@@ -55,7 +55,9 @@ def folder(tmp_path: Path) -> Path:
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What an installer writes into bin/."""
     script = tmp_path_factory.mktemp("bin") / "fedlabel"
-    script.write_text("import sys\nfrom fedlabel.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+    script.write_text(
+        "import sys\nfrom fedlabel.cli.main import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    )
     return [sys.executable, str(script)]
 
 

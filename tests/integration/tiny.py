@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fedlabel
-from fedlabel.cli import RunResult
-from fedlabel.tracking import read_metrics
+from fedlabel.record.run_folder import read_metrics
 from server.checkpoint import load_checkpoint
+from server.simulation import RunResult
 
 TINY = (
     "num_clients=5",

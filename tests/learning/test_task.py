@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlabel.data.label_card import label_card
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.label_card import label_card
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.task import check_labels, label_warnings
 from fedlabel.methods import METHODS
 from fedlabel.methods.recipe import LabelKinds, Recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedlabel.data.label_card import LabelCard
+from fedlabel.data.labels.label_card import LabelCard
 from fedlabel.methods.recipe import Task
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.client import ClientData
 from fedlabel.methods.batch import Batch, LossFunction, Part, State, Step
 from tests.methods.tables import CLASSES, client

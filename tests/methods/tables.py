@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.supervision import supervise
+from fedlabel.data.labels.supervision import supervise
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Batch, Model, State, StateDict, Step
 from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage, Task
-from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
 from tests.methods.recipes import task
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedlabel.config import load_config
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.experiment import Experiment
 from fedlabel.inference.cardinality import bag_posterior
 from fedlabel.learning.plan import bag_units

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.client import ClientData
 from fedlabel.methods.cc import CC
 from fedlabel.methods.losses import labels_loss

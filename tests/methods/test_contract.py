@@ -11,13 +11,14 @@ import pytest
 import torch
 from fedlabel.methods.base import Method, Phase, Prepared, Survey, Update
 from fedlabel.methods.steps import Batch, Model, Part, State
-from fedlabel.training import ClientData, ImageTransform, Trainer, train_client
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._pytree import tree_map
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.supervision import Supervision, supervise
+from fedlabel.data.labels.supervision import Supervision, supervise
+from fedlabel.learning.client import ClientData, ImageTransform, Trainer, train_client
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS, method_class
 from fedlabel.methods.bags import BagMethod
 from fedlabel.methods.fedlabel import FedLabel
@@ -27,7 +28,6 @@ from fedlabel.models.bag_head import BagHead
 from fedlabel.models.labeling_heads import LabelingHeads
 from fedlabel.models.nets import Mlp
 from fedlabel.models.twins import Twins
-from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
 
 CLASSES, BATCH = 4, 6

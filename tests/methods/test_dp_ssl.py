@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedlabel.data.supervision import Supervision, supervise
+from fedlabel.data.labels.supervision import Supervision, supervise
 from fedlabel.inference.head_assignment import assign_classes, class_losses, random_classes
 from fedlabel.inference.label_model import LabelModel, client_prior
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Batch, Prepared, State, StateDict, Step, Survey
 from fedlabel.methods.dp_ssl import DPSSL, functions_loss
 from fedlabel.methods.losses import cross_entropy_on_labels
@@ -24,7 +25,6 @@ from fedlabel.methods.recipe import BySample, LabelKinds, Method, Phase, Recipe,
 from fedlabel.models.labeling_heads import LabelingHeads
 from fedlabel.models.nets import Mlp
 from fedlabel.models.wrap import one_network
-from fedlabel.training_config import TrainingConfig
 from tests.inference.test_head_assignment import LOSSES, sets_of
 from tests.inference.test_label_model import simulate, skewed
 from tests.methods.batches import certain_part

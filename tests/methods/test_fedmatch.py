@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.learning.plan import draw_batches
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Model, StateDict
 from fedlabel.methods.fedmatch import FedMatch, sparse_update, vote
 from fedlabel.methods.recipe import Recipe
 from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.models.wrap import one_network
 from fedlabel.seeding import torch_generator
-from fedlabel.training_config import TrainingConfig
 from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import (

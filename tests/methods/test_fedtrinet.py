@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import fedtrinet
 from fedlabel.methods.batch import State, StateDict, Survey
 from fedlabel.methods.fedtrinet import FedTriNet, head_names, label_together
 from fedlabel.methods.recipe import BySample, Memory, Method, Phase, Recipe
 from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.models import MODELS, ModelConfig, build_model
-from fedlabel.training_config import TrainingConfig
 from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM
 from tests.methods.tables import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.config import ConfigError, load_config, parse_config, to_yaml
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
 from fedlabel.methods.batch import State, Survey
 from fedlabel.methods.forward import AnchorTransition, Forward, anchor_rows, report_anchors

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.inference.imprecise import (
     SetLikelihood,
     candidates_log_likelihood,

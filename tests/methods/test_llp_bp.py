@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.inference.belief import marginals
 from fedlabel.inference.cardinality import bag_posterior
 from fedlabel.inference.neighbors import Graph, neighbor_graph
 from fedlabel.learning.client import ClientData, Trainer, train_client
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.bags import bag_recipe, of_bags
 from fedlabel.methods.batch import Batch, Survey
@@ -26,7 +27,6 @@ from fedlabel.methods.recipe import ByBag, LabelKinds, Start
 from fedlabel.models.bag_head import BagHead
 from fedlabel.models.nets import Mlp
 from fedlabel.models.wrap import one_network, one_network_with_embeddings
-from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import make_batch
 from tests.methods.recipes import task
 

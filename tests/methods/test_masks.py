@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.methods.batch import State, Survey
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.freematch import FreeMatch

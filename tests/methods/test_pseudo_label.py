@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.methods.batch import Step, Survey
 from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.masks import Mask

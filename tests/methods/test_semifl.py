@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.data.supervision import Supervision
+from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.learning.plan import draw_batches
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Batch, StateDict, Survey
 from fedlabel.methods.recipe import BySample, Method, Recipe
 from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.uploads import PhaseResult
 from fedlabel.seeding import numpy_generator, torch_generator
-from fedlabel.training_config import TrainingConfig
 from tests.methods.batches import certain_part
 from tests.methods.recipes import task
 from tests.methods.rounds import TRANSFORM

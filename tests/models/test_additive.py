@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from fedlabel.training import frozen_model
 from torch import nn
 
+from fedlabel.learning.client import frozen_model
 from fedlabel.models import ModelConfig, build_model
 from fedlabel.models.additive import Additive
 

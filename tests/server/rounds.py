@@ -11,9 +11,9 @@ from fedlabel.methods.base import Method
 from fedlabel.methods.steps import State
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.supervised import Supervised
-from fedlabel.training_config import TrainingConfig
-from server.grids import InProcessGrid
+from server.grids.in_process import InProcessGrid
 from server.replies import ReplySchema, RoundSchema
 from server.tally import RoundTally
 

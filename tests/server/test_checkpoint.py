@@ -29,7 +29,7 @@ from server.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from server.grids import InProcessGrid
+from server.grids.in_process import InProcessGrid
 from server.strategy import build_strategy, strategy_names
 from tests.integration.tiny import run_tiny
 

@@ -29,9 +29,9 @@ from google.protobuf.message import DecodeError
 from fedlabel.config import load_config
 from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
-from fedlabel.tracking import read_metrics
+from fedlabel.record.run_folder import read_metrics
 from server.exchange import TRIES, replies_to
-from server.grids import InProcessGrid
+from server.grids.in_process import InProcessGrid
 from server.server_app import connect, run_federation
 from server.tally import RoundTally
 from tests.integration.client_apps import _always_raise, by_client

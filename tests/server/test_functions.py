@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedlabel.training import frozen_model
 from matplotlib.figure import Figure
 from server.functions import FunctionWatch, markdown
 
 import fedlabel
 import server.server_app
-from fedlabel.cli import run_experiment
-from fedlabel.data.labeling_functions import FunctionReport
+from fedlabel.data.labels.labeling_functions import FunctionReport
 from fedlabel.experiment import open_experiment
-from fedlabel.figures import functions_figure
 from fedlabel.inference.head_assignment import votes_of
-from fedlabel.metrics import Counts, add_counts, function_counts
-from fedlabel.tracking import RunFolder, read_metrics
+from fedlabel.learning.client import frozen_model
+from fedlabel.learning.metrics import Counts, add_counts, function_counts
+from fedlabel.record.figures import functions_figure
+from fedlabel.record.run_folder import RunFolder, read_metrics
 from server.checkpoint import load_checkpoint
+from server.simulation import simulate
 from tests.integration.tiny import assert_same_run, final_weights
 
 NAMES = ("cat", "dog", "cow")
@@ -266,7 +266,7 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_experiment([], GROWN, name="x", out=tmp_path, on_round=stop)
+        simulate([], GROWN, name="x", out=tmp_path, on_round=stop)
     resumed = fedlabel.run(name="x", out=tmp_path, resume=True)
     assert_same_run(resumed.path, whole.path)
     assert (resumed.path / "labeling_functions.csv").read_bytes() == (

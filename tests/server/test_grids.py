@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-import server.grids
+import server.grids.ray
 from fedlabel.errors import RunError
-from server.grids import InProcessGrid, RayGrid, SimulationGrid
+from server.grids.base import SimulationGrid
+from server.grids.in_process import InProcessGrid
+from server.grids.ray import RayGrid
 from tests.integration import echo_app
 from tests.integration.processes import free_ports, wait_until
 
@@ -186,7 +188,7 @@ def test_workers_that_never_start_end_the_run_in_one_sentence(
     beginning: str, message: str, shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(server.grids, "STARTS", 2)
+    monkeypatch.setattr(server.grids.ray, "STARTS", 2)
     app = fragile_app(tmp_path, beginning)
     with RayGrid(app, CLIENTS, 1, use_gpu=False) as grid, pytest.raises(RunError, match=message) as caught:
         ask(grid, [0])
@@ -197,9 +199,9 @@ def test_ray_gets_a_short_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     """39 bytes and "/ray" leave room for the 64 of a socket's name; the system takes 107."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/" + 38 * "x")
-    assert server.grids._ray_folder() is None
+    assert server.grids.ray._ray_folder() is None
     monkeypatch.setenv("TMPDIR", "/" + 39 * "x")
-    assert server.grids._ray_folder() == "/tmp/ray"
+    assert server.grids.ray._ray_folder() == "/tmp/ray"
 
 
 def test_no_short_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +211,7 @@ def test_no_short_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/" + 99 * "x")
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(ValueError, match=r"TMPDIR \(=/x+\) is too long for Ray.*set RAY_TMPDIR to a short path"):
-        server.grids._ray_folder()
+        server.grids.ray._ray_folder()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_cluster_that_is_not_there_is_said(address: str, monkeypatch: pytest.Mon
     address = address.format(free_ports(1)[0])
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(RunError, match=rf"No Ray cluster answers at RAY_ADDRESS \(={address}\): .*; correct it"):
-        server.grids._start_ray(1)
+        server.grids.ray._start_ray(1)
 
 
 def test_ray_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,5 +232,5 @@ def test_ray_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("ray.init", fail)
     message = "Ray does not start: ConnectionError: Could not find any running Ray instance.; check RAY_ADDRESS (=auto)"
     with pytest.raises(RunError) as caught:
-        server.grids._start_ray(1)
+        server.grids.ray._start_ray(1)
     assert str(caught.value).startswith(message)

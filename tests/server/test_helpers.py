@@ -12,16 +12,16 @@ import pytest
 import torch
 from fedlabel.methods.base import Helpers
 from fedlabel.methods.steps import State, StateDict
-from fedlabel.training import ClientUpdate
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedlabel.cli import run_experiment
 from fedlabel.experiment import Experiment
-from fedlabel.tracking import read_metrics
+from fedlabel.learning.client import ClientUpdate
+from fedlabel.record.run_folder import read_metrics
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from server.grids import InProcessGrid
+from server.grids.in_process import InProcessGrid
 from server.helpers import HelperPool
+from server.simulation import simulate
 
 InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
 
@@ -261,7 +261,7 @@ def test_in_a_run_helpers_are_what_the_others_sent_last(tmp_path: Path, monkeypa
         number = sum(count for r, count in sent if r == round_number)
         assert (metrics["train/loss_inter_client"] > 0) == (number > 0)
 
-    run_experiment([], options, name="x", out=tmp_path, on_round=on_round)
+    simulate([], options, name="x", out=tmp_path, on_round=on_round)
     assert {0, 2} <= {count for _, count in sent}
     rows = [row["comm/bytes_down"] for row in read_metrics(tmp_path / "x")]
     for round_number, row in enumerate(rows, 1):  # and they are counted: half a model each

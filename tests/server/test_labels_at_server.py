@@ -8,13 +8,13 @@ import pytest
 import torch
 from fedlabel.methods.steps import StateDict
 
-from fedlabel.cli import run_experiment
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods import METHODS
-from fedlabel.tracking import RunFolder
+from fedlabel.record.run_folder import RunFolder
 from server import server_app
 from server.checkpoint import load_checkpoint
+from server.simulation import simulate
 
 EVERY = [
     name
@@ -101,7 +101,7 @@ def test_in_a_run_without_belief_the_server_trains_alone(
     experiment, state = open_tiny(method, sure=False)
     for round_number in (1, 2):
         state = experiment.train_server(state, round_number)
-    path = run_experiment([], [*TINY, *options(method, sure=False)], name="alone", out=tmp_path).path
+    path = simulate([], [*TINY, *options(method, sure=False)], name="alone", out=tmp_path).path
     assert differing(load_checkpoint(path / "checkpoints" / "round_000002.ckpt").model, state) == set()
-    path = run_experiment([], [*TINY, *options(method, sure=True)], name="both", out=tmp_path).path
+    path = simulate([], [*TINY, *options(method, sure=True)], name="both", out=tmp_path).path
     assert differing(load_checkpoint(path / "checkpoints" / "round_000002.ckpt").model, state)

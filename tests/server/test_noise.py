@@ -18,7 +18,7 @@ from torch import Tensor
 import fedlabel
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
-from fedlabel.tracking import read_metrics
+from fedlabel.record.run_folder import read_metrics
 from tests.integration.tiny import TINY, run_tiny
 
 NAMES = ("cat", "dog", "cow")

@@ -16,6 +16,7 @@ from fedlabel.methods.steps import State
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlabel.config import StrategyConfig
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.dp_ssl import DPSSL
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.fedmatch import FedMatch
@@ -27,7 +28,6 @@ from fedlabel.methods.masks import Mask
 from fedlabel.methods.supervised import Supervised
 from fedlabel.metric_tags import Tag
 from fedlabel.models import running_statistics
-from fedlabel.training_config import TrainingConfig
 from server.replies import ArrayForm, Refused, ReplySchema, RoundSchema, harmless, read_identity
 from server.strategy import reply_bounds
 from tests.server.rounds import CLASSES, MODEL, PSEUDO, SAMPLES, TRAINING, VOTES, content, round_of, schema_of

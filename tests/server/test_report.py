@@ -10,7 +10,6 @@ import pytest
 import server.report
 import torch
 from fedlabel.methods.steps import StateDict
-from fedlabel.training import ClientUpdate
 from flwr.app import Error, RecordDict
 from server.functions import FunctionWatch
 from server.noise import NoiseWatch
@@ -19,6 +18,7 @@ from server.report import log_round, summary
 import fedlabel
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
+from fedlabel.learning.client import ClientUpdate
 from fedlabel.methods.fedmatch import FedMatch
 from tests.server.rounds import content, reply, round_of, schema_of, tally_of
 

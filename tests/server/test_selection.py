@@ -14,7 +14,7 @@ from fedlabel.config import ConfigError, load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods.llp_bp import LLPBP
 from fedlabel.methods.supervised import Supervised
-from fedlabel.tracking import best_row
+from fedlabel.record.run_folder import best_row
 from server.checkpoint import load_checkpoint
 from server.selection import SELECTED, Selection
 from tests.test_resume import final_weights, rows, stop_at

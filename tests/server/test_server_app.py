@@ -15,7 +15,8 @@ from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.hardware import source_hash
 from server import server_app
-from server.grids import InProcessGrid, SimulationGrid
+from server.grids.base import SimulationGrid
+from server.grids.in_process import InProcessGrid
 from server.server_app import RunError, _check_model, _log_line, connect, default_name, run_federation
 
 

@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import FedAdam
 
 from fedlabel.config import ConfigError, StrategyConfig
-from server.grids import InProcessGrid
+from server.grids.in_process import InProcessGrid
 from server.strategy import (
     CannotCombine,
     WeightedMean,

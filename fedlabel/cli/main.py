@@ -1,0 +1,413 @@
+"""The command line: options in, tables and messages out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from fedlabel.cli.progress import make_console, make_table, run_progress, say, sweep_progress
+from fedlabel.config import ConfigError, ExperimentConfig, is_file, load_config, to_yaml
+from fedlabel.data.labels.labeling_functions import FunctionReport
+from fedlabel.errors import FULL, RunError, check_folder, file_error, make_folder
+from fedlabel.experiment import open_experiment
+from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
+from fedlabel.importing import add_working_directory, claim_packages
+from fedlabel.names import counted
+
+if TYPE_CHECKING:
+    from fedlabel.experiment import Experiment
+    from fedlabel.study.sweep import Group
+    from fedlabel.study.workers import Tell
+    from server.simulation import RunResult
+
+DEFAULT_OUT = Path("runs")
+MAX_CLIENT_ROWS = 20
+"""A table has a row per client up to so many."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they would print local variables: labels and rows of samples
+)
+console, error_console = make_console(), make_console(stderr=True)
+
+
+def _simulate() -> Callable[..., RunResult]:
+    claim_packages()
+    from server.simulation import simulate
+
+    return simulate
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(console, f"fedlabel {versions()['fedlabel']}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Federated learning where labels are few."""
+
+
+@app.command()
+def run(
+    items: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    out: Annotated[Path, typer.Option(help="Where run folders are kept.")] = DEFAULT_OUT,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
+) -> None:
+    """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
+    from fedlabel.record.run_folder import name_mean
+
+    configs, overrides = _split(items)
+    done: list[int] = []
+    begun: list[Path] = []
+
+    def how_to_go_on() -> str:
+        if not begun or not (begun[0] / "config.yaml").is_file():
+            return "Nothing had begun."
+        elsewhere = "" if out == DEFAULT_OUT else f" --out {shlex.quote(str(out))}"
+        return (
+            f"`fedlabel run --resume --name {shlex.quote(begun[0].name)}{elsewhere}` goes on from the last checkpoint."
+        )
+
+    with _reported(how_to_go_on), run_progress(console) as (on_start, on_round):
+
+        def begin(experiment: Experiment, path: Path) -> None:
+            begun.append(path)
+            on_start(experiment, path)
+
+        def note(round_number: int, metrics: Mapping[str, float]) -> None:
+            done.append(round_number)
+            on_round(round_number, metrics)
+
+        result = _simulate()(configs, overrides, name=name, out=out, resume=resume, on_start=begin, on_round=note)
+    if not done:
+        rounds = counted(result.summary["rounds"], "round")
+        say(console, f"This run was finished before ({rounds}), so nothing was done. For more give num_rounds=...")
+    columns = {"last": "last", "best": "best", "mean_last_tenth": name_mean(result.summary["last_tenth"])}
+    if "selected_round" in result.summary:
+        columns["selected"] = f"selected ({result.summary['selected_round']})"
+    table = make_table("metric", *columns.values(), title=str(result.path))
+    for key in (
+        "eval/accuracy",
+        "eval/auc",
+        "eval/bag_mae",
+        "eval/worst_client_accuracy",
+        "pseudo/coverage",
+        "pseudo/accuracy",
+    ):
+        if key in result.summary:
+            values = result.summary[key]
+            table.add_row(key, *(f"{values[column]:.4f}" if column in values else "" for column in columns))
+    console.print(table)
+    say(
+        console,
+        f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s in rounds. Look closer:",
+    )
+    say(console, f"  tensorboard --logdir {result.path.parent}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="Methods x settings x seeds; see configs/sweep/.")],
+    items: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The sweep's folder.", show_default="runs/sweeps/<file's name>")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one run each at a time.")] = 2,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what would be run, and run nothing; exit status 1 if a configuration is impossible (without a "
+            "look at the data).",
+        ),
+    ] = False,
+) -> None:
+    """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
+    from fedlabel.study.sweep import load_sweep, plan_sweep
+    from fedlabel.study.sweep_run import finished_cells, run_sweep
+
+    given, overrides = _split(items)
+    folder = out or Path("runs") / "sweeps" / Path(file).stem
+    with _reported(lambda: f"The same command goes on with what is left in {folder}."):
+        if given:
+            raise ConfigError(f"`{given[0]}` must have the form key=value; a sweep is one file.")
+        asked = load_sweep(file, overrides)
+        groups = plan_sweep(asked)
+        done = finished_cells(groups, folder)
+        searches = len({cell.path for group in groups for cell in group.search})
+        finals = len(groups) * len(asked.seeds)
+        rows = f"{counted(len(asked.methods), 'method')} x {counted(len(asked.sections), 'setting')}"
+        runs = f"{counted(searches, 'run')} to search, {finals} final ({counted(len(asked.seeds), 'seed')})"
+        if not dry_run:
+            check_folder(folder)
+        say(console, f"{rows}: {runs}, {folder}" + (f", {len(done)} of them finished" if done else ""))
+        if dry_run:
+            if not _print_plan(groups, asked.seeds, done):
+                raise typer.Exit(1)
+            return
+        with sweep_progress(console, searches + finals) as report:
+            complete = run_sweep(asked, folder, workers, run_cell, report)
+    say(console, f"Compare:  fedlabel compare {folder}")
+    if not complete:
+        text = "Some runs failed, see above; once the cause is mended, the same command tries these again."
+        say(error_console, text, "red")
+        raise typer.Exit(1)
+
+
+def _print_plan(groups: Sequence[Group], seeds: Sequence[int], done: Collection[str]) -> bool:
+    """Prints what a sweep would run, and what of it is impossible; returns whether all is possible."""
+    table = make_table("setting", "method", "searched", "seeds", "done", "impossible")
+    reasons: dict[str, dict[str, None]] = {}
+    for group in groups:
+        cells = [*group.search, *(cell for cells in group.final.values() for cell in cells)]
+        wrong = [cell for cell in cells if cell.error]
+        for cell in wrong:
+            name = " / ".join(filter(None, (cell.setting, cell.method, cell.choice)))
+            reasons.setdefault(cell.error, {})[name] = None
+        table.add_row(
+            group.setting,
+            group.method,
+            ", ".join(cell.choice for cell in group.search),
+            ", ".join(map(str, seeds)),
+            str(sum(cell.path in done for cell in cells)),
+            ", ".join(dict.fromkeys(cell.choice or "all" for cell in wrong)),
+        )
+    console.print(table)
+    for reason, names in reasons.items():
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text = f"Impossible: {'; '.join(list(names)[:3])}{rest}: {reason}"
+        say(error_console, text, "red")
+    return not reasons
+
+
+def run_cell(job: tuple[ExperimentConfig, Path, bool], tell: Tell) -> None:
+    """Runs one cell of a sweep in a worker (see `sweep_run.Work`), with one torch thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    config, path, resume = job
+    _simulate()(
+        config,
+        name=path.name,
+        out=path.parent,
+        resume=resume,
+        on_round=lambda round_number, metrics: tell((round_number, config.num_rounds)),
+    )
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="A sweep's folder, or folders that hold runs at any depth.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what is written.", show_default="the sweep's, else ./comparison")
+    ] = None,
+    by: Annotated[str, typer.Option(help="Keys (comma separated) in which runs may differ: a section each.")] = "",
+    target: Annotated[
+        list[float] | None, typer.Option(help="Accuracy to which rounds and bytes are counted; may be repeated.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Row that all others are tested against; choose it before you look.",
+            show_default="the sweep's compare.baseline, else the first that trains on the labels alone",
+        ),
+    ] = None,
+    all_pairs: Annotated[
+        bool, typer.Option("--all-pairs", help="Test every row against every other one, corrected for that many tests.")
+    ] = False,
+    metric: Annotated[
+        str, typer.Option(help="What rows are ranked and tested by: eval/accuracy, eval/auc or eval/balanced_accuracy.")
+    ] = "eval/accuracy",
+    column: Annotated[
+        str, typer.Option(help="And at which round: last, mean_last_tenth or selected (see evaluation.select).")
+    ] = "mean_last_tenth",
+) -> None:
+    """Tables, tests, curves and a report page from finished runs."""
+    from fedlabel.study.output import write_comparison
+    from fedlabel.study.runs import read_comparison
+    from fedlabel.study.sweep import SWEEP_JSON, CompareConfig
+
+    with _reported():
+        keys = [key.strip() for key in by.split(",") if key.strip()]
+        if all_pairs and baseline is not None:
+            raise ConfigError(f"`--baseline` (={baseline}) has no meaning with --all-pairs: give one of them.")
+        compare = CompareConfig(baseline, all_pairs) if all_pairs or baseline is not None else None
+        comparison = read_comparison(paths, keys, target or (), metric, column, compare)
+        folder = out or (paths[0] if (paths[0] / SWEEP_JSON).is_file() else Path("comparison"))
+        written = write_comparison(comparison, folder)
+    for warning in comparison.warnings:
+        say(console, f"warning: {warning}", "yellow")
+    for name, section in comparison.sections.items():
+        table = make_table("method", "seeds", comparison.ranked_in(name), "worst client", title=name)
+        for row, runs in section.items():
+            scores = [(comparison.score(run), run.value("eval/worst_client_accuracy")) for run in runs]
+            means = [sum(values) / len(runs) for values in zip(*scores, strict=True)]
+            table.add_row(row, str(len(runs)), *(f"{100 * value:.1f}" for value in means))
+        console.print(table)
+    say(console, "\n  ".join(map(str, ["Written:", *written])))
+
+
+@app.command()
+def partition(
+    items: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("partition"),
+) -> None:
+    """Write and plot who holds what, and what is known of it, without training."""
+    from fedlabel.data.labels.supervision import KIND_NAMES
+    from fedlabel.record.figures import partition_figure, save_png
+    from fedlabel.record.run_folder import write_atomic
+
+    configs, overrides = _split(items)
+    with _reported():
+        config = load_config(configs, overrides)
+        federation = open_experiment(to_yaml(config)).federation
+    counts = federation.histograms()
+    with _reported():
+        make_folder(out)
+        write_atomic(out / "partition.json", federation.to_json())
+        write_atomic(out / "supervision.json", federation.audit_json())
+        save_png(partition_figure(counts, KIND_NAMES, federation.true_classes), out / "partition.png")
+    known, unknown = counts[1:].sum(0), counts[0]
+    mixed = bool(counts[2:].any())
+    names = ("known", "unknown") if mixed else ("labelled", "unlabelled")
+    table = make_table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
+    classes = federation.dataset.num_classes
+    held, classes_known = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), known))
+    for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
+        columns = (known.sum(1), unknown.sum(1), held, classes_known)
+        table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
+    console.print(table)
+    if mixed:
+        console.print(_kinds_table(federation.kinds(), KIND_NAMES))
+    if federation.functions:
+        console.print(_functions_table(federation.functions))
+    for note in (*federation.dataset.notes, *federation.doubts()):
+        say(console, f"note: {note}", "yellow")
+    if len(federation.server_rows):
+        say(console, f"The server holds {counted(len(federation.server_rows), 'labelled sample')}.")
+    written = ", ".join(str(out / name) for name in ("partition.json", "partition.png", "supervision.json"))
+    say(console, f"{counted(len(federation.parts), 'client')}. Written: {written}")
+
+
+def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
+    """Returns a table of how many samples of each kind of label every client has, or how many clients in short.
+
+    Args:
+        kinds: (clients, names); kinds that no client has are left out.
+        names: of the kinds.
+    """
+    used = np.flatnonzero(kinds.any(0)).tolist()
+    counts = kinds[:, used]
+    table = make_table("client", *(names[kind] for kind in used), title="kinds of label per client")
+    if len(kinds) <= MAX_CLIENT_ROWS:
+        for client, row in enumerate(counts.tolist()):
+            table.add_row(str(client), *map(str, row))
+        return table
+    table.columns[0].header = ""
+    for name, values in {"smallest": counts.min(0), "mean": counts.mean(0), "largest": counts.max(0)}.items():
+        table.add_row(name, *(f"{value:.4g}" for value in values))
+    return table
+
+
+def _functions_table(reports: Sequence[FunctionReport]) -> Table:
+    """Returns a table of what came of asking labelling functions."""
+    table = make_table(
+        "function", "samples", "votes", "abstains", "fails", "no class", "s / 1,000", title="labelling functions"
+    )
+    for report in reports:
+        counts = (report.asked, report.votes, report.abstained, report.failed, report.invalid)
+        table.add_row(report.name, *map(str, counts), f"{report.seconds_per_1000:.3g}")
+    return table
+
+
+@app.command("list")
+def list_all(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[METHOD|SECTION]", help="Show its keys, with defaults.", show_default=False),
+    ] = None,
+) -> None:
+    """List what there is to choose from, or the keys of a method or of a section such as training."""
+    from fedlabel.cli.listing import SECTIONS, about, choices
+    from server.strategy import strategy_names
+
+    if name is not None:
+        with _reported():
+            for line in about(name, min(console.width, 120), strategy_names()):
+                say(console, line)
+        return
+    for key, rows in choices(strategy_names()).items():
+        table = make_table(key, "what")
+        for row, description in rows.items():
+            table.add_row(row, description)
+        console.print(table)
+    say(console, f"The keys of a method, or of a section: fedlabel list NAME. Sections: {', '.join(SECTIONS)}.")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, memory and what a run would use."""
+    table = make_table("what", "value")
+    device = resolve_device("auto")
+    for key, value in {**versions(), "commit": source_commit(), **describe_hardware(device)}.items():
+        table.add_row(key, str(value))
+    table.add_row("device=auto gives", str(device))
+    table.add_row("grid.num_workers (default)", str(ExperimentConfig().grid.num_workers))
+    console.print(table)
+
+
+def _split(items: list[str] | None) -> tuple[list[str], list[str]]:
+    """Separates configuration files from key=value overrides."""
+    given = items or []
+    files = {item for item in given if "=" not in item or is_file(item)}
+    return [item for item in given if item in files], [item for item in given if item not in files]
+
+
+@contextmanager
+def _reported(again: Callable[[], str] = str) -> Iterator[None]:
+    """Turns a user's error into one message and status 2, a failed run into status 1; `again`: words after Ctrl-C."""
+    try:
+        yield
+    except ValueError as error:
+        say(error_console, f"Error: {error}", "red")
+        raise typer.Exit(2) from error
+    except OSError as error:
+        if error.filename is None and error.errno not in FULL:  # a bug: show where
+            raise
+        text = f"Error: {file_error(error)}"
+        say(error_console, text, "red")
+        raise typer.Exit(2) from error
+    except RunError as error:
+        say(error_console, f"Stopped: {error}", "red")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        say(error_console, f"Interrupted. {again()}".rstrip())
+        raise typer.Exit(130) from error
+
+
+def main() -> None:
+    """Entry point of the `fedlabel` command."""
+    claim_packages()
+    add_working_directory()  # a method of the user's own: method.name=my_module:MyMethod
+    app()

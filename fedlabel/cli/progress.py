@@ -1,0 +1,128 @@
+"""What a terminal shows of a run, or of a sweep, under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from fedlabel.names import counted
+
+if TYPE_CHECKING:
+    from fedlabel.experiment import Experiment
+    from fedlabel.study.sweep_run import Event
+
+SHOWN = {"interim/accuracy": "interim accuracy", "eval/accuracy": "accuracy", "pseudo/coverage": "coverage"}
+"""Metric -> what it is called."""
+OnRound = Callable[[int, Mapping[str, float]], None]
+"""Told of a round's number and metrics."""
+
+
+def make_console(stderr: bool = False) -> Console:
+    """Returns where everything is printed; what a user wrote, [brackets] and :colons: too, is printed as it is."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Prints lines that only the terminal breaks, so that they can be searched and copied whole."""
+    console.print(text, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def make_table(*heads: str, title: str | None = None) -> Table:
+    """Returns a table whose cells are folded where they do not fit, and never cut."""
+    return Table(*(Column(head, overflow="fold") for head in heads), title=title)
+
+
+@contextmanager
+def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment, Path], None], OnRound]]:
+    """A live bar on a terminal, lines elsewhere."""
+    total = 0
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    shown: dict[str, float] = {}
+    stage = ""
+    stage_name: Callable[[int], str] = str
+
+    def on_start(experiment: Experiment, path: Path) -> None:
+        nonlocal total, stage_name
+        config = experiment.config
+        total, stage_name = config.num_rounds, lambda number: experiment.recipe.place(number).stage.name
+        bar.add_task(config.method.name, total=total, shown="")
+        if not console.is_terminal:
+            say(console, f"{config.method.name} on {config.data.name}: {counted(total, 'round')}, {path}")
+
+    def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
+        nonlocal stage
+        begins, stage = stage_name(round_number) != stage, stage_name(round_number)
+        shown.update({key: metrics[key] for key in SHOWN if key in metrics})
+        if "eval/accuracy" in shown:
+            shown.pop("interim/accuracy", None)
+        failed = int(metrics["system/failed_clients"])
+        text = "  ".join(f"{SHOWN[key]} {shown[key]:.3f}" for key in SHOWN if key in shown)
+        text = "  ".join(part for part in (stage, text) if part)
+        text += f"  FAILED CLIENTS {failed}" if failed else ""
+        bar.update(bar.task_ids[0], completed=round_number, shown=text)
+        news = begins or failed or "eval/accuracy" in metrics or "interim/accuracy" in metrics
+        if news and not console.is_terminal:
+            say(console, f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s")
+
+    with bar:
+        yield on_start, on_round
+
+
+@contextmanager
+def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], None]]:
+    """A bar over all runs and one per worker on a terminal; a line for every run that ends, everywhere."""
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks = {"": bar.add_task("all runs", total=total)}
+    started: dict[str, float] = {}
+    ended: set[str] = set()  # a search that was done and lacks its metric has failed, too
+
+    def report(event: Event) -> None:
+        if event.cell is None:
+            style = "yellow" if event.kind == "warning" else None
+            say(console, f"{event.kind}: {event.text}", style)
+            return
+        path, name = event.cell.path, f"{event.cell.role} {event.cell.name}"
+        if event.kind == "started":
+            started[path] = time.monotonic()
+            tasks[path] = bar.add_task(name, total=event.num_rounds)
+            return
+        if event.kind == "round":
+            bar.update(tasks[path], completed=event.round_number)
+            return
+        ended.add(path)
+        if path in tasks:
+            bar.remove_task(tasks.pop(path))
+        bar.update(tasks[""], completed=len(ended))
+        seconds = f", {time.monotonic() - started.pop(path):.0f} s" if path in started else ""
+        why = f": {event.text.strip().splitlines()[-1]}" if event.text else ""
+        style = "red" if event.kind == "failed" else None
+        text = f"{len(ended)}/{total} {event.kind}: {name}{seconds}{why}"
+        say(console, text, style)
+
+    with bar:
+        yield report

@@ -1,0 +1,150 @@
+"""How samples and labels are handed out to clients and server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedlabel.data.labels.bags import Bags
+from fedlabel.data.labels.label_amounts import kind_of_samples
+from fedlabel.data.labels.supervision_config import SupervisionConfig
+from fedlabel.data.partition import (
+    COLUMN,
+    MAX_DRAWS,
+    LabeledPartitionConfig,
+    PartitionConfig,
+    partition,
+    too_small,
+)
+from fedlabel.data.skew import SkewConfig, long_tails
+from fedlabel.seeding import derive_seed
+
+
+@dataclass(frozen=True, eq=False)
+class HandOut:
+    """How samples and labels are handed out; for the fields see `build_federation`."""
+
+    labels: np.ndarray
+    num_classes: int
+    num_clients: int
+    partition: PartitionConfig
+    labeled_partition: LabeledPartitionConfig | None
+    supervision: SupervisionConfig
+    skew: SkewConfig
+    hidden_classes: Sequence[int]
+    """Numbers of `skew.unlabeled_only_classes`."""
+    all_labels: bool
+    seed: int
+    owners: Mapping[str, np.ndarray]
+    """Key of a partition by a column -> (n,) int64, the client of each sample."""
+    published: Bags | None
+    """Bags that must stay whole."""
+
+    @property
+    def chosen_over_all(self) -> bool:
+        """Whether the labelled samples are chosen from the whole training set, whoever will hold them."""
+        if self.supervision.mix:
+            return False
+        counted = self.supervision.labels_per_class is not None or self.supervision.labels_total is not None
+        at = self.supervision.labels_at
+        return at == "server" or self.labeled_partition is not None or (at == "clients" and counted)
+
+    def labels_first(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Chooses labels, cuts the tails, and spreads what is left.
+
+        Returns:
+            The clients' parts; (n,) int64, which kind of label is known (see `kind_of_samples`); the server's rows.
+        """
+        kinds, kept = self._choose([np.arange(len(self.labels))])
+        kinds = np.where(kept, kinds, -1)
+        known, unknown = np.flatnonzero(kinds >= 0), np.flatnonzero(kept & (kinds < 0))
+        if self.labeled_partition is not None:
+            labeled = self._spread(known, self.labeled_partition, derive_seed(self.seed, "labeled_partition"))
+            unlabeled = self._spread(unknown, self.partition, self.seed, [len(rows) for rows in labeled])
+            parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled, unlabeled, strict=True)]
+            return parts, kinds, known[:0]
+        if self.supervision.labels_at == "server" and not self.all_labels:
+            if len(unknown) == 0:
+                raise ValueError(
+                    f"`supervision.kind` (={self.supervision.kind}) and `supervision.label_rate` "
+                    f"(={self.supervision.label_rate}) beside supervision.labels_at=server leave no sample to the "
+                    "clients, since every training sample has a label: take supervision.kind=few_labels and a smaller "
+                    "amount."
+                )
+            return self._spread(unknown, self.partition, self.seed), kinds, known
+        return self._spread(np.flatnonzero(kept), self.partition, self.seed), kinds, known[:0]
+
+    def labels_last(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Spreads all, chooses labels inside the parts, cuts the tails; anew if a client is left with too little.
+
+        The tails are exact over the federation; a client's share of labels is then no longer the one configured.
+
+        Returns:
+            As `labels_first`.
+        """
+        best = 0
+        for draw in range(MAX_DRAWS):
+            seed = self.seed if draw == 0 else derive_seed(self.seed, "partition_again", draw)
+            parts = self._spread(np.arange(len(self.labels)), self.partition, seed)
+            kinds, kept = self._choose(parts)
+            parts = [rows[kept[rows]] for rows in parts]
+            smallest = min(map(len, parts))
+            if smallest >= self.partition.min_samples:
+                return parts, np.where(kept, kinds, -1), np.arange(0)
+            best = max(best, smallest)
+        reason = too_small(int(kept.sum()), self.num_clients, self.partition, best, MAX_DRAWS)
+        raise ValueError(f"{reason} Or take smaller skew.labeled_imbalance and skew.unlabeled_imbalance.")
+
+    def _choose(self, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (n,) int64, the kinds of label before the tails, and (n,) bool, the samples that the tails leave."""
+        kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, self.hidden_classes)
+        return kinds, long_tails(self.labels, kinds >= 0, self.num_classes, self.skew, self.seed)
+
+    def _spread(
+        self, rows: np.ndarray, config: PartitionConfig, seed: int, held: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """As `partition`, of the samples `rows`; published bags stay whole, and may leave a client with fewer samples
+        than it should have.
+        """
+        if config.kind == COLUMN:
+            return self._by_column(rows, config, held)
+        if self.published is None:
+            drawn = partition(self.labels[rows], self.num_clients, self.num_classes, config, seed, held)
+            return [rows[part] for part in drawn]
+        bag, counts = self.published.bag.numpy()[rows], self.published.counts.numpy()
+        # A bag is one thing to deal out, of its most frequent class; and so is every sample in none.
+        things, unit = np.unique(np.where(bag >= 0, bag, len(counts) + np.arange(len(rows))), return_inverse=True)
+        labels = np.array(
+            [counts[t].argmax() if t < len(counts) else self.labels[rows[t - len(counts)]] for t in things.tolist()]
+        )
+        whole = replace(config, min_samples=config.least_min_samples)
+        drawn = partition(labels, self.num_clients, self.num_classes, whole, seed, held)
+        owner = np.empty(len(things), dtype=np.int64)
+        for client, part in enumerate(drawn):
+            owner[part] = client
+        return [rows[owner[unit] == client] for client in range(self.num_clients)]
+
+    def _by_column(
+        self, rows: np.ndarray, config: PartitionConfig, held: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        owner = self.owners[config.key][rows]
+        if self.published is not None:
+            bag = self.published.bag.numpy()[rows]
+            pairs = np.unique(np.stack([bag, owner], 1)[bag >= 0], axis=0)
+            shared = int((np.bincount(pairs[:, 0]) > 1).sum()) if len(pairs) else 0
+            if shared:
+                raise ValueError(
+                    f"`{config.key}.column` (={config.column}): {shared} bags of supervision.bags_file have samples of "
+                    "several clients. Their counts are of whole bags, so each must lie in one."
+                )
+        parts = [rows[owner == client] for client in range(self.num_clients)]
+        sizes = np.array([len(part) for part in parts]) + (np.array(held) if held is not None else 0)
+        if sizes.min() < config.min_samples:
+            raise ValueError(
+                f"`{config.key}.min_samples` (={config.min_samples}): one of the clients that `{config.key}.column` "
+                f"(={config.column}) makes has {sizes.min()} samples. Leave its rows out, or take a smaller "
+                f"{config.key}.min_samples."
+            )
+        return parts

@@ -1,0 +1,163 @@
+"""Which samples something is known of: how many labels each client, each class or the server has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlabel.data.labels.supervision_config import LabelKind, SupervisionConfig
+from fedlabel.seeding import numpy_generator
+
+
+def labeled_clients(num_clients: int, config: SupervisionConfig, seed: int) -> np.ndarray:
+    """Returns the sorted numbers of the clients with labels of their own: none, all, or those drawn from `seed`."""
+    if config.labels_at == "server":
+        return np.arange(0)
+    if config.labels_at == "clients":
+        return np.arange(num_clients)
+    assert config.labeled_clients is not None
+    assert config.labeled_clients <= num_clients
+    rng = numpy_generator(seed, "supervision", "labeled_clients")
+    return np.sort(rng.choice(num_clients, config.labeled_clients, replace=False))
+
+
+def kind_of_samples(
+    labels: np.ndarray,
+    parts: Sequence[np.ndarray],
+    num_classes: int,
+    config: SupervisionConfig,
+    seed: int,
+    unlabeled_only: Sequence[int] = (),
+) -> np.ndarray:
+    """Chooses the samples of which something is known, and what kind of thing.
+
+    Args:
+        labels: (n,) integers in [0, num_classes), the truth; -1 where the data have none.
+        parts: one array of indices per client, or a single one, of all samples, where the choice is not the clients'.
+        num_classes: how many classes.
+        config: how many, and how.
+        seed: the experiment's seed. Each client (each class for `labels_per_class`) has a generator of its own, so
+            the choice does not depend on the order in which they are visited.
+        unlabeled_only: classes whose labels are never known. The choice is made as if there were no such samples.
+
+    Kinds of label that are made of the true one are chosen as if there were no samples without it.
+
+    Returns:
+        (n,) int64, a place in `config.parts`, or -1 where nothing is known.
+
+    Raises:
+        ValueError: more labels are asked for than there are samples.
+    """
+    kind = np.full(len(labels), -1, dtype=np.int64)
+    parts = [part[~np.isin(labels[part], unlabeled_only)] for part in parts] if len(unlabeled_only) else parts
+    for place, holders in enumerate(_holders(parts, config, seed)):
+        scope = (place,) if config.mix else ()
+        known = _Choice(labels, sorted(set(range(num_classes)) - set(unlabeled_only)), config, seed, scope)
+        if config.parts[place].from_truth:
+            holders = {client: rows[labels[rows] >= 0] for client, rows in holders.items()}
+        kind[known.choose(config.parts[place], holders)] = place
+    return kind
+
+
+def _holders(parts: Sequence[np.ndarray], config: SupervisionConfig, seed: int) -> list[dict[int, np.ndarray]]:
+    """Returns for every part of the mix: client -> the rows that may get its kind of label."""
+    if not config.mix:
+        chosen = range(len(parts)) if config.labels_at == "server" else labeled_clients(len(parts), config, seed)
+        return [{int(client): parts[client] for client in chosen}]
+    shares = [part.share for part in config.mix]
+    if config.mix_over == "samples":
+        groups = [
+            np.split(numpy_generator(seed, "supervision", "mix", client).permutation(rows), _borders(shares, len(rows)))
+            for client, rows in enumerate(parts)
+        ]
+        return [{client: np.sort(split[place]) for client, split in enumerate(groups)} for place in range(len(shares))]
+    order = numpy_generator(seed, "supervision", "mix").permutation(len(parts))
+    split = np.split(order, _borders(shares, len(parts)))
+    empty = [place for place in range(len(shares)) if len(split[place]) == 0]
+    if empty:
+        raise ValueError(
+            f"`supervision.mix[{empty[0]}].share` (={shares[empty[0]]:g}) of {len(parts)} clients is none of them: "
+            "give it more, take more clients, or supervision.mix_over=samples."
+        )
+    return [{int(client): parts[client] for client in np.sort(split[place])} for place in range(len(shares))]
+
+
+def _borders(shares: Sequence[float], count: int) -> np.ndarray:
+    """Returns where to cut `count` things into shares; what is left beyond the last border belongs to none."""
+    return np.rint(np.cumsum(shares) * count).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """Which rows have a label of one kind."""
+
+    labels: np.ndarray
+    classes: Sequence[int]
+    """The classes that labels are known of."""
+    config: SupervisionConfig
+    seed: int
+    scope: tuple[int, ...]
+    """The place in the mix, so that its parts draw numbers of their own."""
+
+    def choose(self, kind: LabelKind, holders: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Returns rows; holders: client -> rows to choose from."""
+        everyone = np.sort(np.concatenate([*holders.values(), np.arange(0)]))
+        labels, chosen = self.labels, [np.arange(0)]
+        who = "the clients with labels have" if self.config.labels_at == "some_clients" else "the training set has"
+        if self.config.mix:
+            who = f"part {self.scope[0]} of the mix has"
+        lacking = kind.from_truth and bool((labels < 0).any())
+        if kind.everything:
+            return everyone
+        if kind.labels_per_class is not None:
+            for label in self.classes:
+                samples = everyone[labels[everyone] == label]
+                whose = f"class {label} in part {self.scope[0]} of the mix has" if self.scope else f"class {label} has"
+                _check_enough("labels_per_class", kind.labels_per_class, len(samples), whose, lacking)
+                rng = self._generator("class", label)
+                chosen.append(rng.choice(samples, kind.labels_per_class, replace=False))
+        elif kind.labels_total is not None:
+            _check_enough("labels_total", kind.labels_total, len(everyone), who, lacking)
+            chosen.append(_choose(everyone, labels, kind.labels_total, kind.stratified, self._generator("total")))
+        else:
+            for client, rows in holders.items():
+                if kind.labels_per_client is not None:
+                    count = kind.labels_per_client
+                    _check_enough("labels_per_client", count, len(rows), f"client {client} has", lacking)
+                else:
+                    assert kind.label_rate is not None
+                    count = int(kind.label_rate * len(rows))
+                chosen.append(_choose(rows, labels, count, kind.stratified, self._generator("client", client)))
+        return np.concatenate(chosen)
+
+    def _generator(self, *purpose: str | int) -> np.random.Generator:
+        return numpy_generator(self.seed, "supervision", *self.scope, *purpose)
+
+
+def _check_enough(name: str, count: int, available: int, who: str, lacking: bool) -> None:
+    if count > available:
+        raise ValueError(
+            f"`supervision.{name}` (={count}) asks for more labels than there are samples"
+            f"{' that have one' * lacking}: {who} {available}. "
+            f"Take supervision.{name}={available} or less."
+        )
+
+
+def _choose(
+    samples: np.ndarray, labels: np.ndarray, count: int, stratified: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns `count` of `samples` without repetition; stratified: by largest remainder, ties at random."""
+    if not stratified or len(samples) == 0:
+        return rng.choice(samples, count, replace=False)
+    classes, sizes = np.unique(labels[samples], return_counts=True)
+    quota, remainder = np.divmod(count * sizes, len(samples))
+    by_remainder = np.lexsort((rng.random(len(classes)), -remainder))
+    quota[by_remainder[: count - quota.sum()]] += 1
+    return np.concatenate(
+        [
+            rng.choice(samples[labels[samples] == label], size, replace=False)
+            for label, size in zip(classes, quota, strict=True)
+        ]
+    )

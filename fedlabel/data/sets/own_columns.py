@@ -1,0 +1,104 @@
+"""Columns beside the features that a configuration names: the client, or the bag, of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedlabel.data.partition import PartitionConfig
+from fedlabel.data.sets.cells import MISSING
+from fedlabel.data.sets.datasets import DATASETS, DataConfig, Dataset
+from fedlabel.data.sets.loaders import DataError, data_root
+from fedlabel.data.sets.names import listed
+from fedlabel.data.sets.npz_files import read_npz
+from fedlabel.shown import shown
+
+
+def with_columns_aside(data: DataConfig, wanted: Mapping[str, str]) -> DataConfig:
+    """Returns a configuration in which the wanted columns of a table are no features.
+
+    Args:
+        data: of the data set.
+        wanted: key of the configuration -> column.
+
+    Raises:
+        DataError: a column is the one of the labels, or the data set has no columns of its own.
+    """
+    for key, name in wanted.items():
+        if name == data.label_column:
+            raise DataError(f"`{key}` (={name}) is the column of the labels: name another one.")
+        if not DATASETS[data.name].tabular and data.name != "npz":
+            raise DataError(f"`{key}` (={name}) is for tables and data.name=npz, not for {data.name}.")
+    if not DATASETS[data.name].tabular:
+        return data
+    aside = dict.fromkeys([*data.aside_columns, *wanted.values()])
+    return replace(data, aside_columns=tuple(aside))
+
+
+def own_column(dataset: Dataset, data: DataConfig, key: str, name: str, part: str = "train") -> np.ndarray | None:
+    """Returns one text for every sample of `part`, (n,) object, "" where it is missing; None: that part has none.
+
+    Numbers are written in one way: 7.0 is "7", as missing cells make other programs write it.
+
+    Args:
+        dataset: has the samples.
+        data: where they are from. Of an npz file the column is an array with a value for every training sample.
+        key: of the configuration that names the column.
+        name: of the column.
+        part: "train", "validation" or "test".
+
+    Raises:
+        DataError: there is no such column, or it is of another length.
+    """
+    if dataset.tabular:
+        table = dataset.tables[part]
+        values = list(table.column(name)) if name in (*table.names, *table.aside) else None
+    elif part == "test":
+        values = None
+    else:
+        values = _array(dataset, data, key, name) if part == "train" else None
+    return None if values is None else np.array([name_of(value) for value in values], dtype=object)
+
+
+def own_rows(
+    dataset: Dataset, data: DataConfig, config: PartitionConfig, names: Sequence[str], split: str
+) -> list[np.ndarray] | None:
+    """Returns every client's own rows of the evaluation split; None: it lacks the column, or has no row of theirs."""
+    if config.column is None:
+        return None
+    values = own_column(dataset, data, f"{config.key}.column", config.column, split)
+    if values is None or not np.isin(values.astype(str), names).any():
+        return None
+    return [np.flatnonzero(values == name) for name in names]
+
+
+def _array(dataset: Dataset, data: DataConfig, key: str, name: str) -> list[object]:
+    path = data_root(data)
+    arrays, names = read_npz(path, [name])
+    if name not in arrays:
+        raise DataError(f"`{key}` (={shown(name)}): {path} has no such array, only {listed(names)}.")
+    array = arrays[name]
+    if array.shape != (dataset.own_size,) or array.dtype.kind not in "biufUS":
+        raise DataError(
+            f"`{key}` (={shown(name)}): {path}: this array is {array.dtype} of shape {array.shape}; it must hold a "
+            f"number or a text for each training sample, ({dataset.own_size},)."
+        )
+    found: list[object] = array[dataset.train_rows.numpy()].tolist()
+    return found
+
+
+def name_of(value: object) -> str:
+    """Returns how the client or the bag of a cell is called, "" where it is missing; see `own_column`."""
+    if value is None or value != value:
+        return ""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    text = text.strip()
+    if text.casefold() in MISSING:
+        return ""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 and "_" not in text else text

@@ -1,0 +1,109 @@
+"""Tables: from columns of texts to float32 features, standardised by what the training samples say.
+
+A row becomes an "image" of one pixel and as many channels as it has features, (features, 1, 1), so that everything
+that handles images handles it. What is learnt from data (types of columns, medians, means, categories) is learnt from
+training samples alone: never from the test set, and but for types not from the validation set either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlabel.data.sets.loaders import DataError, Split
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows before they are features."""
+
+    numbers: np.ndarray
+    """(n, numeric columns) float64; NaN = missing."""
+    categories: np.ndarray
+    """(n, categorical columns) texts; objects, not of a fixed width."""
+    labels: Tensor
+    """(n,) int64."""
+    names: tuple[str, ...] = ()
+    """Of the numeric columns, then of the categorical ones."""
+    aside: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Name -> (n,) texts of a column that is no feature (`data.aside_columns`)."""
+
+    def rows(self, index: Tensor) -> Table:
+        """Returns the rows `index`."""
+        rows = index.numpy()
+        aside = {name: texts[rows] for name, texts in self.aside.items()}
+        return Table(self.numbers[rows], self.categories[rows], self.labels[index], self.names, aside)
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns a column, (n,): numbers, or the texts of a categorical one or of one set aside."""
+        if name in self.aside:
+            return self.aside[name]
+        place, numeric = self.names.index(name), self.numbers.shape[1]
+        column: np.ndarray = self.numbers[:, place] if place < numeric else self.categories[:, place - numeric]
+        return column
+
+    def row(self, place: int) -> dict[str, float | str]:
+        """Returns a row's cells by column, numbers as they are in the file."""
+        cells = [*self.numbers[place].tolist(), *self.categories[place].tolist()]
+        return dict(zip(self.names, cells, strict=True))
+
+
+class LoadedTable(NamedTuple):
+    """What a loader of tables returns."""
+
+    train: Table
+    test: Table
+    class_names: tuple[str, ...]
+    rows: Tensor | None = None
+    """(n,) int64, which rows of the file `train` has; None: all of it, in its order."""
+    file_size: int | None = None
+    """How many rows the file has; None: as many as `train`."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the data were read, a sentence each."""
+
+
+def encode(train: Table, others: Sequence[Table]) -> list[Split]:
+    """Makes features of rows, by what `train` says.
+
+    Numbers: missing ones become the median, then all are shifted and scaled to mean 0 and variance 1 (a constant
+    column is all 0). Categories: a feature each, 1 where the cell has it and else 0; a cell with a category that
+    `train` lacks is 0 in all of them.
+
+    Args:
+        train: what is fitted, at least one row.
+        others: what is only transformed; may be empty tables.
+
+    Returns:
+        `train` and the others with images (n, features, 1, 1) float32, numeric columns first.
+    """
+    # Imported here: scikit-learn takes a second to import, and only tables need it.
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
+    categories = OneHotEncoder(handle_unknown="ignore", sparse_output=False, dtype=np.float32)
+    parts = [part for part in ((numbers, "numbers"), (categories, "categories")) if getattr(train, part[1]).shape[1]]
+    for encoder, kind in parts:
+        encoder.fit(getattr(train, kind))
+
+    def features(table: Table) -> Split:
+        if not len(table.labels):
+            width = sum(encoder.transform(getattr(train, kind)[:1]).shape[1] for encoder, kind in parts)
+            return Split(torch.zeros(0, width, 1, 1), table.labels)
+        with np.errstate(over="ignore"):
+            made = [encoder.transform(getattr(table, kind)).astype(np.float32) for encoder, kind in parts]
+        beyond = np.flatnonzero(~np.isfinite(made[0]).all(0))  # categories are 0 and 1
+        if len(beyond):
+            raise DataError(
+                f"Column {table.names[beyond[0]]} holds a number too far from those of the training rows for features "
+                "of single precision. Correct it, or leave the column out by data.drop_columns."
+            )
+        return Split(torch.from_numpy(np.concatenate(made, 1))[:, :, None, None], table.labels)
+
+    return [features(table) for table in (train, *others)]

@@ -1,0 +1,431 @@
+"""Figures of a run, as `matplotlib.figure.Figure` objects: never pyplot, so no global state and no display.
+
+Colours are Okabe and Ito's, which stay apart for colour-blind readers; what a colour says is also said in words.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from fedlabel.record.run_folder import write_atomic
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, "#000000")
+KIND_COLORS = (SKY, RED, GREEN, ORANGE, "#F0E442", PURPLE, GREY, BLUE, "#000000")
+"""Of the kinds of label, in their order."""
+LINES = ("-", "--", "-.", ":")
+DPI = 100
+MAX_SAMPLES = 32
+NUMBERED_CLASSES = 20
+"""A confusion matrix of more classes shows colours only."""
+
+
+def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequence[str]) -> Figure:
+    """Shows who holds what: samples per client and class, known and unknown apart, and kinds of label per client.
+
+    Args:
+        counts: (kinds, clients, classes) samples; of the first kind nothing is known.
+        kinds: a name for each; the second one is that of an ordinary label.
+        class_names: one per class.
+    """
+    clients, classes = counts.shape[1:]
+    labels_alone = not counts[2:].any()
+    # Those that are there, and what is known before what is not.
+    shown = [1, 0] if labels_alone else [kind for kind in [*range(1, len(kinds)), 0] if counts[kind].any()]
+    height = 1.4 + float(np.clip(0.24 * clients, 1.8, 9.0)) + 0.25 * (len(shown) > 2)
+    panel = float(np.clip(0.34 * classes, 3.2, 7.0))
+    figure = _figure(2 * panel + 3.2, height)
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=[panel, panel, 2.4])
+    numbered = clients <= 40 and classes <= 12
+    titles = ("Labelled", "Unlabelled") if labels_alone else ("Something known", "Nothing known")
+    for axis, held, title in zip(axes[:2], (counts[1:].sum(0), counts[0]), titles, strict=True):
+        # Square root: client sizes are skewed, and one large cell would leave all others equally pale.
+        shades = PowerNorm(0.5, vmin=0, vmax=max(1, held.max()))
+        image = axis.imshow(np.where(held > 0, held, np.nan), cmap=_sequential(), norm=shades, aspect="auto")
+        axis.set_title(f"{title}: {held.sum():,} samples")
+        axis.set_xlabel("true class")
+        _class_ticks(axis, "x", class_names, panel)
+        if numbered:
+            _write_cells(axis, held, np.asarray(shades(held)), [[str(n) for n in row] for row in held])
+        else:
+            bar = figure.colorbar(image, ax=axis, pad=0.02, fraction=0.04, aspect=40)
+            bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            bar.set_label("samples")
+    _grid_between(axes[:2], clients, classes)
+    thickness, left = 0.8 if clients <= 100 else 1.0, np.zeros(clients)
+    for kind in shown:
+        name = ("unlabelled", "labelled")[kind] if labels_alone else kinds[kind]
+        sizes = counts[kind].sum(1)
+        axes[2].barh(np.arange(clients), sizes, thickness, left=left, color=KIND_COLORS[kind], label=name)
+        left = left + sizes
+    axes[2].set_title("Per client")
+    axes[2].set_xlabel("samples")
+    axes[2].xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes[2].spines[["top", "right"]].set_visible(False)
+    axes[2].set_ylim(clients - 0.5, -0.5)
+    for axis in axes[1:]:
+        axis.tick_params(left=False)
+    axes[0].set_ylabel("client")
+    axes[0].yaxis.set_major_locator(MaxNLocator(min(clients, 40 if clients <= 40 else 20), integer=True))
+    if len(shown) <= 2:
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    else:
+        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    legend = "" if numbered else " (white: none)"
+    figure.suptitle(f"Who holds what: {clients} clients, {classes} classes{legend}", x=0.01, ha="left")
+    return figure
+
+
+def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Shows how the samples of each class are classified, in percent of the class; white: never.
+
+    Args:
+        confusion: (classes, classes) counts, row = truth, column = prediction.
+        class_names: one per class.
+    """
+    classes = len(confusion)
+    totals = confusion.sum(1, keepdims=True)
+    share = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
+    side = float(np.clip(0.46 * classes, 3.6, 8.5))
+    figure = _figure(side + 2.4, side + 1.4)
+    axis = figure.subplots()
+    shown = np.where(confusion > 0, 100 * share, np.nan)
+    image = axis.imshow(shown, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
+    for row in np.flatnonzero(totals == 0).tolist() if classes <= NUMBERED_CLASSES else ():
+        axis.text((classes - 1) / 2, row, "no samples", ha="center", va="center", fontsize=8, color=GREY)
+    if classes <= NUMBERED_CLASSES:
+        _write_cells(axis, confusion, share, [[_percent(cell) for cell in row] for row in share])
+    _grid_between([axis], classes, classes)
+    _class_ticks(axis, "x", class_names, side)
+    _class_ticks(axis, "y", class_names, side)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    accuracy = np.trace(confusion) / max(1, confusion.sum())
+    axis.set_title(f"Confusion, % of each true class (accuracy {100 * accuracy:.1f} %)")
+    figure.colorbar(image, ax=axis, pad=0.02, fraction=0.04, aspect=30).set_label("% of the true class")
+    return figure
+
+
+def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_names: Sequence[str]) -> Figure:
+    """Shows a noise matrix, and the true one beside it where there is one, in percent of the true class.
+
+    Args:
+        transition: (classes, classes), rows sum to 1: row = true class, column = noisy label.
+        truth: of the same shape, or None; rows of NaN: unknown.
+        class_names: one per class.
+    """
+    classes = len(transition)
+    panels = {"learnt": transition, **({"true": truth} if truth is not None else {})}
+    side = float(np.clip(0.46 * classes, 3.6, 8.5))
+    figure = _figure(side * len(panels) + 2.6, side + 1.6)
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True)).tolist()
+    for axis, (name, matrix) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(100 * matrix, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
+        if classes <= NUMBERED_CLASSES:
+            texts = [[_percent(cell) for cell in row] for row in matrix]
+            known = np.nan_to_num(matrix)  # of an unknown row nothing is written
+            _write_cells(axis, np.rint(1000 * known), known, texts)
+        _class_ticks(axis, "x", class_names, side)
+        axis.set_xlabel("noisy label")
+        axis.set_title(f"Noise matrix, {name}, %")
+    _grid_between(axes, classes, classes)
+    _class_ticks(axes[0], "y", class_names, side)
+    axes[0].set_ylabel("true class")
+    figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04, aspect=30).set_label("% of the true class")
+    return figure
+
+
+def reliability_figure(bins: np.ndarray, title: str) -> Figure:
+    """Shows how often predictions are right against how confident they are, and how many have which confidence.
+
+    Args:
+        bins: (3, bins) samples, sum of confidence and correct ones per equal-width bin, see `calibration_bins`.
+        title: over the axes; the expected calibration error is added.
+    """
+    count, confidence, correct = bins
+    used = count > 0
+    width = 100 / len(count)
+    places = width * (np.arange(len(count)) + 0.5)
+    figure = _figure(4.6, 4.8)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    accuracy = np.divide(100 * correct, count, out=np.zeros(len(count)), where=used)
+    expected = np.divide(100 * confidence, count, out=np.zeros(len(count)), where=used)
+    upper.bar(places[used], accuracy[used], 0.92 * width, color=SKY, zorder=2, label="right")
+    upper.plot(expected[used], accuracy[used], "o", color=BLUE, markersize=4, zorder=4, label="at mean confidence")
+    upper.plot([0, 100], [0, 100], "--", color="black", linewidth=1, zorder=3, label="calibrated")
+    upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="right (%)")
+    upper.legend(loc="upper left", frameon=False, fontsize="small")
+    total = count.sum()
+    lower.bar(places, 100 * count / max(1, total), 0.92 * width, color=GREY, zorder=2)
+    lower.set(ylim=(0, None if total else 1), xlabel="confidence (%)", ylabel="share (%)")
+    for axis in (upper, lower):
+        axis.grid(True, color="#E5E5E5", zorder=0)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    error = f"ECE {100 * np.abs(correct - confidence).sum() / total:.1f} %" if total else "no samples"
+    upper.set_title(f"{_plain(title)}: {error}")
+    return figure
+
+
+def functions_figure(coverage: np.ndarray, accuracy: np.ndarray, estimated: np.ndarray) -> Figure:
+    """Shows how often each labelling function is right where it votes, and how often the label model thinks it is.
+
+    Args:
+        coverage: (functions,) share of the samples that it votes on.
+        accuracy: (functions,) share of its votes that are right, NaN where not known.
+        estimated: (functions,) the label model's estimate; NaN where there is none.
+    """
+    figure = _figure(4.8, 4.4)
+    axis = figure.subplots()
+    axis.plot([0, 100], [0, 100], "--", color="black", linewidth=1, zorder=3)
+    shown = np.isfinite(accuracy) & np.isfinite(estimated)
+    points = axis.scatter(
+        100 * estimated[shown], 100 * accuracy[shown], c=100 * coverage[shown], cmap=_sequential(), zorder=4, s=28
+    )
+    points.set_clim(0, None)
+    points.set_edgecolor("black")
+    points.set_linewidth(0.5)
+    figure.colorbar(points, ax=axis, label="coverage (%)")
+    axis.set(xlim=(0, 100), ylim=(0, 100), xlabel="right where it votes, estimated (%)", ylabel="in truth (%)")
+    axis.grid(True, color="#E5E5E5", zorder=0)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{len(coverage)} labelling functions")
+    return figure
+
+
+def pseudo_label_panel(
+    images: Tensor | np.ndarray,
+    true_names: Sequence[str | None],
+    pseudo_names: Sequence[str],
+    experts: Sequence[str],
+    confidences: Sequence[float],
+    kept: Sequence[bool],
+) -> Figure:
+    """Shows unlabelled samples with pseudo-label, the expert it comes from, its confidence, and whether it is used.
+
+    Args:
+        images: (samples, channels, height, width) uint8; the first 32 are shown.
+        true_names: the true class of each, None where nobody knows it.
+        pseudo_names: the pseudo-label of each.
+        experts: "local" or "global", the model each pseudo-label comes from.
+        confidences: the expert's confidence in each, in [0, 1].
+        kept: whether each passed the confidence threshold.
+    """
+    shown = min(len(images), MAX_SAMPLES)
+    columns = max(1, min(8, shown))
+    rows = max(1, -(-shown // columns))
+    figure = _figure(max(5.5, 1.5 * columns), 2.15 * rows + 0.6)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[shown:]:
+        axis.set_axis_off()
+    for i, axis in enumerate(axes[:shown]):
+        pixels = np.asarray(images[i])
+        gray = len(pixels) != 3
+        picture = pixels[0] if gray else pixels.transpose(1, 2, 0)
+        axis.imshow(picture, cmap="gray" if gray else None, vmin=0, vmax=255, alpha=1.0 if kept[i] else 0.45)
+        true = true_names[i]
+        wrong = true is not None and true != pseudo_names[i]
+        color = GREY if not kept[i] else "black" if true is None else RED if wrong else BLUE
+        truth = "\ntrue: unknown" if true is None else f"\n✗ true: {_name(true)}" if wrong else "\n✓ right"
+        axis.set_title(
+            f"{_name(pseudo_names[i])}{truth}",
+            fontsize=9,
+            fontweight="bold" if kept[i] else "normal",
+            color=RED if wrong else "black",
+            pad=4,
+        )
+        axis.set_xlabel(f"{experts[i]} {confidences[i]:.2f}\n{'kept' if kept[i] else 'dropped'}", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(color=color, linewidth=2.5 if kept[i] else 1.0, linestyle="-" if kept[i] else ":")
+    used = [i for i in range(shown) if kept[i]]
+    title = f"Pseudo-labels (expert, its confidence): {len(used)} of {shown} kept"
+    judged = [i for i in used if true_names[i] is not None]
+    if judged:
+        right = sum(true_names[i] == pseudo_names[i] for i in judged)
+        title += f", {right} of {'them' if len(judged) == len(used) else f'{len(judged)} of known class'} right"
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
+    """Shows the global model's accuracy on every client's share of the evaluation split, worst first.
+
+    Args:
+        accuracy: (clients,) in [0, 1]; NaN for a client without samples to be judged on.
+    """
+    judged = np.flatnonzero(np.isfinite(accuracy))
+    order = judged[np.argsort(accuracy[judged], kind="stable")]
+    values = 100 * accuracy[order]
+    figure = _figure(float(np.clip(0.22 * len(values), 5.5, 9.0)), 3.6)
+    axis = figure.subplots()
+    missing = len(accuracy) - len(judged)
+    axis.set_title("Accuracy per client" + (f" (left out: {missing} without samples)" if missing else ""))
+    axis.set_ylabel("accuracy (%)")
+    axis.set_ylim(0, 100)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(values) == 0:
+        axis.text(0.5, 0.5, "no client has samples to be judged on", ha="center", transform=axis.transAxes)
+        axis.set(xticks=[], xlabel="client")
+        return figure
+    places = np.arange(len(values))
+    few = len(values) <= 40
+    axis.bar(places, values, 0.8 if few else 1.0, color=SKY, zorder=2)
+    worst = f"worst: client {order[0]}, {values[0]:.1f} %"
+    if few:
+        axis.bar(places[:1], values[:1], 0.8, color=RED, zorder=2, label=worst)
+    else:
+        axis.plot(places[:1], values[:1], "o", color=RED, zorder=4, clip_on=False, label=worst)
+    axis.axhline(values.mean(), color="black", linestyle="--", zorder=3, label=f"mean: {values.mean():.1f} %")
+    axis.set_xlim(-0.6, len(values) - 0.4)
+    if few:
+        axis.set_xticks(places, [str(client) for client in order], fontsize=8, rotation=90 if len(values) > 20 else 0)
+        axis.set_xlabel("client, worst first")
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.set_xlabel(f"{len(values)} clients, worst first")
+    axis.yaxis.grid(True, color="#DDDDDD", zorder=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def curves_figure(
+    runs: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    title: str = "",
+    y_label: str = "accuracy",
+    x_label: str = "communication round",
+    band: str = "minmax",
+) -> Figure:
+    """Compares methods: a line for the mean over seeds, and a band around it.
+
+    Args:
+        runs: label -> one (rounds, values) per seed; only the rounds that all its seeds have are drawn.
+        title: over the axes.
+        y_label: what the values are.
+        x_label: what the rounds are.
+        band: "minmax" from the lowest to the highest seed, "sd" for mean ± standard deviation (n - 1); a single seed
+            has none.
+
+    Raises:
+        ValueError: another band, or a label without seeds or without a common round.
+    """
+    if band not in ("minmax", "sd"):
+        raise ValueError(f"`band` (={band}) must be one of minmax, sd.")
+    below = len(runs) > 4  # a long legend would hide the lines
+    figure = _figure(6.8, 4.2 + 0.2 * -(-len(runs) // 2) * below)
+    axis = figure.subplots()
+    for place, (label, seeds) in enumerate(runs.items()):
+        tables = [dict(zip(rounds, values, strict=True)) for rounds, values in seeds]
+        common = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+        if not common:
+            raise ValueError(f"`runs[{label!r}]` must hold at least one seed, and a round that all of its seeds have.")
+        values = np.array([[table[x] for x in common] for table in tables], dtype=np.float64)
+        mean = values.mean(0)
+        color, line = CYCLE[place % len(CYCLE)], LINES[place // len(CYCLE) % len(LINES)]
+        text = f"{_plain(label)} (n={len(values)})"
+        axis.plot(common, mean, line, color=color, linewidth=1.8, label=text, marker="o" if len(common) == 1 else None)
+        if len(values) > 1:
+            spread = values.std(0, ddof=1)
+            low, high = (values.min(0), values.max(0)) if band == "minmax" else (mean - spread, mean + spread)
+            axis.fill_between(common, low, high, color=color, alpha=0.18, linewidth=0)
+    shown = "band: lowest to highest seed" if band == "minmax" else "band: mean ± sd over seeds"
+    several = any(len(seeds) > 1 for seeds in runs.values())
+    axis.set_title(_plain(title))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel(_plain(x_label))
+    axis.set_ylabel(_plain(y_label))
+    axis.grid(True, color="#E5E5E5")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    legend = figure.legend(loc="outside lower center", ncols=2) if below else axis.legend()
+    legend.set(frame_on=False, title=shown if several else None)
+    for written in (legend.get_title(), *legend.get_texts()):
+        written.set_fontsize("small")
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    write_atomic(path, buffer.getvalue())
+
+
+def svg_bytes(figure: Figure) -> bytes:
+    """Returns a figure as SVG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "fedlabel"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _sequential() -> Colormap:
+    """White to dark blue without the palest part, so that a single sample differs from none (white)."""
+    return LinearSegmentedColormap.from_list("blues", colormaps["Blues"](np.linspace(0.18, 1.0, 256)))
+
+
+def _write_cells(axis: Axes, counts: np.ndarray, shade: np.ndarray, texts: list[list[str]]) -> None:
+    for row, column in np.argwhere(counts > 0).tolist():
+        color = "white" if shade[row, column] > 0.55 else "black"
+        text = texts[row][column]
+        axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=color)
+
+
+def _grid_between(axes: Sequence[Axes], rows: int, columns: int) -> None:
+    """Draws hairlines between cells that are large enough for it."""
+    for axis in axes:
+        axis.spines[:].set_color("#BBBBBB")
+        if rows <= 40 and columns <= 40:
+            axis.set_xticks(np.arange(0.5, columns - 1), minor=True)
+            axis.set_yticks(np.arange(0.5, rows - 1), minor=True)
+            axis.grid(True, which="minor", color="#E5E5E5", linewidth=0.6)
+            axis.tick_params(which="minor", length=0)
+
+
+def _class_ticks(axis: Axes, side: str, class_names: Sequence[str], inches: float) -> None:
+    """Names the classes along an axis, every one of them if they fit, else every second, third, ..."""
+    step = max(1, int(np.ceil(len(class_names) * 0.15 / inches)))
+    places = range(0, len(class_names), step)
+    names = [_name(class_names[i]) for i in places]
+    if side == "y":
+        axis.set_yticks(places, names, fontsize=8)
+        return
+    longest = max(map(len, names), default=0)
+    upright = longest * 0.09 > step * inches / max(1, len(class_names))
+    axis.set_xticks(places, names, fontsize=8, rotation=90 if upright else 0)
+
+
+def _percent(share: float) -> str:
+    return "<1" if 0 < share < 0.01 else f"{100 * share:.0f}"
+
+
+def _name(text: str) -> str:
+    """Shortens a class name to what fits beside a picture or under a column; names often differ at their end."""
+    return _plain(text if len(text) <= 14 else f"{text[:8]}…{text[-5:]}")
+
+
+def _plain(text: str) -> str:
+    """Keeps matplotlib from reading dollar signs as mathematics."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,1 @@
+"""Sweeps of many runs, and their comparison: plan, workers, reading runs, statistics, tables, report."""

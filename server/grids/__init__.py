@@ -1,0 +1,1 @@
+"""Grids that simulate all clients: in this process, or in Ray actors."""

@@ -1,0 +1,122 @@
+"""Runs on this machine: the local door, as `server_app.py` is Flower's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
+from fedlabel.data.federation import build_federation
+from fedlabel.data.sets.datasets import DATASETS, load_dataset
+from fedlabel.errors import check_folder, naming
+from fedlabel.experiment import Experiment, open_experiment
+from fedlabel.record.run_folder import read_metrics
+from server.grids.base import SimulationGrid
+from server.grids.in_process import InProcessGrid
+from server.grids.ray import RayGrid
+from server.server import OnRound
+from server.server_app import default_name, run_federation
+from server.strategy import build_strategy
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run left behind."""
+
+    path: Path
+    """The run's folder."""
+    summary: dict[str, Any]
+    """The content of `summary.json`."""
+    metrics: list[dict[str, Any]]
+    """One dictionary a round, as in `metrics.jsonl`."""
+
+
+def simulate(
+    config: ExperimentConfig | str | Path | Sequence[str | Path] = (),
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    out: str | Path = "runs",
+    resume: bool = False,
+    on_start: Callable[[Experiment, Path], None] = lambda experiment, path: None,
+    on_round: OnRound = lambda round_number, metrics: None,
+) -> RunResult:
+    """See `fedlabel.run`.
+
+    Args:
+        config: see there.
+        overrides: see there.
+        name: see there.
+        out: see there.
+        resume: see there.
+        on_start: called when everything is found sound, with the experiment and the run's folder.
+        on_round: called after every round with its metrics.
+    """
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    resolved = _resolve(config, overrides, Path(out) / name / "config.yaml" if resume and name else None)
+    if resume and name is None:
+        raise ConfigError("--resume needs --name: which run folder to go on with.")
+    if name is not None and (not name or Path(name).name != name):
+        raise ConfigError(
+            f"--name (={name}) must be the name of one folder, without a slash; --out says where it goes."
+        )
+    path = Path(out) / (name or default_name(resolved))
+    with naming(path):
+        if not resume and path.exists():
+            raise ConfigError(
+                f"{path} exists already; give another --name, or --resume to go on with it (in Python: name=..., "
+                "resume=True)."
+            )
+    if not resume:
+        check_folder(path.parent)
+    build_strategy(resolved.strategy)
+    # The user's own files and functions may have been changed since this process read them.
+    if DATASETS[resolved.data.name].own or any(part.module or part.labels_file for part in resolved.supervision.parts):
+        for cached in (open_experiment, build_federation, load_dataset):
+            cached.cache_clear()
+    experiment = open_experiment(to_yaml(resolved))
+    on_start(experiment, path)
+    with open_grid(resolved, experiment.device.type == "cuda") as grid:
+        summary = run_federation(resolved, grid, path, resume, on_round)
+    return RunResult(path, summary, read_metrics(path))
+
+
+@contextmanager
+def open_grid(config: ExperimentConfig, use_gpu: bool) -> Iterator[SimulationGrid]:
+    """Opens the grid that `grid.kind` names, over `num_clients` simulated clients."""
+    if config.grid.kind == "ray":
+        with RayGrid("clients.client_app:app", config.num_clients, config.grid.num_workers, use_gpu) as ray_grid:
+            yield ray_grid
+    else:
+        from clients.client_app import app as client_app
+
+        yield InProcessGrid(client_app, config.num_clients)
+
+
+def _resolve(
+    config: ExperimentConfig | str | Path | Sequence[str | Path], overrides: Sequence[str], saved: Path | None
+) -> ExperimentConfig:
+    if isinstance(config, ExperimentConfig):
+        return parse_config(to_yaml(config), overrides)
+    paths = [config] if isinstance(config, (str, Path)) else list(config)
+    if saved is None:
+        return load_config(paths, overrides)
+    with naming(saved):
+        if not saved.is_file():
+            raise ConfigError(f"{saved} does not exist: there is no such run to resume. Check --name and --out.")
+    try:
+        found = load_config([saved])
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{saved} is damaged: {reason} Put it back as it was, or begin a new run.") from error
+    if not paths and not overrides:
+        return found
+    method, saved_method = load_config(paths, overrides).method.name, found.method.name
+    named = any(override.startswith("method.name=") for override in overrides) or paths
+    if named and method != saved_method:
+        raise ConfigError(f"`method.name` (={method}) differs from the run's ({saved_method}); resume it as it was.")
+    return load_config([saved, *paths], overrides)
