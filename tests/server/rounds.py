@@ -15,6 +15,7 @@ from fedlabel.methods.dp_ssl import DPSSL
 from fedlabel.methods.recipe import Method, Recipe
 from fedlabel.methods.supervised import Supervised
 from server.grids.in_process import InProcessGrid
+from server.observers import Round
 from server.replies import ReplySchema, RoundSchema
 from server.tally import RoundTally
 from tests.methods.recipes import task
@@ -93,3 +94,8 @@ def tally_of(replies: Sequence[Message], schema: RoundSchema | None = None) -> t
     used = [found.metadata.src_node_id for found in tally.usable(iter(replies))]
     tally.finish()
     return tally, used
+
+
+def seen(tally: RoundTally, number: int = 4, started: float = 0.0, is_evaluated: bool = False) -> Round:
+    """Returns the round as observers see it; clients keep nothing in this process."""
+    return Round(number, tally, None, started, is_evaluated)
