@@ -68,9 +68,11 @@ def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
 
 def _measured(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:
     """Returns a client's metrics and counts; audit: whether it is simulated, and may look at its hidden labels."""
-    supervision, truth = experiment.federation.supervision(client), experiment.federation.hidden_labels(client)
+    supervision = experiment.federation.supervision(client)
     if not audit:
-        return dict(update.sums), votes_against_truth(update, supervision, torch.full_like(truth, -1))
+        unknown = torch.full((len(supervision.candidates),), -1)
+        return dict(update.sums), votes_against_truth(update, supervision, unknown)
+    truth = experiment.federation.hidden_labels(client)
     sums, counts = against_truth(update, supervision.to(experiment.device), truth)
     return {**update.sums, **sums}, {**counts, **votes_against_truth(update, supervision, truth)}
 
