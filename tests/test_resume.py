@@ -19,7 +19,7 @@ from fedlabel.data.federation import build_federation
 from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.experiment import open_experiment
 from fedlabel.record.run_folder import RunFolder
-from server.checkpoint import latest_checkpoint, load_checkpoint
+from server.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from server.simulation import simulate
 from tests.data.arrays import write_npz
 
