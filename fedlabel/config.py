@@ -31,8 +31,9 @@ from fedlabel.config_text import (
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig, fill_amounts
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.datasets import DataConfig
+from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
+from fedlabel.errors import is_file
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS, in_own_words, method_class
 from fedlabel.methods.fedlabel import FedLabel
@@ -245,14 +246,6 @@ class ExperimentConfig:
                 f"`supervision.kind` (={supervision.kind}) and `supervision.label_rate` (={supervision.label_rate}) "
                 "label all samples, so `labeled_partition` would leave none to `partition`: set labeled_partition=null."
             )
-
-
-def is_file(path: str | Path) -> bool:
-    """Returns whether there is such a file; a name that no file system takes is none."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def find_config(path: str | Path) -> Path:
