@@ -15,7 +15,7 @@ from fedlabel.data.sets.config import SETS
 from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.errors import check_folder, naming
 from fedlabel.experiment import Experiment, open_experiment
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.run_folder import CONFIG_YAML, read_metrics
 from server.grids.base import SimulationGrid
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
@@ -58,7 +58,7 @@ def simulate(
         on_round: called after every round with its metrics.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resolved = _resolve(config, overrides, Path(out) / name / "config.yaml" if resume and name else None)
+    resolved = _resolve(config, overrides, Path(out) / name / CONFIG_YAML if resume and name else None)
     if resume and name is None:
         raise ConfigError("--resume needs --name: which run folder to go on with.")
     if name is not None and (not name or Path(name).name != name):

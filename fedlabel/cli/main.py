@@ -72,14 +72,14 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
-    from fedlabel.record.run_folder import name_mean
+    from fedlabel.record.run_folder import CONFIG_YAML, name_mean
 
     configs, overrides = _split(items)
     done: list[int] = []
     begun: list[Path] = []
 
     def how_to_go_on() -> str:
-        if not begun or not (begun[0] / "config.yaml").is_file():
+        if not begun or not (begun[0] / CONFIG_YAML).is_file():
             return "Nothing had begun."
         elsewhere = "" if out == DEFAULT_OUT else f" --out {shlex.quote(str(out))}"
         return (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fedlabel.checks import no_effect
 from fedlabel.names import did_you_mean
 
 
@@ -49,12 +50,12 @@ class DataConfig:
 
     name: str = "digits"
     """One of `SETS`."""
-    root: str = "data"
+    root: str = no_effect("data")
     """The folder of the data sets in torchvision's layout; for adult, bank_marketing and magic that of UCI's files (as
     they are or .gz), or one that has them in `[tabular/]adult`, `[tabular/]bank-marketing`, `[tabular/]magic`. For npz
     and table the file, for image_folder the folder with `train` and `test`. Not used by digits and breast_cancer, which
     come with scikit-learn."""
-    download: bool = False
+    download: bool = no_effect(False)
     """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
     validation_fraction: float = 0.1
     """Part of the training samples that have a label, held out for choosing hyper-parameters, in [0, 1)."""
