@@ -1,4 +1,4 @@
-"""Co-teaching: two networks, each of which is taught the samples that the other finds easy.
+"""Co-teaching: two networks; each is taught the samples that the other finds easy.
 
 Source: Han, Yao, Yu, Niu, Xu, Hu, Tsang, Sugiyama, "Co-teaching: Robust Training of Deep Neural Networks with Extremely
 Noisy Labels", NeurIPS 2018 (arXiv 1804.06872). Setting: labels at the clients, some of them wrong.
