@@ -321,7 +321,7 @@ def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
         kinds: (clients, names); kinds that no client has are left out.
         names: of the kinds.
     """
-    used = [place for place, some in enumerate(kinds.any(0).tolist()) if some]
+    used = [place for place in range(kinds.shape[1]) if kinds[:, place].any()]
     counts = kinds[:, used]
     table = make_table("client", *(names[kind] for kind in used), title="kinds of label per client")
     if len(kinds) <= MAX_CLIENT_ROWS:
