@@ -72,7 +72,7 @@ class CoTeaching(Method):
     def recipe(self, task: Task) -> Recipe:
         return Recipe(
             stages=(Stage(self.phases),),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
             network=twins(),
             server_phases=(Phase("server", self.loss),),
         )
