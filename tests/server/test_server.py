@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ TINY = (
     "evaluation.figures=false",
 )
 MOVING = ("strategy.name=FedAvgM", "strategy.args.server_momentum=0.5")
+NONE: StateDict = {}
 PHASES = (Phase("train", labels_loss),)
 MOMENTUM = {"momentum_vector": {"list": [np.ones(1, np.float32)]}}
 
@@ -58,8 +60,14 @@ def filled(experiment: Experiment, value: float) -> StateDict:
 
 def opened(experiment: Experiment, stages: tuple[Stage, ...], state: ServerState, folder: Path) -> Server:
     """Returns a server that goes on from a state with the given stages and three simulated clients."""
+    experiment = copy.copy(experiment)
     experiment.recipe = Recipe(stages, LabelKinds.TRUE)
-    run: Any = SimpleNamespace(checkpoints=folder, read_metrics=list)
+    rows = []
+    if state.selected:
+        chosen = replace(experiment.config.evaluation, select="instance_accuracy")
+        experiment.config = replace(experiment.config, evaluation=chosen)
+        rows = [{"round": number + 1, "select/accuracy": 0.5} for number in range(state.round_number)]
+    run: Any = SimpleNamespace(checkpoints=folder, read_metrics=lambda: rows)
     nodes = {client: client + 1 for client in range(3)}
     return Server(experiment, InProcessGrid(app, 3), nodes, run, state, lambda number, metrics: None)
 
@@ -69,10 +77,10 @@ def same(first: StateDict, second: StateDict) -> bool:
 
 
 def begun(
-    experiment: Experiment, start: Any, folder: Path, average: StateDict | None = None, selected: bool = False
+    experiment: Experiment, start: Any, folder: Path, average: StateDict = NONE, selected: StateDict = NONE
 ) -> tuple[ServerState, ServerState]:
     """Returns the state after round 2 and the one that round 3 starts from, where a stage of two rounds has ended."""
-    state = ServerState(2, filled(experiment, 2), "", MOMENTUM, average=average or {})
+    state = ServerState(2, filled(experiment, 2), "", MOMENTUM, average=average, selected=selected)
     stages = (Stage(PHASES, rounds=2), Stage(PHASES, start=start))
     return state, opened(experiment, stages, state, folder).begin_stage(state, 3)
 
@@ -99,6 +107,12 @@ def test_a_stages_end_is_its_average_and_the_next_has_none_yet(experiment: Exper
     _, begins = begun(experiment, Start.FRESH, tmp_path, average)
     assert begins.previous is average
     assert begins.average == {}
+
+
+def test_a_stages_end_is_its_selected_model_where_one_is_selected(experiment: Experiment, tmp_path: Path) -> None:
+    selected = filled(experiment, 7)
+    _, begins = begun(experiment, Start.FRESH, tmp_path, filled(experiment, 5), selected)
+    assert begins.previous is selected
 
 
 def test_a_stage_that_continues_begins_nothing(experiment: Experiment, tmp_path: Path) -> None:

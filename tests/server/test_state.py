@@ -14,7 +14,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State
 from fedlabel.methods.recipe import LabelKinds, Recipe, Stage
 from fedlabel.methods.shared import Shared
-from server.state import TENSORS, ServerState, check_model, check_shared, like, moving_average
+from server.state import ServerState, check_model, check_shared, like, moving_average
 from tests.server.rounds import MODEL
 
 
@@ -72,12 +72,12 @@ def test_all_tensors_go_to_a_device() -> None:
         **{name: of(2) for name in ("previous", "average", "selected")},
         observers={"functions": {}},
     )
-    moved = state.to(torch.device("meta"))
-    for name in TENSORS:
+    moved, names = state.to(torch.device("meta")), ("model", "shared", "previous", "average", "selected")
+    for name in names:
         assert getattr(moved, name).keys() == getattr(state, name).keys()
         assert {value.device.type for value in getattr(moved, name).values()} == {"meta"}
         assert {value.device.type for value in getattr(state, name).values()} == {"cpu"}
-    assert replace(moved, **{name: getattr(state, name) for name in TENSORS}) == state
+    assert replace(moved, **{name: getattr(state, name) for name in names}) == state
 
 
 def test_combined_weights_get_the_types_of_the_model() -> None:
