@@ -1,4 +1,4 @@
-"""What to say of a key that does not exist: what it is called here, or whose it is."""
+"""Error messages for unknown keys: other frameworks' names for a key, and keys of other sections or methods."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def all_keys(schema: type, method: type, prefix: str = "") -> list[str]:
 
 
 def inner_schema(kind: object) -> type | None:
-    """Returns the dataclass that a field's type is, or is beside None; None for another type."""
+    """Returns the dataclass that a field's type is, also in a union with None; None for other types."""
     for each in (kind, *getattr(kind, "__args__", ())):
         if isinstance(each, type) and dataclasses.is_dataclass(each) and "tuple" not in str(kind):
             return each
@@ -332,7 +332,7 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
 
 
 def _meant(spelling: str, where: str, keys: list[str], schema: type) -> list[str]:
-    """Returns the keys that may be meant by a name that `where` does not have, the likeliest first."""
+    """Returns the keys most similar to a name that `where` does not have, the most likely first."""
     leaves: dict[str, list[str]] = {}
     for key in keys:
         leaves.setdefault(simple(key.rpartition(".")[2]), []).append(key)

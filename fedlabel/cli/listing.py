@@ -1,4 +1,4 @@
-"""What `fedlabel list` shows: names, shipped configurations, and the keys of a method or section."""
+"""The output of `fedlabel list`: names, shipped configurations, and the keys of a method or section."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SECTIONS = tuple(name for name, kind in hints(ExperimentConfig).items() if inner
 
 
 def choices(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Returns key -> name -> what it is in a line; `strategies`: the names that `strategy.name` may have."""
+    """Returns key -> name -> one-line description; `strategies`: the names that `strategy.name` may have."""
     import torchvision
 
     nets = [net for net in torchvision.models.list_models(torchvision.models) if net not in AUXILIARY_OUTPUTS]
@@ -77,7 +77,7 @@ def _first_sentence(path: Path) -> str:
 
 
 def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",)) -> Iterator[str]:
-    """Yields lines about a method (by the name that `method.name` may have) or a section of the configuration.
+    """Yields lines that describe a method (by the name that `method.name` may have) or a section of the configuration.
 
     Args:
         name: of the method or section.
@@ -120,7 +120,7 @@ def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",))
 
 
 def _takers(value: str, strategies: Sequence[str]) -> list[str]:
-    """Returns the keys that take a value by its name: those of `choices`, and those whose texts begin with "a | b"."""
+    """Returns the keys that accept a value: those of `choices`, and those whose documentation begins with "a | b"."""
     found = [key for key, rows in choices(strategies).items() if "." in key and value in rows]
     prefixes = {TORCHVISION: "model.name", FLWR_DATASETS: "partition.kind"}
     found += [key for prefix, key in prefixes.items() if value.startswith(prefix)]
@@ -138,7 +138,7 @@ def _naming(value: str, schema: type, prefix: str) -> Iterator[str]:
 
 
 def _keys(schema: type, where: str, width: int, base: object = None) -> Iterator[str]:
-    """Yields the keys below `where` with type, default (that of `base`, if there is one) and meaning."""
+    """Yields the keys below `where` with type, default (that of `base`, if given) and documentation."""
     if where == "method" and set(fields_of(schema)) == {"name"}:
         yield from ("", "It has no keys of its own.")
     for key in describe(schema):

@@ -1,4 +1,4 @@
-"""Who holds what: a data set, its partition over clients and the labels each client may see."""
+"""A simulated federation: a data set, its partition over clients, and the labels available to each client."""
 
 from __future__ import annotations
 
@@ -44,36 +44,40 @@ class Federation:
     parts: list[np.ndarray]
     """Per client: sorted rows of the training split, (n_k,) int64."""
     record: Supervision
-    """What the holder of each sample (a client or the server) knows of it, over the training split."""
+    """The supervision record of the training split: of each sample the labels available to its holder (a client or the
+    server)."""
     test_parts: list[np.ndarray]
     """Per client: rows of the evaluation split, with the client's class mix, (m_k,) int64."""
     in_sets: np.ndarray
-    """(n,) bool over the training split: whose kind of label is a set of candidates, be it of one class or of all."""
+    """(n,) bool over the training split: samples whose kind of label is a candidate set, of one class or of all classes
+    included."""
     server_rows: np.ndarray
-    """Sorted rows of the training split that the server holds, all of them labelled, (n_s,) int64; mostly none."""
+    """Sorted rows of the training split that the server holds, all of them labelled, (n_s,) int64; usually empty."""
     test_bags: Bags | None
-    """Bags over the evaluation split, made as the clients' (of a mix: as its first part with bags) within the clients'
-    shares, with noise on their counts where those have it; None where clients have none."""
+    """Bags over the evaluation split, made as the clients' bags (in a mix: as its first part with bags) within the
+    clients' shares, with noise on their counts if the clients' bags have it; None if clients have no bags."""
     functions: tuple[FunctionReport, ...] = ()
-    """What came of asking the labelling functions, over all clients; none where there are none."""
+    """One report per labelling function, over all clients; empty if there are none."""
     names: tuple[str, ...] = ()
-    """Of the clients, where a column says whose a sample is; else none."""
+    """Names of the clients, if a column assigns samples to clients; else empty."""
 
     @cached_property
     def labeled(self) -> np.ndarray:
-        """(n,) bool over the training split: of which samples something is known."""
+        """(n,) bool over the training split: samples with supervision of their own, see
+        `Supervision.has_supervision`.
+        """
         return self.record.informed.numpy()
 
     def supervision(self, client: int) -> Supervision:
-        """Returns what `client` knows of the labels of its samples."""
+        """Returns the supervision record of `client`'s samples."""
         return self.record.rows(torch.from_numpy(self.parts[client]))
 
     def server_supervision(self) -> Supervision:
-        """Returns what the server knows of the labels of its samples: all of them."""
+        """Returns the supervision record of the server's samples, which are all labelled."""
         return self.record.rows(torch.from_numpy(self.server_rows))
 
     def hidden_labels(self, client: int) -> torch.Tensor:
-        """Returns (n_k,) true labels, -1 where the data have none. For the evaluator only: nothing that trains may call
+        """Returns (n_k,) true labels, -1 if the data have none. For the evaluator only: training code must not call
         this.
         """
         return self.dataset.train.labels[self.parts[client]]
@@ -103,7 +107,7 @@ class Federation:
 
     @cached_property
     def sha256(self) -> str:
-        """A hash over who holds which samples and what is known of them."""
+        """A hash of each client's sample indices and the supervision record."""
         record: tuple[torch.Tensor, ...] = (self.record.candidates, self.record.noisy, self.record.annotations)
         if len(self.record.bag_counts):
             record = (*record, self.record.bag, self.record.bag_counts)
@@ -114,13 +118,17 @@ class Federation:
 
     @cached_property
     def lacking(self) -> int:
-        """How many training samples, of clients and server, have no label in the data: nobody knows their class."""
+        """Number of training samples, of clients and server, without a label in the data: their true class is
+        unknown.
+        """
         held = np.concatenate([*self.parts, self.server_rows])
         return int((self.dataset.train.labels[torch.from_numpy(held)] < 0).sum())
 
     @property
     def true_classes(self) -> tuple[str, ...]:
-        """The names of the classes, and where the data lack labels "unknown": the columns of `histograms`."""
+        """The columns of `histograms`: the names of the classes and, if some samples have no label in the data,
+        "unknown".
+        """
         return (*self.dataset.class_names, *(["unknown"] if self.lacking else []))
 
     def histograms(self) -> np.ndarray:
@@ -136,11 +144,11 @@ class Federation:
         return np.stack(counts).reshape(len(self.parts), len(KIND_NAMES), columns).swapaxes(0, 1)
 
     def kinds(self) -> np.ndarray:
-        """Returns how many samples of each kind of label every client has, (clients, len(KIND_NAMES)) int64."""
+        """Returns the number of samples per client and kind of label, (clients, len(KIND_NAMES)) int64."""
         return self.histograms().sum(2).T
 
     def audit(self) -> dict[str, Any]:
-        """Returns what was made of the labels: `supervision.json`. It compares with the truth, where there is one: for
+        """Returns the content of `supervision.json`, which compares the supervision record with the true labels: for
         the evaluator only.
 
         The names of the classes; how many samples have no label in the data; per client how many samples of each kind
@@ -173,8 +181,8 @@ class Federation:
         }
 
     def _bags(self, record: Supervision, truth: torch.Tensor) -> dict[str, Any]:
-        """Returns what `audit` says of bags: how many of each size, of how many the true counts are known, and how many
-        of these have others.
+        """Returns the audit of bags: how many have each size, how many have known true counts, and how many of these
+        have wrong counts.
         """
         inside, classes = (record.bag >= 0) & (truth >= 0), self.dataset.num_classes
         sizes = record.bag_counts.sum(1)
@@ -189,7 +197,7 @@ class Federation:
         }
 
     def doubts(self) -> list[str]:
-        """Returns what to warn of before a run begins: labels that the data lack, labelling functions that fail."""
+        """Returns warnings to show before a run: samples without a label in the data, labelling functions that fail."""
         failing = [doubt for report in self.functions if (doubt := report.doubt())]
         return self._doubts_of_labels() + failing[:MAX_DOUBTS]
 
@@ -213,8 +221,8 @@ class Federation:
         return bool((self.record.noisy & ~self.record.labeled).any())
 
     def noise_counts(self, annotators: int = 1) -> np.ndarray:
-        """Returns noisy labels by true class, (annotators, classes, classes) int64, those of samples whose class is
-        known. For the evaluator only.
+        """Returns noisy labels by true class, (annotators, classes, classes) int64, of the samples with a true label.
+        For the evaluator only.
 
         Args:
             annotators: 1 counts all labels together, more those of each annotator.
@@ -241,7 +249,7 @@ def build_federation(
     all_labels: bool,
     seed: int,
 ) -> Federation:
-    """Loads the data and splits it.
+    """Loads the data, partitions them over clients and builds the supervision record.
 
     Args:
         data: which data set.
@@ -337,8 +345,8 @@ def _load(
     supervision: SupervisionConfig,
     seed: int,
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """Loads the data; returns also the columns that are no features, since a key of the configuration names them: key
-    -> (n,) texts of the training split.
+    """Loads the data; returns also the columns that the configuration uses otherwise than as features: key -> (n,)
+    texts of the training split.
     """
     wanted = {
         f"{config.key}.column": config.column

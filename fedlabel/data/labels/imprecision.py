@@ -1,4 +1,4 @@
-"""Makes labels imprecise: sets of candidates, noise, both; each a function of true labels and a random generator.
+"""Generates imprecise labels: candidate sets, noisy labels, both; pure functions of true labels and a random generator.
 
 Sources: uniform candidates (Feng et al., NeurIPS 2020), instance-dependent candidates (Xu et al., "Instance-Dependent
 Partial Label Learning", NeurIPS 2021), symmetric and asymmetric noise (Patrini et al., CVPR 2017), candidates that may
@@ -51,19 +51,20 @@ ASYMMETRIC = {
 
 @dataclass(frozen=True, eq=False)
 class Resemblance:
-    """What generators know of a data set beyond labels: what looks alike, and labels from files."""
+    """Inputs of label generators besides true labels: class similarity from a small network, and labels from files."""
 
     dataset: Dataset
     root: Path
-    """`data.root`, where the files of labels are; beside it where it is a file itself (npz)."""
+    """`data.root`, the folder of label files; the folder that holds it if it is a file itself (npz)."""
     seed: int
     known: np.ndarray
-    """(m,) int64, the samples of the training split that have a label and of which something will be known: no other
-    label is looked at."""
+    """(m,) int64, the samples of the training split that have a true label and get supervision: no other label is
+    used."""
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """(n, classes) float64, what the small network finds probable for each sample of the training split.
+        """(n, classes) float64, the class probabilities that the small network predicts for each sample of the training
+        split.
 
         Trained on one thread and rounded to 1e-4, so that every process of a run has the same.
         """
@@ -95,14 +96,14 @@ class Resemblance:
 
     @cached_property
     def confusion(self) -> np.ndarray:
-        """(classes, classes) float64: the mean of `probabilities` over the known samples of each true class."""
+        """(classes, classes) float64: the mean of `probabilities` over the supervised samples of each true class."""
         labels = self.dataset.train.labels.numpy()[self.known]
         means = np.zeros((self.dataset.num_classes, self.dataset.num_classes))
         np.add.at(means, labels, self.probabilities[self.known])
         return means / np.maximum(np.bincount(labels, minlength=len(means)), 1)[:, None]
 
     def flips(self) -> np.ndarray:
-        """Returns (classes,) int64, what each class is mistaken for in asymmetric noise; itself if for nothing.
+        """Returns (classes,) int64, the class that each class flips to in asymmetric noise; itself if it does not flip.
 
         Raises:
             ValueError: nobody says what it would be for this data set.
@@ -146,7 +147,7 @@ def draw_candidates(
     resemblance: Resemblance,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Returns (m, classes) bool candidate sets that hold the truth.
+    """Returns (m, classes) bool candidate sets that contain the true class.
 
     Args:
         truth: (m,) true labels.
@@ -194,7 +195,7 @@ def scale_to_mean(weights: np.ndarray, truth: np.ndarray, mean: float) -> np.nda
 
 
 def majority(given: np.ndarray, num_classes: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns (m, 1) the label that most annotators gave, one of them by chance where several did; -1 where none did.
+    """Returns (m, 1) the majority label of the annotators, ties broken at random; -1 if no annotator gave a label.
 
     Args:
         given: (m, annotators) labels, -1 = none.
@@ -207,7 +208,7 @@ def majority(given: np.ndarray, num_classes: int, rng: np.random.Generator) -> n
 
 
 def swap_truth(candidates: np.ndarray, truth: np.ndarray, noise_rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns candidates where, with probability `noise_rate`, a class outside the set took the truth's place.
+    """Returns candidates in which, with probability `noise_rate`, a class outside the set replaces the true class.
 
     A set of all classes stays.
 

@@ -1,4 +1,4 @@
-"""Labels in arrays of the user's: from whatever stands for a class to its number, its name, and what is to be said."""
+"""Labels in users' arrays: converts class numbers, names or one-hot rows to class numbers, names and warnings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FEW_CLASSES = 20
 
 
 class Labels(NamedTuple):
-    """Labels as numbers of classes."""
+    """Labels as class numbers."""
 
     train: np.ndarray
-    """(n,) int64; -1: no label is known."""
+    """(n,) int64; -1: no label."""
     test: np.ndarray
     """(m,) int64, all at least 0."""
     class_names: tuple[str, ...]
@@ -33,22 +33,22 @@ class Labels(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """One array of labels, whatever it held, as one label per sample."""
+    """One array of labels in any supported form, as one label per sample."""
 
     values: np.ndarray
-    """(n,) int64 with -1, or texts with "", where there is no label."""
+    """(n,) int64 with -1, or texts with "", for a missing label."""
     width: int | None
-    """How many columns it had where it was one-hot."""
+    """Number of columns if it was one-hot."""
 
     @property
     def known(self) -> np.ndarray:
-        """(n,) bool."""
+        """(n,) bool: the sample has a label."""
         known: np.ndarray = self.values != "" if self.is_text else self.values >= 0
         return known
 
     @property
     def is_text(self) -> bool:
-        """Whether labels are names."""
+        """Whether labels are texts."""
         return self.values.dtype.kind == "U"
 
 
@@ -177,7 +177,7 @@ def _refuse_at(wrong: np.ndarray, labels: np.ndarray, where: str, what: str) -> 
 
 
 def _texts(labels: np.ndarray, where: str) -> np.ndarray:
-    """Returns texts without blanks around them; "" for those that mean: not known."""
+    """Returns texts without surrounding blanks; "" for marks of a missing label."""
     if labels.dtype.kind == "S":
         try:
             labels = np.char.decode(labels, "utf-8")
@@ -262,7 +262,7 @@ def _found_classes(given: Sequence[_Given], where: Mapping[str, str]) -> tuple[t
 
 
 def _places(given: Sequence[_Given], number: Mapping[str, int], where: Mapping[str, str]) -> list[np.ndarray]:
-    """Returns (n,) int64 per array; -1 = none."""
+    """Returns (n,) int64 per array, the index of each label; -1 = none."""
     numbers = []
     for each, key in zip(given, ("y_train", "y_test"), strict=True):
         different, place = np.unique(each.values, return_inverse=True)
@@ -282,7 +282,7 @@ def _places(given: Sequence[_Given], number: Mapping[str, int], where: Mapping[s
 
 
 def _doubts(names: tuple[str, ...], where: str, are_texts: bool) -> list[str]:
-    """Returns what should be said of classes that were found in labels."""
+    """Returns warnings about the classes that were found in labels."""
     if are_texts:
         pairs = alike(names)
         if pairs:

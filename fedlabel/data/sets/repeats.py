@@ -1,4 +1,4 @@
-"""Images that a data set has twice."""
+"""Finds duplicate images in a data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedlabel.data.sets.loaders import Split
 
 
 def repeated_images(train: Split, test: Split, where: str) -> list[str]:
-    """Returns what should be said of images that are the same in every pixel: in both sets, or with two labels."""
+    """Returns notes on images that are equal in every pixel: in both sets, or with two labels."""
     label_of: dict[bytes, int] = {}
     contradicting = 0
     for key, label in zip(_keys(train.images), train.labels.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""From columns of texts to tables: which rows are for testing, which columns are numbers, and which categories.
+"""From columns of texts to tables: training and test rows, numeric and categorical columns.
 
 A column is numeric if all its training cells are numbers or marks for missing ones. It is categorical if few of them
 are or look like numbers, or `data.categorical` says so. What lies between is refused: nobody but the owner of the file
@@ -38,16 +38,16 @@ SAMPLE = 2000
 
 
 class Rows(NamedTuple):
-    """Rows of a file that are for training, or for testing."""
+    """Training or test rows of a file."""
 
     file: TextTable
     rows: np.ndarray
-    """(n,) which rows of the file, in its order."""
+    """(n,) indices of the rows in the file, in its order."""
     labels: np.ndarray
     """(n,) int64; -1 = none."""
 
     def cells(self, name: str) -> list[str]:
-        """Returns the cells of a column, of which none is too long for a number or a category."""
+        """Returns the cells of a column; raises if one is too long for a number or a category."""
         cells = self.file.cells(name, self.rows)
         if max(map(len, cells), default=0) > MAX_TEXT:
             place = next(place for place, cell in enumerate(cells) if len(cell) > MAX_TEXT)
@@ -138,7 +138,7 @@ def as_tables(
 
 
 def check_columns(file: TextTable, config: DataConfig, left_out: Sequence[str]) -> None:
-    """Checks that the columns that the configuration names exist, and are not that of the labels.
+    """Checks that the columns that the configuration names exist, and are not the label column.
 
     Raises:
         DataError: see above.
@@ -178,7 +178,7 @@ class _Reading:
         self.unknown: list[str] = []  # categories that only test rows have
 
     def read(self, name: str) -> None:
-        """Decides what a column is, and reads it."""
+        """Decides the type of a column, and reads it."""
         cells, others = self.train.cells(name), self.test.cells(name)
         found = read_numbers(cells, self.marks, self.train.file.decimal)
         numeric = np.isfinite(found.values).any()
@@ -209,7 +209,7 @@ class _Reading:
             self.zeros.append(f"{shown(name)} ({quoted(found.leading_zero)})")
 
     def _are_categories(self, name: str, cells: list[str], found: Numbers) -> bool:
-        """Whether a column, of which some cells are neither numbers nor missing, holds categories.
+        """Whether a column in which some cells are neither numbers nor missing is categorical.
 
         Raises:
             DataError: half of its cells or more are numbers, or look like such.
@@ -277,7 +277,7 @@ class _Reading:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to say of the columns, a sentence per kind."""
+        """Notes on the columns, a sentence per kind."""
         kinds = (
             (self.missing, "missing numbers are marked in the columns"),
             (self.empty, "left out, since no training row has a cell filled"),
