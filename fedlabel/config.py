@@ -36,7 +36,7 @@ from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.errors import is_file
 from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods import METHODS, in_own_words, method_class
+from fedlabel.methods import METHODS, describe_error, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
@@ -220,7 +220,7 @@ class ExperimentConfig:
                 f"(={self.num_clients})."
             )
         hidden = self.skew.unlabeled_only_classes
-        if hidden and any(part.classless for part in supervision.parts):
+        if hidden and any(part.hides_classes for part in supervision.parts):
             raise ValueError(
                 f"`skew.unlabeled_only_classes` (=[{', '.join(hidden)}]) chooses samples by their class, which nobody "
                 "knows with supervision.kind=bags and labeling_functions: leave it out."
@@ -420,10 +420,10 @@ def _build_method(schema: type[Method], values: Mapping[str, Any], unknown: Unkn
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"`method.name` (={name}) has a field of a type that a configuration cannot hold: {HOLDS} "
-            f"({in_own_words(error)})."
+            f"({describe_error(error)})."
         ) from error
     except Exception as error:
         if name in METHODS:  # a bug of ours: show where
             raise
-        raise ConfigError(f"`method.name` (={name}) cannot be made of its fields: {in_own_words(error)}.") from error
+        raise ConfigError(f"`method.name` (={name}) cannot be made of its fields: {describe_error(error)}.") from error
     return method

@@ -315,7 +315,7 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
     if spelling in GIVEN_BY_DATA:
         return f"`{full}` is not a configuration key: the data set says it by itself. Leave it out."
     keys = all_keys(root, method)
-    said = f"`{full}` is not a configuration key."
+    message = f"`{full}` is not a configuration key."
     if of_method:
         path = full.partition(".")[2]
         owners = [
@@ -323,12 +323,12 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
             for each, kind in METHODS.items()
             if any(key == path or key.startswith(f"{path}.") for key in all_keys(kind, kind))
         ]
-        said = f"`{full}` is not a field of {method_name}"
-        said += f", but of {', '.join(owners)}." if owners else "."
+        message = f"`{full}` is not a field of {method_name}"
+        message += f", but of {', '.join(owners)}." if owners else "."
     found = _meant(spelling, where, keys, schema)
     if found:
-        return f"{said} Did you mean {' or '.join(found)}?"
-    return f"{said} Allowed here: {', '.join(fields_of(schema))}."
+        return f"{message} Did you mean {' or '.join(found)}?"
+    return f"{message} Allowed here: {', '.join(fields_of(schema))}."
 
 
 def _meant(spelling: str, where: str, keys: list[str], schema: type) -> list[str]:
@@ -338,9 +338,9 @@ def _meant(spelling: str, where: str, keys: list[str], schema: type) -> list[str
         leaves.setdefault(simple(key.rpartition(".")[2]), []).append(key)
     here = [f"{where}.{each}" if where else each for each in fields_of(schema)]
     elsewhere = next((each for name, each in CALLED_ELSEWHERE.items() if simple(name) == spelling), ())
-    known = [key for key in elsewhere if key in keys or key.startswith("strategy.args.")] or leaves.get(spelling, [])
-    if known:
-        return sorted(known, key=lambda key: key not in here)[:3]
+    matches = [key for key in elsewhere if key in keys or key.startswith("strategy.args.")] or leaves.get(spelling, [])
+    if matches:
+        return sorted(matches, key=lambda key: key not in here)[:3]
     near_here = near(spelling, [key.rpartition(".")[2] for key in here])
     if near_here:
         return [f"{where}.{near_here[0]}" if where else near_here[0]]

@@ -23,18 +23,18 @@ def claim_packages() -> None:
     """
     for name in ("clients", "server"):
         file = PACKAGE_ROOT / name / "__init__.py"
-        known = sys.modules.get(name)
-        if known is None:
+        module = sys.modules.get(name)
+        if module is None:
             spec = importlib.util.spec_from_file_location(name, file)
             assert spec is not None
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[name] = module
             spec.loader.exec_module(module)
-        elif Path(known.__file__ or "").resolve() != file:
+        elif Path(module.__file__ or "").resolve() != file:
             raise ValueError(
-                f"A module `{name}` that is not fedlabel's has been imported (from {known.__file__}), and fedlabel has "
-                "a package of this name: give your module another name."
+                f"A module `{name}` that is not fedlabel's has been imported (from {module.__file__}), and fedlabel "
+                "has a package of this name: give your module another name."
             )
 
 

@@ -17,17 +17,17 @@ def simple(name: str) -> str:
     return re.sub(r"[-_\s]", "", name.casefold())
 
 
-def near(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+def near(name: str, names: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
     """Returns up to `most` of the names that are spelt like `name`, the nearest first; none if none is near.
 
     Args:
         name: as somebody wrote it.
-        known: names; beyond the first `COMPARED` only one that is the same but for case and blanks is found.
+        names: names; beyond the first `COMPARED` only one that is the same but for case and blanks is found.
         most: how many, where none is the same.
         cutoff: least share of letters in common, see difflib.
     """
     by_spelling: dict[str, list[str]] = {}
-    for each in known:
+    for each in names:
         by_spelling.setdefault(simple(each), []).append(each)
     spelling = simple(name)
     if spelling in by_spelling:
@@ -36,9 +36,9 @@ def near(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) ->
     return [each for like in found for each in by_spelling[like]][:most]
 
 
-def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
-    """Returns a sentence, with a space before it, that names the nearest of `known`; "" if none is near."""
-    found = near(name, known, most)
+def did_you_mean(name: str, names: Iterable[str], most: int = 1) -> str:
+    """Returns a sentence, with a space before it, that names the nearest of `names`; "" if none is near."""
+    found = near(name, names, most)
     return f" Did you mean {' or '.join(map(shown, found))}?" if found else ""
 
 

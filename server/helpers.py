@@ -58,10 +58,10 @@ class HelperPool:
         """Returns the clients whose models are nearest to the last one of `client`; none if it never trained."""
         if client not in self._outputs:
             return []
-        known = sorted(self._outputs)
-        tree = KDTree(np.stack([self._outputs[other] for other in known]))
-        _, found = tree.query(self._outputs[client], k=min(self._helpers.count + 1, len(known)))
-        others = [known[position] for position in np.atleast_1d(found)]
+        clients = sorted(self._outputs)
+        tree = KDTree(np.stack([self._outputs[other] for other in clients]))
+        _, found = tree.query(self._outputs[client], k=min(self._helpers.count + 1, len(clients)))
+        others = [clients[position] for position in np.atleast_1d(found)]
         return [other for other in others if other != client][: self._helpers.count]
 
     def attach(self, messages: list[Message], client_of: Mapping[int, int], round_number: int) -> list[Message]:

@@ -362,14 +362,14 @@ class RoundSchema(NamedTuple):
         return dict(record)  # type: ignore[arg-type]
 
     def _counts(self, record: ConfigRecord, limits: ClientLimits) -> Counts:
-        known = {name: length for group in self.schema.counts for name, length in group.items()}
-        if further := [name for name in record if name not in known]:
+        expected = {name: length for group in self.schema.counts for name, length in group.items()}
+        if further := [name for name in record if name not in expected]:
             raise Refused(f"BadReply: its counts have what nobody asked for, {_listed(further)}")
         for group in self.schema.counts:
             missing = [name for name in group if name not in record]
             if missing and (len(missing) < len(group) or "passes" in group):
                 raise Refused(f"BadReply: its counts lack {missing[0]}")
-        values = {name: _numbers("count", name, numbers, known[name]) for name, numbers in record.items()}
+        values = {name: _numbers("count", name, numbers, expected[name]) for name, numbers in record.items()}
         for name, array in values.items():
             if array.min() < 0:
                 raise Refused(f"BadReply: its count {name} is below 0 (={array.min():g})")
@@ -496,8 +496,10 @@ def _check_votes(counts: Mapping[str, np.ndarray], most: int) -> None:
     Raises:
         Refused: they cannot be counts of the same votes.
     """
-    samples, voted, known, *right = counts["function_samples"]
-    if not (samples <= most and voted <= samples and known <= samples and max(right) <= known * (1 + _ROUNDING)):
+    samples, voted, with_truth, *right = counts["function_samples"]
+    if not (
+        samples <= most and voted <= samples and with_truth <= samples and max(right) <= with_truth * (1 + _ROUNDING)
+    ):
         raise Refused(f"BadReply: its count function_samples is more than it can have, {most}")
     per_function = counts["function_counts"].reshape(-1, 4)
     cast = counts["function_votes"].reshape(len(per_function), -1).sum(1)

@@ -57,10 +57,10 @@ def main(grid: Grid, context: Context) -> None:
         path = _run_here(grid, context)
     except Exception as error:
         # Flower logs what is raised, and its own exit status does not tell: the last line of the log has to.
-        known = isinstance(error, (ValueError, RunError))
-        reason = str(error).partition("\n")[0] if known else repr(error)
+        expected = isinstance(error, (ValueError, RunError))
+        reason = str(error).partition("\n")[0] if expected else repr(error)
         failed = RunError(f"fedlabel: the run FAILED (whatever the exit status of flwr run): {reason}")
-        raise failed from (None if known else error)  # a bug: show where
+        raise failed from (None if expected else error)  # a bug: show where
     logger.info("fedlabel: the run is finished. Results are in %s", path)
 
 
@@ -107,7 +107,7 @@ def run_federation(
     notes = federation.dataset.notes
     names = federation.dataset.class_names
     labels = label_warnings(config.method.name, experiment.recipe, experiment.labels, names)
-    for warning in [*notes, *federation.doubts(), *labels]:
+    for warning in [*notes, *federation.warnings(), *labels]:
         logger.warning(warning)
     for report in federation.functions:
         logger.info(

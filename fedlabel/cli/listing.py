@@ -112,10 +112,10 @@ def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",))
             yield from _wrapped(paragraph, width)
         yield from _keys(method, "method", width)
         return
-    known = [*METHODS, *SECTIONS]
+    names = [*METHODS, *SECTIONS]
     raise ConfigError(
         f"`{as_yaml(name)}` is neither a method nor a section of the configuration, of which there are "
-        f"{', '.join(known)}.{did_you_mean(name, known)}"
+        f"{', '.join(names)}.{did_you_mean(name, names)}"
     )
 
 
@@ -133,7 +133,7 @@ def _naming(value: str, schema: type, prefix: str) -> Iterator[str]:
         inner = inner_schema(hints(schema)[key.name])
         if inner is not None:
             yield from _naming(value, inner, f"{prefix}{key.name}.")
-        elif (said := re.match(r"\w+( \| \w+)+", key.doc)) and value in said[0].split(" | "):
+        elif (alternatives := re.match(r"\w+( \| \w+)+", key.doc)) and value in alternatives[0].split(" | "):
             yield f"{prefix}{key.name}"
 
 

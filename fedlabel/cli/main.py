@@ -292,21 +292,21 @@ def partition(
         write_atomic(out / "partition.json", federation.to_json())
         write_atomic(out / "supervision.json", federation.audit_json())
         save_png(partition_figure(counts, KIND_NAMES, federation.true_classes), out / "partition.png")
-    known, unknown = counts[1:].sum(0), counts[0]
+    supervised, unsupervised = counts[1:].sum(0), counts[0]
     mixed = bool(counts[2:].any())
-    names = ("known", "unknown") if mixed else ("labelled", "unlabelled")
+    names = ("supervised", "unsupervised") if mixed else ("labelled", "unlabelled")
     table = make_table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
     classes = federation.dataset.num_classes
-    held, classes_known = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), known))
+    held, classes_supervised = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), supervised))
     for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
-        columns = (known.sum(1), unknown.sum(1), held, classes_known)
+        columns = (supervised.sum(1), unsupervised.sum(1), held, classes_supervised)
         table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
     console.print(table)
     if mixed:
         console.print(_kinds_table(federation.kinds(), KIND_NAMES))
     if federation.functions:
         console.print(_functions_table(federation.functions))
-    for note in (*federation.dataset.notes, *federation.doubts()):
+    for note in (*federation.dataset.notes, *federation.warnings()):
         say(console, f"note: {note}", "yellow")
     if len(federation.server_rows):
         say(console, f"The server holds {counted(len(federation.server_rows), 'labelled sample')}.")

@@ -14,9 +14,9 @@ import torch
 from fedlabel.data.labels.bag_files import as_counted, bags_of_column, published_bags
 from fedlabel.data.labels.bags import Bags, draw_bags
 from fedlabel.data.labels.hand_out import HandOut
-from fedlabel.data.labels.imprecision import Resemblance
+from fedlabel.data.labels.imprecision import LabelSources
 from fedlabel.data.labels.labeling_functions import FunctionReport
-from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
+from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, build_supervision, reveal_labels
 from fedlabel.data.labels.supervision_config import SupervisionConfig
 from fedlabel.data.own_columns import own_column, own_rows, with_columns_aside
 from fedlabel.data.partition import (
@@ -32,7 +32,7 @@ from fedlabel.data.sets.fingerprint import fingerprint
 from fedlabel.data.skew import SkewConfig
 from fedlabel.seeding import derive_seed, numpy_generator
 
-MAX_DOUBTS = 10
+MAX_WARNINGS = 10
 """Labelling functions that are warned of one by one; the table has all."""
 
 
@@ -66,7 +66,7 @@ class Federation:
         """(n,) bool over the training split: samples with supervision of their own, see
         `Supervision.has_supervision`.
         """
-        return self.record.informed.numpy()
+        return self.record.has_supervision.numpy()
 
     def supervision(self, client: int) -> Supervision:
         """Returns the supervision record of `client`'s samples."""
@@ -113,11 +113,11 @@ class Federation:
             record = (*record, self.record.bag, self.record.bag_counts)
         if self.record.votes.shape[1]:
             record = (*record, self.record.votes)
-        known = b"".join(values.numpy().tobytes() for values in record)
-        return hashlib.sha256(json.dumps(self._holders).encode() + known).hexdigest()
+        supervision = b"".join(values.numpy().tobytes() for values in record)
+        return hashlib.sha256(json.dumps(self._holders).encode() + supervision).hexdigest()
 
     @cached_property
-    def lacking(self) -> int:
+    def num_without_label(self) -> int:
         """Number of training samples, of clients and server, without a label in the data: their true class is
         unknown.
         """
@@ -129,7 +129,7 @@ class Federation:
         """The columns of `histograms`: the names of the classes and, if some samples have no label in the data,
         "unknown".
         """
-        return (*self.dataset.class_names, *(["unknown"] if self.lacking else []))
+        return (*self.dataset.class_names, *(["unknown"] if self.num_without_label else []))
 
     def histograms(self) -> np.ndarray:
         """Returns samples by kind of label, client and true class, (len(KIND_NAMES), clients, columns) int64; for the
@@ -167,7 +167,7 @@ class Federation:
         each = {"annotators": self.noise_counts(annotators).tolist()} if annotators > 1 else {}
         return {
             "classes": list(self.dataset.class_names),
-            "without_label": self.lacking,
+            "without_label": self.num_without_label,
             "kinds": {"names": list(KIND_NAMES), "clients": self.kinds().tolist()},
             "candidate_sets": {
                 "sizes": torch.bincount(size, minlength=self.dataset.num_classes + 1).tolist(),
@@ -188,27 +188,27 @@ class Federation:
         sizes = record.bag_counts.sum(1)
         true = torch.bincount(record.bag[inside] * classes + truth[inside], minlength=len(sizes) * classes)
         true = true.view(-1, classes)
-        known = true.sum(1) == sizes
-        wrong = known & (true != record.bag_counts).any(1)
+        has_counts = true.sum(1) == sizes
+        wrong = has_counts & (true != record.bag_counts).any(1)
         return {
             "sizes": torch.bincount(sizes).tolist(),
-            "true_counts_known": int(known.sum()),
+            "true_counts_known": int(has_counts.sum()),
             "wrong_counts": int(wrong.sum()),
         }
 
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Returns warnings to show before a run: samples without a label in the data, labelling functions that fail."""
-        failing = [doubt for report in self.functions if (doubt := report.doubt())]
-        return self._doubts_of_labels() + failing[:MAX_DOUBTS]
+        failing = [warning for report in self.functions if (warning := report.warning())]
+        return self._label_warnings() + failing[:MAX_WARNINGS]
 
-    def _doubts_of_labels(self) -> list[str]:
+    def _label_warnings(self) -> list[str]:
         held = sum(map(len, [*self.parts, self.server_rows]))
-        told = int((self.record.labeled & ~self.record.noisy).sum())
-        if not self.lacking or not 0 < told < held - self.lacking:
+        used = int((self.record.labeled & ~self.record.noisy).sum())
+        if not self.num_without_label or not 0 < used < held - self.num_without_label:
             return []
         return [
-            f"{self.lacking:,} of {held:,} training samples have no label in the data. Of the {held - self.lacking:,} "
-            f"labels that there are, supervision uses {told:,} and hides the others; supervision.kind=full uses all."
+            f"{self.num_without_label:,} of {held:,} training samples have no label in the data. Of the "
+            f"{held - self.num_without_label:,} labels that there are, supervision uses {used:,} and hides the others; supervision.kind=full uses all."
         ]
 
     def audit_json(self) -> str:
@@ -231,8 +231,8 @@ class Federation:
         counts = torch.zeros(annotators, classes, classes, dtype=torch.int64)
         label = torch.where(self.record.noisy, self.record.label, -1)
         for place, given in [(0, label), *enumerate(self.record.annotations.unbind(1))]:
-            known = (given >= 0) & (truth >= 0)
-            pairs = torch.bincount(truth[known] * classes + given[known], minlength=classes**2)
+            has_both = (given >= 0) & (truth >= 0)
+            pairs = torch.bincount(truth[has_both] * classes + given[has_both], minlength=classes**2)
             counts[place if annotators > 1 else 0] += pairs.view(classes, classes)
         return counts.numpy()
 
@@ -297,14 +297,14 @@ def build_federation(
     functions: tuple[FunctionReport, ...] = ()
     if all_labels:
         held = np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows]))
-        record = supervise(labels, held & (labels >= 0), classes)
+        record = reveal_labels(labels, held & (labels >= 0), classes)
     else:
-        resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
-        record = impart(labels, kinds, supervision.parts, classes, resemblance, seed, parts, published)
+        sources = LabelSources(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
+        record = build_supervision(labels, kinds, supervision.parts, classes, sources, seed, parts, published)
         cast = ask_functions(kinds, supervision.parts, dataset, parts)
         if cast is not None:
             record, functions = replace(record, votes=torch.from_numpy(cast.votes)), cast.reports
-    if not (record.informed | record.voted_on).any() and len(record.bag_counts) == 0:
+    if not (record.has_supervision | record.voted_on).any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
             f"{min(map(len, parts))} to {max(map(len, parts))} samples or at the server; raise supervision.label_rate, "

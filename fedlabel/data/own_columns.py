@@ -65,9 +65,7 @@ def own_column(dataset: Dataset, data: DataConfig, key: str, name: str, part: st
 def own_rows(
     dataset: Dataset, data: DataConfig, config: PartitionConfig, names: Sequence[str], split: str
 ) -> list[np.ndarray] | None:
-    """Returns every client's own rows of the evaluation split; None if the column is missing, or a client has no
-    row.
-    """
+    """Returns every client's own rows of the evaluation split; None if the column is missing or names no client."""
     if config.column is None:
         return None
     values = own_column(dataset, data, f"{config.key}.column", config.column, split)

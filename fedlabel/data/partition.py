@@ -169,11 +169,11 @@ def _draw(
     if len(labels) == 0:
         return [np.arange(0)] * num_clients
     if config.kind not in CLASSLESS and (labels < 0).any():
-        known, unknown = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
-        dealt = iid(unknown, num_clients, numpy_generator(seed, "partition", "without_label", draw))
-        spread = _draw(labels[known], num_clients, num_classes, config, seed, draw)
+        labeled, unlabeled = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
+        dealt = iid(unlabeled, num_clients, numpy_generator(seed, "partition", "without_label", draw))
+        spread = _draw(labels[labeled], num_clients, num_classes, config, seed, draw)
         pairs = zip(spread, dealt, strict=True)
-        return [np.sort(np.concatenate([known[mine], unknown[more]])) for mine, more in pairs]
+        return [np.sort(np.concatenate([labeled[mine], unlabeled[more]])) for mine, more in pairs]
     rng = numpy_generator(seed, "partition", draw)
     match config.kind:
         case "iid":
@@ -326,8 +326,8 @@ def flwr_datasets_partition(
     except ImportError as error:
         raise ValueError(f"{kind} needs the package flwr-datasets: `pip install flwr-datasets`.") from error
     if not name.endswith("Partitioner") or not hasattr(module, name):
-        known = ", ".join(key for key in dir(module) if key.endswith("Partitioner") and key != "Partitioner")
-        raise ValueError(f"{kind} must name one of {known}.")
+        available = ", ".join(key for key in dir(module) if key.endswith("Partitioner") and key != "Partitioner")
+        raise ValueError(f"{kind} must name one of {available}.")
     partitioner_class = getattr(module, name)
     accepted = inspect.signature(partitioner_class).parameters
     defaults = {
@@ -383,10 +383,10 @@ def split_like(
         class within one sample; classes that the reference lacks are spread evenly. A client may hold nothing.
     """
     shares = label_histogram(reference_labels, reference_parts, num_classes)
-    unknown = np.array([(reference_labels[part] < 0).sum() for part in reference_parts])
-    if unknown.any():
+    unlabeled = np.array([(reference_labels[part] < 0).sum() for part in reference_parts])
+    if unlabeled.any():
         total = shares.sum(0) if shares.any() else np.ones(num_classes)
-        shares = shares + unknown[:, None] * (total / total.sum())
+        shares = shares + unlabeled[:, None] * (total / total.sum())
     return _by_class(labels, shares, rng)
 
 

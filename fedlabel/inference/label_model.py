@@ -159,8 +159,8 @@ class LabelModel:
 
         Args:
             votes: see `posterior`.
-            labels: (n,) int64 where the class is known, -1 elsewhere; None: nowhere.
-            label_weight: how much a sample of known class counts.
+            labels: (n,) int64 the true class, -1 elsewhere; None: nowhere.
+            label_weight: how much a sample with a label counts.
         """
         return self._counts(self._symbols_of(votes), self._labels_of(labels, len(votes)), label_weight)
 
@@ -208,12 +208,12 @@ class LabelModel:
             posterior, evidence = look(start, part)
             total += posterior.sum(0)
             log_likelihood += evidence
-            for function, said in enumerate(part.T.contiguous()):
+            for function, own_votes in enumerate(part.T.contiguous()):
                 if votes.is_cuda:  # there sums at few places are slow, or not the same each time
                     own = slice(function * symbol_count, (function + 1) * symbol_count)
-                    votes[own] += (said == places[function]).double() @ posterior
+                    votes[own] += (own_votes == places[function]).double() @ posterior
                 else:
-                    votes.index_add_(0, said, posterior)
+                    votes.index_add_(0, own_votes, posterior)
             start += len(part)
         return Counts(votes.view(k, symbol_count, classes), total, log_likelihood)
 
@@ -399,8 +399,8 @@ def _clamped(posterior: Tensor, labels: Tensor | None, weight: float) -> Tensor:
     """Returns posteriors (n, C) with `weight` at the label, and 0 elsewhere, where there is one (not -1)."""
     if labels is None:
         return posterior
-    known = weight * torch.zeros_like(posterior).scatter_(1, labels.clamp_min(0)[:, None], 1.0)
-    return torch.where((labels >= 0)[:, None], known, posterior)
+    clamped = weight * torch.zeros_like(posterior).scatter_(1, labels.clamp_min(0)[:, None], 1.0)
+    return torch.where((labels >= 0)[:, None], clamped, posterior)
 
 
 def client_prior(model: LabelModel, votes: Tensor) -> Tensor:

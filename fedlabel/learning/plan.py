@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods.recipe import ByBag, ByKnowledge, BySample, Draw, Phase
+from fedlabel.methods.recipe import ByBag, BySample, BySupervision, Draw, Phase
 from fedlabel.seeding import numpy_generator, torch_generator
 
 
@@ -77,7 +77,7 @@ def sample_pool(draw: Draw, supervision: Supervision, config: TrainingConfig) ->
         units, labeled = bag_units(supervision, draw.singles), supervision.labeled.cpu()
         samples = units.samples()
         return Pool(samples[labeled[samples]], samples[~labeled[samples]], units)
-    with_label = (supervision.informed if isinstance(draw, ByKnowledge) else supervision.labeled).cpu()
+    with_label = (supervision.has_supervision if isinstance(draw, BySupervision) else supervision.labeled).cpu()
     rows, others = with_label.nonzero().squeeze(1), (~with_label).nonzero().squeeze(1)
     if config.unlabeled_includes_labeled:
         others = torch.arange(len(with_label))
@@ -115,7 +115,7 @@ def plan_phase(
         over_labeled = count_steps(phase, config, len(labeled), config.batch_size)
         over_unlabeled = count_steps(phase, config, len(unlabeled), size)
         steps = over_unlabeled if len(unlabeled) else over_labeled
-        if isinstance(draw, ByKnowledge):  # a single unlabelled sample must not end the epoch after a step
+        if isinstance(draw, BySupervision):  # a single unlabelled sample must not end the epoch after a step
             steps = max(over_labeled, over_unlabeled)
     sources = {"labeled": (places, per_step), "unlabeled": (unlabeled, size), "mix": (mix, min(size, len(unlabeled)))}
     streams = [
@@ -125,7 +125,7 @@ def plan_phase(
     alpha = draw.mix_alpha if isinstance(draw, BySample) and draw.mix else None
     shares = numpy_generator(seed, phase.name, "mixing")
     # Nothing is guessed where the label is certain, nor of a sample that is drawn without its supervision.
-    unsure, hidden = (~supervision.labeled | supervision.noisy).cpu(), ~supervision.informed.cpu()
+    unsure, hidden = (~supervision.labeled | supervision.noisy).cpu(), ~supervision.has_supervision.cpu()
 
     def step(place: Tensor, free: Tensor, mixed: Tensor) -> StepPlan:
         share = 1.0 if alpha is None else float(shares.beta(alpha, alpha))
@@ -134,7 +134,7 @@ def plan_phase(
             units = Units(pool.units.rows[place], pool.units.counts[place])
             place = units.rows[units.rows >= 0]
             pseudo, guessed = place, unsure[place]
-        elif isinstance(draw, ByKnowledge):
+        elif isinstance(draw, BySupervision):
             pseudo, guessed = torch.cat([place, free]), torch.cat([unsure[place], hidden[free]])
         else:
             pseudo, guessed = free, torch.ones(len(free), dtype=torch.bool)

@@ -72,13 +72,13 @@ def bag_step(values: Tensor, logits: Tensor, part: Part) -> Step:
         logits: (n, classes) of the part's samples, for the metrics.
         part: the bags.
     """
-    known = known_bags(part)
-    values = torch.where(known, values, torch.zeros_like(values))
+    has_counts = known_bags(part)
+    values = torch.where(has_counts, values, torch.zeros_like(values))
     predicted = bag_means(logits.detach().softmax(-1), part.members)
     error = (predicted - shares(part)).abs().sum(-1) / 2  # of two classes: of the share of one
-    metrics = {"train/loss": mean_metric(values, known), "bag/share_error": mean_metric(error, known)}
-    samples = ((part.members >= 0) & known[:, None]).sum()
-    return Step(values.sum() / known.sum().clamp_min(1), metrics, samples)
+    metrics = {"train/loss": mean_metric(values, has_counts), "bag/share_error": mean_metric(error, has_counts)}
+    samples = ((part.members >= 0) & has_counts[:, None]).sum()
+    return Step(values.sum() / has_counts.sum().clamp_min(1), metrics, samples)
 
 
 def of_bags(bag_loss: BagLoss) -> LossFunction:

@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 
 
 class PseudoLabels(NamedTuple):
-    """Pseudo-labels of the unlabelled samples of one batch (of a phase that draws `ByKnowledge` or `ByBag`: of the
+    """Pseudo-labels of the unlabelled samples of one batch (of a phase that draws `BySupervision` or `ByBag`: of the
     labelled and then of the unlabelled ones); all detached, all (batch,).
     """
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedlabel.inference.imprecise import candidates_log_likelihood, marginal_nll, unchecked_posterior
 from fedlabel.methods.batch import Batch, LossFunction, Model, PseudoLabels, State, Step
 from fedlabel.methods.losses import mean_metric, pseudo_metrics
-from fedlabel.methods.recipe import ByKnowledge, LabelKinds, Method, Phase, Recipe, Stage, Task
+from fedlabel.methods.recipe import BySupervision, LabelKinds, Method, Phase, Recipe, Stage, Task
 
 
 def candidate_posterior(logits: Tensor, candidates: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def candidate_step(values: Tensor, posterior: Tensor, candidates: Tensor, memory
 def candidates_recipe(loss: LossFunction) -> Recipe:
     """Returns the recipe of a method that learns from candidate sets with one loss."""
     return Recipe(
-        stages=(Stage((Phase("train", loss, draw=ByKnowledge()),)),),
+        stages=(Stage((Phase("train", loss, draw=BySupervision()),)),),
         uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.SETS | LabelKinds.AT_SERVER,
     )
 

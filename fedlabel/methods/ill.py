@@ -49,7 +49,7 @@ from fedlabel.inference.transition import expected_label_counts
 from fedlabel.methods.batch import Batch, Model, Part, Prepared, PseudoLabels, State, Step, Survey
 from fedlabel.methods.federated_transition import NoiseMatrix
 from fedlabel.methods.losses import batch_mean, mean_metric, pseudo_metrics
-from fedlabel.methods.recipe import ByKnowledge, LabelKinds, Memory, Method, Phase, Recipe, Stage, Task
+from fedlabel.methods.recipe import BySupervision, LabelKinds, Memory, Method, Phase, Recipe, Stage, Task
 from fedlabel.methods.shared import Limits, Shared, check_flags, check_shares, together
 
 
@@ -214,7 +214,7 @@ class ILL(Method):
         return Phase(
             "train",
             partial(self.loss, learn=learn and self.noise.form == "gradient"),
-            draw=ByKnowledge(labeled=("weak", *strong), unlabeled=("weak", "strong")),
+            draw=BySupervision(labeled=("weak", *strong), unlabeled=("weak", "strong")),
             teachers=("global",) if closed else (),
             prepare=partial(self.prepare, learn=learn) if closed else None,
         )

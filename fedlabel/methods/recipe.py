@@ -71,7 +71,7 @@ class BySample:
 
 
 @dataclass(frozen=True)
-class ByKnowledge:
+class BySupervision:
     """As `BySample`, where a candidate set, noisy label or annotation counts as a label, too."""
 
     labeled: Views = ("weak",)
@@ -94,7 +94,7 @@ class ByBag:
     """Bags that a step draws at least, if the client has as many."""
 
 
-Draw = BySample | ByKnowledge | ByBag
+Draw = BySample | BySupervision | ByBag
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,13 @@ def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequ
     """Shows who holds what: samples per client and class, known and unknown apart, and kinds of label per client.
 
     Args:
-        counts: (kinds, clients, classes) samples; of the first kind nothing is known.
+        counts: (kinds, clients, classes) samples; the first kind is "no label".
         kinds: a name for each; the second one is that of an ordinary label.
         class_names: one per class.
     """
     clients, classes = counts.shape[1:]
     labels_alone = not counts[2:].any()
-    # Those that are there, and what is known before what is not.
+    # The kinds that occur; samples without supervision come last.
     shown = [1, 0] if labels_alone else [kind for kind in [*range(1, len(kinds)), 0] if counts[kind].any()]
     height = 1.4 + float(np.clip(0.24 * clients, 1.8, 9.0)) + 0.25 * (len(shown) > 2)
     panel = float(np.clip(0.34 * classes, 3.2, 7.0))
@@ -129,7 +129,7 @@ def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_na
 
     Args:
         transition: (classes, classes), rows sum to 1: row = true class, column = noisy label.
-        truth: of the same shape, or None; rows of NaN: unknown.
+        truth: of the same shape, or None; rows of NaN are unknown.
         class_names: one per class.
     """
     classes = len(transition)
@@ -141,8 +141,8 @@ def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_na
         image = axis.imshow(100 * matrix, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
         if classes <= NUMBERED_CLASSES:
             texts = [[_percent(cell) for cell in row] for row in matrix]
-            known = np.nan_to_num(matrix)  # of an unknown row nothing is written
-            _write_cells(axis, np.rint(1000 * known), known, texts)
+            shares = np.nan_to_num(matrix)  # of an unknown row nothing is written
+            _write_cells(axis, np.rint(1000 * shares), shares, texts)
         _class_ticks(axis, "x", class_names, side)
         axis.set_xlabel("noisy label")
         axis.set_title(f"Noise matrix, {name}, %")
@@ -258,10 +258,10 @@ def pseudo_label_panel(
         axis.spines[:].set(color=color, linewidth=2.5 if kept[i] else 1.0, linestyle="-" if kept[i] else ":")
     used = [i for i in range(shown) if kept[i]]
     title = f"Pseudo-labels (expert, its confidence): {len(used)} of {shown} kept"
-    judged = [i for i in used if true_names[i] is not None]
-    if judged:
-        right = sum(true_names[i] == pseudo_names[i] for i in judged)
-        title += f", {right} of {'them' if len(judged) == len(used) else f'{len(judged)} of known class'} right"
+    compared = [i for i in used if true_names[i] is not None]
+    if compared:
+        right = sum(true_names[i] == pseudo_names[i] for i in compared)
+        title += f", {right} of {'them' if len(compared) == len(used) else f'{len(compared)} of known class'} right"
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -270,20 +270,20 @@ def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
     """Shows the global model's accuracy on every client's share of the evaluation split, worst first.
 
     Args:
-        accuracy: (clients,) in [0, 1]; NaN for a client without samples to be judged on.
+        accuracy: (clients,) in [0, 1]; NaN for a client without samples to evaluate on.
     """
-    judged = np.flatnonzero(np.isfinite(accuracy))
-    order = judged[np.argsort(accuracy[judged], kind="stable")]
+    evaluated = np.flatnonzero(np.isfinite(accuracy))
+    order = evaluated[np.argsort(accuracy[evaluated], kind="stable")]
     values = 100 * accuracy[order]
     figure = _figure(float(np.clip(0.22 * len(values), 5.5, 9.0)), 3.6)
     axis = figure.subplots()
-    missing = len(accuracy) - len(judged)
+    missing = len(accuracy) - len(evaluated)
     axis.set_title("Accuracy per client" + (f" (left out: {missing} without samples)" if missing else ""))
     axis.set_ylabel("accuracy (%)")
     axis.set_ylim(0, 100)
     axis.spines[["top", "right"]].set_visible(False)
     if len(values) == 0:
-        axis.text(0.5, 0.5, "no client has samples to be judged on", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no client has samples to evaluate on", ha="center", transform=axis.transAxes)
         axis.set(xticks=[], xlabel="client")
         return figure
     places = np.arange(len(values))

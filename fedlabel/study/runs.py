@@ -305,10 +305,10 @@ def split_sections(runs: Iterable[Run], by: Sequence[str]) -> dict[str, list[Run
         ValueError: a key of `by` does not exist, or runs of a section differ in more than method, rate and seed.
     """
     runs = list(runs)
-    known = {key for run in runs for key in run.flat}
+    keys = {key for run in runs for key in run.flat}
     for key in by:
-        if key not in known:
-            hint = did_you_mean(key, sorted(known))
+        if key not in keys:
+            hint = did_you_mean(key, sorted(keys))
             raise ValueError(f"`--by` names {key}, which is no configuration key.{hint}")
     sections: dict[str, list[Run]] = {}
     for run in runs:

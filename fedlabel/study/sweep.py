@@ -140,11 +140,11 @@ class SweepConfig:
             named["compare.baseline"] = {self.compare.baseline: ""}
         of_settings = ("published", "search.setting")
         for where, rows in {"published": dict.fromkeys(self.published, ""), **named}.items():
-            known = list(self.sections if where in of_settings else self.methods)
+            names = list(self.sections if where in of_settings else self.methods)
             for name in rows:
-                if name not in known:
+                if name not in names:
                     kind = "settings" if where in of_settings else "methods"
-                    raise ValueError(f"`{where}` names {name!r}, which must be one of the {kind}: {_near(name, known)}")
+                    raise ValueError(f"`{where}` names {name!r}, which must be one of the {kind}: {_near(name, names)}")
 
     @property
     def sections(self) -> dict[str, list[str]]:
@@ -326,13 +326,13 @@ def _check_slugs(kind: str, names: Iterable[str]) -> None:
         seen[folder] = name
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    return f"{', '.join(known)}.{did_you_mean(name, known)}"
+def _near(name: str, names: Sequence[str]) -> str:
+    return f"{', '.join(names)}.{did_you_mean(name, names)}"
 
 
 def _unknown_key(schema: type, where: str, name: str) -> str:
     """Returns the message for a key that a sweep does not have."""
     full = f"{where}.{name}" if where else name
-    known = list(fields_of(schema))
-    allowed = f" Allowed here: {', '.join(known)}."
-    return f"`{full}` is no key of a sweep.{did_you_mean(name, known) or allowed}"
+    names = list(fields_of(schema))
+    allowed = f" Allowed here: {', '.join(names)}."
+    return f"`{full}` is no key of a sweep.{did_you_mean(name, names) or allowed}"

@@ -66,7 +66,7 @@ def run_sweep(sweep: SweepConfig, out: Path, workers: int, work: Work, report: C
         out: its folder; a call on the folder of an earlier, unfinished call goes on with it.
         workers: processes, one run each at a time.
         work: see `Work`; a function of a module.
-        report: told of everything that happens.
+        report: called with every event.
 
     Raises:
         ConfigError: no run is possible, or `out` holds other runs under the same names.
@@ -90,10 +90,10 @@ def _run(ledger: _Ledger, workers: int, work: Work) -> bool:
         ledger.report(Event("started", cell, num_rounds=cell.config.num_rounds))
         return _Job(work, cell, ledger.out / cell.path)
 
-    def told(job: _Job, message: tuple[int, int]) -> None:
+    def on_message(job: _Job, message: tuple[int, int]) -> None:
         ledger.report(Event("round", job.cell, round_number=message[0], num_rounds=message[1]))
 
-    run_parallel(_work, workers, take, told, lambda job, error: ledger.finish(job.cell, error))
+    run_parallel(_work, workers, take, on_message, lambda job, error: ledger.finish(job.cell, error))
     return ledger.complete
 
 
@@ -270,8 +270,8 @@ class _Ledger:
         found = summary.get(search.metric)
         score = found.get(search.column) if isinstance(found, dict) else None
         if score is None:
-            known = ", ".join(key for key, value in summary.items() if isinstance(value, dict) and "last" in value)
-            self._enter(cell, f"`search.metric` (={search.metric}) is not in {file}; it has {known}.")
+            metrics = ", ".join(key for key, value in summary.items() if isinstance(value, dict) and "last" in value)
+            self._enter(cell, f"`search.metric` (={search.metric}) is not in {file}; it has {metrics}.")
             self.report(Event("failed", cell, self.rows[cell.path]["error"]))
         return score
 

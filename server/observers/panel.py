@@ -37,7 +37,7 @@ def pseudo_panel(experiment: Experiment, seen: Round) -> Figure | None:
     tally, client_states = seen.tally, seen.client_states
     size = 0 if experiment.federation.dataset.tabular else experiment.config.evaluation.panel_samples
     client = next((c for c, counts in tally.client_counts.items() if "drawn" in counts), None)
-    if client is None and experiment.federation.lacking:  # then pseudo-labels were compared with nothing
+    if client is None and experiment.federation.num_without_label:  # then pseudo-labels were compared with nothing
         client = next(iter(tally.client_counts), None)
     if size == 0 or client is None:
         return None

@@ -55,26 +55,26 @@ class HandOut:
         """Chooses labelled samples first, applies the long tails, and partitions the other samples.
 
         Returns:
-            The clients' parts; (n,) int64, which kind of label is known (see `kind_of_samples`); the server's rows.
+            The clients' parts; (n,) int64, the kind of label (see `kind_of_samples`); the server's rows.
         """
         kinds, kept = self._choose([np.arange(len(self.labels))])
         kinds = np.where(kept, kinds, -1)
-        known, unknown = np.flatnonzero(kinds >= 0), np.flatnonzero(kept & (kinds < 0))
+        labeled, unlabeled = np.flatnonzero(kinds >= 0), np.flatnonzero(kept & (kinds < 0))
         if self.labeled_partition is not None:
-            labeled = self._spread(known, self.labeled_partition, derive_seed(self.seed, "labeled_partition"))
-            unlabeled = self._spread(unknown, self.partition, self.seed, [len(rows) for rows in labeled])
-            parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled, unlabeled, strict=True)]
-            return parts, kinds, known[:0]
+            labeled_parts = self._spread(labeled, self.labeled_partition, derive_seed(self.seed, "labeled_partition"))
+            unlabeled_parts = self._spread(unlabeled, self.partition, self.seed, [len(rows) for rows in labeled_parts])
+            parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled_parts, unlabeled_parts, strict=True)]
+            return parts, kinds, labeled[:0]
         if self.supervision.labels_at == "server" and not self.all_labels:
-            if len(unknown) == 0:
+            if len(unlabeled) == 0:
                 raise ValueError(
                     f"`supervision.kind` (={self.supervision.kind}) and `supervision.label_rate` "
                     f"(={self.supervision.label_rate}) beside supervision.labels_at=server leave no sample to the "
                     "clients, since every training sample has a label: take supervision.kind=few_labels and a smaller "
                     "amount."
                 )
-            return self._spread(unknown, self.partition, self.seed), kinds, known
-        return self._spread(np.flatnonzero(kept), self.partition, self.seed), kinds, known[:0]
+            return self._spread(unlabeled, self.partition, self.seed), kinds, labeled
+        return self._spread(np.flatnonzero(kept), self.partition, self.seed), kinds, labeled[:0]
 
     def labels_last(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """Partitions all samples, chooses labels within each client, applies the long tails; redraws if a client has

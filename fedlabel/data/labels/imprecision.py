@@ -8,7 +8,7 @@ Symmetric noise draws from all classes, the true one among them: at a rate of .4
 wrong and .64 are right, not .6.
 
 What differs: similar candidates, instance-dependent candidates and instance-dependent noise all come from one small
-network that is trained on the true labels of the samples of which something will be known. Instance-dependent noise is
+network that is trained on the true labels of the samples that get supervision. Instance-dependent noise is
 our own, not the part-dependent noise of Xia et al. (NeurIPS 2020): it goes to the samples that the network finds hard,
 exactly as many as asked for, and their labels to wrong classes that it finds probable. As to candidates, Xu et al. let
 class j in with probability p_j / (the largest p of a wrong class), so the likeliest wrong class always; here p is
@@ -50,14 +50,14 @@ ASYMMETRIC = {
 
 
 @dataclass(frozen=True, eq=False)
-class Resemblance:
+class LabelSources:
     """Inputs of label generators besides true labels: class similarity from a small network, and labels from files."""
 
     dataset: Dataset
     root: Path
     """`data.root`, the folder of label files; the folder that holds it if it is a file itself (npz)."""
     seed: int
-    known: np.ndarray
+    supervised: np.ndarray
     """(m,) int64, the samples of the training split that have a true label and get supervision: no other label is
     used."""
 
@@ -82,12 +82,12 @@ class Resemblance:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, "supervision", "network"))
             network = nn.Sequential(nn.Linear(x.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes))
-        known = torch.from_numpy(self.known)
+        supervised = torch.from_numpy(self.supervised)
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         generator = torch_generator(self.seed, "supervision", "network", "order")
-        batches = -(-len(known) // BATCH)
+        batches = -(-len(supervised) // BATCH)
         for _ in range(max(EPOCHS, -(-STEPS // batches)) if batches else 0):
-            for rows in known[torch.randperm(len(known), generator=generator)].split(BATCH):
+            for rows in supervised[torch.randperm(len(supervised), generator=generator)].split(BATCH):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(network(x[rows]), split.labels[rows]).backward()
                 optimizer.step()
@@ -97,9 +97,9 @@ class Resemblance:
     @cached_property
     def confusion(self) -> np.ndarray:
         """(classes, classes) float64: the mean of `probabilities` over the supervised samples of each true class."""
-        labels = self.dataset.train.labels.numpy()[self.known]
+        labels = self.dataset.train.labels.numpy()[self.supervised]
         means = np.zeros((self.dataset.num_classes, self.dataset.num_classes))
-        np.add.at(means, labels, self.probabilities[self.known])
+        np.add.at(means, labels, self.probabilities[self.supervised])
         return means / np.maximum(np.bincount(labels, minlength=len(means)), 1)[:, None]
 
     def flips(self) -> np.ndarray:
@@ -144,7 +144,7 @@ def draw_candidates(
     rows: np.ndarray,
     num_classes: int,
     part: LabelKind,
-    resemblance: Resemblance,
+    sources: LabelSources,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Returns (m, classes) bool candidate sets that contain the true class.
@@ -154,16 +154,16 @@ def draw_candidates(
         rows: (m,) their samples in the training split.
         num_classes: how many classes.
         part: `candidates` and `partial_ratio`.
-        resemblance: asked for candidates=similar and instance.
+        sources: asked for candidates=similar and instance.
         rng: draws.
     """
     assert part.partial_ratio is not None
     if part.candidates == "uniform":
         probability = np.full((len(truth), num_classes), part.partial_ratio)
     elif part.candidates == "similar":
-        probability = scale_to_mean(resemblance.confusion, np.arange(num_classes), part.partial_ratio)[truth]
+        probability = scale_to_mean(sources.confusion, np.arange(num_classes), part.partial_ratio)[truth]
     else:
-        probability = scale_to_mean(resemblance.probabilities[rows], truth, part.partial_ratio)
+        probability = scale_to_mean(sources.probabilities[rows], truth, part.partial_ratio)
     drawn = rng.random((len(truth), num_classes)) < probability
     drawn[np.arange(len(truth)), truth] = True
     return drawn
@@ -231,27 +231,29 @@ def draw_noisy_labels(
     rows: np.ndarray,
     num_classes: int,
     part: LabelKind,
-    resemblance: Resemblance,
+    sources: LabelSources,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Returns (m, annotators) int64 labels, -1 = none; arguments as for `draw_candidates`."""
     if part.noise == "file":
-        given = resemblance.file_labels(part)[rows]
+        given = sources.file_labels(part)[rows]
         return majority(given, num_classes, rng) if part.vote else given
     noisy = truth.copy()
     if part.noise == "symmetric":
         hit = rng.permutation(len(truth))[: round(part.noise_rate * len(truth))]
         noisy[hit] = rng.integers(num_classes, size=len(hit))
     elif part.noise == "instance":
-        weights = resemblance.probabilities[rows].copy() + 1e-4
-        doubt = 1 - weights[np.arange(len(truth)), truth]
+        weights = sources.probabilities[rows].copy() + 1e-4
+        uncertain = 1 - weights[np.arange(len(truth)), truth]
         count = round(part.noise_rate * len(truth))
-        hit = np.argsort(rng.exponential(size=len(truth)) / np.maximum(doubt, 1e-4))[:count]  # weighted, no repetition
+        hit = np.argsort(rng.exponential(size=len(truth)) / np.maximum(uncertain, 1e-4))[
+            :count
+        ]  # weighted, no repetition
         weights[np.arange(len(truth)), truth] = 0
         borders = weights[hit].cumsum(1)
         noisy[hit] = (rng.random((len(hit), 1)) * borders[:, -1:] > borders).sum(1)
     else:
-        target = (np.arange(num_classes) + 1) % num_classes if part.noise == "pair_flip" else resemblance.flips()
+        target = (np.arange(num_classes) + 1) % num_classes if part.noise == "pair_flip" else sources.flips()
         for label in np.flatnonzero(target != np.arange(num_classes)):
             members = np.flatnonzero(truth == label)
             noisy[rng.permutation(members)[: round(part.noise_rate * len(members))]] = target[label]

@@ -40,12 +40,12 @@ def kind_of_samples(
         config: how many, and how.
         seed: the experiment's seed. Each client (each class for `labels_per_class`) has a generator of its own, so
             the choice does not depend on the order in which they are visited.
-        unlabeled_only: classes whose labels are never known. The choice is made as if there were no such samples.
+        unlabeled_only: classes whose labels are never used. The choice is made as if there were no such samples.
 
     Kinds of label that are made of the true one are chosen as if there were no samples without it.
 
     Returns:
-        (n,) int64, a place in `config.parts`, or -1 where nothing is known.
+        (n,) int64, a place in `config.parts`, or -1 without a label.
 
     Raises:
         ValueError: more labels are asked for than there are samples.
@@ -54,10 +54,10 @@ def kind_of_samples(
     parts = [part[~np.isin(labels[part], unlabeled_only)] for part in parts] if len(unlabeled_only) else parts
     for place, holders in enumerate(_holders(parts, config, seed)):
         scope = (place,) if config.mix else ()
-        known = _Choice(labels, sorted(set(range(num_classes)) - set(unlabeled_only)), config, seed, scope)
-        if config.parts[place].from_truth:
+        choice = _Choice(labels, sorted(set(range(num_classes)) - set(unlabeled_only)), config, seed, scope)
+        if config.parts[place].from_true_labels:
             holders = {client: rows[labels[rows] >= 0] for client, rows in holders.items()}
-        kind[known.choose(config.parts[place], holders)] = place
+        kind[choice.choose(config.parts[place], holders)] = place
     return kind
 
 
@@ -108,7 +108,7 @@ class _Choice:
         who = "the clients with labels have" if self.config.labels_at == "some_clients" else "the training set has"
         if self.config.mix:
             who = f"part {self.scope[0]} of the mix has"
-        lacking = kind.from_truth and bool((labels < 0).any())
+        lacking = kind.from_true_labels and bool((labels < 0).any())
         if kind.everything:
             return everyone
         if kind.labels_per_class is not None:

@@ -79,10 +79,10 @@ def _read(path: Path, keys: Sequence[str]) -> Mapping[str, Column]:
         cause = " ".join(str(error).split())[:200]
         raise DataError(f"{key}: {path} cannot be read: {cause}. Write it again by numpy.savez, or as CSV.") from error
     if missing := [name for name in keys if name not in found]:
-        known = list(found) if suffix in (*CSV, *PARQUET, ".npy") else names
+        available = list(found) if suffix in (*CSV, *PARQUET, ".npy") else names
         raise DataError(
             f"`supervision.labels_keys`: {path} has no array or column {shown_repr(missing[0])}, only "
-            f"{listed(known) or 'none at all'}."
+            f"{listed(available) or 'none at all'}."
         )
     if not found:
         raise DataError(f"{key}: {path} has no array.")

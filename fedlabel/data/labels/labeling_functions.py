@@ -101,7 +101,7 @@ class FunctionReport:
         """Seconds per 1,000 samples; 0 if it was applied to none."""
         return 1000 * self.seconds / self.asked if self.asked else 0.0
 
-    def doubt(self) -> str | None:
+    def warning(self) -> str | None:
         """Returns a warning if the function failed or gave invalid answers; None if it did not."""
         said = []
         if self.failed:

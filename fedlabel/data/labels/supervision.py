@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.labels.bags import Bags, draw_bags
-from fedlabel.data.labels.imprecision import Resemblance, draw_candidates, draw_noisy_labels, swap_truth
+from fedlabel.data.labels.imprecision import LabelSources, draw_candidates, draw_noisy_labels, swap_truth
 from fedlabel.data.labels.labeling_functions import NOT_ASKED, Cast, cast_votes, load_functions
 from fedlabel.data.labels.supervision_config import LabelKind
 from fedlabel.data.sets.datasets import Dataset
@@ -55,7 +55,7 @@ class Supervision:
         if len(impossible):
             raise ValueError(
                 f"`candidates` of sample {int(impossible[0])} are all False: no class is possible. "
-                "At least one must be True; all True means that nothing is known."
+                "At least one must be True; all True means no label."
             )
         if self.noisy.dtype != torch.bool or self.noisy.shape != shape[:1]:
             raise ValueError(
@@ -136,7 +136,7 @@ class Supervision:
         return torch.where(self.labeled, self.candidates.int().argmax(1), -1)
 
     @property
-    def informed(self) -> Tensor:
+    def has_supervision(self) -> Tensor:
         """(n,) bool: the sample itself has a label, a candidate set or an annotation; bags and votes do not count."""
         return ~self.candidates.all(1) | (self.annotations >= 0).any(1)
 
@@ -178,12 +178,12 @@ class Supervision:
         return Supervision(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def supervise(labels: np.ndarray | Tensor, mask: np.ndarray | Tensor, num_classes: int) -> Supervision:
+def reveal_labels(labels: np.ndarray | Tensor, mask: np.ndarray | Tensor, num_classes: int) -> Supervision:
     """Returns a record with the true labels under `mask`, and no other supervision.
 
     Args:
         labels: (n,) integers; never looked at where `mask` is False.
-        mask: (n,) bool, where the label is known.
+        mask: (n,) bool, samples whose label is revealed.
         num_classes: how many classes.
 
     Returns:
@@ -192,19 +192,19 @@ def supervise(labels: np.ndarray | Tensor, mask: np.ndarray | Tensor, num_classe
     Raises:
         ValueError: a label under `mask` is not in [0, num_classes).
     """
-    known = torch.as_tensor(mask).nonzero().squeeze(1)
-    revealed = _checked(torch.as_tensor(labels), known, num_classes)
+    rows = torch.as_tensor(mask).nonzero().squeeze(1)
+    revealed = _checked(torch.as_tensor(labels), rows, num_classes)
     candidates = torch.ones(len(mask), num_classes, dtype=torch.bool)
-    candidates[known] = revealed[:, None] == torch.arange(num_classes)
+    candidates[rows] = revealed[:, None] == torch.arange(num_classes)
     return Supervision.certain(candidates)
 
 
-def impart(
+def build_supervision(
     labels: np.ndarray,
     kinds: np.ndarray,
     parts: Sequence[LabelKind],
     num_classes: int,
-    resemblance: Resemblance,
+    sources: LabelSources,
     seed: int,
     holders: Sequence[np.ndarray] = (),
     published: Bags | None = None,
@@ -213,11 +213,11 @@ def impart(
     `ask_functions`.
 
     Args:
-        labels: (n,) the truth; not looked at where nothing is known.
-        kinds: (n,) int64, a place in `parts`, or -1 where nothing is known.
+        labels: (n,) the truth; not looked at without a label.
+        kinds: (n,) int64, a place in `parts`, or -1 without a label.
         parts: the kinds of label.
         num_classes: how many classes.
-        resemblance: which classes look alike, and the labels of files.
+        sources: which classes look alike, and the labels of files.
         seed: the experiment's seed.
         holders: per client the rows of its samples; a bag lies within one client.
         published: over all samples, the bags of the kind of label whose counts are from a file.
@@ -244,7 +244,7 @@ def impart(
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":
             own = [mine[kinds[mine] == place] for mine in holders]
-            feature = None if part.bag_feature is None else resemblance.dataset.feature(part.bag_feature, "train")
+            feature = None if part.bag_feature is None else sources.dataset.feature(part.bag_feature, "train")
             bags = draw_bags(labels, own, num_classes, part, feature, seed, place)
             bag[index] = torch.where(bags.bag[index] >= 0, bags.bag[index] + sum(map(len, counts)), -1)
             counts.append(bags.counts)
@@ -254,17 +254,17 @@ def impart(
             candidates[index] = torch.from_numpy(truth[:, None] == np.arange(num_classes))
             continue
         if part.has_candidates:
-            drawn = draw_candidates(truth, rows, num_classes, part, resemblance, rng)
+            drawn = draw_candidates(truth, rows, num_classes, part, sources, rng)
             if part.kind == "partial" and part.noise_rate > 0:
                 drawn = swap_truth(drawn, truth, part.noise_rate, rng)
                 noisy[index] = True
             candidates[index] = torch.from_numpy(drawn)
         if part.has_noisy_labels:
-            given = draw_noisy_labels(truth, rows, num_classes, part, resemblance, rng)
+            given = draw_noisy_labels(truth, rows, num_classes, part, sources, rng)
             if part.kind == "noisy" and given.shape[1] == 1:
-                told = given[:, 0] >= 0
-                candidates[index[told]] = torch.from_numpy(given[told, 0, None] == np.arange(num_classes))
-                noisy[index[told]] = True
+                has_label = given[:, 0] >= 0
+                candidates[index[has_label]] = torch.from_numpy(given[has_label, 0, None] == np.arange(num_classes))
+                noisy[index[has_label]] = True
             else:
                 annotated.append((index, torch.from_numpy(given)))
     annotations = torch.full((n, sum(given.shape[1] for _, given in annotated)), -1)
@@ -300,7 +300,7 @@ def ask_functions(
     """Applies the labelling functions of the part of the mix that has them; None if no part does.
 
     Args:
-        kinds: (n,) int64, a place in `parts`, or -1 where nothing is known.
+        kinds: (n,) int64, a place in `parts`, or -1 without a label.
         parts: the kinds of label.
         dataset: has the samples.
         holders: per client the rows of its samples. One that has the functions also asks them of its samples of which
@@ -317,10 +317,10 @@ def ask_functions(
         functions, samples = load_functions(part.module), (dataset.sample(int(row)) for row in asked)
         cast = cast_votes(functions, samples, dataset.class_names, stop=part.on_error == "stop")
         if len(asked) and not any(report.votes for report in cast.reports):
-            doubts = [doubt for report in cast.reports if (doubt := report.doubt())]
+            warnings = [warning for report in cast.reports if (warning := report.warning())]
             raise ValueError(
                 f"`supervision.module` (={part.module}): none of its {len(functions)} functions votes on any of "
-                f"{len(asked)} samples. {' '.join(doubts[:3]) or 'All abstain everywhere.'}"
+                f"{len(asked)} samples. {' '.join(warnings[:3]) or 'All abstain everywhere.'}"
             )
         votes = np.full((len(kinds), len(functions)), NOT_ASKED)
         votes[asked] = cast.votes

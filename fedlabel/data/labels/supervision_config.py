@@ -140,7 +140,7 @@ class LabelKind:
                 f"`supervision.candidates` (={self.candidates}) has no place beside supervision.kind={self.kind}: take "
                 "supervision.kind=partial, or leave it out."
             )
-        if self.classless and (self.labels_per_class is not None or self.stratified):
+        if self.hides_classes and (self.labels_per_class is not None or self.stratified):
             raise ValueError(
                 f"`supervision.labels_per_class` (={self.labels_per_class}) and `supervision.stratified` "
                 f"(={self.stratified}) choose samples by their class, which nobody knows with supervision.kind="
@@ -235,13 +235,13 @@ class LabelKind:
         return self.kind in ("noisy", "partial_and_noisy")
 
     @property
-    def from_truth(self) -> bool:
+    def from_true_labels(self) -> bool:
         """Whether the labels are generated from true labels, which the data must then have."""
         from_elsewhere = self.kind == "noisy" and self.noise == "file"
         return self.kind != "labeling_functions" and self.bags_file is None and not from_elsewhere
 
     @property
-    def classless(self) -> bool:
+    def hides_classes(self) -> bool:
         """Whether this kind gives no class of a single sample: bags and labelling functions."""
         return self.kind in ("bags", "labeling_functions")
 

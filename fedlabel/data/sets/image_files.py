@@ -118,7 +118,7 @@ def _each(paths: Sequence[Path], read: Callable[[Image.Image], Value], take: Cal
     images.
     """
     Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]  # not every Pillow was built with all of them
+    formats = [name for name in FORMATS if name in Image.OPEN]  # not every Pillow was built with all of them
     failures: list[tuple[Path, str]] = []
     for path in paths:
         try:
@@ -127,7 +127,7 @@ def _each(paths: Sequence[Path], read: Callable[[Image.Image], Value], take: Cal
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of damaged Exif, say
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path, formats=known) as image:
+                with Image.open(path, formats=formats) as image:
                     take(read(image))
         except Exception as error:  # Pillow's readers raise whatever comes to them in a damaged file
             failures.append((path, _reason(path, error)))

@@ -56,8 +56,8 @@ def read_parquet(path: Path, skipped: Collection[str] = ()) -> TextTable:
     except DataError:
         raise
     except (ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise DataError(f"{path} cannot be read as a Parquet file: {said} Write it again.") from error
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path} cannot be read as a Parquet file: {reason} Write it again.") from error
     return TextTable(str(path), tuple(schema.names), columns)
 
 

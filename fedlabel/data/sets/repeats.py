@@ -14,9 +14,9 @@ def repeated_images(train: Split, test: Split, where: str) -> list[str]:
     label_of: dict[bytes, int] = {}
     contradicting = 0
     for key, label in zip(_keys(train.images), train.labels.tolist(), strict=True):
-        known = label_of.setdefault(key, label)
-        contradicting += known >= 0 and label >= 0 and known != label
-        if known < 0:
+        first = label_of.setdefault(key, label)
+        contradicting += first >= 0 and label >= 0 and first != label
+        if first < 0:
             label_of[key] = label
     shared = sum(key in label_of for key in _keys(test.images))
     notes = []

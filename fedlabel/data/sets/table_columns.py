@@ -79,24 +79,24 @@ def split_off_test(
     """
     from sklearn.model_selection import train_test_split
 
-    known = np.flatnonzero(labels >= 0)
-    sizes = np.bincount(labels[known], minlength=len(class_names))
-    count = int(np.ceil(config.test_fraction * len(known)))
+    labeled = np.flatnonzero(labels >= 0)
+    sizes = np.bincount(labels[labeled], minlength=len(class_names))
+    count = int(np.ceil(config.test_fraction * len(labeled)))
     reason = ""
     if len(single := np.flatnonzero(sizes < 2)):
         rows = [int(row) + 1 for row in np.flatnonzero(np.isin(labels, single))[:1]]
         there = f"one row (data row {rows[0]})" if rows else "no row"
         reason = f"class {quoted(class_names[single[0]])} has {there}, and a class needs two"
-    elif not len(class_names) <= count <= len(known) - len(class_names):
-        reason = f"of {count} test rows and {len(known) - count} training rows every class needs one"
+    elif not len(class_names) <= count <= len(labeled) - len(class_names):
+        reason = f"of {count} test rows and {len(labeled) - count} training rows every class needs one"
     if reason:
         raise DataError(
             f"{file.where}: no test set of `data.test_fraction` (={config.test_fraction}) can be split off "
-            f"{len(known)} rows of {len(class_names)} classes: {reason}. Is it the right column of labels? "
+            f"{len(labeled)} rows of {len(class_names)} classes: {reason}. Is it the right column of labels? "
             "If so, add rows or delete the class, or give test rows in a file of their own."
         )
     place = np.argsort(np.argsort(class_names))  # the draw goes by the alphabet, however the classes are numbered
-    _, test = train_test_split(known, test_size=config.test_fraction, random_state=0, stratify=place[labels[known]])
+    _, test = train_test_split(labeled, test_size=config.test_fraction, random_state=0, stratify=place[labels[labeled]])
     test = np.sort(test)
     train = np.setdiff1d(np.arange(len(labels)), test)
     parts = [Rows(file, rows, labels[rows]) for rows in (train, test)]
@@ -175,7 +175,7 @@ class _Reading:
         self.empty: list[str] = []
         self.zeros: list[str] = []
         self.mixed: list[str] = []
-        self.unknown: list[str] = []  # categories that only test rows have
+        self.test_only: list[str] = []  # categories that only test rows have
 
     def read(self, name: str) -> None:
         """Decides the type of a column, and reads it."""
@@ -272,7 +272,7 @@ class _Reading:
             )
         if new := set(others) - set(counts):
             rows = sum(cell in new for cell in others)
-            self.unknown.append(f"{shown(name)} ({rows} rows, such as {quoted(min(new))})")
+            self.test_only.append(f"{shown(name)} ({rows} rows, such as {quoted(min(new))})")
         self.categories[name] = [np.array(part, dtype=object) for part in (cells, others)]
 
     @property
@@ -283,7 +283,10 @@ class _Reading:
             (self.empty, "left out, since no training row has a cell filled"),
             (self.zeros, "read as numbers, though some begin with 0 (codes? then name them in data.categorical)"),
             (self.mixed, "read as categories, though some cells are numbers"),
-            (self.unknown, "test rows have categories that no training row has, which are no feature, in the columns"),
+            (
+                self.test_only,
+                "test rows have categories that no training row has, which are no feature, in the columns",
+            ),
         )
         return tuple(f"{self.train.file.where}: {what}: {summed(columns)}." for columns, what in kinds if columns)
 

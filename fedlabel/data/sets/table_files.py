@@ -139,8 +139,8 @@ def load_table(config: DataConfig) -> LoadedTable:
                 f"{files[1].where} and {files[0].where} must have the same columns; only one of them has {listed(odd)}."
             )
         loaded = as_tables(Rows(files[0], np.arange(len(train)), train), tests[0], names, config)
-    said = (*(note for file in files for note in file.notes), *notes, *loaded.notes)
-    return loaded._replace(notes=(*said, *column_notes(files[0].where, loaded.train, files[0].names)))
+    own_notes = (*(note for file in files for note in file.notes), *notes, *loaded.notes)
+    return loaded._replace(notes=(*own_notes, *column_notes(files[0].where, loaded.train, files[0].names)))
 
 
 def _find_uci(config: DataConfig, folder: str, name: str, number: int) -> Path:

@@ -48,14 +48,14 @@ class TextTable:
 class Interner:
     """Gives equal cells of a column the same object, so that short and frequent ones take 8 bytes each."""
 
-    known: dict[str, str] = field(default_factory=dict)
+    seen: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, cells: list[str]) -> Iterable[str]:
         """Returns the cells, equal ones as the same object."""
-        if len(self.known) < INTERNED:
+        if len(self.seen) < INTERNED:
             for cell in set(cells):
-                self.known.setdefault(cell, cell)
-        return map(self.known.get, cells, cells)
+                self.seen.setdefault(cell, cell)
+        return map(self.seen.get, cells, cells)
 
 
 def quoted(text: str) -> str:
