@@ -22,7 +22,7 @@ def near(name: str, names: Iterable[str], most: int = 1, cutoff: float = 0.6) ->
 
     Args:
         name: as somebody wrote it.
-        names: names; beyond the first `COMPARED` only one that is the same but for case and blanks is found.
+        names: candidates; beyond the first `COMPARED` only one that is the same but for case and blanks is found.
         most: how many, where none is the same.
         cutoff: least share of letters in common, see difflib.
     """

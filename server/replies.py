@@ -496,10 +496,8 @@ def _check_votes(counts: Mapping[str, np.ndarray], most: int) -> None:
     Raises:
         Refused: they cannot be counts of the same votes.
     """
-    samples, voted, with_truth, *right = counts["function_samples"]
-    if not (
-        samples <= most and voted <= samples and with_truth <= samples and max(right) <= with_truth * (1 + _ROUNDING)
-    ):
+    samples, voted, labeled, *right = counts["function_samples"]
+    if not (samples <= most and voted <= samples and labeled <= samples and max(right) <= labeled * (1 + _ROUNDING)):
         raise Refused(f"BadReply: its count function_samples is more than it can have, {most}")
     per_function = counts["function_counts"].reshape(-1, 4)
     cast = counts["function_votes"].reshape(len(per_function), -1).sum(1)

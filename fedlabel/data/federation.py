@@ -208,7 +208,8 @@ class Federation:
             return []
         return [
             f"{self.num_without_label:,} of {held:,} training samples have no label in the data. Of the "
-            f"{held - self.num_without_label:,} labels that there are, supervision uses {used:,} and hides the others; supervision.kind=full uses all."
+            f"{held - self.num_without_label:,} labels that there are, "
+            f"supervision uses {used:,} and hides the others; supervision.kind=full uses all."
         ]
 
     def audit_json(self) -> str:

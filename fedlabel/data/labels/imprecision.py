@@ -244,11 +244,9 @@ def draw_noisy_labels(
         noisy[hit] = rng.integers(num_classes, size=len(hit))
     elif part.noise == "instance":
         weights = sources.probabilities[rows].copy() + 1e-4
-        uncertain = 1 - weights[np.arange(len(truth)), truth]
+        doubt = 1 - weights[np.arange(len(truth)), truth]
         count = round(part.noise_rate * len(truth))
-        hit = np.argsort(rng.exponential(size=len(truth)) / np.maximum(uncertain, 1e-4))[
-            :count
-        ]  # weighted, no repetition
+        hit = np.argsort(rng.exponential(size=len(truth)) / np.maximum(doubt, 1e-4))[:count]  # weighted, no repetition
         weights[np.arange(len(truth)), truth] = 0
         borders = weights[hit].cumsum(1)
         noisy[hit] = (rng.random((len(hit), 1)) * borders[:, -1:] > borders).sum(1)

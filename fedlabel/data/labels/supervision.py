@@ -213,7 +213,7 @@ def build_supervision(
     `ask_functions`.
 
     Args:
-        labels: (n,) the truth; not looked at without a label.
+        labels: (n,) true labels; not read where `kinds` is -1.
         kinds: (n,) int64, a place in `parts`, or -1 without a label.
         parts: the kinds of label.
         num_classes: how many classes.
