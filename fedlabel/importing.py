@@ -1,4 +1,4 @@
-"""What is imported as `server`, `clients` and `fedlabel`: ours, whatever else of these names lies about.
+"""Makes `server`, `clients` and `fedlabel` resolve to our packages, whatever other modules have these names.
 
 `server` and `clients` are names that people give to files of their own, and a working directory, or the folder of a
 script, often comes before installed packages on `sys.path`.
@@ -16,7 +16,7 @@ from fedlabel.hardware import PACKAGE_ROOT
 
 
 def claim_packages() -> None:
-    """Makes sure that `import clients` and `import server` give our packages in this process.
+    """Ensures that `import clients` and `import server` give our packages in this process.
 
     Raises:
         ValueError: another module of such a name has been imported already.
@@ -39,15 +39,15 @@ def claim_packages() -> None:
 
 
 def add_working_directory() -> None:
-    """Lets the modules of the working directory be found, after everything that is installed."""
+    """Appends the working directory to `sys.path`, after all installed packages."""
     here = os.getcwd()
     if not {"", here} & {*sys.path}:
         sys.path.append(here)
 
 
 def import_path() -> list[str]:
-    """Returns `sys.path` for another process: everything that can be imported here, our packages before all but
-    Python's own library.
+    """Returns `sys.path` for another process: all that can be imported here, our packages before all but Python's own
+    library.
     """
     library = Path(sysconfig.get_path("stdlib"))
     places = [os.path.abspath(place) for place in sys.path]

@@ -1,4 +1,4 @@
-"""What a checkpoint of an experiment may hold: everything in it is held against what the experiment itself would make.
+"""The schema of an experiment's checkpoint: everything in it is checked against the state the experiment would create.
 
 A digest tells a file that was damaged from one that was not, but not one that was written by something else.
 """
@@ -29,7 +29,8 @@ _FORMS = {"m_t": "arrays", "v_t": "arrays", "momentum_vector": "list"}
 
 
 def complaints(checkpoint: ServerState, experiment: Experiment, strategy: Strategy) -> Iterator[str]:
-    """Yields what in a checkpoint cannot come from a run of this experiment. Only the first is sure to make sense.
+    """Yields the errors of a checkpoint, as a run of this experiment would not write it. Only the first is sure to make
+    sense.
 
     Args:
         checkpoint: as loaded, on the CPU; its round number is one of the run's.
@@ -125,7 +126,7 @@ def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
 
 
 def _form(attribute: str, strategy: Strategy) -> str:
-    """Returns how `strategy_state` writes the arrays of an attribute."""
+    """Returns the serialised form of an attribute's arrays, see `strategy_state`."""
     if attribute == "current_arrays":
         return "arrays" if isinstance(strategy, (FedAdagrad, FedAdam, FedYogi)) else "record"
     return _FORMS.get(attribute, "arrays")

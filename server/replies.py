@@ -1,4 +1,5 @@
-"""The schema of a reply to a round, and the only door for what clients send: bytes in, checked values or a refusal out.
+"""The schema of a reply to a round, and the only entry point for clients' data: bytes in, checked values or a rejection
+out.
 
 The schema follows from the method, the model and the training: which arrays of which type and shape, which weights and
 how large at most, which metrics in which range, which counts of which length and what they cannot exceed. Nothing
@@ -53,11 +54,11 @@ ANY = Bounds()
 
 
 class Refused(ValueError):
-    """What came is not used; the text says why in one line that is safe to show."""
+    """A reply is rejected; the text gives the reason in one line that is safe to show."""
 
 
 def harmless(text: str, most: int = 300) -> str:
-    """Returns a text of someone else, see `shown`; it keeps its lines."""
+    """Returns a foreign text, see `shown`; it keeps its lines."""
     return shown(text, most, keep="\n")
 
 
@@ -67,12 +68,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class ArrayForm(NamedTuple):
-    """What one array of a model must be."""
+    """The expected form of one array of a model."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     header: bytes
-    """What numpy.save writes in front of such an array."""
+    """The header of numpy.save for such an array."""
     type_name: str
     """Of the dtype."""
     least: float
@@ -94,7 +95,7 @@ class ArrayForm(NamedTuple):
         return cls(dtype, shape, file.getvalue(), str(dtype), 0.0 if not_negative else -largest, largest)
 
     def read(self, name: str, array: Array) -> np.ndarray:
-        """Returns the array as a read-only view of its bytes; `name` is the server's own for it.
+        """Returns the array as a read-only view of its bytes; `name` is the server's own name for it.
 
         Raises:
             Refused: it is of another type or shape, or holds what no weight is.
@@ -118,7 +119,7 @@ class ArrayForm(NamedTuple):
         return values
 
     def _start(self, what: str, data: bytes) -> tuple[int, str]:
-        """Returns where the values begin and in which order they are. What a client wrote is not evaluated."""
+        """Returns the offset of the values and their order. A client's bytes are never evaluated as code."""
         if data.startswith(self.header):
             return len(self.header), "C"
         found = npy_header(data)
@@ -144,28 +145,28 @@ class ArrayForm(NamedTuple):
 
 
 class ClientLimits(NamedTuple):
-    """What a client can have sent at most in a round."""
+    """Upper limits of a client's values in a round."""
 
     method: Limits
     weights: Mapping[str, float]
-    """Of the metrics that are weights in the server's mean."""
+    """Limits of the metrics that are weights in the server's mean."""
     draws: int
-    """Times that a sample was drawn or looked at."""
+    """Largest number of times that samples were drawn or evaluated."""
 
 
 class Reply(NamedTuple):
-    """What came from one client and has been checked."""
+    """A checked reply of one client."""
 
     content: RecordDict
     """Its arrays, in the model's order, and its metrics, for a strategy."""
     sums: Counts
     counts: Counts
     statistics: dict[str, np.ndarray]
-    """Name -> float64 of the shape that the statistic has."""
+    """Name -> float64 statistic in its declared shape."""
 
 
 class ReplySchema:
-    """What replies to the rounds of a run must be.
+    """The schema of replies to the rounds of a run.
 
     Args:
         model: what is sent to clients, on any device.
@@ -224,7 +225,7 @@ class ReplySchema:
 
     @classmethod
     def of(cls, experiment: Experiment, sizes: Sequence[int]) -> ReplySchema:
-        """Returns the schema of an experiment; sizes: as announced."""
+        """Returns the schema of an experiment; sizes: the clients' announced numbers of samples."""
         config, record = experiment.config, experiment.federation.record
         return cls(
             experiment.initial_state,
@@ -260,7 +261,7 @@ class ReplySchema:
         return RoundSchema(self, round_number, shared, statistics, sent)
 
     def limits(self, client: int, round_number: int) -> ClientLimits:
-        """Returns what a client can have sent at most in a round."""
+        """Returns the upper limits of a client's values in a round."""
         samples, phases = self._sizes[client], self.recipe.phases(round_number)
         drawn = []
         for phase in phases:
@@ -282,7 +283,7 @@ class ReplySchema:
         return ClientLimits(of_method, self._weights[key], int(examples) + samples * len(phases))
 
     def _most_weights(self, results: list[PhaseResult], weight: float) -> Mapping[str, float]:
-        """Returns the weights that the method itself gives to a client that used all it could, or nothing."""
+        """Returns the method's own weights of a client that used all its samples, or none."""
         most = self.recipe.upload.send(self._model, results, self.parameters, weight)
         none = self.recipe.upload.send(self._model, [], self.parameters, 0.0)
         weights = {part: float(max(most[part].weight, none[part].weight)) for part in most}
@@ -292,18 +293,18 @@ class ReplySchema:
 
 
 class RoundSchema(NamedTuple):
-    """What replies to one round must be."""
+    """The schema of replies to one round."""
 
     schema: ReplySchema
     round_number: int
     shared: State
     statistics: Mapping[str, tuple[int, ...]]
-    """Name -> shape of what `Method.statistics` gives in this round."""
+    """Name -> shape of the results of `Shared.statistics` in this round."""
     sent: Mapping[str, np.ndarray]
-    """Of the global model, what counts batches, and the trained parameters if distances to them are asked for."""
+    """Names in the global model of batch counters, and of the trained parameters if distances to them are needed."""
 
     def read(self, content: RecordDict, client: int) -> Reply:
-        """Returns what a client's reply holds.
+        """Returns the checked content of a client's reply.
 
         Raises:
             Refused: it is not what a client that follows the method can have sent; nothing else is ever raised.
@@ -435,7 +436,7 @@ class RoundSchema(NamedTuple):
 
 
 def _numbers(what: str, name: str, value: object, length: int, largest: float = LARGEST_NUMBER) -> np.ndarray:
-    """Returns a list of so many numbers as (length,) float64; `name` is safe to show.
+    """Returns a list of `length` numbers as (length,) float64; `name` is safe to show.
 
     Raises:
         Refused: it is anything else.
@@ -451,7 +452,7 @@ def _numbers(what: str, name: str, value: object, length: int, largest: float = 
 
 
 def _lengths(classes: int, functions: int, claims: bool) -> tuple[Mapping[str, int], ...]:
-    """Returns groups of counts, name -> how many numbers; each group comes as a whole or not, "passes" always."""
+    """Returns groups of counts, name -> number of values; each group is complete or absent, "passes" always present."""
     per_class = dict.fromkeys(("drawn", "kept", "correct"), classes)
     per_expert = dict.fromkeys((f"{name}_by_expert" for name in per_class), 2)
     per_kind = dict.fromkeys(("drawn_by_kind", "correct_by_kind"), len(KIND_NAMES))
@@ -469,7 +470,7 @@ def _lengths(classes: int, functions: int, claims: bool) -> tuple[Mapping[str, i
 
 
 def _check_pseudo_labels(counts: Mapping[str, np.ndarray], most: int) -> None:
-    """Looks at `metrics.pseudo_label_counts`: each count is of some samples of another, and all are of one number.
+    """Checks `metrics.pseudo_label_counts`: each count is of a subset of another, and all are of one number of samples.
 
     Raises:
         Refused: they cannot be counts of the same pseudo-labels.
@@ -491,7 +492,7 @@ def _check_pseudo_labels(counts: Mapping[str, np.ndarray], most: int) -> None:
 
 
 def _check_votes(counts: Mapping[str, np.ndarray], most: int) -> None:
-    """Looks at `metrics.function_counts`.
+    """Checks `metrics.function_counts`.
 
     Raises:
         Refused: they cannot be counts of the same votes.
@@ -506,16 +507,16 @@ def _check_votes(counts: Mapping[str, np.ndarray], most: int) -> None:
 
 
 class Identity(NamedTuple):
-    """What a node says of itself before the first round."""
+    """A node's answer to the query before the first round."""
 
     client: int
     source_hash: str
     samples: int | None
-    """None: it runs other code than it was asked for."""
+    """None if its code differs from the server's."""
 
 
 def read_identity(content: RecordDict) -> Identity:
-    """Returns what a node says of itself.
+    """Returns a node's answer to the query, checked.
 
     Raises:
         Refused: it says nothing that makes sense.

@@ -1,4 +1,4 @@
-"""The server: a run from configuration to summary, and the Flower app that does it under `flwr run`.
+"""The server: a run from configuration to summary, and the Flower app for `flwr run`.
 
 The loop (`rounds.py`) is ours because Flower's `Strategy.start` can neither start at a later round nor save between
 rounds; messages and aggregation are Flower's.
@@ -86,7 +86,7 @@ def run_federation(
     resume: bool = False,
     on_round: OnRound = lambda round_number, metrics: None,
 ) -> dict[str, object]:
-    """Runs an experiment, or the rounds of it that are left, and returns what it writes into `summary.json`.
+    """Runs an experiment, or its remaining rounds, and returns the content of `summary.json`.
 
     Args:
         config: the resolved configuration.
@@ -133,7 +133,9 @@ def run_federation(
 
 
 def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[str, object] | None:
-    """Returns what `summary.json` says of a run without rounds left; None where something is to be done or mended."""
+    """Returns the content of `summary.json` of a run without remaining rounds; None if something is to be done or
+    repaired.
+    """
     if state.round_number < experiment.config.num_rounds:
         return None
     try:
@@ -149,7 +151,7 @@ def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[st
 
 
 def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFolder:
-    """Makes the folder of a new run, or opens that of a resumed one after the rounds that are done; None: a new one."""
+    """Creates the folder of a new run, or opens that of a resumed one after its completed rounds; None: a new one."""
     text = to_yaml(experiment.config)
     if done is not None:
         if done > 0:
@@ -168,7 +170,7 @@ def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFold
 
 
 def _describe(experiment: Experiment, folder: RunFolder) -> None:
-    """Writes what a run begins with: who holds what, and the configuration."""
+    """Writes the initial records of a run: partition, labels and configuration."""
     federation = experiment.federation
     write_atomic(folder.partition_json, federation.to_json())
     write_atomic(folder.supervision_json, federation.audit_json())
@@ -180,7 +182,7 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def _check_same_data(path: Path, federation: Federation) -> None:
-    """Raises a ValueError if the data, or who holds and knows what of them, are not those of the run's begin."""
+    """Raises a ValueError if the data, the partition or the supervision differ from those at the start of the run."""
     try:
         with naming(path):
             saved = json.loads(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Batches from a plan: labels are hidden where a loss must not see them, and views are made."""
+"""Makes batches from a plan: hides labels that a loss must not see, and makes views."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def add_counts(parts: Iterable[Mapping[str, list[float]]]) -> Counts:
 
 
 def means(sums: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns sum / count of every name whose value is (sum, count); names with count 0 are left out."""
+    """Returns sum / count of every name whose value is (sum, count); names with count 0 are omitted."""
     return {name: pair[0] / pair[1] for name, pair in sums.items() if pair[1] > 0}
 
 
@@ -82,7 +82,7 @@ CALIBRATION_BINS = 15
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor) -> np.ndarray:
-    """Returns (3, bins) float64 per bin of confidence: samples, sum of their confidence, how many are correct.
+    """Returns (3, bins) float64 per confidence bin: number of samples, sum of their confidence, number correct.
 
     All three add up over clients.
 
@@ -109,7 +109,7 @@ def calibration_error(bins: np.ndarray) -> float:
 
 
 def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, kind: Tensor) -> Counts:
-    """Returns what the evaluator counts on a client: pseudo-labels against the hidden truth.
+    """Returns the evaluator's counts on a client: pseudo-labels against the hidden labels.
 
     Args:
         pseudo: all pseudo-labels of a client in a round, (n,) each.
@@ -201,7 +201,7 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def function_counts(votes: Tensor, class_sets: Tensor, truth: Tensor) -> Counts:
-    """Returns what the evaluator counts of labelling functions' votes on a client.
+    """Returns the evaluator's counts of labelling functions' votes on a client.
 
     Args:
         votes: (n, K) int64, -1 = abstained.

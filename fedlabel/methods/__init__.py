@@ -123,7 +123,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns the type, text, file and line of an error in somebody else's code."""
+    """Returns the type, text, file and line of an error in a user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if not frame.filename.startswith((PACKAGE, "<frozen", IMPORTLIB))]
     place = f" ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""

@@ -1,4 +1,4 @@
-"""What methods that learn from bags of known counts share: batches of whole bags, and a loss per bag."""
+"""Common parts of methods for bags with class counts: batches of whole bags, and a loss per bag."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def by_bag(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bag_sums(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sums (bags, ...) of the rows of each bag, and (bags,) float how many there are."""
+    """Returns the sums (bags, ...) of the rows of each bag, and (bags,) float, their numbers."""
     rows, there = by_bag(values, members)
     return rows.sum(1), there.sum(1).to(values.dtype)
 
@@ -54,18 +54,18 @@ def log_bag_means(log_values: Tensor, members: Tensor) -> Tensor:
 
 
 def known_bags(part: Part) -> Tensor:
-    """Returns (bags,) bool, whose counts are known."""
+    """Returns (bags,) bool, whether a bag has counts."""
     return part.bag_counts.sum(-1) > 0
 
 
 def shares(part: Part) -> Tensor:
-    """Returns (bags, classes) float, the known share of each class in each bag; 0 where it is not known."""
+    """Returns (bags, classes) float, the share of each class in each bag by its counts; 0 without counts."""
     counts = part.bag_counts.float()
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
 def bag_step(values: Tensor, logits: Tensor, part: Part) -> Step:
-    """Returns the mean loss over the bags whose counts are known, 0 for none.
+    """Returns the mean loss over the bags with counts, 0 if there are none.
 
     Args:
         values: (bags,) loss of each.
@@ -92,8 +92,8 @@ def _of_bags(student: Model, teachers: Mapping[str, Model], batch: Batch, bag_lo
 
 
 def bag_recipe(loss: LossFunction, least: int = 1, prepare: Callable[[Survey], Prepared] | None = None) -> Recipe:
-    """Returns one phase over whole bags. A labelled sample in no bag is a bag of one; unlabelled ones there are not
-    used. Arguments: see `Phase` and `ByBag`.
+    """Returns one phase over whole bags. A labelled sample in no bag is a bag of one; unlabelled samples in no bag are
+    not used. Arguments: see `Phase` and `ByBag`.
     """
     train = Phase("train", loss, draw=ByBag(least=least), prepare=prepare)
     return Recipe((Stage((train,)),), uses=LabelKinds.TRUE | LabelKinds.BAGS | LabelKinds.AT_SERVER)

@@ -39,7 +39,7 @@ NUMBERED_CLASSES = 20
 
 
 def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequence[str]) -> Figure:
-    """Shows who holds what: samples per client and class, known and unknown apart, and kinds of label per client.
+    """Plots samples per client and class, with and without supervision, and kinds of label per client.
 
     Args:
         counts: (kinds, clients, classes) samples; the first kind is "no label".
@@ -95,7 +95,7 @@ def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequ
 
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Shows how the samples of each class are classified, in percent of the class; white: never.
+    """Plots how the samples of each class are classified, in percent of the class; white: never.
 
     Args:
         confusion: (classes, classes) counts, row = truth, column = prediction.
@@ -125,7 +125,7 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
 
 
 def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_names: Sequence[str]) -> Figure:
-    """Shows a noise matrix, and the true one beside it where there is one, in percent of the true class.
+    """Plots a noise matrix, next to the true one if it exists, in percent of the true class.
 
     Args:
         transition: (classes, classes), rows sum to 1: row = true class, column = noisy label.
@@ -154,7 +154,7 @@ def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_na
 
 
 def reliability_figure(bins: np.ndarray, title: str) -> Figure:
-    """Shows how often predictions are right against how confident they are, and how many have which confidence.
+    """Plots accuracy against confidence, and the distribution of confidence.
 
     Args:
         bins: (3, bins) samples, sum of confidence and correct ones per equal-width bin, see `calibration_bins`.
@@ -186,7 +186,7 @@ def reliability_figure(bins: np.ndarray, title: str) -> Figure:
 
 
 def functions_figure(coverage: np.ndarray, accuracy: np.ndarray, estimated: np.ndarray) -> Figure:
-    """Shows how often each labelling function is right where it votes, and how often the label model thinks it is.
+    """Plots the true and the estimated accuracy of each labelling function on its votes.
 
     Args:
         coverage: (functions,) share of the samples that it votes on.
@@ -267,7 +267,7 @@ def pseudo_label_panel(
 
 
 def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
-    """Shows the global model's accuracy on every client's share of the evaluation split, worst first.
+    """Plots the global model's accuracy on every client's share of the evaluation split, lowest first.
 
     Args:
         accuracy: (clients,) in [0, 1]; NaN for a client without samples to evaluate on.
@@ -382,7 +382,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _sequential() -> Colormap:
-    """White to dark blue without the palest part, so that a single sample differs from none (white)."""
+    """White to dark blue without the palest part, so that one sample is distinguishable from none (white)."""
     return LinearSegmentedColormap.from_list("blues", colormaps["Blues"](np.linspace(0.18, 1.0, 256)))
 
 
@@ -405,7 +405,7 @@ def _grid_between(axes: Sequence[Axes], rows: int, columns: int) -> None:
 
 
 def _class_ticks(axis: Axes, side: str, class_names: Sequence[str], inches: float) -> None:
-    """Names the classes along an axis, every one of them if they fit, else every second, third, ..."""
+    """Labels the classes along an axis, every one of them if they fit, else every second, third, ..."""
     step = max(1, int(np.ceil(len(class_names) * 0.15 / inches)))
     places = range(0, len(class_names), step)
     names = [_name(class_names[i]) for i in places]
@@ -422,10 +422,10 @@ def _percent(share: float) -> str:
 
 
 def _name(text: str) -> str:
-    """Shortens a class name to what fits beside a picture or under a column; names often differ at their end."""
+    """Shortens a class name to fit next to a picture or under a column; names often differ at their end."""
     return _plain(text if len(text) <= 14 else f"{text[:8]}…{text[-5:]}")
 
 
 def _plain(text: str) -> str:
-    """Keeps matplotlib from reading dollar signs as mathematics."""
+    """Escapes dollar signs, which matplotlib reads as mathematics."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Jobs in worker processes that end when their parent ends, however it ends."""
+"""Jobs in worker processes that end when their parent ends, in any way."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _interrupt_ignored() -> Iterator[None]:
 
 
 def _serve(work: Callable[[Any, Tell], None], connection: Connection) -> None:
-    """A worker's life: one job after the other until the parent closes the pipe, says stop, or is gone."""
+    """The loop of a worker: one job after the other until the parent closes the pipe, sends SIGTERM, or is gone."""
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     while True:

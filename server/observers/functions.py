@@ -1,4 +1,4 @@
-"""Labelling functions: the table that weak supervision looks at, over all clients and of each."""
+"""Labelling functions: the usual analysis table of weak supervision, over all clients and per client."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FunctionObserver(Observer):
         return self._clients
 
     def load(self, remembered: Mapping[int, Counts]) -> None:
-        """Puts them back."""
+        """Restores the result of `dump`."""
         self._clients = dict(remembered)
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
@@ -79,7 +79,7 @@ class FunctionObserver(Observer):
         return len(counts["function_counts"]) // 4
 
     def _rates(self, counts: Counts) -> dict[str, np.ndarray]:
-        """Returns each function's rates; accuracy is of its votes."""
+        """Returns each function's rates; accuracy is over its votes."""
         cast = np.reshape(counts["function_votes"], (self._size(counts), -1)).sum(1)
         overlaps, conflicts, right, with_truth = np.reshape(counts["function_counts"], (-1, 4)).T
         samples = np.full_like(cast, counts["function_samples"][0])
