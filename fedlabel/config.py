@@ -222,15 +222,15 @@ class ExperimentConfig:
         hidden = self.skew.unlabeled_only_classes
         if hidden and any(part.hides_classes for part in supervision.parts):
             raise ValueError(
-                f"`skew.unlabeled_only_classes` (=[{', '.join(hidden)}]) chooses samples by their class, which nobody "
-                "knows with supervision.kind=bags and labeling_functions: leave it out."
+                f"`skew.unlabeled_only_classes` (=[{', '.join(hidden)}]) chooses samples by their class, which is "
+                "unknown with supervision.kind=bags and labeling_functions: leave it out."
             )
         if self.labeled_partition is None:
             return
         if supervision.mix:
             raise ValueError(
-                "`labeled_partition` has no place beside supervision.mix, whose kinds of label are handed out among "
-                "what the clients hold: set labeled_partition=null, or give one kind of label."
+                "`labeled_partition` cannot be combined with supervision.mix, whose kinds of label are distributed "
+                "over the clients' samples: set labeled_partition=null, or give one kind of label."
             )
         if supervision.labels_at != "clients":
             raise ValueError(

@@ -40,7 +40,7 @@ class EvaluationData(NamedTuple):
     parts: Sequence[np.ndarray]
     """Rows of the split that each client is evaluated on."""
     bags: Bags | None
-    """(n,) int64, the labels of the split's samples."""
+    """Bags of the split's samples; None without bags."""
 
 
 class Experiment:
@@ -129,8 +129,8 @@ class Experiment:
         buffers = [key for key in model.state_dict() if key not in weights]
         if buffers and name not in AVERAGES:
             raise ValueError(
-                f"`strategy.name` (={name}) would apply its optimiser or noise to what `model.name` "
-                f"(={self.config.model.name}) keeps beside its weights, BatchNorm's running statistics for instance: "
+                f"`strategy.name` (={name}) would apply its optimiser or noise to the buffers of "
+                f"`model.name` (={self.config.model.name}), e.g. BatchNorm's running statistics: "
                 f"{', '.join(buffers[:3])} ({len(buffers)} in all). Take a network without, e.g. "
                 f"model.name=cnn with model.norm=group, or strategy.name={' or '.join(AVERAGES)}."
             )

@@ -94,7 +94,7 @@ def _names(what: str, found: Any, wanted: Mapping[Any, object]) -> Iterator[str]
         yield f"`{what}` is no mapping"
     if found.keys() != wanted.keys():
         odd = sorted(map(shown, found.keys() ^ wanted.keys()))
-        yield f"`{what}` lacks, or has beside what belongs there, {', '.join(odd[:3])}"
+        yield f"`{what}` has missing or unexpected entries: {', '.join(odd[:3])}"
 
 
 def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
@@ -104,7 +104,7 @@ def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
     # A mapping of other things than arrays is not saved, see `strategy_state`.
     needed = {name for name, value in fresh.items() if value != {"arrays": {}}}
     if odd := sorted(map(shown, (saved.keys() - fresh.keys()) | (needed - saved.keys()))):
-        yield f"`strategy` lacks, or has beside what belongs there, {', '.join(odd[:3])}"
+        yield f"`strategy` has missing or unexpected entries: {', '.join(odd[:3])}"
     for name, value in saved.items():
         start, attribute = fresh[name], name.rpartition(".")[2]
         if isinstance(start, (bool, int, float)):
@@ -149,7 +149,7 @@ def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterato
         examples = remembered.like({**memory, **shared}, experiment.initial_state)
         kept = records.array_records["memory"]
         if odd := sorted(map(shown, set(kept) - set(examples))):
-            yield f"`{what}` has beside what belongs there, {', '.join(odd[:3])}"
+            yield f"`{what}` has unexpected entries: {', '.join(odd[:3])}"
         for name, array in kept.items():
             example = examples[name]
             try:

@@ -96,8 +96,8 @@ def _push(grid: Grid, messages: Sequence[Message]) -> set[str]:
 
 
 def _unreachable(error: httpx.RequestError) -> str:
-    """Returns whether an error means that the SuperLink is unreachable; Flower retries refused connections
-    endlessly.
+    """Returns the message for an unreachable SuperLink. Flower itself retries refused and broken connections endlessly;
+    this handles the errors on which it gives up.
     """
     return (
         f"Flower's SuperLink cannot be reached ({_line(error)}), so the run stops; its checkpoints stay. Check that it "

@@ -80,7 +80,7 @@ def _identify(
     for reply in replies_to(grid, queries, config.grid.timeout):
         query = asked.of(reply)
         if query is None:
-            refusals.append(f"Node {reply.metadata.src_node_id} sent what nobody asked for.")
+            refusals.append(f"Node {reply.metadata.src_node_id} sent an unrequested reply.")
             continue
         node = query.metadata.dst_node_id
         if reply.has_error():

@@ -283,7 +283,7 @@ class ReplySchema:
         return ClientLimits(of_method, self._weights[key], int(examples) + samples * len(phases))
 
     def _most_weights(self, results: list[PhaseResult], weight: float) -> Mapping[str, float]:
-        """Returns the method's own weights of a client that used all its samples, or none."""
+        """Returns upper limits of the method's own weights: the larger of those with all samples and with none."""
         most = self.recipe.upload.send(self._model, results, self.parameters, weight)
         none = self.recipe.upload.send(self._model, [], self.parameters, 0.0)
         weights = {part: float(max(most[part].weight, none[part].weight)) for part in most}
@@ -301,7 +301,7 @@ class RoundSchema(NamedTuple):
     statistics: Mapping[str, tuple[int, ...]]
     """Name -> shape of the results of `Shared.statistics` in this round."""
     sent: Mapping[str, np.ndarray]
-    """Names in the global model of batch counters, and of the trained parameters if distances to them are needed."""
+    """Arrays of the global model: batch counters, and the trained parameters if distances to them are needed."""
 
     def read(self, content: RecordDict, client: int) -> Reply:
         """Returns the checked content of a client's reply.
@@ -313,7 +313,7 @@ class RoundSchema(NamedTuple):
             if not isinstance(content.get(name), kind):
                 raise Refused(f"BadReply: it lacks the record `{name}`")
         if further := [name for name in content if name not in _RECORDS]:
-            raise Refused(f"BadReply: it has records that nobody asked for, {_listed(further)}")
+            raise Refused(f"BadReply: it has records that were not requested, {_listed(further)}")
         limits = self.schema.limits(client, self.round_number)
         metrics = self._metrics(content["metrics"], limits)  # type: ignore[arg-type]
         sums = self._sums(content["sums"], limits)  # type: ignore[arg-type]
@@ -327,7 +327,7 @@ class RoundSchema(NamedTuple):
         if missing := [name for name in expected if name not in record]:
             raise Refused(f"BadReply: its metrics lack `{missing[0]}`")
         if further := [name for name in record if name not in expected]:
-            raise Refused(f"BadReply: its metrics have what nobody asked for, {_listed(further)}")
+            raise Refused(f"BadReply: its metrics have entries that were not requested, {_listed(further)}")
         for name, most in limits.weights.items():
             if type(record[name]) not in (int, float) or not 0 <= record[name] <= most * (1 + 1e-9):  # type: ignore[operator]
                 value = _listed([str(record[name])])
@@ -365,7 +365,7 @@ class RoundSchema(NamedTuple):
     def _counts(self, record: ConfigRecord, limits: ClientLimits) -> Counts:
         expected = {name: length for group in self.schema.counts for name, length in group.items()}
         if further := [name for name in record if name not in expected]:
-            raise Refused(f"BadReply: its counts have what nobody asked for, {_listed(further)}")
+            raise Refused(f"BadReply: its counts have entries that were not requested, {_listed(further)}")
         for group in self.schema.counts:
             missing = [name for name in group if name not in record]
             if missing and (len(missing) < len(group) or "passes" in group):
@@ -385,7 +385,7 @@ class RoundSchema(NamedTuple):
 
     def _statistics(self, record: ConfigRecord, limits: Limits) -> dict[str, np.ndarray]:
         if further := [name for name in record if name not in self.statistics]:
-            raise Refused(f"BadReply: it has statistics that nobody asked for, {_listed(further)}")
+            raise Refused(f"BadReply: it has statistics that were not requested, {_listed(further)}")
         found = {}
         for name, shape in self.statistics.items():
             header = [float(len(shape)), *map(float, shape)]
@@ -406,7 +406,7 @@ class RoundSchema(NamedTuple):
         forms = self.schema.arrays
         if record.keys() != forms.keys():
             wrong = [*(name for name in forms if name not in record), *(name for name in record if name not in forms)]
-            raise Refused(f"BadReply: its model lacks, or has beside the global model's arrays, {_listed(wrong)}")
+            raise Refused(f"BadReply: its model has missing or unexpected arrays: {_listed(wrong)}")
         values = {name: form.read(name, record[name]) for name, form in forms.items()}
         for name in self.schema.counters:
             most = self.sent[name.rpartition("/")[2]] + PER_DRAW * limits.method.steps

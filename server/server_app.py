@@ -186,13 +186,13 @@ def _check_same_data(path: Path, federation: Federation) -> None:
     try:
         with naming(path):
             saved = json.loads(path.read_bytes())
-        there = {"what clients hold and know": saved["sha256"], **saved.get("data", {})}
+        there = {"partition and supervision": saved["sha256"], **saved.get("data", {})}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}), so nobody knows whether the data are those of the run. "
+            f"{path} cannot be read ({type(error).__name__}), so it is unknown whether the data are those of the run. "
             "Put the file back, or begin a new run."
         ) from error
-    here = {"what clients hold and know": federation.sha256, **federation.data_hashes}
+    here = {"partition and supervision": federation.sha256, **federation.data_hashes}
     changed = [what for what, value in there.items() if here.get(what) != value]
     if changed:
         raise ValueError(
@@ -202,8 +202,8 @@ def _check_same_data(path: Path, federation: Federation) -> None:
         )
     if not saved.get("data"):
         logger.warning(
-            "%s is of an older version and has no hash of inputs and labels: whether they have changed since cannot be "
-            "told, only that the same clients hold and know the same samples.",
+            "%s is of an older version and has no hash of inputs and labels: whether these have changed is unknown; "
+            "partition and supervision are the same.",
             path,
         )
 

@@ -30,13 +30,13 @@ PARTITIONS = {
     "flwr_datasets:NAME": "a partitioner of the package flwr-datasets, e.g. flwr_datasets:ShardPartitioner",
 }
 LABELS = {
-    "few_labels": "some samples have their true label",
-    "full": "all samples have it",
-    "partial": "sets of candidates",
+    "few_labels": "some samples have their true label, the others none",
+    "full": "all samples have their true label",
+    "partial": "candidate sets",
     "noisy": "labels that may be wrong",
-    "partial_and_noisy": "both",
-    "bags": "groups of samples of which only the count of each class is known",
-    "labeling_functions": "what functions of yours say of samples",
+    "partial_and_noisy": "candidate sets and labels that may be wrong",
+    "bags": "groups of samples with the number of samples in each class",
+    "labeling_functions": "votes of your own labelling functions",
 }
 SECTIONS = tuple(name for name, kind in hints(ExperimentConfig).items() if inner_schema(kind) is not None)
 """Keys of which `fedlabel list KEY` shows the keys below."""
@@ -114,7 +114,7 @@ def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",))
         return
     names = [*METHODS, *SECTIONS]
     raise ConfigError(
-        f"`{as_yaml(name)}` is neither a method nor a section of the configuration, of which there are "
+        f"`{as_yaml(name)}` is neither a method nor a section of the configuration. Allowed: "
         f"{', '.join(names)}.{did_you_mean(name, names)}"
     )
 

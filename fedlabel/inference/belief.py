@@ -60,7 +60,8 @@ class Beliefs(NamedTuple):
     probability: Tensor
     """(n,) p(z_i = 1); for several classes (n, classes)."""
     converged: bool
-    """Whether in the last iteration no belief, and no message along an edge, changed by `tolerance` or more."""
+    """Whether in the last iteration no belief, and no message along an edge, changed by `tolerance` or more, before
+    damping."""
     iterations: int
     """Number of iterations."""
     residual: float

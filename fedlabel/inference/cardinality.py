@@ -171,7 +171,7 @@ def tilt(
 
 
 def _bracket(theta: Tensor, target: Tensor, stiffness: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the number of variables, the log-odds of `target` among them, and two brackets of `tilt`, (...) each.
+    """Returns the number of variables, the log-odds of `target` among them, and a bracket of `tilt`'s root, (...) each.
 
     Were all log-odds the least of them, or all the largest, the root would be known: it lies between the two.
     """

@@ -41,8 +41,8 @@ def posterior(logits: Tensor, log_likelihood: Tensor) -> Tensor:
     contradictory = (log_likelihood == -torch.inf).all(1).nonzero()
     if len(contradictory):
         raise ValueError(
-            f"What is known of sample {int(contradictory[0])} contradicts itself: its log-likelihood is -inf for every "
-            "class. At least one class must be possible; look at its candidates and labels."
+            f"The supervision of sample {int(contradictory[0])} contradicts itself: its log-likelihood is -inf for "
+            "every class. At least one class must be possible; look at its candidates and labels."
         )
     wrong = (~(logits < torch.inf) | ~(log_likelihood < torch.inf)).any(1).nonzero()
     if len(wrong):
@@ -53,8 +53,7 @@ def posterior(logits: Tensor, log_likelihood: Tensor) -> Tensor:
     impossible = (logits + log_likelihood == -torch.inf).all(1).nonzero()
     if len(impossible):
         raise ValueError(
-            f"The model's prediction for sample {int(impossible[0])} is 0 for every class that is possible by what is "
-            "known of it."
+            f"The model's prediction for sample {int(impossible[0])} is 0 for every class that its supervision allows."
         )
     return unchecked_posterior(logits, log_likelihood)
 

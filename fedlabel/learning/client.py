@@ -73,7 +73,7 @@ class Trainer:
     student: nn.Module
     """A module whose weights may be overwritten."""
     teacher: nn.Module
-    """A second module of the same architecture for frozen teachers, whose weights may be overwritten."""
+    """A second module of the same architecture, whose code runs frozen teachers; its own weights are not used."""
     transform: ImageTransform
     config: TrainingConfig
     metrics: tuple[Tag, ...] = ()

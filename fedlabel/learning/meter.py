@@ -42,7 +42,7 @@ class Meter:
         for name, pair in metrics.items():
             if name not in self._tags:
                 raise ValueError(
-                    f"The method makes the metric {name}, which nobody declared, so the server would refuse it. "
+                    f"The method makes the metric {name}, which is not declared, so the server would refuse it. "
                     f'Declare it: metrics = (Tag("{name}", title, unit, page, least=0.0, largest=1.0),) in the '
                     "method's class, with Tag of fedlabel.metric_tags."
                 )

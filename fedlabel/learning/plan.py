@@ -192,7 +192,7 @@ def most_drawn(phase: Phase, config: TrainingConfig, num_samples: int, units: Un
 
 
 def bag_units(supervision: Supervision, singles: bool) -> Units:
-    """Returns bags, then the labelled samples in no bag and, with `unlabeled`, the others; on the CPU.
+    """Returns bags, then the labelled samples in no bag and, with `singles`, the other samples in no bag; on the CPU.
 
     A noisy label is none: it would count as exact.
     """

@@ -12,7 +12,7 @@ from fedlabel.methods.recipe import LabelKinds, Recipe
 class _Kind(NamedTuple):
     name: str
     amount: str
-    """The noun after a number: "the counts of 3 bags", without the number and the s."""
+    """The text before a number and `unit`: "the counts of" in "the counts of 3 bags"."""
     unit: str
     learnt_by: str
     """Example of a configuration that learns from it."""

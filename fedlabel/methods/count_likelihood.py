@@ -18,9 +18,7 @@ from fedlabel.methods.recipe import Method, Recipe, Task
 
 
 def one_against_rest(logits: Tensor) -> Tensor:
-    """Returns log p(class) / p(other classes), (..., classes), of logits (..., classes); one column only if there are
-    two classes.
-    """
+    """Returns log p(class) / p(other classes), (..., classes), of logits (..., classes), at least two classes."""
     others = []
     for c in range(logits.shape[-1]):
         others.append(torch.cat([logits[..., :c], logits[..., c + 1 :]], -1).logsumexp(-1))

@@ -39,7 +39,7 @@ def easy_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def with_prior(survey: Survey) -> Prepared:
-    """Adds the client's class shares over all its bags and labels."""
+    """Stores the client's class shares, over all its bags and labels, in the memory."""
     supervision = survey.supervision
     labels = supervision.candidates[supervision.labeled & ~supervision.noisy & (supervision.bag < 0)]
     counts = supervision.bag_counts.sum(0) + labels.sum(0)

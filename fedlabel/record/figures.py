@@ -55,7 +55,7 @@ def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequ
     figure = _figure(2 * panel + 3.2, height)
     axes = figure.subplots(1, 3, sharey=True, width_ratios=[panel, panel, 2.4])
     numbered = clients <= 40 and classes <= 12
-    titles = ("Labelled", "Unlabelled") if labels_alone else ("Something known", "Nothing known")
+    titles = ("Labelled", "Unlabelled") if labels_alone else ("With supervision", "Without supervision")
     for axis, held, title in zip(axes[:2], (counts[1:].sum(0), counts[0]), titles, strict=True):
         # Square root: client sizes are skewed, and one large cell would leave all others equally pale.
         shades = PowerNorm(0.5, vmin=0, vmax=max(1, held.max()))

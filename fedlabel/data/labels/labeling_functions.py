@@ -103,12 +103,12 @@ class FunctionReport:
 
     def warning(self) -> str | None:
         """Returns a warning if the function failed or gave invalid answers; None if it did not."""
-        said = []
+        faults = []
         if self.failed:
-            said.append(f"fails on {self.failed:,} of {self.asked:,} samples ({self.first_failure})")
+            faults.append(f"fails on {self.failed:,} of {self.asked:,} samples ({self.first_failure})")
         if self.invalid:
-            said.append(f"answers {self.invalid:,} of {self.asked:,} samples with no class ({self.first_invalid})")
-        return f"Labelling function `{self.name}` {' and '.join(said)}: it abstains there." if said else None
+            faults.append(f"answers {self.invalid:,} of {self.asked:,} samples with no class ({self.first_invalid})")
+        return f"Labelling function `{self.name}` {' and '.join(faults)}: it abstains there." if faults else None
 
 
 class Cast(NamedTuple):

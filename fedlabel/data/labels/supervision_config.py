@@ -101,14 +101,16 @@ class LabelKind:
         if len(given) > 1:
             raise ValueError(f"{values} exclude each other: give one of them.")
         if self.kind == "full" and given:
-            raise ValueError(f"{values} has no place beside supervision.kind=full: take supervision.kind=few_labels.")
+            raise ValueError(
+                f"{values} cannot be combined with supervision.kind=full: take supervision.kind=few_labels."
+            )
         for name in given:
             if getattr(self, name) < 1:
                 raise ValueError(f"`supervision.{name}` (={getattr(self, name)}) must be at least 1.")
         if self.label_rate is None:
             if not given and self.kind == "few_labels" and not self._all_without_amount():
                 raise ValueError(
-                    "`supervision.label_rate` (=None) says nothing of the amount: "
+                    "`supervision.label_rate` (=None) does not define the amount: "
                     f"give it, or one of {', '.join(f'supervision.{name}' for name in COUNTS)}."
                 )
         elif not 0 <= self.label_rate <= 1:
@@ -130,20 +132,20 @@ class LabelKind:
             )
         if not self.has_candidates and self.partial_ratio is not None:
             raise ValueError(
-                f"`supervision.partial_ratio` (={self.partial_ratio}) has no place beside supervision.kind={self.kind}"
-                ": take supervision.kind=partial or partial_and_noisy, or leave it out."
+                f"`supervision.partial_ratio` (={self.partial_ratio}) cannot be combined with "
+                f"supervision.kind={self.kind}: take supervision.kind=partial or partial_and_noisy, or leave it out."
             )
         if self.partial_ratio is not None and not 0 <= self.partial_ratio <= 1:
             raise ValueError(f"`supervision.partial_ratio` (={self.partial_ratio}) must lie in [0, 1].")
         if self.candidates != "uniform" and not self.has_candidates:
             raise ValueError(
-                f"`supervision.candidates` (={self.candidates}) has no place beside supervision.kind={self.kind}: take "
-                "supervision.kind=partial, or leave it out."
+                f"`supervision.candidates` (={self.candidates}) cannot be combined with "
+                f"supervision.kind={self.kind}: take supervision.kind=partial, or leave it out."
             )
         if self.hides_classes and (self.labels_per_class is not None or self.stratified):
             raise ValueError(
                 f"`supervision.labels_per_class` (={self.labels_per_class}) and `supervision.stratified` "
-                f"(={self.stratified}) choose samples by their class, which nobody knows with supervision.kind="
+                f"(={self.stratified}) choose samples by their class, which is unknown with supervision.kind="
                 f"{self.kind}: take label_rate, labels_per_client or labels_total."
             )
         self._check_bag()
@@ -151,7 +153,7 @@ class LabelKind:
             raise ValueError(f"`supervision.on_error` (={self.on_error}) must be one of {', '.join(ON_ERROR)}.")
         if self.on_error != "abstain" and self.kind != "labeling_functions":
             raise ValueError(
-                f"`supervision.on_error` (={self.on_error}) has no place beside supervision.kind={self.kind}: take "
+                f"`supervision.on_error` (={self.on_error}) cannot be combined with supervision.kind={self.kind}: take "
                 "supervision.kind=labeling_functions, or leave it out."
             )
         if self.kind == "labeling_functions" and self.module is None:
@@ -161,7 +163,7 @@ class LabelKind:
             )
         if self.kind != "labeling_functions" and self.module is not None:
             raise ValueError(
-                f"`supervision.module` (={self.module}) has no place beside supervision.kind={self.kind}: take "
+                f"`supervision.module` (={self.module}) cannot be combined with supervision.kind={self.kind}: take "
                 "supervision.kind=labeling_functions, or leave it out."
             )
         from_file = self.noise == "file"
@@ -184,8 +186,8 @@ class LabelKind:
                 )
         elif self.noise != "symmetric" or (self.noise_rate > 0 and self.kind != "partial"):
             raise ValueError(
-                f"`supervision.noise` (={self.noise}) and `supervision.noise_rate` (={self.noise_rate}) have no place "
-                f"beside supervision.kind={self.kind}: take supervision.kind=noisy, or leave them out."
+                f"`supervision.noise` (={self.noise}) and `supervision.noise_rate` (={self.noise_rate}) cannot be "
+                f"combined with supervision.kind={self.kind}: take supervision.kind=noisy, or leave them out."
             )
 
     def _check_bag(self) -> None:
@@ -193,7 +195,7 @@ class LabelKind:
             for key in ("bags_file", "bag_column", "bag_size", "bag_size_max", "bag_feature", "count_epsilon"):
                 if getattr(self, key) is not None:
                     raise ValueError(
-                        f"`supervision.{key}` (={getattr(self, key)}) has no place beside supervision.kind="
+                        f"`supervision.{key}` (={getattr(self, key)}) cannot be combined with supervision.kind="
                         f"{self.kind}: take supervision.kind=bags, or leave it out."
                     )
             return
@@ -207,8 +209,8 @@ class LabelKind:
             for key in ("bag_size", "bag_size_max", "bag_feature", "count_epsilon", *amounts):
                 if getattr(self, key) is not None:
                     raise ValueError(
-                        f"`supervision.{key}` (={getattr(self, key)}) has no place beside supervision.bags_file, which "
-                        "says which bags there are: leave it out."
+                        f"`supervision.{key}` (={getattr(self, key)}) cannot be combined with supervision.bags_file, "
+                        "which defines the bags: leave it out."
                     )
             return
         if self.bag_size is None or self.bag_size < 1:
@@ -302,8 +304,8 @@ class SupervisionConfig(LabelKind):
         if beside:
             name = beside[0]
             raise ValueError(
-                f"`supervision.{name}` (={getattr(self, name)}) has no place beside supervision.mix, whose parts say "
-                "it themselves: leave it out, or take supervision.mix=[]."
+                f"`supervision.{name}` (={getattr(self, name)}) cannot be combined with supervision.mix, whose parts "
+                "have this key themselves: leave it out, or take supervision.mix=[]."
             )
         modules = [part.module for part in self.mix if part.module is not None]
         if len(modules) > 1:
@@ -341,7 +343,7 @@ class SupervisionConfig(LabelKind):
                 )
         elif self.labeled_clients is not None:
             raise ValueError(
-                f"`supervision.labeled_clients` (={self.labeled_clients}) has no place beside "
+                f"`supervision.labeled_clients` (={self.labeled_clients}) cannot be combined with "
                 f"supervision.labels_at={self.labels_at}: take supervision.labels_at=some_clients, or leave it out."
             )
         if self.labels_at == "server":
@@ -352,7 +354,7 @@ class SupervisionConfig(LabelKind):
                 )
             if self.labels_per_client is not None:
                 raise ValueError(
-                    f"`supervision.labels_per_client` (={self.labels_per_client}) has no place beside "
+                    f"`supervision.labels_per_client` (={self.labels_per_client}) cannot be combined with "
                     "supervision.labels_at=server, where no client has a label: take labels_per_class or labels_total."
                 )
 

@@ -80,7 +80,7 @@ def number_labels(train: np.ndarray, test: np.ndarray, names: np.ndarray | None,
         numbers = _by_names(given, class_names, where)
     elif lacking == len(given[0].values):
         raise DataError(
-            f"{where['y_train']}: no sample has a label, so nobody knows the classes. Name them in `class_names`, or "
+            f"{where['y_train']}: no sample has a label, so the classes are unknown. Name them in `class_names`, or "
             "give some labels."
         )
     elif given[0].width:

@@ -249,7 +249,7 @@ def _of_headers(root: Path, headers: Sequence[Header], mode: str) -> list[str]:
         "are grey and read as RGB, as the others are": grey if mode == "RGB" else 0,
         "have transparent parts or an alpha channel, which is dropped": sum(header.see_through for header in headers),
         "are turned as their Exif says": sum(header.turned for header in headers),
-        "hold several pictures, of which the first is read": sum(header.animated for header in headers),
+        "hold several pictures; the first is read": sum(header.animated for header in headers),
     }
     return [f"{root}: {count} of {len(headers)} images {what}." for what, count in counts.items() if count]
 

@@ -23,7 +23,7 @@ def repeated_images(train: Split, test: Split, where: str) -> list[str]:
     if shared:
         notes.append(
             f"{where}: {shared} of the {len(test.labels)} test images are training images, too; what is measured on "
-            "them says nothing of new ones."
+            "them says nothing about new ones."
         )
     if contradicting:
         notes.append(

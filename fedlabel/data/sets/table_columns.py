@@ -241,7 +241,7 @@ class _Reading:
         )
         if cell is None or shown(cell) != cell:  # what is cut cannot be copied
             return ways
-        return f"set data.missing={as_list(*self.config.missing, cell)} if it means that nothing is known; or {ways}"
+        return f"set data.missing={as_list(*self.config.missing, cell)} if it means a missing value; or {ways}"
 
     def _read_categories(self, name: str, cells: list[str], others: list[str]) -> None:
         counts = Counter(cells)
