@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fedlabel.methods.steps import PseudoLabels
+from fedlabel.methods.batch import PseudoLabels
 
 from fedlabel.learning.metrics import (
     CALIBRATION_BINS,
