@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from fedlabel.data.labels.supervision import Supervision, supervise
-from fedlabel.learning.plan import bag_units, draw_batches
+from fedlabel.learning.plan import Units, bag_units, draw_batches, most_drawn
+from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Prepared, PseudoLabels, Survey
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.losses import labels_loss
-from fedlabel.methods.recipe import BySample, Phase
+from fedlabel.methods.recipe import ByBag, BySample, Phase, Update
 from fedlabel.seeding import torch_generator
 from tests.learning.clients import (
     BOTH,
@@ -31,6 +32,7 @@ from tests.learning.clients import (
     to_class,
     train,
 )
+from tests.methods.tables import CLASSES
 
 
 def test_batches_are_shuffled_passes_without_a_gap() -> None:
@@ -61,6 +63,33 @@ def test_units_of_a_client() -> None:
     assert units.counts[3].tolist() == [0, 0, 0]
     none = bag_units(supervise(torch.zeros(2, dtype=torch.int64), torch.tensor([False, False]), 3), singles=False)
     assert len(none.rows) == 0
+
+
+@pytest.mark.parametrize(
+    ("phase", "config", "expected"),
+    [
+        (Phase("p", labels_loss), CONFIG, (5, 5 * 4)),
+        (Phase("p", labels_loss), replace(CONFIG, local_steps=None, local_epochs=2), (2 * 3, 2 * 3 * 4)),
+        (Phase("p", labels_loss, steps=2), CONFIG, (2, 2 * 4)),
+        (Phase("p", labels_loss, BOTH), replace(CONFIG, unlabeled_ratio=2), (5, 5 * (4 + 8))),
+        (Phase("p", labels_loss, MIXED), replace(CONFIG, unlabeled_ratio=9), (5, 5 * (4 + 10 + 10))),
+        (Phase("p", labels_loss, UNLABELED), CONFIG, (5, 5 * 4)),
+        (Phase("p", labels_loss, BY_KNOWLEDGE), CONFIG, (5, 5 * (4 + 4))),
+        (Phase("p", labels_loss, then=(Update(labels_loss),)), CONFIG, (10, 10 * 4)),
+    ],
+)
+def test_most_that_a_phase_draws(phase: Phase, config: TrainingConfig, expected: tuple[int, int]) -> None:
+    """(optimiser steps, samples) of a client of ten samples, whatever their labels; batches of four."""
+    assert most_drawn(phase, config, 10, None) == expected
+
+
+def test_most_that_a_phase_by_bags_draws() -> None:
+    """Three units of five samples, three of them in the largest: 4 / 5 of 3 units are 2 a step, or 3 if asked for."""
+    units = Units(torch.tensor([[0, 1, 2], [3, -1, -1], [4, -1, -1]]), torch.zeros(3, CLASSES, dtype=torch.int64))
+    epoch = replace(CONFIG, local_steps=None, local_epochs=1)
+    assert most_drawn(Phase("p", labels_loss, ByBag()), CONFIG, 5, units) == (5, 5 * 2 * 3)
+    assert most_drawn(Phase("p", labels_loss, ByBag()), epoch, 5, units) == (2, 2 * 2 * 3)
+    assert most_drawn(Phase("p", labels_loss, ByBag(least=9)), epoch, 5, units) == (1, 1 * 3 * 3)
 
 
 @pytest.mark.parametrize(("ratio", "labeled", "expected"), [(1, 10, 4), (3, 10, 12), (3, 2, 12), (9, 10, 20)])

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fedlabel.data.labels.supervision import supervise
 from fedlabel.learning.client import ClientData, Trainer, train_client
+from fedlabel.learning.meter import Meter
 from fedlabel.learning.plan import draw_batches
+from fedlabel.learning.step import counted, frozen_model
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS
 from fedlabel.methods.batch import Batch, Model, Step
@@ -22,6 +24,7 @@ from fedlabel.methods.recipe import Phase, Update
 from fedlabel.methods.supervised import Supervised
 from fedlabel.seeding import torch_generator
 from tests.learning.clients import (
+    BOTH,
     CONFIG,
     TASK,
     TRANSFORM,
@@ -226,3 +229,48 @@ def test_a_penalty_is_added_to_the_loss_of_its_step_alone() -> None:
     with_penalty, without = (model(train(Made(made=(p,)), data, one)) for p in (phase, replace(phase, then=())))
     torch.testing.assert_close(with_penalty["3.bias"], 0.8 * without["3.bias"])
     assert all(torch.equal(with_penalty[name], without[name]) for name in without if name != "3.bias")
+
+
+# Models as losses see them.
+
+
+def test_a_frozen_model_has_its_own_weights_and_no_gradient() -> None:
+    module, images = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.9)), torch.randn(4, 2)
+    state = {name: value + 1 for name, value in module.state_dict().items()}
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    outputs = frozen_model(module, state)(images)
+    torch.testing.assert_close(outputs, images @ state["0.weight"].T + state["0.bias"])  # and nothing dropped
+    assert not outputs.requires_grad
+    assert same(module.state_dict(), before)
+
+
+def test_weights_that_a_state_lacks_are_borrowed_as_they_are_at_each_call() -> None:
+    module, lender, images = nn.Linear(2, 3), nn.Linear(2, 3), torch.randn(4, 2)
+    model = frozen_model(module, {"bias": torch.ones(3)}, lender)
+    torch.testing.assert_close(model(images), images @ lender.weight.T + 1)
+    with torch.no_grad():
+        lender.weight.mul_(2)
+    torch.testing.assert_close(model(images), images @ lender.weight.T + 1)
+
+
+def test_passes_are_counted_once_from_the_inputs() -> None:
+    """Heads on embeddings go on from where a pass through the trunk ended."""
+    meter = Meter({})
+    model = counted(lambda inputs, *part: inputs, meter)
+    for part in ((), ("all",), ("embed",), ("heads",), ("bags",), ("classify",)):
+        assert torch.equal(model(torch.ones(3, 1), *part), torch.ones(3, 1))
+    assert meter.forward == 4 * 3
+    assert meter.backward == 0
+
+
+def test_a_students_pass_without_gradient_is_only_forth() -> None:
+    """Four labelled samples with and four without: eight forth, four back, in each of five steps."""
+    data, _ = client()
+
+    def twice(student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+        with torch.no_grad():
+            student(batch.unlabeled.views["weak"])
+        return labels_loss(student, teachers, batch)
+
+    update = train(Made(made=(Phase("train", twice, draw=BOTH),)), data)
+    assert (update.forward, update.backward) == (5 * 8, 5 * 4)
