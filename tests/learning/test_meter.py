@@ -24,6 +24,7 @@ def test_metrics_are_added_up_in_float64() -> None:
     meter.add({"train/loss": torch.tensor([1.0, 3.0])})
     sums = {name: pair.tolist() for name, pair in meter.sums.items()}
     assert sums == {"train/loss": [1e8 + 1, 4], "pseudo/coverage": [2, 4]}
+    assert {pair.dtype for pair in meter.sums.values()} == {torch.float64}
 
 
 def test_a_metric_that_nobody_declared_is_refused() -> None:
