@@ -68,7 +68,7 @@ NAMES = [
     "fedlabel.cli.main:app",
 ]
 SENSIBLE = {
-    "method.name": [*METHODS, *NAMES, "fedlabel.methods.base:Method", "FedLabel", "fixmtch"],
+    "method.name": [*METHODS, *NAMES, "fedlabel.methods.recipe:Method", "FedLabel", "fixmtch"],
     "model.name": ["cnn", "mlp", "resnet8", "resnet9", "wrn28_2", "torchvision:squeezenet1_1", "torchvision:x", "CNN"],
     "partition.kind": ["iid", "dirichlet", "dirichlet_per_class", "classes_per_client", "quantity_skew", "Dirichlet"],
     "supervision.kind": ["few_labels", "full", "partial", "noisy", "partial_and_noisy", "bags", "labeling_functions"],
