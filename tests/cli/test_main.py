@@ -333,14 +333,13 @@ def test_the_command_itself_reports_by_status(tmp_path: Path) -> None:
     """As a process: a method of the user's own is found in the working directory, an error is no traceback."""
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from fedlabel.methods.base import Method, Phase, cross_entropy_on_labels\n"
+        "from fedlabel.methods.losses import labels_loss\n"
+        "from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage\n"
         "@dataclass(frozen=True)\n"
         "class Mine(Method):\n"
         "    name: str = 'mine:Mine'\n"
-        "    def phases(self, round_number):\n"
-        "        return (Phase('train', self.loss, labeled=('weak',)),)\n"
-        "    def loss(self, student, teachers, batch):\n"
-        "        return cross_entropy_on_labels(student, batch.labeled)\n"
+        "    def recipe(self, task):\n"
+        "        return Recipe((Stage((Phase('train', labels_loss),)),), uses=LabelKinds.TRUE)\n"
     )
     small = [override for override in SMALL if not override.startswith("method.")]
     for arguments, status in (["method.name=mine:Mine"], 0), (["method.name=mine:Yours"], 2):
@@ -376,7 +375,7 @@ def test_ctrl_c_says_how_to_go_on_by_the_runs_name(when: str, tmp_path: Path, mo
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    target = "fedlabel.cli.main.open_experiment" if when == "before" else "server.server_app.log_round"
+    target = "server.simulation.open_experiment" if when == "before" else "server.server.Server.observe"
     monkeypatch.setattr(target, interrupt)
     out = tmp_path / "with space"
     result = call("run", *SMALL, "--out", str(out))
