@@ -1,9 +1,18 @@
-"""Range checks of configurations, each said once: what, the value got, what is allowed."""
+"""Fields of configurations: range checks, each said once, and keys that do not change what is computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+
+def no_effect(default: Any) -> Any:
+    """Returns a dataclass field that does not change what a run computes: a run may be resumed, found again by a sweep,
+    and compared with another value.
+    """
+    return field(default=default, metadata={"no_effect": True})
 
 
 def one_of(config: object, section: str, **allowed: Sequence[str]) -> None:

@@ -8,14 +8,15 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedlabel.checks import no_effect
 from fedlabel.config_names import unknown_key
 from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
 from fedlabel.config_text import (
@@ -31,8 +32,9 @@ from fedlabel.config_text import (
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig, fill_amounts
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.datasets import DataConfig
+from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
+from fedlabel.errors import is_file
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS, in_own_words, method_class
 from fedlabel.methods.fedlabel import FedLabel
@@ -65,7 +67,7 @@ class StrategyConfig:
     """weighted_mean, or a Flower strategy by class name: FedAdam, FedAvgM, FedTrimmedAvg, Krum, ..."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the Flower strategy, e.g. {eta: 0.01}."""
-    min_replies: int = 1
+    min_replies: int = no_effect(1)
     """Replies that a round needs; with fewer usable ones the run stops, and can be resumed from its checkpoint."""
     max_update_norm: float | None = None
     """A client's model further than this from the one it was sent is refused (Euclidean distance over its trained
@@ -86,15 +88,15 @@ class StrategyConfig:
 class GridConfig:
     """What carries messages to the clients."""
 
-    kind: str = "in_process"
+    kind: str = no_effect("in_process")
     """in_process | ray. Under `flwr run` Flower's own grid is used and this key is ignored."""
-    num_workers: int = 2
+    num_workers: int = no_effect(2)
     """Ray: number of worker processes."""
     threads_per_worker: int = 1
     """Torch threads that train one client, on every grid (results can depend on it in the last bit)."""
-    timeout: float = 3600.0
+    timeout: float = no_effect(3600.0)
     """Seconds after which a client that has not answered is counted as failed; without effect in_process."""
-    connect_timeout: float = 120.0
+    connect_timeout: float = no_effect(120.0)
     """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
 
     def __post_init__(self) -> None:
@@ -123,10 +125,10 @@ class EvaluationConfig:
     bag_mae goes by the counts of bags alone; instance_auc, instance_accuracy and instance_loss look at single labels of
     that split. summary.json has each metric at that round as `selected`, checkpoints/selected_ROUND.pt the weights;
     where a method has stages (llp_bp) the next one gets the best model of the one before. null: none."""
-    figures: bool = True
+    figures: bool = no_effect(True)
     """Whether pictures are drawn (partition.png and TensorBoard's images): about a second a run. For sweeps of hundreds
     of short runs: false."""
-    panel_samples: int = 16
+    panel_samples: int = no_effect(16)
     """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last and each 10 * `every`-th round;
     0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is
     asked of clients."""
@@ -146,9 +148,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When the run can be resumed from."""
 
-    every: int = 1
+    every: int = no_effect(1)
     """Rounds between checkpoints; the last round always leaves one. Resuming repeats the rounds since the newest."""
-    keep: int = 2
+    keep: int = no_effect(2)
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
@@ -247,14 +249,6 @@ class ExperimentConfig:
             )
 
 
-def is_file(path: str | Path) -> bool:
-    """Returns whether there is such a file; a name that no file system takes is none."""
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def find_config(path: str | Path) -> Path:
     """Returns the YAML file named: as given, or below `configs/` of the project.
 
@@ -329,6 +323,19 @@ def _parse_override(override: str) -> dict[str, Any]:
 def to_yaml(config: ExperimentConfig) -> str:
     """Returns the resolved configuration as YAML text; `parse_config` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+@cache
+def keys_without_effect() -> frozenset[str]:
+    """Returns the dotted keys that do not change what a run computes, as their fields declare (`checks.no_effect`)."""
+    sections = {"": ExperimentConfig, **{f"{name}.": kind for name, kind in hints(ExperimentConfig).items()}}
+    return frozenset(
+        prefix + each.name
+        for prefix, kind in sections.items()
+        if is_dataclass(kind)
+        for each in fields(kind)
+        if each.metadata.get("no_effect")
+    )
 
 
 def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:

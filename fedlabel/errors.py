@@ -82,3 +82,11 @@ def check_folder(path: Path) -> None:
         if above == path and not path.is_dir():
             path.mkdir()  # fails with the system's reason
         Path(tempfile.mkdtemp(prefix=".fedlabel-", dir=above)).rmdir()
+
+
+def is_file(path: str | Path) -> bool:
+    """Returns whether there is such a file; a name that no file system takes is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False

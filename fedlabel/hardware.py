@@ -10,8 +10,10 @@ import re
 import subprocess
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds the packages `fedlabel`, `clients` and `server` beside each other."""
@@ -29,6 +31,8 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         ValueError: the name is none of these, or there is no such CUDA device.
     """
+    import torch  # here: `fedlabel --help` does not need it
+
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         hint = " Did you mean cuda?" if name.lower().startswith(("gpu", "cuda", "nvidia")) or name.isdecimal() else ""
         raise ValueError(f"`device` (={name}) must be one of auto, cpu, cuda, cuda:N (N = 0, 1, ...).{hint}")
@@ -50,6 +54,8 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
 
     `usable_cores` counts the cores this process may be scheduled on, which can be fewer than `logical_cores`.
     """
+    import torch  # here: `fedlabel --help` does not need it
+
     logical = os.cpu_count() or 1
     hardware: dict[str, str | int | float] = {
         "platform": platform.platform(),

@@ -14,30 +14,15 @@ import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy
 
-from fedlabel.config import ExperimentConfig, flatten, parse_config, to_yaml
+from fedlabel.config import ExperimentConfig, flatten, keys_without_effect, parse_config, to_yaml
 from fedlabel.config_text import parse_yaml
 from fedlabel.errors import naming
 from fedlabel.experiment import Experiment
-from fedlabel.record.run_folder import write_atomic
+from fedlabel.record.run_folder import CONFIG_YAML, write_atomic
 from server.checkpoint_schema import complaints
 from server.state import ServerState
 
 MAGIC = b"fedlabel-checkpoint-2\n"
-CHANGEABLE = (
-    "num_rounds",
-    "grid.kind",
-    "grid.num_workers",
-    "grid.timeout",
-    "grid.connect_timeout",
-    "strategy.min_replies",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "evaluation.figures",
-    "evaluation.panel_samples",
-    "data.root",
-    "data.download",
-)
-"""Keys that may differ on resume: they do not change what a round computes."""
 
 
 class CheckpointError(ValueError):
@@ -102,7 +87,7 @@ def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) 
         CheckpointError: there is no run, its newest checkpoint is damaged or of another run, or the configuration
             differs in a key that matters.
     """
-    saved, config = folder.parent / "config.yaml", experiment.config
+    saved, config = folder.parent / CONFIG_YAML, experiment.config
     if not saved.is_file():
         raise CheckpointError(
             f"There is no run in {folder.parent}: nothing to resume. Leave out --resume, or check --name and --out."
@@ -116,7 +101,7 @@ def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) 
     if differing:
         raise CheckpointError(
             f"{folder.parent} was run with another configuration: {'; '.join(differing)}. Resume with the same keys "
-            f"(only {', '.join(CHANGEABLE)} may change), or start a new run under another --name."
+            f"(only {', '.join(_changeable())} may change), or start a new run under another --name."
         )
     refused: list[CheckpointError] = []
     for path in _newest_first(folder):
@@ -186,8 +171,13 @@ def _differing(text: str, config: ExperimentConfig, wanted_text: str) -> list[st
     return [
         f"{key} (saved {saved.get(key)}, now {wanted.get(key)})"
         for key in sorted({*saved, *wanted})
-        if saved.get(key) != wanted.get(key) and key not in CHANGEABLE
+        if saved.get(key) != wanted.get(key) and key not in _changeable()
     ]
+
+
+def _changeable() -> list[str]:
+    """Returns the keys that may differ on resume."""
+    return ["num_rounds", *sorted(keys_without_effect())]
 
 
 def _encode(value: Any) -> Any:

@@ -26,7 +26,16 @@ from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_commit
 from fedlabel.learning.task import label_warnings
 from fedlabel.record.figures import partition_figure, save_png
-from fedlabel.record.run_folder import PARTITION_JSON, RunFolder, as_json, read_metrics, read_summary, write_atomic
+from fedlabel.record.run_folder import (
+    CHECKPOINTS,
+    CONFIG_YAML,
+    PARTITION_JSON,
+    RunFolder,
+    as_json,
+    read_metrics,
+    read_summary,
+    write_atomic,
+)
 from server.checkpoint import latest_checkpoint
 from server.nodes import connect
 from server.rounds import run_rounds
@@ -109,7 +118,7 @@ def run_federation(
         )
     state = ServerState(0, experiment.initial_state, to_yaml(config), shared=experiment.recipe.shared.start())
     if resume:
-        found = latest_checkpoint(path / "checkpoints", experiment, strategy)
+        found = latest_checkpoint(path / CHECKPOINTS, experiment, strategy)
         state = replace(found, shared={**state.shared, **found.shared})
         finished = _finished(experiment, path, state)
         if finished is not None:
@@ -129,7 +138,7 @@ def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[st
         return None
     try:
         saved, rows = read_summary(path), read_metrics(path)
-        same_keys = (path / "config.yaml").read_text() == to_yaml(experiment.config)
+        same_keys = (path / CONFIG_YAML).read_text() == to_yaml(experiment.config)
     except (OSError, ValueError, RecursionError):
         return None
     made = as_json(summary(rows, experiment, ""))

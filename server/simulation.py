@@ -11,10 +11,11 @@ from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.data.federation import build_federation
-from fedlabel.data.sets.datasets import DATASETS, load_dataset
+from fedlabel.data.sets.config import SETS
+from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.errors import check_folder, naming
 from fedlabel.experiment import Experiment, open_experiment
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.run_folder import CONFIG_YAML, read_metrics
 from server.grids.base import SimulationGrid
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
@@ -57,7 +58,7 @@ def simulate(
         on_round: called after every round with its metrics.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resolved = _resolve(config, overrides, Path(out) / name / "config.yaml" if resume and name else None)
+    resolved = _resolve(config, overrides, Path(out) / name / CONFIG_YAML if resume and name else None)
     if resume and name is None:
         raise ConfigError("--resume needs --name: which run folder to go on with.")
     if name is not None and (not name or Path(name).name != name):
@@ -75,7 +76,7 @@ def simulate(
         check_folder(path.parent)
     build_strategy(resolved.strategy)
     # The user's own files and functions may have been changed since this process read them.
-    if DATASETS[resolved.data.name].own or any(part.module or part.labels_file for part in resolved.supervision.parts):
+    if SETS[resolved.data.name].own or any(part.module or part.labels_file for part in resolved.supervision.parts):
         for cached in (open_experiment, build_federation, load_dataset):
             cached.cache_clear()
     experiment = open_experiment(to_yaml(resolved))

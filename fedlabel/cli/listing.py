@@ -11,14 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torchvision
-
 from fedlabel.config import PROJECT_ROOT, ConfigError, ExperimentConfig
 from fedlabel.config_names import inner_schema
 from fedlabel.config_schema import describe, fields_of, hints
 from fedlabel.config_text import as_yaml
 from fedlabel.data.partition import FLWR_DATASETS
-from fedlabel.data.sets.datasets import DATASETS
+from fedlabel.data.sets.config import SETS
 from fedlabel.methods import METHODS, method_class
 from fedlabel.models import AUXILIARY_OUTPUTS, MODELS, TORCHVISION
 from fedlabel.names import did_you_mean
@@ -46,11 +44,13 @@ SECTIONS = tuple(name for name, kind in hints(ExperimentConfig).items() if inner
 
 def choices(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
     """Returns key -> name -> what it is in a line; `strategies`: the names that `strategy.name` may have."""
+    import torchvision
+
     nets = [net for net in torchvision.models.list_models(torchvision.models) if net not in AUXILIARY_OUTPUTS]
     flower = dict.fromkeys(strategies[1:], "Flower's")
     return {
         "method.name": {name: method.description for name, method in METHODS.items()},
-        "data.name": {name: entry.description for name, entry in DATASETS.items()},
+        "data.name": {name: entry.description for name, entry in SETS.items()},
         "model.name": {name: entry.description for name, entry in MODELS.items()}
         | {f"{TORCHVISION}NAME": f"untrained, by NAME: {', '.join(nets)}"},
         "partition.kind": PARTITIONS,

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
-from rich.table import Table
 
 from fedlabel.cli.progress import make_console, make_table, run_progress, say, sweep_progress
-from fedlabel.config import ConfigError, ExperimentConfig, is_file, load_config, to_yaml
-from fedlabel.data.labels.labeling_functions import FunctionReport
-from fedlabel.errors import FULL, RunError, check_folder, file_error, make_folder
-from fedlabel.experiment import open_experiment
-from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
+from fedlabel.config_text import ConfigError
+from fedlabel.errors import FULL, RunError, check_folder, file_error, is_file, make_folder
 from fedlabel.importing import add_working_directory, claim_packages
 from fedlabel.names import counted
 
 if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from fedlabel.config import ExperimentConfig
+    from fedlabel.data.labels.labeling_functions import FunctionReport
     from fedlabel.experiment import Experiment
     from fedlabel.study.sweep import Group
     from fedlabel.study.workers import Tell
@@ -48,7 +49,7 @@ def _simulate() -> Callable[..., RunResult]:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        say(console, f"fedlabel {versions()['fedlabel']}")
+        say(console, f"fedlabel {importlib.metadata.version('fedlabel')}")
         raise typer.Exit()
 
 
@@ -71,14 +72,14 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
-    from fedlabel.record.run_folder import name_mean
+    from fedlabel.record.run_folder import CONFIG_YAML, name_mean
 
     configs, overrides = _split(items)
     done: list[int] = []
     begun: list[Path] = []
 
     def how_to_go_on() -> str:
-        if not begun or not (begun[0] / "config.yaml").is_file():
+        if not begun or not (begun[0] / CONFIG_YAML).is_file():
             return "Nothing had begun."
         elsewhere = "" if out == DEFAULT_OUT else f" --out {shlex.quote(str(out))}"
         return (
@@ -280,6 +281,9 @@ def partition(
 
     configs, overrides = _split(items)
     with _reported():
+        from fedlabel.config import load_config, to_yaml
+        from fedlabel.experiment import open_experiment
+
         config = load_config(configs, overrides)
         federation = open_experiment(to_yaml(config)).federation
     counts = federation.histograms()
@@ -317,7 +321,7 @@ def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
         kinds: (clients, names); kinds that no client has are left out.
         names: of the kinds.
     """
-    used = np.flatnonzero(kinds.any(0)).tolist()
+    used = [place for place in range(kinds.shape[1]) if kinds[:, place].any()]
     counts = kinds[:, used]
     table = make_table("client", *(names[kind] for kind in used), title="kinds of label per client")
     if len(kinds) <= MAX_CLIENT_ROWS:
@@ -368,6 +372,9 @@ def list_all(
 @app.command()
 def doctor() -> None:
     """Show versions, devices, memory and what a run would use."""
+    from fedlabel.config import ExperimentConfig
+    from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
+
     table = make_table("what", "value")
     device = resolve_device("auto")
     for key, value in {**versions(), "commit": source_commit(), **describe_hardware(device)}.items():

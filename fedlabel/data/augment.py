@@ -27,7 +27,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from fedlabel.data.augment_tables import drop_features, jitter
 
@@ -271,6 +270,7 @@ def _torchvision_operation(code: int, magnitude: int, height: int, width: int) -
         height: of the images, in pixels.
         width: of the images, in pixels.
     """
+    from torchvision.transforms.v2 import functional as F  # here: it takes as long to import as torch
 
     def level(maximum: float) -> float:
         # linspace, as torchvision does, so that float32 rounding is the same.

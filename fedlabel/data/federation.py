@@ -18,6 +18,7 @@ from fedlabel.data.labels.imprecision import Resemblance
 from fedlabel.data.labels.labeling_functions import FunctionReport
 from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
 from fedlabel.data.labels.supervision_config import SupervisionConfig
+from fedlabel.data.own_columns import own_column, own_rows, with_columns_aside
 from fedlabel.data.partition import (
     COLUMN,
     LabeledPartitionConfig,
@@ -25,10 +26,9 @@ from fedlabel.data.partition import (
     column_owners,
     split_like,
 )
-from fedlabel.data.sets.datasets import DataConfig, Dataset, load_dataset
+from fedlabel.data.sets.config import DataConfig, DataError, data_root
+from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.fingerprint import fingerprint
-from fedlabel.data.sets.loaders import DataError, data_root
-from fedlabel.data.sets.own_columns import own_column, own_rows, with_columns_aside
 from fedlabel.data.skew import SkewConfig
 from fedlabel.seeding import derive_seed, numpy_generator
 

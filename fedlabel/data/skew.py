@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from fedlabel.data.sets.class_names import find_classes
 from fedlabel.seeding import numpy_generator, torch_generator
@@ -181,9 +180,13 @@ def shift_images(images: Tensor, shift: Shift, generator: torch.Generator) -> Te
     """
     match shift.kind:
         case "rotation":
+            from torchvision.transforms.v2 import functional as F  # here: it takes as long to import as torch
+
             return F.rotate(images, shift.amount, interpolation=F.InterpolationMode.BILINEAR)
         case "blur":
             # Three sd to either side; the mirrored border must be smaller than the image.
+            from torchvision.transforms.v2 import functional as F
+
             reach = min(math.ceil(3 * shift.amount), min(images.shape[-2:]) - 1)
             return F.gaussian_blur(images, [2 * reach + 1] * 2, [max(shift.amount, 1e-3)] * 2)
         case "noise":

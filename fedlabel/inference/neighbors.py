@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 BACKENDS = ("sklearn", "faiss")
@@ -79,6 +78,8 @@ def neighbor_graph(
 
 def _sklearn(directions: np.ndarray, count: int) -> np.ndarray:
     """Returns (n, count) the nearest others of each row; of rows of one length Euclid and cosine have one order."""
+    from sklearn.neighbors import NearestNeighbors  # here: it takes a second to import
+
     found: np.ndarray = NearestNeighbors(n_neighbors=count).fit(directions).kneighbors(return_distance=False)
     return found
 

@@ -122,26 +122,38 @@ def plan_phase(
         draw_batches(rows, count, steps, torch_generator(seed, phase.name, kind))
         for kind, (rows, count) in sources.items()
     ]
-    alpha = draw.mix_alpha if isinstance(draw, BySample) and draw.mix else None
-    shares = numpy_generator(seed, phase.name, "mixing")
-    # Nothing is guessed where the label is certain, nor of a sample that is drawn without its supervision.
-    unsure, hidden = (~supervision.labeled | supervision.noisy).cpu(), ~supervision.informed.cpu()
+    make = _StepMaker(draw, pool.units, supervision)
+    drawn = zip(*streams, _mixing_shares(phase, steps, seed), strict=True)
+    return Plan(tuple(make(*each) for each in drawn), (len(places), len(unlabeled), len(mix)))
 
-    def step(place: Tensor, free: Tensor, mixed: Tensor) -> StepPlan:
-        share = 1.0 if alpha is None else float(shares.beta(alpha, alpha))
-        units = None
-        if pool.units is not None:
-            units = Units(pool.units.rows[place], pool.units.counts[place])
-            place = units.rows[units.rows >= 0]
-            pseudo, guessed = place, unsure[place]
-        elif isinstance(draw, ByKnowledge):
-            pseudo, guessed = torch.cat([place, free]), torch.cat([unsure[place], hidden[free]])
-        else:
-            pseudo, guessed = free, torch.ones(len(free), dtype=torch.bool)
-        return StepPlan(place, free, mixed, share, units, pseudo, guessed)
 
-    drawn = tuple(step(*rows) for rows in zip(*streams, strict=True))
-    return Plan(drawn, (len(places), len(unlabeled), len(mix)))
+def _mixing_shares(phase: Phase, steps: int, seed: int) -> list[float]:
+    """Returns each step's draw from the Beta distribution; 1 where nothing is mixed."""
+    draw = phase.draw
+    if not isinstance(draw, BySample) or not draw.mix:
+        return [1.0] * steps
+    generator = numpy_generator(seed, phase.name, "mixing")
+    return [float(generator.beta(draw.mix_alpha, draw.mix_alpha)) for _ in range(steps)]
+
+
+class _StepMaker:
+    """Makes the plan of a step of what was drawn for it."""
+
+    def __init__(self, draw: Draw, units: Units | None, supervision: Supervision) -> None:
+        self._by_knowledge, self._units = isinstance(draw, ByKnowledge), units
+        # Nothing is guessed where the label is certain, nor of a sample that is drawn without its supervision.
+        self._unsure, self._hidden = (~supervision.labeled | supervision.noisy).cpu(), ~supervision.informed.cpu()
+
+    def __call__(self, places: Tensor, unlabeled: Tensor, mix: Tensor, share: float) -> StepPlan:
+        if self._units is not None:
+            units = Units(self._units.rows[places], self._units.counts[places])
+            rows = units.rows[units.rows >= 0]
+            return StepPlan(rows, unlabeled, mix, share, units, rows, self._unsure[rows])
+        if self._by_knowledge:
+            guessed = torch.cat([self._unsure[places], self._hidden[unlabeled]])
+            return StepPlan(places, unlabeled, mix, share, None, torch.cat([places, unlabeled]), guessed)
+        everyone = torch.ones(len(unlabeled), dtype=torch.bool)
+        return StepPlan(places, unlabeled, mix, share, None, unlabeled, everyone)
 
 
 def draw_batches(index: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

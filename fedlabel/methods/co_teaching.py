@@ -1,4 +1,4 @@
-"""Co-teaching: two networks, each of which is taught the samples that the other finds easy.
+"""Co-teaching: two networks; each is taught the samples that the other finds easy.
 
 Source: Han, Yao, Yu, Niu, Xu, Hu, Tsang, Sugiyama, "Co-teaching: Robust Training of Deep Neural Networks with Extremely
 Noisy Labels", NeurIPS 2018 (arXiv 1804.06872). Setting: labels at the clients, some of them wrong.
@@ -72,7 +72,7 @@ class CoTeaching(Method):
     def recipe(self, task: Task) -> Recipe:
         return Recipe(
             stages=(Stage(self.phases),),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
             network=twins(),
             server_phases=(Phase("server", self.loss),),
         )

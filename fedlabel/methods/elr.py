@@ -60,7 +60,7 @@ class ELR(Method):
     def recipe(self, task: Task) -> Recipe:
         return Recipe(
             stages=(Stage((Phase("train", self.loss),)),),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
             memory=Memory(no_targets, partial(keep_only, "early_target")),
         )
 

@@ -196,7 +196,7 @@ class FedLabel(Method):
         )
         return Recipe(
             stages=(Stage((supervised,), rounds=self.burn_in_rounds), Stage((supervised, unlabeled))),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
             upload=Upload(send_both) if self.merge == "mean" else sum_of_updates,
         )
 

@@ -134,7 +134,7 @@ class FedMatch(Method):
         )
         return Recipe(
             stages=(Stage((train,)),),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
             network=sum_of_parts({"sigma": 1.0, "psi": self.psi_factor}) if divided else one_network,
             upload=Upload(self.send_changes, changed_bytes) if divided else Upload(send_unweighted, all_bytes),
             server_phases=(Phase("server", self.supervised_loss, trains=sigma),),

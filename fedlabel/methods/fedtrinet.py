@@ -134,7 +134,7 @@ class FedTriNet(Method):
                 Stage((Phase("warmup", labels_loss, start="crossed"),), rounds=self.warmup_rounds),
                 Stage(self.phases),
             ),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
             memory=Memory(start=no_pseudo_labels, keep=keep, models=self.models, like=with_own_model),
             upload=Upload(send_own),
         )

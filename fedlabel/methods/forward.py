@@ -165,7 +165,7 @@ class Forward(Method):
             stages = (Stage((train,), rounds=self.warmup_rounds - 1), Stage((estimate,)))
         return Recipe(
             stages,
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
             shared=self._shared(task.num_classes),
             inspect=noise_matrix,
         )

@@ -40,7 +40,7 @@ class GCE(Method):
     def recipe(self, task: Task) -> Recipe:
         return Recipe(
             stages=(Stage((Phase("train", self.loss),)),),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
         )
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:

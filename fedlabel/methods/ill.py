@@ -241,16 +241,16 @@ class ILL(Method):
         if learn:
             memory = self.noise.stepped(memory, self._counts(labeled, q, matrices), has_noise(labeled).sum())
 
-        certainly = (labeled.candidates.sum(-1) == 1) & ~labeled.noisy
-        is_label = certainly & (self.label_view == "weak")
-        is_noisy = has_noise(labeled) & ~certainly
+        is_certain = (labeled.candidates.sum(-1) == 1) & ~labeled.noisy
+        is_label = is_certain & (self.label_view == "weak")
+        is_noisy = has_noise(labeled) & ~is_certain
         zero = torch.zeros_like(is_label, dtype=weak.dtype)
         supervised = torch.where(is_label, marginal_nll(weak, certain), zero)
         em = torch.where(is_label, zero, self._em(q, weak, strong, noise, is_noisy))
         forward = torch.where(is_noisy, marginal_nll(weak, certain + noise), zero)
         terms = supervised + em + self.forward_weight * forward
         if self.complement_weight > 0:
-            in_set = ~is_label & ~labeled.candidates.all(-1) & ((labeled.candidates.sum(-1) > 1) | certainly)
+            in_set = ~is_label & ~labeled.candidates.all(-1) & ((labeled.candidates.sum(-1) > 1) | is_certain)
             probs = torch.where(labeled.noisy[:, None], weak.softmax(-1) @ matrices[0], weak.softmax(-1))
             outside = -_log_one_minus(probs, ~labeled.candidates)
             terms = terms + self.complement_weight * torch.where(in_set, outside, zero)
@@ -271,7 +271,7 @@ class ILL(Method):
         pseudo, metrics = observed(
             torch.cat([q, q_u]),
             torch.cat([labeled.candidates, unlabeled.candidates]),
-            torch.cat([~certainly, torch.ones_like(unlabeled.noisy)]),
+            torch.cat([~is_certain, torch.ones_like(unlabeled.noisy)]),
         )
         if self.noise.own:
             dominant = matrices.argmax(-1) == torch.arange(matrices.shape[-1], device=matrices.device)

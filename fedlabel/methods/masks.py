@@ -290,7 +290,7 @@ def masked_recipe(
         memory, shared = Memory(start=_labeled_counts), _ClassCounts(num_classes)
     return Recipe(
         stages=(Stage(phases),),
-        uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+        uses=LabelKinds.SINGLE,
         memory=memory,
         shared=shared,
     )

@@ -29,22 +29,19 @@ Select = Callable[[Sequence[str]], Collection[str]]
 
 
 class LabelKinds(Flag):
-    """The kinds of label that a method learns from."""
+    """The kinds of label that a method learns from: one certain class, one that may be wrong, candidate sets, labels of
+    several annotators, class counts of bags, votes of written labelling functions, true labels that only the server
+    holds (supervision.labels_at=server); and the three of them that methods for single labels learn from.
+    """
 
     TRUE = auto()
-    """One class, certain."""
     NOISY = auto()
-    """One class that may be wrong."""
     SETS = auto()
-    """Candidate sets."""
     ANNOTATIONS = auto()
-    """Labels of several annotators."""
     BAGS = auto()
-    """Class counts of bags."""
     VOTES = auto()
-    """Votes of written labelling functions."""
     AT_SERVER = auto()
-    """True labels that only the server holds (supervision.labels_at=server)."""
+    SINGLE = TRUE | NOISY | AT_SERVER
 
 
 class Task(NamedTuple):

@@ -75,7 +75,7 @@ class SAGE(Method):
 
     def recipe(self, task: Task) -> Recipe:
         phase = Phase("train", self.loss, BySample(unlabeled=("weak", "strong")), teachers=("global",))
-        return Recipe((Stage((phase,)),), uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER)
+        return Recipe((Stage((phase,)),), uses=LabelKinds.SINGLE)
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns CE(labels) + lambda_u * mean(keep * KL(mixture || strong view))."""

@@ -67,7 +67,7 @@ class SemiFL(Method):
         )
         return Recipe(
             stages=(Stage((Phase("supervised", labels_loss), train)),),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
             upload=unweighted_sum_of_updates,
         )
 

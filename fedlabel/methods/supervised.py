@@ -29,5 +29,5 @@ class Supervised(Method):
     def recipe(self, task: Task) -> Recipe:
         return Recipe(
             stages=(Stage((Phase("supervised", labels_loss),)),),
-            uses=LabelKinds.TRUE | LabelKinds.NOISY | LabelKinds.AT_SERVER,
+            uses=LabelKinds.SINGLE,
         )

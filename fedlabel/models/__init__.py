@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torchvision
 from torch import nn
 
 from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp, Net, Part
@@ -50,6 +49,8 @@ class ModelConfig:
         # YAML gives a list; configurations must be hashable.
         object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
         if self.name.startswith(TORCHVISION):
+            import torchvision  # here: it takes as long to import as torch
+
             nets = torchvision.models.list_models(module=torchvision.models)
             allowed = [TORCHVISION + net for net in nets if net not in AUXILIARY_OUTPUTS]
             expected = f"{TORCHVISION}<name> of a classifier in torchvision.models whose only output is logits"
@@ -127,6 +128,8 @@ def _build_wrn28_2(config: ModelConfig, input_shape: InputShape, num_classes: in
 def _build_torchvision(config: ModelConfig, input_shape: InputShape, num_classes: int) -> nn.Module:
     if input_shape[0] not in (1, 3):
         raise _shape_error(config.name, input_shape, "1 or 3 channels")
+    import torchvision
+
     net = config.name.removeprefix(TORCHVISION)
     built: nn.Module = torchvision.models.get_model(net, weights=None, num_classes=num_classes)
     model = GreyToRgb(built) if input_shape[0] == 1 else built

@@ -14,7 +14,6 @@ Small files are replaced as a whole (`write_atomic`); `metrics.jsonl` only grows
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -41,7 +40,16 @@ from torch.utils.tensorboard import summary as summaries
 from fedlabel.errors import make_folder, naming
 from fedlabel.metric_tags import LOWER, Tag, find_tag
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: there folders are not locked
+    fcntl = None  # type: ignore[assignment]
+
 Hparam = str | int | float | bool
+CONFIG_YAML = "config.yaml"
+METRICS_JSONL = "metrics.jsonl"
+FAILURES_LOG = "failures.log"
+CHECKPOINTS = "checkpoints"
 PARTITION_JSON = "partition.json"
 SUMMARY_JSON = "summary.json"
 FUNCTIONS_CSV = "labeling_functions.csv"
@@ -63,9 +71,12 @@ class FolderLock:
         Raises:
             ValueError: another process (or another part of this one) has it, or there is no such folder.
         """
+        self._folder = -1
+        """-1 where nothing is locked."""
+        if fcntl is None:
+            return
         with naming(path):
             self._folder = os.open(path, os.O_RDONLY)
-        """-1 once it is closed."""
         try:
             fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -161,9 +172,9 @@ class RunFolder:
         make_folder(path.parent)
         unfinished = _temporary(path)
         try:
-            make_folder(unfinished / "checkpoints")
-            write_atomic(unfinished / "config.yaml", config_yaml)
-            write_atomic(unfinished / "metrics.jsonl", "")
+            make_folder(unfinished / CHECKPOINTS)
+            write_atomic(unfinished / CONFIG_YAML, config_yaml)
+            write_atomic(unfinished / METRICS_JSONL, "")
             try:
                 unfinished.rename(path)
             except OSError as error:  # another process filled the folder meanwhile
@@ -194,7 +205,7 @@ class RunFolder:
                 `completed_round`.
         """
         with naming(path):
-            found = (path / "config.yaml").is_file()
+            found = (path / CONFIG_YAML).is_file()
         if not found:
             raise ValueError(f"{path} holds no run (no config.yaml): nothing to resume. Check --name and --out.")
         FolderLock(path).close()  # before anything is changed
@@ -214,7 +225,7 @@ class RunFolder:
         with naming(path):
             for leftover in path.rglob(f".*{_TEMPORARY}"):  # of a write that was killed
                 leftover.unlink()
-        write_atomic(path / "metrics.jsonl", "".join(_json_line(row) for row in rows))
+        write_atomic(path / METRICS_JSONL, "".join(_json_line(row) for row in rows))
         _wait_for_later_name(path)
         folder = cls(path, purge_step=completed_round + 1)
         with folder.closed_on_error():
@@ -224,7 +235,7 @@ class RunFolder:
     @property
     def config_yaml(self) -> Path:
         """The resolved configuration."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG_YAML
 
     @property
     def partition_json(self) -> Path:
@@ -249,17 +260,17 @@ class RunFolder:
     @property
     def metrics_jsonl(self) -> Path:
         """One JSON object a line and a round."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_JSONL
 
     @property
     def failures(self) -> Path:
         """Every failed client with its traceback; absent as long as none failed."""
-        return self.path / "failures.log"
+        return self.path / FAILURES_LOG
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def summary_json(self) -> Path:
@@ -395,7 +406,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: there is no metrics.jsonl, or a complete line of it is not what `RunFolder.log_round` writes.
     """
-    file = path / "metrics.jsonl"
+    file = path / METRICS_JSONL
     with naming(file):
         if not file.is_file():
             raise ValueError(f"{file} does not exist: {path} is not the folder of a run.")

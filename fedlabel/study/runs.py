@@ -14,10 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlabel.config import ExperimentConfig, flatten, load_config
+from fedlabel.config import ExperimentConfig, flatten, keys_without_effect, load_config
 from fedlabel.methods.supervised import Supervised
 from fedlabel.names import counted, did_you_mean
-from fedlabel.record.run_folder import SUMMARY_JSON, averaged_rounds, name_mean, read_metrics, read_summary
+from fedlabel.record.run_folder import (
+    CONFIG_YAML,
+    METRICS_JSONL,
+    SUMMARY_JSON,
+    averaged_rounds,
+    name_mean,
+    read_metrics,
+    read_summary,
+)
 from fedlabel.study.sweep import SWEEP_JSON, CompareConfig, SweepConfig, format_value, parse_sweep
 
 ACCURACY, COLUMN = "eval/accuracy", "mean_last_tenth"
@@ -28,17 +36,8 @@ WHEN = {"last": "after the last round", COLUMN: "mean of last tenth", "selected"
 """And at which round: keys of a metric in summary.json."""
 ROW_KEYS = ("method.", "training.lr", "training.prox_mu", "training.max_grad_norm", "strategy.")
 """Keys (or groups of them) that make a row."""
-MACHINE_KEYS = (
-    "seed",
-    "grid.",
-    "device",
-    "data.root",
-    "data.download",
-    "evaluation.figures",
-    "evaluation.panel_samples",
-    "checkpoint.",
-)
-"""Keys in which the runs of a row may differ."""
+MACHINE_KEYS = ("seed", "device", "grid.threads_per_worker")
+"""Keys in which the runs of a row may differ, besides those without effect."""
 LONGEST_VALUE = 60
 """Characters of a value in a message: a mix of kinds of label has hundreds."""
 
@@ -264,7 +263,7 @@ def read_run(path: Path) -> Run | None:
         ValueError: a file of the run is damaged; the message names it.
     """
     try:
-        config = load_config([path / "config.yaml"])
+        config = load_config([path / CONFIG_YAML])
     except ValueError as error:
         raise ValueError(f"{path / 'config.yaml'} is damaged, or of another version: {error}") from error
     file = path / SUMMARY_JSON
@@ -283,8 +282,8 @@ def read_run(path: Path) -> Run | None:
 
 
 def _read_folders(paths: Sequence[Path], by: Sequence[str], targets: Sequence[float]) -> Comparison:
-    folders = sorted({file.parent for path in paths for file in path.rglob("config.yaml")})
-    folders = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
+    folders = sorted({file.parent for path in paths for file in path.rglob(CONFIG_YAML)})
+    folders = [folder for folder in folders if (folder / METRICS_JSONL).is_file()]
     if not folders:
         raise ValueError(
             f"No run (a folder with config.yaml and metrics.jsonl) is in {', '.join(map(str, paths))}; check the path."
@@ -316,7 +315,7 @@ def split_sections(runs: Iterable[Run], by: Sequence[str]) -> dict[str, list[Run
         name = ", ".join(f"{key}={run.flat.get(key)}" for key in by) or "all"
         sections.setdefault(name, []).append(run)
     for members in sections.values():
-        differing = differing_keys(members, without=(*ROW_KEYS, *MACHINE_KEYS, *by))
+        differing = differing_keys(members, without=(*ROW_KEYS, *MACHINE_KEYS, *keys_without_effect(), *by))
         if differing:
             described = "; ".join(f"{key} ({_by_value(members, key)})" for key in differing)
             raise ValueError(
@@ -396,7 +395,7 @@ def _read_sweep(out: Path, targets: Sequence[float]) -> Comparison:
                 warnings.append(f"{setting} / {method}: not finished and left out: seed {', '.join(unfinished)}.")
     for setting, section in sections.items():
         members = [run for runs in section.values() for run in runs]
-        for key in differing_keys(members, without=(*ROW_KEYS, *MACHINE_KEYS)):
+        for key in differing_keys(members, without=(*ROW_KEYS, *MACHINE_KEYS, *keys_without_effect())):
             warnings.append(f"{setting}: the sweep's rows differ in {key}, too ({_by_row(section, key)}).")
     if not sections:
         failed = " ".join(warning for warning in warnings if "failed" in warning)

@@ -13,24 +13,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, to_yaml
+from fedlabel.config import ConfigError, ExperimentConfig, flatten, keys_without_effect, load_config, to_yaml
 from fedlabel.errors import make_folder
-from fedlabel.record.run_folder import SUMMARY_JSON, FolderLock, lower_is_better, read_summary, write_atomic
+from fedlabel.record.run_folder import (
+    CONFIG_YAML,
+    SUMMARY_JSON,
+    FolderLock,
+    lower_is_better,
+    read_summary,
+    write_atomic,
+)
 from fedlabel.study.sweep import SWEEP_JSON, Cell, Group, SearchConfig, SweepConfig, format_value, plan_sweep
 from fedlabel.study.workers import Tell, run_parallel
-
-HARMLESS = (
-    "data.root",
-    "data.download",
-    "grid.kind",
-    "grid.num_workers",
-    "grid.timeout",
-    "grid.connect_timeout",
-    "evaluation.figures",
-    "checkpoint.every",
-    "checkpoint.keep",
-)
-"""Keys in which a run found on disk may differ from what is asked: they do not change what it computes."""
 
 
 def choose(scores: Mapping[float, float | None], lower: bool = False) -> float | None:
@@ -124,7 +118,7 @@ def finished_cells(groups: Iterable[Group], out: Path) -> set[str]:
     done = set()
     for group in groups:
         for cell in [*group.search, *(cell for cells in group.final.values() for cell in cells)]:
-            saved = out / cell.path / "config.yaml"
+            saved = out / cell.path / CONFIG_YAML
             if cell.config is None or not saved.is_file():
                 continue
             if saved.read_text() != to_yaml(cell.config):  # to read it takes three times as long
@@ -144,7 +138,7 @@ def _check_same(saved: Path, config: ExperimentConfig) -> None:
     differing = [
         f"{key} (there {found.get(key)}, asked {wanted.get(key)})"
         for key in sorted({*found, *wanted})
-        if found.get(key) != wanted.get(key) and key not in HARMLESS
+        if found.get(key) != wanted.get(key) and key not in keys_without_effect()
     ]
     if differing:
         raise ConfigError(

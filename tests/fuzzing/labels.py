@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from fedlabel.data.sets.own_columns import name_of
 
 from fedlabel.data.labels.bag_files import read_bags
 from fedlabel.data.labels.label_files import read_label_file
 from fedlabel.data.labels.labeling_functions import cast_votes, load_functions
 from fedlabel.data.partition import PartitionConfig, column_owners
 from fedlabel.data.sets.class_names import ClassNames
-from fedlabel.data.sets.own_columns import name_of
 
 Rng = np.random.Generator
 NAMES = (

@@ -25,6 +25,7 @@ from fedlabel.methods.batch import Batch, Part, State, Step
 from fedlabel.methods.federated_transition import NoiseMatrix
 from fedlabel.methods.ill import ILL, _log_one_minus, aligned, balance, complement
 from fedlabel.methods.recipe import Recipe
+from fedlabel.methods.shared import Limits
 from tests.methods.recipes import task
 from tests.methods.tables import CLASSES, NOTHING, client, logits_of, net, softmax, train_round
 
@@ -210,6 +211,25 @@ def test_moving_average_of_alignment() -> None:
     shared = recipe_of(method, 2).shared
     total = {name: value * 2 for name, value in shared.statistics(step.memory).items()}
     assert shared.update(shared.start(), total)["class_mean"].tolist() == pytest.approx([0.6, 0.4])
+
+
+def test_averages_of_alignment_are_of_one_client_and_shared_with_the_matrix() -> None:
+    shared = recipe_of(ILL(alignment=True)).shared
+    start, mean = shared.start(), torch.tensor([0.2, 0.3, 0.5])
+    assert shared.broadcast(start).keys() == {"class_mean", "transition"}
+    limits = Limits(samples=10, annotators=0, steps=2, examples=8)
+    good = {"class_mean": mean, "aligned": torch.tensor(1.0), "counts": torch.eye(3)[None]}
+    shared.check_statistics(good, start, limits)
+    for wrong, message in (
+        ({"class_mean": 2 * mean}, "class_mean must be probabilities"),
+        ({"class_mean": 2 * mean, "aligned": torch.tensor(2.0)}, "aligned must hold only 0 and 1"),
+        ({"counts": 4 * torch.eye(3)[None]}, "counts counts 12 samples, and it can have 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shared.check_statistics({**good, **wrong}, start, limits)
+    for name in ("class_mean", "transition"):
+        with pytest.raises(ValueError, match=f"{name} must be probabilities"):
+            shared.check({**start, name: 2 * start[name]})
 
 
 def test_annotators_by_hand() -> None:

@@ -16,12 +16,12 @@ import torch
 
 from fedlabel.data.labels.bags import Bags
 from fedlabel.data.labels.supervision_config import LabelKind, SupervisionConfig
+from fedlabel.data.own_columns import name_of, own_column
 from fedlabel.data.sets.class_names import NO_CLASS, ClassNames
+from fedlabel.data.sets.config import DataConfig, DataError, data_root
 from fedlabel.data.sets.csv_files import read_csv
-from fedlabel.data.sets.datasets import DataConfig, Dataset
-from fedlabel.data.sets.loaders import DataError, data_root
+from fedlabel.data.sets.datasets import Dataset
 from fedlabel.data.sets.names import listed
-from fedlabel.data.sets.own_columns import name_of, own_column
 from fedlabel.data.sets.parquet_files import read_parquet
 from fedlabel.shown import shown
 

@@ -27,8 +27,8 @@ from torch import nn
 
 from fedlabel.data.labels.label_files import read_label_file
 from fedlabel.data.labels.supervision_config import LabelKind
+from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.datasets import Dataset
-from fedlabel.data.sets.loaders import DataError
 from fedlabel.seeding import derive_seed, torch_generator
 
 HIDDEN, EPOCHS, STEPS, BATCH = 64, 3, 150, 128

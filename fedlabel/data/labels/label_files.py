@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from fedlabel.data.sets.class_names import NO_CLASS, ClassNames
+from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.csv_files import read_csv
 from fedlabel.data.sets.datasets import Dataset
-from fedlabel.data.sets.loaders import DataError
 from fedlabel.data.sets.names import listed
 from fedlabel.data.sets.npz_files import read_npz
 from fedlabel.data.sets.parquet_files import read_parquet

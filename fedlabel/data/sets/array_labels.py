@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedlabel.data.sets.cells import MISSING
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.names import alike, in_order, listed
 from fedlabel.data.sets.table_labels import MAYBE_CLASSES, UNLABELLED
 from fedlabel.names import did_you_mean

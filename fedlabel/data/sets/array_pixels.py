@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from fedlabel.data.sets.loaders import DataError, check_memory
+from fedlabel.data.sets.config import DataError
+from fedlabel.data.sets.loaders import check_memory
 
 DARK = 32
 """If no pixel is above, of 255, this is said: values may have been meant of another scale."""

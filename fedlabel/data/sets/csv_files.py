@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.text_tables import Interner, TextTable, check_names, quoted
 
 MAX_LINE = 2**25

@@ -10,21 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
 from fedlabel.data.sets.class_names import find_classes
+from fedlabel.data.sets.config import SETS, DataConfig, DataError, data_root
 from fedlabel.data.sets.image_folders import load_image_folder
 from fedlabel.data.sets.loaders import (
     DIGITS,
-    DataError,
     Loaded,
     Split,
-    data_root,
     load_cifar,
     load_digits,
     load_idx,
@@ -35,74 +32,6 @@ from fedlabel.data.sets.table_files import load_adult, load_bank_marketing, load
 from fedlabel.data.sets.tables import LoadedTable, Table, encode
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import numpy_generator
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which data set, where it is, and what part of it is kept for choosing hyper-parameters."""
-
-    name: str = "digits"
-    """One of `DATASETS`."""
-    root: str = "data"
-    """The folder of the data sets in torchvision's layout; for adult, bank_marketing and magic that of UCI's files (as
-    they are or .gz), or one that has them in `[tabular/]adult`, `[tabular/]bank-marketing`, `[tabular/]magic`. For npz
-    and table the file, for image_folder the folder with `train` and `test`. Not used by digits and breast_cancer, which
-    come with scikit-learn."""
-    download: bool = False
-    """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
-    validation_fraction: float = 0.1
-    """Part of the training samples that have a label, held out for choosing hyper-parameters, in [0, 1)."""
-    train_samples: int | None = None
-    """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
-    positive_classes: tuple[str, ...] = ()
-    """Names of classes (or their numbers from 0, where they are not named by numbers) that are put together as class 1,
-    against the rest as class 0: makes a task of two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty:
-    the classes as they are. Elsewhere, and in files of labels, the classes then are 0 and 1."""
-    label_column: str | None = None
-    """table: the column that holds the labels."""
-    categorical: tuple[str, ...] | None = None
-    """Tables: columns whose cells are categories, even if they are numbers, besides the columns of texts."""
-    drop_columns: tuple[str, ...] | None = None
-    """Tables: columns that are left out; null: none, but of bank_marketing `duration`, which tells the label."""
-    aside_columns: tuple[str, ...] = ()
-    """Tables: columns that are read but are no features, such as a site that the rows are split by."""
-    missing: tuple[str, ...] = ()
-    """table: what else stands for a missing number or label, e.g. [-999, unknown]; an empty cell, NA, N/A, NaN, null, ?
-    and their like always do, and among numbers also none, - and a point."""
-    decimal: str = "point"
-    """table: what stands before the decimals of numbers in a CSV file, point or comma; 1.234,5 is read with comma."""
-    test_fraction: float = 0.2
-    """Tables without a test set of their own (bank_marketing, magic, breast_cancer; table without `test_file`): share
-    of every class's rows that is split off as test set, in (0, 1); drawn once and for all, whatever the seed."""
-    test_file: str | None = None
-    """table: a second file beside the first, with the same columns, as test set."""
-
-    def __post_init__(self) -> None:
-        if self.name not in DATASETS:
-            hint = did_you_mean(self.name, DATASETS)
-            raise DataError(f"`data.name` (={self.name}) must be one of {', '.join(DATASETS)}.{hint}")
-        if not 0 <= self.validation_fraction < 1:
-            raise DataError(f"`data.validation_fraction` (={self.validation_fraction}) must lie in [0, 1).")
-        if self.train_samples is not None and self.train_samples < 1:
-            raise DataError(f"`data.train_samples` (={self.train_samples}) must be at least 1 (or null).")
-        self._check_tables()
-
-    def _check_tables(self) -> None:
-        for key in ("positive_classes", "categorical", "drop_columns", "aside_columns", "missing"):
-            value = getattr(self, key)  # YAML gives lists; this must be hashable
-            object.__setattr__(self, key, None if value is None else tuple(map(str, value)))
-        for key in ("categorical", "drop_columns", "aside_columns"):
-            if getattr(self, key) not in (None, getattr(DataConfig, key)) and not DATASETS[self.name].tabular:
-                raise DataError(f"`data.{key}` (={list(getattr(self, key))}) is for tables, not for {self.name}.")
-        for key in ("label_column", "test_file", "missing", "decimal"):
-            if getattr(self, key) != getattr(DataConfig, key) and self.name != "table":
-                raise DataError(f"`data.{key}` (={getattr(self, key)}) is for data.name=table, not for {self.name}.")
-        if self.name == "table" and self.label_column is None:
-            raise DataError("`data.label_column` (=None) must name the column of labels for data.name=table.")
-        if self.decimal not in ("point", "comma"):
-            raise DataError(f"`data.decimal` (={self.decimal}) must be point or comma.")
-        if not 0 < self.test_fraction < 1:
-            raise DataError(f"`data.test_fraction` (={self.test_fraction}) must lie in (0, 1).")
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,17 +116,6 @@ class Dataset:
         return self.train.images.is_floating_point()
 
 
-class DatasetEntry(NamedTuple):
-    """One line of `DATASETS`."""
-
-    description: str
-    load: Callable[[DataConfig], Loaded | LoadedTable]
-    allow_flip: bool
-    tabular: bool = False
-    own: bool = False
-    """Whether the files are the user's, who may change them between two runs of a process."""
-
-
 @lru_cache(maxsize=2)
 def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """Loads a data set and takes the validation set off its training set.
@@ -213,8 +131,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     Raises:
         DataError: the set is missing, cannot be downloaded or is not as it should be.
     """
-    entry = DATASETS[config.name]
-    loaded = entry.load(config)
+    loaded = LOADERS[config.name](config)
     if len(loaded.class_names) < 2:
         raise DataError(
             f"`data.root` (={data_root(config)}): the data set has {len(loaded.class_names)} class; "
@@ -248,7 +165,9 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     names, size = loaded.class_names, len(loaded.train.labels)
     if isinstance(loaded, LoadedTable) and loaded.rows is not None:
         rows, size = loaded.rows[rows], loaded.file_size or size
-    return Dataset(name, train, validation, test, names, mean, std, entry.allow_flip, rows, size, tables, loaded.notes)
+    return Dataset(
+        name, train, validation, test, names, mean, std, SETS[config.name].allow_flip, rows, size, tables, loaded.notes
+    )
 
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:
@@ -286,63 +205,57 @@ def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float,
     return tuple(means), tuple(stds)
 
 
-_TORCHVISION = torchvision.datasets
+def _fashion_mnist(config: DataConfig) -> Loaded:
+    from torchvision.datasets import FashionMNIST as set_
 
-DATASETS: dict[str, DatasetEntry] = {
-    "digits": DatasetEntry("scikit-learn's digits: 1,797 grey 8x8, 10 classes, no download", load_digits, False),
-    "fashion_mnist": DatasetEntry(
-        "Fashion-MNIST: 70,000 grey 28x28, 10 kinds of clothes",
-        partial(
-            load_idx,
-            torchvision_set=_TORCHVISION.FashionMNIST,
-            folder="FashionMNIST",
-            class_names=tuple(_TORCHVISION.FashionMNIST.classes),
-        ),
-        True,
-    ),
-    "mnist": DatasetEntry(
-        "MNIST: 70,000 grey 28x28, 10 digits",
-        partial(load_idx, torchvision_set=_TORCHVISION.MNIST, folder="MNIST", class_names=DIGITS),
-        False,
-    ),
-    "emnist": DatasetEntry(
-        "EMNIST byclass: 814,255 grey 28x28, 62 digits and letters",
-        partial(
-            load_idx,
-            torchvision_set=partial(_TORCHVISION.EMNIST, split="byclass"),
-            folder="EMNIST",
-            class_names=tuple(_TORCHVISION.EMNIST.classes_split_dict["byclass"]),
-            prefixes=("emnist-byclass-train", "emnist-byclass-test"),
-            transposed=True,  # EMNIST's files hold columns where MNIST's hold rows.
-        ),
-        False,
-    ),
-    "cifar10": DatasetEntry(
-        "CIFAR-10: 60,000 colour 32x32, 10 classes", partial(load_cifar, torchvision_set=_TORCHVISION.CIFAR10), True
-    ),
-    "cifar100": DatasetEntry(
-        "CIFAR-100: 60,000 colour 32x32, 100 classes",
-        partial(load_cifar, torchvision_set=_TORCHVISION.CIFAR100),
-        True,
-    ),
-    "svhn": DatasetEntry("SVHN, cropped: 99,289 colour 32x32, 10 digits", load_svhn, False),
-    "image_folder": DatasetEntry(
-        "a folder of yours: train/<class>/* and test/<class>/*", load_image_folder, True, own=True
-    ),
-    "npz": DatasetEntry("a numpy file of yours: x_train, y_train, x_test, y_test", load_npz, False, own=True),
-    "breast_cancer": DatasetEntry(
-        "scikit-learn's table: 569 tumours, 30 features, malignant or benign, no download",
-        load_breast_cancer,
-        False,
-        tabular=True,
-    ),
-    "adult": DatasetEntry("UCI's table: 48,842 people of a census, income above 50K or not", load_adult, False, True),
-    "bank_marketing": DatasetEntry(
-        "UCI's table: 45,211 calls of a bank, sold or not", load_bank_marketing, False, tabular=True
-    ),
-    "magic": DatasetEntry("UCI's table: 19,020 showers in a telescope, gamma or hadron", load_magic, False, True),
-    "table": DatasetEntry(
-        "a CSV or Parquet file of yours: data.label_column names the labels", load_table, False, True, own=True
-    ),
+    return load_idx(config, torchvision_set=set_, folder="FashionMNIST", class_names=tuple(set_.classes))
+
+
+def _mnist(config: DataConfig) -> Loaded:
+    from torchvision.datasets import MNIST
+
+    return load_idx(config, torchvision_set=MNIST, folder="MNIST", class_names=DIGITS)
+
+
+def _emnist(config: DataConfig) -> Loaded:
+    from torchvision.datasets import EMNIST
+
+    return load_idx(
+        config,
+        torchvision_set=partial(EMNIST, split="byclass"),
+        folder="EMNIST",
+        class_names=tuple(EMNIST.classes_split_dict["byclass"]),
+        prefixes=("emnist-byclass-train", "emnist-byclass-test"),
+        transposed=True,  # EMNIST's files hold columns where MNIST's hold rows.
+    )
+
+
+def _cifar10(config: DataConfig) -> Loaded:
+    from torchvision.datasets import CIFAR10
+
+    return load_cifar(config, torchvision_set=CIFAR10)
+
+
+def _cifar100(config: DataConfig) -> Loaded:
+    from torchvision.datasets import CIFAR100
+
+    return load_cifar(config, torchvision_set=CIFAR100)
+
+
+LOADERS: dict[str, Callable[[DataConfig], Loaded | LoadedTable]] = {
+    "digits": load_digits,
+    "fashion_mnist": _fashion_mnist,
+    "mnist": _mnist,
+    "emnist": _emnist,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "svhn": load_svhn,
+    "image_folder": load_image_folder,
+    "npz": load_npz,
+    "breast_cancer": load_breast_cancer,
+    "adult": load_adult,
+    "bank_marketing": load_bank_marketing,
+    "magic": load_magic,
+    "table": load_table,
 }
-"""Name -> description, loader, whether images may be mirrored, whether it is a table."""
+"""Name, as in `SETS` -> loader. torchvision, which takes long to import, only where its files are read."""

@@ -13,7 +13,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from fedlabel.data.sets.loaders import DataError, check_memory, instead_of_data
+from fedlabel.data.sets.config import DataError
+from fedlabel.data.sets.loaders import check_memory, instead_of_data
 from fedlabel.shown import shown
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from fedlabel.data.sets.config import DataError, data_root
 from fedlabel.data.sets.image_files import EXTENSIONS, Header, read_headers, read_pixels
-from fedlabel.data.sets.loaders import DataError, Loaded, Split, data_root
+from fedlabel.data.sets.loaders import Loaded, Split
 from fedlabel.data.sets.names import alike, in_order, listed
 from fedlabel.data.sets.repeats import repeated_images
 from fedlabel.names import counted, near
 from fedlabel.shown import shown
 
 if TYPE_CHECKING:
-    from fedlabel.data.sets.datasets import DataConfig
+    from fedlabel.data.sets.config import DataConfig
 
 PARTS = ("train", "test")
 OF_THE_SYSTEM = frozenset(["__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"])

@@ -13,24 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fedlabel.data.sets.datasets import DataConfig
+from fedlabel.data.sets.config import DataConfig, DataError, data_root
 
 DIGITS = tuple("0123456789")
 SMALL, MAX_EXPANSION = 1 << 26, 100
 """Files may unpack to more than `SMALL` bytes only if it is no more than so many times their size: images do not become
 that small, but a file of zeros takes a thousandth of its size."""
-
-
-class DataError(ValueError):
-    """The data set is unknown, missing or not as it should be; the message says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +48,6 @@ class Loaded(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------- border: errors, checks
-
-
-def data_root(config: DataConfig) -> Path:
-    """Returns `data.root` as an absolute path."""
-    return Path(config.root).expanduser().resolve()
 
 
 def instead_of_data(path: Path) -> str:
@@ -228,7 +217,9 @@ def load_cifar(config: DataConfig, *, torchvision_set: Callable[..., Any]) -> Lo
 def load_svhn(config: DataConfig) -> Loaded:
     """The cropped digits of SVHN, without the `extra` set."""
     splits = ({"split": "train"}, {"split": "test"})
-    sets = _load_torchvision(config, torchvision.datasets.SVHN, splits, "train_32x32.mat and test_32x32.mat")
+    from torchvision.datasets import SVHN
+
+    sets = _load_torchvision(config, SVHN, splits, "train_32x32.mat and test_32x32.mat")
     loaded = [_checked_split(part.data, part.labels, 10, (config.name,) * 2) for part in sets]
     return Loaded(loaded[0], loaded[1], DIGITS)
 

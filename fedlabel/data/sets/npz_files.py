@@ -19,22 +19,15 @@ from numpy.lib import format as npy
 
 from fedlabel.data.sets.array_labels import number_labels
 from fedlabel.data.sets.array_pixels import to_pixels
-from fedlabel.data.sets.loaders import (
-    DataError,
-    Loaded,
-    Split,
-    check_expansion,
-    check_memory,
-    data_root,
-    instead_of_data,
-)
+from fedlabel.data.sets.config import DataError, data_root
+from fedlabel.data.sets.loaders import Loaded, Split, check_expansion, check_memory, instead_of_data
 from fedlabel.data.sets.names import listed
 from fedlabel.data.sets.repeats import repeated_images
 from fedlabel.names import near
 from fedlabel.shown import shown
 
 if TYPE_CHECKING:
-    from fedlabel.data.sets.datasets import DataConfig
+    from fedlabel.data.sets.config import DataConfig
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 OPTIONAL_KEYS = ("class_names",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.text_tables import Interner, TextTable, as_list, check_names, quoted
 from fedlabel.shown import shown
 

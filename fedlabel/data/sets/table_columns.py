@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from fedlabel.data.sets.cells import LARGEST, Numbers, is_number, looks_like, read_numbers
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.tables import LoadedTable, Table
 from fedlabel.data.sets.text_tables import TextTable, as_list, listed, quoted, summed, unreadable
 from fedlabel.names import did_you_mean
 from fedlabel.shown import shown
 
 if TYPE_CHECKING:
-    from fedlabel.data.sets.datasets import DataConfig
+    from fedlabel.data.sets.config import DataConfig
 
 MAX_CATEGORIES = 1000
 """A categorical column with more is taken for a mistake (names, identifiers), since every category is a feature."""

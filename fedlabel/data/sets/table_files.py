@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedlabel.data.sets.config import DataError, data_root
 from fedlabel.data.sets.csv_files import read_csv
-from fedlabel.data.sets.loaders import DataError, data_root
 from fedlabel.data.sets.parquet_files import read_parquet
 from fedlabel.data.sets.table_columns import Rows, as_tables, check_columns, split_off_test
 from fedlabel.data.sets.table_labels import LabelColumn
@@ -18,7 +18,7 @@ from fedlabel.data.sets.text_tables import TextTable, listed
 from fedlabel.names import did_you_mean
 
 if TYPE_CHECKING:
-    from fedlabel.data.sets.datasets import DataConfig
+    from fedlabel.data.sets.config import DataConfig
 
 UCI = "https://archive.ics.uci.edu/dataset"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlabel.data.sets.cells import MISSING, is_number
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.text_tables import as_list, listed, quoted, unreadable
 from fedlabel.names import did_you_mean
 from fedlabel.shown import shown

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlabel.data.sets.loaders import DataError, Split
+from fedlabel.data.sets.config import DataError
+from fedlabel.data.sets.loaders import Split
 
 
 @dataclass(frozen=True, eq=False)

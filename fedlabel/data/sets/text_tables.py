@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 from fedlabel.shown import shown
 
 INTERNED = 4096

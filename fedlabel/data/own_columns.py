@@ -9,8 +9,8 @@ import numpy as np
 
 from fedlabel.data.partition import PartitionConfig
 from fedlabel.data.sets.cells import MISSING
-from fedlabel.data.sets.datasets import DATASETS, DataConfig, Dataset
-from fedlabel.data.sets.loaders import DataError, data_root
+from fedlabel.data.sets.config import SETS, DataConfig, DataError, data_root
+from fedlabel.data.sets.datasets import Dataset
 from fedlabel.data.sets.names import listed
 from fedlabel.data.sets.npz_files import read_npz
 from fedlabel.shown import shown
@@ -29,9 +29,9 @@ def with_columns_aside(data: DataConfig, wanted: Mapping[str, str]) -> DataConfi
     for key, name in wanted.items():
         if name == data.label_column:
             raise DataError(f"`{key}` (={name}) is the column of the labels: name another one.")
-        if not DATASETS[data.name].tabular and data.name != "npz":
+        if not SETS[data.name].tabular and data.name != "npz":
             raise DataError(f"`{key}` (={name}) is for tables and data.name=npz, not for {data.name}.")
-    if not DATASETS[data.name].tabular:
+    if not SETS[data.name].tabular:
         return data
     aside = dict.fromkeys([*data.aside_columns, *wanted.values()])
     return replace(data, aside_columns=tuple(aside))

@@ -1,0 +1,117 @@
+"""Which data set a run is on: the configuration, and what there is by name. Nothing is loaded here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from fedlabel.checks import no_effect
+from fedlabel.names import did_you_mean
+
+
+class DataError(ValueError):
+    """The data set is unknown, missing or not as it should be; the message says what to do."""
+
+
+class SetInfo(NamedTuple):
+    """One line of `SETS`."""
+
+    description: str
+    allow_flip: bool = False
+    """Whether an image mirrored left to right still shows its class."""
+    tabular: bool = False
+    own: bool = False
+    """Whether the files are the user's, who may change them between two runs of a process."""
+
+
+SETS = {
+    "digits": SetInfo("scikit-learn's digits: 1,797 grey 8x8, 10 classes, no download"),
+    "fashion_mnist": SetInfo("Fashion-MNIST: 70,000 grey 28x28, 10 kinds of clothes", allow_flip=True),
+    "mnist": SetInfo("MNIST: 70,000 grey 28x28, 10 digits"),
+    "emnist": SetInfo("EMNIST byclass: 814,255 grey 28x28, 62 digits and letters"),
+    "cifar10": SetInfo("CIFAR-10: 60,000 colour 32x32, 10 classes", allow_flip=True),
+    "cifar100": SetInfo("CIFAR-100: 60,000 colour 32x32, 100 classes", allow_flip=True),
+    "svhn": SetInfo("SVHN, cropped: 99,289 colour 32x32, 10 digits"),
+    "image_folder": SetInfo("a folder of yours: train/<class>/* and test/<class>/*", allow_flip=True, own=True),
+    "npz": SetInfo("a numpy file of yours: x_train, y_train, x_test, y_test", own=True),
+    "breast_cancer": SetInfo("scikit-learn's table: 569 tumours, 30 features, malignant or benign", tabular=True),
+    "adult": SetInfo("UCI's table: 48,842 people of a census, income above 50K or not", tabular=True),
+    "bank_marketing": SetInfo("UCI's table: 45,211 calls of a bank, sold or not", tabular=True),
+    "magic": SetInfo("UCI's table: 19,020 showers in a telescope, gamma or hadron", tabular=True),
+    "table": SetInfo("a CSV or Parquet file of yours: data.label_column names the labels", tabular=True, own=True),
+}
+"""Name -> what it is; `datasets.LOADERS` has their loaders."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data set, where it is, and what part of it is kept for choosing hyper-parameters."""
+
+    name: str = "digits"
+    """One of `SETS`."""
+    root: str = no_effect("data")
+    """The folder of the data sets in torchvision's layout; for adult, bank_marketing and magic that of UCI's files (as
+    they are or .gz), or one that has them in `[tabular/]adult`, `[tabular/]bank-marketing`, `[tabular/]magic`. For npz
+    and table the file, for image_folder the folder with `train` and `test`. Not used by digits and breast_cancer, which
+    come with scikit-learn."""
+    download: bool = no_effect(False)
+    """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
+    validation_fraction: float = 0.1
+    """Part of the training samples that have a label, held out for choosing hyper-parameters, in [0, 1)."""
+    train_samples: int | None = None
+    """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
+    positive_classes: tuple[str, ...] = ()
+    """Names of classes (or their numbers from 0, where they are not named by numbers) that are put together as class 1,
+    against the rest as class 0: makes a task of two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty:
+    the classes as they are. Elsewhere, and in files of labels, the classes then are 0 and 1."""
+    label_column: str | None = None
+    """table: the column that holds the labels."""
+    categorical: tuple[str, ...] | None = None
+    """Tables: columns whose cells are categories, even if they are numbers, besides the columns of texts."""
+    drop_columns: tuple[str, ...] | None = None
+    """Tables: columns that are left out; null: none, but of bank_marketing `duration`, which tells the label."""
+    aside_columns: tuple[str, ...] = ()
+    """Tables: columns that are read but are no features, such as a site that the rows are split by."""
+    missing: tuple[str, ...] = ()
+    """table: what else stands for a missing number or label, e.g. [-999, unknown]; an empty cell, NA, N/A, NaN, null, ?
+    and their like always do, and among numbers also none, - and a point."""
+    decimal: str = "point"
+    """table: what stands before the decimals of numbers in a CSV file, point or comma; 1.234,5 is read with comma."""
+    test_fraction: float = 0.2
+    """Tables without a test set of their own (bank_marketing, magic, breast_cancer; table without `test_file`): share
+    of every class's rows that is split off as test set, in (0, 1); drawn once and for all, whatever the seed."""
+    test_file: str | None = None
+    """table: a second file beside the first, with the same columns, as test set."""
+
+    def __post_init__(self) -> None:
+        if self.name not in SETS:
+            hint = did_you_mean(self.name, SETS)
+            raise DataError(f"`data.name` (={self.name}) must be one of {', '.join(SETS)}.{hint}")
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(f"`data.validation_fraction` (={self.validation_fraction}) must lie in [0, 1).")
+        if self.train_samples is not None and self.train_samples < 1:
+            raise DataError(f"`data.train_samples` (={self.train_samples}) must be at least 1 (or null).")
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        for key in ("positive_classes", "categorical", "drop_columns", "aside_columns", "missing"):
+            value = getattr(self, key)  # YAML gives lists; this must be hashable
+            object.__setattr__(self, key, None if value is None else tuple(map(str, value)))
+        for key in ("categorical", "drop_columns", "aside_columns"):
+            if getattr(self, key) not in (None, getattr(DataConfig, key)) and not SETS[self.name].tabular:
+                raise DataError(f"`data.{key}` (={list(getattr(self, key))}) is for tables, not for {self.name}.")
+        for key in ("label_column", "test_file", "missing", "decimal"):
+            if getattr(self, key) != getattr(DataConfig, key) and self.name != "table":
+                raise DataError(f"`data.{key}` (={getattr(self, key)}) is for data.name=table, not for {self.name}.")
+        if self.name == "table" and self.label_column is None:
+            raise DataError("`data.label_column` (=None) must name the column of labels for data.name=table.")
+        if self.decimal not in ("point", "comma"):
+            raise DataError(f"`data.decimal` (={self.decimal}) must be point or comma.")
+        if not 0 < self.test_fraction < 1:
+            raise DataError(f"`data.test_fraction` (={self.test_fraction}) must lie in (0, 1).")
+
+
+def data_root(config: DataConfig) -> Path:
+    """Returns `data.root` as an absolute path."""
+    return Path(config.root).expanduser().resolve()
