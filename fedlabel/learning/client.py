@@ -125,7 +125,7 @@ def train_client(
         pseudo_index=rows,
         pseudo=pseudo,
         forward=recipe.network.count * run.meter.forward,
-        backward=recipe.network.count * run.meter.backward,
+        backward=recipe.network.count * int(run.meter.backward),
         pairs=run.meter.pairs,
         votes=run.meter.votes,
     )

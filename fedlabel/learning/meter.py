@@ -24,7 +24,7 @@ class Meter:
         """Metric -> (2,) float64 (sum, count)."""
         self.forward = 0
         """Samples sent through a model, student's and teachers' alike."""
-        self.backward = 0
+        self.backward: int | Tensor = 0
         """Samples whose gradient was propagated back."""
         self.pairs: Tensor | None = None
         """See `Prepared.pairs`."""

@@ -65,6 +65,9 @@ class Stepper:
     received: StateDict
     """The global state."""
     meter: Meter
+    masked: bool
+    """Whether a step without samples is taken and taken back, which needs no look at a number on the device; else it is
+    left out. Both give the same."""
 
     @classmethod
     def of(
@@ -75,13 +78,27 @@ class Stepper:
         received: StateDict,
         config: TrainingConfig,
         meter: Meter,
+        masked: bool | None = None,
     ) -> Stepper:
-        """Returns one with a fresh optimiser."""
+        """Returns one with a fresh optimiser; masked: see there, None: where the student is not on the CPU."""
         named = dict(student.named_parameters())
         names = frozenset(named if update.trains is None else update.trains(tuple(named)))
         moved = [parameter for name, parameter in named.items() if name in names]
-        buffers = list(student.buffers())
-        return cls(student, named, buffers, update, names, _optimizer(moved, config), config, proximal, received, meter)
+        if masked is None:
+            masked = any(parameter.device.type != "cpu" for parameter in moved)
+        return cls(
+            student=student,
+            named=named,
+            buffers=list(student.buffers()),
+            update=update,
+            names=names,
+            optimizer=_optimizer(moved, config),
+            config=config,
+            proximal=proximal,
+            received=received,
+            meter=meter,
+            masked=masked,
+        )
 
     def step(self, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the loss of a batch, after a step down it. A step that used no sample moves nothing: no parameter, no
@@ -101,17 +118,43 @@ class Stepper:
             return outputs
 
         found = self.update.loss(student, teachers, batch)
-        if not found.examples:
-            for buffer, value in zip(self.buffers, before, strict=True):
-                buffer.copy_(value)
-            return found
+        active = found.examples > 0
+        if (self.masked and found.loss.requires_grad) or (not self.masked and active):
+            undo = self._undo() if self.masked else None
+            self._descend(found.loss)
+            self.meter.backward += with_gradient * active if self.masked else with_gradient
+            if undo is not None:
+                undo(active)
+        for buffer, value in zip(self.buffers, before, strict=True) if self.masked or not active else ():
+            buffer.copy_(torch.where(active, buffer, value))
+        return found
+
+    def _descend(self, loss: Tensor) -> None:
+        """Takes one step of the optimiser."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = found.loss if self.update.penalty is None else found.loss + self.update.penalty(self.named)
+        if self.update.penalty is not None:
+            loss = loss + self.update.penalty(self.named)
         loss.backward()
-        self.meter.backward += with_gradient
         self._pull_and_clip({n: p for n, p in self.named.items() if n in self.names and p.grad is not None})
         self.optimizer.step()
-        return found
+
+    def _undo(self) -> Callable[[Tensor], None]:
+        """Remembers parameters and momentum; returns a function () bool -> nothing that puts them back where False."""
+        moved = [parameter for name, parameter in self.named.items() if name in self.names]
+        parameters = [parameter.detach().clone() for parameter in moved]
+        states = [dict(self.optimizer.state.get(parameter, {})) for parameter in moved]
+        kept = [{key: v.clone() for key, v in state.items() if isinstance(v, Tensor)} for state in states]
+
+        def undo(active: Tensor) -> None:
+            with torch.no_grad():
+                for parameter, value, old in zip(moved, parameters, kept, strict=True):
+                    parameter.copy_(torch.where(active, parameter, value))
+                    for key, state in self.optimizer.state.get(parameter, {}).items():
+                        if isinstance(state, Tensor):
+                            start = old.get(key, torch.zeros_like(state))  # as no step has been taken
+                            state.copy_(torch.where(active.to(state.device), state, start))
+
+        return undo
 
     def _pull_and_clip(self, moved: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in moved.items():
