@@ -298,7 +298,7 @@ class RoundSchema(NamedTuple):
     round_number: int
     shared: State
     statistics: Mapping[str, tuple[int, ...]]
-    """Name -> shape of what `Method.statistics` gives in this round."""
+    """Name -> shape of what `Shared.statistics` gives in this round."""
     sent: Mapping[str, np.ndarray]
     """Of the global model, what counts batches, and the trained parameters if distances to them are asked for."""
 

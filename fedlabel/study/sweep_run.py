@@ -1,7 +1,7 @@
 """Running a sweep: what is left of it, in worker processes, resumable at any moment.
 
 OUT/sweep.json                                   what was asked, what finished, what the searches chose
-OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see tracking.py); all that a second call goes by
+OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see record/run_folder.py); all that a second call goes by
 """
 
 from __future__ import annotations
