@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import io
 import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +356,20 @@ def test_the_command_itself_reports_by_status(tmp_path: Path) -> None:
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
         assert (tmp_path / "runs" / str(status)).exists() == (status == 0)
+
+
+def test_help_and_version_wait_for_no_library() -> None:
+    """torch and scikit-learn take seconds to import, which the commands that need them do."""
+    code = "import sys, fedlabel.cli.main as cli\ntry: cli.main()\nfinally: print(sorted(sys.modules), file=sys.stderr)"
+    for argument, shown in (("--help", "Usage"), ("--version", "fedlabel 0")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, argument], env=environment(), capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+        loaded = set(ast.literal_eval(done.stderr))
+        assert "fedlabel.cli.main" in loaded
+        assert not loaded & {"torch", "sklearn", "scipy", "matplotlib", "ray", "flwr"}
 
 
 def test_version() -> None:
