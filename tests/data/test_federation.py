@@ -327,7 +327,7 @@ def test_classes_that_do_not_fit_the_data(classes: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_a_client_learns_from_and_is_judged_on_its_own_kind_of_images(split: str) -> None:
+def test_a_client_learns_from_and_is_evaluated_on_its_own_kind_of_images(split: str) -> None:
     """With `inversion` the images of a client are the stored ones or their negatives, in training and evaluation."""
     overrides = ["skew.feature_shift=inversion", "num_clients=8", "device=cpu", f"evaluation.split={split}"]
     experiment = Experiment(load_config([], overrides))
@@ -335,11 +335,11 @@ def test_a_client_learns_from_and_is_judged_on_its_own_kind_of_images(split: str
     stored = getattr(federation.dataset, split).images
     assert torch.equal(stored, getattr(load_dataset(DataConfig(), 0), split).images)
     inverted = []
-    for client, (rows, judged) in enumerate(zip(federation.parts, federation.test_parts, strict=True)):
+    for client, (rows, evaluated) in enumerate(zip(federation.parts, federation.test_parts, strict=True)):
         inverted.append(client_shift(client, 8, experiment.config.skew, 0).kind == "inversion")
         for images, own in (
             (federation.dataset.train.images[rows], experiment.client_data(client).images),
-            (stored[judged], experiment.judged.split.images[judged]),
+            (stored[evaluated], experiment.evaluates_on.split.images[evaluated]),
         ):
             assert torch.equal(own, 255 - images if inverted[-1] else images)
     assert 0 < sum(inverted) < 8

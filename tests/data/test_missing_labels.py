@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-from server.report import pseudo_panel
 
-from clients.client_app import _reply
+from clients.client_app import _measured
 from fedlabel.config import load_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.supervision import KIND_NAMES
@@ -23,6 +22,8 @@ from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.sets.datasets import DATASETS, DataConfig, Split, load_dataset
 from fedlabel.data.skew import SkewConfig
 from fedlabel.experiment import Experiment
+from server.observers.base import Round
+from server.observers.panel import pseudo_panel
 
 HAS_LABEL = np.arange(1437) % 3 == 0
 
@@ -246,14 +247,14 @@ def experiment(*overrides: str) -> Experiment:
 
 def counted(run: Experiment) -> dict[str, list[float]]:
     update = run.train(0, run.initial_state, 1)
-    return dict(_reply(update, run, 0).config_records["counts"])  # type: ignore[arg-type]
+    return _measured(update, run, 0, audit=True)[1]
 
 
 def test_the_panel_shows_samples_whose_class_nobody_knows() -> None:
     run = experiment("method.name=fixmatch", "method.confidence_threshold=0", "supervision.kind=full")
     content = RecordDict({"arrays": ArrayRecord(run.initial_state), "shared": ConfigRecord({})})
     tally: Any = SimpleNamespace(client_counts={0: {}}, messages={0: SimpleNamespace(content=content)}, round_number=1)
-    figure = pseudo_panel(run, tally, {})
+    figure = pseudo_panel(run, Round(1, tally, {}, 0.0, is_evaluated=True))
     assert figure is not None
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles

@@ -357,7 +357,7 @@ def test_without_weight_the_bag_output_is_not_there_and_the_trunk_moves_as_witho
 
 def test_stages() -> None:
     recipe = LLPBP(num_stages=3, stage_rounds=4).recipe(task())
-    assert [recipe.place(r).index for r in range(1, 14)] == [0] * 4 + [1] * 4 + [2] * 5
+    assert [recipe.place(r).number for r in range(1, 14)] == [0] * 4 + [1] * 4 + [2] * 5
     assert [r for r in range(1, 30) if recipe.begins(r)] == [5, 9]
     assert [stage.name for stage in recipe.stages] == ["stage 1 of 3", "stage 2 of 3", "stage 3 of 3"]
     assert {stage.start for stage in recipe.stages} == {Start.FRESH}

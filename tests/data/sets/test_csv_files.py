@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlabel.data import csv_files
+from fedlabel.data.sets import csv_files
 from fedlabel.data.sets.csv_files import read_csv
 from fedlabel.data.sets.loaders import DataError
 from fedlabel.data.sets.text_tables import TextTable

@@ -14,7 +14,7 @@ import torchvision
 
 from fedlabel.data.sets.datasets import DATASETS, DataConfig, DataError, load_dataset
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
+REAL = Path(__file__).parents[3].parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no folder ../shared/data with the real data sets")
 
 RNG = np.random.default_rng(0)

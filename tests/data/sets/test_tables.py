@@ -16,7 +16,7 @@ from fedlabel.data.sets.datasets import DATASETS, DataConfig, DataError, Dataset
 from fedlabel.data.sets.loaders import Split
 from fedlabel.data.sets.tables import Table, encode
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
+REAL = Path(__file__).parents[3].parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not (REAL / "tabular").is_dir(), reason="no folder ../shared/data with the real tables")
 
 TABLES = sorted(name for name, entry in DATASETS.items() if entry.tabular)
