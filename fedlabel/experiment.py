@@ -53,8 +53,8 @@ class Experiment:
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.federation: Federation = self._federation(config.evaluation.split)
         dataset, skew = self.federation.dataset, config.skew
-        card = label_card(self.federation.record)
-        self.labels = card
+        noisy = any(part.count_epsilon is not None for part in config.supervision.parts)
+        self.labels = card = label_card(self.federation.record)._replace(noisy_counts=noisy)
         self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")
@@ -77,6 +77,7 @@ class Experiment:
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
+        self._check_upload(frozenset(name for name, _ in student.named_parameters()))
         self.running = running_statistics(student)
 
     def _federation(self, split: str) -> Federation:
@@ -133,6 +134,17 @@ class Experiment:
                 f"`model.name` (={self.config.model.name}), e.g. BatchNorm's running statistics: "
                 f"{', '.join(buffers[:3])} ({len(buffers)} in all). Take a network without, e.g. "
                 f"model.name=cnn with model.norm=group, or strategy.name={' or '.join(AVERAGES)}."
+            )
+
+    def _check_upload(self, parameters: frozenset[str]) -> None:
+        """Looks at how many models a client uploads: Flower's strategies combine one. parameters: what is trained."""
+        name, method = self.config.strategy.name, self.config.method.name
+        parts = self.recipe.upload.send(self.initial_state, [], parameters, 0.0)  # as of a client that did not train
+        if len(parts) > 1 and name != "weighted_mean":
+            raise ValueError(
+                f"`method.name` (={method}) sends {len(parts)} models with separate weights ({', '.join(parts)}), "
+                f"which `strategy.name` (={name}) cannot combine; use strategy.name=weighted_mean, or keys of the "
+                "method with which it sends one (of fedlabel: method.merge=sum)."
             )
 
     def _build_model(self, seed: int) -> nn.Module:

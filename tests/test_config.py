@@ -126,11 +126,6 @@ def test_numbers_and_truth_values_in_quotes_are_read_as_if_they_had_none() -> No
     assert load_config([], ["model.name=mlp", *quoted]) == load_config([], ["model.name=mlp", *plain])
 
 
-def test_two_models_need_the_weighted_mean() -> None:
-    with pytest.raises(ConfigError, match="use strategy.name=weighted_mean or method.merge=sum"):
-        load_config([], ["method.merge=mean", "strategy.name=FedAdam"])
-
-
 def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.yaml does not exist: looked at"):
         load_config(["nowhere.yaml"])
@@ -361,10 +356,6 @@ BAGS = ["supervision.kind=bags", "supervision.bag_size=4"]
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["method.name=llp_bp", "supervision.count_epsilon=1"],
-            r"`method.lambda_bag` \(=inf\) takes counts for exact, .* `supervision.count_epsilon` \(=1\)",
-        ),
         (["method.name=llp_bp", "num_rounds=10"], r"`num_rounds` \(=10\) ends before the last of `method.num_stages`"),
         (["method.name=llp_bp", "supervision.bag_size=0"], r"`supervision.bag_size` \(=0\)"),
     ],
@@ -374,10 +365,8 @@ def test_bags_that_make_no_sense_are_refused(overrides: list[str], message: str)
         load_config([], [*BAGS, *overrides])
 
 
-def test_bags_with_noise_on_their_counts_need_a_number() -> None:
-    config = load_config([], [*BAGS, "method.name=llp_bp", "supervision.count_epsilon=1", "method.lambda_bag=1"])
-    assert config.supervision.label_rate is None
-    assert load_config([], [*BAGS, "method.name=dllp", "supervision.count_epsilon=1"]).method.name == "dllp"
+def test_bags_leave_no_label_beside_their_counts() -> None:
+    assert load_config([], [*BAGS, "method.name=llp_bp"]).supervision.label_rate is None
 
 
 def test_a_part_of_a_mapping_keeps_the_methods_own_default_for_the_rest() -> None:
@@ -451,7 +440,7 @@ def test_types_and_sizes(overrides: list[str], message: str) -> None:
 OWN = """
 import abc
 from dataclasses import dataclass, field
-from fedlabel.methods.base import Method
+from fedlabel.methods.recipe import Method
 
 @dataclass(frozen=True)
 class Good(Method):
@@ -507,7 +496,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("own:Abstract", r"`method.name` \(=own:Abstract\) is abstract: its class must define further"),
         ("own:Sets", r"`method.name` \(=own:Sets\) has a field .* cannot hold: fields may be bool, int"),
         ("own:Needs", "`method.weight` must be given: it has no default"),
-        ("own:Plain", "must be a subclass of fedlabel.methods.base.Method"),
+        ("own:Plain", "must be a subclass of fedlabel.methods.recipe.Method"),
         ("own:number", "must be a subclass of"),
         ("own:Goood", "own has no Goood. Did you mean Good"),
         ("broken:X", r"cannot be imported: SyntaxError: .*broken.py, line 1\)"),

@@ -167,6 +167,11 @@ class LLPBP(Method):
                 f"(={self.centered}): with {task.num_classes} classes rule=top_count, factor=pairwise and "
                 "centered=true have no place; leave them out, or set data.positive_classes for two classes."
             )
+        if task.labels.noisy_counts and self.lambda_bag == math.inf:
+            raise ValueError(
+                "`method.lambda_bag` (=inf) takes counts for exact, and with `supervision.count_epsilon` they have "
+                "noise: take a number, e.g. method.lambda_bag=1."
+            )
         stages = tuple(
             Stage(
                 partial(self._phases, stage),

@@ -1,7 +1,7 @@
 """Runs the unfinished part of a sweep, in worker processes, resumable at any time.
 
 OUT/sweep.json                                   what was asked, what finished, what the searches chose
-OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see tracking.py); all that a second call goes by
+OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see record/run_folder.py); all that a second call goes by
 """
 
 from __future__ import annotations

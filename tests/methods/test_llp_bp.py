@@ -498,6 +498,12 @@ def test_what_is_for_two_classes_is_refused_for_more(changes: dict[str, object])
         method.recipe(task(3))
 
 
+def test_noisy_counts_need_a_finite_weight() -> None:
+    with pytest.raises(ValueError, match=r"`method.lambda_bag` \(=inf\) .* e.g. method.lambda_bag=1\."):
+        LLPBP().recipe(task(2, noisy_counts=True))
+    LLPBP(lambda_bag=1.0).recipe(task(2, noisy_counts=True))
+
+
 def test_marginals_are_those_of_the_inference() -> None:
     """lambda_bag, lambda_edge, damping and iterations are handed on."""
     x, labels = gaussians(32)

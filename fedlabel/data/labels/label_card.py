@@ -29,6 +29,9 @@ class LabelCard(NamedTuple):
     """Samples that labelling functions were applied to."""
     votes: tuple[tuple[int, ...], ...]
     """(functions, classes): votes of each labelling function for each class."""
+    noisy_counts: bool = False
+    """Whether the counts of some bags have noise on them (`supervision.count_epsilon`). No record tells: who knows the
+    configuration fills it in."""
 
     @property
     def functions(self) -> int:
