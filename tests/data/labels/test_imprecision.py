@@ -15,17 +15,18 @@ import torch
 
 from fedlabel.data.labels.imprecision import (
     ASYMMETRIC,
-    Resemblance,
+    LabelSources,
     draw_candidates,
     draw_noisy_labels,
     majority,
     scale_to_mean,
     swap_truth,
 )
-from fedlabel.data.labels.supervision import impart
+from fedlabel.data.labels.supervision import build_supervision
 from fedlabel.data.labels.supervision_config import LabelKind
-from fedlabel.data.sets.datasets import DataConfig, Dataset, load_dataset
-from fedlabel.data.sets.loaders import DataError, Split
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import Dataset, load_dataset
+from fedlabel.data.sets.loaders import Split
 
 K = 10
 N = 20_000
@@ -54,14 +55,14 @@ def blank(name: str = "digits", classes: int = K, n: int = 20, held_out: int = 0
     return Dataset(name, *parts, names, (0.0,), (1.0,), False, order[~validation], n)
 
 
-def resemblance(dataset: Dataset | None = None, root: Path = Path(), seed: int = 0) -> Resemblance:
+def resemblance(dataset: Dataset | None = None, root: Path = Path(), seed: int = 0) -> LabelSources:
     dataset = dataset or blank()
-    return Resemblance(dataset, root, seed, np.arange(len(dataset.train.labels)))
+    return LabelSources(dataset, root, seed, np.arange(len(dataset.train.labels)))
 
 
-def digits(known: np.ndarray | None = None, seed: int = 0) -> Resemblance:
+def digits(known: np.ndarray | None = None, seed: int = 0) -> LabelSources:
     dataset = load_dataset(DataConfig(), 0)
-    return Resemblance(dataset, Path(), seed, np.arange(len(dataset.train.labels)) if known is None else known)
+    return LabelSources(dataset, Path(), seed, np.arange(len(dataset.train.labels)) if known is None else known)
 
 
 def partial(q: float, candidates: str = "uniform", **keys: float) -> LabelKind:
@@ -72,11 +73,13 @@ def noisy(rate: float, noise: str = "symmetric") -> LabelKind:
     return LabelKind(kind="noisy", noise=noise, noise_rate=rate, label_rate=None)
 
 
-def candidates_of(truth: np.ndarray, part: LabelKind, like: Resemblance, classes: int = K, seed: int = 0) -> np.ndarray:
+def candidates_of(
+    truth: np.ndarray, part: LabelKind, like: LabelSources, classes: int = K, seed: int = 0
+) -> np.ndarray:
     return draw_candidates(truth, np.arange(len(truth)), classes, part, like, rng(seed))
 
 
-def labels_of(truth: np.ndarray, part: LabelKind, like: Resemblance, classes: int = K, seed: int = 0) -> np.ndarray:
+def labels_of(truth: np.ndarray, part: LabelKind, like: LabelSources, classes: int = K, seed: int = 0) -> np.ndarray:
     given = draw_noisy_labels(truth, np.arange(len(truth)), classes, part, like, rng(seed))
     assert given.shape == (len(truth), 1)
     assert given.dtype == np.int64
@@ -292,12 +295,14 @@ def test_no_label_outside_what_is_known_is_looked_at(part: LabelKind) -> None:
     for shown in (labels, np.where(kinds >= 0, labels, -1)):
         split = Split(dataset.train.images, torch.from_numpy(shown))
         told = Dataset(**{**vars(dataset), "train": split})
-        records.append(impart(shown, kinds, [part], K, Resemblance(told, Path(), 0, known), 0))
+        records.append(build_supervision(shown, kinds, [part], K, LabelSources(told, Path(), 0, known), 0))
     first, second = records
     assert torch.equal(first.candidates, second.candidates)
     assert torch.equal(first.noisy, second.noisy)
     assert torch.equal(first.annotations, second.annotations)
-    assert np.flatnonzero(first.informed.numpy()).tolist() == known[first.informed.numpy()[known]].tolist()
+    assert (
+        np.flatnonzero(first.has_supervision.numpy()).tolist() == known[first.has_supervision.numpy()[known]].tolist()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- noise
@@ -414,7 +419,7 @@ def test_labels_of_a_file_are_found_where_the_training_set_was_cut(tmp_path: Pat
     """Each sample's label is its number in the set's own order, modulo 10."""
     np.savez(tmp_path / "labels.npz", number=np.arange(1797 - 360) % 10)
     dataset = load_dataset(DataConfig(train_samples=300), 0)
-    given = Resemblance(dataset, tmp_path, 0, np.arange(300)).file_labels(from_file("number"))[:, 0]
+    given = LabelSources(dataset, tmp_path, 0, np.arange(300)).file_labels(from_file("number"))[:, 0]
     assert torch.equal(
         load_dataset(DataConfig(validation_fraction=0.0), 0).train.images[dataset.train_rows], dataset.train.images
     )
@@ -434,24 +439,26 @@ def test_several_annotators_leave_out_what_they_did_not_see(tmp_path: Path) -> N
     np.savez(tmp_path / "labels.npz", a=a, b=b, c=c)
     like = resemblance(blank(), tmp_path)
     kinds = np.where(np.arange(20) < 17, 0, -1)
-    record = impart(like.dataset.train.labels.numpy(), kinds, [from_file("b", "c", "a")], K, like, 0)
+    record = build_supervision(like.dataset.train.labels.numpy(), kinds, [from_file("b", "c", "a")], K, like, 0)
     assert record.annotations.tolist() == [
         [int(x) if row < 17 else -1 for x in (b[row], c[row], a[row])] for row in range(20)
     ]
     assert record.candidates.all()
     assert not record.noisy.any()
-    blind = impart(like.dataset.train.labels.numpy(), kinds, [from_file("b", "c")], K, like, 0)
-    assert blind.informed.tolist() == [10 <= row < 17 for row in range(20)]
+    blind = build_supervision(like.dataset.train.labels.numpy(), kinds, [from_file("b", "c")], K, like, 0)
+    assert blind.has_supervision.tolist() == [10 <= row < 17 for row in range(20)]
 
 
 def test_one_label_of_a_file_is_a_noisy_label_and_none_is_none(tmp_path: Path) -> None:
     values = np.where(np.arange(20) % 4 == 0, -1, np.arange(20) % 3)
     np.savez(tmp_path / "labels.npz", one=values)
     like = resemblance(blank(), tmp_path)
-    record = impart(like.dataset.train.labels.numpy(), np.zeros(20, np.int64), [from_file("one")], K, like, 0)
+    record = build_supervision(
+        like.dataset.train.labels.numpy(), np.zeros(20, np.int64), [from_file("one")], K, like, 0
+    )
     assert record.label.tolist() == values.tolist()
     assert record.noisy.tolist() == (values >= 0).tolist()
-    assert record.informed.tolist() == (values >= 0).tolist()
+    assert record.has_supervision.tolist() == (values >= 0).tolist()
     assert record.annotations.shape == (20, 0)
 
 
@@ -474,14 +481,14 @@ def test_labels_of_a_table_stand_in_the_order_of_its_file(tmp_path: Path) -> Non
     dataset = load_dataset(config, 0)
     n = len(dataset.train.labels)
     assert n < dataset.own_size == 60
-    given = Resemblance(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))[:, 0]
+    given = LabelSources(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))[:, 0]
     assert np.array_equal(given, dataset.train.labels.numpy())
     assert np.array_equal(dataset.tables["train"].column("size"), dataset.train_rows.numpy())
     np.savez(tmp_path / "labels.npz", nurse=truth[:n])
     with pytest.raises(
         DataError, match=r"must have shape \(60,\), or .*: one label for each .* in the order of the file\."
     ):
-        Resemblance(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))
+        LabelSources(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))
 
 
 def write(**arrays: np.ndarray) -> Callable[[Path], object]:
@@ -589,7 +596,7 @@ def test_a_matrix_of_annotators_is_as_many_annotators(gap: Any, tmp_path: Path) 
     like = resemblance(root=tmp_path)
     assert np.array_equal(like.file_labels(from_file("labels")), given)
     assert np.array_equal(like.file_labels(from_file()), np.c_[given, GOOD])
-    record = impart(GOOD, np.zeros(20, np.int64), [from_file("labels")], K, like, 0)
+    record = build_supervision(GOOD, np.zeros(20, np.int64), [from_file("labels")], K, like, 0)
     assert torch.equal(record.annotations, torch.from_numpy(given))
 
 
@@ -670,8 +677,8 @@ def test_annotators_may_vote(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", a=np.zeros(whole, int), b=np.ones(whole, int), c=np.ones(whole, int))
     keys = ("a", "b", "c")
     part = LabelKind(kind="noisy", noise="file", labels_file="a.npz", labels_keys=keys, vote=True, label_rate=None)
-    like = Resemblance(dataset, tmp_path, 0, np.arange(n))
-    record = impart(dataset.train.labels.numpy(), np.zeros(n, int), [part], 10, like, 0)
+    like = LabelSources(dataset, tmp_path, 0, np.arange(n))
+    record = build_supervision(dataset.train.labels.numpy(), np.zeros(n, int), [part], 10, like, 0)
     assert record.annotations.shape == (n, 0)
     assert record.noisy.all()
     assert (record.label == 1).all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedlabel.data.sets.array_labels import Labels, number_labels
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 
 WHERE = {"y_train": "f: `y_train`", "y_test": "f: `y_test`", "class_names": "f: `class_names`"}
 

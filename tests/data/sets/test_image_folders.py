@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedlabel.data.sets.datasets import DataConfig, DataError, Dataset, load_dataset
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import Dataset, load_dataset
 from tests.data.arrays import write_image, write_images
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlabel.data.sets.datasets import DataConfig, DataError, load_dataset
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.data.sets.npz_files import read_npz
 from tests.data.arrays import RNG, write_npz
 

@@ -17,7 +17,7 @@ from fedlabel.config import load_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.datasets import DataConfig
+from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.experiment import Experiment
 
@@ -213,8 +213,8 @@ def test_images_have_no_columns() -> None:
 @pytest.mark.parametrize("partition", [BY_SITE, PartitionConfig(kind="iid"), PartitionConfig(dirichlet_alpha=0.5)])
 def test_published_counts_of_data_without_any_label(partition: PartitionConfig, folder: Path) -> None:
     federation = build(folder, partition=partition)
-    assert federation.lacking == 120
-    assert not federation.record.informed.any()
+    assert federation.num_without_label == 120
+    assert not federation.record.has_supervision.any()
     bag = federation.record.bag
     assert (bag >= 0).all()
     ones = federation.record.bag_counts[bag][:, 1]
