@@ -337,10 +337,10 @@ def test_the_tail_of_a_bag_is_not_cut(folder: Path) -> None:
     ("keys", "message"),
     [
         ({"bag_column": None}, r"`supervision.bags_file` \(=bags.csv\) and `supervision.bag_column` \(=None\) belong"),
-        ({"bag_size": 4}, r"`supervision.bag_size` \(=4\) has no place beside supervision.bags_file"),
-        ({"labels_total": 4}, r"`supervision.labels_total` \(=4\) has no place beside supervision.bags_file"),
-        ({"label_rate": 0.5}, r"`supervision.label_rate` \(=0.5\) has no place beside supervision.bags_file"),
-        ({"kind": "full"}, r"`supervision.bags_file` \(=bags.csv\) has no place beside supervision.kind=full"),
+        ({"bag_size": 4}, r"`supervision.bag_size` \(=4\) cannot be combined with supervision.bags_file"),
+        ({"labels_total": 4}, r"`supervision.labels_total` \(=4\) cannot be combined with supervision.bags_file"),
+        ({"label_rate": 0.5}, r"`supervision.label_rate` \(=0.5\) cannot be combined with supervision.bags_file"),
+        ({"kind": "full"}, r"`supervision.bags_file` \(=bags.csv\) cannot be combined with supervision.kind=full"),
         (
             {"bags_file": None, "bag_column": None},
             r"`supervision.bag_size` \(=None\) must be at least 1 .*bags_file, with",

@@ -214,7 +214,10 @@ def test_malformed_bags_are_named(changes: dict[str, torch.Tensor], message: str
         ({"bag_size": 0}, r"`supervision.bag_size` \(=0\)"),
         ({"bag_size_max": 7}, r"`supervision.bag_size_max` \(=7\) must be at least supervision.bag_size \(=8\)"),
         ({"count_epsilon": 0.0}, r"`supervision.count_epsilon` \(=0.0\) must be a positive number"),
-        ({"kind": "few_labels", "label_rate": 0.1}, r"`supervision.bag_size` \(=8\) has no place beside .*few_labels"),
+        (
+            {"kind": "few_labels", "label_rate": 0.1},
+            r"`supervision.bag_size` \(=8\) cannot be combined with .*few_labels",
+        ),
     ],
 )
 def test_bad_configurations_are_named(changes: dict[str, object], message: str) -> None:

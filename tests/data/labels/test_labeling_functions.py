@@ -435,8 +435,8 @@ def test_hidden_labels_are_not_looked_at_and_votes_are_part_of_the_hash(tmp_path
     n = len(dataset.train.labels)
     part = LabelKind("labeling_functions", label_rate=None, module=module)
     kinds = np.where(np.arange(n) < 50, 0, -1)
-    resemblance = LabelSources(dataset, tmp_path, 0, np.arange(50))
-    record = build_supervision(np.full(n, -99), kinds, [part], 10, resemblance, 0)
+    sources = LabelSources(dataset, tmp_path, 0, np.arange(50))
+    record = build_supervision(np.full(n, -99), kinds, [part], 10, sources, 0)
     assert not record.has_supervision.any()
     cast = ask_functions(kinds, [part], dataset)
     assert cast is not None
@@ -500,8 +500,11 @@ def test_votes_do_not_depend_on_the_number_of_clients(seed: int, tmp_path: Path)
     [
         ({"kind": "labeling_functions"}, r"`supervision.module` \(=None\) must be given for .*kind=labeling_functions"),
         ({"on_error": "go on"}, r"`supervision.on_error` \(=go on\) must be one of abstain, stop"),
-        ({"on_error": "stop"}, r"`supervision.on_error` \(=stop\) has no place beside supervision.kind=few_labels"),
-        ({"module": "rules"}, r"`supervision.module` \(=rules\) has no place beside supervision.kind=few_labels: take"),
+        ({"on_error": "stop"}, r"`supervision.on_error` \(=stop\) cannot be combined with supervision.kind=few_labels"),
+        (
+            {"module": "rules"},
+            r"`supervision.module` \(=rules\) cannot be combined with supervision.kind=few_labels: take",
+        ),
     ],
 )
 def test_a_module_is_for_labelling_functions_and_they_need_one(keys: dict[str, Any], message: str) -> None:
@@ -513,7 +516,7 @@ def test_a_module_is_for_labelling_functions_and_they_need_one(keys: dict[str, A
 @pytest.mark.parametrize("key", ["labels_per_class=2", "stratified=true"])
 def test_samples_are_not_chosen_by_a_class_that_nobody_knows(kind: dict[str, Any], key: str) -> None:
     overrides = [f"supervision.{name}={value}" for name, value in kind.items()]
-    message = rf"choose samples by their class, which nobody knows with supervision.kind={kind['kind']}: take"
+    message = rf"choose samples by their class, which is unknown with supervision.kind={kind['kind']}: take"
     with pytest.raises(ConfigError, match=message):
         load_config([], [*overrides, f"supervision.{key}"])
     load_config([], [*overrides, "supervision.labels_total=9"])

@@ -134,7 +134,7 @@ def test_a_malformed_record_is_named(changes: dict[str, torch.Tensor], message: 
         Supervision(**{**good, **changes})
 
 
-# ------------------------------------------------------------------------------------------------------------- build_supervision
+# ----------------------------------------------------------------------------------------------------- build_supervision
 
 
 def alike() -> LabelSources:
@@ -441,12 +441,15 @@ def test_more_labels_than_samples(config: SupervisionConfig, message: str) -> No
             {"labels_at": "some_clients", "labeled_clients": 0},
             r"`supervision.labeled_clients` \(=0\) must be at least 1",
         ),
-        ({"labeled_clients": 3}, r"`supervision.labeled_clients` \(=3\) has no place beside .*labels_at=clients"),
+        ({"labeled_clients": 3}, r"`supervision.labeled_clients` \(=3\) cannot be combined with .*labels_at=clients"),
         (
             {"labels_at": "server", "labels_per_client": 3},
-            r"`supervision.labels_per_client` \(=3\) has no place .*take labels_per_class or labels_total",
+            r"`supervision.labels_per_client` \(=3\) cannot be combined .*take labels_per_class or labels_total",
         ),
-        ({"kind": "full", "labels_total": 10}, r"`supervision.labels_total` \(=10\) has no place beside .*kind=full"),
+        (
+            {"kind": "full", "labels_total": 10},
+            r"`supervision.labels_total` \(=10\) cannot be combined with .*kind=full",
+        ),
     ],
 )
 def test_config_errors(changes: dict, message: str) -> None:
