@@ -134,7 +134,7 @@ def test_a_malformed_record_is_named(changes: dict[str, torch.Tensor], message: 
         Supervision(**{**good, **changes})
 
 
-# ----------------------------------------------------------------------------------------------------- build_supervision
+# ---------------------------------------------------------------------------------------------------- build_supervision
 
 
 def alike() -> LabelSources:
