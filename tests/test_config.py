@@ -332,11 +332,11 @@ def test_imprecise_labels_are_those_of_all_samples_unless_an_amount_is_given(
         ),
         (
             [MIX, "supervision.labels_at=some_clients", "supervision.labeled_clients=2"],
-            r"`supervision.labels_at` \(=some_clients\) has no place beside supervision.mix",
+            r"`supervision.labels_at` \(=some_clients\) cannot be combined with supervision.mix",
         ),
         (
             [MIX, "labeled_partition.kind=iid"],
-            r"`labeled_partition` has no place beside supervision.mix.*: set labeled_partition=null",
+            r"`labeled_partition` cannot be combined with supervision.mix.*: set labeled_partition=null",
         ),
         (
             ["supervision.kind=noisy", "supervision.noise_rate=0.2", "labeled_partition.kind=iid"],

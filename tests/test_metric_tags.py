@@ -179,7 +179,7 @@ def test_a_method_declares_its_own_metric(written: Path) -> None:
 
 def test_a_metric_that_nobody_declared_fails_at_the_client_by_name(written: Path) -> None:
     change(written, OWN)
-    with pytest.raises(RunError, match=r'makes the metric pseudo/mine, which nobody declared.* \(Tag\("pse'):
+    with pytest.raises(RunError, match=r'makes the metric pseudo/mine, which is not declared.* \(Tag\("pse'):
         run(written)
 
 
