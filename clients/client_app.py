@@ -72,9 +72,11 @@ def _measured(update: ClientUpdate, experiment: Experiment, client: int, audit: 
     """Returns a client's metrics and counts; audit: whether the client is simulated, so that its hidden labels may be
     read.
     """
-    supervision, truth = experiment.federation.supervision(client), experiment.federation.hidden_labels(client)
+    supervision = experiment.federation.supervision(client)
     if not audit:
-        return dict(update.sums), votes_against_truth(update, supervision, torch.full_like(truth, -1))
+        unknown = torch.full((len(supervision.candidates),), -1)
+        return dict(update.sums), votes_against_truth(update, supervision, unknown)
+    truth = experiment.federation.hidden_labels(client)
     sums, counts = against_truth(update, supervision.to(experiment.device), truth)
     return {**update.sums, **sums}, {**counts, **votes_against_truth(update, supervision, truth)}
 

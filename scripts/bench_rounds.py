@@ -39,8 +39,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedlabel.config import ExperimentConfig
+from fedlabel.data.labels.label_card import LabelCard
 from fedlabel.hardware import describe_hardware, versions
 from fedlabel.learning.training_config import TrainingConfig
+from fedlabel.methods.recipe import Task
 from fedlabel.methods.supervised import Supervised
 from fedlabel.models import ModelConfig, build_model
 from server.grids.base import SimulationGrid
@@ -87,11 +89,13 @@ def check(first: dict[str, torch.Tensor], last: dict[str, torch.Tensor]) -> None
 
 
 def our_rounds(grid: SimulationGrid, rounds: int) -> list[float]:
-    """Runs the steps of `server.server_app` without evaluation and files; returns when each round was over."""
+    """Runs the steps of `server.server` without evaluation and files; returns when each round was over."""
     strategy = WeightedMean(fraction_train=1.0, min_train_nodes=1, min_available_nodes=1)
     nodes = {client: client + 1 for client in range(CLIENTS)}
     first = model = initial_model()
-    schema = ReplySchema(model, Supervised(), TrainingConfig(), [100] * CLIENTS, 10)
+    labels = LabelCard(100 * CLIENTS, 100 * CLIENTS, 0, 0, 0, 0, 0, 0, 0, ())
+    recipe = Supervised().recipe(Task(10, rounds, labels))
+    schema = ReplySchema(model, recipe, TrainingConfig(), [100] * CLIENTS, 10)
     ends = []
     for round_number in range(1, rounds + 1):
         cohort = sample_cohort(0, round_number, CLIENTS, COHORT / CLIENTS)

@@ -22,7 +22,9 @@ from fedlabel.record.run_folder import CONFIG_YAML, write_atomic
 from server.checkpoint_schema import complaints
 from server.state import ServerState
 
-MAGIC = b"fedlabel-checkpoint-2\n"
+FORMAT = 2
+"""Of the files; it goes up when what is written cannot be read by versions before, or the other way round."""
+MAGIC = f"fedlabel-checkpoint-{FORMAT}\n".encode()
 
 
 class CheckpointError(ValueError):
@@ -46,10 +48,16 @@ def load_checkpoint(path: Path) -> ServerState:
     """Reads one checkpoint; executes no code from the file.
 
     Raises:
-        CheckpointError: the file is not a checkpoint, or is damaged.
+        CheckpointError: the file is not a checkpoint, is damaged, or another version wrote it.
     """
     with naming(path):
         content = path.read_bytes()
+    other = _OTHER_FORMAT.match(content)
+    if other is not None:
+        raise _NotThisRun(
+            f"Checkpoint {path} is of another version of fedlabel (its format is {int(other[1])}, this version's is "
+            f"{FORMAT}): resume with the version that wrote it, or start a new run under another --name."
+        )
     digest, payload = content[len(MAGIC) : len(MAGIC) + 32], content[len(MAGIC) + 32 :]
     if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != digest:
         raise CheckpointError(f"Checkpoint {path} is damaged ({len(content)} bytes, its digest does not match).")
@@ -108,7 +116,7 @@ def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) 
         try:
             checkpoint = load_checkpoint(path)
             if checkpoint.round_number > config.num_rounds:
-                raise _TooFew(
+                raise _NotThisRun(
                     f"`num_rounds` (={config.num_rounds}) is below the {checkpoint.round_number} rounds already done "
                     f"in {folder.parent}; raise it."
                 )
@@ -117,7 +125,7 @@ def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) 
             complaint = next(complaints(checkpoint, experiment, strategy), None)
             if complaint is not None:
                 raise CheckpointError(f"Checkpoint {path} is damaged, or of another run: {complaint}.")
-        except _TooFew:
+        except _NotThisRun:
             raise
         except CheckpointError as error:
             refused.append(error)
@@ -130,8 +138,8 @@ def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) 
     return ServerState(0, experiment.initial_state, text)
 
 
-class _TooFew(CheckpointError):
-    """The checkpoint is valid: an older one would not help."""
+class _NotThisRun(CheckpointError):
+    """The checkpoint is sound, but this run cannot go on from it, nor from an older one."""
 
 
 def _with_cure(refused: list[CheckpointError], older: Path | None) -> CheckpointError:
@@ -152,6 +160,7 @@ def _newest_first(folder: Path) -> list[Path]:
     return [files[number] for number in sorted(files, reverse=True)]
 
 
+_OTHER_FORMAT = re.compile(rb"fedlabel-checkpoint-(?!%d\n)(\d{1,9})\n" % FORMAT)
 _NAME = re.compile(r"round_(\d{6,18})\.ckpt")
 
 

@@ -12,7 +12,7 @@ import pytest
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, parse_config, to_yaml
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig
-from fedlabel.data.sets.datasets import DataConfig
+from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.methods import METHODS
 from fedlabel.methods.fedlabel import FedLabel

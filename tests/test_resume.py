@@ -177,7 +177,7 @@ def other_test_labels(path: Path) -> None:
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("change", "changed"),
-    [(other_inputs, "inputs"), (other_test_labels, "what clients hold and know, labels")],
+    [(other_inputs, "inputs"), (other_test_labels, "partition and supervision, labels")],
     ids=["inputs", "test labels"],
 )
 def test_a_run_is_not_gone_on_with_on_other_data(change: Callable[[Path], None], changed: str, tmp_path: Path) -> None:
@@ -213,6 +213,6 @@ def test_a_partition_file_of_an_older_version_is_said_and_a_broken_one_refused(
     for broken in ("{", "[]", '{"sha256": "x", "data": 3}'):
         path.write_text(broken)
         with pytest.raises(
-            ValueError, match=r"partition.json cannot be read \(\w+\), so nobody knows whether the data"
+            ValueError, match=r"partition.json cannot be read \(\w+\), so it is unknown whether the data"
         ):
             fedlabel.run([], ["num_rounds=5"], name="x", out=tmp_path, resume=True)

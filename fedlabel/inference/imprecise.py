@@ -53,7 +53,8 @@ def posterior(logits: Tensor, log_likelihood: Tensor) -> Tensor:
     impossible = (logits + log_likelihood == -torch.inf).all(1).nonzero()
     if len(impossible):
         raise ValueError(
-            f"The model's prediction for sample {int(impossible[0])} is 0 for every class that its supervision allows."
+            f"The model's prediction for sample {int(impossible[0])} is 0 for every class that is possible "
+            "under its supervision."
         )
     return unchecked_posterior(logits, log_likelihood)
 

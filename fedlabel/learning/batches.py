@@ -11,7 +11,7 @@ from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.plan import Plan, StepPlan, Units
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Batch, Part, State
-from fedlabel.methods.recipe import BySample, ByKnowledge, Draw, Views
+from fedlabel.methods.recipe import ByKnowledge, BySample, Draw, Views
 
 
 class BatchMaker:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods.recipe import ByBag, BySample, ByKnowledge, Draw, Phase
+from fedlabel.methods.recipe import ByBag, ByKnowledge, BySample, Draw, Phase
 from fedlabel.seeding import numpy_generator, torch_generator
 
 

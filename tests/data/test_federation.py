@@ -15,10 +15,11 @@ import torch
 import fedlabel.data.federation
 from fedlabel.config import load_config
 from fedlabel.data.federation import Federation, build_federation
-from fedlabel.data.labels.supervision import KIND_NAMES, impart
+from fedlabel.data.labels.supervision import KIND_NAMES, build_supervision
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.datasets import DataConfig, Split, load_dataset
+from fedlabel.data.sets.config import DataConfig
+from fedlabel.data.sets.datasets import Split, load_dataset
 from fedlabel.data.skew import SkewConfig, client_shift, tail_sizes
 from fedlabel.experiment import Experiment
 
@@ -469,7 +470,7 @@ def test_the_tails_leave_nothing_of_those_they_cut_in_the_audit() -> None:
     audit = federation.audit()
     assert np.sum(audit["kinds"]["clients"]) == len(held)
     others = np.setdiff1d(np.arange(1294), held)
-    assert not federation.record.informed[others].any()
+    assert not federation.record.has_supervision[others].any()
     assert np.sum(audit["noisy_labels"]["counts"]) == np.sum(slow_counts(federation, 1))
 
 
@@ -534,9 +535,11 @@ def test_what_is_known_is_made_without_a_look_at_what_is_hidden(
         shown = np.where(kinds >= 0, labels, -1)
         train = Split(like.dataset.train.images, torch.from_numpy(shown))
         blinded.append(int((kinds < 0).sum()))
-        return impart(shown, kinds, parts, classes, replace(like, dataset=replace(like.dataset, train=train)), *others)
+        return build_supervision(
+            shown, kinds, parts, classes, replace(like, dataset=replace(like.dataset, train=train)), *others
+        )
 
-    monkeypatch.setattr(fedlabel.data.federation, "impart", blind)
+    monkeypatch.setattr(fedlabel.data.federation, "build_supervision", blind)
     build_federation.cache_clear()
     again = build(**settings)
     build_federation.cache_clear()

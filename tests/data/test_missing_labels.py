@@ -19,7 +19,8 @@ from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.datasets import DATASETS, DataConfig, Split, load_dataset
+from fedlabel.data.sets.config import SETS, DataConfig
+from fedlabel.data.sets.datasets import Split, load_dataset
 from fedlabel.data.skew import SkewConfig
 from fedlabel.experiment import Experiment
 from server.observers.base import Round
@@ -35,7 +36,7 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def two_thirds_of_digits_lack_a_label(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    entry = DATASETS["digits"]
+    entry = SETS["digits"]
 
     def load(config: DataConfig) -> Any:
         whole = entry.load(config)
@@ -43,7 +44,7 @@ def two_thirds_of_digits_lack_a_label(monkeypatch: pytest.MonkeyPatch) -> Iterat
         return whole._replace(train=Split(whole.train.images, labels))
 
     forget()
-    monkeypatch.setitem(DATASETS, "digits", entry._replace(load=load))
+    monkeypatch.setitem(SETS, "digits", entry._replace(load=load))
     yield
     forget()
 
@@ -113,7 +114,7 @@ NAMED_AMOUNTS: list[dict[str, Any]] = [
 def test_labels_are_chosen_and_made_of_those_that_there_are(amount: dict[str, Any]) -> None:
     kind = {} if "kind" not in amount else {"label_rate": None}
     federation = build(**(kind | amount))
-    known = federation.record.informed.numpy()
+    known = federation.record.has_supervision.numpy()
     assert known.any()
     assert (truth(federation)[known] >= 0).all()
     if amount.get("kind") is None:
@@ -147,7 +148,7 @@ def test_bags_are_of_samples_whose_classes_can_be_counted() -> None:
 def test_a_mix_over_samples() -> None:
     parts = (MixPart(share=0.4, label_rate=0.5), MixPart("partial", share=0.6, label_rate=None, partial_ratio=0.1))
     federation = build(mix=parts, mix_over="samples")
-    known = federation.record.informed.numpy()
+    known = federation.record.has_supervision.numpy()
     assert (truth(federation)[known] >= 0).all()
     assert federation.kinds()[:, KIND_NAMES.index("candidates")].all()
 
@@ -182,7 +183,7 @@ def test_more_labels_than_there_are() -> None:
 def test_a_tail_by_class_needs_classes(key: str) -> None:
     if key == "labeled_imbalance":
         kept = build(kind="full", skew=SkewConfig(labeled_imbalance=10.0))
-        assert kept.lacking == 958
+        assert kept.num_without_label == 958
         assert kept.labeled.sum() < 300
     else:
         with pytest.raises(
@@ -222,9 +223,9 @@ def test_noisy_labels_of_unknown_truth_are_no_errors() -> None:
 
 
 def test_who_has_few_labels_and_hides_most_is_told() -> None:
-    assert build(kind="full").doubts() == []
+    assert build(kind="full").warnings() == []
     federation = build(label_rate=0.1)
-    (said,) = federation.doubts()
+    (said,) = federation.warnings()
     assert said == (
         "958 of 1,390 training samples have no label in the data. "
         f"Of the 432 labels that there are, supervision uses {federation.labeled.sum()} and hides the others; "
@@ -235,7 +236,7 @@ def test_who_has_few_labels_and_hides_most_is_told() -> None:
 def test_nothing_is_said_of_data_that_have_all_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.data.test_missing_labels.HAS_LABEL", np.ones(1437, bool))
     federation = build()
-    assert federation.doubts() == []
+    assert federation.warnings() == []
     assert federation.true_classes == tuple("0123456789")
     assert federation.audit()["without_label"] == 0
 

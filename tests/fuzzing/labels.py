@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from fedlabel.data.sets.own_columns import name_of
 
 from fedlabel.data.labels.bag_files import read_bags
 from fedlabel.data.labels.label_files import read_label_file
 from fedlabel.data.labels.labeling_functions import cast_votes, load_functions
+from fedlabel.data.own_columns import name_of
 from fedlabel.data.partition import PartitionConfig, column_owners
 from fedlabel.data.sets.class_names import ClassNames
 
@@ -340,7 +340,7 @@ def answers(rng: Rng, folder: Path) -> str | None:
         return f"{kind} answer {type(answer)} of {names}: {report}"
     if found.votes.tolist() != [[label if kind == "right" else -1]] * 3:
         return f"{kind} answer {type(answer)} of {names}: votes {found.votes.tolist()}"
-    said = report.doubt()
+    said = report.warning()
     if (said is None) != (kind in ("right", "silent")) or odd(said):
         return f"{kind}: said {said!r}"
     stopped = asked(lambda: cast_votes([function], range(3), names, stop=True))

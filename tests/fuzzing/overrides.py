@@ -15,7 +15,7 @@ from pathlib import Path
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.config_names import CALLED_ELSEWHERE, all_keys, inner_schema
 from fedlabel.config_schema import fields_of, hints
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 from fedlabel.experiment import Experiment
 from fedlabel.methods import METHODS
 from server.strategy import build_strategy, strategy_names
@@ -68,7 +68,7 @@ NAMES = [
     "fedlabel.cli.main:app",
 ]
 SENSIBLE = {
-    "method.name": [*METHODS, *NAMES, "fedlabel.methods.base:Method", "FedLabel", "fixmtch"],
+    "method.name": [*METHODS, *NAMES, "fedlabel.methods.recipe:Method", "FedLabel", "fixmtch"],
     "model.name": ["cnn", "mlp", "resnet8", "resnet9", "wrn28_2", "torchvision:squeezenet1_1", "torchvision:x", "CNN"],
     "partition.kind": ["iid", "dirichlet", "dirichlet_per_class", "classes_per_client", "quantity_skew", "Dirichlet"],
     "supervision.kind": ["few_labels", "full", "partial", "noisy", "partial_and_noisy", "bags", "labeling_functions"],

@@ -17,23 +17,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fedlabel.methods.steps import State
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
-from server.functions import FunctionWatch
-from server.noise import NoiseWatch
-from server.report import log_round
 
 from clients.client_app import app
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
+from fedlabel.methods.batch import State
 from fedlabel.metric_tags import client_tags
 from server.checkpoint import load_checkpoint
 from server.exchange import replies_to
 from server.grids.in_process import InProcessGrid
 from server.helpers import HelperPool
+from server.observers import Report, Round, observers_of
 from server.replies import ReplySchema
-from server.server_app import _check_shared, run_federation
+from server.server_app import run_federation
+from server.state import ServerState, check_shared
 from server.strategy import aggregate, build_strategy, configure_round
 from server.tally import RoundTally
 
@@ -115,19 +114,6 @@ class Outcome(NamedTuple):
         )
 
 
-class Folder:
-    """Takes what would go into a run folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.functions_csv = path / "functions.csv"
-
-    def log_round(self, round_number: int, metrics: Mapping[str, float], **_: Any) -> None:
-        assert all(np.isfinite(value) for value in metrics.values())
-
-    def log_text(self, *_: Any) -> None:
-        """Nothing is shown."""
-
-
 class Honest:
     """A recorded round, to be run again with other replies."""
 
@@ -139,32 +125,34 @@ class Honest:
         self.schema = ReplySchema.of(experiment, sizes).of_round(number, shared, self.messages)
         self.without: dict[int, Outcome] = {}
 
-    def run(self, replies: list[Message], folder: Path) -> Outcome:
-        """The server's own steps, see `server_app`."""
-        config, method = self.experiment.config, self.experiment.config.method
+    def run(self, replies: list[Message]) -> Outcome:
+        """The server's own steps, see `server.server`."""
+        config, recipe = self.experiment.config, self.experiment.recipe
         nodes = {client: client + 1 for client in range(CLIENTS)}
         strategy, everybody = build_strategy(config.strategy), list(nodes)
         arrays = self.messages[0].content["arrays"]
         configure_round(strategy, self.number, arrays, ConfigRecord({}), nodes, everybody)  # type: ignore[arg-type]
         tally = RoundTally(self.schema, {node: client for client, node in nodes.items()}, self.messages)
         usable = tally.usable(iter(replies))
-        if method.helpers is not None:
-            pool = HelperPool(self.experiment, method.helpers)
+        if recipe.helpers is not None:
+            pool = HelperPool(self.experiment, recipe.helpers)
             usable = pool.watch(usable, {node: client for client, node in nodes.items()})
         made = aggregate(strategy, self.number, usable, config.seed)
         tally.finish()
         assert all(line.startswith(("Round ", "    ")) for text in tally.failures for line in text.split("\n"))
         assert all(text.replace("\n", "").isprintable() for text in tally.failures)
-        shared = method.server_step(self.shared, tally.statistics(torch.device("cpu")))
-        _check_shared(method, shared, self.number)
-        if method.helpers is not None:
+        shared = recipe.shared.update(self.shared, tally.statistics(torch.device("cpu")))
+        check_shared(config.method.name, recipe, shared, self.number)
+        if recipe.helpers is not None:
             assert all(client not in pool.nearest(client) for client in everybody)
         model = {} if made is None else {name: array.numpy() for name, array in made.items()}
         assert all(np.isfinite(value).all() for value in model.values())
-        stub: Any = Folder(folder)
-        watches = NoiseWatch(self.experiment), FunctionWatch(self.experiment, stub)
-        metrics = log_round(stub, self.experiment, tally, None, None, shared, watches, time.perf_counter())
-        kept = {name: value for name, value in metrics.items() if not name.startswith("system/")}
+        state = ServerState(self.number, self.experiment.initial_state, "", shared=shared)
+        seen, report = Round(self.number, tally, None, time.perf_counter(), is_evaluated=False), Report()
+        for observer in observers_of(self.experiment, {}, simulated=True).values():
+            report = report.add(observer.after_round(seen, state))
+        assert all(np.isfinite(value) for value in report.metrics.values())
+        kept = {name: value for name, value in report.metrics.items() if not name.startswith("system/")}
         return Outcome({name: value.tobytes() for name, value in model.items()}, shared, kept, tally.refused)
 
     def replies(self, changed: Mapping[int, list[Message]]) -> list[Message]:
@@ -172,11 +160,11 @@ class Honest:
         honest = [Message(copy.copy(body), reply_to=m) for m, body in zip(self.messages, self.contents, strict=True)]
         return [found for client in range(CLIENTS) for found in changed.get(client, [honest[client]])]
 
-    def without_client(self, client: int, folder: Path) -> Outcome:
+    def without_client(self, client: int) -> Outcome:
         """Returns the round in which a client failed; CLIENTS: in which none did."""
         if client not in self.without:
             gone = {c: [Message(Error(2, "gone"), reply_to=self.messages[c])] for c in [client] if c < CLIENTS}
-            self.without[client] = self.run(self.replies(gone), folder)
+            self.without[client] = self.run(self.replies(gone))
         return self.without[client]
 
 
@@ -188,7 +176,7 @@ def rounds_of(place: int) -> list[Honest]:
     experiment, grid = Experiment(config), Recorder()
     with tempfile.TemporaryDirectory() as folder:
         run_federation(config, grid, Path(folder) / "run")
-        shared = {0: config.method.initial_shared(experiment.federation.dataset.num_classes)}
+        shared = {0: experiment.recipe.shared.start()}
         for number in range(1, max(numbers)):
             shared[number] = load_checkpoint(Path(folder) / "run" / "checkpoints" / f"round_{number:06d}.ckpt").shared
     return [Honest(experiment, number, grid.rounds[number - 1], shared[number - 1]) for number in numbers]
@@ -473,7 +461,7 @@ def case(seed: int, folder: Path) -> str | None:
     chance = rng.random()
     if chance < 0.1:
         _allowed(rng, body)
-        return _attempt(honest, changed, folder, "_allowed")[1] or None
+        return _attempt(honest, changed, "_allowed")[1] or None
     if chance < 0.2:
         done = _any(rng, ["twice", "forged", "earlier", "empty", "undecodable"])
         if done == "twice":
@@ -499,20 +487,18 @@ def case(seed: int, folder: Path) -> str | None:
             done += f" {mutation.__name__}" * (repr(body) != before)
         if repr(body) == whole:  # nothing was changed, or it was changed back
             return None
-    outcome, wrong = _attempt(honest, changed, folder, done)
+    outcome, wrong = _attempt(honest, changed, done)
     if outcome is None:
         return wrong
     if not outcome.refused:
         return f"{done} was accepted"
-    if not outcome.same(honest.without_client(expected, folder)):
+    if not outcome.same(honest.without_client(expected)):
         return f"{done} left a trace in the round"
     return None
 
 
-def _attempt(
-    honest: Honest, changed: Mapping[int, list[Message]], folder: Path, done: str
-) -> tuple[Outcome | None, str]:
+def _attempt(honest: Honest, changed: Mapping[int, list[Message]], done: str) -> tuple[Outcome | None, str]:
     try:
-        return honest.run(honest.replies(changed), folder), ""
+        return honest.run(honest.replies(changed)), ""
     except Exception as error:
         return None, f"{done} raised {type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.labels.supervision import Supervision, supervise
+from fedlabel.data.labels.supervision import Supervision, reveal_labels
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
@@ -35,7 +35,7 @@ def client(n: int = 30, labeled: int = 10) -> tuple[ClientData, torch.Tensor]:
     images = torch.randint(60, (n, 1, 6, 6), generator=generator, dtype=torch.uint8)
     images[torch.arange(n), 0, labels] += 120  # row y is bright: learnable
     mask = torch.arange(n) < labeled
-    return ClientData(images, supervise(labels, mask, CLASSES)), labels
+    return ClientData(images, reveal_labels(labels, mask, CLASSES)), labels
 
 
 def train(

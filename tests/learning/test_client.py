@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlabel.data.labels.supervision import supervise
+from fedlabel.data.labels.supervision import reveal_labels
 from fedlabel.learning.client import ClientData, Trainer, train_client, train_server
 from fedlabel.learning.plan import draw_batches
 from fedlabel.learning.training_config import TrainingConfig
@@ -39,7 +39,7 @@ def test_hidden_labels_are_out_of_reach() -> None:
     """Hidden labels set to -1 change nothing, to the bit."""
     data, labels = client()
     poisoned = torch.where(torch.arange(len(labels)) < 10, labels, -torch.ones_like(labels))
-    other = ClientData(data.images, supervise(poisoned, torch.arange(len(labels)) < 10, CLASSES))
+    other = ClientData(data.images, reveal_labels(poisoned, torch.arange(len(labels)) < 10, CLASSES))
     assert same(model(train(FedLabel(), data)), model(train(FedLabel(), other)))
 
 
@@ -55,7 +55,9 @@ def test_check_7_stage_b_starts_from_the_global_weights_and_the_upload_is_the_su
     method = FedLabel(confidence_threshold=0.0, teacher="global")
     both = model(train(method, data))
     only_a = model(train(FedLabel(unlabeled_steps=0), data))
-    unlabeled = ClientData(data.images[10:], supervise(torch.zeros(20, dtype=torch.long), torch.zeros(20) > 1, CLASSES))
+    unlabeled = ClientData(
+        data.images[10:], reveal_labels(torch.zeros(20, dtype=torch.long), torch.zeros(20) > 1, CLASSES)
+    )
     only_b = model(train(method, unlabeled))
     assert not same(only_a, start)
     assert not same(only_b, start)

@@ -29,7 +29,7 @@ def test_metrics_are_added_up_in_float64() -> None:
 
 def test_a_metric_that_nobody_declared_is_refused() -> None:
     pair = torch.tensor([1.0, 2.0])
-    with pytest.raises(ValueError, match=r'metric train/own, which nobody declared.* metrics = \(Tag\("train/own", '):
+    with pytest.raises(ValueError, match=r'metric train/own, which is not declared.* metrics = \(Tag\("train/own", '):
         Meter(client_tags()).add({"train/own": pair})
     meter = Meter(client_tags((OWN,)))
     meter.add({"train/own": pair})

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlabel.data.labels.supervision import Supervision, supervise
+from fedlabel.data.labels.supervision import Supervision, reveal_labels
 from fedlabel.learning.plan import Units, bag_units, draw_batches, most_drawn
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Prepared, PseudoLabels, Survey
@@ -61,7 +61,7 @@ def test_units_of_a_client() -> None:
     units = bag_units(known, singles=True)
     assert units.rows[3].tolist() == [6, -1, -1]
     assert units.counts[3].tolist() == [0, 0, 0]
-    none = bag_units(supervise(torch.zeros(2, dtype=torch.int64), torch.tensor([False, False]), 3), singles=False)
+    none = bag_units(reveal_labels(torch.zeros(2, dtype=torch.int64), torch.tensor([False, False]), 3), singles=False)
     assert len(none.rows) == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlabel.data.labels.supervision import supervise
+from fedlabel.data.labels.supervision import reveal_labels
 from fedlabel.learning.client import ClientData, Trainer, train_client
 from fedlabel.learning.meter import Meter
 from fedlabel.learning.plan import draw_batches
@@ -129,7 +129,7 @@ def test_prox_mu_holds_every_method_near_the_global_weights(name: str) -> None:
     classes = classes_of(name)
     labels = torch.arange(16) % classes
     images = torch.randint(256, (16, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    data = ClientData(images, supervise(labels, torch.arange(16) < 8, classes))
+    data = ClientData(images, reveal_labels(labels, torch.arange(16) < 8, classes))
     recipe, start = recipe_of(name), make_student(name).state_dict()
     far, near = (
         train_client(

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.labels.label_card import label_card
-from fedlabel.data.labels.supervision import Supervision, supervise
+from fedlabel.data.labels.supervision import Supervision, reveal_labels
 from fedlabel.learning.client import ClientData, Trainer, train_client
 from fedlabel.learning.task import check_labels
 from fedlabel.learning.training_config import TrainingConfig
@@ -66,7 +66,7 @@ class Case(NamedTuple):
             labels = torch.randint(classes, (n,), generator=generator)
             if isinstance(draw, ByBag):
                 return self.bags(views, labels, generator)
-            supervision = supervise(labels, torch.full((n,), labeled), classes)
+            supervision = reveal_labels(labels, torch.full((n,), labeled), classes)
             return certain_part(views, supervision.candidates, self.targets(supervision, generator))
 
         unlabeled = () if isinstance(draw, ByBag) else draw.unlabeled
@@ -256,7 +256,7 @@ def test_round_is_reproducible_and_survives_empty_parts(name: str, n: int, label
     generator, classes, recipe = torch.Generator().manual_seed(0), classes_of(name), recipe_of(name)
     images = torch.randint(256, (n, 1, 6, 6), dtype=torch.uint8, generator=generator)
     labels = torch.randint(classes, (n,), generator=generator)
-    data = ClientData(images, supervise(labels, torch.arange(n) < labeled, classes))
+    data = ClientData(images, reveal_labels(labels, torch.arange(n) < labeled, classes))
     transform = ImageTransform(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), AugmentConfig(crop_padding=1), False)
     state = make_student(name).state_dict()
     updates = []
@@ -332,7 +332,7 @@ def test_a_method_that_could_learn_nothing_is_refused(name: str) -> None:
     else:
         with pytest.raises(ValueError, match=rf"`method.name` \(={name}\) learns from .*(method.name=ill|kind=bags)"):
             check_labels(name, recipe, label_card(crowd))
-    labels = supervise(torch.zeros(5, dtype=torch.int64), torch.arange(5) < 1, classes)
+    labels = reveal_labels(torch.zeros(5, dtype=torch.int64), torch.arange(5) < 1, classes)
     check_labels(name, recipe, label_card(labels))
     counts = torch.eye(classes, dtype=torch.int64)[:1] * 5
     bags = replace(Supervision.certain(nothing), bag=torch.zeros(5, dtype=torch.int64), bag_counts=counts)

@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from fedlabel.methods.base import Method
-from fedlabel.methods.steps import State
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from fedlabel.learning.training_config import TrainingConfig
+from fedlabel.methods.batch import State
+from fedlabel.methods.dp_ssl import DPSSL
+from fedlabel.methods.recipe import Method, Recipe
 from fedlabel.methods.supervised import Supervised
 from server.grids.in_process import InProcessGrid
+from server.observers import Round
 from server.replies import ReplySchema, RoundSchema
 from server.tally import RoundTally
+from tests.methods.recipes import task
 
 InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
 
@@ -70,8 +73,15 @@ def reply(node: int, body: RecordDict | Error) -> Message:
     return Message(body, reply_to=order(node))
 
 
+def recipe_of(method: Method) -> Recipe:
+    """Returns its recipe for a task with labels of all kinds; with written functions if that is what it goes by."""
+    written = isinstance(method, DPSSL) and not method.grown
+    return method.recipe(task(CLASSES, votes=((1, 1, 1),) * method.num_functions if written else ()))
+
+
 def schema_of(method: Method | None = None, **options: Any) -> ReplySchema:
-    return ReplySchema(MODEL, method or Supervised(), TRAINING, [SAMPLES] * 3, CLASSES, frozenset("wb"), **options)
+    recipe = recipe_of(method or Supervised())
+    return ReplySchema(MODEL, recipe, TRAINING, [SAMPLES] * 3, CLASSES, frozenset("wb"), **options)
 
 
 def round_of(schema: ReplySchema | None = None, shared: State | None = None) -> RoundSchema:
@@ -84,3 +94,8 @@ def tally_of(replies: Sequence[Message], schema: RoundSchema | None = None) -> t
     used = [found.metadata.src_node_id for found in tally.usable(iter(replies))]
     tally.finish()
     return tally, used
+
+
+def seen(tally: RoundTally, number: int = 4, started: float = 0.0, is_evaluated: bool = False) -> Round:
+    """Returns the round as observers see it; clients keep nothing in this process."""
+    return Round(number, tally, None, started, is_evaluated)

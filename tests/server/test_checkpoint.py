@@ -8,7 +8,6 @@ import io
 import os
 import pickle
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,20 @@ from fedlabel.errors import FileError
 from fedlabel.experiment import open_experiment
 from server.checkpoint import (
     MAGIC,
-    Checkpoint,
     CheckpointError,
+    _encode,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from server.grids.in_process import InProcessGrid
+from server.state import ServerState
 from server.strategy import build_strategy, strategy_names
 from tests.integration.tiny import run_tiny
 
 
-def checkpoint(round_number: int = 3, config: ExperimentConfig | None = None) -> Checkpoint:
-    return Checkpoint(
+def checkpoint(round_number: int = 3, config: ExperimentConfig | None = None) -> ServerState:
+    return ServerState(
         round_number,
         {"weight": torch.tensor([[1.5, float("-0.0")]]), "counter": torch.tensor(7)},
         to_yaml(config or load_config()),
@@ -46,6 +46,7 @@ def checkpoint(round_number: int = 3, config: ExperimentConfig | None = None) ->
             "models": {3: {"psi.w": np.array([[1.5, -0.0]], dtype=np.float32)}, 11: {"psi.n": np.array(7)}},
             "outputs": {3: {"output": np.array([0.1, 0.9])}},
         },
+        observers={"functions": {2: {"function_samples": [3.0, 1.5]}}},
     )
 
 
@@ -63,7 +64,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     for ours, theirs in zip(loaded.strategy["m_t"]["list"], saved.strategy["m_t"]["list"], strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         np.testing.assert_array_equal(ours, theirs)
-    assert loaded.client_states == saved.client_states
+    assert loaded.clients == saved.clients
+    assert loaded.observers == saved.observers
     assert list(loaded.shared) == ["threshold", "class_share"]
     assert all(torch.equal(value, saved.shared[name]) for name, value in loaded.shared.items())
     assert list(loaded.helpers) == ["models", "outputs"]
@@ -77,8 +79,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_memory_loads_without(tmp_path: Path) -> None:
-    loaded = load_checkpoint(save_checkpoint(tmp_path, Checkpoint(1, {}, ""), keep=1))
-    assert (loaded.strategy, loaded.client_states, loaded.shared, loaded.helpers) == ({}, {}, {}, {})
+    loaded = load_checkpoint(save_checkpoint(tmp_path, ServerState(1, {}, ""), keep=1))
+    assert (loaded.strategy, loaded.clients, loaded.shared, loaded.helpers, loaded.observers) == ({}, {}, {}, {}, {})
 
 
 def test_the_newest_are_kept_and_nothing_else_lies_there(tmp_path: Path) -> None:
@@ -114,6 +116,20 @@ def test_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
     path.write_bytes({"cut": content[:-1], "bit": bytes(flipped), "empty": b"", "other file": b"PK\x03\x04"}[damage])
     with pytest.raises(CheckpointError, match=rf"^Checkpoint {path} is damaged \(\d+ bytes, its digest does not match"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_as_what_it_is(run: Path) -> None:
+    """Not as damaged: to delete it, as is advised then, would throw away a run that its own version can go on with."""
+    content = file(run, 3).read_bytes()
+    assert content.startswith(b"fedlabel-checkpoint-2\n")
+    file(run, 3).write_bytes(content.replace(b"checkpoint-2", b"checkpoint-1", 1))
+    said = (
+        rf"^Checkpoint {file(run, 3)} is of another version of fedlabel \(its format is 1, this version's is 2\): "
+        "resume with the version that wrote it, or start a new run under another --name.$"
+    )
+    for read in (lambda: load_checkpoint(file(run, 3)), lambda: opened(run)):
+        with pytest.raises(CheckpointError, match=said):
+            read()
 
 
 class Touching:
@@ -154,7 +170,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "x")
 
 
-def opened(run: Path, *overrides: str) -> Checkpoint:
+def opened(run: Path, *overrides: str) -> ServerState:
     config = load_config([run / "config.yaml"], overrides)
     return latest_checkpoint(run / "checkpoints", open_experiment(to_yaml(config)), build_strategy(config.strategy))
 
@@ -164,7 +180,10 @@ def file(run: Path, round_number: int) -> Path:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    save_checkpoint(path.parent, replace(load_checkpoint(path), **changes), keep=9)
+    """Changes fields of a checkpoint to anything, signed as it should be."""
+    buffer = io.BytesIO()
+    torch.save(_encode({**vars(load_checkpoint(path)), **changes}), buffer)
+    path.write_bytes(MAGIC + hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
 
 
 def test_the_newest_of_a_run_is_taken(run: Path) -> None:
@@ -200,28 +219,29 @@ def test_what_cannot_be_of_this_run_is_refused(run: Path) -> None:
     rest = {key: value for key, value in sound.model.items() if key != name}
     momentum = sound.strategy["momentum_vector"]["list"]
     changes = {
-        f"`model` lacks, or has beside what belongs there, {name}": {"model": rest},
+        f"`model` has missing or unexpected entries: {name}": {"model": rest},
         f"`model` has {name} of shape .* and float64, not .* and float32": {
             "model": {**sound.model, name: weight.double()}
         },
         f"`model` holds NaN or infinity in {name}": {"model": {**sound.model, name: nan}},
         f"`model` has no plain tensor as {name}": {"model": {**sound.model, name: [1.0]}},
         "`previous` does not fit the stage of round 3": {"previous": sound.model},
-        "`shared` lacks, or has beside what belongs there, threshold": {"shared": {"threshold": torch.tensor(0.5)}},
+        "`shared` has missing or unexpected entries: threshold": {"shared": {"threshold": torch.tensor(0.5)}},
         r"`strategy`: server_learning_rate \(=2.0\) is not what the configuration says": {
             "strategy": {**sound.strategy, "server_learning_rate": 2.0}
         },
-        "`strategy` lacks, or has beside what belongs there, momentum_vector": {
+        "`strategy` has missing or unexpected entries: momentum_vector": {
             "strategy": {key: value for key, value in sound.strategy.items() if key != "momentum_vector"}
         },
         f"`strategy`: momentum_vector is no list of {len(momentum)} arrays": {
             "strategy": {**sound.strategy, "momentum_vector": {"list": momentum[1:]}}
         },
-        "`client_states: client 0` cannot be read": {"client_states": {0: b"text"}},
-        "`client_states: client 0` has beside what belongs there, x": {"client_states": {0: state_of(x=np.zeros(3))}},
-        "`client_states` names client 5, and there are 5": {"client_states": {5: state_of(x=np.zeros(3))}},
-        "`helpers` lacks, or has beside what belongs there, models": {"helpers": {"models": {}}},
-        "`votes: client 1` lacks, or has beside what belongs there, function_counts": {"votes": {1: {}}},
+        "`clients: client 0` cannot be read": {"clients": {0: b"text"}},
+        "`clients: client 0` has unexpected entries: x": {"clients": {0: state_of(x=np.zeros(3))}},
+        "`clients` names client 5, and there are 5": {"clients": {5: state_of(x=np.zeros(3))}},
+        "`helpers` has missing or unexpected entries: models": {"helpers": {"models": {}}},
+        "`observers` holds what no observer remembers": {"observers": {"noise": {}}},
+        "`votes: client 1` has missing or unexpected entries: function_counts": {"observers": {"functions": {1: {}}}},
     }
     for message, change in changes.items():
         rewrite(file(run, 3), **change)

@@ -32,7 +32,8 @@ from fedlabel.experiment import Experiment
 from fedlabel.record.run_folder import read_metrics
 from server.exchange import TRIES, replies_to
 from server.grids.in_process import InProcessGrid
-from server.server_app import connect, run_federation
+from server.nodes import connect
+from server.server_app import run_federation
 from server.tally import RoundTally
 from tests.integration.client_apps import _always_raise, by_client
 from tests.integration.tiny import TINY, assert_same_run

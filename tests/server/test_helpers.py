@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedlabel.methods.base import Helpers
-from fedlabel.methods.steps import State, StateDict
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedlabel.experiment import Experiment
 from fedlabel.learning.client import ClientUpdate
+from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.recipe import Helpers
 from fedlabel.record.run_folder import read_metrics
-from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.checkpoint import load_checkpoint, save_checkpoint
 from server.grids.in_process import InProcessGrid
 from server.helpers import HelperPool
 from server.simulation import simulate
+from server.state import ServerState
 
 InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
 
@@ -208,7 +209,7 @@ def test_helpers_travel_every_kth_round_only_to_whom_the_server_knows() -> None:
 def test_a_pool_is_restored_from_a_checkpoint(tmp_path: Path) -> None:
     pool = make_pool()
     watch(pool, OUTPUTS)
-    path = save_checkpoint(tmp_path, Checkpoint(1, {}, "", helpers=pool.dump()), keep=1)
+    path = save_checkpoint(tmp_path, ServerState(1, {}, "", helpers=pool.dump()), keep=1)
     restored = make_pool()
     restored.load(load_checkpoint(path).helpers)
     for client in range(10):

@@ -6,20 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedlabel.methods.steps import StateDict
 
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods import METHODS
+from fedlabel.methods.batch import StateDict
+from fedlabel.methods.recipe import ByBag, LabelKinds
 from fedlabel.record.run_folder import RunFolder
 from server import server_app
 from server.checkpoint import load_checkpoint
 from server.simulation import simulate
+from tests.methods.recipes import task
 
+RECIPES = {name: METHODS[name]().recipe(task(2)) for name in sorted(METHODS)}
 EVERY = [
     name
-    for name in sorted(METHODS)
-    if METHODS[name].server_labels and not any(phase.bags for phase in METHODS[name]().phases(1))
+    for name, recipe in RECIPES.items()
+    if LabelKinds.AT_SERVER in recipe.uses and not any(isinstance(phase.draw, ByBag) for phase in recipe.phases(1))
 ]
 """Who learns from bags learns nothing from clients without any."""
 TINY = (
@@ -48,7 +51,8 @@ def open_tiny(method: str, sure: bool) -> tuple[Experiment, StateDict]:
 
 def draws_unlabeled(method: str) -> bool:
     """Whether a method uses samples of which nothing is known, in some phase after all warm-ups."""
-    return any(phase.unlabeled for phase in METHODS[method]().phases(1000))
+    draws = [phase.draw for phase in RECIPES[method].phases(1000)]
+    return any(draw.unlabeled for draw in draws if not isinstance(draw, ByBag))
 
 
 def differing(first: StateDict, second: StateDict) -> set[str]:
@@ -72,7 +76,7 @@ def test_the_server_moves_the_model_from_round_to_round_differently(method: str)
 @pytest.mark.parametrize("method", sorted(set(EVERY) - {"freematch", "ill"}))
 def test_a_client_that_believes_nothing_sits_out(method: str) -> None:
     experiment, received = open_tiny(method, sure=False)
-    update = experiment.train(0, received, 1, experiment.config.method.initial_shared(10))
+    update = experiment.train(0, received, 1, experiment.recipe.shared.start())
     assert not experiment.client_data(0).supervision.labeled.any()
     for part in update.parts.values():
         assert part.weight == 0
@@ -83,7 +87,7 @@ def test_a_client_that_believes_nothing_sits_out(method: str) -> None:
 def test_a_client_that_believes_something_trains(method: str) -> None:
     """FedMatch's clients move psi only."""
     experiment, received = open_tiny(method, sure=True)
-    update = experiment.train(0, received, 1, experiment.config.method.initial_shared(10))
+    update = experiment.train(0, received, 1, experiment.recipe.shared.start())
     (part,) = update.parts.values()
     names = {name for name, _ in experiment.trainer.student.named_parameters()}
     moved = {name for name in names if name.startswith("psi.")} if method == "fedmatch" else names

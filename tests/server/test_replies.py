@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedlabel.methods.base import Limits, Method
-from fedlabel.methods.steps import State
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedlabel.config import StrategyConfig
 from fedlabel.learning.training_config import TrainingConfig
+from fedlabel.methods.batch import State
 from fedlabel.methods.dp_ssl import DPSSL
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.fedmatch import FedMatch
@@ -24,13 +23,27 @@ from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.forward import Forward
 from fedlabel.methods.freematch import FreeMatch
 from fedlabel.methods.ill import ILL, NoiseMatrix
+from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.masks import Mask
+from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage, Task
+from fedlabel.methods.shared import Limits
 from fedlabel.methods.supervised import Supervised
 from fedlabel.metric_tags import Tag
 from fedlabel.models import running_statistics
 from server.replies import ArrayForm, Refused, ReplySchema, RoundSchema, harmless, read_identity
 from server.strategy import reply_bounds
-from tests.server.rounds import CLASSES, MODEL, PSEUDO, SAMPLES, TRAINING, VOTES, content, round_of, schema_of
+from tests.server.rounds import (
+    CLASSES,
+    MODEL,
+    PSEUDO,
+    SAMPLES,
+    TRAINING,
+    VOTES,
+    content,
+    recipe_of,
+    round_of,
+    schema_of,
+)
 
 ROUND = round_of(schema_of(functions=2))
 
@@ -70,10 +83,10 @@ FAULTS = {
     "no arrays": (lambda body: body.pop("arrays"), "lacks the record `arrays`"),
     "no counts": (lambda body: body.pop("counts"), "lacks the record `counts`"),
     "another record in its place": (lambda body: body.update({"sums": MetricRecord({})}), "lacks the record `sums`"),
-    "a further record": (lambda body: body.update({"evil": ConfigRecord({})}), "nobody asked for, evil"),
-    "a second model": (lambda body: body.update({"more": body["arrays"]}), "nobody asked for, more"),
+    "a further record": (lambda body: body.update({"evil": ConfigRecord({})}), "were not requested, evil"),
+    "a second model": (lambda body: body.update({"more": body["arrays"]}), "were not requested, more"),
     # arrays
-    "an array less": (drop("arrays", "b"), "lacks, or has beside the global model's arrays, b"),
+    "an array less": (drop("arrays", "b"), "has missing or unexpected arrays: b"),
     "an array more": (put("arrays", "extra", array(ONES)), "arrays, extra"),
     "another shape": (put("arrays", "w", array(np.ones(4, np.float32))), r"w .* has shape \(4,\), not \(3,\)"),
     "bool": (put("arrays", "w", array([True, False, True])), "w of its model is bool, not float32"),
@@ -102,10 +115,10 @@ FAULTS = {
     # metrics
     "no weight": (drop("metrics", "num-examples"), "lack `num-examples`"),
     "no loss": (drop("metrics", "train_loss"), "lack `train_loss`"),
-    "a further part": (put("metrics", "weight/evil", 0.0), "nobody asked for, weight/evil"),
+    "a further part": (put("metrics", "weight/evil", 0.0), "were not requested, weight/evil"),
     "twenty further parts": (
         lambda body: [put("metrics", f"weight/e{i}", 1e9)(body) for i in range(20)],
-        "nobody asked for, weight/e0, weight/e1, weight/e2, ...",
+        "were not requested, weight/e0, weight/e1, weight/e2, ...",
     ),
     "1e9 samples": (put("metrics", "num-examples", 1e9), r"`num-examples` \(=1000000000.0\) must lie in \[0, 8\]"),
     "1e300 samples": (put("metrics", "num-examples", 1e300), r"`num-examples` \(=1e\+300\)"),
@@ -157,9 +170,9 @@ FAULTS = {
     "passes of 1e300": (put("counts", "passes", [1e300, 1.0]), "NotFinite: its count passes"),
     "passes of 1e14": (put("counts", "passes", [1e14, 1.0]), "passes .* is more than it can have"),
     "more back than forth": (put("counts", "passes", [1.0, 2.0]), "passes .* is more than it can have"),
-    "further counts": (put("counts", "evil", [1.0]), "counts have what nobody asked for, evil"),
+    "further counts": (put("counts", "evil", [1.0]), "counts have entries that were not requested, evil"),
     "bytes that its method does not claim": (put("counts", "claimed_bytes", [1.0, 1.0]), "for, claimed_bytes"),
-    "beliefs of three classes": (put("counts", "beliefs", [0.0] * 20), "nobody asked for, beliefs"),
+    "beliefs of three classes": (put("counts", "beliefs", [0.0] * 20), "were not requested, beliefs"),
     "one pseudo-label count less": (drop("counts", "kept"), "its counts lack kept"),
     "counts of another size": (put("counts", "drawn", [4.0, 4.0]), "its count drawn has 2 numbers, not 3"),
     "counts that are texts": (put("counts", "drawn", "abc"), "its count drawn is no list of floats"),
@@ -171,7 +184,7 @@ FAULTS = {
     "more voted than there are": (put("counts", "function_samples", [9e6, 5.0, 9.0, 4.0, 4.0]), "function_samples is"),
     "more votes than samples": (put("counts", "function_votes", [9.0, *[0.0] * 5]), "function_votes or"),
     # statistics
-    "statistics of no method": (put("statistics", "counts", [1.0, 1.0, 5.0]), "that nobody asked for, counts"),
+    "statistics of no method": (put("statistics", "counts", [1.0, 1.0, 5.0]), "that were not requested, counts"),
 }  # fmt: skip
 
 
@@ -232,9 +245,10 @@ def test_a_bool_buffer_holds_bools_only() -> None:
 # ------------------------------------------------------------------------------------------------------ what is at most
 
 
-def most(method: Any, round_number: int = 1, **training: Any) -> dict[str, float]:
+def most(method: Method, round_number: int = 1, **training: Any) -> dict[str, float]:
     config = TrainingConfig(**{"local_steps": 2, "batch_size": 4, **training})
-    return dict(ReplySchema(MODEL, method, config, [SAMPLES], CLASSES, frozenset("wb")).limits(0, round_number).weights)
+    schema = ReplySchema(MODEL, recipe_of(method), config, [SAMPLES], CLASSES, frozenset("wb"))
+    return dict(schema.limits(0, round_number).weights)
 
 
 def test_the_weight_is_at_most_what_the_method_gives_to_a_client_that_used_all_it_could() -> None:
@@ -285,12 +299,12 @@ def test_a_methods_own_metrics_have_its_own_range() -> None:
     class Own(Method):
         metrics = (Tag("pseudo/margin", "margin", "share", "Pseudo-labels", "higher", least=-1, largest=1),)
 
-        def loss(self, student: Any, teachers: Any, batch: Any) -> Any:
-            raise NotImplementedError
+        def recipe(self, task: Task) -> Recipe:
+            return Recipe((Stage((Phase("train", labels_loss),)),), LabelKinds.TRUE)
 
     body = content()
     put("sums", "pseudo/margin", [-4.0, 4.0])(body)
-    schema = round_of(ReplySchema(MODEL, Own(), TRAINING, [SAMPLES] * 3, CLASSES))
+    schema = round_of(ReplySchema(MODEL, recipe_of(Own()), TRAINING, [SAMPLES] * 3, CLASSES, metrics=Own.metrics))
     put("metrics", "num-examples", 1.0)(body)
     assert schema.read(body, 0)
     put("sums", "pseudo/margin", [-5.0, 4.0])(body)
@@ -327,7 +341,7 @@ def normed() -> tuple[RoundSchema, RecordDict]:
     state["1.0.num_batches_tracked"] += 7
     trained = frozenset(name for name, _ in model.named_parameters())
     schema = ReplySchema(
-        *(state, Supervised(), TRAINING, [SAMPLES], CLASSES, trained),
+        *(state, recipe_of(Supervised()), TRAINING, [SAMPLES], CLASSES, trained),
         max_update_norm=1.0,
         running=running_statistics(model),
     )
@@ -361,7 +375,8 @@ def test_running_statistics_have_a_range_in_every_part_of_a_reply() -> None:
     model = torch.nn.BatchNorm1d(3)
     state, trained = model.state_dict(), frozenset(("weight", "bias"))
     whole = ReplySchema(
-        *(state, FedLabel(merge="mean"), TRAINING, [SAMPLES], CLASSES, trained), running=running_statistics(model)
+        *(state, recipe_of(FedLabel(merge="mean")), TRAINING, [SAMPLES], CLASSES, trained),
+        running=running_statistics(model),
     )
     message = Message(RecordDict({"arrays": ArrayRecord(state)}), 11, "train")
     schema = whole.of_round(1, {}, [message])
@@ -407,20 +422,20 @@ def test_a_far_update_is_refused_if_a_bound_is_set() -> None:
 HELD = Limits(samples=10, annotators=0, steps=2, examples=8)
 
 
-def refuses(method: Any, statistics: dict[str, Any], shared: State, reason: str, limits: Limits = HELD) -> None:
+def refuses(method: Method, statistics: dict[str, Any], shared: State, reason: str, limits: Limits = HELD) -> None:
     tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in statistics.items()}
     with pytest.raises(ValueError, match=reason):
-        method.check_statistics(tensors, shared, limits)
+        recipe_of(method).shared.check_statistics(tensors, shared, limits)
 
 
-def takes(method: Any, statistics: dict[str, Any], shared: State, limits: Limits = HELD) -> None:
+def takes(method: Method, statistics: dict[str, Any], shared: State, limits: Limits = HELD) -> None:
     tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in statistics.items()}
-    method.check_statistics(tensors, shared, limits)
+    recipe_of(method).shared.check_statistics(tensors, shared, limits)
 
 
 def test_ill_counts_are_at_least_0_and_no_more_than_the_samples() -> None:
     method, one = ILL(), torch.eye(3)[None]
-    shared = method.initial_shared(3)
+    shared = recipe_of(method).shared.start()
     takes(method, {"counts": one * 10 / 3}, shared)
     refuses(method, {"counts": one * 11 / 3}, shared, "counts counts 11 samples, and it can have 10")
     refuses(method, {"counts": one * 1e6}, shared, r"counts counts 3e\+06 samples")
@@ -431,7 +446,7 @@ def test_ill_counts_are_at_least_0_and_no_more_than_the_samples() -> None:
 def test_ills_logits_go_no_further_than_its_steps() -> None:
     """Of 4 noisy samples, 2 steps of lr .1: |logit - start| <= .2, so the sum over the samples <= .8 from 4 * start."""
     method = ILL(noise=NoiseMatrix(form="gradient"))
-    shared = method.initial_shared(3)
+    shared = recipe_of(method).shared.start()
     start = 4 * shared["logits"]
     takes(method, {"logits": start + 0.79, "noisy_samples": 4.0}, shared)
     refuses(method, {"logits": start + 0.85, "noisy_samples": 4.0}, shared, "further from what was sent")
@@ -491,8 +506,8 @@ def test_dp_ssl_losses_are_bounded_by_sample() -> None:
 
 
 def ill_round() -> RoundSchema:
-    method = ILL()
-    return round_of(ReplySchema(MODEL, method, TRAINING, [SAMPLES] * 3, CLASSES), method.initial_shared(CLASSES))
+    recipe = recipe_of(ILL())
+    return round_of(ReplySchema(MODEL, recipe, TRAINING, [SAMPLES] * 3, CLASSES), recipe.shared.start())
 
 
 @pytest.mark.parametrize(

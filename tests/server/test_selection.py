@@ -17,6 +17,7 @@ from fedlabel.methods.supervised import Supervised
 from fedlabel.record.run_folder import best_row
 from server.checkpoint import load_checkpoint
 from server.selection import SELECTED, Selection
+from tests.methods.recipes import task
 from tests.test_resume import final_weights, rows, stop_at
 
 BAGS = [
@@ -43,8 +44,8 @@ def weights(value: float) -> dict[str, torch.Tensor]:
 
 def test_the_best_of_all_rounds_and_of_the_stage(tmp_path: Path) -> None:
     """Errors .4, .2, .3 in the first stage, .25, .25 in the second: the file has round 2, the stages 2 and 4."""
-    method = LLPBP(stage_rounds=3)
-    selection = Selection(tmp_path, "select/bag_mae", method, [], {})
+    recipe = LLPBP(stage_rounds=3).recipe(task(2))
+    selection = Selection(tmp_path, "select/bag_mae", recipe, [], {})
     for number, error in ((1, 0.4), (2, 0.2), (3, 0.3)):
         selection.see(number, {"select/bag_mae": error}, weights(number))
     selection.see(4, {"eval/bag_mae": 0.0}, weights(9))  # a round that was not scored
@@ -64,7 +65,8 @@ def test_it_goes_on_where_a_run_stands(tmp_path: Path, done: int, later: float, 
     """Rounds 1 to 3 with errors of .4, .2, .3 are a stage of their own; round 4 has .25."""
     errors = [0.4, 0.2, 0.3, 0.25][:done]
     found = [{"round": number, "select/bag_mae": error} for number, error in enumerate(errors, 1)]
-    selection = Selection(tmp_path, "select/bag_mae", LLPBP(stage_rounds=3), found, weights(4))
+    recipe = LLPBP(stage_rounds=3).recipe(task(2))
+    selection = Selection(tmp_path, "select/bag_mae", recipe, found, weights(4))
     selection.see(5, {"select/bag_mae": later}, weights(5))
     assert selection.stage_model == weights(kept)
     assert (tmp_path / SELECTED.format(5)).exists() == (in_file is not None)
@@ -72,15 +74,15 @@ def test_it_goes_on_where_a_run_stands(tmp_path: Path, done: int, later: float, 
 
 def test_a_round_that_is_done_again_leaves_no_model_of_the_first_time(tmp_path: Path) -> None:
     """Killed after round 4, which was the best; the checkpoint is of round 3, and then round 4 turns out worse."""
-    method = Supervised()
-    first = Selection(tmp_path, "select/loss", method, [], {})
+    recipe = Supervised().recipe(task())
+    first = Selection(tmp_path, "select/loss", recipe, [], {})
     found = []
     for number, loss in ((1, 0.4), (2, 0.2), (3, 0.3)):
         first.see(number, {"select/loss": loss}, weights(number))
         found.append({"round": number, "select/loss": loss})
     first.settle()
     first.see(4, {"select/loss": 0.1}, weights(4))
-    again = Selection(tmp_path, "select/loss", method, found, weights(2))
+    again = Selection(tmp_path, "select/loss", recipe, found, weights(2))
     again.see(4, {"select/loss": 0.25}, weights(4))
     again.settle()
     assert [path.name for path in tmp_path.iterdir()] == ["selected_000002.pt"]
@@ -88,10 +90,11 @@ def test_a_round_that_is_done_again_leaves_no_model_of_the_first_time(tmp_path: 
 
 
 def test_nothing_is_selected_without_a_metric_and_high_accuracy_is_good(tmp_path: Path) -> None:
-    without = Selection(tmp_path, None, Supervised(), [{"round": 1}], {})
+    recipe = Supervised().recipe(task())
+    without = Selection(tmp_path, None, recipe, [{"round": 1}], {})
     without.see(1, {"select/accuracy": 0.5}, weights(1))
     assert (without.stage_model, list(tmp_path.iterdir())) == ({}, [])
-    accuracy = Selection(tmp_path, "select/accuracy", Supervised(), [], {})
+    accuracy = Selection(tmp_path, "select/accuracy", recipe, [], {})
     for number, value in enumerate((0.5, 0.7, 0.7, 0.6)):
         accuracy.see(number, {"select/accuracy": value}, weights(number))
     assert accuracy.stage_model == weights(1)
@@ -144,7 +147,7 @@ def test_single_labels_of_the_validation_split_decide_only_where_asked_for(tmp_p
             if poisoned:
                 split = experiment.selects_by.split
                 experiment.selects_by = experiment.selects_by._replace(split=replace(split, labels=1 - split.labels))
-            found[select, poisoned] = experiment.selection_score({"model": experiment.initial_state}, {})
+            found[select, poisoned] = experiment.selection_score(1, {"model": experiment.initial_state}, {})
     assert found["bag_mae", False] == found["bag_mae", True]
     first, second = found["instance_accuracy", False], found["instance_accuracy", True]
     assert first is not None

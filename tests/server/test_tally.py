@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from fedlabel.methods.base import state_to_lists
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedlabel.methods.ill import ILL
+from fedlabel.methods.shared import state_to_lists
 from server.tally import RoundTally
-from tests.server.rounds import NODES, content, order, reply, round_of, schema_of, tally_of
+from tests.server.rounds import NODES, content, order, recipe_of, reply, round_of, schema_of, tally_of
 
 
 def test_an_odd_reply_fails_its_client_alone() -> None:
@@ -104,8 +104,7 @@ def test_what_clients_say_cannot_look_like_something_else() -> None:
 
 def test_statistics_are_summed_over_the_usable_replies() -> None:
     """1 + 2 + 3 in each of 9 cells; a client that counts 18 of its 10 samples is left out."""
-    method = ILL()
-    schema = round_of(schema_of(method), method.initial_shared(3))
+    schema = round_of(schema_of(ILL()), recipe_of(ILL()).shared.start())
 
     def bring(value: float) -> RecordDict:
         body = content()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,20 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from server.functions import FunctionWatch, markdown
 
 import fedlabel
 import server.server_app
 from fedlabel.data.labels.labeling_functions import FunctionReport
 from fedlabel.experiment import open_experiment
 from fedlabel.inference.head_assignment import votes_of
-from fedlabel.learning.client import frozen_model
 from fedlabel.learning.metrics import Counts, add_counts, function_counts
+from fedlabel.learning.step import frozen_model
+from fedlabel.methods.batch import State
 from fedlabel.record.figures import functions_figure
 from fedlabel.record.run_folder import RunFolder, read_metrics
 from server.checkpoint import load_checkpoint
+from server.observers import Report, Round
+from server.observers.functions import FunctionObserver, markdown
 from server.simulation import simulate
+from server.state import ServerState
 from tests.integration.tiny import assert_same_run, final_weights
 
 NAMES = ("cat", "dog", "cow")
@@ -69,44 +71,40 @@ def test_counts_of_clients_add_up() -> None:
 # ---------------------------------------------------------------------------------------------------------------- watch
 
 
-class Folder:
-    """Where a run writes, and what it was given for TensorBoard."""
+class Watch:
+    """An observer of a method that shares its estimates as they are, and what it reported, by round."""
 
-    def __init__(self, path: Path) -> None:
-        self.functions_csv = path / "labeling_functions.csv"
-        self.texts: list[tuple[int, str]] = []
-        self.clients: list[tuple[int, str]] = []
-        self.figures: list[tuple[int, Figure]] = []
+    def __init__(self, rounds: int = 5, functions: Sequence[FunctionReport] = (), figures: bool = True) -> None:
+        experiment: Any = SimpleNamespace(
+            config=SimpleNamespace(
+                num_rounds=rounds, supervision=SimpleNamespace(parts=[]), evaluation=SimpleNamespace(figures=figures)
+            ),
+            recipe=SimpleNamespace(
+                inspect=lambda shared: {"function_accuracy": shared["estimates"]} if "estimates" in shared else {}
+            ),
+            federation=SimpleNamespace(dataset=SimpleNamespace(class_names=NAMES), functions=functions),
+        )
+        self.observer = FunctionObserver(experiment)
+        self.reports: dict[int, Report] = {}
 
-    def log_text(self, tag: str, text: str, round_number: int) -> None:
-        {"functions": self.texts, "functions/clients": self.clients}[tag].append((round_number, text))
-
-    def log_figure(self, tag: str, figure: Figure, round_number: int) -> None:
-        assert tag == "functions"
-        self.figures.append((round_number, figure))
+    def watch(self, number: int, clients: Mapping[int, Counts], shared: State) -> dict[str, float]:
+        """Lets it see the counts that clients sent in a round; returns its metrics."""
+        tally: Any = SimpleNamespace(client_counts=clients)
+        state = ServerState(number, {}, "", shared=shared)
+        self.reports[number] = self.observer.after_round(Round(number, tally, None, 0.0, False), state)
+        return self.reports[number].metrics
 
     def rows(self) -> dict[str, list[dict[str, str]]]:
-        """Client -> its rows of the table."""
+        """Client -> its rows of the last table."""
         found: dict[str, list[dict[str, str]]] = {}
-        for row in csv.DictReader(self.functions_csv.read_text().splitlines()):
+        (text,) = (report.files["labeling_functions.csv"] for report in [self.reports[max(self.reports)]])
+        for row in csv.DictReader(text.splitlines()):
             found.setdefault(row.pop("client"), []).append(row)
         return found
 
-
-def watching(path: Path, rounds: int = 5) -> tuple[FunctionWatch, Folder]:
-    """A watch over a method that shares its estimates as they are."""
-    method = SimpleNamespace(function_accuracy=lambda shared: shared.get("estimates"))
-    experiment: Any = SimpleNamespace(
-        config=SimpleNamespace(
-            method=method,
-            num_rounds=rounds,
-            supervision=SimpleNamespace(parts=[]),
-            evaluation=SimpleNamespace(figures=True),
-        ),
-        federation=SimpleNamespace(dataset=SimpleNamespace(class_names=NAMES), functions=()),
-    )
-    folder: Any = Folder(path)
-    return FunctionWatch(experiment, folder), folder
+    def texts(self, tag: str) -> dict[int, str]:
+        """Round -> the text that is shown."""
+        return {number: report.texts[tag] for number, report in self.reports.items() if tag in report.texts}
 
 
 def counts_of(rows: slice) -> Counts:
@@ -116,9 +114,9 @@ def counts_of(rows: slice) -> Counts:
 ESTIMATES = {"estimates": torch.tensor([0.5, 0.5, 0.25])}
 
 
-def test_metrics_are_means_over_functions(tmp_path: Path) -> None:
+def test_metrics_are_means_over_functions() -> None:
     """Of six samples: coverage (5, 4, 2) / 6, right (3/4, 1/3, 0/1), the estimates off by (1/4, 1/6, 1/4)."""
-    watch, _ = watching(tmp_path)
+    watch = Watch()
     clients = {0: counts_of(slice(0, 2)), 1: counts_of(slice(2, 6))}
     metrics = watch.watch(1, clients, ESTIMATES)
     assert metrics == pytest.approx(
@@ -137,11 +135,11 @@ def test_metrics_are_means_over_functions(tmp_path: Path) -> None:
     )
 
 
-def test_table_has_a_row_of_each_function_over_all_and_at_each_client(tmp_path: Path) -> None:
-    watch, folder = watching(tmp_path)
+def test_table_has_a_row_of_each_function_over_all_and_at_each_client() -> None:
+    watch = Watch()
     clients = {1: counts_of(slice(2, 6)), 0: counts_of(slice(0, 2))}
     watch.watch(1, clients, ESTIMATES)
-    rows = folder.rows()
+    rows = watch.rows()
     assert list(rows) == ["all", "0", "1"]
     assert [row["function"] for row in rows["all"]] == ["0", "1", "2"]
     assert rows["all"][0] == {
@@ -163,16 +161,16 @@ def test_table_has_a_row_of_each_function_over_all_and_at_each_client(tmp_path: 
     assert [row["samples"] for row in rows["1"]] == ["4"] * 3
 
 
-def test_a_client_that_is_not_drawn_stays_and_one_that_is_drawn_again_is_new(tmp_path: Path) -> None:
-    watch, folder = watching(tmp_path)
+def test_a_client_that_is_not_drawn_stays_and_one_that_is_drawn_again_is_new() -> None:
+    watch = Watch()
     first, second = counts_of(slice(0, 2)), counts_of(slice(2, 6))
     watch.watch(1, {0: first, 1: second, 2: {"drawn": [3.0]}}, {})
-    assert list(folder.rows()) == ["all", "0", "1"]
-    assert {row["estimated_accuracy"] for rows in folder.rows().values() for row in rows} == {""}
-    before = folder.rows()
+    assert list(watch.rows()) == ["all", "0", "1"]
+    assert {row["estimated_accuracy"] for rows in watch.rows().values() for row in rows} == {""}
+    before = watch.rows()
     again = counts_of(slice(4, 5))
     metrics = watch.watch(2, {1: again}, ESTIMATES)
-    after = folder.rows()
+    after = watch.rows()
     unestimated = [{**row, "estimated_accuracy": ""} for row in after["0"]]
     assert unestimated == before["0"]
     assert [row["samples"] for row in after["1"]] == ["1"] * 3
@@ -183,35 +181,38 @@ def test_a_client_that_is_not_drawn_stays_and_one_that_is_drawn_again_is_new(tmp
         np.mean([float(row["coverage"]) for row in after["all"]]), abs=1e-6
     )  # of both clients, as in the table
     assert metrics["functions/coverage"] != 1  # that of the client that was drawn
-    restored = FunctionWatch(watch._experiment, watch._folder, watch.dump())
-    assert restored.watch(3, {}, ESTIMATES) == metrics
+    restored = Watch()
+    restored.observer.load(watch.observer.dump())
+    assert restored.watch(3, {1: again}, ESTIMATES) == metrics
+    assert restored.rows() == after
 
 
-def test_table_and_figure_are_shown_with_the_first_estimate_and_at_the_end(tmp_path: Path) -> None:
-    watch, folder = watching(tmp_path)
+def test_table_and_figure_are_shown_with_the_first_estimate_and_at_the_end() -> None:
+    watch = Watch()
     counts = counts_of(slice(0, 6))
     for round_number, shared in ((2, {}), (3, ESTIMATES), (4, ESTIMATES), (5, ESTIMATES)):
         watch.watch(round_number, {0: counts}, shared)
-    assert [round_number for round_number, _ in folder.texts] == [3, 5]
-    assert [round_number for round_number, _ in folder.figures] == [3, 5]
-    lines = folder.texts[0][1].splitlines()
+    assert list(watch.texts("functions")) == [3, 5]
+    assert [number for number, report in watch.reports.items() if report.figures] == [3, 5]
+    assert {tag for report in watch.reports.values() for tag in report.figures} == {"functions"}
+    lines = watch.texts("functions")[3].splitlines()
     assert lines[0].startswith("| function | polarity | coverage |")
     assert lines[2] == "| 0 | cat, dog | 0.833 | 0.667 | 0.500 | 0.750 | 0.500 | 5 | 1 | 6 |"
     assert len(lines) == 5
-    assert [round_number for round_number, _ in folder.clients] == [3, 5]
-    head, _, row = folder.clients[0][1].splitlines()
+    assert list(watch.texts("functions/clients")) == [3, 5]
+    head, _, row = watch.texts("functions/clients")[3].splitlines()
     assert head.startswith(
         "| client | samples | coverage | overlap | conflict | accuracy | voted | majority_accuracy |"
     )
     assert row == "| 0 | 6 | 0.611 | 0.556 | 0.444 | 0.361 | 0.833 | 0.367 | 0.667 |"
 
 
-def test_a_round_without_an_unlabelled_sample_is_shown_as_nothing(tmp_path: Path) -> None:
-    watch, folder = watching(tmp_path, rounds=1)
+def test_a_round_without_an_unlabelled_sample_is_shown_as_nothing() -> None:
+    watch = Watch(rounds=1)
     nobody = counts_of(slice(0, 0))
     assert watch.watch(1, {0: nobody}, ESTIMATES) == {}
-    assert folder.rows()["all"][0]["coverage"] == ""
-    assert len(folder.figures) == 1
+    assert watch.rows()["all"][0]["coverage"] == ""
+    assert len(watch.reports[1].figures) == 1
 
 
 def test_markdown_leaves_out_what_is_not_known() -> None:
@@ -292,7 +293,7 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
     assert [float(state.shared["fitted"]) for state in states] == [0, 0, 0, 0, 0, 1, 2, 2, 2]
 
     experiment = open_experiment((whole.path / "config.yaml").read_text())
-    split = experiment.judged.split
+    split = experiment.evaluates_on.split
     voters = frozen_model(experiment.teacher, states[4].average)
     sets = states[4].shared["sets"] > 0.5
     silent = votes_of(voters(experiment.transform.normalize(split.images), "heads"), sets) < 0
@@ -325,12 +326,11 @@ def test_functions_grow_are_judged_and_teach_and_a_stopped_run_goes_on_to_the_sa
     assert rows[-1]["functions/accuracy"] == pytest.approx(mean, abs=1e-5)
 
 
-def test_what_came_of_asking_written_functions_is_in_the_rows_over_all_clients(tmp_path: Path) -> None:
-    watch, folder = watching(tmp_path)
+def test_what_came_of_asking_written_functions_is_in_the_rows_over_all_clients() -> None:
     failing = FunctionReport("a", asked=6, votes=5, failed=1, first_failure="first on sample 3: KeyError", seconds=0.03)
-    watch._experiment.federation.functions = (failing, *[FunctionReport(name, asked=6) for name in "bc"])
+    watch = Watch(functions=[failing, *[FunctionReport(name, asked=6) for name in "bc"]])
     watch.watch(1, {0: counts_of(slice(0, 6))}, ESTIMATES)
-    rows = folder.rows()
+    rows = watch.rows()
     assert [row["failed"] for row in rows["all"]] == ["1", "0", "0"]
     assert rows["all"][0]["first_failure"] == "first on sample 3: KeyError"
     assert rows["all"][0]["seconds_per_1000"] == "5.000000"
@@ -391,7 +391,7 @@ def test_written_functions_teach_a_table_without_any_label(tmp_path: Path) -> No
     (tmp_path / "rules.py").write_text(RULES.replace("> 18", "> 17"))
     with pytest.raises(
         ValueError,
-        match=r"The data are not what they were .*; changed: what clients hold and know \(.* labelling functions",
+        match=r"The data are not what they were .*; changed: partition and supervision \(.* labelling functions",
     ):
         fedlabel.run([], ["num_rounds=6"], name="a", out=tmp_path, resume=True)
     assert len(read_metrics(path)) == 5

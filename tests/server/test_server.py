@@ -1,0 +1,181 @@
+"""The steps of a round that a server takes: how a stage begins, what is sent, and what real nodes are asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.superlink.grid.http_grid import HttpGrid
+
+import server.observers
+from clients.client_app import app
+from fedlabel.config import load_config
+from fedlabel.data.federation import Federation
+from fedlabel.experiment import Experiment
+from fedlabel.methods.batch import StateDict
+from fedlabel.methods.losses import labels_loss
+from fedlabel.methods.recipe import LabelKinds, Phase, Recipe, Stage, Start
+from fedlabel.record.run_folder import read_metrics
+from server.checkpoint import load_checkpoint
+from server.grids.in_process import InProcessGrid
+from server.nodes import is_simulation
+from server.server import Server
+from server.server_app import run_federation
+from server.state import ServerState
+from tests.server.test_exchange import Wire, clients
+
+TINY = (
+    *("num_clients=3", "fraction_train=1.0", "num_rounds=6", "partition.kind=iid", "data.train_samples=120"),
+    *("model.name=mlp", "model.hidden_layers=[8]", "training.local_steps=2", "training.batch_size=16", "device=cpu"),
+    "evaluation.figures=false",
+)
+MOVING = ("strategy.name=FedAvgM", "strategy.args.server_momentum=0.5")
+PHASES = (Phase("train", labels_loss),)
+MOMENTUM = {"momentum_vector": {"list": [np.ones(1, np.float32)]}}
+
+
+class RealNodes(Wire, HttpGrid):
+    """Flower's grid of a SuperLink, whose nodes are in this process."""
+
+    def __init__(self, num_clients: int) -> None:
+        super().__init__(clients(app, num_clients), {})
+        self.nodes = range(1, num_clients + 1)
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    return Experiment(load_config([], [*TINY, *MOVING, "method.name=supervised"]))
+
+
+def filled(experiment: Experiment, value: float) -> StateDict:
+    return {name: torch.full_like(weights, value) for name, weights in experiment.initial_state.items()}
+
+
+def opened(experiment: Experiment, stages: tuple[Stage, ...], state: ServerState, folder: Path) -> Server:
+    """Returns a server that goes on from a state with the given stages and three simulated clients."""
+    experiment.recipe = Recipe(stages, LabelKinds.TRUE)
+    run: Any = SimpleNamespace(checkpoints=folder, read_metrics=list)
+    nodes = {client: client + 1 for client in range(3)}
+    return Server(experiment, InProcessGrid(app, 3), nodes, run, state, lambda number, metrics: None)
+
+
+def same(first: StateDict, second: StateDict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def begun(
+    experiment: Experiment, start: Any, folder: Path, average: StateDict | None = None, selected: bool = False
+) -> tuple[ServerState, ServerState]:
+    """Returns the state after round 2 and the one that round 3 starts from, where a stage of two rounds has ended."""
+    state = ServerState(2, filled(experiment, 2), "", MOMENTUM, average=average or {})
+    stages = (Stage(PHASES, rounds=2), Stage(PHASES, start=start))
+    return state, opened(experiment, stages, state, folder).begin_stage(state, 3)
+
+
+def test_a_stage_with_fresh_weights_keeps_the_model_before_as_previous(experiment: Experiment, tmp_path: Path) -> None:
+    state, begins = begun(experiment, Start.FRESH, tmp_path)
+    assert same(begins.model, experiment.fresh_state(3))
+    assert not same(begins.model, experiment.initial_state)  # other ones than those of round 1
+    assert begins.previous is state.model
+    assert replace(begins, model=state.model, previous={}) == state
+
+
+def test_a_stage_may_start_from_what_it_makes_of_the_one_before(experiment: Experiment, tmp_path: Path) -> None:
+    def start(previous: StateDict, fresh: StateDict) -> StateDict:
+        return {name: value + 10 * fresh[name] for name, value in previous.items()}
+
+    _, begins = begun(experiment, start, tmp_path)
+    fresh = experiment.fresh_state(3)
+    assert same(begins.model, {name: 2 + 10 * value for name, value in fresh.items()})
+
+
+def test_a_stages_end_is_its_average_and_the_next_has_none_yet(experiment: Experiment, tmp_path: Path) -> None:
+    average = filled(experiment, 5)
+    _, begins = begun(experiment, Start.FRESH, tmp_path, average)
+    assert begins.previous is average
+    assert begins.average == {}
+
+
+def test_a_stage_that_continues_begins_nothing(experiment: Experiment, tmp_path: Path) -> None:
+    state, begins = begun(experiment, Start.CONTINUE, tmp_path, filled(experiment, 5))
+    assert begins is state
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_other_rounds_of_a_stage_begin_nothing(number: int, experiment: Experiment, tmp_path: Path) -> None:
+    state = ServerState(number - 1, filled(experiment, 2), "")
+    stages = (Stage(PHASES, rounds=2, start=Start.FRESH), Stage(PHASES, start=Start.FRESH))
+    assert opened(experiment, stages, state, tmp_path).begin_stage(state, number) is state
+
+
+@pytest.mark.parametrize(("start", "kept"), [(Start.FRESH, False), (Start.CONTINUE, True)])
+def test_the_strategys_momentum_ends_with_its_stage(
+    start: Start, kept: bool, experiment: Experiment, tmp_path: Path
+) -> None:
+    state = ServerState(2, filled(experiment, 2), "", MOMENTUM)
+    server = opened(experiment, (Stage(PHASES, rounds=2), Stage(PHASES, start=start)), state, tmp_path)
+    begins = server.begin_stage(state, 3)
+    server.save(begins.next(begins.model, {}, server.recipe, moved=False), {})
+    saved = load_checkpoint(tmp_path / "round_000003.ckpt").strategy
+    assert ("list" in (saved.get("momentum_vector") or {})) == kept
+    assert saved["server_momentum"] == 0.5
+
+
+def test_clients_get_the_model_the_shared_state_and_previous_where_there_is_one(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    first = ServerState(0, filled(experiment, 1), "")
+    later = replace(first, round_number=3, previous=filled(experiment, 2), shared={"s": torch.tensor([3.0, 4.0])})
+    for state, records in ((first, []), (later, ["previous"])):
+        server = opened(experiment, (Stage(PHASES),), state, tmp_path)
+        messages = server.invite(state, state.round_number + 1)
+        assert [message.metadata.dst_node_id for message in messages] == [1, 2, 3]
+        for message in messages:
+            assert set(message.content) == {"arrays", "config", "shared", *records}
+            assert same(message.content.array_records["arrays"].to_torch_state_dict(), state.model)  # type: ignore[arg-type]
+            assert dict(message.content.config_records["shared"]) == (
+                {"s": [1.0, 2.0, 3.0, 4.0]} if state.shared else {}
+            )
+    assert same(messages[0].content.array_records["previous"].to_torch_state_dict(), later.previous)  # type: ignore[arg-type]
+
+
+def test_nodes_behind_a_superlink_are_real() -> None:
+    assert is_simulation(InProcessGrid(app, 3))
+    assert not is_simulation(RealNodes(3))
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_hidden_labels_are_for_simulations(simulated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither clients nor the server look at them where nodes are real, and every message says so."""
+    asked: list[int] = []
+    true, invite = Federation.hidden_labels, Server.invite
+    audits: list[Any] = []
+    made: list[type] = []
+
+    def hidden_labels(self: Federation, client: int) -> torch.Tensor:
+        asked.append(client)
+        return true(self, client)
+
+    def watching(self: Server, *arguments: Any) -> Any:
+        messages = invite(self, *arguments)
+        audits.extend(message.content.config_records["config"]["audit"] for message in messages)
+        made.extend(type(observer) for observer in self._observers.values())
+        return messages
+
+    monkeypatch.setattr(Federation, "hidden_labels", hidden_labels)
+    monkeypatch.setattr(Server, "invite", watching)
+    labels = ("method.name=fedlabel", "method.confidence_threshold=0.1", "supervision.label_rate=0.3", "num_rounds=1")
+    config = load_config([], [*TINY, *labels])
+    grid = InProcessGrid(app, 3) if simulated else RealNodes(3)
+    run_federation(config, grid, tmp_path / "run")
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["pseudo/coverage"] > 0
+    assert audits == [simulated] * 3
+    assert bool(set(made) & set(server.observers.TRUTH.values())) == simulated
+    assert ("pseudo/accuracy" in row) == simulated
+    assert bool(asked) == simulated

@@ -1,0 +1,119 @@
+"""The server's state: how it goes on from round to round, and what is kept out of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedlabel.config import load_config
+from fedlabel.errors import RunError
+from fedlabel.experiment import Experiment
+from fedlabel.methods.batch import State
+from fedlabel.methods.recipe import LabelKinds, Recipe, Stage
+from fedlabel.methods.shared import Shared
+from server.state import TENSORS, ServerState, check_model, check_shared, like, moving_average
+from tests.server.rounds import MODEL
+
+
+def of(value: float, count: int = 1) -> dict[str, torch.Tensor]:
+    return {"w": torch.tensor([value, 2 * value], dtype=torch.float32), "n": torch.tensor(count)}
+
+
+AVERAGING = Recipe((Stage((), rounds=3), Stage((), averaging=0.75)), LabelKinds.TRUE)
+"""From round 4 on."""
+
+
+def test_a_round_moves_model_and_shared_state_and_nothing_else() -> None:
+    state = ServerState(1, of(1), "text", {"eta": 0.1}, {0: b"kept"}, {"s": torch.tensor(1.0)}, previous=of(7))
+    model, shared = of(3), {"s": torch.tensor(2.0)}
+    after = state.next(model, shared, AVERAGING, moved=True)  # its stage has no average
+    assert after == replace(state, round_number=2, model=model, shared=shared)
+    assert state.round_number == 1
+
+
+def test_the_average_of_the_stage_goes_on_where_clients_moved_the_model() -> None:
+    """Decay .75: 4, then .75 * 4 + .25 * 8 = 5, then it stays, then .75 * 5 + .25 * 9 = 6."""
+    state = ServerState(3, of(0), "")
+    seen = []
+    for model, moved in ((of(4, 1), True), (of(8, 2), True), (of(100, 3), False), (of(9, 4), True)):
+        state = state.next(model, {}, AVERAGING, moved)
+        seen.append({name: value.tolist() for name, value in state.average.items()})
+    assert seen == [
+        {"w": [4, 8], "n": 1},
+        {"w": [5, 10], "n": 2},  # what counts is taken as it is
+        {"w": [5, 10], "n": 2},
+        {"w": [6, 12], "n": 4},
+    ]
+    assert ServerState(3, of(0), "").next(of(4), {}, AVERAGING, moved=False).average == {}
+
+
+def test_a_moving_average_with_decay_0_is_none() -> None:
+    assert moving_average(of(1), of(2), 0.0) == {}
+    alone = moving_average({}, of(2), 0.9)
+    assert all(torch.equal(alone[name], value) for name, value in of(2).items())
+
+
+def test_models_are_those_that_there_are() -> None:
+    assert list(ServerState(1, of(1), "").models) == ["model"]
+    full = ServerState(1, of(1), "", previous=of(2), average=of(3))
+    assert {name: float(state["w"][0]) for name, state in full.models.items()} == {
+        "model": 1,
+        "average": 3,
+        "previous": 2,
+    }
+
+
+def test_all_tensors_go_to_a_device() -> None:
+    state = ServerState(
+        *(2, of(1), "text", {"eta": 0.1}, {0: b"kept"}, {"s": torch.ones(2)}),
+        **{name: of(2) for name in ("previous", "average", "selected")},
+        observers={"functions": {}},
+    )
+    moved = state.to(torch.device("meta"))
+    for name in TENSORS:
+        assert getattr(moved, name).keys() == getattr(state, name).keys()
+        assert {value.device.type for value in getattr(moved, name).values()} == {"meta"}
+        assert {value.device.type for value in getattr(state, name).values()} == {"cpu"}
+    assert replace(moved, **{name: getattr(state, name) for name in TENSORS}) == state
+
+
+def test_combined_weights_get_the_types_of_the_model() -> None:
+    """Strategies of Flower's give floats."""
+    found = like(MODEL, {name: value.double() + 1 for name, value in reversed(MODEL.items())})
+    assert list(found) == list(MODEL)
+    for name, value in MODEL.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value + 1)
+
+
+def test_a_model_that_gives_no_numbers_is_not_gone_on_from() -> None:
+    small = ["num_clients=2", "data.train_samples=50", "model.name=cnn", "model.norm=batch", "device=cpu"]
+    experiment = Experiment(load_config([], [*small, "method.name=supervised", "supervision.kind=full"]))
+    model = {name: value.clone() for name, value in experiment.initial_state.items()}
+    variances = experiment.running.variances
+    check_model(model, variances, "Strategy X made", 3, "step")
+    variance = min(variances)
+    for value, reason in ((-1e-9, rf"a negative variance \({re.escape(variance)}\)"), (torch.nan, "NaN or infinity")):
+        model[variance][0] = value
+        with pytest.raises(RunError, match=f"Strategy X made a model with {reason} in round 3; the last checkpoint"):
+            check_model(model, variances, "Strategy X made", 3, "step")
+
+
+class Positive(Shared):
+    def check(self, shared: State) -> None:
+        if (shared["s"] < 0).any():
+            raise ValueError("s is below 0")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(float("nan"), "s holds NaN or infinity"), (float("inf"), "s holds NaN"), (-1.0, "s is below")],
+)
+def test_a_shared_state_that_clients_cannot_work_with_is_not_gone_on_from(value: float, reason: str) -> None:
+    recipe = Recipe((Stage(()),), LabelKinds.TRUE, shared=Positive())
+    check_shared("m", recipe, {"s": torch.tensor([1.0, 0.0])}, 3)
+    with pytest.raises(RunError, match=rf"Method m made a shared state .* in round 3: {reason}.* The last checkpoint"):
+        check_shared("m", recipe, {"s": torch.tensor([1.0, value])}, 3)
