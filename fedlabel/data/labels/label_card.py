@@ -30,8 +30,8 @@ class LabelCard(NamedTuple):
     votes: tuple[tuple[int, ...], ...]
     """(functions, classes): votes of each labelling function for each class."""
     noisy_counts: bool = False
-    """Whether the counts of some bags have noise on them (`supervision.count_epsilon`). No record tells: who knows the
-    configuration fills it in."""
+    """Whether the counts of some bags have noise (`supervision.count_epsilon`). A supervision record does not contain
+    it; `Experiment` sets it from the configuration."""
 
     @property
     def functions(self) -> int:
