@@ -21,7 +21,9 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Says which client this node is, which code it runs and, if that is the server's, how many samples it holds."""
+    """Answers the server's query: the client's id, the hash of its code and, if that equals the server's, its number of
+    samples.
+    """
     client, asked = _client(context), message.content.config_records["ask"]
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
     if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
@@ -67,7 +69,9 @@ def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
 
 
 def _measured(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:
-    """Returns a client's metrics and counts; audit: whether it is simulated, and may look at its hidden labels."""
+    """Returns a client's metrics and counts; audit: whether the client is simulated, so that its hidden labels may be
+    read.
+    """
     supervision = experiment.federation.supervision(client)
     if not audit:
         unknown = torch.full((len(supervision.candidates),), -1)
@@ -78,7 +82,9 @@ def _measured(update: ClientUpdate, experiment: Experiment, client: int, audit: 
 
 
 def _reply(update: ClientUpdate, sums: Counts, counts: Counts) -> RecordDict:
-    """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies want it, and the rest."""
+    """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies expect, and the method's own
+    records.
+    """
     single = len(update.parts) == 1
     arrays = {
         name if single else f"{part}/{name}": value

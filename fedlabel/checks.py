@@ -1,4 +1,4 @@
-"""Fields of configurations: range checks, each said once, and keys that do not change what is computed."""
+"""Checks of configuration fields: ranges, allowed values, and keys that do not change what is computed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 
 def no_effect(default: Any) -> Any:
-    """Returns a dataclass field that does not change what a run computes: a run may be resumed, found again by a sweep,
-    and compared with another value.
+    """Returns a dataclass field that does not change what a run computes: runs that differ only in it may be resumed
+    from each other, reused by a sweep, and compared.
     """
     return field(default=default, metadata={"no_effect": True})
 
 
 def one_of(config: object, section: str, **allowed: Sequence[str]) -> None:
-    """Raises ValueError unless each named field of `config` has one of its allowed values; section: "method", say."""
+    """Raises ValueError unless each named field of `config` has one of its allowed values; section: of the messages,
+    e.g. "method".
+    """
     for key, values in allowed.items():
         if getattr(config, key) not in values:
             _refuse(config, section, key, f"be one of {', '.join(values)}")

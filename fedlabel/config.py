@@ -36,7 +36,7 @@ from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.errors import is_file
 from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods import METHODS, in_own_words, method_class
+from fedlabel.methods import METHODS, describe_error, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
@@ -55,7 +55,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def cohort_size(num_clients: int, fraction: float) -> int:
-    """Returns how many clients train in a round."""
+    """Returns the number of clients that train in a round."""
     return max(1, round(fraction * num_clients))
 
 
@@ -68,10 +68,10 @@ class StrategyConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the Flower strategy, e.g. {eta: 0.01}."""
     min_replies: int = no_effect(1)
-    """Replies that a round needs; with fewer usable ones the run stops, and can be resumed from its checkpoint."""
+    """Replies that a round needs; with fewer usable replies the run stops, and can be resumed from its checkpoint."""
     max_update_norm: float | None = None
-    """A client's model further than this from the one it was sent is refused (Euclidean distance over its trained
-    weights); null: any. It bounds what one client can do to a mean: weights times 1000 are else averaged in."""
+    """Largest Euclidean distance, over the trained weights, of a client's model from the one it was sent; models
+    further away are rejected. null: no limit. It bounds the effect of one client on the mean."""
 
     def __post_init__(self) -> None:
         if self.min_replies < 1:
@@ -86,7 +86,7 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class GridConfig:
-    """What carries messages to the clients."""
+    """Transport of messages to the clients."""
 
     kind: str = no_effect("in_process")
     """in_process | ray. Under `flwr run` Flower's own grid is used and this key is ignored."""
@@ -95,7 +95,7 @@ class GridConfig:
     threads_per_worker: int = 1
     """Torch threads that train one client, on every grid (results can depend on it in the last bit)."""
     timeout: float = no_effect(3600.0)
-    """Seconds after which a client that has not answered is counted as failed; without effect in_process."""
+    """Seconds after which a client that has not answered is counted as failed; no effect with in_process."""
     connect_timeout: float = no_effect(120.0)
     """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
 
@@ -120,18 +120,18 @@ class EvaluationConfig:
     split: str = "test"
     """test | validation: use validation to choose hyper-parameters, test only to report."""
     select: str | None = None
-    """Which round's model the run puts forward, beside the last: of each `every`-th round and the last one the best on
-    the validation split.
-    bag_mae goes by the counts of bags alone; instance_auc, instance_accuracy and instance_loss look at single labels of
-    that split. summary.json has each metric at that round as `selected`, checkpoints/selected_ROUND.pt the weights;
-    where a method has stages (llp_bp) the next one gets the best model of the one before. null: none."""
+    """Criterion that selects the round whose model the run reports in addition to the last: of each `every`-th round
+    and the last one the best on the validation split. bag_mae uses only the class counts of bags; instance_auc,
+    instance_accuracy and instance_loss use the labels of that split. summary.json has each metric at that round as
+    `selected`, checkpoints/selected_ROUND.pt the weights; if a method has stages (llp_bp) each stage gets the best
+    model of the previous one. null: no selection."""
     figures: bool = no_effect(True)
-    """Whether pictures are drawn (partition.png and TensorBoard's images): about a second a run. For sweeps of hundreds
-    of short runs: false."""
+    """Whether figures are drawn (partition.png and TensorBoard's images): about a second per run. For sweeps of
+    hundreds of short runs: false."""
     panel_samples: int = no_effect(16)
     """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last and each 10 * `every`-th round;
-    0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; nothing is
-    asked of clients."""
+    0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; clients
+    receive no request."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -146,12 +146,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run can be resumed from."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = no_effect(1)
-    """Rounds between checkpoints; the last round always leaves one. Resuming repeats the rounds since the newest."""
+    """Rounds between checkpoints; the last round always writes one. Resuming repeats the rounds since the newest."""
     keep: int = no_effect(2)
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
         for key in ("every", "keep"):
@@ -161,7 +161,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything a run depends on."""
+    """All settings of a run."""
 
     seed: int = 0
     """Root of all random numbers: partition, labels, initial weights, cohorts, batches, augmentation."""
@@ -176,8 +176,8 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     labeled_partition: LabeledPartitionConfig | None = None
-    """A law of their own for the labelled samples: chosen over the whole training set, they are spread by it, the
-    others by `partition`; a client holds both. null: labels are chosen among what the clients hold."""
+    """A separate partition for the labelled samples: they are chosen over the whole training set and spread by it, the
+    others by `partition`; a client holds both. null: labels are chosen among each client's samples."""
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     skew: SkewConfig = field(default_factory=SkewConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -209,7 +209,7 @@ class ExperimentConfig:
 
     @property
     def cohort_size(self) -> int:
-        """How many clients train in a round."""
+        """The number of clients that train in a round."""
         return cohort_size(self.num_clients, self.fraction_train)
 
     def _check_labels(self) -> None:
@@ -220,17 +220,17 @@ class ExperimentConfig:
                 f"(={self.num_clients})."
             )
         hidden = self.skew.unlabeled_only_classes
-        if hidden and any(part.classless for part in supervision.parts):
+        if hidden and any(part.hides_classes for part in supervision.parts):
             raise ValueError(
-                f"`skew.unlabeled_only_classes` (=[{', '.join(hidden)}]) chooses samples by their class, which nobody "
-                "knows with supervision.kind=bags and labeling_functions: leave it out."
+                f"`skew.unlabeled_only_classes` (=[{', '.join(hidden)}]) chooses samples by their class, which is "
+                "unknown with supervision.kind=bags and labeling_functions: leave it out."
             )
         if self.labeled_partition is None:
             return
         if supervision.mix:
             raise ValueError(
-                "`labeled_partition` has no place beside supervision.mix, whose kinds of label are handed out among "
-                "what the clients hold: set labeled_partition=null, or give one kind of label."
+                "`labeled_partition` cannot be combined with supervision.mix, whose kinds of label are distributed "
+                "over the clients' samples: set labeled_partition=null, or give one kind of label."
             )
         if supervision.labels_at != "clients":
             raise ValueError(
@@ -250,7 +250,7 @@ class ExperimentConfig:
 
 
 def find_config(path: str | Path) -> Path:
-    """Returns the YAML file named: as given, or below `configs/` of the project.
+    """Returns the path of the YAML file: as given, or below `configs/` of the project.
 
     Raises:
         ConfigError: there is none.
@@ -387,7 +387,7 @@ def _resolved(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
 
 
 def _method_schema(layers: Sequence[Mapping[str, Any]]) -> tuple[type[Method], str]:
-    """Returns the class that `method.name` names, and that name."""
+    """Returns the class that `method.name` selects, and that name."""
     name: Any = FedLabel.name
     for layer in layers:
         given = layer.get("method", {})
@@ -408,7 +408,7 @@ def _method_schema(layers: Sequence[Mapping[str, Any]]) -> tuple[type[Method], s
 
 
 def _build_method(schema: type[Method], values: Mapping[str, Any], unknown: Unknown) -> Method:
-    """Returns the method; where a class of the user's own cannot be made, the message has its words and place."""
+    """Returns the method; if a user's own class cannot be constructed, the message has its error and location."""
     name = values["name"]
     if inspect.isabstract(schema):
         missing = ", ".join(sorted(getattr(schema, "__abstractmethods__", ())))
@@ -420,10 +420,10 @@ def _build_method(schema: type[Method], values: Mapping[str, Any], unknown: Unkn
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"`method.name` (={name}) has a field of a type that a configuration cannot hold: {HOLDS} "
-            f"({in_own_words(error)})."
+            f"({describe_error(error)})."
         ) from error
     except Exception as error:
         if name in METHODS:  # a bug of ours: show where
             raise
-        raise ConfigError(f"`method.name` (={name}) cannot be made of its fields: {in_own_words(error)}.") from error
+        raise ConfigError(f"`method.name` (={name}) cannot be made of its fields: {describe_error(error)}.") from error
     return method

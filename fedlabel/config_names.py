@@ -1,4 +1,4 @@
-"""What to say of a key that does not exist: what it is called here, or whose it is."""
+"""Error messages for unknown keys: other frameworks' names for a key, and keys of other sections or methods."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def all_keys(schema: type, method: type, prefix: str = "") -> list[str]:
 
 
 def inner_schema(kind: object) -> type | None:
-    """Returns the dataclass that a field's type is, or is beside None; None for another type."""
+    """Returns the dataclass that a field's type is, also in a union with None; None for other types."""
     for each in (kind, *getattr(kind, "__args__", ())):
         if isinstance(each, type) and dataclasses.is_dataclass(each) and "tuple" not in str(kind):
             return each
@@ -315,7 +315,7 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
     if spelling in GIVEN_BY_DATA:
         return f"`{full}` is not a configuration key: the data set says it by itself. Leave it out."
     keys = all_keys(root, method)
-    said = f"`{full}` is not a configuration key."
+    message = f"`{full}` is not a configuration key."
     if of_method:
         path = full.partition(".")[2]
         owners = [
@@ -323,24 +323,24 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
             for each, kind in METHODS.items()
             if any(key == path or key.startswith(f"{path}.") for key in all_keys(kind, kind))
         ]
-        said = f"`{full}` is not a field of {method_name}"
-        said += f", but of {', '.join(owners)}." if owners else "."
+        message = f"`{full}` is not a field of {method_name}"
+        message += f", but of {', '.join(owners)}." if owners else "."
     found = _meant(spelling, where, keys, schema)
     if found:
-        return f"{said} Did you mean {' or '.join(found)}?"
-    return f"{said} Allowed here: {', '.join(fields_of(schema))}."
+        return f"{message} Did you mean {' or '.join(found)}?"
+    return f"{message} Allowed here: {', '.join(fields_of(schema))}."
 
 
 def _meant(spelling: str, where: str, keys: list[str], schema: type) -> list[str]:
-    """Returns the keys that may be meant by a name that `where` does not have, the likeliest first."""
+    """Returns the keys most similar to a name that `where` does not have, the most likely first."""
     leaves: dict[str, list[str]] = {}
     for key in keys:
         leaves.setdefault(simple(key.rpartition(".")[2]), []).append(key)
     here = [f"{where}.{each}" if where else each for each in fields_of(schema)]
     elsewhere = next((each for name, each in CALLED_ELSEWHERE.items() if simple(name) == spelling), ())
-    known = [key for key in elsewhere if key in keys or key.startswith("strategy.args.")] or leaves.get(spelling, [])
-    if known:
-        return sorted(known, key=lambda key: key not in here)[:3]
+    matches = [key for key in elsewhere if key in keys or key.startswith("strategy.args.")] or leaves.get(spelling, [])
+    if matches:
+        return sorted(matches, key=lambda key: key not in here)[:3]
     near_here = near(spelling, [key.rpartition(".")[2] for key in here])
     if near_here:
         return [f"{where}.{near_here[0]}" if where else near_here[0]]

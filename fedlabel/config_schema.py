@@ -1,4 +1,4 @@
-"""A frozen dataclass as the schema of a mapping. OmegaConf checks names and types; the messages are ours."""
+"""A frozen dataclass as the schema of a mapping. OmegaConf checks names and types; the messages are our own."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ LARGEST = 2**53
 
 
 class KeyInfo(NamedTuple):
-    """What can be said of a key."""
+    """Documentation of one key."""
 
     name: str
     type: str
     """As written in the source."""
     default: Any
-    """`dataclasses.MISSING`: it must be given."""
+    """`dataclasses.MISSING`: the key is required."""
     doc: str
-    """In one line; "" for none."""
+    """In one line; "" if there is none."""
 
 
 @lru_cache
@@ -67,7 +67,7 @@ def default_of(each: dataclasses.Field[Any]) -> Any:
 
 
 def settled(kind: Any, value: Any, key: str = "") -> Any:
-    """Returns plain data: of each `Plain` its text where the schema wants a text, else its value.
+    """Returns plain data: each `Plain` becomes its text if the schema has a text there, else its value.
 
     Args:
         kind: the type of the field that gets the value.
@@ -145,7 +145,7 @@ def build(schema: type[T], values: Mapping[str, Any], where: str, unknown: Unkno
 
 
 def parts(kind: Any, value: Any, key: str, unknown: Unknown) -> list[Any]:
-    """Returns a list of mappings as dataclasses, each with a key of its own in messages; for the rest see `build`.
+    """Returns a list of mappings as dataclasses, each with its own key in messages; for the rest see `build`.
 
     Args:
         kind: tuple[SCHEMA, ...].
@@ -163,7 +163,7 @@ def parts(kind: Any, value: Any, key: str, unknown: Unknown) -> list[Any]:
 
 
 def _wrong_value(schema: type, values: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any, Any] | None:
-    """Returns the first value that a schema does not take: its key, the type wanted, the value, the default."""
+    """Returns the first value that a schema rejects: its key, the type wanted, the value, the default."""
     for name, value in values.items():
         kind, default = hints(schema)[name], default_of(fields_of(schema)[name])
         inner = next((each for each in _alternatives(kind) if dataclasses.is_dataclass(each)), None)
@@ -189,7 +189,7 @@ def _refused(schema: type, name: str, value: Any) -> bool:
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """Returns the types of a union, or the one type that it is."""
+    """Returns the members of a union, or a list of the one type."""
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
@@ -202,7 +202,7 @@ def _is_shown(default: Any) -> bool:
 
 
 def _wanted(kind: Any, key: str) -> str:
-    """Returns what a value of a type is called, with an example of what is not one word."""
+    """Returns the description of a type in messages, with an example if it is not one word."""
     kinds = [each for each in _alternatives(kind) if each is not types.NoneType]
     names = []
     for each in kinds:
@@ -250,7 +250,7 @@ def _example(kind: Any) -> str:
 
 
 def describe(schema: type) -> list[KeyInfo]:
-    """Returns what can be said of a dataclass's fields, from its source: types and the texts below the fields."""
+    """Returns the documentation of a dataclass's fields, from its source: types and the texts below the fields."""
     types_, docs = {}, {}
     for owner in reversed(schema.__mro__):
         if not dataclasses.is_dataclass(owner):

@@ -1,4 +1,4 @@
-"""YAML in and out, as the configuration needs it: the core of YAML 1.2, with messages of our own.
+"""Reads and writes YAML for the configuration: the core schema of YAML 1.2, with messages of our own.
 
 What differs from PyYAML's loader, and why:
 
@@ -50,11 +50,11 @@ class ConfigError(ValueError):
 
 
 class Plain(NamedTuple):
-    """A scalar without quotes that can be read as more than a text."""
+    """An unquoted scalar that can be read as a number or boolean as well as a text."""
 
     value: bool | int | float
     text: str
-    """As written."""
+    """As written in the file."""
 
 
 def one_line(message: str) -> str:
@@ -65,12 +65,12 @@ def one_line(message: str) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """Returns a value for a message, as YAML has it and cut where it is long; `value`: as `parse_yaml` returns it."""
+    """Returns a value as YAML for a message, truncated if it is long; `value`: as `parse_yaml` returns it."""
     return shown(value if isinstance(value, str) else _flow(value), MAX_SHOWN)
 
 
 def _flow(value: Any) -> str:
-    """Returns a value as in YAML's lists and mappings in one line: numbers as they were written."""
+    """Returns a value as YAML lists and mappings in one line: numbers as they were written."""
     if isinstance(value, Plain):
         return value.text
     if isinstance(value, Mapping):
@@ -86,7 +86,8 @@ def _flow(value: Any) -> str:
 
 
 def as_written(message: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a message in which "`key` (=value)" has what was written in place of Python's text of the value.
+    """Returns a message in which "`key` (=value)" has the text written by the user in place of Python's text of the
+    value.
 
     Args:
         message: of whoever knows values only: `10.0` of 1e1, `inf` of .inf, `True` of true.
@@ -105,7 +106,7 @@ def as_written(message: str, layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _by_key(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the full key and the value of everything in a mapping."""
+    """Yields the full key and the value of every entry of a mapping."""
     if key:
         yield key, value
     if isinstance(value, Mapping):
@@ -126,7 +127,7 @@ def plain(value: Any) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Returns the mapping that a YAML file holds, {} of an empty one; see `parse_yaml`.
+    """Returns the mapping of a YAML file, {} if it is empty; see `parse_yaml`.
 
     Raises:
         ConfigError: the file cannot be read, is too large, is no YAML, or holds no mapping.
@@ -168,7 +169,7 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 def parse_value(text: str, what: str) -> Any:
-    """Returns the value of an override, see `parse_yaml`; a comment in it, which would cut it short, is refused."""
+    """Returns the value of an override, see `parse_yaml`; a comment in it, which would cut it short, is rejected."""
     node = _compose(text, what)
     if isinstance(node, yaml.ScalarNode) or getattr(node, "flow_style", False):
         cut = node.end_mark.index < len(text.rstrip())
@@ -180,11 +181,11 @@ def parse_value(text: str, what: str) -> Any:
 
 
 class _Refused(Exception):
-    """The document has something that is not allowed here."""
+    """The document has a construct that is not allowed here."""
 
 
 class _Composer(yaml.SafeLoader):
-    """Makes nodes; what plain scalars are is decided by `_scalar`."""
+    """Makes YAML nodes; `_scalar` decides the types of plain scalars."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
     depth = 0
@@ -219,7 +220,7 @@ def _compose(text: str, what: str) -> Any:
 
 
 def _place(error: yaml.YAMLError, text: str) -> str:
-    """Returns where in `text` a reader stopped, as the end of a clause."""
+    """Returns the position in `text` where a parser stopped, as the end of a clause."""
     mark = getattr(error, "problem_mark", None)
     lines = text.splitlines()
     if mark is None or mark.line >= len(lines):
@@ -273,7 +274,7 @@ def _scalar(node: yaml.ScalarNode, what: str) -> Plain | str | None:
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what layers of plain data say together: mappings key by key, of all else the last.
+    """Returns layers of plain data merged: mappings key by key, otherwise the last layer wins.
 
     Raises:
         ConfigError: one has a list where another has a mapping.
@@ -292,7 +293,7 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clash(first: Any, second: Mapping[str, Any]) -> tuple[str, Any, Any]:
-    """Returns the key, the new and the old value where one of two layers has a list and the other a mapping."""
+    """Returns the key, the old and the new value where one of two layers has a list and the other a mapping."""
     for key, value in second.items():
         old = first.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):

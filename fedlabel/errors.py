@@ -1,4 +1,4 @@
-"""What ends a run for a reason that the user can mend; everything else that is raised is a bug of ours."""
+"""Errors that a user can resolve; any other exception is a bug."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class RunError(RuntimeError):
-    """A run cannot go on; what was saved stays."""
+    """A run cannot continue; saved results remain."""
 
 
 class FileError(ValueError):
-    """The system does not let us write, read or make a file or folder."""
+    """The operating system refused to write, read or create a file or folder."""
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,7 +40,7 @@ _CURES = {
 
 
 def file_error(error: OSError, path: Path | str | None = None) -> FileError:
-    """Returns what the system said of a file as one sentence: which, why, and what to do.
+    """Returns a system error about a file as one sentence: the file, the cause, and what to do.
 
     Args:
         error: the system's.
@@ -72,7 +72,7 @@ def make_folder(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Checks that a folder can be made, or is there and can be written; leaves everything as it is.
+    """Checks that a folder exists and is writable, or can be made; changes nothing.
 
     Raises:
         FileError: the system would not let us.
@@ -85,7 +85,7 @@ def check_folder(path: Path) -> None:
 
 
 def is_file(path: str | Path) -> bool:
-    """Returns whether there is such a file; a name that no file system takes is none."""
+    """Returns whether such a file exists; False for a name that no file system accepts."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):

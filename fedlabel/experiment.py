@@ -1,4 +1,4 @@
-"""What a process needs to play its part in a run; client and server build the same from the same configuration."""
+"""The resources of a run in one process; client and server build the same ones from the same configuration."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EvaluationData(NamedTuple):
     parts: Sequence[np.ndarray]
     """Rows of the split that each client is evaluated on."""
     bags: Bags | None
-    """Of the samples of the split."""
+    """Bags of the split's samples; None without bags."""
 
 
 class Experiment:
@@ -53,8 +53,8 @@ class Experiment:
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self.federation: Federation = self._federation(config.evaluation.split)
         dataset, skew = self.federation.dataset, config.skew
-        card = label_card(self.federation.record)
-        self.labels = card
+        noisy = any(part.count_epsilon is not None for part in config.supervision.parts)
+        self.labels = card = label_card(self.federation.record)._replace(noisy_counts=noisy)
         self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")
@@ -77,6 +77,7 @@ class Experiment:
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
+        self._check_upload(frozenset(name for name, _ in student.named_parameters()))
         self.running = running_statistics(student)
 
     def _federation(self, split: str) -> Federation:
@@ -124,22 +125,33 @@ class Experiment:
         )
 
     def _check_strategy(self, model: nn.Module) -> None:
-        """Looks for buffers: to a server's optimiser or noise they would be weights like others."""
+        """Checks the strategy's support of buffers: a server's optimiser or noise would treat them as weights."""
         name, weights = self.config.strategy.name, {key for key, _ in model.named_parameters(remove_duplicate=False)}
         buffers = [key for key in model.state_dict() if key not in weights]
         if buffers and name not in AVERAGES:
             raise ValueError(
-                f"`strategy.name` (={name}) would apply its optimiser or noise to what `model.name` "
-                f"(={self.config.model.name}) keeps beside its weights, BatchNorm's running statistics for instance: "
+                f"`strategy.name` (={name}) would apply its optimiser or noise to the buffers of "
+                f"`model.name` (={self.config.model.name}), e.g. BatchNorm's running statistics: "
                 f"{', '.join(buffers[:3])} ({len(buffers)} in all). Take a network without, e.g. "
                 f"model.name=cnn with model.norm=group, or strategy.name={' or '.join(AVERAGES)}."
+            )
+
+    def _check_upload(self, parameters: frozenset[str]) -> None:
+        """Looks at how many models a client uploads: Flower's strategies combine one. parameters: what is trained."""
+        name, method = self.config.strategy.name, self.config.method.name
+        parts = self.recipe.upload.send(self.initial_state, [], parameters, 0.0)  # as of a client that did not train
+        if len(parts) > 1 and name != "weighted_mean":
+            raise ValueError(
+                f"`method.name` (={method}) sends {len(parts)} models with separate weights ({', '.join(parts)}), "
+                f"which `strategy.name` (={name}) cannot combine; use strategy.name=weighted_mean, or keys of the "
+                "method with which it sends one (of fedlabel: method.merge=sum)."
             )
 
     def _build_model(self, seed: int) -> nn.Module:
         return self._network(seed).to(self.device)
 
     def _network(self, seed: int) -> nn.Module:
-        """Returns the student, on the device that torch makes things on."""
+        """Returns the student, built on the default device."""
         dataset, network, name = self.federation.dataset, self.recipe.network, self.config.method.name
 
         def build(place: int) -> nn.Module:
@@ -162,12 +174,12 @@ class Experiment:
         return network.wrap(build, seed)
 
     def fresh_state(self, round_number: int) -> StateDict:
-        """Returns the weights that a stage which starts in this round starts from (see `Stage.start`)."""
+        """Returns the initial weights of a stage that starts in this round (see `Stage.start`)."""
         state = self._build_model(derive_seed(self.config.seed, "model", round_number)).state_dict()
         return {name: value.clone() for name, value in state.items()}
 
     def client_data(self, client: int) -> ClientData:
-        """Returns what training may see of `client`, on the device."""
+        """Returns the data of `client` that training may use, on the device."""
         rows = torch.from_numpy(self.federation.parts[client]).to(self.device)
         return ClientData(self.images[rows], self.federation.supervision(client).to(self.device))
 
@@ -205,7 +217,7 @@ class Experiment:
         states: Mapping[str, StateDict],
         shared: State = MappingProxyType({}),  # type: ignore[assignment]
     ) -> Evaluation | None:
-        """Evaluates on the configured split what the method takes for the global model, if anything (`Stage.predict`).
+        """Evaluates the global model, as the method defines it (`Stage.predict`), on the configured split.
 
         Args:
             round_number: the last that is done.
@@ -215,8 +227,8 @@ class Experiment:
         return self._evaluate(round_number, states, shared, self.evaluates_on)
 
     def selection_score(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> float | None:
-        """Returns what `evaluation.select` asks of the same model on the validation split; None where nothing is asked,
-        or the answer is no number.
+        """Returns the metric of `evaluation.select` for the same model on the validation split; None without a
+        selection, or if the metric is not a number.
         """
         select = self.config.evaluation.select
         found = self._evaluate(round_number, states, shared, self.selects_by) if self.selects_by is not None else None

@@ -1,4 +1,4 @@
-"""What a run ran on: device, machine, versions of packages and of this code."""
+"""The environment of a run: device, machine, versions of packages and of this code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DISTRIBUTIONS = ("fedlabel", "torch", "torchvision", "flwr", "ray", "numpy", "om
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the torch device that the configuration key `device` asks for.
+    """Returns the torch device that the configuration key `device` selects.
 
     Args:
         name: auto (CUDA if there is one, else the CPU), cpu, cuda, or cuda:N.
@@ -50,7 +50,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
-    """Returns what a reader needs to judge timings: CPU, cores, memory and, if `device` is CUDA, the GPU.
+    """Returns the hardware that timings depend on: CPU, cores, memory and, if `device` is CUDA, the GPU.
 
     `usable_cores` counts the cores this process may be scheduled on, which can be fewer than `logical_cores`.
     """
@@ -77,7 +77,7 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
 
 
 def memory_bytes() -> int | None:
-    """Returns the memory of this machine; None where the system does not tell."""
+    """Returns the memory of this machine; None if the system does not report it."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

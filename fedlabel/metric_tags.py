@@ -1,4 +1,4 @@
-"""One table of the tags that a run writes: what each is called, its unit, which way it is good, and who may write it.
+"""The table of all metrics of a run: tag, title, unit, direction, and whether clients may send it.
 
 `server/replies.py` takes only what stands here as a client's, and only in the range that stands here. A method from
 outside declares its own tags in `Method.metrics`.
@@ -36,21 +36,21 @@ class Tag:
     """
 
     name: str
-    """As in metrics.jsonl and TensorBoard: "group/name". `{what}` in it stands for a number."""
+    """As in metrics.jsonl and TensorBoard: "group/name". `{what}` in it is a placeholder for a number."""
     title: str
-    """A few words for people."""
+    """A short title."""
     unit: str
     """share, nats, samples, classes, s, bytes, ..."""
     page: str
-    """Where it is shown: one of `PAGES`."""
+    """TensorBoard page: one of `PAGES`."""
     direction: str = NEITHER
     """Which values are good: higher | lower | neither."""
     by_client: bool = False
     """Whether clients send it, as (sum, count). Those that a method declares itself all are."""
     least: float = -LARGEST_MEAN
-    """Of its mean at one client. Means from a client below it are refused."""
+    """Smallest possible mean at one client. Clients' means below it are rejected."""
     largest: float | Callable[[int], float] = LARGEST_MEAN
-    """Likewise; or a function of the number of classes."""
+    """Largest possible mean; or a function of the number of classes."""
     of_pairs: bool = False
     """Whether it is a mean over pairs of samples."""
 
@@ -68,12 +68,12 @@ class Tag:
             )
 
     def range(self, num_classes: int) -> tuple[float, float]:
-        """Returns the least and the largest mean that a client can have."""
+        """Returns the smallest and the largest possible mean of a client."""
         return self.least, self.largest(num_classes) if callable(self.largest) else self.largest
 
 
 def _server(page: str, unit: str, direction: str, *named: tuple[str, str]) -> list[Tag]:
-    """Returns tags that the server makes itself, of (name, title)."""
+    """Returns tags that the server computes itself, of (name, title)."""
     return [Tag(name, title, unit, page, direction) for name, title in named]
 
 
@@ -82,7 +82,7 @@ def _losses(*named: tuple[str, str]) -> list[Tag]:
 
 
 def _shares(page: str, direction: str, *named: tuple[str, str]) -> list[Tag]:
-    """Returns tags of clients whose every sample counts between 0 and 1."""
+    """Returns tags of client metrics in which every sample counts between 0 and 1."""
     return [Tag(name, title, "share", page, direction, by_client=True, least=0.0, largest=1.0) for name, title in named]
 
 
@@ -303,7 +303,7 @@ _PATTERNS = {
 
 
 def find_tag(name: str, own: Sequence[Tag] = ()) -> Tag | None:
-    """Returns the tag of a name; None: nobody declared it.
+    """Returns the tag of a name; None if it is not declared.
 
     Args:
         name: as in metrics.jsonl.
@@ -316,7 +316,7 @@ def find_tag(name: str, own: Sequence[Tag] = ()) -> Tag | None:
 
 
 def client_tags(own: Sequence[Tag] = ()) -> Mapping[str, Tag]:
-    """Returns name -> tag of all that a client may send.
+    """Returns name -> tag of all metrics that a client may send.
 
     Args:
         own: what the run's method declares, see `Method.metrics`.

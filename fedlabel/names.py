@@ -1,4 +1,4 @@
-"""The name that somebody may have meant."""
+"""Finds the name that a misspelled one may mean."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ COMPARED = 1000
 
 
 def simple(name: str) -> str:
-    """Returns a name without case, hyphens, underscores and spaces, by which people's spellings differ."""
+    """Returns a name without case, hyphens, underscores and spaces, for comparison."""
     return re.sub(r"[-_\s]", "", name.casefold())
 
 
-def near(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Returns up to `most` of the names that are spelt like `name`, the nearest first; none if none is near.
+def near(name: str, names: Iterable[str], most: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Returns up to `most` of the names with the most similar spelling, the nearest first; empty if none is similar.
 
     Args:
         name: as somebody wrote it.
-        known: names; beyond the first `COMPARED` only one that is the same but for case and blanks is found.
+        names: candidates; beyond the first `COMPARED` only one that is the same but for case and blanks is found.
         most: how many, where none is the same.
         cutoff: least share of letters in common, see difflib.
     """
     by_spelling: dict[str, list[str]] = {}
-    for each in known:
+    for each in names:
         by_spelling.setdefault(simple(each), []).append(each)
     spelling = simple(name)
     if spelling in by_spelling:
@@ -36,12 +36,12 @@ def near(name: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) ->
     return [each for like in found for each in by_spelling[like]][:most]
 
 
-def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
-    """Returns a sentence, with a space before it, that names the nearest of `known`; "" if none is near."""
-    found = near(name, known, most)
+def did_you_mean(name: str, names: Iterable[str], most: int = 1) -> str:
+    """Returns a sentence, with a leading space, that suggests the most similar of `names`; "" if none is similar."""
+    found = near(name, names, most)
     return f" Did you mean {' or '.join(map(shown, found))}?" if found else ""
 
 
 def counted(number: int, noun: str) -> str:
-    """Returns a number with its noun, in the plural but for 1: "1 round", "1,000 rounds"."""
+    """Returns a number with its noun, in the plural unless it is 1: "1 round", "1,000 rounds"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Checkpoints: one file per saved round, written atomically, with a digest that tells a damaged file."""
+"""Checkpoints: one file per saved round, written atomically, with a digest that detects damage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def save_checkpoint(folder: Path, checkpoint: ServerState, keep: int) -> Path:
 
 
 def load_checkpoint(path: Path) -> ServerState:
-    """Reads one checkpoint; nothing in the file is run.
+    """Reads one checkpoint; executes no code from the file.
 
     Raises:
         CheckpointError: the file is not a checkpoint, is damaged, or another version wrote it.
@@ -82,7 +82,7 @@ def file_name(round_number: int) -> str:
 
 
 def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) -> ServerState:
-    """Returns the newest checkpoint in `folder`, checked against everything that the resuming run makes itself.
+    """Returns the newest checkpoint in `folder`, checked against the state that the resuming run would create.
 
     A run that was killed before its first checkpoint starts at round 1 again, from the experiment's initial model.
 
@@ -143,7 +143,7 @@ class _NotThisRun(CheckpointError):
 
 
 def _with_cure(refused: list[CheckpointError], older: Path | None) -> CheckpointError:
-    """Returns the first refusal with what to do; older: the newest checkpoint that is sound."""
+    """Returns the first error with advice; older: the newest valid checkpoint."""
     them = "it" if len(refused) == 1 else f"it and what lies between ({len(refused) - 1}, no better)"
     if older is None:
         return CheckpointError(
@@ -165,7 +165,7 @@ _NAME = re.compile(r"round_(\d{6,18})\.ckpt")
 
 
 def _differing(text: str, config: ExperimentConfig, wanted_text: str) -> list[str] | None:
-    """Returns the keys that matter in which a saved configuration differs from `config` (`wanted_text` as YAML); None:
+    """Returns the relevant keys in which a saved configuration differs from `config` (`wanted_text` as YAML); None if
     it cannot be read.
     """
     if text == wanted_text:  # to read it takes much longer

@@ -1,4 +1,4 @@
-"""What a checkpoint of an experiment may hold: everything in it is held against what the experiment itself would make.
+"""The schema of an experiment's checkpoint: everything in it is checked against the state the experiment would create.
 
 A digest tells a file that was damaged from one that was not, but not one that was written by something else.
 """
@@ -29,7 +29,8 @@ _FORMS = {"m_t": "arrays", "v_t": "arrays", "momentum_vector": "list"}
 
 
 def complaints(checkpoint: ServerState, experiment: Experiment, strategy: Strategy) -> Iterator[str]:
-    """Yields what in a checkpoint cannot come from a run of this experiment. Only the first is sure to make sense.
+    """Yields the errors of a checkpoint, as a run of this experiment would not write it. Only the first is sure to make
+    sense.
 
     Args:
         checkpoint: as loaded, on the CPU; its round number is one of the run's.
@@ -93,7 +94,7 @@ def _names(what: str, found: Any, wanted: Mapping[Any, object]) -> Iterator[str]
         yield f"`{what}` is no mapping"
     if found.keys() != wanted.keys():
         odd = sorted(map(shown, found.keys() ^ wanted.keys()))
-        yield f"`{what}` lacks, or has beside what belongs there, {', '.join(odd[:3])}"
+        yield f"`{what}` has missing or unexpected entries: {', '.join(odd[:3])}"
 
 
 def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
@@ -103,7 +104,7 @@ def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
     # A mapping of other things than arrays is not saved, see `strategy_state`.
     needed = {name for name, value in fresh.items() if value != {"arrays": {}}}
     if odd := sorted(map(shown, (saved.keys() - fresh.keys()) | (needed - saved.keys()))):
-        yield f"`strategy` lacks, or has beside what belongs there, {', '.join(odd[:3])}"
+        yield f"`strategy` has missing or unexpected entries: {', '.join(odd[:3])}"
     for name, value in saved.items():
         start, attribute = fresh[name], name.rpartition(".")[2]
         if isinstance(start, (bool, int, float)):
@@ -125,7 +126,7 @@ def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
 
 
 def _form(attribute: str, strategy: Strategy) -> str:
-    """Returns how `strategy_state` writes the arrays of an attribute."""
+    """Returns the serialised form of an attribute's arrays, see `strategy_state`."""
     if attribute == "current_arrays":
         return "arrays" if isinstance(strategy, (FedAdagrad, FedAdam, FedYogi)) else "record"
     return _FORMS.get(attribute, "arrays")
@@ -148,7 +149,7 @@ def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterato
         examples = remembered.like({**memory, **shared}, experiment.initial_state)
         kept = records.array_records["memory"]
         if odd := sorted(map(shown, set(kept) - set(examples))):
-            yield f"`{what}` has beside what belongs there, {', '.join(odd[:3])}"
+            yield f"`{what}` has unexpected entries: {', '.join(odd[:3])}"
         for name, array in kept.items():
             example = examples[name]
             try:

@@ -1,4 +1,4 @@
-"""Sends messages and gathers their replies; a reply that cannot be decoded is refused and costs no other its place.
+"""Sends messages and gathers their replies; a reply that cannot be decoded is rejected without affecting the others.
 
 `send_and_receive` of Flower's own grids pulls all replies at once and decodes what clients uploaded. One malformed
 object raises whatever its decoder happens to raise (DecodeError, AttributeError, KeyError, ...) when the SuperLink has
@@ -81,7 +81,9 @@ def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> Itera
 
 
 def _push(grid: Grid, messages: Sequence[Message]) -> set[str]:
-    """Sends messages; returns the ids of those that the grid took (Flower has None or "" in place of the others)."""
+    """Sends messages; returns the ids of those that the grid accepted (Flower has None or "" in place of the
+    others).
+    """
     try:
         return {key for key in grid.push_messages(messages) if key}
     except httpx.HTTPStatusError as error:
@@ -94,7 +96,9 @@ def _push(grid: Grid, messages: Sequence[Message]) -> set[str]:
 
 
 def _unreachable(error: httpx.RequestError) -> str:
-    """Flower itself tries again, without end, where a connection is refused or breaks; this is what it gives up on."""
+    """Returns the message for an unreachable SuperLink. Flower itself retries refused and broken connections endlessly;
+    this handles the errors on which it gives up.
+    """
     return (
         f"Flower's SuperLink cannot be reached ({_line(error)}), so the run stops; its checkpoints stay. Check that it "
         "runs, and its certificate."

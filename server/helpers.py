@@ -1,4 +1,4 @@
-"""Models of other clients, handed to those whose own behave alike: FedMatch's inter-client consistency.
+"""Sends models of other clients to those with similar outputs: FedMatch's inter-client consistency.
 
 Jeong et al., "Federated Semi-Supervised Learning with Inter-Client Consistency & Disjoint Learning", ICLR 2021: the
 server describes every model it got by its output on one fixed random image and looks for the nearest in a k-d tree.
@@ -21,7 +21,7 @@ from server.strategy import decode
 
 
 class HelperPool:
-    """The last model of every client that trained so far (one copy of `Helpers.prefix` each), and what it looks like.
+    """The last model of every client that has trained (one copy of `Helpers.prefix` each), and its output.
 
     Args:
         experiment: gives the architecture.
@@ -41,7 +41,7 @@ class HelperPool:
         self._probe = experiment.transform.normalize(torch.from_numpy(noise).to(experiment.device))
 
     def watch(self, replies: Iterable[Message], client_of: Mapping[int, int]) -> Iterator[Message]:
-        """Hands on usable replies, and remembers the models in them; client_of: node id -> client."""
+        """Passes on usable replies, and stores the models in them; client_of: node id -> client."""
         types = {name: value.dtype for name, value in self._experiment.initial_state.items()}
         for reply in replies:
             arrays = {name: decode(array) for name, array in reply.content.array_records["arrays"].items()}
@@ -55,17 +55,17 @@ class HelperPool:
             yield reply
 
     def nearest(self, client: int) -> list[int]:
-        """Returns the clients whose models are nearest to the last one of `client`; none if it never trained."""
+        """Returns the clients whose models are nearest to the last one of `client`; empty if it never trained."""
         if client not in self._outputs:
             return []
-        known = sorted(self._outputs)
-        tree = KDTree(np.stack([self._outputs[other] for other in known]))
-        _, found = tree.query(self._outputs[client], k=min(self._helpers.count + 1, len(known)))
-        others = [known[position] for position in np.atleast_1d(found)]
+        clients = sorted(self._outputs)
+        tree = KDTree(np.stack([self._outputs[other] for other in clients]))
+        _, found = tree.query(self._outputs[client], k=min(self._helpers.count + 1, len(clients)))
+        others = [clients[position] for position in np.atleast_1d(found)]
         return [other for other in others if other != client][: self._helpers.count]
 
     def attach(self, messages: list[Message], client_of: Mapping[int, int], round_number: int) -> list[Message]:
-        """Returns the messages of a round, with helpers "helper0", ... beside the model where it is their round."""
+        """Returns the messages of a round; in rounds with helpers they also carry the models "helper0", ..."""
         if round_number % self._helpers.every:
             return messages
         return [self._with_helpers(message, client_of[message.metadata.dst_node_id]) for message in messages]
@@ -82,11 +82,11 @@ class HelperPool:
         return Message(content, about.dst_node_id, about.message_type, group_id=about.group_id)
 
     def dump(self) -> dict[str, dict[int, dict[str, np.ndarray]]]:
-        """Returns everything remembered, for a checkpoint."""
+        """Returns the stored models, for a checkpoint."""
         outputs = {client: {"output": output} for client, output in self._outputs.items()}
         return {"models": dict(self._models), "outputs": outputs}
 
     def load(self, saved: Mapping[str, dict[int, dict[str, np.ndarray]]]) -> None:
-        """Puts back what `dump` returned."""
+        """Restores the result of `dump`."""
         self._models = dict(saved["models"])
         self._outputs = {client: entry["output"] for client, entry in saved["outputs"].items()}

@@ -1,4 +1,4 @@
-"""Which node is which client: asked before the first round, over whatever grid carries the messages."""
+"""Maps nodes to clients: a query before the first round, over any grid."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_simulation(grid: Grid) -> bool:
 
 
 def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[int, int]:
-    """Waits until all clients are there; returns client -> node id, as the nodes themselves say.
+    """Waits until all clients are connected; returns client -> node id, as the nodes report it.
 
     Args:
         grid: carries the messages.
@@ -67,7 +67,7 @@ def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[
 def _identify(
     grid: Grid, config: ExperimentConfig, ids: list[int], sizes: Sequence[int]
 ) -> tuple[dict[int, int], list[str]]:
-    """Asks every node who it is; returns client -> node id and why others are none.
+    """Queries every node for its client; returns client -> node id, and why other nodes have none.
 
     Raises:
         RunError: see `connect`.
@@ -80,7 +80,7 @@ def _identify(
     for reply in replies_to(grid, queries, config.grid.timeout):
         query = asked.of(reply)
         if query is None:
-            refusals.append(f"Node {reply.metadata.src_node_id} sent what nobody asked for.")
+            refusals.append(f"Node {reply.metadata.src_node_id} sent an unrequested reply.")
             continue
         node = query.metadata.dst_node_id
         if reply.has_error():

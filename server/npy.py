@@ -1,4 +1,4 @@
-"""What stands before the values of an array as numpy.save writes it. What a client wrote there is not evaluated."""
+"""Parses the header of an array in numpy.save's format. A client's bytes are never evaluated as code."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _HEADER = re.compile(
 
 
 class NpyHeader(NamedTuple):
-    """What an array is."""
+    """The header of an array."""
 
     descr: str
-    """Of its dtype, e.g. "<f4"; possibly of none that there is."""
+    """The text of its dtype, e.g. "<f4"; may be invalid."""
     order: str
-    """C or F, of its values."""
+    """C or F, the order of its values."""
     shape: tuple[int, ...]
     start: int
-    """Bytes before the first value."""
+    """Length of the header in bytes."""
 
 
 def npy_header(data: bytes) -> NpyHeader | None:
-    """Returns the header of a file of numpy.save; None if it has none of version 1.0, for an array of plain values."""
+    """Returns the header of a file of numpy.save; None unless it is of version 1.0, for an array of plain values."""
     return _parsed(data[: min(10 + int.from_bytes(data[8:10], "little"), _LONGEST)])
 
 

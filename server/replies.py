@@ -1,4 +1,5 @@
-"""The schema of a reply to a round, and the only door for what clients send: bytes in, checked values or a refusal out.
+"""The schema of a reply to a round, and the only entry point for clients' data: bytes in, checked values or a rejection
+out.
 
 The schema follows from the method, the model and the training: which arrays of which type and shape, which weights and
 how large at most, which metrics in which range, which counts of which length and what they cannot exceed. Nothing
@@ -53,11 +54,11 @@ ANY = Bounds()
 
 
 class Refused(ValueError):
-    """What came is not used; the text says why in one line that is safe to show."""
+    """A reply is rejected; the text gives the reason in one line that is safe to show."""
 
 
 def harmless(text: str, most: int = 300) -> str:
-    """Returns a text of someone else, see `shown`; it keeps its lines."""
+    """Returns a foreign text, see `shown`; it keeps its lines."""
     return shown(text, most, keep="\n")
 
 
@@ -67,12 +68,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class ArrayForm(NamedTuple):
-    """What one array of a model must be."""
+    """The expected form of one array of a model."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     header: bytes
-    """What numpy.save writes in front of such an array."""
+    """The header of numpy.save for such an array."""
     type_name: str
     """Of the dtype."""
     least: float
@@ -94,7 +95,7 @@ class ArrayForm(NamedTuple):
         return cls(dtype, shape, file.getvalue(), str(dtype), 0.0 if not_negative else -largest, largest)
 
     def read(self, name: str, array: Array) -> np.ndarray:
-        """Returns the array as a read-only view of its bytes; `name` is the server's own for it.
+        """Returns the array as a read-only view of its bytes; `name` is the server's own name for it.
 
         Raises:
             Refused: it is of another type or shape, or holds what no weight is.
@@ -118,7 +119,7 @@ class ArrayForm(NamedTuple):
         return values
 
     def _start(self, what: str, data: bytes) -> tuple[int, str]:
-        """Returns where the values begin and in which order they are. What a client wrote is not evaluated."""
+        """Returns the offset of the values and their order. A client's bytes are never evaluated as code."""
         if data.startswith(self.header):
             return len(self.header), "C"
         found = npy_header(data)
@@ -144,28 +145,28 @@ class ArrayForm(NamedTuple):
 
 
 class ClientLimits(NamedTuple):
-    """What a client can have sent at most in a round."""
+    """Upper limits of a client's values in a round."""
 
     method: Limits
     weights: Mapping[str, float]
-    """Of the metrics that are weights in the server's mean."""
+    """Limits of the metrics that are weights in the server's mean."""
     draws: int
-    """Times that a sample was drawn or looked at."""
+    """Largest number of times that samples were drawn or evaluated."""
 
 
 class Reply(NamedTuple):
-    """What came from one client and has been checked."""
+    """A checked reply of one client."""
 
     content: RecordDict
     """Its arrays, in the model's order, and its metrics, for a strategy."""
     sums: Counts
     counts: Counts
     statistics: dict[str, np.ndarray]
-    """Name -> float64 of the shape that the statistic has."""
+    """Name -> float64 statistic in its declared shape."""
 
 
 class ReplySchema:
-    """What replies to the rounds of a run must be.
+    """The schema of replies to the rounds of a run.
 
     Args:
         model: what is sent to clients, on any device.
@@ -224,7 +225,7 @@ class ReplySchema:
 
     @classmethod
     def of(cls, experiment: Experiment, sizes: Sequence[int]) -> ReplySchema:
-        """Returns the schema of an experiment; sizes: as announced."""
+        """Returns the schema of an experiment; sizes: the clients' announced numbers of samples."""
         config, record = experiment.config, experiment.federation.record
         return cls(
             experiment.initial_state,
@@ -260,7 +261,7 @@ class ReplySchema:
         return RoundSchema(self, round_number, shared, statistics, sent)
 
     def limits(self, client: int, round_number: int) -> ClientLimits:
-        """Returns what a client can have sent at most in a round."""
+        """Returns the upper limits of a client's values in a round."""
         samples, phases = self._sizes[client], self.recipe.phases(round_number)
         drawn = []
         for phase in phases:
@@ -282,7 +283,7 @@ class ReplySchema:
         return ClientLimits(of_method, self._weights[key], int(examples) + samples * len(phases))
 
     def _most_weights(self, results: list[PhaseResult], weight: float) -> Mapping[str, float]:
-        """Returns the weights that the method itself gives to a client that used all it could, or nothing."""
+        """Returns upper limits of the method's own weights: the larger of those with all samples and with none."""
         most = self.recipe.upload.send(self._model, results, self.parameters, weight)
         none = self.recipe.upload.send(self._model, [], self.parameters, 0.0)
         weights = {part: float(max(most[part].weight, none[part].weight)) for part in most}
@@ -292,18 +293,18 @@ class ReplySchema:
 
 
 class RoundSchema(NamedTuple):
-    """What replies to one round must be."""
+    """The schema of replies to one round."""
 
     schema: ReplySchema
     round_number: int
     shared: State
     statistics: Mapping[str, tuple[int, ...]]
-    """Name -> shape of what `Method.statistics` gives in this round."""
+    """Name -> shape of the results of `Shared.statistics` in this round."""
     sent: Mapping[str, np.ndarray]
-    """Of the global model, what counts batches, and the trained parameters if distances to them are asked for."""
+    """Arrays of the global model: batch counters, and the trained parameters if distances to them are needed."""
 
     def read(self, content: RecordDict, client: int) -> Reply:
-        """Returns what a client's reply holds.
+        """Returns the checked content of a client's reply.
 
         Raises:
             Refused: it is not what a client that follows the method can have sent; nothing else is ever raised.
@@ -312,7 +313,7 @@ class RoundSchema(NamedTuple):
             if not isinstance(content.get(name), kind):
                 raise Refused(f"BadReply: it lacks the record `{name}`")
         if further := [name for name in content if name not in _RECORDS]:
-            raise Refused(f"BadReply: it has records that nobody asked for, {_listed(further)}")
+            raise Refused(f"BadReply: it has records that were not requested, {_listed(further)}")
         limits = self.schema.limits(client, self.round_number)
         metrics = self._metrics(content["metrics"], limits)  # type: ignore[arg-type]
         sums = self._sums(content["sums"], limits)  # type: ignore[arg-type]
@@ -326,7 +327,7 @@ class RoundSchema(NamedTuple):
         if missing := [name for name in expected if name not in record]:
             raise Refused(f"BadReply: its metrics lack `{missing[0]}`")
         if further := [name for name in record if name not in expected]:
-            raise Refused(f"BadReply: its metrics have what nobody asked for, {_listed(further)}")
+            raise Refused(f"BadReply: its metrics have entries that were not requested, {_listed(further)}")
         for name, most in limits.weights.items():
             if type(record[name]) not in (int, float) or not 0 <= record[name] <= most * (1 + 1e-9):  # type: ignore[operator]
                 value = _listed([str(record[name])])
@@ -362,14 +363,14 @@ class RoundSchema(NamedTuple):
         return dict(record)  # type: ignore[arg-type]
 
     def _counts(self, record: ConfigRecord, limits: ClientLimits) -> Counts:
-        known = {name: length for group in self.schema.counts for name, length in group.items()}
-        if further := [name for name in record if name not in known]:
-            raise Refused(f"BadReply: its counts have what nobody asked for, {_listed(further)}")
+        expected = {name: length for group in self.schema.counts for name, length in group.items()}
+        if further := [name for name in record if name not in expected]:
+            raise Refused(f"BadReply: its counts have entries that were not requested, {_listed(further)}")
         for group in self.schema.counts:
             missing = [name for name in group if name not in record]
             if missing and (len(missing) < len(group) or "passes" in group):
                 raise Refused(f"BadReply: its counts lack {missing[0]}")
-        values = {name: _numbers("count", name, numbers, known[name]) for name, numbers in record.items()}
+        values = {name: _numbers("count", name, numbers, expected[name]) for name, numbers in record.items()}
         for name, array in values.items():
             if array.min() < 0:
                 raise Refused(f"BadReply: its count {name} is below 0 (={array.min():g})")
@@ -384,7 +385,7 @@ class RoundSchema(NamedTuple):
 
     def _statistics(self, record: ConfigRecord, limits: Limits) -> dict[str, np.ndarray]:
         if further := [name for name in record if name not in self.statistics]:
-            raise Refused(f"BadReply: it has statistics that nobody asked for, {_listed(further)}")
+            raise Refused(f"BadReply: it has statistics that were not requested, {_listed(further)}")
         found = {}
         for name, shape in self.statistics.items():
             header = [float(len(shape)), *map(float, shape)]
@@ -405,7 +406,7 @@ class RoundSchema(NamedTuple):
         forms = self.schema.arrays
         if record.keys() != forms.keys():
             wrong = [*(name for name in forms if name not in record), *(name for name in record if name not in forms)]
-            raise Refused(f"BadReply: its model lacks, or has beside the global model's arrays, {_listed(wrong)}")
+            raise Refused(f"BadReply: its model has missing or unexpected arrays: {_listed(wrong)}")
         values = {name: form.read(name, record[name]) for name, form in forms.items()}
         for name in self.schema.counters:
             most = self.sent[name.rpartition("/")[2]] + PER_DRAW * limits.method.steps
@@ -435,7 +436,7 @@ class RoundSchema(NamedTuple):
 
 
 def _numbers(what: str, name: str, value: object, length: int, largest: float = LARGEST_NUMBER) -> np.ndarray:
-    """Returns a list of so many numbers as (length,) float64; `name` is safe to show.
+    """Returns a list of `length` numbers as (length,) float64; `name` is safe to show.
 
     Raises:
         Refused: it is anything else.
@@ -451,7 +452,7 @@ def _numbers(what: str, name: str, value: object, length: int, largest: float = 
 
 
 def _lengths(classes: int, functions: int, claims: bool) -> tuple[Mapping[str, int], ...]:
-    """Returns groups of counts, name -> how many numbers; each group comes as a whole or not, "passes" always."""
+    """Returns groups of counts, name -> number of values; each group is complete or absent, "passes" always present."""
     per_class = dict.fromkeys(("drawn", "kept", "correct"), classes)
     per_expert = dict.fromkeys((f"{name}_by_expert" for name in per_class), 2)
     per_kind = dict.fromkeys(("drawn_by_kind", "correct_by_kind"), len(KIND_NAMES))
@@ -469,7 +470,7 @@ def _lengths(classes: int, functions: int, claims: bool) -> tuple[Mapping[str, i
 
 
 def _check_pseudo_labels(counts: Mapping[str, np.ndarray], most: int) -> None:
-    """Looks at `metrics.pseudo_label_counts`: each count is of some samples of another, and all are of one number.
+    """Checks `metrics.pseudo_label_counts`: each count is of a subset of another, and all are of one number of samples.
 
     Raises:
         Refused: they cannot be counts of the same pseudo-labels.
@@ -491,13 +492,13 @@ def _check_pseudo_labels(counts: Mapping[str, np.ndarray], most: int) -> None:
 
 
 def _check_votes(counts: Mapping[str, np.ndarray], most: int) -> None:
-    """Looks at `metrics.function_counts`.
+    """Checks `metrics.function_counts`.
 
     Raises:
         Refused: they cannot be counts of the same votes.
     """
-    samples, voted, known, *right = counts["function_samples"]
-    if not (samples <= most and voted <= samples and known <= samples and max(right) <= known * (1 + _ROUNDING)):
+    samples, voted, labeled, *right = counts["function_samples"]
+    if not (samples <= most and voted <= samples and labeled <= samples and max(right) <= labeled * (1 + _ROUNDING)):
         raise Refused(f"BadReply: its count function_samples is more than it can have, {most}")
     per_function = counts["function_counts"].reshape(-1, 4)
     cast = counts["function_votes"].reshape(len(per_function), -1).sum(1)
@@ -506,16 +507,16 @@ def _check_votes(counts: Mapping[str, np.ndarray], most: int) -> None:
 
 
 class Identity(NamedTuple):
-    """What a node says of itself before the first round."""
+    """A node's answer to the query before the first round."""
 
     client: int
     source_hash: str
     samples: int | None
-    """None: it runs other code than it was asked for."""
+    """None if its code differs from the server's."""
 
 
 def read_identity(content: RecordDict) -> Identity:
-    """Returns what a node says of itself.
+    """Returns a node's answer to the query, checked.
 
     Raises:
         Refused: it says nothing that makes sense.

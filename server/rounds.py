@@ -1,4 +1,4 @@
-"""The rounds of a run: the whole of federated learning, as every method here does it."""
+"""The rounds of a run: the federated learning loop of all methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from server.state import ServerState
 
 
 def run_rounds(server: Server, state: ServerState) -> ServerState:
-    """Runs the rounds that are left and returns the last state.
+    """Runs the remaining rounds and returns the last state.
 
     Raises:
         RunError: too few clients gave a usable reply, or the model or the shared state is finite no more.

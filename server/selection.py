@@ -1,4 +1,4 @@
-"""Which round's model a run puts forward, by `evaluation.select` on the validation split."""
+"""Selects the best round of a run, by `evaluation.select` on the validation split."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SELECTED = "selected_{:06d}.pt"
 
 
 def select_key(experiment: Experiment) -> str | None:
-    """Returns the tag of what `evaluation.select` goes by on the validation split; None: nothing is selected."""
+    """Returns the metric tag of `evaluation.select` on the validation split; None without a selection."""
     select = experiment.config.evaluation.select
     return None if select is None else "select/" + SELECT[select].rpartition("/")[2]
 
 
 class Selection:
-    """The best model so far: of all rounds, as a file, and of the stage."""
+    """The best model so far: over all rounds, as a file, and over the stage."""
 
     def __init__(
         self, folder: Path, key: str | None, recipe: Recipe, rows: Sequence[Mapping[str, Any]], stage_model: StateDict
     ) -> None:
-        """Goes on where a run stands; files of later rounds, which will be done again, are removed. That of the best
-        round is written anew where it is of the last stage: it may be gone, or damaged.
+        """Continues from a run's state; removes files of later rounds, which will be repeated. Rewrites the file of the
+        best round if it is of the last stage, as it may be missing or damaged.
 
         Args:
             folder: gets a file `SELECTED`.
@@ -68,12 +68,12 @@ class Selection:
             self._write(stage_model)
 
     def begin_stage(self) -> StateDict:
-        """Returns the best weights of the stage that ends, and forgets them."""
+        """Returns the best weights of the stage that ends, and clears them."""
         ended, self.stage_model, self._of_stage = self.stage_model, {}, None
         return ended
 
     def see(self, round_number: int, metrics: Mapping[str, float], model: StateDict) -> None:
-        """Takes in a round; a model that is only as good as an earlier one is not better."""
+        """Records a round; a model with an equal score does not replace an earlier one."""
         score = metrics.get(self._key) if self._key is not None else None
         if score is None:
             return
@@ -84,7 +84,7 @@ class Selection:
             self._write(model)
 
     def settle(self) -> None:
-        """Removes files of models that are no longer the best: a checkpoint has been written, nothing goes back."""
+        """Removes files of models that are no longer the best, once a checkpoint has been written."""
         with naming(self._folder):
             for file in self._files():
                 if self._round(file) != self._best_round:

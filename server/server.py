@@ -1,4 +1,4 @@
-"""A server's parts that live through a run, and the steps of a round that they take."""
+"""The components of a server that last for a run, and the steps of a round that use them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OnRound = Callable[[int, Mapping[str, float]], None]
 
 
 class Server:
-    """What the rounds of a run need beside the state.
+    """The components of a run besides its state.
 
     Args:
         experiment: the run's.
@@ -80,7 +80,7 @@ class Server:
         """What clients kept when the round began; None: not in this process."""
 
     def begin_stage(self, state: ServerState, number: int) -> ServerState:
-        """Returns the state that a round starts from: where a stage begins, with its weights and a fresh strategy."""
+        """Returns the initial state of a round: if a stage begins, with its initial weights and a fresh strategy."""
         if not self.recipe.begins(number):
             return state
         previous = self._selection.begin_stage() or state.average or state.model
@@ -106,8 +106,8 @@ class Server:
     def collect(
         self, messages: Sequence[Message], state: ServerState, number: int
     ) -> tuple[RoundTally, StateDict | None]:
-        """Sends messages and returns the tally of their replies, and the weights that the strategy combines them to;
-        None: no reply has a weight.
+        """Sends messages and returns the tally of their replies, and the strategy's aggregated weights; None if no
+        reply has a weight.
 
         Raises:
             RunError: too few replies are usable, the strategy cannot combine them, or the SuperLink cannot be reached.
@@ -136,7 +136,7 @@ class Server:
         return tally, model
 
     def _too_few(self, tally: RoundTally, unfit: str) -> str:
-        """Says why a round ends the run."""
+        """Returns the message that too few replies end the run."""
         asked, least = len(tally.messages), self.config.strategy.min_replies
         few = f"All {asked} clients failed" if asked > 1 else "The only client failed"
         if tally.num_usable:
@@ -153,7 +153,7 @@ class Server:
         return f"{few} in round {tally.round_number}, so the run stops; its checkpoints stay.{first}"
 
     def fine_tune(self, model: StateDict, number: int) -> StateDict:
-        """Returns the model after the server's own training, where it holds labels.
+        """Returns the model after the server's own training, if it holds labels.
 
         Raises:
             RunError: it is finite no more.
@@ -179,7 +179,7 @@ class Server:
         return updated
 
     def observe(self, state: ServerState, tally: RoundTally, started: float) -> dict[str, float]:
-        """Lets the observers look at a round, writes what they report, and returns its metrics."""
+        """Runs the observers on a round, writes their reports, and returns the metrics."""
         number, evaluation = state.round_number, self.config.evaluation
         evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
         seen = Round(number, tally, self._states, started, evaluated)
@@ -190,7 +190,7 @@ class Server:
         return report.metrics
 
     def save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
-        """Writes a checkpoint where one is due."""
+        """Writes a checkpoint if one is due."""
         number, every = state.round_number, self.config.checkpoint.every
         self._selection.see(number, metrics, state.model)
         if number == self.config.num_rounds or number % every == 0:
@@ -209,5 +209,5 @@ class Server:
 
 
 def _diverged(failure: str) -> bool:
-    """Returns whether a client failed as its numbers grew beyond all bounds."""
+    """Returns whether a client failed because its values overflowed."""
     return any(sign in failure.partition("\n")[0] for sign in (" NotFinite: ", " TooLarge: ", "(=nan)", "(=inf)"))

@@ -1,4 +1,4 @@
-"""The server: a run from configuration to summary, and the Flower app that does it under `flwr run`.
+"""The server: a run from configuration to summary, and the Flower app for `flwr run`.
 
 The loop (`rounds.py`) is ours because Flower's `Strategy.start` can neither start at a later round nor save between
 rounds; messages and aggregation are Flower's.
@@ -57,10 +57,10 @@ def main(grid: Grid, context: Context) -> None:
         path = _run_here(grid, context)
     except Exception as error:
         # Flower logs what is raised, and its own exit status does not tell: the last line of the log has to.
-        known = isinstance(error, (ValueError, RunError))
-        reason = str(error).partition("\n")[0] if known else repr(error)
+        expected = isinstance(error, (ValueError, RunError))
+        reason = str(error).partition("\n")[0] if expected else repr(error)
         failed = RunError(f"fedlabel: the run FAILED (whatever the exit status of flwr run): {reason}")
-        raise failed from (None if known else error)  # a bug: show where
+        raise failed from (None if expected else error)  # a bug: show where
     logger.info("fedlabel: the run is finished. Results are in %s", path)
 
 
@@ -86,7 +86,7 @@ def run_federation(
     resume: bool = False,
     on_round: OnRound = lambda round_number, metrics: None,
 ) -> dict[str, object]:
-    """Runs an experiment, or the rounds of it that are left, and returns what it writes into `summary.json`.
+    """Runs an experiment, or its remaining rounds, and returns the content of `summary.json`.
 
     Args:
         config: the resolved configuration.
@@ -107,7 +107,7 @@ def run_federation(
     notes = federation.dataset.notes
     names = federation.dataset.class_names
     labels = label_warnings(config.method.name, experiment.recipe, experiment.labels, names)
-    for warning in [*notes, *federation.doubts(), *labels]:
+    for warning in [*notes, *federation.warnings(), *labels]:
         logger.warning(warning)
     for report in federation.functions:
         logger.info(
@@ -133,7 +133,9 @@ def run_federation(
 
 
 def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[str, object] | None:
-    """Returns what `summary.json` says of a run without rounds left; None where something is to be done or mended."""
+    """Returns the content of `summary.json` of a run without remaining rounds; None if something is to be done or
+    repaired.
+    """
     if state.round_number < experiment.config.num_rounds:
         return None
     try:
@@ -149,7 +151,7 @@ def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[st
 
 
 def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFolder:
-    """Makes the folder of a new run, or opens that of a resumed one after the rounds that are done; None: a new one."""
+    """Creates the folder of a new run, or opens that of a resumed one after its completed rounds; None: a new one."""
     text = to_yaml(experiment.config)
     if done is not None:
         if done > 0:
@@ -168,7 +170,7 @@ def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFold
 
 
 def _describe(experiment: Experiment, folder: RunFolder) -> None:
-    """Writes what a run begins with: who holds what, and the configuration."""
+    """Writes the initial records of a run: partition, labels and configuration."""
     federation = experiment.federation
     write_atomic(folder.partition_json, federation.to_json())
     write_atomic(folder.supervision_json, federation.audit_json())
@@ -180,17 +182,17 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def _check_same_data(path: Path, federation: Federation) -> None:
-    """Raises a ValueError if the data, or who holds and knows what of them, are not those of the run's begin."""
+    """Raises a ValueError if the data, the partition or the supervision differ from those at the start of the run."""
     try:
         with naming(path):
             saved = json.loads(path.read_bytes())
-        there = {"what clients hold and know": saved["sha256"], **saved.get("data", {})}
+        there = {"partition and supervision": saved["sha256"], **saved.get("data", {})}
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}), so nobody knows whether the data are those of the run. "
+            f"{path} cannot be read ({type(error).__name__}), so it is unknown whether the data are those of the run. "
             "Put the file back, or begin a new run."
         ) from error
-    here = {"what clients hold and know": federation.sha256, **federation.data_hashes}
+    here = {"partition and supervision": federation.sha256, **federation.data_hashes}
     changed = [what for what, value in there.items() if here.get(what) != value]
     if changed:
         raise ValueError(
@@ -200,8 +202,8 @@ def _check_same_data(path: Path, federation: Federation) -> None:
         )
     if not saved.get("data"):
         logger.warning(
-            "%s is of an older version and has no hash of inputs and labels: whether they have changed since cannot be "
-            "told, only that the same clients hold and know the same samples.",
+            "%s is of an older version and has no hash of inputs and labels: whether these have changed is unknown; "
+            "partition and supervision are the same.",
             path,
         )
 

@@ -1,4 +1,4 @@
-"""Runs on this machine: the local door, as `server_app.py` is Flower's."""
+"""Runs on this machine: the local entry point, as `server_app.py` is Flower's."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from server.strategy import build_strategy
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """What a run left behind."""
+    """The result of a run."""
 
     path: Path
     """The run's folder."""
     summary: dict[str, Any]
     """The content of `summary.json`."""
     metrics: list[dict[str, Any]]
-    """One dictionary a round, as in `metrics.jsonl`."""
+    """One dictionary per round, as in `metrics.jsonl`."""
 
 
 def simulate(

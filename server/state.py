@@ -1,4 +1,4 @@
-"""The state of a server between two rounds: what a checkpoint holds, and all that the next round depends on."""
+"""The server's state between two rounds: the content of a checkpoint, and all that the next round depends on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TENSORS = ("model", "shared", "previous", "average", "selected")
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that a round depends on beside the configuration."""
+    """All that a round depends on besides the configuration."""
 
     round_number: int
     """The last completed round."""
@@ -30,19 +30,19 @@ class ServerState:
     strategy: dict[str, Any] = field(default_factory=dict)
     """See `strategy.strategy_state`."""
     clients: dict[int, bytes] = field(default_factory=dict)
-    """Client -> what it keeps between rounds, serialised; only non-empty ones, only where this process keeps them."""
+    """Client -> its state between rounds, serialised; only non-empty ones, only if this process holds them."""
     shared: State = field(default_factory=dict)
     """See `Shared`."""
     helpers: dict[str, Any] = field(default_factory=dict)
     """See `HelperPool.dump`."""
     previous: StateDict = field(default_factory=dict)
-    """What the model was at the end of the stage before (see `Stage`); empty in the first."""
+    """The final model of the previous stage (see `Stage`); empty in the first."""
     average: StateDict = field(default_factory=dict)
     """See `Stage.averaging`."""
     observers: dict[str, Any] = field(default_factory=dict)
-    """Name of an observer -> what it remembers."""
+    """Name of an observer -> its state."""
     selected: StateDict = field(default_factory=dict)
-    """The stage's best weights so far (see `evaluation.select`); empty where nothing was scored."""
+    """The stage's best weights so far (see `evaluation.select`); empty if no round was scored."""
 
     def to(self, device: torch.device) -> ServerState:
         """Returns the state with its tensors on a device."""
@@ -51,7 +51,7 @@ class ServerState:
 
     @property
     def models(self) -> dict[str, StateDict]:
-        """The models there are, as `Stage.predict` names them."""
+        """The available models, as `Stage.predict` names them."""
         found = {"model": self.model, "average": self.average, "previous": self.previous}
         return {name: state for name, state in found.items() if state}
 
@@ -72,7 +72,7 @@ class ServerState:
 
 
 def moving_average(average: StateDict, model: StateDict, decay: float) -> StateDict:
-    """Returns decay * average + (1 - decay) * model, the model itself for no average, and {} for decay 0."""
+    """Returns decay * average + (1 - decay) * model, the model itself without an average, and {} for decay 0."""
     if not decay:
         return {}
     return {
@@ -82,7 +82,7 @@ def moving_average(average: StateDict, model: StateDict, decay: float) -> StateD
 
 
 def check_model(model: StateDict, variances: Iterable[str], who: str, round_number: int, what: str) -> None:
-    """Keeps a model that gives no numbers out of checkpoints and messages.
+    """Raises if a model has non-finite values, so that it is neither saved nor sent.
 
     Args:
         model: the global one.
@@ -105,7 +105,7 @@ def check_model(model: StateDict, variances: Iterable[str], who: str, round_numb
 
 
 def check_shared(method: str, recipe: Recipe, shared: State, round_number: int) -> None:
-    """Keeps a shared state that no client could work with out of checkpoints and messages.
+    """Raises if a shared state is invalid, so that it is neither saved nor sent.
 
     Raises:
         RunError: it is one.

@@ -1,4 +1,4 @@
-"""The only adapter between methods and Flower's strategies: which clients, how their replies are combined."""
+"""The only adapter between methods and Flower's strategies: cohorts, and the aggregation of replies."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ logger = logging.getLogger("fedlabel")
 
 
 class CannotCombine(ValueError):
-    """A strategy does not work with the replies of a round."""
+    """A strategy cannot aggregate the replies of a round."""
 
 
 def decode(array: Array) -> np.ndarray:
-    """Returns what `array.numpy()` returns, as a read-only view of its bytes and without parsing its header anew."""
+    """Returns the same as `array.numpy()`, as a read-only view of its bytes and without parsing its header again."""
     header = npy_header(array.data) if array.stype == "numpy.ndarray" else None
     if header is None:
         return array.numpy()
@@ -41,7 +41,7 @@ def decode(array: Array) -> np.ndarray:
 
 
 class WeightedMean(FedAvg):
-    """FedAvg's weighted mean, streamed: replies are added in the order given, in double precision, and dropped.
+    """FedAvg's weighted mean, streaming: replies are added in the given order, in double precision, and released.
 
     A reply may hold several models (see `Method.upload`): its array names are then "part/name" and its metrics hold
     "weight/part". Each part is averaged by its own weights; the result is the plain mean of the parts.
@@ -50,7 +50,7 @@ class WeightedMean(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the mean model, or None where no reply has a positive weight (the global model then stays)."""
+        """Returns the mean model, or None if no reply has a positive weight (the global model then stays)."""
         totals: dict[str, dict[str, np.ndarray]] = {}
         weights: dict[str, float] = {}
         dtypes: dict[str, np.dtype] = {}
@@ -83,7 +83,9 @@ class WeightedMean(FedAvg):
 
 
 def _in_type(mean: np.typing.ArrayLike, dtype: np.dtype) -> np.ndarray:
-    """Returns a mean in the type of what it is of: integers (BatchNorm's batch counter) and bools rounded, not cut."""
+    """Returns a mean in the type of its inputs: integers (BatchNorm's batch counter) and bools rounded, not
+    truncated.
+    """
     return np.asarray(np.rint(mean) if dtype.kind in "iub" else mean, dtype=dtype)
 
 
@@ -97,12 +99,12 @@ LARGEST_WEIGHT = 1e12
 
 
 class Bounds(NamedTuple):
-    """What of a client's reply a strategy can calculate with."""
+    """Bounds of a reply's values that a strategy can compute with."""
 
     weight: float = LARGEST_WEIGHT
     """The largest absolute value of a weight."""
     least_loss: float = -LARGEST_MEAN
-    """Of `train_loss`."""
+    """The largest value of `train_loss`."""
     largest_loss: float = LARGEST_MEAN
 
 
@@ -161,7 +163,7 @@ def build_strategy(config: StrategyConfig) -> Strategy:
 
 
 def _argument(name: str, value: object) -> int | float:
-    """Returns an argument of a strategy, checked here, as Flower's would fail in a round, or never."""
+    """Returns an argument of a strategy, checked at once, as Flower would check it in a round, or never."""
     kind, allowed, words = _ARGUMENTS[name]
     right = isinstance(value, (int, kind)) and not isinstance(value, bool) and allowed(value)
     if not right:
@@ -201,7 +203,7 @@ _LEFT_OUT = ("Strategy", "Result", "FedProx")
 
 
 def _flower_strategies() -> dict[str, type[Strategy]]:
-    """Flower's strategies that combine model weights and need nothing special on the client."""
+    """Returns Flower's strategies that aggregate model weights and need no special clients."""
     found = {
         name: getattr(flower_strategies, name)
         for name in flower_strategies.__all__
@@ -244,7 +246,7 @@ def configure_round(
 
 
 def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message], seed: int = 0) -> ArrayRecord | None:
-    """Returns the strategy's new global model, or None where no reply has a positive weight.
+    """Returns the strategy's new global model, or None if no reply has a positive weight.
 
     Only `WeightedMean` can work on a stream; Flower's strategies want a list, and divide by the sum of weights. Those
     that add noise draw it from numpy's global generator, which is a function of (seed, round) while they do.
@@ -277,7 +279,7 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message],
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:
-    """Returns what a strategy remembers between rounds (momentum, ...): numbers and arrays, for a checkpoint."""
+    """Returns a strategy's state between rounds (momentum, ...): numbers and arrays, for a checkpoint."""
     state: dict[str, Any] = {}
     for owner, prefix in ((strategy, ""), (getattr(strategy, "strategy", None), "strategy.")):
         for name, value in vars(owner).items() if owner is not None else ():
@@ -293,7 +295,7 @@ def strategy_state(strategy: Strategy) -> dict[str, Any]:
 
 
 def restore_strategy(strategy: Strategy, state: Mapping[str, Any]) -> None:
-    """Puts back what `strategy_state` returned."""
+    """Restores the result of `strategy_state`."""
     for name, value in state.items():
         owner = cast(Any, strategy).strategy if name.startswith("strategy.") else strategy
         if isinstance(value, dict) and "record" in value:

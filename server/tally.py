@@ -1,4 +1,4 @@
-"""Who answered in a round, and what is used of it: each message has one reply, and an odd one fails its client only."""
+"""Matches replies to messages: each message has one reply, and an invalid reply fails only its client."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LONGEST_FAILURE = 10_000
 
 
 class Asked:
-    """Which message a reply is to. The sender's word does not count: an error that Flower's SuperLink makes in place of
-    a lost node names the SuperLink.
+    """Matches a reply to its message. The reply's sender is not used: an error that Flower's SuperLink makes in place
+    of a lost node names the SuperLink.
     """
 
     def __init__(self, messages: Sequence[Message]) -> None:
@@ -28,7 +28,7 @@ class Asked:
         self._by_id: dict[str, Message] = {}
 
     def of(self, reply: Message) -> Message | None:
-        """Returns the message that a reply is to; None: it is to none of these."""
+        """Returns the message of a reply; None if it belongs to none of these."""
         for message in self._messages[len(self._by_id) :]:  # they may be sent one by one, in order
             if not message.metadata.message_id:
                 break
@@ -37,10 +37,10 @@ class Asked:
 
 
 class RoundTally:
-    """Takes in the replies of one round: hands on the usable ones, adds their counts, records failures."""
+    """Collects the replies of one round: yields the usable ones, sums their counts, records failures."""
 
     def __init__(self, schema: RoundSchema, client_of: Mapping[int, int], messages: Sequence[Message]) -> None:
-        """Takes what replies must be, node id -> client for the cohort, and the round's messages."""
+        """Takes the schema of replies, node id -> client for the cohort, and the round's messages."""
         self.round_number = schema.round_number
         self.messages = {client_of[message.metadata.dst_node_id]: message for message in messages}
         self.failures: list[str] = []
@@ -59,7 +59,7 @@ class RoundTally:
         self._seen: set[int] = set()
 
     def usable(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """Yields the replies that are as they must be, in client order, with their arrays and metrics only."""
+        """Yields the valid replies, in client order, with their arrays and metrics only."""
         pairs: Iterable[tuple[int | None, Message]] = ((self._client(reply), reply) for reply in replies)
         if isinstance(replies, list):  # Flower's own grid: order of arrival
             pairs = sorted(pairs, key=lambda pair: (pair[0] is None, pair[0] or 0))
@@ -82,7 +82,7 @@ class RoundTally:
         return None if message is None else self._client_of[message.metadata.dst_node_id]
 
     def _take(self, client: int, reply: Message) -> bool:
-        """Adds up what a reply holds, beside its model; returns whether it is usable."""
+        """Adds the content of a reply, besides its model; returns whether it is usable."""
         try:
             node = self.messages[client].metadata.dst_node_id
             if reply.metadata.src_node_id != node:
@@ -102,7 +102,7 @@ class RoundTally:
         return True
 
     def statistics(self, device: torch.device) -> State:
-        """Returns the sum of the usable replies' statistics, float32; nothing where there is no usable reply."""
+        """Returns the sum of the usable replies' statistics, float32; empty without a usable reply."""
         return {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in self._statistics.items()}
 
     def finish(self) -> None:
@@ -112,12 +112,12 @@ class RoundTally:
 
     @property
     def num_usable(self) -> int:
-        """How many clients gave a usable answer so far."""
+        """Number of clients with a usable reply so far."""
         return len(self.client_counts)
 
     @property
     def num_failed(self) -> int:
-        """How many clients of the cohort gave none."""
+        """Number of clients of the cohort without one."""
         return len(self.messages) - self.num_usable
 
     def _refuse(self, who: str, reason: str) -> None:
@@ -125,14 +125,15 @@ class RoundTally:
         self._note(who, reason)
 
     def _note(self, who: str, reason: str) -> None:
-        """Keeps a failure; what a client wrote can neither steer a terminal nor look like another's failure."""
+        """Records a failure; a client's text can neither control a terminal nor look like another's failure."""
         first, *more = harmless(reason, LONGEST_FAILURE).split("\n")
         lines = [f"Round {self.round_number}, {who}: {harmless(first)}", *(f"    {line}" for line in more if line)]
         self.failures.append("\n".join(lines))
 
 
 def count_bytes(content: RecordDict) -> int:
-    """Size of a message's records, as Flower counts them (array data with their small headers, keys and scalars).
+    """Returns the size of a message's records, as Flower counts them (array data with their small headers, keys and
+    scalars).
 
     The configuration is left out: its text names the grid, so the same run would count differently on another one.
     """

@@ -1,4 +1,4 @@
-"""What a run refuses once its network is built."""
+"""What a run refuses once its data are there and its network is built."""
 
 import pytest
 from torch import nn
@@ -46,6 +46,41 @@ def test_running_statistics_are_not_optimised(strategy: str, overrides: list[str
 )
 def test_networks_without_running_statistics_and_strategies_that_average_are_taken(overrides: list[str]) -> None:
     experiment(*overrides)
+
+
+TINY = ["num_clients=2", "data.train_samples=100", "model.name=mlp", "model.hidden_layers=[8]"]
+
+
+def test_several_models_need_the_weighted_mean() -> None:
+    """FedLabel's released code sends two of them, with weights of their own."""
+    two = (
+        r"`method.name` \(=fedlabel\) sends 2 models with separate weights \(supervised, unlabeled\), which "
+        r"`strategy.name` \(=FedAdam\) cannot combine; use strategy.name=weighted_mean, or .* method.merge=sum"
+    )
+    with pytest.raises(ValueError, match=two):
+        experiment(*TINY, "method.merge=mean", "strategy.name=FedAdam")
+    experiment(*TINY, "method.merge=mean")
+    experiment(*TINY, "strategy.name=FedAdam")
+
+
+NOISE = [*TINY, "supervision.kind=bags", "supervision.bag_size=5", "supervision.count_epsilon=1"]
+LABELS, COUNTS = (
+    "kind: few_labels, label_rate: 0.5, share: 0.5",
+    "kind: bags, bag_size: 5, count_epsilon: 1, share: 0.5",
+)
+
+
+@pytest.mark.parametrize(
+    "noise", [NOISE, [*TINY, f"supervision.mix=[{{{LABELS}}}, {{{COUNTS}}}]"]], ids=["all clients", "some"]
+)
+def test_counts_with_noise_are_not_taken_for_exact(noise: list[str]) -> None:
+    exact = r"`method.lambda_bag` \(=inf\) takes counts for exact, and with `supervision.count_epsilon` they have noise"
+    with pytest.raises(ValueError, match=exact):
+        experiment(*noise, "method.name=llp_bp")
+    assert experiment(*noise, "method.name=llp_bp", "method.lambda_bag=1").labels.noisy_counts
+    assert experiment(*noise, "method.name=dllp").labels.noisy_counts
+    without = [override.replace(", count_epsilon: 1", "") for override in noise if "epsilon=" not in override]
+    assert not experiment(*without, "method.name=llp_bp").labels.noisy_counts
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,10 @@ def test_an_impossible_out(command: str, place: str, whole: Path, tmp_path: Path
 
 
 def test_a_bug_shows_where_it_is_without_local_variables(tmp_path: Path) -> None:
-    code = "import fedlabel.cli.main as cli\ndef list(*a):\n    labels = 'secret'\n    raise KeyError('bug')\n"
-    code += "cli.load_config = list\ncli.main()"
+    code = (
+        "import fedlabel.config, fedlabel.cli.main\ndef list(*a):\n    labels = 'secret'\n    raise KeyError('bug')\n"
+    )
+    code += "fedlabel.config.load_config = list\nfedlabel.cli.main.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "partition"], env=environment(), cwd=tmp_path, capture_output=True, text=True
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,9 +18,12 @@ from fedlabel.experiment import open_experiment
 from fedlabel.learning.evaluation import EVALUATED
 from fedlabel.methods import method_class
 from fedlabel.metric_tags import TAGS, Tag, client_tags, find_tag
+from fedlabel.record.run_folder import read_metrics
 from server.simulation import RunResult
+from tests.integration.processes import environment, fedlabel_command
 
 ROOT = Path(__file__).resolve().parents[1]
+METHOD = "method.name=my_method:SelfTraining"
 MINE = Tag("pseudo/margin", "margin", "share", "Pseudo-labels", "lower", least=0.0, largest=1.0)
 TINY = (
     *("num_clients=2", "fraction_train=1.0", "num_rounds=1", "data.train_samples=100", "supervision.label_rate=0.5"),
@@ -105,8 +109,8 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     open_experiment.cache_clear()  # it knows methods by name
 
 
-def run(path: Path) -> RunResult:
-    return fedlabel.run([], [*TINY, "method.name=my_method:SelfTraining"], name="x", out=path.parent)
+def run(path: Path, *overrides: str) -> RunResult:
+    return fedlabel.run([], [*TINY, METHOD, *overrides], name="x", out=path.parent)
 
 
 def change(path: Path, *pairs: tuple[str, str]) -> None:
@@ -117,17 +121,51 @@ def change(path: Path, *pairs: tuple[str, str]) -> None:
     path.write_text(text)
 
 
-OWN = ('"pseudo/coverage": mean', '"pseudo/mine": mean')
+STEP = "return semi_supervised_step(supervised, unsupervised, 1.0, keep, pseudo)"
+OWN = (
+    f"        {STEP}",
+    f"        step = {STEP.removeprefix('return ')}\n"
+    '        return step._replace(metrics={**step.metrics, "pseudo/mine": step.metrics["pseudo/coverage"]})',
+)
 DECLARED = (
     '    description: ClassVar[str] = "global',
     '    metrics = (Tag("pseudo/mine", "mine", "share", "Pseudo-labels", "lower", least=0, largest=1),)\n'
     '    description: ClassVar[str] = "global',
 )
-IMPORT = ("from fedlabel.methods.base", "from fedlabel.metric_tags import Tag\nfrom fedlabel.methods.base")
+IMPORT = ("from fedlabel.methods.recipe", "from fedlabel.metric_tags import Tag\nfrom fedlabel.methods.recipe")
 
 
 def test_the_example_of_contributing_runs(written: Path) -> None:
-    assert run(written).summary["pseudo/coverage"]["last"] >= 0
+    """With a threshold that every sample reaches, all are used; with one that none does, none."""
+    change(written, ("threshold: float = 0.9", "threshold: float = 0.0"))
+    assert run(written).summary["pseudo/coverage"]["last"] == 1
+    (row,) = fedlabel.run([], [*TINY, METHOD, "method.threshold=1"], name="none", out=written.parent).metrics
+    assert row["pseudo/coverage"] == row["train/loss_unsupervised"] == 0 < row["train/loss"]
+    with pytest.raises(ValueError, match=r"`method.threshold` \(=2\) must lie in \[0, 1\]"):
+        run(written, "method.threshold=2")
+
+
+def test_the_example_of_contributing_is_short(written: Path) -> None:
+    assert len([line for line in written.read_text().splitlines() if line]) <= 25
+
+
+@pytest.mark.slow
+def test_the_example_of_contributing_runs_from_an_empty_folder_by_the_command(written: Path) -> None:
+    """As its text says: the module in the folder where the command runs, and nothing else."""
+    folder = written.parent / "empty"
+    folder.mkdir()
+    written.rename(folder / "my_method.py")
+    done = subprocess.run(
+        fedlabel_command("run", METHOD, *TINY, "--name", "x"),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} <= {"my_method.py", "runs", "__pycache__"}
+    assert read_metrics(folder / "runs" / "x")[0]["pseudo/coverage"] >= 0
 
 
 def test_a_method_declares_its_own_metric(written: Path) -> None:
@@ -141,7 +179,7 @@ def test_a_method_declares_its_own_metric(written: Path) -> None:
 
 def test_a_metric_that_nobody_declared_fails_at_the_client_by_name(written: Path) -> None:
     change(written, OWN)
-    with pytest.raises(RunError, match=r'makes the metric pseudo/mine, which nobody declared.* \(Tag\("pse'):
+    with pytest.raises(RunError, match=r'makes the metric pseudo/mine, which is not declared.* \(Tag\("pse'):
         run(written)
 
 

@@ -19,8 +19,9 @@ from fedlabel.data.federation import build_federation
 from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.experiment import open_experiment
 from fedlabel.record.run_folder import RunFolder
-from server.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from server.checkpoint import latest_checkpoint, load_checkpoint
 from server.simulation import simulate
+from server.state import ServerState
 from tests.data.arrays import write_npz
 
 TINY = ["num_clients=4", "num_rounds=3", "fraction_train=0.5", "training.local_steps=2", "evaluation.panel_samples=0"]
@@ -96,7 +97,7 @@ REMEMBERING = {
         ["method.helper_interval=1", "method.confidence_threshold=0", "method.lambda_i=1", "training.lr=0.02"],
     ),
     "fedtrinet": (
-        "client_states",
+        "clients",
         ["method.warmup_rounds=1", "method.quality_start=0.3", "method.ramp_end=1", "training.lr=0.3"],
     ),
     "freematch": ("shared", ["training.lr=0.02"]),
@@ -121,10 +122,10 @@ def test_what_a_method_remembers_is_resumed(method: str, tmp_path: Path, monkeyp
     stop_at(2, tmp_path, *overrides)
     shutil.copytree(tmp_path / "x", tmp_path / "forgetful")
 
-    def forgetting(*arguments: Any) -> Checkpoint:
-        checkpoint = latest_checkpoint(*arguments)
-        assert getattr(checkpoint, where)
-        return replace(checkpoint, **{where: {}})
+    def forgetting(*arguments: Any) -> ServerState:
+        state = latest_checkpoint(*arguments)
+        assert getattr(state, where)
+        return replace(state, **{where: {}})
 
     resumed = fedlabel.run(name="x", out=tmp_path, resume=True)
     assert rows(resumed.path) == rows(whole.path)
@@ -176,7 +177,7 @@ def other_test_labels(path: Path) -> None:
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("change", "changed"),
-    [(other_inputs, "inputs"), (other_test_labels, "what clients hold and know, labels")],
+    [(other_inputs, "inputs"), (other_test_labels, "partition and supervision, labels")],
     ids=["inputs", "test labels"],
 )
 def test_a_run_is_not_gone_on_with_on_other_data(change: Callable[[Path], None], changed: str, tmp_path: Path) -> None:
@@ -212,6 +213,6 @@ def test_a_partition_file_of_an_older_version_is_said_and_a_broken_one_refused(
     for broken in ("{", "[]", '{"sha256": "x", "data": 3}'):
         path.write_text(broken)
         with pytest.raises(
-            ValueError, match=r"partition.json cannot be read \(\w+\), so nobody knows whether the data"
+            ValueError, match=r"partition.json cannot be read \(\w+\), so it is unknown whether the data"
         ):
             fedlabel.run([], ["num_rounds=5"], name="x", out=tmp_path, resume=True)

@@ -1,4 +1,4 @@
-"""What `fedlabel list` shows: names, shipped configurations, and the keys of a method or section."""
+"""The output of `fedlabel list`: names, shipped configurations, and the keys of a method or section."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ PARTITIONS = {
     "flwr_datasets:NAME": "a partitioner of the package flwr-datasets, e.g. flwr_datasets:ShardPartitioner",
 }
 LABELS = {
-    "few_labels": "some samples have their true label",
-    "full": "all samples have it",
-    "partial": "sets of candidates",
+    "few_labels": "some samples have their true label, the others none",
+    "full": "all samples have their true label",
+    "partial": "candidate sets",
     "noisy": "labels that may be wrong",
-    "partial_and_noisy": "both",
-    "bags": "groups of samples of which only the count of each class is known",
-    "labeling_functions": "what functions of yours say of samples",
+    "partial_and_noisy": "candidate sets and labels that may be wrong",
+    "bags": "groups of samples with the number of samples in each class",
+    "labeling_functions": "votes of your own labelling functions",
 }
 SECTIONS = tuple(name for name, kind in hints(ExperimentConfig).items() if inner_schema(kind) is not None)
 """Keys of which `fedlabel list KEY` shows the keys below."""
 
 
 def choices(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Returns key -> name -> what it is in a line; `strategies`: the names that `strategy.name` may have."""
+    """Returns key -> name -> one-line description; `strategies`: the names that `strategy.name` may have."""
     import torchvision
 
     nets = [net for net in torchvision.models.list_models(torchvision.models) if net not in AUXILIARY_OUTPUTS]
@@ -77,7 +77,7 @@ def _first_sentence(path: Path) -> str:
 
 
 def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",)) -> Iterator[str]:
-    """Yields lines about a method (by the name that `method.name` may have) or a section of the configuration.
+    """Yields lines that describe a method (by the name that `method.name` may have) or a section of the configuration.
 
     Args:
         name: of the method or section.
@@ -112,15 +112,15 @@ def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",))
             yield from _wrapped(paragraph, width)
         yield from _keys(method, "method", width)
         return
-    known = [*METHODS, *SECTIONS]
+    names = [*METHODS, *SECTIONS]
     raise ConfigError(
-        f"`{as_yaml(name)}` is neither a method nor a section of the configuration, of which there are "
-        f"{', '.join(known)}.{did_you_mean(name, known)}"
+        f"`{as_yaml(name)}` is neither a method nor a section of the configuration. Allowed: "
+        f"{', '.join(names)}.{did_you_mean(name, names)}"
     )
 
 
 def _takers(value: str, strategies: Sequence[str]) -> list[str]:
-    """Returns the keys that take a value by its name: those of `choices`, and those whose texts begin with "a | b"."""
+    """Returns the keys that accept a value: those of `choices`, and those whose documentation begins with "a | b"."""
     found = [key for key, rows in choices(strategies).items() if "." in key and value in rows]
     prefixes = {TORCHVISION: "model.name", FLWR_DATASETS: "partition.kind"}
     found += [key for prefix, key in prefixes.items() if value.startswith(prefix)]
@@ -133,12 +133,12 @@ def _naming(value: str, schema: type, prefix: str) -> Iterator[str]:
         inner = inner_schema(hints(schema)[key.name])
         if inner is not None:
             yield from _naming(value, inner, f"{prefix}{key.name}.")
-        elif (said := re.match(r"\w+( \| \w+)+", key.doc)) and value in said[0].split(" | "):
+        elif (alternatives := re.match(r"\w+( \| \w+)+", key.doc)) and value in alternatives[0].split(" | "):
             yield f"{prefix}{key.name}"
 
 
 def _keys(schema: type, where: str, width: int, base: object = None) -> Iterator[str]:
-    """Yields the keys below `where` with type, default (that of `base`, if there is one) and meaning."""
+    """Yields the keys below `where` with type, default (that of `base`, if given) and documentation."""
     if where == "method" and set(fields_of(schema)) == {"name"}:
         yield from ("", "It has no keys of its own.")
     for key in describe(schema):

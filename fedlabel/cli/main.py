@@ -1,4 +1,4 @@
-"""The command line: options in, tables and messages out."""
+"""The command line: parses options, prints tables and messages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Federated learning where labels are few."""
+    """Federated learning with few, imprecise or noisy labels."""
 
 
 @app.command()
@@ -140,7 +140,7 @@ def sweep(
         ),
     ] = False,
 ) -> None:
-    """Run many experiments, or what is left of them. key=value is added to the sweep's overrides."""
+    """Run the experiments of a sweep that are not finished. key=value is added to the sweep's overrides."""
     from fedlabel.study.sweep import load_sweep, plan_sweep
     from fedlabel.study.sweep_run import finished_cells, run_sweep
 
@@ -173,7 +173,7 @@ def sweep(
 
 
 def _print_plan(groups: Sequence[Group], seeds: Sequence[int], done: Collection[str]) -> bool:
-    """Prints what a sweep would run, and what of it is impossible; returns whether all is possible."""
+    """Prints the planned runs and the impossible configurations; returns whether all are possible."""
     table = make_table("setting", "method", "searched", "seeds", "done", "impossible")
     reasons: dict[str, dict[str, None]] = {}
     for group in groups:
@@ -274,7 +274,7 @@ def partition(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("partition"),
 ) -> None:
-    """Write and plot who holds what, and what is known of it, without training."""
+    """Write and plot each client's samples and labels, without training."""
     from fedlabel.data.labels.supervision import KIND_NAMES
     from fedlabel.record.figures import partition_figure, save_png
     from fedlabel.record.run_folder import write_atomic
@@ -292,21 +292,21 @@ def partition(
         write_atomic(out / "partition.json", federation.to_json())
         write_atomic(out / "supervision.json", federation.audit_json())
         save_png(partition_figure(counts, KIND_NAMES, federation.true_classes), out / "partition.png")
-    known, unknown = counts[1:].sum(0), counts[0]
+    supervised, unsupervised = counts[1:].sum(0), counts[0]
     mixed = bool(counts[2:].any())
-    names = ("known", "unknown") if mixed else ("labelled", "unlabelled")
+    names = ("supervised", "unsupervised") if mixed else ("labelled", "unlabelled")
     table = make_table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
     classes = federation.dataset.num_classes
-    held, classes_known = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), known))
+    held, classes_supervised = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), supervised))
     for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
-        columns = (known.sum(1), unknown.sum(1), held, classes_known)
+        columns = (supervised.sum(1), unsupervised.sum(1), held, classes_supervised)
         table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
     console.print(table)
     if mixed:
         console.print(_kinds_table(federation.kinds(), KIND_NAMES))
     if federation.functions:
         console.print(_functions_table(federation.functions))
-    for note in (*federation.dataset.notes, *federation.doubts()):
+    for note in (*federation.dataset.notes, *federation.warnings()):
         say(console, f"note: {note}", "yellow")
     if len(federation.server_rows):
         say(console, f"The server holds {counted(len(federation.server_rows), 'labelled sample')}.")
@@ -315,7 +315,7 @@ def partition(
 
 
 def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
-    """Returns a table of how many samples of each kind of label every client has, or how many clients in short.
+    """Returns a table with the number of samples per kind of label, for each client or, with many clients, summarised.
 
     Args:
         kinds: (clients, names); kinds that no client has are left out.
@@ -335,7 +335,7 @@ def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:
 
 
 def _functions_table(reports: Sequence[FunctionReport]) -> Table:
-    """Returns a table of what came of asking labelling functions."""
+    """Returns a table of how the labelling functions answered: votes, abstentions, failures."""
     table = make_table(
         "function", "samples", "votes", "abstains", "fails", "no class", "s / 1,000", title="labelling functions"
     )
@@ -352,7 +352,7 @@ def list_all(
         typer.Argument(metavar="[METHOD|SECTION]", help="Show its keys, with defaults.", show_default=False),
     ] = None,
 ) -> None:
-    """List what there is to choose from, or the keys of a method or of a section such as training."""
+    """List the available choices, or the keys of a method or of a section such as training."""
     from fedlabel.cli.listing import SECTIONS, about, choices
     from server.strategy import strategy_names
 
@@ -371,7 +371,7 @@ def list_all(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, devices, memory and what a run would use."""
+    """Show versions, devices, memory and the device that a run would use."""
     from fedlabel.config import ExperimentConfig
     from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
 
@@ -393,7 +393,9 @@ def _split(items: list[str] | None) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def _reported(again: Callable[[], str] = str) -> Iterator[None]:
-    """Turns a user's error into one message and status 2, a failed run into status 1; `again`: words after Ctrl-C."""
+    """Turns a user's error into one message and status 2, a failed run into status 1; `again`: the hint after
+    Ctrl-C.
+    """
     try:
         yield
     except ValueError as error:

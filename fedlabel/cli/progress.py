@@ -1,4 +1,4 @@
-"""What a terminal shows of a run, or of a sweep, under way."""
+"""Terminal output of a run or a sweep in progress."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ OnRound = Callable[[int, Mapping[str, float]], None]
 
 
 def make_console(stderr: bool = False) -> Console:
-    """Returns where everything is printed; what a user wrote, [brackets] and :colons: too, is printed as it is."""
+    """Returns the console for all output; a user's text, with [brackets] and :colons:, is printed unchanged."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Prints lines that only the terminal breaks, so that they can be searched and copied whole."""
+    """Prints lines that only the terminal wraps, so that they can be searched and copied as a whole."""
     console.print(text, style=style, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def make_table(*heads: str, title: str | None = None) -> Table:
-    """Returns a table whose cells are folded where they do not fit, and never cut."""
+    """Returns a table whose cells wrap where they do not fit, and are never truncated."""
     return Table(*(Column(head, overflow="fold") for head in heads), title=title)
 
 
@@ -87,7 +87,7 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment, Path]
 
 @contextmanager
 def sweep_progress(console: Console, total: int) -> Iterator[Callable[[Event], None]]:
-    """A bar over all runs and one per worker on a terminal; a line for every run that ends, everywhere."""
+    """A bar over all runs and one per worker on a terminal; elsewhere a line for every run that ends."""
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

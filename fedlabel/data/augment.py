@@ -52,8 +52,8 @@ _PER_IMAGE_START = 2 * len(_GEOMETRIC + _POINTWISE)
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How strongly samples are augmented. What is for images has no effect on tables, and what is for tables none on
-    images; to ask for a crop, a flip or Cutout of tables is an error.
+    """How strongly samples are augmented. Image options have no effect on tables, and table options none on images; a
+    crop, a flip or Cutout of tables is an error.
     """
 
     crop_padding: int | None = None
@@ -77,8 +77,8 @@ class AugmentConfig:
     that trains on strong ones, so that the two can be compared."""
 
     jitter: float = 0.1
-    """Tables: standard deviation of the Gaussian noise on every feature, where a number's over the training samples is
-    1; 0 = no noise."""
+    """Tables: standard deviation of the Gaussian noise on every feature, relative to a numeric column's standard
+    deviation over the training samples; 0 = no noise."""
 
     feature_dropout: float = 0.2
     """Tables: probability with which a feature is set to 0, the mean of a numeric column (strong view only)."""
@@ -98,7 +98,7 @@ class AugmentConfig:
             raise ValueError(f"`augment.feature_dropout` (={self.feature_dropout}) must lie in [0, 1]; 0 turns it off.")
 
     def check_table(self) -> None:
-        """Raises a ValueError if something is asked for that only images can have."""
+        """Raises a ValueError if an option is set that only images can have."""
         for key in ("crop_padding", "flip", "cutout"):
             if getattr(self, key):
                 raise ValueError(
@@ -108,7 +108,7 @@ class AugmentConfig:
 
 
 def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip: bool) -> Tensor:
-    """Returns a random crop of every image, mirrored for half of them; of a table, rows with jitter.
+    """Returns a random crop of every image, half of them mirrored; of a table, rows with jitter.
 
     Args:
         images: (batch, channels, height, width), uint8; or (batch, features, 1, 1), float32. The batch may be empty.
@@ -151,7 +151,7 @@ def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip
 
 
 def strong(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip: bool) -> Tensor:
-    """Returns RandAugment of every image, then cropped and mirrored as by `weak`, then with a grey square if asked.
+    """Returns RandAugment of every image, then cropped and mirrored as by `weak`, then with Cutout if configured.
 
     Each image gets its own operations and signs. The grouping waits for the device once per operation round. A row of
     a table gets jitter as by `weak`, and then loses features.
@@ -180,7 +180,7 @@ def strong(images: Tensor, generator: torch.Generator, config: AugmentConfig, fl
 
 
 def apply_operations(images: Tensor, codes: Tensor, magnitude: int) -> Tensor:
-    """Returns each image transformed by the operation that its code names.
+    """Returns each image transformed by the operation of its code.
 
     Args:
         images: (batch, channels, height, width), uint8, 1 or 3 channels.
@@ -245,7 +245,7 @@ def _cutout(images: Tensor, generator: torch.Generator, fraction: float) -> Tens
 
 @lru_cache(maxsize=64)
 def _source_tables(height: int, width: int, magnitude: int, device: torch.device) -> Tensor:
-    """Where each pixel comes from, by geometric code: (12, height * width), int64; 0 = outside, i + 1 = pixel i."""
+    """The source of each pixel, by geometric code: (12, height * width), int64; 0 = outside, i + 1 = pixel i."""
     index = torch.arange(1, height * width + 1, dtype=torch.float32, device="cpu").view(1, 1, height, width)
     tables = [_torchvision_operation(code, magnitude, height, width)(index) for code in range(_POINTWISE_START)]
     return torch.cat(tables).flatten(1).long().to(device)
@@ -253,14 +253,14 @@ def _source_tables(height: int, width: int, magnitude: int, device: torch.device
 
 @lru_cache(maxsize=64)
 def _value_tables(magnitude: int, device: torch.device) -> Tensor:
-    """What each pixel value becomes, by pointwise code: (6, 256), uint8."""
+    """The result for each pixel value, by pointwise code: (6, 256), uint8."""
     values = torch.arange(256, dtype=torch.uint8, device="cpu").view(1, 1, 1, 256)
     codes = range(_POINTWISE_START, _PER_IMAGE_START)
     return torch.cat([_torchvision_operation(code, magnitude, 1, 256)(values) for code in codes]).flatten(1).to(device)
 
 
 def _torchvision_operation(code: int, magnitude: int, height: int, width: int) -> Callable[[Tensor], Tensor]:
-    """Returns the torchvision function, on images (..., channels, height, width), that a code stands for.
+    """Returns the torchvision function, on images (..., channels, height, width), of an operation's code.
 
     The table of magnitudes is that of `torchvision.transforms.v2.RandAugment` with 31 bins.
 

@@ -1,4 +1,4 @@
-"""Weak and strong views of rows of tables, batched and as pure functions: Gaussian jitter, and features left out."""
+"""Weak and strong views of rows of tables, batched and as pure functions: Gaussian jitter and feature dropout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def jitter(rows: Tensor, generator: torch.Generator, sd: float) -> Tensor:
 
 
 def drop_features(rows: Tensor, generator: torch.Generator, rate: float) -> Tensor:
-    """Returns rows of which each feature is 0 with probability `rate`, each row's drawn for itself.
+    """Returns rows in which each feature is set to 0 with probability `rate`, independently in each row.
 
     A numeric column then has its mean over the training samples. A category's feature that was 1 is then as for a
     category that training has never seen.

@@ -1,4 +1,4 @@
-"""Who holds what: a data set, its partition over clients and the labels each client may see."""
+"""A simulated federation: a data set, its partition over clients, and the labels available to each client."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from fedlabel.data.labels.bag_files import as_counted, bags_of_column, published_bags
 from fedlabel.data.labels.bags import Bags, draw_bags
 from fedlabel.data.labels.hand_out import HandOut
-from fedlabel.data.labels.imprecision import Resemblance
+from fedlabel.data.labels.imprecision import LabelSources
 from fedlabel.data.labels.labeling_functions import FunctionReport
-from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
+from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, build_supervision, reveal_labels
 from fedlabel.data.labels.supervision_config import SupervisionConfig
 from fedlabel.data.own_columns import own_column, own_rows, with_columns_aside
 from fedlabel.data.partition import (
@@ -32,7 +32,7 @@ from fedlabel.data.sets.fingerprint import fingerprint
 from fedlabel.data.skew import SkewConfig
 from fedlabel.seeding import derive_seed, numpy_generator
 
-MAX_DOUBTS = 10
+MAX_WARNINGS = 10
 """Labelling functions that are warned of one by one; the table has all."""
 
 
@@ -44,36 +44,40 @@ class Federation:
     parts: list[np.ndarray]
     """Per client: sorted rows of the training split, (n_k,) int64."""
     record: Supervision
-    """What the holder of each sample (a client or the server) knows of it, over the training split."""
+    """The supervision record of the training split: of each sample the labels available to its holder (a client or the
+    server)."""
     test_parts: list[np.ndarray]
     """Per client: rows of the evaluation split, with the client's class mix, (m_k,) int64."""
     in_sets: np.ndarray
-    """(n,) bool over the training split: whose kind of label is a set of candidates, be it of one class or of all."""
+    """(n,) bool over the training split: samples whose kind of label is a candidate set, of one class or of all classes
+    included."""
     server_rows: np.ndarray
-    """Sorted rows of the training split that the server holds, all of them labelled, (n_s,) int64; mostly none."""
+    """Sorted rows of the training split that the server holds, all of them labelled, (n_s,) int64; usually empty."""
     test_bags: Bags | None
-    """Bags over the evaluation split, made as the clients' (of a mix: as its first part with bags) within the clients'
-    shares, with noise on their counts where those have it; None where clients have none."""
+    """Bags over the evaluation split, made as the clients' bags (in a mix: as its first part with bags) within the
+    clients' shares, with noise on their counts if the clients' bags have it; None if clients have no bags."""
     functions: tuple[FunctionReport, ...] = ()
-    """What came of asking the labelling functions, over all clients; none where there are none."""
+    """One report per labelling function, over all clients; empty if there are none."""
     names: tuple[str, ...] = ()
-    """Of the clients, where a column says whose a sample is; else none."""
+    """Names of the clients, if a column assigns samples to clients; else empty."""
 
     @cached_property
     def labeled(self) -> np.ndarray:
-        """(n,) bool over the training split: of which samples something is known."""
-        return self.record.informed.numpy()
+        """(n,) bool over the training split: samples with supervision of their own, see
+        `Supervision.has_supervision`.
+        """
+        return self.record.has_supervision.numpy()
 
     def supervision(self, client: int) -> Supervision:
-        """Returns what `client` knows of the labels of its samples."""
+        """Returns the supervision record of `client`'s samples."""
         return self.record.rows(torch.from_numpy(self.parts[client]))
 
     def server_supervision(self) -> Supervision:
-        """Returns what the server knows of the labels of its samples: all of them."""
+        """Returns the supervision record of the server's samples, which are all labelled."""
         return self.record.rows(torch.from_numpy(self.server_rows))
 
     def hidden_labels(self, client: int) -> torch.Tensor:
-        """Returns (n_k,) true labels, -1 where the data have none. For the evaluator only: nothing that trains may call
+        """Returns (n_k,) true labels, -1 if the data have none. For the evaluator only: training code must not call
         this.
         """
         return self.dataset.train.labels[self.parts[client]]
@@ -103,25 +107,29 @@ class Federation:
 
     @cached_property
     def sha256(self) -> str:
-        """A hash over who holds which samples and what is known of them."""
+        """A hash of each client's sample indices and the supervision record."""
         record: tuple[torch.Tensor, ...] = (self.record.candidates, self.record.noisy, self.record.annotations)
         if len(self.record.bag_counts):
             record = (*record, self.record.bag, self.record.bag_counts)
         if self.record.votes.shape[1]:
             record = (*record, self.record.votes)
-        known = b"".join(values.numpy().tobytes() for values in record)
-        return hashlib.sha256(json.dumps(self._holders).encode() + known).hexdigest()
+        supervision = b"".join(values.numpy().tobytes() for values in record)
+        return hashlib.sha256(json.dumps(self._holders).encode() + supervision).hexdigest()
 
     @cached_property
-    def lacking(self) -> int:
-        """How many training samples, of clients and server, have no label in the data: nobody knows their class."""
+    def num_without_label(self) -> int:
+        """Number of training samples, of clients and server, without a label in the data: their true class is
+        unknown.
+        """
         held = np.concatenate([*self.parts, self.server_rows])
         return int((self.dataset.train.labels[torch.from_numpy(held)] < 0).sum())
 
     @property
     def true_classes(self) -> tuple[str, ...]:
-        """The names of the classes, and where the data lack labels "unknown": the columns of `histograms`."""
-        return (*self.dataset.class_names, *(["unknown"] if self.lacking else []))
+        """The columns of `histograms`: the names of the classes and, if some samples have no label in the data,
+        "unknown".
+        """
+        return (*self.dataset.class_names, *(["unknown"] if self.num_without_label else []))
 
     def histograms(self) -> np.ndarray:
         """Returns samples by kind of label, client and true class, (len(KIND_NAMES), clients, columns) int64; for the
@@ -136,11 +144,11 @@ class Federation:
         return np.stack(counts).reshape(len(self.parts), len(KIND_NAMES), columns).swapaxes(0, 1)
 
     def kinds(self) -> np.ndarray:
-        """Returns how many samples of each kind of label every client has, (clients, len(KIND_NAMES)) int64."""
+        """Returns the number of samples per client and kind of label, (clients, len(KIND_NAMES)) int64."""
         return self.histograms().sum(2).T
 
     def audit(self) -> dict[str, Any]:
-        """Returns what was made of the labels: `supervision.json`. It compares with the truth, where there is one: for
+        """Returns the content of `supervision.json`, which compares the supervision record with the true labels: for
         the evaluator only.
 
         The names of the classes; how many samples have no label in the data; per client how many samples of each kind
@@ -159,7 +167,7 @@ class Federation:
         each = {"annotators": self.noise_counts(annotators).tolist()} if annotators > 1 else {}
         return {
             "classes": list(self.dataset.class_names),
-            "without_label": self.lacking,
+            "without_label": self.num_without_label,
             "kinds": {"names": list(KIND_NAMES), "clients": self.kinds().tolist()},
             "candidate_sets": {
                 "sizes": torch.bincount(size, minlength=self.dataset.num_classes + 1).tolist(),
@@ -173,34 +181,35 @@ class Federation:
         }
 
     def _bags(self, record: Supervision, truth: torch.Tensor) -> dict[str, Any]:
-        """Returns what `audit` says of bags: how many of each size, of how many the true counts are known, and how many
-        of these have others.
+        """Returns the audit of bags: how many have each size, how many have known true counts, and how many of these
+        have wrong counts.
         """
         inside, classes = (record.bag >= 0) & (truth >= 0), self.dataset.num_classes
         sizes = record.bag_counts.sum(1)
         true = torch.bincount(record.bag[inside] * classes + truth[inside], minlength=len(sizes) * classes)
         true = true.view(-1, classes)
-        known = true.sum(1) == sizes
-        wrong = known & (true != record.bag_counts).any(1)
+        has_counts = true.sum(1) == sizes
+        wrong = has_counts & (true != record.bag_counts).any(1)
         return {
             "sizes": torch.bincount(sizes).tolist(),
-            "true_counts_known": int(known.sum()),
+            "true_counts_known": int(has_counts.sum()),
             "wrong_counts": int(wrong.sum()),
         }
 
-    def doubts(self) -> list[str]:
-        """Returns what to warn of before a run begins: labels that the data lack, labelling functions that fail."""
-        failing = [doubt for report in self.functions if (doubt := report.doubt())]
-        return self._doubts_of_labels() + failing[:MAX_DOUBTS]
+    def warnings(self) -> list[str]:
+        """Returns warnings to show before a run: samples without a label in the data, labelling functions that fail."""
+        failing = [warning for report in self.functions if (warning := report.warning())]
+        return self._label_warnings() + failing[:MAX_WARNINGS]
 
-    def _doubts_of_labels(self) -> list[str]:
+    def _label_warnings(self) -> list[str]:
         held = sum(map(len, [*self.parts, self.server_rows]))
-        told = int((self.record.labeled & ~self.record.noisy).sum())
-        if not self.lacking or not 0 < told < held - self.lacking:
+        used = int((self.record.labeled & ~self.record.noisy).sum())
+        if not self.num_without_label or not 0 < used < held - self.num_without_label:
             return []
         return [
-            f"{self.lacking:,} of {held:,} training samples have no label in the data. Of the {held - self.lacking:,} "
-            f"labels that there are, supervision uses {told:,} and hides the others; supervision.kind=full uses all."
+            f"{self.num_without_label:,} of {held:,} training samples have no label in the data. Of the "
+            f"{held - self.num_without_label:,} labels that there are, "
+            f"supervision uses {used:,} and hides the others; supervision.kind=full uses all."
         ]
 
     def audit_json(self) -> str:
@@ -213,8 +222,8 @@ class Federation:
         return bool((self.record.noisy & ~self.record.labeled).any())
 
     def noise_counts(self, annotators: int = 1) -> np.ndarray:
-        """Returns noisy labels by true class, (annotators, classes, classes) int64, those of samples whose class is
-        known. For the evaluator only.
+        """Returns noisy labels by true class, (annotators, classes, classes) int64, of the samples with a true label.
+        For the evaluator only.
 
         Args:
             annotators: 1 counts all labels together, more those of each annotator.
@@ -223,8 +232,8 @@ class Federation:
         counts = torch.zeros(annotators, classes, classes, dtype=torch.int64)
         label = torch.where(self.record.noisy, self.record.label, -1)
         for place, given in [(0, label), *enumerate(self.record.annotations.unbind(1))]:
-            known = (given >= 0) & (truth >= 0)
-            pairs = torch.bincount(truth[known] * classes + given[known], minlength=classes**2)
+            has_both = (given >= 0) & (truth >= 0)
+            pairs = torch.bincount(truth[has_both] * classes + given[has_both], minlength=classes**2)
             counts[place if annotators > 1 else 0] += pairs.view(classes, classes)
         return counts.numpy()
 
@@ -241,7 +250,7 @@ def build_federation(
     all_labels: bool,
     seed: int,
 ) -> Federation:
-    """Loads the data and splits it.
+    """Loads the data, partitions them over clients and builds the supervision record.
 
     Args:
         data: which data set.
@@ -289,14 +298,14 @@ def build_federation(
     functions: tuple[FunctionReport, ...] = ()
     if all_labels:
         held = np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows]))
-        record = supervise(labels, held & (labels >= 0), classes)
+        record = reveal_labels(labels, held & (labels >= 0), classes)
     else:
-        resemblance = Resemblance(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
-        record = impart(labels, kinds, supervision.parts, classes, resemblance, seed, parts, published)
+        sources = LabelSources(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
+        record = build_supervision(labels, kinds, supervision.parts, classes, sources, seed, parts, published)
         cast = ask_functions(kinds, supervision.parts, dataset, parts)
         if cast is not None:
             record, functions = replace(record, votes=torch.from_numpy(cast.votes)), cast.reports
-    if not (record.informed | record.voted_on).any() and len(record.bag_counts) == 0:
+    if not (record.has_supervision | record.voted_on).any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
             f"{min(map(len, parts))} to {max(map(len, parts))} samples or at the server; raise supervision.label_rate, "
@@ -337,8 +346,8 @@ def _load(
     supervision: SupervisionConfig,
     seed: int,
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """Loads the data; returns also the columns that are no features, since a key of the configuration names them: key
-    -> (n,) texts of the training split.
+    """Loads the data; returns also the columns that the configuration uses otherwise than as features: key -> (n,)
+    texts of the training split.
     """
     wanted = {
         f"{config.key}.column": config.column

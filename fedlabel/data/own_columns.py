@@ -1,4 +1,4 @@
-"""Columns beside the features that a configuration names: the client, or the bag, of each sample."""
+"""Columns that name the client or the bag of each sample, and are not features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedlabel.shown import shown
 
 
 def with_columns_aside(data: DataConfig, wanted: Mapping[str, str]) -> DataConfig:
-    """Returns a configuration in which the wanted columns of a table are no features.
+    """Returns a configuration in which the columns that assign clients or bags are not features.
 
     Args:
         data: of the data set.
@@ -38,7 +38,7 @@ def with_columns_aside(data: DataConfig, wanted: Mapping[str, str]) -> DataConfi
 
 
 def own_column(dataset: Dataset, data: DataConfig, key: str, name: str, part: str = "train") -> np.ndarray | None:
-    """Returns one text for every sample of `part`, (n,) object, "" where it is missing; None: that part has none.
+    """Returns one text for every sample of `part`, (n,) object, "" if it is missing; None if the part lacks the column.
 
     Numbers are written in one way: 7.0 is "7", as missing cells make other programs write it.
 
@@ -65,7 +65,7 @@ def own_column(dataset: Dataset, data: DataConfig, key: str, name: str, part: st
 def own_rows(
     dataset: Dataset, data: DataConfig, config: PartitionConfig, names: Sequence[str], split: str
 ) -> list[np.ndarray] | None:
-    """Returns every client's own rows of the evaluation split; None: it lacks the column, or has no row of theirs."""
+    """Returns every client's own rows of the evaluation split; None if the column is missing or names no client."""
     if config.column is None:
         return None
     values = own_column(dataset, data, f"{config.key}.column", config.column, split)
@@ -90,7 +90,7 @@ def _array(dataset: Dataset, data: DataConfig, key: str, name: str) -> list[obje
 
 
 def name_of(value: object) -> str:
-    """Returns how the client or the bag of a cell is called, "" where it is missing; see `own_column`."""
+    """Returns the name of the client or bag in a cell, "" if it is missing; see `own_column`."""
     if value is None or value != value:
         return ""
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

@@ -1,4 +1,4 @@
-"""Who holds which samples: partitions of labels over clients, as pure functions of labels and a generator.
+"""Partitions of labelled samples over clients, as pure functions of labels and a random generator.
 
 Every recipe returns one sorted int64 array of sample indices per client; the arrays are disjoint and together hold
 every sample. `partition` chooses the recipe, deals out evenly the samples that a recipe by class says nothing of, since
@@ -47,23 +47,23 @@ class PartitionConfig:
     kind: str = "dirichlet"
     """iid, dirichlet (FedLabel's), dirichlet_per_class (the common one), classes_per_client, quantity_skew, column
     (every different value of `column` is a client), or `flwr_datasets:<Class>` for a partitioner of the flwr-datasets
-    package, e.g. `flwr_datasets:ShardPartitioner`. Samples without a label in the data, of which recipes by class say
-    nothing, are dealt evenly beside the others."""
+    package, e.g. `flwr_datasets:ShardPartitioner`. Samples without a label in the data, which partitions by class
+    cannot place, are distributed evenly."""
     dirichlet_alpha: float = 0.5
-    """Of dirichlet and dirichlet_per_class: the smaller, the fewer classes a client holds."""
+    """For dirichlet and dirichlet_per_class: the smaller, the fewer classes a client holds."""
     classes_per_client: int = 2
-    """Of classes_per_client: how many classes each client holds."""
+    """For classes_per_client: number of classes that each client holds."""
     quantity_alpha: float = 1.0
-    """Of quantity_skew: the smaller, the more the numbers of samples differ."""
+    """For quantity_skew: the smaller, the more the numbers of samples differ."""
     column: str | None = None
-    """Of column: the column of a table that says whose each row is, e.g. a site, or with data.name=npz an array with a
-    value for each training sample. It is no feature. Clients stand in the order of the values; num_clients must be
-    their number. Where the test set has the column, too, a client is judged on its own rows."""
+    """For column: the column of a table that names the client of each row, e.g. a site, or with data.name=npz an array
+    with a value for each training sample. It is not a feature. Clients are sorted by the values; num_clients must be
+    their number. If the test set has the column, too, a client is evaluated on its own rows."""
     min_samples: int = 2
-    """The least number of samples of a client; up to `MAX_DRAWS` partitions are drawn to meet it."""
+    """The smallest number of samples of a client; up to `MAX_DRAWS` partitions are drawn to meet it."""
     partitioner_args: str = "{}"
-    """Of flwr_datasets: the partitioner's arguments as a JSON object, e.g. '{"alpha": 0.3}'. `num_partitions`,
-    `partition_by` and `seed` are filled in where it takes them. It is asked once, not drawn anew."""
+    """For flwr_datasets: the partitioner's arguments as a JSON object, e.g. '{"alpha": 0.3}'. `num_partitions`,
+    `partition_by` and `seed` are filled in if it takes them. It is called once, not redrawn."""
 
     def __post_init__(self) -> None:
         if self.kind not in (*KINDS, COLUMN) and not self.kind.startswith(FLWR_DATASETS):
@@ -98,13 +98,13 @@ class PartitionConfig:
 
 @dataclass(frozen=True)
 class LabeledPartitionConfig(PartitionConfig):
-    """How the labelled samples are spread where they follow a law of their own."""
+    """Partition of the labelled samples if it differs from that of the others."""
 
     key: ClassVar[str] = "labeled_partition"
     least_min_samples: ClassVar[int] = 0
 
     min_samples: int = 0
-    """The least number of labelled samples of a client; `partition.min_samples` counts all its samples."""
+    """The smallest number of labelled samples of a client; `partition.min_samples` counts all its samples."""
 
 
 def partition(
@@ -169,11 +169,11 @@ def _draw(
     if len(labels) == 0:
         return [np.arange(0)] * num_clients
     if config.kind not in CLASSLESS and (labels < 0).any():
-        known, unknown = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
-        dealt = iid(unknown, num_clients, numpy_generator(seed, "partition", "without_label", draw))
-        spread = _draw(labels[known], num_clients, num_classes, config, seed, draw)
+        labeled, unlabeled = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
+        dealt = iid(unlabeled, num_clients, numpy_generator(seed, "partition", "without_label", draw))
+        spread = _draw(labels[labeled], num_clients, num_classes, config, seed, draw)
         pairs = zip(spread, dealt, strict=True)
-        return [np.sort(np.concatenate([known[mine], unknown[more]])) for mine, more in pairs]
+        return [np.sort(np.concatenate([labeled[mine], unlabeled[more]])) for mine, more in pairs]
     rng = numpy_generator(seed, "partition", draw)
     match config.kind:
         case "iid":
@@ -222,7 +222,7 @@ def column_owners(values: np.ndarray, num_clients: int, config: PartitionConfig)
 
 
 def too_small(num_samples: int, num_clients: int, config: PartitionConfig, best: int, draws: int) -> str:
-    """Returns the message that `config.min_samples` was not met: the smallest client had `best` at best."""
+    """Returns the error message if `config.min_samples` was not met: the smallest client had at most `best` samples."""
     field = {
         "dirichlet": "dirichlet_alpha",
         "dirichlet_per_class": "dirichlet_alpha",
@@ -302,7 +302,7 @@ def flwr_datasets_partition(
     seed: int,
     key: str = "partition",
 ) -> list[np.ndarray]:
-    """Asks a partitioner of the optional flwr-datasets package.
+    """Partitions by a partitioner of the optional flwr-datasets package.
 
     Args:
         labels: (n,) integers; the partitioner sees them as the column "label".
@@ -326,8 +326,8 @@ def flwr_datasets_partition(
     except ImportError as error:
         raise ValueError(f"{kind} needs the package flwr-datasets: `pip install flwr-datasets`.") from error
     if not name.endswith("Partitioner") or not hasattr(module, name):
-        known = ", ".join(key for key in dir(module) if key.endswith("Partitioner") and key != "Partitioner")
-        raise ValueError(f"{kind} must name one of {known}.")
+        available = ", ".join(key for key in dir(module) if key.endswith("Partitioner") and key != "Partitioner")
+        raise ValueError(f"{kind} must name one of {available}.")
     partitioner_class = getattr(module, name)
     accepted = inspect.signature(partitioner_class).parameters
     defaults = {
@@ -368,7 +368,7 @@ def split_like(
     num_classes: int,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
-    """Spreads another set (the test set) so that each client's share of a class is its share in the reference.
+    """Partitions another set (the test set) so that each client's share of a class equals its share in the reference.
 
     Args:
         reference_labels: (m,) integers, of the set that is already spread. Samples of the label -1 count as if they
@@ -383,10 +383,10 @@ def split_like(
         class within one sample; classes that the reference lacks are spread evenly. A client may hold nothing.
     """
     shares = label_histogram(reference_labels, reference_parts, num_classes)
-    unknown = np.array([(reference_labels[part] < 0).sum() for part in reference_parts])
-    if unknown.any():
+    unlabeled = np.array([(reference_labels[part] < 0).sum() for part in reference_parts])
+    if unlabeled.any():
         total = shares.sum(0) if shares.any() else np.ones(num_classes)
-        shares = shares + unknown[:, None] * (total / total.sum())
+        shares = shares + unlabeled[:, None] * (total / total.sum())
     return _by_class(labels, shares, rng)
 
 
@@ -399,7 +399,8 @@ def _by_class(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) 
 
 
 def _cut(indices: np.ndarray, shares: np.ndarray, rng: np.random.Generator, owner: np.ndarray) -> None:
-    """Writes to `owner[indices]` who gets which: shuffled samples, cut by the cumulated `shares` (clients,) >= 0.
+    """Writes the client of each sample to `owner[indices]`: shuffled samples, cut by the cumulated `shares` (clients,)
+    >= 0.
 
     Shares of 0 for all (a class nobody drew) count as equal ones. Clients stand in random order: otherwise the same
     ones would lose by rounding in every class.

@@ -1,4 +1,4 @@
-"""Ways in which clients differ beyond their class mix: long tails, classes without labels, another kind of images.
+"""Differences between clients besides the class mix: long tails, classes without labels, image shifts.
 
 The long tail is exponential, as in Cui et al., CVPR 2019 (https://arxiv.org/abs/1901.05555), with a factor of its own
 for labelled and for unlabelled samples, as in CReST (Wei et al., CVPR 2021, https://arxiv.org/abs/2102.09559). What
@@ -31,7 +31,7 @@ MAX_NOISE = 40.0
 
 @dataclass(frozen=True)
 class SkewConfig:
-    """Long tails, classes that nobody labels, and clients whose images look different."""
+    """Long tails, classes without labels, and clients whose images are shifted."""
 
     labeled_imbalance: float = 1.0
     """Long tail of the labelled samples of the federation, at least 1; 1 = none. With n samples of the largest class,
@@ -40,10 +40,10 @@ class SkewConfig:
     unlabeled_imbalance: float = 1.0
     """The same for the unlabelled samples."""
     unlabeled_imbalance_reversed: bool = False
-    """Whether the unlabelled tail runs the other way: the last class is the largest."""
+    """Whether the unlabelled tail is reversed: the last class is the largest."""
     unlabeled_only_classes: tuple[str, ...] = ()
-    """Names of classes (or their numbers from 0, where they are not named by numbers) whose labels nobody is told (but
-    the upper bound). Amounts of labels are then meant of the samples of the other classes."""
+    """Names of classes (or their numbers from 0, if they are not named by numbers) that have no labels at any client
+    (except for the upper bound). Amounts of labels then refer to the samples of the other classes."""
     feature_shift: str = "none"
     """A fixed change of all images of a client, and of its share of the evaluation split: none; rotation by up to 45
     degrees to either side; blur (Gaussian, sd up to 1.5 / 28 of the shorter side); noise (Gaussian, sd up to 40 of 255,
@@ -72,7 +72,7 @@ class SkewConfig:
 
     @property
     def has_tails(self) -> bool:
-        """Whether samples are left out."""
+        """Whether long tails remove samples."""
         return max(self.labeled_imbalance, self.unlabeled_imbalance) > 1
 
     def hidden_classes(self, class_names: Sequence[str]) -> list[int]:
@@ -89,7 +89,7 @@ class SkewConfig:
 
 
 def tail_sizes(counts: np.ndarray, imbalance: float, reverse: bool = False) -> np.ndarray:
-    """Returns how many samples each class keeps.
+    """Returns the number of samples that each class keeps.
 
     Args:
         counts: (classes,) integers, how many samples it has; at least two classes.
@@ -104,7 +104,7 @@ def tail_sizes(counts: np.ndarray, imbalance: float, reverse: bool = False) -> n
 
 
 def long_tails(labels: np.ndarray, labeled: np.ndarray, num_classes: int, config: SkewConfig, seed: int) -> np.ndarray:
-    """Chooses the samples that the long tails leave.
+    """Chooses the samples that remain after the long tails.
 
     Args:
         labels: (n,) integers in [0, num_classes), the truth; -1 where the data have none.
@@ -142,7 +142,7 @@ def long_tails(labels: np.ndarray, labeled: np.ndarray, num_classes: int, config
 
 @dataclass(frozen=True)
 class Shift:
-    """What is done to all images of one client."""
+    """The shift of all images of one client."""
 
     kind: str
     """One of `SHIFTS`, or none."""
@@ -151,7 +151,7 @@ class Shift:
 
 
 def client_shift(client: int, side: int, config: SkewConfig, seed: int) -> Shift:
-    """Returns what is done to the images of `client`, whose shorter side is `side` pixels; drawn from `seed`."""
+    """Returns the shift of the images of `client`, whose shorter side is `side` pixels; drawn from `seed`."""
     rng = numpy_generator(seed, "feature_shift", client)
     position = rng.random()  # first, so that a client keeps its place in every range
     kind = SHIFTS[rng.integers(len(SHIFTS))] if config.feature_shift == "mixed" else config.feature_shift
@@ -168,7 +168,7 @@ def client_shift(client: int, side: int, config: SkewConfig, seed: int) -> Shift
 
 
 def shift_images(images: Tensor, shift: Shift, generator: torch.Generator) -> Tensor:
-    """Returns changed images.
+    """Returns shifted images.
 
     Args:
         images: (n, channels, height, width) uint8; not changed. May be empty.
@@ -198,7 +198,7 @@ def shift_images(images: Tensor, shift: Shift, generator: torch.Generator) -> Te
 
 
 def shift_features(images: Tensor, parts: Sequence[np.ndarray], config: SkewConfig, seed: int, split: str) -> Tensor:
-    """Gives every client its kind of images.
+    """Applies each client's shift to its images.
 
     Args:
         images: (n, channels, height, width) uint8; not changed.

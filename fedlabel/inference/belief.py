@@ -1,4 +1,4 @@
-"""Belief propagation over labels that are coupled by bags of known counts and by a graph of neighbours.
+"""Belief propagation over labels that are coupled by bag counts and by a graph of neighbours.
 
 Binary labels z in {0, 1}^n have
 
@@ -55,17 +55,18 @@ CELLS = 1 << 16
 
 
 class Beliefs(NamedTuple):
-    """What inference gives."""
+    """The result of belief propagation."""
 
     probability: Tensor
     """(n,) p(z_i = 1); for several classes (n, classes)."""
     converged: bool
-    """Whether in the last iteration no belief, and no message along an edge, was to change by `tolerance` or more."""
+    """Whether in the last iteration no belief, and no message along an edge, changed by `tolerance` or more, before
+    damping."""
     iterations: int
-    """How many there were."""
+    """Number of iterations."""
     residual: float
-    """The largest change of a belief that the last iteration asked for, before damping: in log-odds, of which what is
-    beyond +-`VISIBLE` counts a thousandth; where beliefs rest, of a message along an edge if that is larger."""
+    """The largest change of a belief in the last iteration, before damping: in log-odds, where the part beyond
+    +-`VISIBLE` counts a thousandth; if the beliefs have converged, of a message along an edge if that is larger."""
 
 
 def marginals(
@@ -81,7 +82,8 @@ def marginals(
     max_iterations: int = 200,
     tolerance: float = 1e-4,
 ) -> Beliefs:
-    """Returns p(z_i = 1) of each label. Computes in the type of `log_odds`, on its device; arrays and lists will do.
+    """Returns p(z_i = 1) of each label. Computes in the type of `log_odds`, on its device; arrays and lists are
+    accepted.
 
     Args:
         log_odds: (n,) float, what else is known of each label; 0 is nothing, +-inf certainty.
@@ -148,7 +150,7 @@ def marginals(
 
 
 class Bags:
-    """All bags' factors, in stacks of bags of about the same size."""
+    """The factors of all bags, in stacks of bags of about the same size."""
 
     def __init__(self, bag: Tensor, least: Tensor, most: Tensor, sizes: Tensor, lambda_bag: float) -> None:
         self.lambda_bag = lambda_bag
@@ -170,7 +172,9 @@ class Bags:
         self.tilts: list[Tensor | None] = [None] * len(self.stacks)
 
     def messages(self, cavity: Tensor) -> Tensor:
-        """Returns the messages (n,) to all variables from what the other factors say of them, (n,); 0 without a bag."""
+        """Returns the messages (n,) of the bags to all variables, given the messages (n,) of the other factors; 0
+        without a bag.
+        """
         extended = torch.cat([cavity.clamp(-CERTAIN, CERTAIN), cavity.new_zeros(1)])
         result = torch.zeros_like(extended)
         for place, stack in enumerate(self.stacks):
@@ -197,12 +201,12 @@ class Bags:
 
 
 class _Stack(NamedTuple):
-    """Bags that are computed together, filled up to the largest."""
+    """Bags that are computed together, padded to the size of the largest."""
 
     members: Tensor
-    """(bags, k) int64, positions of the variables; n where there is none."""
+    """(bags, k) int64, positions of the variables; n = padding."""
     absent: Tensor
-    """(bags, k) bool, where there is none."""
+    """(bags, k) bool, True where padded."""
     flipped: Tensor
     """(bags, 1) bool, whether zeros are counted instead of ones."""
     least: Tensor
@@ -236,26 +240,28 @@ class _Edges:
         self.forward, self.backward = torch.zeros_like(coupling), torch.zeros_like(coupling)
 
     def send(self, total: Tensor, damping: float) -> None:
-        """Sends new messages along both directions; total: (n,) beliefs."""
+        """Updates the messages along both directions; total: (n,) beliefs."""
         onward = self._agree(total.index_select(0, self.first) - self.backward)
         back = self._agree(total.index_select(0, self.second) - self.forward)
         self.forward.lerp_(onward, 1 - damping)
         self.backward.lerp_(back, 1 - damping)
 
     def unrest(self, total: Tensor) -> float:
-        """Returns the largest change of a message that is still to come; total: (n,) beliefs."""
+        """Returns the largest change of a message in the next update; total: (n,) beliefs."""
         onward = self._agree(total.index_select(0, self.first) - self.backward) - self.forward
         back = self._agree(total.index_select(0, self.second) - self.forward) - self.backward
         return float(torch.maximum(onward.abs_().amax(), back.abs_().amax()))
 
     def _agree(self, cavity: Tensor) -> Tensor:
-        """Returns log (exp(-a) + exp(c)) / (1 + exp(c - a)): a label of log-odds c, to one that differs at cost a."""
+        """Returns log (exp(-a) + exp(c)) / (1 + exp(c - a)): the message of a label with log-odds c along an edge of
+        cost a.
+        """
         against = (-cavity.abs()).clamp_min_(-_LARGEST_CAVITY).exp_()
         message = (against * self.differs).add_(1).div_(against.add_(self.differs)).log_()
         return message.copysign_(cavity)
 
     def arrived(self, like: Tensor) -> Tensor:
-        """Returns the sum of the messages that each variable receives, (n,)."""
+        """Returns the sum of the incoming messages of each variable, (n,)."""
         return add_at(add_at(torch.zeros_like(like), self.second, self.forward), self.first, self.backward)
 
 
@@ -340,12 +346,12 @@ def check_settings(
 
 
 def count_members(bag: Tensor, mask: Tensor, bags: int) -> Tensor:
-    """Returns how many of each bag's samples are in the mask, (bags,) int64."""
+    """Returns the number of each bag's samples in the mask, (bags,) int64."""
     return torch.bincount(bag[mask & (bag >= 0)], minlength=bags)
 
 
 def of_bag(bag: Tensor, values: Tensor) -> Tensor:
-    """Returns each sample's bag's value, (n, ...) bool; False without a bag."""
+    """Returns the value of each sample's bag, (n, ...) bool; False without a bag."""
     padded = torch.cat(
         [values, torch.zeros_like(values[:1]) if len(values) else values.new_zeros((1, *values.shape[1:]))]
     )

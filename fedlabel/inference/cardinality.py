@@ -1,4 +1,4 @@
-"""Independent labels whose number is known: posteriors, likelihoods and the messages of one count factor per bag.
+"""Independent labels with a count constraint: posteriors, likelihoods and the messages of one count factor per bag.
 
 Labels z in {0, 1}^k with log-odds theta and a factor f on their sum have P(z) ~ exp(theta z) f(sum of z). A bag's
 factor is given by the least and the most that its count may be, and by `lambda_bag`:
@@ -115,7 +115,8 @@ def tilt(
     tolerance: float = 1e-3,
     checks: bool = True,
 ) -> Tensor:
-    """Returns t where the expected sum of labels with log-odds theta + t meets the factor; 0 if it meets it as it is.
+    """Returns t such that the expected sum of labels with log-odds theta + t satisfies the factor; 0 if it already
+    does.
 
     It solves sum of sigmoid(theta + t) + t / (2 lambda_bag) = the nearest of `least` and `most`. Without the penalty
     the log-odds of both sides are compared, which are equal at once where all theta are, and nearly linear in tails.
@@ -170,7 +171,7 @@ def tilt(
 
 
 def _bracket(theta: Tensor, target: Tensor, stiffness: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns how many variables there are, the log-odds of `target` among them, and two ends of `tilt`, (...) each.
+    """Returns the number of variables, the log-odds of `target` among them, and a bracket of `tilt`'s root, (...) each.
 
     Were all log-odds the least of them, or all the largest, the root would be known: it lies between the two.
     """
@@ -249,7 +250,8 @@ def exact_messages(
 def gaussian_messages(
     theta: Tensor, count: Tensor, lambda_bag: float = math.inf, start: Tensor | None = None
 ) -> Tensor:
-    """Returns the messages of factors of one count each, with the sum of the other variables taken as Gaussian; O(k).
+    """Returns the messages of factors of one count each, approximating the sum of the other variables as Gaussian;
+    O(k).
 
     With mean m and variance v of the sum of the others after the tilt: t + (2 (s - m) - 1) / (2 v + 1 / lambda_bag)
     for s = count - t / (2 lambda_bag). Arguments and result: see `exact_messages`.
@@ -284,7 +286,9 @@ def class_posterior(log_probs: Tensor, counts: Tensor) -> Tensor:
 
 
 def class_messages(log_probs: Tensor, counts: Tensor) -> Tensor:
-    """Returns log p(counts | y_i = c), up to a number per sample, of what the others say; as `class_posterior`."""
+    """Returns the messages log p(counts | y_i = c), up to a constant per sample, given the other samples; as
+    `class_posterior`.
+    """
     n, classes = log_probs.shape[-2:]
     given, limits = log_probs.reshape(-1, n, classes), counts.reshape(-1, classes)
     wrong = ((limits < 0).any(1) | (limits.sum(1) != n)).nonzero()
@@ -327,7 +331,7 @@ def class_messages(log_probs: Tensor, counts: Tensor) -> Tensor:
 
 
 def check_counts(least: Tensor, most: Tensor, sizes: Tensor, classes: int = 1) -> None:
-    """Looks at the counts of bags, (bags * classes,) each.
+    """Checks the counts of bags, (bags * classes,) each.
 
     Raises:
         ValueError: a count is fractional, negative, above its bag's size, or the least is above the most.
@@ -347,7 +351,7 @@ def check_counts(least: Tensor, most: Tensor, sizes: Tensor, classes: int = 1) -
 
 
 def check_evidence(ones: Tensor, zeros: Tensor, least: Tensor, most: Tensor, sizes: Tensor) -> None:
-    """Looks at what is certain in each bag: so many ones and zeros of its `sizes` samples; (bags,) each.
+    """Checks the numbers of certain ones and zeros in each bag of `sizes` samples; (bags,) each.
 
     Raises:
         ValueError: no labels of a bag agree with its count.

@@ -1,4 +1,4 @@
-"""Belief propagation over bags and neighbours for labels of several classes: `belief.py` with counts of every class."""
+"""Belief propagation over bags and neighbours for labels of several classes: `belief.py` with counts per class."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def class_marginals(
     max_iterations: int = 200,
     tolerance: float = 1e-4,
 ) -> Beliefs:
-    """Returns p(y_i = c) of labels y of several classes, whose number in each bag is known for every class.
+    """Returns p(y_i = c) of labels y of several classes, given the number of each class in each bag.
 
     Neighbours are coupled by exp(-lambda_edge K_ij |z_i - z_j|^2) of the one-hot z, so for two classes with half the
     `lambda_edge` of `marginals`. A count that is missed by d costs lambda_bag d^2, for every class. A bag whose counts
@@ -113,7 +113,7 @@ def class_marginals(
 
 
 class _ClassEdges:
-    """Messages between neighbours of several classes, logarithms (e, classes)."""
+    """Messages between neighbours for several classes, logarithms (e, classes)."""
 
     def __init__(self, edges: Tensor, coupling: Tensor, classes: int) -> None:
         self.first, self.second = edges.unbind(1)
@@ -142,7 +142,7 @@ class _ClassEdges:
 
 
 class _ClassBags:
-    """One factor per bag and class: a label is in a class or not."""
+    """One factor per bag and class, over the indicators that a label is in the class."""
 
     def __init__(self, bag: Tensor, counts: Tensor, sizes: Tensor, lambda_bag: float) -> None:
         classes = counts.shape[1]
@@ -152,7 +152,9 @@ class _ClassBags:
         self.bags = Bags(places, limits, limits, sizes.repeat_interleave(classes), lambda_bag)
 
     def messages(self, cavity: Tensor, from_bag: Tensor) -> Tensor:
-        """Returns log messages (n, classes) from what others say (n, classes) and the factors' messages now."""
+        """Returns log messages (n, classes), given the other factors' messages (n, classes) and this factor's current
+        ones.
+        """
         total = cavity + from_bag
         others = torch.stack([_without(total, c).logsumexp(1) for c in range(total.shape[1])], 1)
         return self.bags.messages((cavity - others).flatten()).view_as(cavity)

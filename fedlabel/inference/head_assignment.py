@@ -1,4 +1,4 @@
-"""Heads of a network as labelling functions: which classes each of them learns, and its vote among these.
+"""Heads of a network as labelling functions: the classes that each head learns, and its votes.
 
 Source: Xu et al., "DP-SSL: Towards Robust Semi-supervised Learning with A Few Labeled Samples", NeurIPS 2021 (arXiv
 2110.13740), whose heads get classes by multiple-choice learning: each class goes to those that have least loss on it.
@@ -24,7 +24,7 @@ _DRAWS = 1000
 
 
 def assign_classes(losses: np.ndarray, heads_per_class: int) -> np.ndarray:
-    """Gives every class to `heads_per_class` heads so that the sum of the losses is least, with sets of about one size.
+    """Assigns every class to `heads_per_class` heads with the smallest total loss, in sets of nearly equal size.
 
     A head gets at most ceil(heads_per_class * C / K) + 1 classes, and at least one: left alone, some heads would win
     everything (the dead heads of multiple-choice learning). Solved exactly, as a transport problem.
@@ -55,7 +55,7 @@ def assign_classes(losses: np.ndarray, heads_per_class: int) -> np.ndarray:
 
 
 def classes_in_turn(heads: int, classes: int, heads_per_class: int) -> np.ndarray:
-    """Returns (K, C) bool: the heads take their classes in turn, until each class has `heads_per_class` of them."""
+    """Returns (K, C) bool: round-robin assignment, until each class has `heads_per_class` heads."""
     sets = np.zeros((heads, classes), dtype=bool)
     sets[np.arange(classes * heads_per_class) % heads, np.arange(classes).repeat(heads_per_class)] = True
     return sets
@@ -81,8 +81,8 @@ def random_classes(heads: int, classes: int, least: int, most: int, seed: int) -
 
 
 def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sums of each head's -log p(y) over the samples of each class, (K, C), and their numbers, (C,). No
-    sample counts more than `LARGEST_LOSS`.
+    """Returns the sums of each head's -log p(y) over the samples of each class, (K, C), and the numbers of samples,
+    (C,). The loss of a sample is capped at `LARGEST_LOSS`.
 
     Args:
         logits: (n, K, C + 1), the last is "abstain".
@@ -95,7 +95,7 @@ def class_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def votes_of(logits: Tensor, sets: Tensor, threshold: float = 0.0) -> Tensor:
-    """Returns (n, K) int64, each head's likeliest class of its set, or `ABSTAIN`.
+    """Returns (n, K) int64, each head's most probable class of its set, or `ABSTAIN`.
 
     Args:
         logits: (n, K, C + 1), the last is "abstain".

@@ -1,4 +1,4 @@
-"""What imprecise information says of a label: one row of log-likelihoods per sample, and the posterior it gives.
+"""Likelihoods of imprecise labels: one row of log-likelihoods per sample, and the resulting posterior.
 
 Source: Chen et al., "Imprecise Label Learning: A Unified Framework for Learning with Various Imprecise Label
 Configurations", NeurIPS 2024 (arXiv 2305.12715). Whatever is known of a sample becomes a row l in R^classes with
@@ -41,8 +41,8 @@ def posterior(logits: Tensor, log_likelihood: Tensor) -> Tensor:
     contradictory = (log_likelihood == -torch.inf).all(1).nonzero()
     if len(contradictory):
         raise ValueError(
-            f"What is known of sample {int(contradictory[0])} contradicts itself: its log-likelihood is -inf for every "
-            "class. At least one class must be possible; look at its candidates and labels."
+            f"The supervision of sample {int(contradictory[0])} contradicts itself: its log-likelihood is -inf for "
+            "every class. At least one class must be possible; look at its candidates and labels."
         )
     wrong = (~(logits < torch.inf) | ~(log_likelihood < torch.inf)).any(1).nonzero()
     if len(wrong):
@@ -53,14 +53,14 @@ def posterior(logits: Tensor, log_likelihood: Tensor) -> Tensor:
     impossible = (logits + log_likelihood == -torch.inf).all(1).nonzero()
     if len(impossible):
         raise ValueError(
-            f"The model's prediction for sample {int(impossible[0])} is 0 for every class that is possible by what is "
-            "known of it."
+            f"The model's prediction for sample {int(impossible[0])} is 0 for every class that is possible "
+            "under its supervision."
         )
     return unchecked_posterior(logits, log_likelihood)
 
 
 def unchecked_posterior(logits: Tensor, log_likelihood: Tensor) -> Tensor:
-    """As `posterior`, for losses: without a look at the data, so that it works under `torch.func.vmap`."""
+    """As `posterior`, for losses: without validation of the data, so that it works under `torch.func.vmap`."""
     return (logits.log_softmax(-1) + log_likelihood).softmax(-1)
 
 
@@ -84,7 +84,7 @@ def candidates_log_likelihood(candidates: Tensor) -> Tensor:
 
 
 def label_log_likelihood(labels: Tensor, transition: Tensor) -> Tensor:
-    """Returns log T[y, label] for every y, (n, classes); zeros where there is no label.
+    """Returns log T[y, label] for every y, (n, classes); zeros for samples without a label.
 
     Args:
         labels: (n,) int64 noisy labels, -1 = none.
@@ -96,16 +96,16 @@ def label_log_likelihood(labels: Tensor, transition: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SetLikelihood:
-    """p(S | y) of a candidate set S that may miss the truth."""
+    """p(S | y) of a candidate set S that may miss the true class."""
 
     kind: str = "sum"
-    """sum: S holds a noisy label, sum_{j in S} T[y, j]. product: each candidate is a noisy label of its own,
-    prod_{j in S} T[y, j]; take a fixed T with it. generator: how `supervision.kind=partial` with noise makes them, from
-    the two numbers below and without T."""
+    """sum: S holds a noisy label, sum_{j in S} T[y, j]. product: each candidate is a noisy label of its own, prod_{j in
+    S} T[y, j]; use a fixed T with it. generator: the process of `supervision.kind=partial` with noise, with the two
+    parameters below and without T."""
     partial_ratio: float = 0.1
-    """generator: the probability r in (0, 1) of a wrong label to be a candidate."""
+    """generator: the probability r in (0, 1) that a wrong label is a candidate."""
     noise_rate: float = 0.1
-    """generator: the probability in (0, 1) that the truth is replaced by a class outside the set."""
+    """generator: the probability in (0, 1) that a class outside the set replaces the true class."""
 
     def __post_init__(self) -> None:
         if self.kind not in SET_LIKELIHOODS:
@@ -155,7 +155,7 @@ class SetLikelihood:
 def log_likelihood(
     candidates: Tensor, noisy: Tensor, annotations: Tensor, transitions: Tensor, sets: SetLikelihood
 ) -> Tensor:
-    """Returns log p(all that is known of a sample | y), (n, classes).
+    """Returns log p(supervision of a sample | y), (n, classes).
 
     Args:
         candidates: (n, classes) bool, see `Supervision`.

@@ -1,4 +1,4 @@
-"""A label model: the class of a sample from the votes and abstentions of labelling functions that are at times wrong.
+"""A label model: the posterior class of a sample given the votes and abstentions of noisy labelling functions.
 
 A star: the class y has prior pi, and function k votes v with probability T_k[y, v], independently of the others given
 y; v is a class of its own set or "abstain". So
@@ -33,22 +33,22 @@ _PRIOR_STEPS = 50
 
 
 class Counts(NamedTuple):
-    """What an E step sums over samples, and what a federation adds up."""
+    """Expected counts of an E step, which are summed over samples and over clients."""
 
     votes: Tensor
     """(functions, classes + 1, classes) float64: expected number of samples of each class (last) with each vote; the
-    last vote is to abstain."""
+    last vote is an abstention."""
     classes: Tensor
     """(classes,) float64: expected number of samples of each class."""
     log_likelihood: Tensor
-    """() float64, of the votes, in nats; 0 where it was not asked for."""
+    """() float64, log-likelihood of the votes, in nats; 0 if it was not requested."""
 
     def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
         return Counts(*(mine + yours for mine, yours in zip(self, other, strict=True)))
 
 
 class LabelModel:
-    """Learns how good labelling functions are from how they agree.
+    """Estimates the accuracies of labelling functions from their agreement.
 
     Args:
         num_classes: C.
@@ -155,19 +155,19 @@ class LabelModel:
         return torch.cat([self._joint(part, 1.0).logsumexp(1) for part in symbols.split(_CHUNK)])
 
     def expected_counts(self, votes: Tensor, labels: Tensor | None = None, label_weight: float = 1.0) -> Counts:
-        """Returns the sums of the E step over votes (n, K).
+        """Returns the expected counts of the E step for votes (n, K).
 
         Args:
             votes: see `posterior`.
-            labels: (n,) int64 where the class is known, -1 elsewhere; None: nowhere.
-            label_weight: how much a sample of known class counts.
+            labels: (n,) int64 the true class, -1 elsewhere; None: nowhere.
+            label_weight: how much a sample with a label counts.
         """
         return self._counts(self._symbols_of(votes), self._labels_of(labels, len(votes)), label_weight)
 
     def initial_counts(self, votes: Tensor, labels: Tensor | None = None, label_weight: float = 1.0) -> Counts:
-        """Returns the sums over first guesses: each class's votes divided by how many functions may vote for it; a row
-        without votes by the prior. EM starts from here, so that class c of the model is class c. For the arguments see
-        `expected_counts`.
+        """Returns expected counts of initial posteriors: each class's votes divided by the number of functions that may
+        vote for it; a row without votes by the prior. EM starts from here, so that class c of the model is class c. For
+        the arguments see `expected_counts`.
         """
         labels = self._labels_of(labels, len(votes))
 
@@ -178,7 +178,7 @@ class LabelModel:
         return self._sum(self._symbols_of(votes), look)
 
     def guess(self, votes: Tensor) -> Tensor:
-        """Returns the first guesses that `initial_counts` sums, (n, C) float64."""
+        """Returns the initial posteriors that `initial_counts` sums, (n, C) float64."""
         return self._guess(self._symbols_of(votes))
 
     def _guess(self, symbols: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class LabelModel:
         return self._sum(symbols, look)
 
     def _sum(self, symbols: Tensor, look: Callable[[int, Tensor], tuple[Tensor, Tensor]]) -> Counts:
-        """Adds up, chunk by chunk, what `look(first row, symbols)` says: posteriors (n, C), and the log-likelihood."""
+        """Sums the results of `look(first row, symbols)` over chunks: posteriors (n, C), and the log-likelihood."""
         k, symbol_count, classes = self.tables.shape
         votes = torch.zeros(k * symbol_count, classes, dtype=torch.float64, device=symbols.device)
         total, log_likelihood, start = votes.new_zeros(classes), votes.new_zeros(()), 0
@@ -208,12 +208,12 @@ class LabelModel:
             posterior, evidence = look(start, part)
             total += posterior.sum(0)
             log_likelihood += evidence
-            for function, said in enumerate(part.T.contiguous()):
+            for function, own_votes in enumerate(part.T.contiguous()):
                 if votes.is_cuda:  # there sums at few places are slow, or not the same each time
                     own = slice(function * symbol_count, (function + 1) * symbol_count)
-                    votes[own] += (said == places[function]).double() @ posterior
+                    votes[own] += (own_votes == places[function]).double() @ posterior
                 else:
-                    votes.index_add_(0, said, posterior)
+                    votes.index_add_(0, own_votes, posterior)
             start += len(part)
         return Counts(votes.view(k, symbol_count, classes), total, log_likelihood)
 
@@ -226,7 +226,7 @@ class LabelModel:
         return self.prior.log() + kappa * embedding_bag(symbols, log_tables.flatten(0, 1), mode="sum")
 
     def _symbols_of(self, votes: Tensor) -> Tensor:
-        """Returns (n, K) int64, the place of every vote in the flattened tables."""
+        """Returns (n, K) int64, the index of every vote in the flattened tables."""
         votes = torch.as_tensor(votes).to(self.class_sets.device)
         if votes.dtype != torch.int64 or votes.dim() != 2 or votes.shape[1] != self.num_functions:
             raise ValueError(
@@ -268,14 +268,14 @@ class LabelModel:
         return torch.where(votes == self.num_classes, ABSTAIN, votes)
 
     def accuracy(self) -> Tensor:
-        """Returns how often each function is right where it votes, by the model, (K,) float64."""
+        """Returns the model's estimate of each function's accuracy on its votes, (K,) float64."""
         voted = self.tables[:, :-1] * self.prior
         return voted.diagonal(dim1=1, dim2=2).sum(1) / voted.sum((1, 2)).clamp_min(1e-300)
 
     # ---------------------------------------------------------------------------------------------------------- M step
 
     def update(self, counts: Counts) -> None:
-        """Takes the parameters that are likeliest for summed `expected_counts` (with `smoothing`)."""
+        """Sets the parameters that maximise the likelihood of summed `expected_counts` (with `smoothing`)."""
         if self.fixed_prior is None and self.variant != "cage":
             smoothed = counts.classes + self.smoothing
             self.prior = smoothed / smoothed.sum()
@@ -317,7 +317,7 @@ class LabelModel:
         self.tables = torch.cat([table, silence], 1)
 
     def _update_cage(self, votes: Tensor, classes: Tensor) -> None:
-        """Climbs the expected log-likelihood of theta, T = exp(theta) / (1 + sum exp(theta)), plus the guide."""
+        """Maximises the expected log-likelihood over theta, T = exp(theta) / (1 + sum exp(theta)), plus the guide."""
         theta = (self.tables[:, :-1].clamp_min(1e-6) / self.tables[:, -1:].clamp_min(1e-6)).log()
         theta = theta.masked_fill(~self._symbols[:, :-1], 0.0).requires_grad_()
         optimizer = torch.optim.LBFGS([theta], max_iter=_GUIDE_STEPS, line_search_fn="strong_wolfe")
@@ -360,7 +360,7 @@ class LabelModel:
         max_iterations: int = 100,
         tolerance: float = 1e-6,
     ) -> LabelModel:
-        """Runs EM anew, from `initial_counts`, until the mean log-likelihood changes by less than a share `tolerance`.
+        """Runs EM from `initial_counts`, until the mean log-likelihood changes by less than a share `tolerance`.
 
         Args:
             votes: (n, K) int64, n at least 1.
@@ -396,15 +396,15 @@ def _rows(labels: Tensor | None, start: int, part: Tensor) -> Tensor | None:
 
 
 def _clamped(posterior: Tensor, labels: Tensor | None, weight: float) -> Tensor:
-    """Returns posteriors (n, C) with `weight` at the label, and 0 elsewhere, where there is one (not -1)."""
+    """Returns posteriors (n, C) with `weight` at the label, and 0 elsewhere, for samples with a label (not -1)."""
     if labels is None:
         return posterior
-    known = weight * torch.zeros_like(posterior).scatter_(1, labels.clamp_min(0)[:, None], 1.0)
-    return torch.where((labels >= 0)[:, None], known, posterior)
+    clamped = weight * torch.zeros_like(posterior).scatter_(1, labels.clamp_min(0)[:, None], 1.0)
+    return torch.where((labels >= 0)[:, None], clamped, posterior)
 
 
 def client_prior(model: LabelModel, votes: Tensor) -> Tensor:
-    """Returns the class prior (C,) that is likeliest for votes (n, K) under the model's tables: EM from its prior."""
+    """Returns the maximum-likelihood class prior (C,) of votes (n, K) under the model's tables: EM from its prior."""
     ratio = model.posterior(votes) / model.prior
     prior = model.prior
     for _ in range(_PRIOR_STEPS):
@@ -415,13 +415,15 @@ def client_prior(model: LabelModel, votes: Tensor) -> Tensor:
 
 
 def majority_vote(votes: Tensor, num_classes: int) -> Tensor:
-    """Returns each class's share of the votes that were cast, (n, C) float64; even where none was."""
+    """Returns each class's share of the votes, (n, C) float64; uniform without votes."""
     total = vote_tallies(votes, num_classes)
     return torch.where(total.sum(1, keepdim=True) > 0, total / total.sum(1, keepdim=True), 1 / num_classes)
 
 
 def coverage_normalized_votes(votes: Tensor, class_sets: Tensor) -> Tensor:
-    """Returns each class's votes by how many functions may vote for it, (n, C) float64; 0 where none was cast."""
+    """Returns each class's votes divided by the number of functions that may vote for it, (n, C) float64; 0 without
+    votes.
+    """
     return vote_tallies(votes, class_sets.shape[1]) / class_sets.sum(0).clamp_min(1)
 
 

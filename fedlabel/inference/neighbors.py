@@ -1,4 +1,4 @@
-"""The graph of neighbours that beliefs travel along: cosine chooses, Euclid weighs.
+"""The graph of neighbours for belief propagation: neighbours by cosine distance, weights by Euclidean distance.
 
 Source: Havaldar et al., "Learning from Label Proportions: Bootstrapping Supervised Learners via Belief Propagation",
 ICLR 2024 (arXiv 2310.08056): the k nearest by cosine distance, weight exp(-|x_i - x_j|), a Matern kernel of order 1/2
@@ -36,7 +36,7 @@ def neighbor_graph(
     length_scale: float | None = None,
     backend: str = "sklearn",
 ) -> Graph:
-    """Joins every sample to its nearest others; two are joined if either is among the nearest of the other.
+    """Connects every sample to its nearest neighbours; two are connected if either is among the nearest of the other.
 
     Args:
         features: (n, d) float.
@@ -77,7 +77,9 @@ def neighbor_graph(
 
 
 def _sklearn(directions: np.ndarray, count: int) -> np.ndarray:
-    """Returns (n, count) the nearest others of each row; of rows of one length Euclid and cosine have one order."""
+    """Returns (n, count) the nearest neighbours of each row; for rows of equal length Euclidean and cosine order
+    agree.
+    """
     from sklearn.neighbors import NearestNeighbors  # here: it takes a second to import
 
     found: np.ndarray = NearestNeighbors(n_neighbors=count).fit(directions).kneighbors(return_distance=False)

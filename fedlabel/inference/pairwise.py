@@ -1,4 +1,4 @@
-"""LLP-BP's own inference: bags as pairs, and plain sum-product on them.
+"""LLP-BP's own inference: bags as pairwise potentials, and plain sum-product on them.
 
 Source: Havaldar et al., "Learning from Label Proportions: Bootstrapping Supervised Learners via Belief Propagation",
 ICLR 2024 (arXiv 2310.08056) and its released code: synchronous messages from 0, damping .5.
@@ -24,7 +24,7 @@ def sum_product(
     tolerance: float,
     change: Callable[[Tensor, Tensor], float],
 ) -> tuple[Tensor, int, float]:
-    """Runs plain sum-product on exp(sum u_i z_i + sum J_ij z_i z_j), all messages at once.
+    """Runs plain sum-product on exp(sum u_i z_i + sum J_ij z_i z_j), updating all messages at once.
 
     With cavity log-odds c of i without j, the message of i to j is log (1 + exp(c + J)) - log (1 + exp(c)).
 

@@ -1,4 +1,4 @@
-"""Sums at places that repeat, in one order on every device."""
+"""Sums at repeated indices, in the same order on every device."""
 
 from __future__ import annotations
 

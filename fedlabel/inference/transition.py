@@ -1,4 +1,4 @@
-"""The noise matrix T[y, j] = p(noisy label j | true label y), and how it is learnt.
+"""The noise matrix T[y, j] = p(noisy label j | true label y), and its estimation.
 
 Closed form (Dawid and Skene, 1979): expected counts N[y, j] = sum_i q_i(y) [label_i = j] add up over samples and
 clients, and T is N with rows normalised, so a federation of all clients learns what one pool of their data would.
@@ -86,7 +86,7 @@ def expected_label_counts(
 
 
 def from_counts(counts: Tensor, prior: Tensor) -> Tensor:
-    """Returns T from expected counts: (counts + prior) with rows normalised; a row without either is uniform.
+    """Returns T from expected counts: (counts + prior) with rows normalised; a row without counts and prior is uniform.
 
     Args:
         counts: (..., classes, classes).
@@ -113,7 +113,7 @@ def gradient_step(logits: Tensor, counts: Tensor, samples: Tensor, lr: float) ->
 
 
 def not_dominant(transition: Tensor) -> list[int]:
-    """Returns the classes whose own label is not the most probable in their row of T (classes, classes).
+    """Returns the classes whose diagonal entry is not the largest of their row of T (classes, classes).
 
     T is learnt up to a permutation of the classes; only a dominant diagonal says that it is the right one.
     """

@@ -1,1 +1,1 @@
-"""What a client and the server do with data in a round: plan, batches, local steps, measurements."""
+"""Training and evaluation in a round, on clients and server: plan, batches, local steps, metrics."""

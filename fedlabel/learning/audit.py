@@ -1,4 +1,4 @@
-"""A client's round against the hidden labels of its samples: only in a simulation, and never seen by training."""
+"""Compares a client's round with the hidden labels of its samples: only in a simulation, after training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedlabel.learning.metrics import Counts, function_counts, pseudo_label_coun
 
 
 def against_truth(update: ClientUpdate, supervision: Supervision, truth: Tensor) -> tuple[Counts, Counts]:
-    """Counts how often what a method believes is true: sums over all draws of a round, per true class.
+    """Counts how often a method's beliefs are true: sums over all draws of a round, per true class.
 
     Args:
         update: of the round.

@@ -1,4 +1,4 @@
-"""Batches from a plan: labels are hidden where a loss must not see them, and views are made."""
+"""Makes batches from a plan: hides labels that a loss must not see, and makes views."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BatchMaker:
         transform: ImageTransform,
         generator: torch.Generator,
     ) -> None:
-        self._by_knowledge = isinstance(draw, ByKnowledge)
+        self._by_supervision = isinstance(draw, ByKnowledge)
         free = () if not isinstance(draw, (BySample, ByKnowledge)) else draw.unlabeled
         self._views: dict[str, Views] = {
             "labeled": draw.labeled,
@@ -72,7 +72,7 @@ class BatchMaker:
         candidates, noisy = supervision.candidates[rows], supervision.noisy[rows]
         annotations = supervision.annotations[rows]
         if kind != "labeled":  # a labelled sample drawn as an unlabelled one keeps its label to itself
-            hidden = torch.ones_like(noisy) if self._by_knowledge else candidates.sum(1) == 1
+            hidden = torch.ones_like(noisy) if self._by_supervision else candidates.sum(1) == 1
             candidates, noisy = candidates | hidden[:, None], noisy & ~hidden
             annotations = torch.where(hidden[:, None], -1, annotations)
         views = self._transform.views(self._images[rows], self._views[kind], self._generator)

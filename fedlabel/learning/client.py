@@ -1,4 +1,4 @@
-"""A client's round: its phases on its data, one after the other; the server's own training is the same loop."""
+"""A client's round: its phases on its data, one after the other; the server's own training uses the same loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NO_STATES: Mapping[str, StateDict] = MappingProxyType({})
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """What training may see of one client. Hidden labels are not in it."""
+    """The data of one client that training may use. Hidden labels are not included."""
 
     images: Tensor
     """(n, channels, height, width) uint8."""
@@ -45,7 +45,7 @@ class ClientUpdate:
     """The result of one client's round."""
 
     parts: dict[str, ModelPart]
-    """What is uploaded (see `Upload.send`)."""
+    """The uploaded parts of the model (see `Upload.send`)."""
     sums: dict[str, list[float]]
     """Metric name -> (sum, count) over all steps."""
     statistics: State
@@ -55,11 +55,11 @@ class ClientUpdate:
     pseudo_index: Tensor
     """(draws,) positions in the client's data of the pseudo-labelled draws, for the evaluator."""
     pseudo: PseudoLabels | None
-    """The pseudo-labels of these draws; None if there were none."""
+    """The pseudo-labels of these draws; None without any."""
     forward: int
-    """Samples sent through a model, student's and teachers' alike; once for each network that it is made of."""
+    """Samples passed forward through a model, student's and teachers' alike; counted once for each of its networks."""
     backward: int
-    """Samples whose gradient was propagated back."""
+    """Samples in the backward pass."""
     pairs: Tensor | None
     """See `Prepared.pairs`."""
     votes: Votes | None
@@ -68,12 +68,12 @@ class ClientUpdate:
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """What training needs beside a recipe and data."""
+    """The parts of training besides recipe and data: modules, views and configuration."""
 
     student: nn.Module
     """A module whose weights may be overwritten."""
     teacher: nn.Module
-    """A second module of the same architecture; only its code is used, for frozen teachers."""
+    """A second module of the same architecture, whose code runs frozen teachers; its own weights are not used."""
     transform: ImageTransform
     config: TrainingConfig
     metrics: tuple[Tag, ...] = ()
@@ -176,7 +176,7 @@ class _Run:
         self._trainer, self._config, self._data, self._states, self._seed = trainer, config, data, states, seed
 
     def phase(self, phase: Phase) -> None:
-        """Runs a phase, if it has samples and steps; its end goes to `results` and is a state for later ones."""
+        """Runs a phase, if it has samples and steps; adds its final state to `results`, for later phases."""
         pool = sample_pool(phase.draw, self._data.supervision, self._config)
         self.drawn_from[torch.cat([pool.labeled, pool.unlabeled])] = True
         self._states[phase.name] = self._states[phase.start]
@@ -228,7 +228,7 @@ class _Run:
         return prepared
 
     def _steps(self, phase: Phase, plan: Plan, targets: Mapping[str, Tensor], teachers: Mapping[str, Model]) -> float:
-        """Trains the student; returns how many samples its steps used."""
+        """Trains the student; returns the number of samples that its steps used."""
         student, images = self._trainer.student, self._data.images
         student.train()
         steppers = [
@@ -254,7 +254,7 @@ class _Run:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Models with dropout draw from torch's global generator: gives it a seed inside and puts it back after."""
+    """Seeds torch's global generator, which dropout uses, inside the context, and restores it after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

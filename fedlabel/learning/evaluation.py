@@ -1,4 +1,4 @@
-"""Evaluation of the global model: over all, per class and per client, from one pass over the evaluation split."""
+"""Evaluation of the global model: overall, per class and per client, in one pass over the evaluation split."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH_SIZE = 500
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The global model on one split."""
+    """Results of the global model on one split."""
 
     loss: float
     """Mean cross-entropy in nats."""

@@ -1,4 +1,4 @@
-"""Measurements of a client's round: metrics, pseudo-labels and passes; tensors stay on the device until the end."""
+"""Collects a client's metrics, pseudo-labels and passes during a round; tensors stay on the device until its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlabel.metric_tags import Tag
 
 
 class Meter:
-    """What the phases of a round report, added up.
+    """Sums of the metrics that the phases of a round report.
 
     Args:
         tags: name -> tag of each metric that a client may send.
@@ -42,14 +42,14 @@ class Meter:
         for name, pair in metrics.items():
             if name not in self._tags:
                 raise ValueError(
-                    f"The method makes the metric {name}, which nobody declared, so the server would refuse it. "
+                    f"The method makes the metric {name}, which is not declared, so the server would refuse it. "
                     f'Declare it: metrics = (Tag("{name}", title, unit, page, least=0.0, largest=1.0),) in the '
                     "method's class, with Tag of fedlabel.metric_tags."
                 )
             self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
 
     def add_pseudo(self, pseudo: PseudoLabels | None, rows: Tensor, guessed: Tensor) -> None:
-        """Keeps pseudo-labels of samples `rows` (m,), positions in the client's data, where `guessed` (m,) bool."""
+        """Records pseudo-labels of samples `rows` (m,), positions in the client's data, where `guessed` (m,) bool."""
         if pseudo is None:
             return
         self._rows.append(rows[guessed])
@@ -57,7 +57,7 @@ class Meter:
         self._pseudo.append(PseudoLabels(*(values[here] for values in pseudo)))
 
     def pseudo_labels(self) -> tuple[Tensor, PseudoLabels | None]:
-        """Returns the positions (draws,) of the pseudo-labelled draws and their pseudo-labels; None: no draws."""
+        """Returns the positions (draws,) of the pseudo-labelled draws and their pseudo-labels; None without draws."""
         if not self._pseudo:
             return torch.zeros(0, dtype=torch.int64), None
         return torch.cat(self._rows), PseudoLabels(*map(torch.cat, zip(*self._pseudo, strict=True)))

@@ -28,7 +28,7 @@ def add_counts(parts: Iterable[Mapping[str, list[float]]]) -> Counts:
 
 
 def means(sums: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns sum / count of every name whose value is (sum, count); names with count 0 are left out."""
+    """Returns sum / count of every name whose value is (sum, count); names with count 0 are omitted."""
     return {name: pair[0] / pair[1] for name, pair in sums.items() if pair[1] > 0}
 
 
@@ -82,7 +82,7 @@ CALIBRATION_BINS = 15
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor) -> np.ndarray:
-    """Returns (3, bins) float64 per bin of confidence: samples, sum of their confidence, how many are correct.
+    """Returns (3, bins) float64 per confidence bin: number of samples, sum of their confidence, number correct.
 
     All three add up over clients.
 
@@ -109,24 +109,24 @@ def calibration_error(bins: np.ndarray) -> float:
 
 
 def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, kind: Tensor) -> Counts:
-    """Returns what the evaluator counts on a client: pseudo-labels against the hidden truth.
+    """Returns the evaluator's counts on a client: pseudo-labels against the hidden labels.
 
     Args:
         pseudo: all pseudo-labels of a client in a round, (n,) each.
         truth: (n,) int64 hidden labels of the same samples; -1 where nobody knows.
         num_classes: number of classes.
-        kind: (n,) int64, what was known of each sample, see `Supervision.kind`.
+        kind: (n,) int64, kind of label of each sample, see `Supervision.kind`.
 
     Returns:
         "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global);
         "drawn_by_kind", "correct_by_kind", where a label counts as correct whether or not it was kept;
         `calibration_bins` of all draws and of the kept ones, a list per row (see `bins_of`); of two classes "beliefs",
-        how many draws have p(class 1) in each of `BELIEF_BINS` equal parts of [0, 1]; nothing where no truth is known.
+        how many draws have p(class 1) in each of `BELIEF_BINS` equal parts of [0, 1]; empty without true labels.
     """
-    known = truth >= 0
-    if not known.any():
+    has_truth = truth >= 0
+    if not has_truth.any():
         return {}
-    truth, kind, pseudo = truth[known], kind[known], PseudoLabels(*(values[known] for values in pseudo))
+    truth, kind, pseudo = truth[has_truth], kind[has_truth], PseudoLabels(*(values[has_truth] for values in pseudo))
     correct = pseudo.keep & (pseudo.label == truth)
 
     def per_class(mask: Tensor) -> list[float]:
@@ -175,7 +175,7 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
     """Returns `pseudo/...` scalars from summed `pseudo_label_counts`; those without a sample are left out.
 
     Coverage is kept / drawn; accuracy is correct / kept, over all, and per expert; correct_wrong_ratio is correct /
-    wrong among the kept; posterior/accuracy_<kind> is over all draws of which that kind of thing was known; ece is the
+    wrong among the kept; posterior/accuracy_<kind> is over all draws with that kind of label; ece is the
     calibration error over all draws, ece_kept over the kept ones.
     """
     if not counts:
@@ -201,7 +201,7 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def function_counts(votes: Tensor, class_sets: Tensor, truth: Tensor) -> Counts:
-    """Returns what the evaluator counts of labelling functions' votes on a client.
+    """Returns the evaluator's counts of labelling functions' votes on a client.
 
     Args:
         votes: (n, K) int64, -1 = abstained.
@@ -210,8 +210,8 @@ def function_counts(votes: Tensor, class_sets: Tensor, truth: Tensor) -> Counts:
 
     Returns:
         "function_votes": (K, C) flattened, votes for each class; "function_counts": (K, 4) flattened, votes on samples
-        that another function votes on, too; that another one votes otherwise on; that are right; whose truth is known;
-        "function_samples": (5,) samples; those with any vote; those whose truth is known; of these, how many the
+        that another function votes on, too; that another one votes otherwise on; that are right; with a true label;
+        "function_samples": (5,) samples; those with any vote; those with a true label; of these, how many the
         majority gets right and how many the votes by class, divided by how many functions may vote for it. A tie, as of
         a sample without votes, counts by the chance to draw the right one.
     """
@@ -220,13 +220,13 @@ def function_counts(votes: Tensor, class_sets: Tensor, truth: Tensor) -> Counts:
     tallies = vote_tallies(votes, classes)
     others = cast.sum(1, keepdim=True) - cast.long()
     alike = torch.where(cast, tallies.gather(1, votes.clamp_min(0)) - 1, 0)
-    known = truth >= 0
-    per_function = [cast & (others > 0), cast & (others > alike), cast & right, cast & known[:, None]]
+    has_truth = truth >= 0
+    per_function = [cast & (others > 0), cast & (others > alike), cast & right, cast & has_truth[:, None]]
     by_class = torch.stack([(votes == label).sum(0) for label in range(classes)], 1)
-    samples = [torch.ones_like(known), cast.any(1), known]
+    samples = [torch.ones_like(has_truth), cast.any(1), has_truth]
     for scores in (tallies, coverage_normalized_votes(votes, class_sets)):
         top = (scores == scores.amax(1, keepdim=True)).double()
-        samples.append(known * (top / top.sum(1, keepdim=True)).gather(1, truth.clamp_min(0)[:, None]).squeeze(1))
+        samples.append(has_truth * (top / top.sum(1, keepdim=True)).gather(1, truth.clamp_min(0)[:, None]).squeeze(1))
     return {
         "function_votes": by_class.double().flatten().tolist(),
         "function_counts": torch.stack([mask.sum(0) for mask in per_function], 1).double().flatten().tolist(),

@@ -1,4 +1,4 @@
-"""All chance of a phase, drawn before its first step: which samples and bags each step takes, and the mixing shares."""
+"""Draws all randomness of a phase before its first step: the samples and bags of each step, and the mixing shares."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fedlabel.seeding import numpy_generator, torch_generator
 
 
 class Units(NamedTuple):
-    """What a phase by bags draws: bags, and samples on their own."""
+    """The units that a phase draws by bags: bags, and single samples."""
 
     rows: Tensor
     """(units, k) int64, positions in the client's data, -1 where a unit has fewer than k samples."""
     counts: Tensor
-    """(units, classes) int64, samples in each class; all 0 where they are unknown."""
+    """(units, classes) int64, number of samples in each class; all 0 if the counts are unknown."""
 
     def samples(self) -> Tensor:
         """Returns the sorted positions of all samples, (m,)."""
         return self.rows[self.rows >= 0].sort().values
 
     def per_step(self, batch_size: int, least: int = 1) -> int:
-        """Returns how many units have about `batch_size` samples, or `least`."""
+        """Returns the number of units with about `batch_size` samples in all, at least `least`."""
         return max(least, round(batch_size * len(self.rows) / max(1, int((self.rows >= 0).sum()))))
 
 
@@ -54,13 +54,14 @@ class StepPlan(NamedTuple):
     unlabeled: Tensor
     mix: Tensor
     mixing: float
-    """The share of the first draw in what is mixed."""
+    """Mixing weight of the first sample."""
     units: Units | None
     """Bags of the samples in `labeled`."""
     pseudo: Tensor
     """The samples whose pseudo-labels a loss reports, in its order."""
     guessed: Tensor
-    """bool, for which of these a pseudo-label is a guess: their class is not certain, or it is hidden from the loss."""
+    """bool, whether the pseudo-label of each of these is a guess: its class is not certain, or is hidden from the
+    loss."""
 
 
 class Plan(NamedTuple):
@@ -68,7 +69,7 @@ class Plan(NamedTuple):
 
     steps: tuple[StepPlan, ...]
     sizes: tuple[int, int, int]
-    """How many samples (units) the labelled, the unlabelled and the mixed part are drawn from."""
+    """Sizes of the pools of samples (units) that the labelled, the unlabelled and the mixed part are drawn from."""
 
 
 def sample_pool(draw: Draw, supervision: Supervision, config: TrainingConfig) -> Pool:
@@ -77,7 +78,7 @@ def sample_pool(draw: Draw, supervision: Supervision, config: TrainingConfig) ->
         units, labeled = bag_units(supervision, draw.singles), supervision.labeled.cpu()
         samples = units.samples()
         return Pool(samples[labeled[samples]], samples[~labeled[samples]], units)
-    with_label = (supervision.informed if isinstance(draw, ByKnowledge) else supervision.labeled).cpu()
+    with_label = (supervision.has_supervision if isinstance(draw, ByKnowledge) else supervision.labeled).cpu()
     rows, others = with_label.nonzero().squeeze(1), (~with_label).nonzero().squeeze(1)
     if config.unlabeled_includes_labeled:
         others = torch.arange(len(with_label))
@@ -142,7 +143,10 @@ class _StepMaker:
     def __init__(self, draw: Draw, units: Units | None, supervision: Supervision) -> None:
         self._by_knowledge, self._units = isinstance(draw, ByKnowledge), units
         # Nothing is guessed where the label is certain, nor of a sample that is drawn without its supervision.
-        self._unsure, self._hidden = (~supervision.labeled | supervision.noisy).cpu(), ~supervision.informed.cpu()
+        self._unsure, self._hidden = (
+            (~supervision.labeled | supervision.noisy).cpu(),
+            ~supervision.has_supervision.cpu(),
+        )
 
     def __call__(self, places: Tensor, unlabeled: Tensor, mix: Tensor, share: float) -> StepPlan:
         if self._units is not None:
@@ -168,7 +172,7 @@ def draw_batches(index: Tensor, batch_size: int, steps: int, generator: torch.Ge
 
 
 def count_steps(phase: Phase, config: TrainingConfig, num_samples: int, batch_size: int) -> int:
-    """Returns how many steps a phase takes over `num_samples` samples, `batch_size` a step."""
+    """Returns the number of steps of a phase over `num_samples` samples, `batch_size` per step."""
     if phase.steps is not None:
         return phase.steps
     if config.local_steps is not None:
@@ -178,7 +182,7 @@ def count_steps(phase: Phase, config: TrainingConfig, num_samples: int, batch_si
 
 
 def most_drawn(phase: Phase, config: TrainingConfig, num_samples: int, units: Units | None) -> tuple[int, int]:
-    """Returns how many (optimiser steps, samples over all of them) a phase has at most, whatever their labels.
+    """Returns the largest number of (optimiser steps, samples over all of them) of a phase, whatever the labels.
 
     Args:
         phase: the phase.
@@ -203,7 +207,7 @@ def most_drawn(phase: Phase, config: TrainingConfig, num_samples: int, units: Un
 
 
 def bag_units(supervision: Supervision, singles: bool) -> Units:
-    """Returns bags, then the labelled samples in no bag and, if asked for, the others; on the CPU.
+    """Returns bags, then the labelled samples in no bag and, with `singles`, the other samples in no bag; on the CPU.
 
     A noisy label is none: it would count as exact.
     """

@@ -38,7 +38,7 @@ def frozen_model(module: nn.Module, state: Mapping[str, Tensor], lender: nn.Modu
 
 
 def counted(model: Model, meter: Meter) -> Model:
-    """Returns a teacher whose passes are counted."""
+    """Returns a teacher that counts its passes."""
 
     def count(inputs: Tensor, *part: str) -> Tensor:
         meter.forward += len(inputs) if part in FROM_INPUTS else 0
@@ -49,7 +49,7 @@ def counted(model: Model, meter: Meter) -> Model:
 
 @dataclass(frozen=True, eq=False)
 class Stepper:
-    """Takes the steps of one `Update` of a phase: a student, its optimiser and what is pulled to where."""
+    """Runs the steps of one `Update` of a phase: student, optimiser and proximal terms."""
 
     student: nn.Module
     named: dict[str, nn.Parameter]
@@ -57,7 +57,7 @@ class Stepper:
     buffers: list[Tensor]
     update: Update
     names: frozenset[str]
-    """Of the parameters that it moves."""
+    """Names of the parameters that it trains."""
     optimizer: torch.optim.Optimizer
     config: TrainingConfig
     proximal: Callable[[Tensor], float] | None
@@ -101,8 +101,8 @@ class Stepper:
         )
 
     def step(self, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        """Returns the loss of a batch, after a step down it. A step that used no sample moves nothing: no parameter, no
-        momentum, no running statistic of BatchNorm, and no penalty acts.
+        """Returns the loss of a batch, after one step on it. A step that used no sample changes nothing: no parameter,
+        momentum or running statistic of BatchNorm, and no penalty.
         """
         for name, parameter in self.named.items():
             parameter.requires_grad_(name in self.names)

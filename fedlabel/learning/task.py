@@ -1,4 +1,4 @@
-"""Whether a method can learn from the labels that a federation holds, and what it would leave unused."""
+"""Checks whether a method can learn from the labels of a federation, and which of them it would not use."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fedlabel.methods.recipe import LabelKinds, Recipe
 class _Kind(NamedTuple):
     name: str
     amount: str
-    """Of so many: "the counts of 3 bags", without the number and the s."""
+    """The text before a number and `unit`: "the counts of" in "the counts of 3 bags"."""
     unit: str
     learnt_by: str
-    """A configuration that learns from it."""
+    """Example of a configuration that learns from it."""
     given_by: str
-    """The value of supervision.kind that gives it; empty: none."""
+    """The value of supervision.kind for this kind of label; empty: none."""
 
 
 _KINDS = {
@@ -43,7 +43,7 @@ _KINDS = {
 
 
 def check_labels(name: str, recipe: Recipe, card: LabelCard, at_server: bool = False) -> None:
-    """Looks at the labels of a federation before anything starts.
+    """Checks, before training, that the method can learn from the labels of a federation.
 
     Args:
         name: of the method.
@@ -81,8 +81,8 @@ def check_labels(name: str, recipe: Recipe, card: LabelCard, at_server: bool = F
 
 
 def label_warnings(name: str, recipe: Recipe, card: LabelCard, class_names: Sequence[str]) -> list[str]:
-    """Returns what to warn of before a run begins: labels that a method does not use, functions and classes without
-    votes; arguments: see `check_labels`.
+    """Returns warnings to show before a run: labels that a method does not use, functions and classes without votes;
+    arguments: see `check_labels`.
     """
     uses, amounts = recipe.uses, _amounts(recipe.uses, card)
     warnings = [
@@ -111,7 +111,7 @@ def label_warnings(name: str, recipe: Recipe, card: LabelCard, class_names: Sequ
 
 
 def _amounts(uses: LabelKinds, card: LabelCard) -> dict[LabelKinds, int]:
-    """Returns how much there is of each kind; a noisy set is missed as a set by methods that use noisy labels alone."""
+    """Returns the number of samples of each kind; a noisy set is unused by methods that use noisy labels alone."""
     as_set = LabelKinds.NOISY in uses and LabelKinds.SETS not in uses
     return {
         LabelKinds.BAGS: card.bags,

@@ -10,42 +10,43 @@ OPTIMIZERS = ("sgd", "adamw")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a client trains in one round. The optimiser is fresh in every phase of every round."""
+    """Training of a client in one round. The optimiser is fresh in every phase of every round."""
 
     lr: float = 0.1
     """Learning rate."""
     optimizer: str = "sgd"
-    """sgd | adamw: the latter is torch's, with its defaults but for `lr` and `weight_decay`; the scale of a loss, which
-    of bags may grow with their size, does not change its steps."""
+    """sgd | adamw: torch's AdamW, with its defaults except `lr` and `weight_decay`; it is invariant to the scale of the
+    loss, which for bags may grow with their size."""
     batch_size: int = 32
     """Samples per step; a client with fewer uses all it has."""
     local_steps: int | None = 15
     """Steps per phase. Set to null to count in `local_epochs` instead."""
     local_epochs: int | None = None
-    """Passes per phase over the samples that the phase draws from: the unlabelled ones if it draws both; where a method
-    goes by all that is known (ill), those that take more steps."""
+    """Passes per phase over the samples that the phase draws from: the unlabelled ones if it draws both; if a method
+    uses all supervision (ill), the pool that needs more steps."""
     unlabeled_ratio: int = 1
     """mu: unlabelled samples per labelled one in a step: `unlabeled_ratio * batch_size` of them are drawn."""
     unlabeled_includes_labeled: bool = False
     """Whether labelled samples are also drawn as unlabelled ones, without their label (FixMatch's authors, SAGE)."""
     momentum: float = 0.0
-    """Of sgd."""
+    """For sgd."""
     nesterov: bool = False
-    """Nesterov's form of the momentum."""
+    """Nesterov momentum."""
     weight_decay: float = 0.0
-    """sgd: L2 penalty in the gradient; adamw: decoupled from it."""
+    """sgd: L2 penalty in the gradient; adamw: decoupled weight decay."""
     max_grad_norm: float | None = None
-    """The gradient's Euclidean norm is cut to this in every step; null: not cut."""
+    """The gradient's Euclidean norm is clipped to this in every step; null: no clipping."""
     prox_mu: float = 0.0
     """FedProx, with every method: weight of (mu / 2) * ||w - w_global||^2 in every phase on the clients."""
     server_steps: int | None = None
-    """Steps of the server after each round, where it holds labels (supervision.labels_at=server); null: as clients."""
+    """Steps of the server after each round, if it holds labels (supervision.labels_at=server); null: as clients."""
     server_batch_size: int | None = None
     """Samples per step of the server; null: `batch_size`."""
     weight_by: str = "processed"
-    """A client's weight in the server's mean (FedLabel's merge=mean has its own). processed: samples its losses used
-    this round, over all steps (FedLabel's r_k); size: how many samples it holds of the kinds the method draws from;
-    uniform: 1. A client whose losses used no sample (nothing passed the threshold, say) counts 0 with each."""
+    """A client's weight in the server's mean (FedLabel's merge=mean has its own). processed: number of samples its
+    losses used this round, over all steps (FedLabel's r_k); size: number of samples it holds of the kinds the method
+    draws from; uniform: 1. A client whose losses used no sample (nothing passed the threshold, say) has weight 0 with
+    each."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):

@@ -30,7 +30,7 @@ class ImageTransform:
         return (values - self.mean) / self.std
 
     def views(self, images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn for itself."""
+        """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn independently."""
         mild = strong if self.augment.weak_as_strong else weak
         makers = {
             "clean": lambda: images,

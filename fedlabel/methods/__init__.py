@@ -103,7 +103,7 @@ def method_class(name: str) -> type[Method]:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever a module of the user's own does
         raise ValueError(
-            f"`method.name` (={name}) cannot be imported: {in_own_words(error)}. The module must be importable from "
+            f"`method.name` (={name}) cannot be imported: {describe_error(error)}. The module must be importable from "
             "where the command runs (PYTHONPATH)."
         ) from error
     found = getattr(module, attribute, None)
@@ -122,8 +122,8 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-def in_own_words(error: BaseException) -> str:
-    """Returns the type, text, file and line of an error in somebody else's code."""
+def describe_error(error: BaseException) -> str:
+    """Returns the type, text, file and line of an error in a user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if not frame.filename.startswith((PACKAGE, "<frozen", IMPORTLIB))]
     place = f" ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""

@@ -1,4 +1,4 @@
-"""What methods that learn from bags of known counts share: batches of whole bags, and a loss per bag."""
+"""Common parts of methods for bags with class counts: batches of whole bags, and a loss per bag."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def by_bag(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bag_sums(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sums (bags, ...) of the rows of each bag, and (bags,) float how many there are."""
+    """Returns the sums (bags, ...) of the rows of each bag, and (bags,) float, their numbers."""
     rows, there = by_bag(values, members)
     return rows.sum(1), there.sum(1).to(values.dtype)
 
@@ -54,31 +54,31 @@ def log_bag_means(log_values: Tensor, members: Tensor) -> Tensor:
 
 
 def known_bags(part: Part) -> Tensor:
-    """Returns (bags,) bool, whose counts are known."""
+    """Returns (bags,) bool, whether a bag has counts."""
     return part.bag_counts.sum(-1) > 0
 
 
 def shares(part: Part) -> Tensor:
-    """Returns (bags, classes) float, the known share of each class in each bag; 0 where it is not known."""
+    """Returns (bags, classes) float, the share of each class in each bag by its counts; 0 without counts."""
     counts = part.bag_counts.float()
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
 def bag_step(values: Tensor, logits: Tensor, part: Part) -> Step:
-    """Returns the mean loss over the bags whose counts are known, 0 for none.
+    """Returns the mean loss over the bags with counts, 0 if there are none.
 
     Args:
         values: (bags,) loss of each.
         logits: (n, classes) of the part's samples, for the metrics.
         part: the bags.
     """
-    known = known_bags(part)
-    values = torch.where(known, values, torch.zeros_like(values))
+    has_counts = known_bags(part)
+    values = torch.where(has_counts, values, torch.zeros_like(values))
     predicted = bag_means(logits.detach().softmax(-1), part.members)
     error = (predicted - shares(part)).abs().sum(-1) / 2  # of two classes: of the share of one
-    metrics = {"train/loss": mean_metric(values, known), "bag/share_error": mean_metric(error, known)}
-    samples = ((part.members >= 0) & known[:, None]).sum()
-    return Step(values.sum() / known.sum().clamp_min(1), metrics, samples)
+    metrics = {"train/loss": mean_metric(values, has_counts), "bag/share_error": mean_metric(error, has_counts)}
+    samples = ((part.members >= 0) & has_counts[:, None]).sum()
+    return Step(values.sum() / has_counts.sum().clamp_min(1), metrics, samples)
 
 
 def of_bags(bag_loss: BagLoss) -> LossFunction:
@@ -92,8 +92,8 @@ def _of_bags(student: Model, teachers: Mapping[str, Model], batch: Batch, bag_lo
 
 
 def bag_recipe(loss: LossFunction, least: int = 1, prepare: Callable[[Survey], Prepared] | None = None) -> Recipe:
-    """Returns one phase over whole bags. A labelled sample in no bag is a bag of one; unlabelled ones there are not
-    used. Arguments: see `Phase` and `ByBag`.
+    """Returns one phase over whole bags. A labelled sample in no bag is a bag of one; unlabelled samples in no bag are
+    not used. Arguments: see `Phase` and `ByBag`.
     """
     train = Phase("train", loss, draw=ByBag(least=least), prepare=prepare)
     return Recipe((Stage((train,)),), uses=LabelKinds.TRUE | LabelKinds.BAGS | LabelKinds.AT_SERVER)

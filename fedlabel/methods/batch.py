@@ -23,12 +23,12 @@ State = dict[str, Tensor]
 
 
 class Part(NamedTuple):
-    """The labelled or the unlabelled samples of one batch; a part that a phase does not ask for has batch 0."""
+    """The labelled or the unlabelled samples of one batch; a part that a phase does not draw has batch 0."""
 
     views: dict[str, Tensor]
     """"clean", "weak", "strong" or "strong2" -> normalised images (batch, channels, height, width), float."""
     candidates: Tensor
-    """(batch, classes) bool: the classes the sample may have; exactly one True where it is labelled."""
+    """(batch, classes) bool: the candidate classes of each sample; exactly one True if it is labelled."""
     targets: dict[str, Tensor]
     """Targets that the phase's `prepare` made for these samples: name -> (batch, ...)."""
     noisy: Tensor
@@ -38,12 +38,12 @@ class Part(NamedTuple):
     rows: Tensor
     """(batch,) int64, positions in the client's data, for memory of each sample."""
     size: Tensor
-    """() float, how many samples of the client this part is drawn from."""
+    """() float, size of the pool that this part is drawn from."""
     members: Tensor = torch.zeros(0, 0, dtype=torch.int64)
     """(bags, k) int64, positions in this part of each bag's samples, -1 where a bag has fewer than k; there are 0 bags
     unless the phase draws `ByBag`."""
     bag_counts: Tensor = torch.zeros(0, 0, dtype=torch.int64)
-    """(bags, classes) int64, samples of each bag in each class; all 0 where the counts are unknown."""
+    """(bags, classes) int64, number of samples of each class in each bag; all 0 if the counts are unknown."""
 
 
 class Batch(NamedTuple):
@@ -56,11 +56,11 @@ class Batch(NamedTuple):
     mixing: Tensor
     """() float in [0, 1], this batch's draw from Beta(mix_alpha, mix_alpha) of `BySample`; 1 without `mix`."""
     memory: State
-    """What the client carries from step to step: see `Memory`."""
+    """The client's memory from step to step: see `Memory`."""
 
 
 class PseudoLabels(NamedTuple):
-    """Pseudo-labels of the unlabelled samples of one batch (of a phase that draws `ByKnowledge` or `ByBag`: of the
+    """Pseudo-labels of the unlabelled samples of one batch (in a phase that draws `ByKnowledge` or `ByBag`: of the
     labelled and then of the unlabelled ones); all detached, all (batch,).
     """
 
@@ -83,10 +83,10 @@ class Step(NamedTuple):
     """Metric name -> (2,) float, detached: (sum, count), added over steps and clients and divided at the end. Names and
     the range of sum / count are those of `fedlabel/metric_tags.py`, or of `Method.metrics`."""
     examples: Tensor
-    """() number of samples that the loss used; a step with 0 moves nothing."""
+    """() number of samples that the loss used; a step with 0 changes nothing."""
     pseudo: PseudoLabels | None = None
     memory: State | None = None
-    """What to carry to the next step; None: what came with the batch."""
+    """Memory for the next step; None: unchanged."""
 
 
 LossFunction = Callable[[Model, Mapping[str, Model], Batch], Step]
@@ -95,25 +95,25 @@ detached, empty masks give exactly 0; so that it runs for one client or for a st
 
 
 class Survey(NamedTuple):
-    """All of a client's samples at once, for `Phase.prepare`."""
+    """All of a client's samples at once, the input of `Phase.prepare`."""
 
     predict: Callable[..., Tensor]
     """(teacher, view, part="all") -> logits (n, classes) of the client's n samples, without gradient; with part="embed"
     their embeddings (n, features), see `fedlabel.models.Net`."""
     supervision: Supervision
-    """Of these samples."""
+    """Supervision record of these samples."""
     memory: State
     inputs: Callable[[], Tensor] = torch.Tensor
-    """() -> the n samples themselves as a model sees them, (n, channels, height, width) normalised float."""
+    """() -> the n samples as model inputs, (n, channels, height, width) normalised float."""
 
 
 class Votes(NamedTuple):
     """Votes of K labelling functions on n samples."""
 
     cast: Tensor
-    """(n, K) int64, -1 = abstained; rows of -2 were not given to them."""
+    """(n, K) int64, -1 = abstained; -2 = not applied to this sample."""
     class_sets: Tensor
-    """(K, classes) bool, what each of them may vote for."""
+    """(K, classes) bool, the classes that each function may vote for."""
 
 
 class Prepared(NamedTuple):
@@ -122,14 +122,15 @@ class Prepared(NamedTuple):
     targets: dict[str, Tensor]
     """Name -> (n, ...), one row per sample; a batch gets the rows of its samples."""
     draw: Tensor | None = None
-    """(n,) bool, the unlabelled samples that are to be drawn; None: all of them."""
+    """(n,) bool, the unlabelled samples that may be drawn; None: all of them."""
     memory: State | None = None
-    """What to carry on; None: unchanged."""
+    """Memory after the E step; None: unchanged."""
     pseudo: PseudoLabels | None = None
-    """Pseudo-labels of all n samples, for the evaluator, which looks at the unlabelled ones; None: none made here."""
+    """Pseudo-labels of all n samples, for the evaluator, which uses those of unlabelled samples; None: none made
+    here."""
     metrics: Mapping[str, Tensor] = MappingProxyType({})
     """See `Step.metrics`."""
     pairs: Tensor | None = None
-    """(e, 2) int64, samples taken for alike, for the evaluator, which looks at their labels; None: none."""
+    """(e, 2) int64, pairs of samples treated as similar, for the evaluator, which compares their labels; None: none."""
     votes: Votes | None = None
-    """Votes of labelling functions on all samples, for the evaluator; None: there are none."""
+    """Votes of labelling functions on all samples, for the evaluator; None without functions."""

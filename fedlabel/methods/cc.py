@@ -1,4 +1,4 @@
-"""CC: the probability of the candidate set is made large, whichever of its classes has it.
+"""CC: maximises the total probability of the candidate set.
 
 Source: Feng, Lv, Han, Xu, Niu, Geng, An, Sugiyama, "Provably Consistent Partial-Label Learning", NeurIPS 2020 (arXiv
 2007.08929): the classifier-consistent method. Setting: candidate sets that hold the truth, at the clients.
@@ -36,7 +36,7 @@ def candidate_posterior(logits: Tensor, candidates: Tensor) -> Tensor:
 
 
 def candidate_step(values: Tensor, posterior: Tensor, candidates: Tensor, memory: State | None = None) -> Step:
-    """Returns the mean loss over the samples whose classes are not all candidates, 0 for none.
+    """Returns the mean loss over the samples with a candidate set smaller than all classes, 0 if there are none.
 
     Args:
         values: (n,) loss per sample.

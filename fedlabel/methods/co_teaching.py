@@ -1,4 +1,4 @@
-"""Co-teaching: two networks; each is taught the samples that the other finds easy.
+"""Co-teaching: two networks, each trained on the samples with the smallest loss under the other.
 
 Source: Han, Yao, Yu, Niu, Xu, Hu, Tsang, Sugiyama, "Co-teaching: Robust Training of Deep Neural Networks with Extremely
 Noisy Labels", NeurIPS 2018 (arXiv 1804.06872). Setting: labels at the clients, some of them wrong.
@@ -59,9 +59,9 @@ class CoTeaching(Method):
 
     name: str = "co_teaching"
     forget_rate: float = 0.2
-    """Share of a batch that is left out after the ramp, in [0, 1); the paper takes the share of wrong labels."""
+    """Share of a batch that is dropped after the ramp, in [0, 1); the paper uses the share of wrong labels."""
     ramp_rounds: int = 10
-    """T_k: rounds over which the share left out rises from 0; 0: it is `forget_rate` from the first round."""
+    """T_k: rounds over which the dropped share rises from 0; 0: it is `forget_rate` from the first round."""
 
     description: ClassVar[str] = "noisy labels: two networks pick small-loss samples (Han et al., NeurIPS 2018)"
 
@@ -87,7 +87,7 @@ class CoTeaching(Method):
         return 1 - progress * self.forget_rate
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch, share: float = 1.0) -> Step:
-        """Returns the sum over both networks of the mean cross-entropy of the samples that the other one picked.
+        """Returns the sum over both networks of the mean cross-entropy of the samples selected by the other one.
 
         Args:
             student: images -> logits (batch, 2, classes).

@@ -1,5 +1,5 @@
 """The exact likelihood of a bag's counts (Shukla et al., "A Unified Approach to Count-Based Weakly Supervised
-Learning", NeurIPS 2023). Of several classes each is counted against the rest, as in GLWS (arXiv 2402.01922).
+Learning", NeurIPS 2023). With several classes, one-vs-rest, as in GLWS (arXiv 2402.01922).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedlabel.methods.recipe import Method, Recipe, Task
 
 
 def one_against_rest(logits: Tensor) -> Tensor:
-    """Returns log p(class) / p(other classes), (..., classes), of logits (..., classes); of one class alone: of two."""
+    """Returns log p(class) / p(other classes), (..., classes), of logits (..., classes), at least two classes."""
     others = []
     for c in range(logits.shape[-1]):
         others.append(torch.cat([logits[..., :c], logits[..., c + 1 :]], -1).logsumexp(-1))

@@ -1,6 +1,6 @@
-"""DP-SSL: labelling functions grown by multiple-choice learning, a label model of their votes, an end model of its
-probabilistic labels (Xu et al., "DP-SSL: Towards Robust Semi-supervised Learning with A Few Labeled Samples", NeurIPS
-2021, arXiv 2110.13740).
+"""DP-SSL: labelling functions learned by multiple-choice learning, a label model of their votes, an end model trained
+on its probabilistic labels (Xu et al., "DP-SSL: Towards Robust Semi-supervised Learning with A Few Labeled Samples",
+NeurIPS 2021, arXiv 2110.13740).
 
 Only the paper's abstract, first page and figures could be read, and there is no public code: the three steps, the class
 sets and the star of the label model are the paper's; losses and assignment are our reconstruction.
@@ -76,35 +76,37 @@ class DPSSL(Method):
     functions: str = "grown"
     """grown: heads learn to vote. written: the functions of supervision.kind=labeling_functions vote."""
     num_functions: int = 50
-    """K; with functions=written as many as there are."""
+    """K, number of functions; with functions=written the number of written functions."""
     functions_rounds: int = 24
     """Rounds of the first stage; none with functions=written."""
     label_model_rounds: int = 6
     """Rounds of the second stage: one EM step each, after the first, which starts from the votes."""
 
     assignment: str = "wta"
-    """How heads get classes. wta: by their losses. random: sets of random sizes."""
+    """Assignment of classes to heads. wta: by their losses. random: sets of random sizes."""
     heads_per_class: int | None = None
-    """assignment=wta: rho, how many heads learn each class; null: K / 5, but at most 15, and enough for all heads."""
+    """assignment=wta: rho, number of heads that learn each class; null: K / 5, but at most 15, and enough for all
+    heads."""
     assignment_rounds: int = 4
-    """assignment=wta: rounds after which the server assigns anew; from then on sets stay, as a label model needs."""
+    """assignment=wta: rounds after which the server reassigns classes; later the sets are fixed, as a label model
+    needs."""
     least_classes: int = 1
-    """assignment=random: of a head."""
+    """assignment=random: smallest set of a head."""
     most_classes: int = 3
-    """assignment=random: of a head."""
+    """assignment=random: largest set of a head."""
     sets_seed: int = 0
-    """assignment=random: of the draw, for whatever `seed`."""
+    """assignment=random: seed of the draw, independent of `seed`."""
 
     lambda_u: float = 1.0
     """Weight of the functions' unlabelled loss."""
     confidence_threshold: float = 0.95
-    """A head learns its vote on an unlabelled sample from this probability on."""
+    """Smallest probability from which a head learns its vote on an unlabelled sample."""
     learn_abstentions: bool = False
-    """Whether it learns to abstain there, too. With a few labels at a client most heads are sure to abstain on most
-    samples, and learning that again leaves few that vote."""
+    """Whether heads also learn to abstain on unlabelled samples. With few labels at a client most heads abstain
+    confidently on most samples, and reinforcing that leaves few that vote."""
     averaging_decay: float = 0.5
-    """The functions that vote have the moving average of the global weights over the rounds, with this decay. 0: the
-    weights of the last round. It lags: with 40 rounds, 0.9 still holds the early ones."""
+    """The functions vote with the moving average of the global weights over the rounds, with this decay. 0: the weights
+    of the last round. The average lags: with 40 rounds, 0.9 still holds the early ones."""
     vote_threshold: float = 0.0
     """A head abstains below this probability."""
 
@@ -112,31 +114,32 @@ class DPSSL(Method):
     """Tables of the label model: full, tied or cage, see `inference/label_model.py`."""
     prior: str = "learnt"
     """Class prior. learnt: the federation's. uniform. client: each client's own, fitted to its votes under the common
-    tables: clients of different class mixes read the same votes differently. It is not sent, though expected counts,
-    which are, tell as much."""
+    tables: clients of different class mixes read the same votes differently. It is not sent, but the expected counts,
+    which are, reveal as much."""
     abstentions: bool = True
-    """Whether the label model takes an abstention for evidence; if not, only the votes that were cast count."""
+    """Whether the label model treats an abstention as evidence; if not, only votes count."""
     smoothing: float = 1.0
     """Pseudo-counts of the tables."""
     temperature: float = 1.0
-    """kappa in (0, 1]: log-likelihoods of votes are multiplied by it, as votes of one trunk are not independent."""
+    """kappa in (0, 1]: log-likelihoods of votes are multiplied by it, as votes of heads on one trunk are dependent."""
     label_weight: float = 0.0
-    """Weight of labelled samples in EM, clamped to their label. Heads were fitted on these and look better there than
-    they are; written functions were not."""
+    """Weight of labelled samples in EM, clamped to their label. Heads were fitted on these and look more accurate on
+    them than they are; written functions were not."""
     decay: float = 0.8
-    """What remains of the counts of earlier rounds, in [0, 1), as a round's cohort may be a part of the federation: EM
-    on a few clients' counts alone forgets the others' functions. 0: where all take part, exactly EM's M step."""
+    """Decay of the counts of earlier rounds, in [0, 1), for rounds whose cohort is a part of the federation: EM on a
+    few clients' counts alone forgets the others' functions. 0: if all take part, exactly EM's M step."""
 
     end_start: str = "fresh"
-    """Where the end model starts. fresh: new weights. warm: the functions' trunk."""
+    """Initial weights of the end model. fresh: new weights. warm: the functions' trunk."""
     lambda_e: float = 1.0
     """Weight of the end model's loss on unlabelled samples."""
     hard: bool = False
     """Whether the end model learns the likeliest class instead of the posterior."""
     least_confidence: float = 0.0
-    """Samples whose largest posterior is below are not learnt."""
+    """Samples with a smaller largest posterior are not learned."""
     learn_silent: bool = False
-    """Whether samples on which all functions abstain are learnt, too: silence says only which classes few cover."""
+    """Whether samples on which all functions abstain are learned, too: abstentions only indicate classes that few
+    functions cover."""
     lambda_c: float = 0.0
     """Weight of FixMatch's consistency loss in the end model."""
 
@@ -177,7 +180,7 @@ class DPSSL(Method):
 
     @property
     def grown(self) -> bool:
-        """Whether heads are the functions."""
+        """Whether the functions are learned heads."""
         return self.functions == "grown"
 
     def check_rounds(self, num_rounds: int) -> None:
@@ -278,8 +281,9 @@ class DPSSL(Method):
         return {**sets.memory(candidates), **label_model.memory(candidates), "votes": votes}
 
     def _predict(self, label_model: FederatedLabelModel, models: Mapping[str, Model], shared: State) -> Model | None:
-        """Returns the label model's view of the heads' votes on images; None: written functions see no tensors. The
-        heads are those of "previous" once their stage is over, before that of the moving average, if there is one.
+        """Returns the label model's posterior of the heads' votes on images; None for written functions, which take no
+        tensors. The heads are those of "previous" once their stage is over, before that of the moving average, if there
+        is one.
         """
         if not self.grown:
             return None
@@ -310,7 +314,9 @@ class DPSSL(Method):
         )
 
     def functions_step(self, student: Model, teachers: Mapping[str, Model], batch: Batch, frozen: bool = True) -> Step:
-        """Returns the loss of the heads on a batch; frozen: whether the sets stay, and a head knows no other class."""
+        """Returns the loss of the heads on a batch; frozen: whether the sets are fixed, and a head knows no other
+        class.
+        """
         labeled, unlabeled = batch.labeled, batch.unlabeled
         sets = batch.memory["sets"] > 0.5
         symbols = sets if frozen else torch.ones_like(sets)
@@ -350,7 +356,7 @@ class DPSSL(Method):
     # --------------------------------------------------------------------------------- stages 2 and 3: votes and labels
 
     def _annotate(self, label_model: FederatedLabelModel, survey: Survey) -> Prepared:
-        """Lets the functions vote on all of a client's samples, and makes posteriors of the votes."""
+        """Applies the functions to all of a client's samples, and computes posteriors of the votes."""
         supervision, memory = survey.supervision, survey.memory
         sets, asked = memory["sets"] > 0.5, torch.ones_like(supervision.noisy)
         if self.grown:

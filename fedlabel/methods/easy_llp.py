@@ -16,7 +16,8 @@ from fedlabel.methods.recipe import Memory, Method, Recipe, Task
 
 
 def easy_weights(share: Tensor, size: Tensor, prior: Tensor) -> Tensor:
-    """Returns k (share - prior) + prior, (bags, classes): what the loss of each class weighs for every sample of a bag.
+    """Returns k (share - prior) + prior, (bags, classes): the weight of the loss of each class for every sample of a
+    bag.
 
     Its expectation given a sample's label y, over bags whose other samples are drawn from the prior, is 1 for y and 0
     for the others. Of two classes with share .25, k = 4, prior .3: (.9, .1).
@@ -30,7 +31,7 @@ def easy_weights(share: Tensor, size: Tensor, prior: Tensor) -> Tensor:
 
 
 def easy_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Returns the weighted losses of all classes, in the mean over each bag's samples, see `BagLoss`."""
+    """Returns the weighted losses summed over classes, in the mean over each bag's samples, see `BagLoss`."""
     rows, there = by_bag(-logits.log_softmax(-1), batch.labeled.members)
     size = there.sum(1).to(logits.dtype)
     weights = easy_weights(shares(batch.labeled), size, batch.memory["prior"].to(logits.dtype))
@@ -38,7 +39,7 @@ def easy_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def with_prior(survey: Survey) -> Prepared:
-    """Finds the client's class shares in all its bags and its labels."""
+    """Stores the client's class shares, over all its bags and labels, in the memory."""
     supervision = survey.supervision
     labels = supervision.candidates[supervision.labeled & ~supervision.noisy & (supervision.bag < 0)]
     counts = supervision.bag_counts.sum(0) + labels.sum(0)

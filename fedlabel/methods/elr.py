@@ -1,4 +1,4 @@
-"""ELR: early predictions for a sample, from before wrong labels are learnt by heart, hold the model back later.
+"""ELR: early predictions for a sample, made before wrong labels are memorised, regularise the model later.
 
 Source: Liu, Niles-Weed, Razavian, Fernandez-Granda, "Early-Learning Regularization Prevents Memorization of Noisy
 Labels", NeurIPS 2020 (arXiv 2007.00151), and its released code. Setting: labels at the clients, some of them wrong.

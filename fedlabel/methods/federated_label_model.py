@@ -1,4 +1,4 @@
-"""What a server shares of labelling functions: the classes that each may vote for, and a label model of their votes.
+"""Shared state of labelling functions: the classes that each may vote for, and a label model of their votes.
 
 Clients send sums, so with all of them in every round the classes are assigned and (with `decay` 0) the label model is
 fitted as in one place.
@@ -22,7 +22,7 @@ _FORGET = 0.5
 
 
 class RoundCounter(Shared):
-    """Counts the rounds that have ended, "rounds" (), for closed forms that are at work in some of them."""
+    """Counts completed rounds, "rounds" (), for closed forms that are active only in some of them."""
 
     def start(self) -> State:
         return {"rounds": torch.zeros(())}
@@ -32,7 +32,7 @@ class RoundCounter(Shared):
 
 
 class FixedSets(Shared):
-    """Classes that each function may vote for, "sets" (K, C), given once and for all as `sets` (K, C) bool."""
+    """Fixed classes that each function may vote for, "sets" (K, C), from `sets` (K, C) bool."""
 
     def __init__(self, sets: np.ndarray) -> None:
         self._sets = torch.from_numpy(sets).float()
@@ -41,12 +41,12 @@ class FixedSets(Shared):
         return {"sets": self._sets}
 
     def memory(self, candidates: Tensor) -> State:
-        """Returns nothing: clients measure nothing."""
+        """Returns an empty memory: clients measure nothing."""
         return {}
 
 
 class HeadAssignment(Shared):
-    """Gives each class to the heads that have the least loss on it: "sets" (K, C), by "losses" (K, C) summed over
+    """Assigns each class to the heads with the smallest loss on it: "sets" (K, C), by "losses" (K, C) summed over
     "samples" (C,). Needs a `RoundCounter`.
 
     Args:
@@ -144,7 +144,7 @@ class FederatedLabelModel(Shared):
         return {"vote_counts": votes, "class_counts": votes.new_zeros(self._classes)}
 
     def model(self, state: State) -> LabelModel:
-        """Returns the label model of a shared state: with its tables and prior, if they have been fitted."""
+        """Returns the label model of a shared state: with its tables and prior, once fitted."""
         model = self._make(state["sets"] > 0.5)
         if state["fitted"] > 0:
             model.tables = state["tables"].double()
@@ -152,7 +152,9 @@ class FederatedLabelModel(Shared):
         return model
 
     def reader(self, state: State) -> Callable[[Tensor], Tensor]:
-        """Returns votes (n, K) -> class probabilities (n, C): posteriors, or first guesses until it has been fitted."""
+        """Returns votes (n, K) -> class probabilities (n, C): posteriors, or initial posteriors until it has been
+        fitted.
+        """
         model = self.model(state)
         return model.posterior if state["fitted"] > 0 else model.guess
 
@@ -228,5 +230,7 @@ class FederatedLabelModel(Shared):
             check_shares("tables", shared["tables"].movedim(1, -1), torch.ones(()))
 
     def inspect(self, shared: State) -> State:
-        """Returns {"function_accuracy": (K,)}, how often each function is right where it votes; {}: not fitted yet."""
+        """Returns {"function_accuracy": (K,)}, the estimated accuracy of each function on its votes; {} before the
+        first fit.
+        """
         return {"function_accuracy": self.model(shared).accuracy()} if shared["fitted"] > 0 else {}

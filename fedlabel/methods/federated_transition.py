@@ -1,4 +1,4 @@
-"""The noise matrix T of a federation: where it starts, what clients send, the closed form, and bounds of what is sent.
+"""The noise matrix T of a federation: initial value, client statistics, closed form, and bounds of the statistics.
 
 The mathematics of one matrix is in `fedlabel/inference/transition.py`. Here each form of learning T is a `Shared`, and
 `NoiseMatrix` is the configuration that chooses one, with what a client remembers for it. A state holds T as
@@ -36,7 +36,7 @@ def check_transition(shared: State) -> None:
 
 @dataclass(frozen=True, eq=False)
 class FixedTransition(Shared):
-    """T as it starts."""
+    """T fixed at its initial value."""
 
     initial: Tensor
     """([matrices,] classes, classes)."""
@@ -62,7 +62,7 @@ class FederatedTransition(Shared):
     warmup_rounds: int
     """See `NoiseMatrix`."""
     labels_of_set: int
-    """Labels that a noisy candidate set counts as, at most."""
+    """The largest number of labels that a noisy candidate set counts as."""
 
     def start(self) -> State:
         return {"transition": self.initial, "counts": torch.zeros_like(self.initial), "rounds": torch.zeros(())}
@@ -93,10 +93,12 @@ class FederatedTransition(Shared):
 
 @dataclass(frozen=True, eq=False)
 class AveragedLogits(Shared):
-    """T's logits: the mean of the clients' by the samples with noisy labels that they were trained on."""
+    """T's logits: the mean of the clients' logits, weighted by the number of samples with noisy labels that they
+    trained on.
+    """
 
     initial: Tensor
-    """T at the start, (matrices, classes, classes)."""
+    """Initial T, (matrices, classes, classes)."""
     lr: float
     labels_of_set: int
     """As in `FederatedTransition`."""
@@ -126,28 +128,28 @@ class AveragedLogits(Shared):
 
 @dataclass(frozen=True)
 class NoiseMatrix:
-    """How T[y, j] = p(noisy label j | true label y) is learnt."""
+    """How T[y, j] = p(noisy label j | true label y) is learned."""
 
     form: str = "closed"
     """closed: from expected counts over all of a client's samples, once a round. gradient: a step of gradient descent
-    with every batch. fixed: it stays as it starts."""
+    with every batch. fixed: the initial T."""
     scope: str = "global"
     """global: one T for the federation. client: each client has its own, which never leaves it. prior (form=closed):
     a client's T is its own counts plus `strength` counts per class of the global T, for annotators who differ."""
     strength: float = 50.0
     """scope=prior: see there."""
     annotators: int = 1
-    """Matrices: 1 for all labels, or one for each annotator of a sample."""
+    """Number of matrices: 1 for all labels, or one for each annotator of a sample."""
     start: float = 0.3
     """T starts with 1 - start on the diagonal, in (0, 1); a dominant diagonal says which class is which."""
     smoothing: float = 1.0
-    """form=closed: how many counts per class the T before is worth; a class that no noisy label can be of keeps its
-    row. 0: none, so EM's own M step, in which such a class gets an even row."""
+    """form=closed: pseudo-counts per class of the previous T; a class that no noisy label can come from keeps its row.
+    0: none, so EM's own M step, in which such a class gets a uniform row."""
     decay: float = 0.8
-    """form=closed: what remains of the counts of earlier rounds, in [0, 1), as a cohort is a part of the federation. 0:
-    T is of the last round's clients alone."""
+    """form=closed: decay of the counts of earlier rounds, in [0, 1), as a cohort is a part of the federation. 0: T
+    comes from the last round's clients alone."""
     warmup_rounds: int = 3
-    """Rounds that clients train with T as it starts, lest it take on the errors of the untrained model."""
+    """Rounds in which clients train with the initial T, so that it does not fit the errors of the untrained model."""
     lr: float = 0.1
     """form=gradient: learning rate of T's logits."""
 
@@ -170,7 +172,7 @@ class NoiseMatrix:
 
     @property
     def own(self) -> bool:
-        """Whether each client learns a T of its own."""
+        """Whether each client learns its own T."""
         return self.scope != "global" and self.form != "fixed"
 
     def initial(self, num_classes: int) -> Tensor:
@@ -200,7 +202,7 @@ class NoiseMatrix:
         return FederatedTransition(initial, self.smoothing, self.decay, self.warmup_rounds, labels_of_set)
 
     def inspect(self, shared: State) -> dict[str, Tensor]:
-        """Returns what is shown of the shared state: T, unless it never leaves the clients."""
+        """Returns T for inspection; empty if it never leaves the clients."""
         return {} if self.scope == "client" else noise_matrix(shared)
 
     # ------------------------------------------------------------------------------------------------ a client's part
@@ -220,7 +222,7 @@ class NoiseMatrix:
         return {name: value for name, value in memory.items() if name in ("own_transition", "own_logits")}
 
     def like(self, memory: State, global_state: StateDict) -> State:
-        """Returns an example of what `keep` returns, see `Memory.like`."""
+        """Returns an example of the result of `keep`, see `Memory.like`."""
         if not self.own:
             return {}
         if self.form == "gradient":
@@ -228,7 +230,7 @@ class NoiseMatrix:
         return {"own_transition": memory["transition"]}
 
     def matrices(self, memory: State) -> Tensor:
-        """Returns the T that a client works with, (matrices, classes, classes)."""
+        """Returns the T that a client uses, (matrices, classes, classes)."""
         if self.form == "gradient":
             return memory["own_logits" if self.scope == "client" else "logits"].softmax(-1)
         return memory.get("own_transition", memory["transition"])
@@ -240,7 +242,9 @@ class NoiseMatrix:
         return {**memory, name: logits, "noisy_samples": memory["noisy_samples"] + samples}
 
     def counted(self, memory: State, counts: Tensor, learn: bool) -> State:
-        """Returns the memory with a round's expected counts (form=closed) and, to learn, a client's own T from them."""
+        """Returns the memory with a round's expected counts (form=closed) and, if it learns one, a client's own T from
+        them.
+        """
         if not (self.own and learn):
             return {**memory, "expected_counts": counts}
         if self.scope == "prior":

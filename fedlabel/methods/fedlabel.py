@@ -1,4 +1,4 @@
-"""FedLabel: each client picks the local or the global model as the expert for every unlabelled sample.
+"""FedLabel: each client selects the local or the global model as the expert for every unlabelled sample.
 
 Source: Cho, Joshi, Dimitriadis, "Local or Global: Selective Knowledge Assimilation for Federated Learning with Limited
 Labels", ICCV 2023 (arXiv 2307.08809v1). Setting: every client holds a few labelled and many unlabelled samples; the
@@ -38,7 +38,7 @@ SCORES = ("variance", "entropy")
 
 
 class Selection(NamedTuple):
-    """The expert's word on each sample; all (n,), all detached."""
+    """The expert's result for each sample; all (n,), all detached."""
 
     pseudo_label: Tensor
     """int64, argmax of the selected model's probabilities."""
@@ -47,13 +47,13 @@ class Selection(NamedTuple):
     from_global: Tensor
     """bool, the global model was selected.                                                 (3)"""
     agree: Tensor
-    """bool, the discarded model names the same class."""
+    """bool, the discarded model predicts the same class."""
     weight: Tensor
     """float in [0, lambda_0], lambda_0 * h(discarded) / h(selected).                       (7)"""
 
 
 def confidence(probs: Tensor, score: str = "variance") -> Tensor:
-    """Returns how sure each probability vector is, h(s).
+    """Returns the confidence of each probability vector, h(s).
 
     Args:
         probs: (n, classes), rows are probabilities (softmax outputs, never logits).
@@ -120,7 +120,7 @@ def send_both(
     global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
 ) -> dict[str, ModelPart]:
     """Sends w_L with uniform weights and w_U weighted by kept samples, or 1 if there are none (released code). A stage
-    that did not run leaves the received weights.
+    that did not run keeps the received weights.
     """
     by_name = {result.name: result for result in results}
     supervised, unlabeled = by_name.get("supervised"), by_name.get("unlabeled")
@@ -143,7 +143,7 @@ class FedLabel(Method):
     lambda_0: float = 1.0
     """Largest weight of the consistency term (paper: 0 to 2 tried on CIFAR)."""
     unlabeled_steps: int | None = None
-    """tau': local steps of stage B; none: as many as `training.local_steps` / `training.local_epochs` gives."""
+    """tau': local steps of stage B; none: from `training.local_steps` / `training.local_epochs`."""
     teacher: str = "both"
     """both | local | global: the paper's single-teacher ablations use one model as both experts."""
     score: str = "variance"
@@ -152,7 +152,7 @@ class FedLabel(Method):
     """sum: one upload of w + dL + dU. mean: the released code, two uploads; the new global model is half the plain
     mean of w_L and half the mean of w_U weighted by kept samples. Needs strategy.name=weighted_mean."""
     kl_target: str = "discarded"
-    """discarded | local: the model that the consistency term pulls to (the released code: always the local one)."""
+    """discarded | local: the target model of the consistency term (the released code: always the local one)."""
     kl_direction: str = "teacher_student"
     """teacher_student: KL(teacher || student); student_teacher: KL(student || teacher), as the paper writes it."""
     normalization: str = "kept"
@@ -163,7 +163,7 @@ class FedLabel(Method):
     prox_mu: float = 0.0
     """Stage B adds mu * sum over tensors of mean((p - p_start)^2), the released code's term (10 there)."""
     teacher_view: str = "clean"
-    """clean | weak: the view that the teachers, and the student in the consistency term, see."""
+    """clean | weak: the view of the teachers, and of the student in the consistency term."""
 
     description: ClassVar[str] = "local or global model as expert per unlabelled sample (Cho et al., ICCV 2023)"
 

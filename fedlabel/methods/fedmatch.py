@@ -49,7 +49,9 @@ def vote(own: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 
 def sparse_update(received: Tensor, new: Tensor, change: float) -> Tensor:
-    """Returns `new` where it differs from `received` by more than `change` (only that is sent), else `received`."""
+    """Returns `new` where it differs from `received` by more than `change` (only these entries are sent), else
+    `received`.
+    """
     return torch.where((new - received).abs() > change, new, received)
 
 
@@ -58,7 +60,7 @@ def _starting(prefix: str, names: Sequence[str]) -> list[str]:
 
 
 def changed_bytes(received: StateDict, uploaded: StateDict, helpers: int) -> tuple[float, float]:
-    """Counts as the paper does: up, the entries that changed; down, sigma and the entries of psi that are not 0.
+    """Counts bytes as the paper does: up, the changed entries; down, sigma and the non-zero entries of psi.
 
     Positions of the entries are not counted. A helper's psi is taken to have as many entries that are not 0 as the
     received one.
@@ -70,7 +72,7 @@ def changed_bytes(received: StateDict, uploaded: StateDict, helpers: int) -> tup
 
 
 def all_bytes(received: StateDict, uploaded: StateDict, helpers: int) -> tuple[float, float]:
-    """Counts an undivided model, and each helper's, in full."""
+    """Counts the bytes of an undivided model, and of each helper's, in full."""
     size = sum(value.numel() for value in received.values())
     return BYTES * float(size), BYTES * float(size * (1 + helpers))
 
@@ -93,17 +95,17 @@ class FedMatch(Method):
     lambda_a: float = 0.01
     """Weight of the cross-entropy to the vote."""
     lambda_i: float = 0.01
-    """Weight of the inter-client consistency; nothing in rounds without helpers."""
+    """Weight of the inter-client consistency; no effect in rounds without helpers."""
     lambda_l1: float = 1e-4
     """Weight of the sum of |psi|."""
     lambda_l2: float = 10.0
     """Weight of the sum of (sigma - psi)^2."""
     psi_factor: float = 0.2
-    """psi starts as this times the initial sigma."""
+    """Scale of psi's initial value relative to the initial sigma."""
     num_helpers: int = 2
     """Helpers per client."""
     helper_interval: int = 10
-    """Rounds between two in which helpers are sent."""
+    """Rounds between two rounds with helpers."""
     zero_below: float = 5e-6
     """Entries of psi smaller than this are set to 0 before they are sent."""
     change_above: float = 5e-5

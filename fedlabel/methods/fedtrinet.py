@@ -1,4 +1,5 @@
-"""FedTriNet: three networks per client label its data together: the global one, its own old one, and a cross of both.
+"""FedTriNet: three networks per client pseudo-label its data together: the global one, its own previous one, and a
+cross of both.
 
 Source: Che, Long, Wang, Wang, Xiao, Ma, "FedTriNet: A Pseudo Labeling Method with Three Players for Federated
 Semi-supervised Learning", IEEE BigData 2021, and its released demonstration. Setting: labels at the clients.
@@ -37,7 +38,7 @@ from fedlabel.methods.uploads import ModelPart, PhaseResult, Upload
 
 
 def head_names(names: Iterable[str], layers: int) -> frozenset[str]:
-    """Returns those names of weights (in the model's order) that belong to its last `layers` layers."""
+    """Returns the names of the weights (in the model's order) in its last `layers` layers."""
     given = list(names)
     order = list(dict.fromkeys(name.rpartition(".")[0] for name in given))
     last = set(order[-layers:])
@@ -45,7 +46,7 @@ def head_names(names: Iterable[str], layers: int) -> frozenset[str]:
 
 
 def label_together(probs: Sequence[Tensor], threshold: float, earlier: Tensor) -> tuple[Tensor, Tensor]:
-    """Lets networks label samples together, once and for all.
+    """Pseudo-labels samples by the mean of several networks, once for all later rounds.
 
     Args:
         probs: (n, classes) probabilities of each network.
@@ -70,26 +71,26 @@ def no_pseudo_labels(candidates: Tensor) -> State:
 
 
 def own_model(results: Sequence[PhaseResult]) -> StateDict | None:
-    """Returns the end of the phase that trains a client's own model, which is any but "new"; None: it did not run."""
+    """Returns the final state of the phase that trains a client's own model, any but "new"; None if it did not run."""
     return next((result.state for result in results if result.name != "new"), None)
 
 
 def keep(memory: State, results: Sequence[PhaseResult]) -> State:
-    """Keeps the pseudo-labels and the client's own model, which is O the next time."""
+    """Keeps the pseudo-labels and the client's own model, which is O in its next round."""
     old = {f"old/{name}": value for name, value in (own_model(results) or {}).items()}
     earlier = {name: value for name, value in memory.items() if name.startswith("old/")}
     return {**earlier, **old, **{name: memory[name] for name in ("pseudo_label", "confidence")}}
 
 
 def with_own_model(memory: State, global_state: StateDict) -> State:
-    """Returns an example of what `keep` returns, see `Memory.like`."""
+    """Returns an example of the result of `keep`, see `Memory.like`."""
     return {**memory, **{f"old/{name}": value for name, value in global_state.items()}}
 
 
 def send_own(
     global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
 ) -> dict[str, ModelPart]:
-    """Sends the client's own model; N stays at home. Arguments and result: see `Upload.send`."""
+    """Sends the client's own model; N stays at the client. Arguments and result: see `Upload.send`."""
     own = own_model(results)
     return {"model": ModelPart(own or dict(global_state), weight if own else 0.0)}
 
@@ -178,7 +179,7 @@ class FedTriNet(Method):
         return {"old": old, "crossed": crossed}
 
     def prepare(self, survey: Survey, threshold: float) -> Prepared:
-        """Labels what has no label yet; only these samples are drawn."""
+        """Pseudo-labels samples that have none yet; only these samples are drawn."""
         probs = [survey.predict(net, "clean").softmax(-1) for net in ("global", "old", "new")]
         earlier = survey.memory["pseudo_label"]
         label, confidence = label_together(probs, threshold, earlier)

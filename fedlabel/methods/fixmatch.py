@@ -1,4 +1,4 @@
-"""FixMatch: the weak view's confident prediction is the strong view's label.
+"""FixMatch: the confident prediction on the weak view is the label of the strong view.
 
 Source: Sohn et al., "FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", NeurIPS 2020
 (arXiv 2001.07685), equations (3) and (4). With `mask.kind` flexmatch, freematch or cbafed it is the same loop under

@@ -1,4 +1,4 @@
-"""Forward correction: the model's prediction is passed through the noise matrix before it meets the noisy label.
+"""Forward correction: the model's prediction is multiplied by the noise matrix before the loss on the noisy label.
 
 Source: Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label Noise: a Loss Correction
 Approach", CVPR 2017 (arXiv 1609.03683). Setting: labels at the clients, some of them wrong.
@@ -44,7 +44,8 @@ ROW_TOLERANCE = 1e-4
 
 
 def anchor_rows(logits: Tensor, labeled: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns each class's row by its most probable sample, (classes, classes), and where there is one, (classes,).
+    """Returns the row of T of each class at its most probable sample, (classes, classes), and whether there is one,
+    (classes,).
 
     Args:
         logits: (n, classes) of the model trained on noisy labels.
@@ -110,15 +111,15 @@ class Forward(Method):
 
     name: str = "forward"
     kind: str = "anchor"
-    """Where T is from. symmetric: from `noise_rate`. given: `matrix`. anchor: estimated after `warmup_rounds`."""
+    """Source of T. symmetric: from `noise_rate`. given: `matrix`. anchor: estimated after `warmup_rounds`."""
     noise_rate: float = 0.2
-    """kind=symmetric: the share in [0, 1) of labels that were drawn anew from all classes, as
-    `supervision.noise_rate` for supervision.noise=symmetric; T = (1 - noise_rate) I + noise_rate / classes."""
+    """kind=symmetric: the share in [0, 1) of labels that were redrawn from all classes, as `supervision.noise_rate` for
+    supervision.noise=symmetric; T = (1 - noise_rate) I + noise_rate / classes."""
     matrix: tuple[tuple[float, ...], ...] = ()
     """kind=given: T, one row per true class, each of which sums to 1."""
     warmup_rounds: int = 10
-    """kind=anchor: rounds of plain cross-entropy, at least 2: the last one estimates T with what the earlier ones made
-    of the model."""
+    """kind=anchor: rounds of plain cross-entropy, at least 2: the last one estimates T with the model trained in the
+    earlier ones."""
 
     description: ClassVar[str] = "noisy labels: forward correction by a fixed noise matrix (Patrini et al., CVPR 2017)"
 

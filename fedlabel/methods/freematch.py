@@ -1,4 +1,4 @@
-"""FreeMatch: FixMatch with thresholds that follow the model's confidence, and a term for fair predictions.
+"""FreeMatch: FixMatch with thresholds that adapt to the model's confidence, and a term for fair predictions.
 
 Source: Wang et al., "FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning", ICLR 2023 (arXiv
 2205.07246): self-adaptive thresholding (in `masks.py`) and self-adaptive fairness. Setting: labels at the clients, or

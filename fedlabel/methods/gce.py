@@ -1,4 +1,4 @@
-"""GCE: a loss between cross-entropy and the mean absolute error, which wrong labels pull less.
+"""GCE: a loss between cross-entropy and the mean absolute error, which is more robust to wrong labels.
 
 Source: Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels", NeurIPS
 2018 (arXiv 1805.07836). Setting: labels at the clients, some of them wrong.
@@ -29,7 +29,7 @@ class GCE(Method):
 
     name: str = "gce"
     q: float = 0.7
-    """In (0, 1]: near 0 as cross-entropy, 1 as the mean absolute error."""
+    """In (0, 1]: near 0 it is cross-entropy, at 1 the mean absolute error."""
 
     description: ClassVar[str] = "noisy labels: generalised cross-entropy (Zhang & Sabuncu, NeurIPS 2018)"
 

@@ -34,12 +34,13 @@ def combined_bag_loss(logits: Tensor, batch: Batch) -> Tensor:
     sums, sizes = bag_sums(logits.softmax(-1), part.members)
     errors = (sums - part.bag_counts) / sizes.clamp_min(1)[:, None]
     errors = torch.where(known_bags(part)[:, None], errors, torch.zeros_like(errors))
-    bags, known = len(errors), known_bags(part).to(errors.dtype)
+    bags, has_counts = len(errors), known_bags(part).to(errors.dtype)
     blocks = -(-bags // BLOCK)
     filled = torch.cat([errors, errors.new_zeros(blocks * BLOCK - bags, errors.shape[1])])
     by_class = filled.view(blocks, BLOCK, errors.shape[1]).transpose(1, 2)
     per_block = expected_square(by_class).mean(-1)
-    in_block = torch.cat([known, known.new_zeros(blocks * BLOCK - bags)]).view(blocks, BLOCK).sum(1).clamp_min(1)
+    padded = torch.cat([has_counts, has_counts.new_zeros(blocks * BLOCK - bags)])
+    in_block = padded.view(blocks, BLOCK).sum(1).clamp_min(1)
     return (per_block / in_block).repeat_interleave(BLOCK)[:bags]
 
 

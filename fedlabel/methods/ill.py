@@ -1,4 +1,4 @@
-"""ILL: one EM for labels that are missing, partial, noisy, or all of it at once.
+"""ILL: one EM for labels that are missing, partial, noisy, or several of these at once.
 
 Source: Chen et al., "Imprecise Label Learning: A Unified Framework for Learning with Various Imprecise Label
 Configurations", NeurIPS 2024 (arXiv 2305.12715). Setting: any kind of label, all of them in one `Supervision`.
@@ -102,7 +102,7 @@ def soft_cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
 
 
 def observed(belief: Tensor, candidates: Tensor, imprecise: Tensor) -> tuple[PseudoLabels, dict[str, Tensor]]:
-    """Returns every sample's class by the posterior of a batch, and metrics of how much was learnt.
+    """Returns every sample's class by the posterior of a batch, and metrics of how much was learned.
 
     Args:
         belief: q (n, classes).
@@ -121,12 +121,12 @@ def observed(belief: Tensor, candidates: Tensor, imprecise: Tensor) -> tuple[Pse
 
 
 def has_noise(part: Part | Supervision) -> Tensor:
-    """Returns (n,) bool, which samples have a noisy label or set, or an annotation."""
+    """Returns (n,) bool, whether a sample has a noisy label, a noisy set or an annotation."""
     return part.noisy | (part.annotations >= 0).any(-1)
 
 
 class ClassMean(Shared):
-    """The average prediction for unlabelled samples: the mean of that of the clients that saw some."""
+    """The average prediction for unlabelled samples: the mean over the clients that trained on some."""
 
     def __init__(self, num_classes: int) -> None:
         self._num_classes = num_classes
@@ -156,16 +156,17 @@ class ILL(Method):
 
     name: str = "ill"
     lambda_u: float = 1.0
-    """Weight of the loss of unlabelled samples: those without any supervision of their own."""
+    """Weight of the loss of unlabelled samples: those without supervision of their own."""
     forward_weight: float = 1.0
     """Weight of -log sum_y p(y | weak view) T[y, label] for noisy labels, on top of CE(q, strong view)."""
     noise: NoiseMatrix = field(default_factory=NoiseMatrix)
     """The noise matrix."""
     label_view: str = "weak"
-    """Where the label is certain. weak: CE on the weak view (the paper's semi-supervised form). strong: it is a set of
-    one class and learnt as the other sets are (the paper's partial labels, where sets may have one class)."""
+    """Treatment of certain labels. weak: CE on the weak view (the paper's semi-supervised form). strong: a certain
+    label is a set of one class and learned as the other sets are (the paper's partial labels, where sets may have one
+    class)."""
     set_likelihood: SetLikelihood = field(default_factory=SetLikelihood)
-    """What a candidate set that may miss the truth says."""
+    """Likelihood of a candidate set that may miss the true class."""
     view_mean: bool = False
     """Released code, partial labels: CE(q, view) in the mean over the weak and two strong views."""
     complement_weight: float = 0.0
@@ -177,9 +178,9 @@ class ILL(Method):
     alignment: bool = False
     """Released code, unlabelled samples: q ~ p / (moving average of p)."""
     alignment_ema: float = 0.999
-    """Share of the old value in that average, per step; it is the federation's."""
+    """Decay of that average per step; it is shared by the federation."""
     top_k: int | None = None
-    """Released code, unlabelled samples: q keeps that many classes (3 there)."""
+    """Released code, unlabelled samples: q keeps this number of classes (3 there)."""
 
     description: ClassVar[str] = "one EM over partial, noisy, missing and mixed labels (Chen et al., 2024)"
 
@@ -290,7 +291,7 @@ class ILL(Method):
         return value
 
     def _information(self, part: Part | Supervision, matrices: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the log-likelihoods of what is certain (0 or -inf) and of what is noisy (finite), (n, classes)."""
+        """Returns the log-likelihoods of certain labels (0 or -inf) and of noisy labels (finite), (n, classes)."""
         shown = torch.where(part.noisy[:, None], torch.ones_like(part.candidates), part.candidates)
         hidden = torch.where(part.noisy[:, None], part.candidates, torch.ones_like(part.candidates))
         noise = log_likelihood(hidden, part.noisy, part.annotations, matrices, self.set_likelihood)

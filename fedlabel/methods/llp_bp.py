@@ -1,6 +1,6 @@
-"""LLP-BP: belief propagation makes labels from bag counts and neighbours, a learner learns them, its embeddings make a
-better graph, and a fresh learner learns from that (Havaldar et al., "Learning from Label Proportions: Bootstrapping
-Supervised Learners via Belief Propagation", ICLR 2024, arXiv 2310.08056).
+"""LLP-BP: belief propagation computes labels from bag counts and neighbours, a learner is trained on them, its
+embeddings give a better graph, and a fresh learner is trained on the labels from that (Havaldar et al., "Learning from
+Label Proportions: Bootstrapping Supervised Learners via Belief Propagation", ICLR 2024, arXiv 2310.08056).
 
 Bags, graph and beliefs stay at the client; the learner is federated, and the server says when a stage ends. What
 differs from the released code, each a field: one exact factor per bag instead of all its pairs (`factor`), a length
@@ -60,7 +60,8 @@ def top_count_labels(belief: Tensor, bag: Tensor, counts: Tensor, otherwise: Ten
 
 
 def centering(coupling: Tensor, log_odds: float) -> Tensor:
-    """Returns h, (e,): what to add to the log-odds of both ends of an edge so that labels of `log_odds` hear nothing.
+    """Returns h, (e,), the correction to the log-odds of both ends of an edge that makes its messages zero for labels
+    of `log_odds`.
 
     exp(h (z_i + z_j) - a (z_i - z_j)^2) then leaves them these very log-odds: with x = exp(log_odds + h), b = exp(-a)
     and o = exp(log_odds), x^2 + b (1 - o) x - o = 0.
@@ -87,22 +88,22 @@ def empty_memory(candidates: Tensor) -> State:
 
 @dataclass(frozen=True)
 class LLPBP(Method):
-    """Stages of `stage_rounds` rounds: beliefs at each client, once a stage, and a fresh learner of them."""
+    """Stages of `stage_rounds` rounds: beliefs at each client, once a stage, and a fresh learner trained on them."""
 
     name: str = "llp_bp"
     description: ClassVar[str] = "bags: beliefs from counts and neighbours, then a learner of them"
 
     num_stages: int = 2
-    """How often the learner is begun. The first graph is of the samples themselves, the others of the embeddings that
-    the learner of the stage before gives them."""
+    """Number of stages. The first graph is built from the samples, the others from their embeddings by the learner of
+    the previous stage."""
     stage_rounds: int = 10
     """Rounds of a stage; the last one goes on to the end of the run."""
     num_neighbors: int = 5
-    """k of the graph; 0: no graph, each bag for itself (with evidence=current the E step of GLWS)."""
+    """k of the graph; 0: no graph, bags are independent (with evidence=current the E step of GLWS)."""
     max_distance: float = 2.0
-    """Neighbours of this cosine distance or more are not joined; 2: all are."""
+    """Neighbours at this cosine distance or more are not connected; 2: all are."""
     length_scale: float | None = None
-    """Of the kernel exp(-distance / length_scale); null: the median distance of neighbours. The paper: 1."""
+    """Scale of the kernel exp(-distance / length_scale); null: the median distance of neighbours. The paper: 1."""
     backend: str = "sklearn"
     """sklearn: exact neighbours. faiss (an extra): for clients with hundreds of thousands of samples."""
     factor: str = "cardinality"
@@ -110,26 +111,26 @@ class LLPBP(Method):
     lambda_bag: float = math.inf
     """Weight of the squared error of a bag's count; .inf: counts are exact. pairwise and noisy counts need a number."""
     lambda_edge: float = 1.0
-    """Weight of two neighbours that differ, times the kernel."""
+    """Weight of two neighbours with different labels, times the kernel."""
     centered: bool = False
-    """Ours, two classes: neighbours agree relative to the client's share of ones. The paper's coupling is even-handed:
-    where ones are few a sample is the likelier a zero the more neighbours it has. See `centering`."""
+    """Ours, two classes: neighbours agree relative to the client's share of ones. The paper's coupling is symmetric: if
+    ones are rare, more neighbours make a zero more likely. See `centering`."""
     damping: float = 0.5
     """Share of the old message in the new one."""
     max_iterations: int = 200
-    """Of belief propagation."""
+    """Most iterations of belief propagation."""
     rule: str = "threshold"
-    """What is learnt. threshold: the class believed most (of two: 1 from `threshold` on). top_count: of each bag as
-    many as are counted, those believed most; two classes. soft: the beliefs themselves."""
+    """Training targets. threshold: the most probable class (of two: 1 from `threshold` on). top_count: in each bag as
+    many samples as counted, those with the highest belief; two classes. soft: the beliefs themselves."""
     threshold: float = 0.5
     """For rule=threshold and two classes."""
     evidence: str = "none"
-    """What else a label's belief goes by. none: the paper's. previous: what the learner of the stage before says of the
-    sample. current: what the global model says, anew in every round but a stage's first, in which it is untrained."""
+    """Prior evidence of a label. none: the paper's. previous: the prediction of the previous stage's learner. current:
+    the global model's prediction, updated in every round except a stage's first, in which the model is untrained."""
     evidence_weight: float = 1.0
     """Multiplies the log-odds of the evidence."""
     lambda_aggregate: float = 0.1
-    """Weight of the loss on bags, of a second output for means of embeddings; 0: there is none."""
+    """Weight of the loss on bags, of a second output for means of embeddings; 0: no such output."""
     head_hidden: int = 64
     """Width of that output's hidden layer."""
 
@@ -166,6 +167,11 @@ class LLPBP(Method):
                 f"(={self.centered}): with {task.num_classes} classes rule=top_count, factor=pairwise and "
                 "centered=true have no place; leave them out, or set data.positive_classes for two classes."
             )
+        if task.labels.noisy_counts and self.lambda_bag == math.inf:
+            raise ValueError(
+                "`method.lambda_bag` (=inf) takes counts for exact, and with `supervision.count_epsilon` they have "
+                "noise: take a number, e.g. method.lambda_bag=1."
+            )
         stages = tuple(
             Stage(
                 partial(self._phases, stage),
@@ -196,7 +202,7 @@ class LLPBP(Method):
     # ------------------------------------------------------------------------------------------------------- E step
 
     def prepare(self, survey: Survey, stage: int, fresh: bool = False) -> Prepared:
-        """Propagates beliefs over the client's bags and neighbours, unless that was done in this stage.
+        """Runs belief propagation on the client's bags and neighbours, unless that was done in this stage.
 
         Args:
             survey: of the client's samples.
@@ -221,7 +227,7 @@ class LLPBP(Method):
         return Prepared({"target": target}, memory=memory, pseudo=pseudo, metrics=metrics, pairs=pairs)
 
     def _graph(self, survey: Survey, stage: int) -> Graph:
-        """Returns the graph of a stage: with evidence=current, asked for in every round, the one that was kept."""
+        """Returns the graph of a stage: with evidence=current, which needs it in every round, the stored one."""
         memory = survey.memory
         if int(memory["stage"]) == stage and len(memory["belief"]) == len(survey.supervision.candidates):
             return Graph(memory["edges"], memory["weight"])
@@ -231,7 +237,7 @@ class LLPBP(Method):
         )
 
     def _evidence(self, survey: Survey, stage: int, fresh: bool) -> Tensor:
-        """Returns (n, classes) logarithms of what a model says of the samples; 0 for nothing."""
+        """Returns (n, classes) log-evidence from a model's predictions; 0 without evidence."""
         previous, current = "previous" if stage > 0 else None, None if fresh else "global"
         who = {"none": None, "previous": previous, "current": current}[self.evidence]
         if who is None:
@@ -341,6 +347,6 @@ class LLPBP(Method):
     # ------------------------------------------------------------------------------------------------------- memory
 
     def keep(self, memory: State, results: Sequence[PhaseResult]) -> State:
-        """Returns the beliefs of the stage and, where they are made anew in every round, its graph."""
+        """Returns the beliefs of the stage and, if they are updated in every round, its graph."""
         kept = ("belief", "stage", "edges", "weight") if self.evidence == "current" else ("belief", "stage")
         return {name: memory[name] for name in kept}

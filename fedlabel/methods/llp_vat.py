@@ -33,17 +33,17 @@ def divergence(log_target: Tensor, log_probs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LLPVAT(Method):
-    """DLLP's loss plus the divergence between the predictions of a sample and of its worst small change."""
+    """DLLP's loss plus the divergence between the predictions of a sample and of its adversarial perturbation."""
 
     name: str = "llp_vat"
     description: ClassVar[str] = "bags: mean prediction against class shares, and virtual adversarial training"
 
     lambda_vat: float = 0.05
-    """Weight of the second."""
+    """Weight of the divergence."""
     radius: float = 1.0
-    """Euclidean length of the change, of normalised inputs."""
+    """Euclidean length of the perturbation, of normalised inputs."""
     xi: float = 1e-2
-    """Length of the probe in the one power iteration that finds the worst direction."""
+    """Length of the probe in the single power iteration that finds the adversarial direction."""
 
     def __post_init__(self) -> None:
         finite(self, "method", "lambda_vat")

@@ -1,4 +1,4 @@
-"""Losses and metrics that many methods share."""
+"""Losses and metrics shared by many methods."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def labeled_step(logits: Tensor, candidates: Tensor) -> Step:
 
 
 def label_step(values: Tensor, candidates: Tensor, memory: State | None = None) -> Step:
-    """Returns the mean loss over the samples with one candidate, 0 for none; with the metrics that labelled parts have.
+    """Returns the mean loss over the samples with one candidate, 0 if there are none; with the metrics of labelled
+    parts.
 
     Args:
         values: (n,) loss per sample.
@@ -55,7 +56,7 @@ def label_step(values: Tensor, candidates: Tensor, memory: State | None = None) 
 
 
 def labeled_and(student: Model, batch: Batch, view: str) -> tuple[Step, Tensor]:
-    """Sends labelled samples and one view of the unlabelled ones through the student at once.
+    """Passes labelled samples and one view of the unlabelled ones through the student in one batch.
 
     Returns:
         The labelled part's step; (n, classes) logits of the unlabelled part.
@@ -81,7 +82,7 @@ def pseudo_cross_entropy(log_probs: Tensor, label: Tensor, keep: Tensor) -> Tens
 
 
 def batch_mean(values: Tensor) -> Tensor:
-    """Returns the mean of (n,) values, 0 for none: the dropped samples of a batch count as zeros (FixMatch, USB)."""
+    """Returns the mean of (n,) values, 0 if n is 0: dropped samples of a batch count as zeros (FixMatch, USB)."""
     return values.sum() / max(len(values), 1)
 
 

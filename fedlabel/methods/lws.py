@@ -1,4 +1,4 @@
-"""LWS: candidates are made probable and the other classes improbable, with a leverage between the two.
+"""LWS: raises the probability of candidates and lowers that of other classes, with a leverage between the two.
 
 Source: Wen, Cui, Hang, Liu, Wang, Lin, "Leveraged Weighted Loss for Partial Label Learning", ICML 2021 (arXiv
 2106.05731), with its cross-entropy form. Setting: candidate sets that hold the truth, at the clients.

@@ -1,4 +1,4 @@
-"""Which pseudo-labels are good enough: one mask, shared by all methods that keep samples by their confidence.
+"""Selection of pseudo-labels by confidence: one mask for all methods that use a threshold.
 
 Thresholds per class:
 - fixed: Sohn et al., "FixMatch", NeurIPS 2020: keep if max p >= tau.
@@ -39,7 +39,7 @@ KINDS = ("fixed", "flexmatch", "freematch", "cbafed")
 
 
 class Selected(NamedTuple):
-    """A mask's word on each sample; all detached."""
+    """A mask's result for each sample; all detached."""
 
     label: Tensor
     """(n,) int64, the most probable class."""
@@ -48,17 +48,17 @@ class Selected(NamedTuple):
     confidence: Tensor
     """(n,) float, the largest probability."""
     logits: Tensor
-    """(n, classes), debiased where asked for."""
+    """(n, classes), debiased if configured."""
     memory: State
-    """To be carried on."""
+    """Memory for the next step."""
 
     def pseudo_labels(self, from_global: bool) -> PseudoLabels:
-        """Returns them as a step reports them; from_global: whether the received model made them."""
+        """Returns them as pseudo-labels of a step; from_global: whether the received model made them."""
         return PseudoLabels(self.label, self.keep, torch.full_like(self.keep, from_global), self.confidence)
 
 
 def flexmatch_thresholds(counts: Tensor, unused: Tensor, threshold: float) -> Tensor:
-    """Returns threshold * M(beta_c) with M(x) = x / (2 - x): lower where fewer samples passed.
+    """Returns threshold * M(beta_c) with M(x) = x / (2 - x): lower for classes with fewer samples over the threshold.
 
     Args:
         counts: (classes,) samples whose prediction is c with at least `threshold`.
@@ -76,7 +76,7 @@ def freematch_thresholds(threshold: Tensor, class_mean: Tensor) -> Tensor:
 
 
 def cbafed_thresholds(counts: Tensor, base: float, cap: float) -> Tensor:
-    """Returns min(share_c + base - sd(share), cap), (classes,): frequent classes have to be surer.
+    """Returns min(share_c + base - sd(share), cap), (classes,): higher for frequent classes.
 
     Args:
         counts: (classes,) samples labelled or pseudo-labelled as c; all 0 counts as equal shares.
@@ -93,17 +93,18 @@ def cbafed_thresholds(counts: Tensor, base: float, cap: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Mask:
-    """How a confidence becomes a decision."""
+    """How pseudo-labels are selected by their confidence."""
 
     kind: str = "fixed"
-    """fixed | flexmatch | freematch | cbafed: thresholds per class. freematch and cbafed make their own and do not look
-    at `method.confidence_threshold`."""
+    """fixed | flexmatch | freematch | cbafed: thresholds per class. freematch and cbafed compute their own and ignore
+    `method.confidence_threshold`."""
     debias: str = "none"
-    """none | prior: divide probabilities by their average over the client's unlabelled samples, before everything."""
+    """none | prior: divide probabilities by their average over the client's unlabelled samples, before anything
+    else."""
     ema: float = 0.999
-    """freematch: share of the old value in its moving averages, per step."""
+    """freematch: decay of its moving averages, per step."""
     base: float = 0.84
-    """cbafed: the threshold of a class without a sample, before the spread of the shares is taken off."""
+    """cbafed: the threshold of a class without a sample, before the spread of the shares is subtracted."""
     cap: float = 0.95
     """cbafed: the largest threshold."""
 
@@ -113,11 +114,11 @@ class Mask:
 
     @property
     def surveys(self) -> bool:
-        """Whether it looks at all of a client's samples before a phase."""
+        """Whether it needs all of a client's samples before a phase."""
         return self.kind == "flexmatch" or self.debias == "prior"
 
     def select(self, logits: Tensor, threshold: float, memory: State) -> Selected:
-        """Decides on the samples of a batch.
+        """Selects the pseudo-labels of a batch.
 
         Args:
             logits: (n, classes).
@@ -142,7 +143,7 @@ class Mask:
         return Selected(label, keep, confidence, logits, memory)
 
     def _moved_averages(self, probs: Tensor, confidence: Tensor, label: Tensor, memory: State) -> State:
-        """Returns FreeMatch's three moving averages, and the step counted."""
+        """Returns FreeMatch's three moving averages, and the incremented step."""
         share = one_hot(label, probs.shape[-1]).to(probs.dtype).mean(0)
         new = {"threshold": confidence.mean(), "class_mean": probs.mean(0), "class_share": share}
         moved = {name: self.ema * memory[name] + (1 - self.ema) * value for name, value in new.items()}
@@ -159,7 +160,7 @@ class Mask:
         return torch.full((probs.shape[-1],), threshold, dtype=probs.dtype, device=probs.device)
 
     def prepare(self, survey: Survey, threshold: float) -> State:
-        """Returns the memory after a look, if needed, at a client's unlabelled samples with the received model."""
+        """Returns the memory after a pass, if needed, over a client's unlabelled samples with the received model."""
         if not self.surveys:
             return survey.memory
         probs = survey.predict("global", "clean").softmax(-1)
@@ -276,7 +277,7 @@ def _prepared(survey: Survey, mask: Mask, threshold: float) -> Prepared:
 def masked_recipe(
     mask: Mask, num_classes: int, phases: tuple[Phase, ...] | Callable[[int], tuple[Phase, ...]]
 ) -> Recipe:
-    """Returns the recipe of a method that has a mask: one stage, and what the mask remembers and shares.
+    """Returns the recipe of a method that has a mask: one stage, with the mask's memory and shared state.
 
     Args:
         mask: its mask.

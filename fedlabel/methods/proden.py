@@ -1,4 +1,4 @@
-"""PRODEN: which candidate is the true class is identified progressively, while the model learns from it.
+"""PRODEN: progressively identifies the true class among the candidates while the model trains.
 
 Source: Lv, Xu, Feng, Niu, Geng, Sugiyama, "Progressive Identification of True Labels for Partial-Label Learning",
 ICML 2020 (arXiv 2002.08053). Setting: candidate sets that hold the truth, at the clients.

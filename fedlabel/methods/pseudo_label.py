@@ -1,4 +1,4 @@
-"""Pseudo-labels: the model's own confident predictions as labels, made anew in every batch or once a round.
+"""Pseudo-labels: the model's own confident predictions as labels, computed in every batch or once a round.
 
 Sources: Lee, "Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural Networks", ICML
 workshop 2013. `relabel=round` is the fixed labelling by the received model that Diao et al., "SemiFL", NeurIPS 2022
@@ -32,7 +32,7 @@ class PseudoLabel(Method):
     confidence_threshold: float = 0.95
     """tau: a pseudo-label is used if the largest probability reaches it."""
     relabel: str = "batch"
-    """batch: by the weights of the moment; round: once, by the received model on plain images."""
+    """batch: by the current weights; round: once, by the received model on plain images."""
     lambda_u: float = 1.0
     """Weight of the unlabelled loss after the ramp."""
     ramp_rounds: int = 0

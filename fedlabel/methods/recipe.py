@@ -1,4 +1,4 @@
-"""The contract of a method: a frozen dataclass of hyper-parameters that, for a task, gives a `Recipe`.
+"""The interface of a method: a frozen dataclass of hyper-parameters that gives a `Recipe` for a task.
 
 A recipe is all that happens in a run, as one value: the stages, the phases that a client runs in a round, its memory,
 the state that the server shares and its closed-form update. `fedlabel/learning` runs it on a client and
@@ -45,31 +45,31 @@ class LabelKinds(Flag):
 
 
 class Task(NamedTuple):
-    """The setting that a method is asked for a recipe for."""
+    """The setting for which a method gives a recipe."""
 
     num_classes: int
     num_rounds: int
     labels: LabelCard
-    """How much of each kind of label the federation holds."""
+    """The label card of the federation."""
 
 
 @dataclass(frozen=True)
 class BySample:
-    """A step draws samples with a label and, for themselves, samples without."""
+    """A step draws labelled and unlabelled samples separately."""
 
     labeled: Views = ("weak",)
-    """Views of labelled samples: those with one candidate left."""
+    """Views of labelled samples: those with one candidate."""
     unlabeled: Views = ()
-    """Views of the others, of all samples with `training.unlabeled_includes_labeled`."""
+    """Views of the others, or of all samples with `training.unlabeled_includes_labeled`."""
     mix: Views = ()
-    """Views of a second draw of as many unlabelled samples, from all of them whatever `Prepared.draw` says."""
+    """Views of a second draw of as many unlabelled samples, from all of them regardless of `Prepared.draw`."""
     mix_alpha: float = 1.0
     """Parameter of the Beta distribution that `Batch.mixing` is drawn from."""
 
 
 @dataclass(frozen=True)
 class ByKnowledge:
-    """As `BySample`, where a candidate set, noisy label or annotation counts as a label, too."""
+    """As `BySample`, but a candidate set, noisy label or annotation counts as a label, too."""
 
     labeled: Views = ("weak",)
     """Views of samples with any supervision of their own."""
@@ -79,8 +79,8 @@ class ByKnowledge:
 
 @dataclass(frozen=True)
 class ByBag:
-    """A step draws whole bags, as many as have about `training.batch_size` samples, for `Batch.labeled`. A labelled
-    sample in no bag is a bag of one.
+    """A step draws whole bags, with about `training.batch_size` samples in all, for `Batch.labeled`. A labelled sample
+    in no bag is a bag of one.
     """
 
     labeled: Views = ("weak",)
@@ -88,7 +88,7 @@ class ByBag:
     singles: bool = False
     """Whether unlabelled samples in no bag are drawn, too, as bags of one with unknown counts."""
     least: int = 1
-    """Bags that a step draws at least, if the client has as many."""
+    """Smallest number of bags per step, if the client has as many."""
 
 
 Draw = BySample | ByKnowledge | ByBag
@@ -100,9 +100,9 @@ class Update:
 
     loss: LossFunction
     trains: Select | None = None
-    """The parameters that it moves; None: all."""
+    """Names of the parameters that it trains; None: all."""
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
-    """Named parameters of the student -> () added to the loss; None: nothing."""
+    """Named parameters of the student -> () added to the loss; None: no penalty."""
 
 
 @dataclass(frozen=True)
@@ -112,20 +112,20 @@ class Phase:
     name: str
     loss: LossFunction
     draw: Draw = BySample()
-    """Which samples a step draws, and which views of them."""
+    """Which samples a step draws, and their views."""
     teachers: tuple[str, ...] = ()
     """"global" (the received weights), an earlier phase's name (its final weights), "previous" (see `Stage`) or one of
-    `Memory.models`; frozen in eval mode. A state that lacks weights borrows them from the student as it is now."""
+    `Memory.models`; frozen in eval mode. Weights missing in a state are taken from the current student."""
     start: str = "global"
-    """Where the student starts: named as in `teachers`. Only one phase may go on from where another ended: with two,
-    `sum_of_updates` would count the first one's update twice."""
+    """Initial weights of the student: named as in `teachers`. Only one phase may start from the end of another: with
+    two, `sum_of_updates` would count the first one's update twice."""
     steps: int | None = None
-    """Local steps of this phase; None: as `training.local_steps` or `training.local_epochs` says. With 0 there is only
-    its `prepare`, if it has one."""
+    """Local steps of this phase; None: from `training.local_steps` or `training.local_epochs`. With 0 only its
+    `prepare` runs, if it has one."""
     prepare: Callable[[Survey], Prepared] | None = None
     """The E step over the client's whole data before this phase, with this phase's teachers; None: none."""
     trains: Select | None = None
-    """The parameters that `loss` moves; None: all."""
+    """Names of the parameters that `loss` trains; None: all."""
     then: tuple[Update, ...] = ()
     """Further optimiser steps on the same batch, in turn."""
     proximal: Callable[[Tensor], float] | None = None
@@ -138,12 +138,12 @@ class Phase:
 
 
 class Start(Enum):
-    """The weights that a stage starts from."""
+    """The initial weights of a stage."""
 
     CONTINUE = auto()
-    """Those that the stage before ended with."""
+    """The final weights of the previous stage."""
     FRESH = auto()
-    """New ones."""
+    """Newly initialised weights."""
 
 
 def global_model(models: Mapping[str, Model], shared: State) -> Model | None:
@@ -160,21 +160,22 @@ class Stage:
     """
 
     phases: tuple[Phase, ...] | Callable[[int], tuple[Phase, ...]]
-    """Of every round; or the round in this stage (1-based) -> its phases."""
+    """Phases of every round; or the round in this stage (1-based) -> its phases."""
     rounds: int | None = None
-    """How many; None: to the end of the run (the last stage)."""
+    """Number of rounds; None: to the end of the run (the last stage)."""
     name: str = ""
-    """Shown in a terminal; empty: not named."""
+    """Name in the terminal; empty: no name."""
     start: Start | Callable[[StateDict, StateDict], StateDict] = Start.CONTINUE
-    """Or (the stage before's end, fresh weights) -> weights. Of the first stage nothing: it starts fresh."""
+    """Or (the previous stage's final weights, fresh weights) -> weights. Not used in the first stage, which starts
+    fresh."""
     averaging: float = 0.0
-    """Decay of a moving average of the global model over this stage's rounds, which is then the stage's end, and
-    evaluated as "average"; the rounds go on from the model itself. 0: none."""
+    """Decay of a moving average of the global model over this stage's rounds, which is then the stage's final model,
+    and evaluated as "average"; the rounds continue from the model itself. 0: none."""
     predict: Callable[[Mapping[str, Model], State], Model | None] = global_model
-    """("model", the global one, and where there are such "average" and "previous"; the shared state) -> what is
-    evaluated, images -> logits; None: nothing that could be."""
+    """("model", the global one, and, if they exist, "average" and "previous"; the shared state) -> the evaluated
+    function, images -> logits; None: nothing to evaluate."""
     final: bool = True
-    """Whether what is evaluated is a model as the run is for; if not, its accuracy is logged as interim/accuracy."""
+    """Whether the evaluated model is the run's result; if not, its accuracy is logged as interim/accuracy."""
 
 
 def _nothing(*_: object) -> dict[str, Any]:
@@ -187,29 +188,31 @@ def _as_at_start(memory: State, global_state: StateDict) -> State:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a client remembers: from step to step, and from round to round."""
+    """A client's memory: from step to step, and from round to round."""
 
     start: Callable[[Tensor], State] = _nothing
-    """Candidates (n, classes) bool -> memory of a client that never trained. What the server shares is added to it."""
+    """Candidates (n, classes) bool -> memory of a client that never trained. The server's shared state is added to
+    it."""
     keep: Callable[[State, Sequence[PhaseResult]], State] = _nothing
-    """(memory, results of the round's phases) -> what stays at the client until it trains again."""
+    """(memory, results of the round's phases) -> the memory that the client keeps until it trains again."""
     models: Callable[[StateDict, State], dict[str, StateDict]] = _nothing
-    """(global state, memory) -> further weights that phases may start from or have as teachers, by name."""
+    """(global state, memory) -> further weights for the start or the teachers of phases, by name."""
     like: Callable[[State, StateDict], State] = _as_at_start
-    """(memory of a client that never trained and what the server shares, the global state) -> an example of everything
-    that `keep` may return: a checkpoint is held against its names, types and sizes. What has no rows may grow some."""
+    """(memory of a client that never trained and the server's shared state, the global state) -> an example of
+    everything that `keep` may return: a checkpoint is checked against its names, types and sizes. Tensors without rows
+    may grow some."""
 
 
 @dataclass(frozen=True)
 class Helpers:
-    """Models of other clients that the server hands to a client, as teachers "helper0", "helper1", ... (FedMatch)."""
+    """Models of other clients that the server sends to a client, as teachers "helper0", "helper1", ... (FedMatch)."""
 
     count: int
-    """How many each client gets: those whose output on one fixed random image is nearest to its own."""
+    """Helpers per client: the models whose output on one fixed random image is nearest to its own."""
     every: int
-    """Rounds between two in which they are sent."""
+    """Rounds between two rounds with helpers."""
     prefix: str
-    """Only the weights whose names start so travel; the rest is borrowed (see `Phase.teachers`)."""
+    """Prefix of the weights that are sent; the others are taken from the student (see `Phase.teachers`)."""
 
 
 FINE_TUNING = Phase("server", labels_loss)
@@ -217,40 +220,40 @@ FINE_TUNING = Phase("server", labels_loss)
 
 
 class Place(NamedTuple):
-    """Where a round lies in a recipe."""
+    """The position of a round in a recipe."""
 
     number: int
-    """Of the stage, from 0."""
+    """Index of the stage, from 0."""
     stage: Stage
     round_in_stage: int
-    """1-based."""
+    """Round in the stage, 1-based."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that happens in a run."""
+    """The training procedure of a method: stages, memory, shared state and upload."""
 
     stages: tuple[Stage, ...]
     uses: LabelKinds
-    """The kinds of label that it learns from; of others a run warns."""
+    """The kinds of label that it learns from; a run warns of others."""
     network: Network = one_network
-    """What is made of the user's network: heads, twins, a sum of parts."""
+    """The network built from the user's: heads, twins, a sum of parts."""
     memory: Memory = Memory()
     shared: Shared = nothing_shared
     """The state that the server shares and updates in closed form."""
     upload: Upload = sum_of_updates
-    """What a client sends of a round's phases."""
+    """The upload of a client after a round's phases."""
     server_phases: tuple[Phase, ...] = (FINE_TUNING,)
-    """What the server trains after each aggregation, where it holds labels."""
+    """Phases of the server after each aggregation, if it holds labels."""
     inspect: Callable[[State], Mapping[str, Tensor]] = _nothing
-    """Shared state -> what is shown of it: "noise_matrix" (matrices, classes, classes), p(noisy label | true label), or
-    "function_accuracy" (functions,), how often each labelling function is right, estimated without labels."""
+    """Shared state -> values to show: "noise_matrix" (matrices, classes, classes), p(noisy label | true label), or
+    "function_accuracy" (functions,), the accuracy of each labelling function, estimated without labels."""
     helpers: Helpers | None = None
     num_functions: int = 0
-    """Labelling functions whose votes clients report."""
+    """Number of labelling functions whose votes clients report."""
 
     def place(self, round_number: int) -> Place:
-        """Returns the place of a round (1-based)."""
+        """Returns the position of a round (1-based)."""
         left = max(1, round_number)
         for index, stage in enumerate(self.stages):
             if stage.rounds is None or left <= stage.rounds or index == len(self.stages) - 1:
@@ -264,33 +267,34 @@ class Recipe:
         return stage.phases(number) if callable(stage.phases) else stage.phases
 
     def begins(self, round_number: int) -> bool:
-        """Returns whether a stage with weights of its own begins with a round (1-based)."""
+        """Returns whether a stage with its own initial weights begins with a round (1-based)."""
         place, stage, number = self.place(round_number)
         return place > 0 and number == 1 and stage.start is not Start.CONTINUE
 
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods: a frozen dataclass of hyper-parameters, checked in `__post_init__`."""
+    """Base class of all methods: a frozen dataclass of hyper-parameters, checked in `__post_init__`."""
 
     name: str = ""
 
     description: ClassVar[str] = ""
     """One line for `fedlabel list`."""
     metrics: ClassVar[tuple[Tag, ...]] = ()
-    """Those in `Step.metrics` and `Prepared.metrics` that `fedlabel/metric_tags.py` lacks: a client sends no others."""
+    """Metrics in `Step.metrics` and `Prepared.metrics` that `fedlabel/metric_tags.py` lacks: a client sends no
+    others."""
     oracle_labels: ClassVar[bool] = False
-    """True only where the method is defined as an upper bound that sees every training label."""
+    """True only if the method is defined as an upper bound that uses every training label."""
 
     def check_rounds(self, num_rounds: int) -> None:
-        """Looks at the length of a run, as soon as it is configured.
+        """Checks the number of rounds, when a run is configured.
 
         Raises:
             ValueError: something that is configured would never happen.
         """
 
     def recipe(self, task: Task) -> Recipe:
-        """Returns all that happens in a run.
+        """Returns the training procedure for a task.
 
         Raises:
             ValueError: the method cannot learn this task.

@@ -1,4 +1,4 @@
-"""SAGE: local and global pseudo-labels mixed by how far their confidences lie apart.
+"""SAGE: mixes local and global pseudo-labels by the gap between their confidences.
 
 Source: Liu et al., "Mind the Gap: Confidence Discrepancy Can Guide Federated Semi-Supervised Learning Across
 Pseudo-Mismatch", CVPR 2025, and its released code. Setting: labels at the clients. FedLabel's closest relative: a
@@ -24,7 +24,7 @@ from fedlabel.methods.recipe import BySample, LabelKinds, Method, Phase, Recipe,
 
 
 class Mixture(NamedTuple):
-    """Targets made of two models' pseudo-labels; all detached."""
+    """Targets from two models' pseudo-labels; all detached."""
 
     target: Tensor
     """(n, classes) float, rows are probabilities."""

@@ -1,4 +1,5 @@
-"""SemiFL: the received global model labels a client's data once a round; sure samples are trained on, and mixed.
+"""SemiFL: the received global model pseudo-labels a client's data once a round; confident samples are trained on, and
+mixed.
 
 Source: Diao, Ding, Tarokh, "SemiFL: Semi-Supervised Federated Learning for Unlabeled Clients with Alternate Training",
 NeurIPS 2022 (arXiv 2106.01432), and its released code.
@@ -39,10 +40,10 @@ class SemiFL(Method):
 
     name: str = "semifl"
     confidence_threshold: float = 0.95
-    """A sample is sure if the received model's largest probability reaches it. A client without a sure sample sits out
-    with labels at the server; with labels of its own it trains on these."""
+    """A sample is confident if the received model's largest probability reaches it. A client without a confident sample
+    skips the round with labels at the server; with labels of its own it trains on these."""
     mix_alpha: float = 0.75
-    """The mixing weight is drawn from Beta(mix_alpha, mix_alpha), once a batch."""
+    """The mixing weight is drawn from Beta(mix_alpha, mix_alpha), once per batch."""
     lambda_mix: float = 1.0
     """Weight of the mixed batch's loss; 0: no mixed batches."""
 
@@ -72,7 +73,9 @@ class SemiFL(Method):
         )
 
     def prepare(self, survey: Survey) -> Prepared:
-        """Labels all of a client's samples with the received model; only the sure ones are drawn, any is mixed in."""
+        """Pseudo-labels all of a client's samples with the received model; only confident ones are drawn, any may be
+        mixed in.
+        """
         confidence, label = survey.predict("global", "clean").softmax(-1).max(-1)
         keep = confidence >= self.confidence_threshold
         pseudo = PseudoLabels(label, keep, torch.ones_like(keep), confidence)

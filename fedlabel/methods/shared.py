@@ -1,4 +1,4 @@
-"""The state that a server shares with its clients: closed forms of statistics that add up, and what bounds them."""
+"""The state that a server shares with its clients: closed-form updates from summed statistics, and their bounds."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from fedlabel.methods.batch import State
 
 
 class Limits(NamedTuple):
-    """What a client can have worked with at most in a round, as follows from what it holds and from the configuration.
+    """Upper limits of a client's work in a round, from its data and the configuration.
 
     It may be far more than what it did work with: only a client that does not follow the method exceeds it.
     """
 
     samples: int
-    """It holds."""
+    """Number of samples it holds."""
     annotators: int
-    """Labels that annotators can have given to a sample."""
+    """Largest number of annotators' labels of a sample."""
     steps: int
     """Optimiser steps over all phases."""
     examples: int
-    """Samples that its losses can have used, over all steps (see `Step.examples`)."""
+    """Largest number of samples used by its losses, over all steps (see `Step.examples`)."""
 
 
 class Shared:
-    """A closed form: clients send statistics, their sum moves the state that all clients get. By default nothing."""
+    """Shared state with a closed-form update: clients send statistics, their sum updates the state that all clients
+    get. By default empty.
+    """
 
     def start(self) -> State:
         """Returns the state of round 1."""
@@ -39,16 +41,18 @@ class Shared:
         return {}
 
     def update(self, shared: State, total: State) -> State:
-        """Returns the next state from the current one and the summed statistics of a round; {}: nobody sent any."""
+        """Returns the next state from the current one and the summed statistics of a round; {} if no client sent
+        any.
+        """
         return shared
 
     def broadcast(self, shared: State) -> State:
-        """Returns the part of the state that clients get. Default: all of it."""
+        """Returns the part of the state that clients receive. Default: all of it."""
         return shared
 
     def check_statistics(self, statistics: State, shared: State, limits: Limits) -> None:
-        """Looks at the statistics of one client before they are added up: no robust strategy covers them, so their
-        effect on the state has to be bounded by what the client holds. Default: anything goes.
+        """Checks the statistics of one client before they are summed: no robust strategy covers them, so their effect
+        on the state has to be bounded by the client's data. Default: no check.
 
         Args:
             statistics: float64, of the right names and shapes, all finite.
@@ -60,7 +64,7 @@ class Shared:
         """
 
     def check(self, shared: State) -> None:
-        """Looks at the state before it is saved and sent; that all of it is finite is certain. Default: nothing.
+        """Checks the state before it is saved and sent; it is already known to be finite. Default: no check.
 
         Raises:
             ValueError: it is none that the method can go on from.
@@ -119,7 +123,7 @@ def state_to_lists(state: State) -> dict[str, list[float]]:
 
 
 def state_from_lists(lists: Mapping[str, Sequence[float]], device: torch.device) -> State:
-    """Returns what `state_to_lists` was given, as float tensors on `device`."""
+    """Returns the input of `state_to_lists`, as float tensors on `device`."""
     state: State = {}
     for name, values in lists.items():
         dimensions = int(values[0])
@@ -135,7 +139,7 @@ SLACK = 1e-3
 
 
 def check_counts(name: str, values: Tensor, most: float) -> None:
-    """Looks at counts of samples, whole or expected.
+    """Checks counts of samples, whole or expected.
 
     Args:
         name: of the statistic.
@@ -158,7 +162,7 @@ def check_flags(name: str, values: Tensor) -> None:
 
 
 def check_shares(name: str, values: Tensor, total: Tensor) -> None:
-    """Looks at probabilities.
+    """Checks probabilities.
 
     Args:
         name: of the statistic, or of the shared state.

@@ -1,4 +1,4 @@
-"""UDA: the strong view's prediction is pulled to the weak view's sharpened one.
+"""UDA: the prediction on the strong view is trained to match the sharpened prediction on the weak view.
 
 Source: Xie et al., "Unsupervised Data Augmentation for Consistency Training", NeurIPS 2020 (arXiv 1904.12848):
 consistency with sharpening and confidence masking, training-signal annealing. Setting: labels at the clients, or
@@ -29,7 +29,7 @@ TSA = ("none", "linear", "log", "exp")
 
 
 def tsa_threshold(schedule: str, progress: float, num_classes: int) -> float:
-    """Returns eta_t = alpha_t * (1 - 1/C) + 1/C: labelled samples surer than that are left out.
+    """Returns eta_t = alpha_t * (1 - 1/C) + 1/C: labelled samples with a higher confidence are dropped.
 
     Args:
         schedule: "linear": alpha_t = t; "log": 1 - exp(-5 t); "exp": exp(5 (t - 1)).
@@ -54,7 +54,7 @@ class UDA(Method):
     mask: Mask = field(default_factory=Mask)
     """Thresholds per class, debiasing."""
     confidence_threshold: float = 0.8
-    """A sample counts if the weak view's largest probability, before sharpening, reaches it."""
+    """A sample is used if the weak view's largest probability, before sharpening, reaches it."""
     temperature: float = 0.4
     """T: the target is softmax(logits / T)."""
     lambda_u: float = 1.0
@@ -81,7 +81,7 @@ class UDA(Method):
         return masked_recipe(self.mask, task.num_classes, self.phases)
 
     def phases(self, round_number: int) -> tuple[Phase, ...]:
-        """Returns the phase of a round (1-based), with what is annealed by then."""
+        """Returns the phase of a round (1-based), with its annealed threshold."""
         progress = min(1.0, round_number / self.tsa_rounds) if self.tsa_rounds else 1.0
         return (masked_phase(self.mask, partial(self.loss, progress=progress), self.confidence_threshold),)
 
@@ -100,7 +100,7 @@ class UDA(Method):
         )
 
     def _annealed(self, logits: Tensor, candidates: Tensor, progress: float) -> Tensor:
-        """Returns the candidates, all True (no label) where the model is too sure of the label already."""
+        """Returns the candidates, set to all True (no label) if the model is already confident of the label."""
         if self.tsa == "none":
             return candidates
         sure = (logits.detach().softmax(-1) * candidates).sum(-1)

@@ -1,4 +1,4 @@
-"""What a client sends after a round: one model, or several parts that are averaged for themselves."""
+"""Uploads of a client after a round: one model, or several parts that are averaged separately."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlabel.methods.batch import StateDict
 
 
 class PhaseResult(NamedTuple):
-    """What a phase left behind."""
+    """The final state of a phase."""
 
     name: str
     state: StateDict
@@ -34,15 +34,15 @@ Send = Callable[[StateDict, Sequence[PhaseResult], frozenset[str], float], dict[
 
 @dataclass(frozen=True)
 class Upload:
-    """What a client sends of the phases that ran."""
+    """What a client uploads from the phases that ran, and the paper's count of its bytes."""
 
     send: Send
     """(global state, results of the phases in order, names in the state that are trained, the client's weight in the
     server's mean as `training.weight_by` says) -> part name -> model and weight. The server averages each part over the
     clients by its weights and then takes the plain mean of the parts."""
     claimed_bytes: Callable[[StateDict, StateDict, int], tuple[float, float]] | None = None
-    """(global state, uploaded state, how many helpers came along) -> bytes (up, down) by the count that the paper makes
-    of its own traffic; None: it makes none."""
+    """(global state, uploaded state, number of received helpers) -> bytes (up, down) by the paper's own count of its
+    traffic; None: the paper has none."""
 
 
 def send_sum(
@@ -72,7 +72,7 @@ unweighted_sum_of_updates = Upload(send_unweighted)
 
 
 def sum_updates(start: StateDict, states: Sequence[StateDict], parameters: frozenset[str]) -> StateDict:
-    """Returns start + sum of (state - start); exactly the only state where the others did not move.
+    """Returns start + sum of (state - start); exactly the changed state if only one changed.
 
     Buffers (BatchNorm's running statistics) are averaged instead: a sum of two changes of a variance can be negative.
     Integer buffers (BatchNorm's batch counter) are taken from the last state.

@@ -31,7 +31,7 @@ AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network, and how large."""
+    """The network and its size."""
 
     name: str = "cnn"
     """A key of `MODELS`, or "torchvision:" and the name of a classifier of `torchvision.models` (untrained)."""
@@ -42,8 +42,8 @@ class ModelConfig:
     hidden: int = 128
     """Width of the hidden linear layer of cnn and mlp; the others have none."""
     hidden_layers: tuple[int, ...] = ()
-    """Widths of mlp's hidden layers, the first next to the input, e.g. [256, 128, 64]; empty: one, of `hidden`. For
-    mlp alone."""
+    """Widths of mlp's hidden layers, the first next to the input, e.g. [256, 128, 64]; empty: one, of `hidden`. Only
+    for mlp."""
 
     def __post_init__(self) -> None:
         # YAML gives a list; configurations must be hashable.
@@ -82,7 +82,7 @@ class ModelEntry:
     """One row of `MODELS`."""
 
     description: str
-    """One line for people."""
+    """One-line description."""
     min_side: int
     """Smallest height and width of an image."""
     builder: Callable[[ModelConfig, InputShape, int], nn.Module]
@@ -185,12 +185,12 @@ def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, 
 
 
 class RunningStatistics(NamedTuple):
-    """Names in a model's state of what BatchNorm, or InstanceNorm that tracks statistics, keeps beside its weights."""
+    """Names of the running statistics in a model's state: of BatchNorm, or InstanceNorm that tracks statistics."""
 
     means: frozenset[str] = frozenset()
     variances: frozenset[str] = frozenset()
     counters: frozenset[str] = frozenset()
-    """Of batches seen in training."""
+    """Names of the counters of batches seen in training."""
 
 
 def running_statistics(model: nn.Module) -> RunningStatistics:
@@ -209,7 +209,7 @@ NO_STATISTICS = RunningStatistics()
 
 
 def check_size(build: Callable[[], nn.Module], config: ModelConfig, memory: int) -> None:
-    """Counts a network's parameters before any memory is taken for them.
+    """Counts a network's parameters before allocating them.
 
     Args:
         build: makes the network.

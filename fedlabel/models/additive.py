@@ -1,4 +1,4 @@
-"""A model whose weights are a sum of parts, each with parameters of its own (FedMatch's decomposition)."""
+"""A model whose weights are a sum of parts, each with its own parameters (FedMatch's decomposition)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlabel.models.nets import Part
 
 
 class Additive(nn.Module):
-    """Works with the sum of its parts' weights; buffers (BatchNorm's statistics) are the first part's.
+    """Uses the sum of its parts' weights; buffers (BatchNorm's statistics) are those of the first part.
 
     Args:
         model: gives the architecture and the initial weights w.
@@ -30,7 +30,7 @@ class Additive(nn.Module):
             self.add_module(name, part)
 
     def forward(self, inputs: Tensor, part: Part = "all") -> Tensor:
-        """Returns logits (batch, classes) of images (batch, channels, height, width); `part` as `Net` has it."""
+        """Returns logits (batch, classes) of images (batch, channels, height, width); `part` as in `Net`."""
         first, *others = (self.get_submodule(name) for name in self.parts)
         terms = [dict(part.named_parameters()) for part in others]
         total = {name: sum((term[name] for term in terms), weight) for name, weight in first.named_parameters()}

@@ -1,4 +1,4 @@
-"""A second output beside a network's own: class shares of a bag from the mean of its samples' embeddings (LLP-BP)."""
+"""A second output of a network: class shares of a bag from the mean of its samples' embeddings (LLP-BP)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedlabel.models.nets import Net
 
 
 class BagHead(nn.Module):
-    """A network with two more linear layers, which see means of embeddings.
+    """A network with two more linear layers, applied to means of embeddings.
 
     Args:
         net: the network.
@@ -23,7 +23,7 @@ class BagHead(nn.Module):
         self.bag_output = nn.Linear(hidden, net.output.out_features)
 
     def forward(self, inputs: Tensor, part: str = "all") -> Tensor:
-        """Returns what the network returns; of part "bags" logits (bags, classes) of means (bags, features)."""
+        """Returns the network's output; with part="bags" logits (bags, classes) of means (bags, features)."""
         if part == "bags":
             logits: Tensor = self.bag_output(F.relu(self.bag_hidden(inputs)))
             return logits

@@ -1,4 +1,6 @@
-"""Labelling functions on one trunk: beside a network's own output K heads that vote for a class or abstain (DP-SSL)."""
+"""Labelling functions on one trunk: K heads that vote for a class or abstain, in addition to a network's output
+(DP-SSL).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from fedlabel.models.nets import Net
 
 
 class LabelingHeads(nn.Module):
-    """A network with K linear heads over its classes and one symbol more, to abstain.
+    """A network with K linear heads over its classes and an abstention.
 
     The trunk gets the mean of the heads' gradients, not their sum: so a loss that is summed over heads suits both under
     one learning rate, whatever K.
@@ -25,7 +27,7 @@ class LabelingHeads(nn.Module):
         self.heads = nn.Linear(net.output.in_features, heads * self.symbols)
 
     def forward(self, inputs: Tensor, part: str = "all") -> Tensor:
-        """Returns what the network returns; of part "heads" logits (batch, K, classes + 1) of images."""
+        """Returns the network's output; with part="heads" logits (batch, K, classes + 1) of images."""
         if part == "heads":
             embeddings = self.net(inputs, "embed")
             share = self.symbols / self.heads.out_features  # 1 / K

@@ -40,7 +40,7 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
 
 
 class Net(nn.Module):
-    """A network that ends in the linear layer `output`, whose input is called the image's embedding.
+    """A network that ends in the linear layer `output`, whose input is the image's embedding.
 
     Both halves can be run alone through `forward`, because `torch.func.functional_call`, which runs a network with
     weights that are handed in, reaches nothing else: `functional_call(net, state, (images, "embed"))`.
@@ -58,7 +58,9 @@ class Net(nn.Module):
         return logits
 
     def forward(self, inputs: Tensor, part: Part = "all") -> Tensor:
-        """Returns logits (batch, classes) of images (batch, channels, height, width), or what `part` says."""
+        """Returns logits (batch, classes) of images (batch, channels, height, width), or the output that `part`
+        selects.
+        """
         if part == "classify":
             return self.classify(inputs)
         embeddings = self.embed(inputs)

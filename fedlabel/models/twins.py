@@ -1,4 +1,4 @@
-"""Networks of one architecture that are trained side by side and judged together (Co-teaching)."""
+"""Networks of one architecture that are trained side by side and evaluated together (Co-teaching)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Twins(nn.Module):
-    """Gives every network's logits in training, and the log of their mean probability in evaluation.
+    """Returns every network's logits in training, and the log of their mean probability in evaluation.
 
     Args:
         models: the networks, at least two, of the same number of classes; nothing is shared between them.

@@ -1,4 +1,4 @@
-"""What a method makes of the user's network: nothing, heads beside its output, several of it, or a sum of parts."""
+"""Builds a method's network from the user's: unchanged, with heads, several copies, or a sum of parts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Build = Callable[[int], nn.Module]
 
 @dataclass(frozen=True)
 class Network:
-    """How the network that is trained comes from the user's."""
+    """How a method's network is built from the user's."""
 
     wrap: Callable[[Build, int], nn.Module]
     """(build, the seed of the weights) -> the network."""
     count: int = 1
-    """User's networks that a pass goes through."""
+    """Number of the user's networks in one forward pass."""
     embeds: bool = False
-    """Whether the user's network must give embeddings, see `Net`."""
+    """Whether the user's network must provide embeddings, see `Net`."""
     input_gradients: bool = False
-    """Whether it is differentiated by its inputs, which BatchNorm in training does not allow."""
+    """Whether gradients by its inputs are needed, which BatchNorm in training does not allow."""
 
 
 def _one(build: Build, seed: int) -> nn.Module:

@@ -39,23 +39,23 @@ NUMBERED_CLASSES = 20
 
 
 def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequence[str]) -> Figure:
-    """Shows who holds what: samples per client and class, known and unknown apart, and kinds of label per client.
+    """Plots samples per client and class, with and without supervision, and kinds of label per client.
 
     Args:
-        counts: (kinds, clients, classes) samples; of the first kind nothing is known.
+        counts: (kinds, clients, classes) samples; the first kind is "no label".
         kinds: a name for each; the second one is that of an ordinary label.
         class_names: one per class.
     """
     clients, classes = counts.shape[1:]
     labels_alone = not counts[2:].any()
-    # Those that are there, and what is known before what is not.
+    # The kinds that occur; samples without supervision come last.
     shown = [1, 0] if labels_alone else [kind for kind in [*range(1, len(kinds)), 0] if counts[kind].any()]
     height = 1.4 + float(np.clip(0.24 * clients, 1.8, 9.0)) + 0.25 * (len(shown) > 2)
     panel = float(np.clip(0.34 * classes, 3.2, 7.0))
     figure = _figure(2 * panel + 3.2, height)
     axes = figure.subplots(1, 3, sharey=True, width_ratios=[panel, panel, 2.4])
     numbered = clients <= 40 and classes <= 12
-    titles = ("Labelled", "Unlabelled") if labels_alone else ("Something known", "Nothing known")
+    titles = ("Labelled", "Unlabelled") if labels_alone else ("With supervision", "Without supervision")
     for axis, held, title in zip(axes[:2], (counts[1:].sum(0), counts[0]), titles, strict=True):
         # Square root: client sizes are skewed, and one large cell would leave all others equally pale.
         shades = PowerNorm(0.5, vmin=0, vmax=max(1, held.max()))
@@ -95,7 +95,7 @@ def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequ
 
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Shows how the samples of each class are classified, in percent of the class; white: never.
+    """Plots how the samples of each class are classified, in percent of the class; white: never.
 
     Args:
         confusion: (classes, classes) counts, row = truth, column = prediction.
@@ -125,11 +125,11 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
 
 
 def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_names: Sequence[str]) -> Figure:
-    """Shows a noise matrix, and the true one beside it where there is one, in percent of the true class.
+    """Plots a noise matrix, next to the true one if it exists, in percent of the true class.
 
     Args:
         transition: (classes, classes), rows sum to 1: row = true class, column = noisy label.
-        truth: of the same shape, or None; rows of NaN: unknown.
+        truth: of the same shape, or None; rows of NaN are unknown.
         class_names: one per class.
     """
     classes = len(transition)
@@ -141,8 +141,8 @@ def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_na
         image = axis.imshow(100 * matrix, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
         if classes <= NUMBERED_CLASSES:
             texts = [[_percent(cell) for cell in row] for row in matrix]
-            known = np.nan_to_num(matrix)  # of an unknown row nothing is written
-            _write_cells(axis, np.rint(1000 * known), known, texts)
+            shares = np.nan_to_num(matrix)  # of an unknown row nothing is written
+            _write_cells(axis, np.rint(1000 * shares), shares, texts)
         _class_ticks(axis, "x", class_names, side)
         axis.set_xlabel("noisy label")
         axis.set_title(f"Noise matrix, {name}, %")
@@ -154,7 +154,7 @@ def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_na
 
 
 def reliability_figure(bins: np.ndarray, title: str) -> Figure:
-    """Shows how often predictions are right against how confident they are, and how many have which confidence.
+    """Plots accuracy against confidence, and the distribution of confidence.
 
     Args:
         bins: (3, bins) samples, sum of confidence and correct ones per equal-width bin, see `calibration_bins`.
@@ -186,7 +186,7 @@ def reliability_figure(bins: np.ndarray, title: str) -> Figure:
 
 
 def functions_figure(coverage: np.ndarray, accuracy: np.ndarray, estimated: np.ndarray) -> Figure:
-    """Shows how often each labelling function is right where it votes, and how often the label model thinks it is.
+    """Plots the true and the estimated accuracy of each labelling function on its votes.
 
     Args:
         coverage: (functions,) share of the samples that it votes on.
@@ -258,32 +258,32 @@ def pseudo_label_panel(
         axis.spines[:].set(color=color, linewidth=2.5 if kept[i] else 1.0, linestyle="-" if kept[i] else ":")
     used = [i for i in range(shown) if kept[i]]
     title = f"Pseudo-labels (expert, its confidence): {len(used)} of {shown} kept"
-    judged = [i for i in used if true_names[i] is not None]
-    if judged:
-        right = sum(true_names[i] == pseudo_names[i] for i in judged)
-        title += f", {right} of {'them' if len(judged) == len(used) else f'{len(judged)} of known class'} right"
+    compared = [i for i in used if true_names[i] is not None]
+    if compared:
+        right = sum(true_names[i] == pseudo_names[i] for i in compared)
+        title += f", {right} of {'them' if len(compared) == len(used) else f'{len(compared)} of known class'} right"
     figure.suptitle(title, fontsize=11)
     return figure
 
 
 def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
-    """Shows the global model's accuracy on every client's share of the evaluation split, worst first.
+    """Plots the global model's accuracy on every client's share of the evaluation split, lowest first.
 
     Args:
-        accuracy: (clients,) in [0, 1]; NaN for a client without samples to be judged on.
+        accuracy: (clients,) in [0, 1]; NaN for a client without samples to evaluate on.
     """
-    judged = np.flatnonzero(np.isfinite(accuracy))
-    order = judged[np.argsort(accuracy[judged], kind="stable")]
+    evaluated = np.flatnonzero(np.isfinite(accuracy))
+    order = evaluated[np.argsort(accuracy[evaluated], kind="stable")]
     values = 100 * accuracy[order]
     figure = _figure(float(np.clip(0.22 * len(values), 5.5, 9.0)), 3.6)
     axis = figure.subplots()
-    missing = len(accuracy) - len(judged)
+    missing = len(accuracy) - len(evaluated)
     axis.set_title("Accuracy per client" + (f" (left out: {missing} without samples)" if missing else ""))
     axis.set_ylabel("accuracy (%)")
     axis.set_ylim(0, 100)
     axis.spines[["top", "right"]].set_visible(False)
     if len(values) == 0:
-        axis.text(0.5, 0.5, "no client has samples to be judged on", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no client has samples to evaluate on", ha="center", transform=axis.transAxes)
         axis.set(xticks=[], xlabel="client")
         return figure
     places = np.arange(len(values))
@@ -382,7 +382,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _sequential() -> Colormap:
-    """White to dark blue without the palest part, so that a single sample differs from none (white)."""
+    """White to dark blue without the palest part, so that one sample is distinguishable from none (white)."""
     return LinearSegmentedColormap.from_list("blues", colormaps["Blues"](np.linspace(0.18, 1.0, 256)))
 
 
@@ -405,7 +405,7 @@ def _grid_between(axes: Sequence[Axes], rows: int, columns: int) -> None:
 
 
 def _class_ticks(axis: Axes, side: str, class_names: Sequence[str], inches: float) -> None:
-    """Names the classes along an axis, every one of them if they fit, else every second, third, ..."""
+    """Labels the classes along an axis, every one of them if they fit, else every second, third, ..."""
     step = max(1, int(np.ceil(len(class_names) * 0.15 / inches)))
     places = range(0, len(class_names), step)
     names = [_name(class_names[i]) for i in places]
@@ -422,10 +422,10 @@ def _percent(share: float) -> str:
 
 
 def _name(text: str) -> str:
-    """Shortens a class name to what fits beside a picture or under a column; names often differ at their end."""
+    """Shortens a class name to fit next to a picture or under a column; names often differ at their end."""
     return _plain(text if len(text) <= 14 else f"{text[:8]}…{text[-5:]}")
 
 
 def _plain(text: str) -> str:
-    """Keeps matplotlib from reading dollar signs as mathematics."""
+    """Escapes dollar signs, which matplotlib reads as mathematics."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""The run folder: configuration, metrics and figures of one run, on disk in a form that survives a kill at any moment.
+"""The run folder: configuration, metrics and figures of one run, on disk in a form that survives a kill at any time.
 
     runs/<name>/
       config.yaml         the resolved configuration
@@ -63,7 +63,7 @@ _LIMITS = np.concatenate([-_POSITIVE[::-1], [0.0], _POSITIVE])
 
 
 class FolderLock:
-    """Keeps other processes from writing into a folder, until it is closed or this process ends, however it ends."""
+    """Locks a folder against writes by other processes, until it is closed or this process ends in any way."""
 
     def __init__(self, path: Path) -> None:
         """Takes the lock.
@@ -86,7 +86,7 @@ class FolderLock:
             ) from None
 
     def close(self) -> None:
-        """Gives the lock back; a second call does nothing."""
+        """Releases the lock; a second call does nothing."""
         if self._folder >= 0:
             os.close(self._folder)
             self._folder = -1
@@ -100,7 +100,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        """Makes the file; `purge_step`: TensorBoard is to hide what earlier files say of this step and later ones."""
+        """Creates the file; `purge_step`: TensorBoard hides entries of earlier files from this step on."""
         # TensorBoard reads the files of a folder in the order of their names, and takes what has "tfevents" in it.
         name = (
             f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -114,11 +114,11 @@ class EventFile:
             self._write(Event(session_log=SessionLog(status=SessionLog.START)), purge_step)
 
     def add(self, summary: Summary, step: int | None = None) -> None:
-        """Adds what one of `torch.utils.tensorboard.summary` made."""
+        """Adds a summary made by `torch.utils.tensorboard.summary`."""
         self._write(Event(summary=summary), step)
 
     def flush(self) -> None:
-        """Hands everything to the system."""
+        """Writes buffered events to the operating system."""
         with naming(self.path):
             self._file.flush()
 
@@ -196,7 +196,7 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path, completed_round: int) -> RunFolder:
-        """Opens the folder of an earlier run and forgets what it logged after `completed_round`.
+        """Opens the folder of an earlier run and discards what it logged after `completed_round`.
 
         Later lines of metrics.jsonl are dropped, with a torn last one; TensorBoard is told to hide later events.
 
@@ -239,32 +239,32 @@ class RunFolder:
 
     @property
     def partition_json(self) -> Path:
-        """Index lists of every client."""
+        """Sample indices of every client."""
         return self.path / PARTITION_JSON
 
     @property
     def supervision_json(self) -> Path:
-        """What was made of the labels: kinds per client, sizes of candidate sets, counts of noisy labels."""
+        """Audit of the labels: kinds per client, sizes of candidate sets, counts of noisy labels."""
         return self.path / "supervision.json"
 
     @property
     def functions_csv(self) -> Path:
-        """Analysis of labelling functions, all clients' and each one's; absent without such functions."""
+        """Analysis of labelling functions, over all clients and per client; absent without such functions."""
         return self.path / FUNCTIONS_CSV
 
     @property
     def partition_png(self) -> Path:
-        """Who holds what, as a picture."""
+        """Figure of the partition."""
         return self.path / "partition.png"
 
     @property
     def metrics_jsonl(self) -> Path:
-        """One JSON object a line and a round."""
+        """Metrics as one JSON object per line and round."""
         return self.path / METRICS_JSONL
 
     @property
     def failures(self) -> Path:
-        """Every failed client with its traceback; absent as long as none failed."""
+        """Every failed client with its traceback; absent if none failed."""
         return self.path / FAILURES_LOG
 
     @property
@@ -288,7 +288,7 @@ class RunFolder:
         texts: Mapping[str, str] = _NOTHING,
         files: Mapping[str, str] = _NOTHING,
     ) -> None:
-        """Writes one round to TensorBoard and then, as the line that makes it count, to metrics.jsonl.
+        """Writes one round to TensorBoard and then to metrics.jsonl, whose line commits the round.
 
         Args:
             round_number: the round, TensorBoard's step.
@@ -349,7 +349,7 @@ class RunFolder:
         return read_metrics(self.path)
 
     def close(self) -> None:
-        """Closes the event file and gives the folder free."""
+        """Closes the event file and releases the folder's lock."""
         try:
             self._flush_failures()
             self._events.close()
@@ -463,7 +463,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def last_tenth(num_rounds: int) -> range:
-    """Returns the rounds over which results are averaged: the last tenth, at least 5, all of a run of fewer.
+    """Returns the rounds over which results are averaged: the last tenth, at least 5, all if there are fewer.
 
     60 rounds: 55 to 60; 16: 12 to 16; 2: 1 and 2.
     """
@@ -481,7 +481,7 @@ def is_evaluated(round_number: int, num_rounds: int, every: int) -> bool:
 
 
 def averaged_rounds(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns first and last round of the last tenth, and how many of its rounds have an evaluation.
+    """Returns first and last round of the last tenth, and the number of its rounds with an evaluation.
 
     All of them do, but where a method has no model as yet (interim/accuracy), or in a run that was resumed with another
     number of rounds: one of 20 rounds with evaluation.every=10, stopped after the 12th and resumed for 15, has 13 to 15
@@ -500,7 +500,7 @@ def _averaged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def name_mean(rounds: Mapping[str, int]) -> str:
-    """Returns what a mean over `averaged_rounds` is: "mean of rounds 55–60"."""
+    """Returns the description of a mean over `averaged_rounds`: "mean of rounds 55–60"."""
     first, last, count = rounds["first"], rounds["last"], rounds["count"]
     if first >= last:
         return f"mean of round {last}"
@@ -533,13 +533,13 @@ def summarize(
 
 
 def best_row(rows: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
-    """Returns the first row whose value of a metric no other row's is better than; None if no row has one."""
+    """Returns the first row with the best value of a metric; None if no row has one."""
     sign = 1 if lower_is_better(key) else -1
     return min((row for row in rows if row.get(key) is not None), key=lambda row: sign * row[key], default=None)
 
 
 def lower_is_better(key: str, own: Sequence[Tag] = ()) -> bool:
-    """Returns whether low values of a metric are good, see `metric_tags`; not of one that nobody declared.
+    """Returns whether lower values of a metric are better, see `metric_tags`; False for an undeclared one.
 
     Args:
         key: the metric's tag.
@@ -550,7 +550,8 @@ def lower_is_better(key: str, own: Sequence[Tag] = ()) -> bool:
 
 
 def write_atomic(path: Path, *data: bytes | memoryview | str) -> None:
-    """Writes a file so that, whenever the process is killed, `path` holds either what it held before or all of `data`.
+    """Writes a file atomically: whenever the process is killed, `path` holds either its previous content or all of
+    `data`.
 
     Args:
         path: the file; its folder exists.
@@ -579,7 +580,7 @@ _TEMPORARY = ".unfinished"
 
 
 def _temporary(path: Path) -> Path:
-    """Returns a name beside `path` that no one else uses."""
+    """Returns a unique name in the folder of `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
 
 
@@ -601,7 +602,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _wait_for_later_name(path: Path) -> None:
-    """Waits until a new event file sorts behind the old ones, as TensorBoard reads them by name (second, host, pid)."""
+    """Waits until a new event file sorts after the old ones, as TensorBoard reads them by name (second, host, pid)."""
     stamps = [int(file.name.split(".")[3]) for file in path.glob("events.out.tfevents.*")]
     wait = max(stamps, default=0) + 1 - time.time()
     if 0 < wait <= 1:  # more: the clock was set back, or the folder comes from elsewhere
@@ -613,7 +614,7 @@ def _json_line(row: Mapping[str, object]) -> str:
 
 
 def as_json(value: object) -> Any:
-    """Returns `value` as JSON has it: arrays as lists, NaN and infinity, which JSON has not, as None."""
+    """Returns `value` in JSON's types: arrays as lists, NaN and infinity, which JSON lacks, as None."""
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic, Tensor)):

@@ -1,4 +1,4 @@
-"""What a comparison leaves: compare.md, compare.csv, compare_runs.csv, curves (PNG, SVG) and report.html, one file."""
+"""The files of a comparison: compare.md, compare.csv, compare_runs.csv, curves (PNG, SVG) and report.html, one file."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What is shown of a section."""
+    """The tables and curves of a section."""
 
     name: str
     tables: list[Table]
@@ -144,7 +144,7 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
 
 
 def tables(comparison: Comparison, name: str, tests: SectionTests, shown: Sequence[Column]) -> list[Table]:
-    """Returns the tables of a section; columns, and tables, that no run has a number for are left out."""
+    """Returns the tables of a section; columns and tables without any value are omitted."""
     section, published = comparison.sections[name], comparison.published.get(name, {})
     found = []
     for kind, (title, _) in TABLES.items():
@@ -189,7 +189,7 @@ def _pairs_table(tests: SectionTests) -> Table:
 
 
 def curves(comparison: Comparison, name: str) -> Figure:
-    """Returns accuracy (or what else rows are ranked by) over rounds, mean and standard deviation over the seeds."""
+    """Returns the ranking metric over rounds, by default accuracy, mean and standard deviation over the seeds."""
     runs = {
         row: [run.curve(comparison.metric) for run in members] for row, members in comparison.sections[name].items()
     }
@@ -249,7 +249,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def facts(comparison: Comparison) -> dict[str, list[str]]:
-    """Returns what a reader needs to judge the numbers: hardware, versions, commits, seeds, commands, common keys."""
+    """Returns the provenance of the results: hardware, versions, commits, seeds, commands, common keys."""
     runs = comparison.runs
     defaults = flatten(load_config())
     changed = [f"{k}={plain(v)}" for k, v in common_keys(comparison).items() if k != "seed" and defaults.get(k) != v]
@@ -278,7 +278,7 @@ def common_keys(comparison: Comparison) -> dict[str, str | int | float | bool]:
 
 
 def remarks(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
-    """Returns how to read the tables that are there."""
+    """Returns notes on reading the tables that are present."""
     there = {table.title for part in parts for table in part.tables}
     bounds = _distinct(row for section in comparison.sections.values() for row, rs in section.items() if _is_bound(rs))
     texts = [
@@ -297,7 +297,7 @@ def remarks(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
 
 
 def _about_tests(comparison: Comparison) -> list[str]:
-    """Returns what rows were tested against, who chose it, and what p is corrected for."""
+    """Returns the baseline of the tests, who chose it, and the correction of p."""
     baselines = {name: comparison.baseline(name) for name in comparison.sections}
     named = _distinct(filter(None, baselines.values()))
     of = f"in {comparison.ranked_by}, in points, over common seeds"
@@ -356,7 +356,7 @@ def _markdown_table(table: Table) -> list[str]:
 
 
 def html(comparison: Comparison, parts: Sequence[Part]) -> str:
-    """Returns report.html: one file with everything in it, which loads nothing from anywhere."""
+    """Returns report.html: one self-contained file, which loads nothing from elsewhere."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files(__package__) / "report.html.jinja").read_text(encoding="utf-8"))
     pictures = {part.name: base64.b64encode(svg_bytes(part.curves)).decode() for part in parts}
@@ -378,7 +378,7 @@ def _heading(comparison: Comparison, name: str) -> str:
 
 
 def _file_names(sections: Sequence[str]) -> dict[str, str]:
-    """Returns section -> name for its files, each once."""
+    """Returns section -> unique name for its files."""
     names: dict[str, str] = {}
     for number, name in enumerate(sections, start=1):
         text = f"curves-{slug(name)}"
@@ -415,7 +415,7 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """Keeps Markdown from reading a name as its own signs."""
+    """Escapes Markdown's special characters in a name."""
     for sign in "\\|*_`<":
         text = text.replace(sign, f"\\{sign}")
     return text.replace("\n", " ")

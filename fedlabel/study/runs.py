@@ -1,4 +1,4 @@
-"""Finished runs, and which of them may be compared: like with like.
+"""Reads finished runs, and groups those that are comparable.
 
 The runs of a row differ in their seed alone, the rows of a section in their method (its fields, learning rate,
 proximal term and strategy) alone. A sweep names its own rows and sections; what else its rows differ in is said.
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def averaged(self) -> str:
-        """Says which rounds its means are of."""
+        """Returns which rounds its means are over."""
         return name_mean(averaged_rounds(self.rounds))
 
     def value(self, metric: str, column: str = COLUMN) -> float:
@@ -67,7 +67,7 @@ class Run:
         return math.nan if value is None else float(value)
 
     def mean(self, metric: str) -> float:
-        """Returns the mean of a metric over all rounds that have it, for what few do; NaN without one."""
+        """Returns the mean of a metric over all rounds that have it, for metrics of few rounds; NaN without one."""
         found = [row[metric] for row in self.rounds if row.get(metric) is not None]
         return math.fsum(found) / len(found) if found else math.nan
 
@@ -96,41 +96,41 @@ Section = dict[str, list[Run]]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What is compared."""
+    """The runs of a comparison and its settings."""
 
     title: str
     sections: dict[str, Section]
     targets: Sequence[float] = ()
-    """Accuracies to which rounds and bytes are counted."""
+    """Accuracies up to which rounds and bytes are counted."""
     warnings: Sequence[str] = ()
     published: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Section -> row -> what the paper reports."""
+    """Section -> row -> the paper's published result."""
     deviations: str = ""
     """What differs from the paper's setting."""
     rows: Mapping[str, str] = field(default_factory=dict)
-    """Row name -> what it is; of a sweep."""
+    """Row name -> its description; for a sweep."""
     protocol: str = ""
-    """How hyper-parameters were chosen; of a sweep."""
+    """How hyper-parameters were chosen; for a sweep."""
     metric: str = ACCURACY
-    """What rows are ranked and tested by, one of `METRICS`."""
+    """Metric of ranking and tests, one of `METRICS`."""
     column: str = COLUMN
     """One of `WHEN`."""
     compare: CompareConfig = field(default_factory=CompareConfig)
-    """What rows are tested against, as it was asked for."""
+    """Baseline of the tests, as requested."""
     asked_by: str = ""
-    """Who asked for it; "": nobody, so that it is the default."""
+    """Who chose the baseline; "" for the default."""
 
     def score(self, run: Run) -> float:
-        """Returns what a run is ranked by."""
+        """Returns the ranking score of a run."""
         return run.value(self.metric, self.column)
 
     @property
     def ranked_by(self) -> str:
-        """Says what rows are ranked by."""
+        """Returns the name of the ranking score."""
         return f"{METRICS[self.metric]}, {WHEN[self.column]}"
 
     def ranked_in(self, name: str) -> str:
-        """Says what the rows of a section are ranked by, and which rounds a mean is of."""
+        """Returns the name of the ranking score of a section, with the rounds of a mean."""
         if self.column != COLUMN:
             return self.ranked_by
         means = dict.fromkeys(run.averaged for runs in self.sections[name].values() for run in runs)
@@ -156,7 +156,7 @@ def read_comparison(
     column: str = COLUMN,
     compare: CompareConfig | None = None,
 ) -> Comparison:
-    """Returns what a sweep's folder, or run folders and folders of them, hold.
+    """Returns the comparison of a sweep's folder, or of run folders and folders of them.
 
     Args:
         paths: one sweep's folder, or any number of folders that hold runs at any depth.
@@ -205,7 +205,7 @@ def _check_row(comparison: Comparison, baseline: str | None) -> None:
 
 
 def _without_baseline(comparison: Comparison) -> list[str]:
-    """Returns a warning where sections lack the row that all others would be tested against."""
+    """Returns a warning about sections that lack the baseline row."""
     lacking = [
         name
         for name, section in comparison.sections.items()
@@ -224,7 +224,7 @@ def _without_baseline(comparison: Comparison) -> list[str]:
 
 
 def _less_evaluated(comparison: Comparison) -> list[str]:
-    """Returns a warning where runs lack an evaluation in the rounds that are averaged."""
+    """Returns a warning about runs that lack an evaluation in the averaged rounds."""
     averaged = {run: averaged_rounds(run.rounds) for run in comparison.runs}
     lacking = [run for run, rounds in averaged.items() if rounds["count"] <= rounds["last"] - rounds["first"]]
     if not lacking:
@@ -236,7 +236,7 @@ def _less_evaluated(comparison: Comparison) -> list[str]:
 
 
 def labels_only(section: Section) -> str:
-    """Returns the first row that trains on the labels alone: method supervised, without those that it should not see.
+    """Returns the first row that trains on labels alone: method supervised, without oracle_labels.
 
     "" without one.
     """
@@ -299,16 +299,16 @@ def _read_folders(paths: Sequence[Path], by: Sequence[str], targets: Sequence[fl
 
 
 def split_sections(runs: Iterable[Run], by: Sequence[str]) -> dict[str, list[Run]]:
-    """Returns section name -> runs that may be compared: those with equal values of the keys `by`.
+    """Returns section name -> comparable runs: those with equal values of the keys `by`.
 
     Raises:
         ValueError: a key of `by` does not exist, or runs of a section differ in more than method, rate and seed.
     """
     runs = list(runs)
-    known = {key for run in runs for key in run.flat}
+    keys = {key for run in runs for key in run.flat}
     for key in by:
-        if key not in known:
-            hint = did_you_mean(key, sorted(known))
+        if key not in keys:
+            hint = did_you_mean(key, sorted(keys))
             raise ValueError(f"`--by` names {key}, which is no configuration key.{hint}")
     sections: dict[str, list[Run]] = {}
     for run in runs:
@@ -452,7 +452,7 @@ def _short(key: str) -> str:
 
 
 def plain(value: object) -> str:
-    """Returns a configuration value as one writes it on the command line."""
+    """Returns a configuration value as written on the command line."""
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -465,7 +465,7 @@ def _by_row(section: Section, key: str) -> str:
 
 
 def _by_value(runs: Sequence[Run], key: str) -> str:
-    """Returns "20: runA; 40: runB, runC" for an error message; of long values the part where they differ."""
+    """Returns "20: runA; 40: runB, runC" for an error message; of long values the part that differs."""
     found: dict[str, list[str]] = {}
     for run in runs:
         found.setdefault(plain(run.flat.get(key)), []).append(run.path.name)
@@ -485,6 +485,6 @@ def _by_value(runs: Sequence[Run], key: str) -> str:
 
 
 def _common_start(first: str, second: str) -> int:
-    """Returns how many characters the two begin with alike."""
+    """Returns the length of the common prefix."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

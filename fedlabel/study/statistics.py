@@ -1,4 +1,4 @@
-"""What is said of a row: means over seeds, paired tests against a baseline, and the columns of the tables."""
+"""Statistics of a row: means over seeds, paired tests against a baseline, and the columns of the tables."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fedlabel.study.runs import ACCURACY, COLUMN, Run, Section
 
 @dataclass(frozen=True)
 class Stat:
-    """A number over the seeds of a row."""
+    """Statistics of a value over the seeds of a row."""
 
     mean: float
     """Over the seeds that have it; NaN if none has."""
     sd: float
     """Sample standard deviation (n - 1); NaN with fewer than two."""
     count: int
-    """Seeds that have it."""
+    """Number of seeds that have it."""
     total: int
-    """Seeds."""
+    """Number of seeds."""
 
 
 def over_seeds(values: Sequence[float]) -> Stat:
@@ -36,22 +36,21 @@ def over_seeds(values: Sequence[float]) -> Stat:
 
 
 def odds(share: float) -> float:
-    """Returns right / wrong from the share that is right: .75 gives 3; NaN where nothing is wrong."""
+    """Returns the odds right / wrong from the share that is right: .75 gives 3; NaN if nothing is wrong."""
     return share / (1 - share) if share < 1 else math.nan
 
 
 class PairedTest(NamedTuple):
-    """A row against another one."""
+    """A paired test of a row against another one."""
 
     against: str
     """The other row; "" if there is none."""
     difference: float
-    """Mean over the common seeds of the row's minus the other's accuracy, or what else rows are tested by; NaN without
-    one."""
+    """Mean over the common seeds of the row's minus the other's score, by default accuracy; NaN without one."""
     p: float
-    """Of the paired two-sided t test; NaN with fewer than two common seeds or without a variance."""
+    """p of the paired two-sided t test; NaN with fewer than two common seeds or without a variance."""
     p_holm: float
-    """Corrected for all tests of the section."""
+    """p corrected for all tests of the section."""
 
 
 NOT_TESTED = PairedTest("", math.nan, math.nan, math.nan)
@@ -59,7 +58,7 @@ NOT_TESTED = PairedTest("", math.nan, math.nan, math.nan)
 
 @dataclass(frozen=True)
 class SectionTests:
-    """The tests of a section, whose family-wise error is controlled: chosen before the results, or all there are."""
+    """The tests of a section, with the family-wise error controlled over all of them."""
 
     baseline: str
     """The row that all others were tested against; "": every row was tested against every other one."""
@@ -157,7 +156,7 @@ def compare_rows(section: Section, baseline: str, metric: str = ACCURACY, column
 
 @dataclass(frozen=True)
 class Column:
-    """A number of every run, and how tables show it."""
+    """A value of every run, and its presentation in tables."""
 
     key: str
     """Name in the CSV files."""
@@ -176,7 +175,7 @@ class Column:
 
 
 def columns(targets: Sequence[float] = ()) -> list[Column]:
-    """Returns all columns, in the tables' order; means of the last tenth of the rounds where not said otherwise."""
+    """Returns all columns, in the tables' order; means of the last tenth of the rounds unless stated otherwise."""
 
     def percent(key: str, title: str, table: str, metric: str, column: str = COLUMN) -> Column:
         return Column(key, title, table, lambda run: run.value(metric, column), scale=100)

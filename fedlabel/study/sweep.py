@@ -1,7 +1,7 @@
-"""A sweep: methods x settings x seeds from one YAML file, every method's key searched alike, resumable at any moment.
+"""A sweep: methods x settings x seeds from one YAML file, with equal search effort per method, resumable at any time.
 
 OUT/sweep.json                                   what was asked, what finished, what the searches chose
-OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see tracking.py); all that a second call goes by
+OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see record/run_folder.py); all that a second call goes by
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ COLUMNS = ("last", "best", "mean_last_tenth")
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """One search per method and setting, or per method, over as many values for every method."""
+    """One search per method and setting, or per method, over equally many values for every method."""
 
     key: str = "training.lr"
     """The configuration key that is searched."""
     values: list[float] = field(default_factory=list)
-    """What is tried for every method."""
+    """Values tried for every method."""
     per_method_values: dict[str, list[float]] = field(default_factory=dict)
-    """Method -> what is tried instead, for one whose scale differs; as many as `values`."""
+    """Method -> values tried instead, for one whose scale differs; as many as `values`."""
     setting: str | None = None
-    """The setting in which each method is searched, once; all settings then take what was chosen there. null: each
+    """The setting in which each method is searched, once; all settings then use the value chosen there. null: each
     setting has a search of its own."""
     seed: int = 100
-    """Seed of the search's runs; none of the sweep's `seeds`."""
+    """Seed of the search's runs; must not be one of the sweep's `seeds`."""
     split: str = "validation"
-    """validation: the test split chooses nothing."""
+    """validation: the test split is not used to choose."""
     metric: str = "eval/accuracy"
-    """What decides, of summary.json."""
+    """Metric of summary.json that decides."""
     column: str = "mean_last_tenth"
     """last | best | mean_last_tenth (of the rounds) of the metric."""
 
@@ -65,7 +65,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What `fedlabel compare` tests; to be written down before there are results, or p values are too small."""
+    """The tests of `fedlabel compare`; to be set before there are results, or p values are too small."""
 
     baseline: str | None = None
     """Row that all others of a section are tested against. null: the first that trains on the labels alone (method
@@ -83,12 +83,12 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """What a sweep's YAML file holds."""
+    """The content of a sweep's YAML file."""
 
     configs: list[str] = field(default_factory=list)
     """Configuration files common to all runs."""
     overrides: list[str] = field(default_factory=list)
-    """"key=value" common to all runs; a setting's win over them, a method's over both."""
+    """"key=value" common to all runs; a setting's override them, a method's override both."""
     methods: dict[str, list[str]] = field(default_factory=dict)
     """Row name -> overrides."""
     settings: dict[str, list[str]] = field(default_factory=dict)
@@ -99,11 +99,11 @@ class SweepConfig:
     """Split on which the final runs are evaluated: test, or validation for a probe."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     targets: list[float] = field(default_factory=list)
-    """Accuracies in (0, 1) to which `fedlabel compare` counts rounds and bytes."""
+    """Accuracies in (0, 1) up to which `fedlabel compare` counts rounds and bytes."""
     published: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Setting -> method -> what the paper reports, printed beside ours."""
+    """Setting -> method -> the paper's result, printed next to ours."""
     deviations: str = ""
-    """What differs from the paper's setting; printed with `published`."""
+    """Differences from the paper's setting; printed with `published`."""
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -140,11 +140,11 @@ class SweepConfig:
             named["compare.baseline"] = {self.compare.baseline: ""}
         of_settings = ("published", "search.setting")
         for where, rows in {"published": dict.fromkeys(self.published, ""), **named}.items():
-            known = list(self.sections if where in of_settings else self.methods)
+            names = list(self.sections if where in of_settings else self.methods)
             for name in rows:
-                if name not in known:
+                if name not in names:
                     kind = "settings" if where in of_settings else "methods"
-                    raise ValueError(f"`{where}` names {name!r}, which must be one of the {kind}: {_near(name, known)}")
+                    raise ValueError(f"`{where}` names {name!r}, which must be one of the {kind}: {_near(name, names)}")
 
     @property
     def sections(self) -> dict[str, list[str]]:
@@ -217,7 +217,7 @@ class Cell:
     path: str
     """The run's folder, relative to the sweep's."""
     config: ExperimentConfig | None
-    """None where the configuration is impossible."""
+    """None if the configuration is impossible."""
     error: str = ""
     """Why it is impossible."""
 
@@ -245,7 +245,7 @@ class Group:
 
 
 def plan_sweep(sweep: SweepConfig) -> list[Group]:
-    """Returns all that a sweep may run, resolved; a cell whose configuration is impossible says why.
+    """Returns all runs of a sweep, resolved; a cell whose configuration is impossible has the error.
 
     Raises:
         ConfigError: every run's is, as the part common to all is wrong.
@@ -280,7 +280,7 @@ def plan_sweep(sweep: SweepConfig) -> list[Group]:
 def _resolve(
     configs: Sequence[str], overrides: Sequence[str], like: ExperimentConfig | None, key: str, value: float | None
 ) -> tuple[ExperimentConfig | None, str]:
-    """Loads a configuration; where `like` differs only in a number, `key`, it is taken (loading is slow)."""
+    """Loads a configuration; if `like` differs only in a number, `key`, copies it instead (loading is slow)."""
     try:
         changed = None if like is None or value is None else _changed(like, key.split("."), value)
         return changed or load_config(configs, overrides), ""
@@ -304,7 +304,7 @@ def _at(cell: Cell, role: str, seed: int, split: str) -> Cell:
 
 
 def format_value(value: float) -> str:
-    """Returns a searched value as it stands in overrides and names: 3 for 3.0, 0.05, 1e-05."""
+    """Returns a searched value as written in overrides and names: 3 for 3.0, 0.05, 1e-05."""
     return str(int(value)) if value.is_integer() else repr(value)
 
 
@@ -326,13 +326,13 @@ def _check_slugs(kind: str, names: Iterable[str]) -> None:
         seen[folder] = name
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    return f"{', '.join(known)}.{did_you_mean(name, known)}"
+def _near(name: str, names: Sequence[str]) -> str:
+    return f"{', '.join(names)}.{did_you_mean(name, names)}"
 
 
 def _unknown_key(schema: type, where: str, name: str) -> str:
     """Returns the message for a key that a sweep does not have."""
     full = f"{where}.{name}" if where else name
-    known = list(fields_of(schema))
-    allowed = f" Allowed here: {', '.join(known)}."
-    return f"`{full}` is no key of a sweep.{did_you_mean(name, known) or allowed}"
+    names = list(fields_of(schema))
+    allowed = f" Allowed here: {', '.join(names)}."
+    return f"`{full}` is no key of a sweep.{did_you_mean(name, names) or allowed}"

@@ -1,7 +1,7 @@
-"""Running a sweep: what is left of it, in worker processes, resumable at any moment.
+"""Runs the unfinished part of a sweep, in worker processes, resumable at any time.
 
 OUT/sweep.json                                   what was asked, what finished, what the searches chose
-OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see tracking.py); all that a second call goes by
+OUT/<setting>/<method>/<key value>-seed<k>/      run folders (see record/run_folder.py); all that a second call goes by
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def choose(scores: Mapping[float, float | None], lower: bool = False) -> float |
 
 @dataclass(frozen=True)
 class Event:
-    """What `run_sweep` reports as it goes."""
+    """A progress event of `run_sweep`."""
 
     kind: str
-    """started | round | done | kept (it was done before) | failed | chosen | warning."""
+    """started | round | done | kept (it was finished earlier) | failed | chosen | warning."""
     cell: Cell | None
     """None for chosen and warning."""
     text: str = ""
-    """What went wrong, or was chosen."""
+    """The error, or the chosen value."""
     round_number: int = 0
     num_rounds: int = 0
 
@@ -59,14 +59,14 @@ Work = Callable[[tuple[ExperimentConfig, Path, bool], Tell], None]
 
 
 def run_sweep(sweep: SweepConfig, out: Path, workers: int, work: Work, report: Callable[[Event], None]) -> bool:
-    """Runs what is left of a sweep; returns whether every run was done.
+    """Runs the unfinished part of a sweep; returns whether every run was done.
 
     Args:
         sweep: what to run.
         out: its folder; a call on the folder of an earlier, unfinished call goes on with it.
         workers: processes, one run each at a time.
         work: see `Work`; a function of a module.
-        report: told of everything that happens.
+        report: called with every event.
 
     Raises:
         ConfigError: no run is possible, or `out` holds other runs under the same names.
@@ -90,10 +90,10 @@ def _run(ledger: _Ledger, workers: int, work: Work) -> bool:
         ledger.report(Event("started", cell, num_rounds=cell.config.num_rounds))
         return _Job(work, cell, ledger.out / cell.path)
 
-    def told(job: _Job, message: tuple[int, int]) -> None:
+    def on_message(job: _Job, message: tuple[int, int]) -> None:
         ledger.report(Event("round", job.cell, round_number=message[0], num_rounds=message[1]))
 
-    run_parallel(_work, workers, take, told, lambda job, error: ledger.finish(job.cell, error))
+    run_parallel(_work, workers, take, on_message, lambda job, error: ledger.finish(job.cell, error))
     return ledger.complete
 
 
@@ -110,7 +110,7 @@ def _work(job: _Job, tell: Tell) -> None:
 
 
 def finished_cells(groups: Iterable[Group], out: Path) -> set[str]:
-    """Returns the paths of the runs that are done, after a look at every run folder that the sweep may use.
+    """Returns the paths of the finished runs, after a check of every run folder that the sweep may use.
 
     Raises:
         ConfigError: a folder holds a run of another configuration, or of an earlier version.
@@ -148,7 +148,7 @@ def _check_same(saved: Path, config: ExperimentConfig) -> None:
 
 
 def _check_summary(folder: Path) -> None:
-    """Raises ConfigError where a finished run says nothing that others may be compared with."""
+    """Raises ConfigError if a finished run lacks the values that a comparison needs."""
     try:
         read_summary(folder)
     except ValueError as error:
@@ -156,7 +156,9 @@ def _check_summary(folder: Path) -> None:
 
 
 class _Ledger:
-    """What has finished, what was chosen, and what is next; on disk as sweep.json after every change."""
+    """The progress of a sweep: finished runs, chosen values, and the next run; written to sweep.json after every
+    change.
+    """
 
     def __init__(
         self, sweep: SweepConfig, groups: list[Group], out: Path, done: set[str], report: Callable[[Event], None]
@@ -181,7 +183,7 @@ class _Ledger:
         return self.waiting.pop(0) if self.waiting else None
 
     def finish(self, cell: Cell, error: str) -> None:
-        """Takes down that a run ended; the last one of a search starts its final runs."""
+        """Records that a run ended; the last one of a search starts its final runs."""
         self._enter(cell, error)
         self.report(Event("failed" if error else "done", cell, error))
         if cell.role == "search":
@@ -206,7 +208,7 @@ class _Ledger:
         write_atomic(self.out / SWEEP_JSON, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def _known(self, cell: Cell) -> bool:
-        """Takes down a run that need not, or cannot, be started."""
+        """Records a run that need not, or cannot, be started."""
         if cell.config is None:
             self._enter(cell, cell.error)
             self.report(Event("failed", cell, cell.error))
@@ -228,7 +230,7 @@ class _Ledger:
         }
 
     def _choose(self, group: Group) -> None:
-        """Puts a group's final runs in line once its search is over."""
+        """Queues a group's final runs once its search is over."""
         if not all(cell.path in self.rows for cell in group.search):
             return
         value: float | None = None
@@ -262,7 +264,7 @@ class _Ledger:
         self.waiting += [cell for cell in cells if not self._known(cell)]
 
     def _score(self, cell: Cell, search: SearchConfig) -> float | None:
-        """Returns what a finished search run scored; None if it failed or lacks the metric."""
+        """Returns the score of a finished search run; None if it failed or lacks the metric."""
         if self.rows[cell.path]["status"] != "done":
             return None
         file = self.out / cell.path / SUMMARY_JSON
@@ -270,8 +272,8 @@ class _Ledger:
         found = summary.get(search.metric)
         score = found.get(search.column) if isinstance(found, dict) else None
         if score is None:
-            known = ", ".join(key for key, value in summary.items() if isinstance(value, dict) and "last" in value)
-            self._enter(cell, f"`search.metric` (={search.metric}) is not in {file}; it has {known}.")
+            metrics = ", ".join(key for key, value in summary.items() if isinstance(value, dict) and "last" in value)
+            self._enter(cell, f"`search.metric` (={search.metric}) is not in {file}; it has {metrics}.")
             self.report(Event("failed", cell, self.rows[cell.path]["error"]))
         return score
 

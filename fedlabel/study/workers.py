@@ -1,4 +1,4 @@
-"""Jobs in worker processes that end when their parent ends, however it ends."""
+"""Jobs in worker processes that end when their parent ends, in any way."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_parallel(
     work: Callable[[Job, Tell], None],
     count: int,
     take: Callable[[], Job | None],
-    told: Callable[[Job, Any], None],
+    on_message: Callable[[Job, Any], None],
     finished: Callable[[Job, str], None],
 ) -> None:
     """Runs jobs in up to `count` processes at a time, until none runs and `take` has none.
@@ -40,7 +40,7 @@ def run_parallel(
         work: runs a job in a worker; a function of a module (it is sent by name). What it raises fails the job alone.
         count: number of processes; each runs many jobs.
         take: returns the next job to start, or None; asked again after every job that finished.
-        told: called with a job and what its `work` told.
+        on_message: called with a job and each message that its `work` sends.
         finished: called with a job and "" or what went wrong: the message of a ValueError or RunError, a traceback of
             everything else, or that the process died.
     """
@@ -59,8 +59,8 @@ def run_parallel(
                 worker = busy[connection]  # type: ignore[index]
                 assert worker.job is not None
                 kind, value = worker.receive()
-                if kind == "told":
-                    told(worker.job, value)
+                if kind == "message":
+                    on_message(worker.job, value)
                     continue
                 del busy[worker.connection]
                 if kind == "finished":
@@ -88,7 +88,7 @@ class _Worker(Generic[Job]):
             return
 
     def receive(self) -> tuple[str, Any]:
-        """Returns ("told", message), ("finished", error) or ("died", error)."""
+        """Returns ("message", value), ("finished", error) or ("died", error)."""
         try:
             message: tuple[str, Any] = self.connection.recv()
             return message
@@ -145,7 +145,7 @@ def _interrupt_ignored() -> Iterator[None]:
 
 
 def _serve(work: Callable[[Any, Tell], None], connection: Connection) -> None:
-    """A worker's life: one job after the other until the parent closes the pipe, says stop, or is gone."""
+    """The loop of a worker: one job after the other until the parent closes the pipe, sends SIGTERM, or is gone."""
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     while True:
@@ -155,7 +155,7 @@ def _serve(work: Callable[[Any, Tell], None], connection: Connection) -> None:
             return
         error = ""
         try:
-            work(job, lambda message: connection.send(("told", message)))
+            work(job, lambda message: connection.send(("message", message)))
         except Exception as caught:
             if isinstance(caught, OSError) and caught.filename is not None:
                 caught = file_error(caught)

@@ -1,4 +1,4 @@
-"""A grid whose clients are all simulated: what grids in this process and in Ray actors share.
+"""A grid of simulated clients: common parts of the in-process and the Ray grid.
 
 Knowledge of Flower that is not in its public documentation is kept in this file and in `exchange.py` (checked with
 flwr 1.41).
@@ -72,7 +72,7 @@ class SimulationGrid(Grid):
         return {client: recorddict_to_proto(state).SerializeToString() for client, state in filled.items()}
 
     def load_states(self, states: dict[int, bytes]) -> None:
-        """Puts back what `dump_states` returned."""
+        """Restores the result of `dump_states`."""
         self.states = {client: state for client, data in states.items() if (state := parse_state(data)) is not None}
 
     def _number(self, message: Message) -> Message:
@@ -83,7 +83,7 @@ class SimulationGrid(Grid):
 
 
 def parse_state(data: bytes) -> RecordDict | None:
-    """Returns a client's state from what `dump_states` made of it; None if these bytes are none."""
+    """Returns a client's state from its bytes by `dump_states`; None if they are invalid."""
     try:
         return recorddict_from_proto(ProtoRecordDict.FromString(data))
     except Exception:  # Flower's readers have many ways to fail
@@ -91,13 +91,13 @@ def parse_state(data: bytes) -> RecordDict | None:
 
 
 def make_context(client: int, num_clients: int, state: RecordDict) -> Context:
-    """Returns the context that a simulated client sees, with a state of its own to change."""
+    """Returns the context of a simulated client, with its own copy of the state."""
     node_config: Any = {"partition-id": client, "num-partitions": num_clients}
     return Context(run_id=1, node_id=client + 1, node_config=node_config, state=copy.deepcopy(state), run_config={})
 
 
 def answer(client_app: ClientApp, message: Message, context: Context) -> tuple[Answer, RecordDict | None]:
-    """Lets a client handle a message; returns its answer and its new state, None where it failed (the old one stays).
+    """Runs the client app on a message; returns its reply and its new state, None if it failed (the old one stays).
 
     An exception becomes an error, as on a SuperNode: it is reported, not hidden.
     """
@@ -108,7 +108,7 @@ def answer(client_app: ClientApp, message: Message, context: Context) -> tuple[A
 
 
 def raised(error: Exception) -> Error:
-    """Returns a raised exception as Flower's error: one line that says what, then the traceback."""
+    """Returns a raised exception as Flower's error: one line of description, then the traceback."""
     text = f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
     return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=text)
 
@@ -119,5 +119,5 @@ def reply_to(message: Message, result: Answer) -> Message:
 
 
 def client_of(message: Message) -> int:
-    """Returns the simulated client that a message is for."""
+    """Returns the simulated client that receives a message."""
     return message.metadata.dst_node_id - 1

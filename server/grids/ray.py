@@ -58,7 +58,7 @@ class ClientActor:
 
 
 class RayGrid(SimulationGrid):
-    """Spreads clients over Ray actors; a context manager that stops what it started.
+    """Spreads clients over Ray actors; a context manager that stops the actors, and Ray if it started it.
 
     The content of a round's messages (the global model) is put into the object store once. Clients that took longest
     so far start first; whoever is free takes the next. Replies wait in the object store until it is their turn.
@@ -106,9 +106,9 @@ class RayGrid(SimulationGrid):
             self._ray.shutdown()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """See `SimulationGrid`. A client that has not answered `timeout` seconds after it was given to a worker has
-        failed; the worker is stopped and replaced, and the others go on. A client whose worker dies is given to another
-        one, `RETRIES` times.
+        """See `SimulationGrid`. A client that has not answered `timeout` seconds after its worker got the message has
+        failed; the worker is stopped and replaced, and the others continue. A client whose worker dies is given to
+        another one, `RETRIES` times.
 
         Raises:
             RunError: workers do not start.
@@ -164,7 +164,7 @@ class RayGrid(SimulationGrid):
         return _Task(about, result, position, actor, math.inf if timeout is None else time.monotonic() + timeout)
 
     def _take(self, task: _Task, message: Message) -> Any:
-        """Takes in what a worker finished: a reference to the answer, or an error; None where the worker died."""
+        """Processes a worker's result: a reference to the answer, or an error; None if the worker died."""
         try:
             seconds, state = self._ray.get(task.about)
         except self._ray.exceptions.RayTaskError as error:
@@ -187,7 +187,7 @@ class RayGrid(SimulationGrid):
             return Error(ErrorCode.CLIENT_APP_CRASHED, f"AnswerLost: {type(error).__name__}")
 
     def _started(self, reference: Any) -> None:
-        """Takes in a worker that is up, or starts another one where it died on the way."""
+        """Processes the start of a worker, or starts another one if it died."""
         actor = self._starting.pop(reference)
         try:
             self._ray.get(reference)
@@ -254,7 +254,7 @@ def _start_ray(num_workers: int) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Tries whether something answers at "host:port" or "ray://host:port": Ray, if nothing does, ends this process."""
+    """Checks that a server answers at "host:port" or "ray://host:port": without one Ray ends this process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():  # auto, local
         return
@@ -268,7 +268,7 @@ def _check_address(address: str) -> None:
 
 
 def _ray_folder() -> str | None:
-    """Returns where Ray is to keep its sockets; None: where it does so by itself."""
+    """Returns the folder for Ray's sockets; None for Ray's default."""
     usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     if sys.platform != "linux" or len(os.fsencode(os.path.join(usual, "ray"))) <= SOCKET_PATH:
         return None
@@ -285,7 +285,7 @@ def _ray_folder() -> str | None:
 
 
 class _Task(NamedTuple):
-    """A message that a worker is busy with."""
+    """A message that a worker is processing."""
 
     about: Any
     """Reference to (seconds, client state)."""

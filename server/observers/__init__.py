@@ -1,4 +1,4 @@
-"""Observers look at a round when it is done and report metrics, figures and texts; nothing goes on from what they say.
+"""Observers of a completed round: they report metrics, figures and texts, and do not affect training.
 
 Those of `TRUTH` compare with the hidden labels of the clients' samples: they exist only in a simulation.
 """
@@ -35,7 +35,7 @@ TRUTH: dict[str, Callable[[Experiment], Observer]] = {
 
 
 def observers_of(experiment: Experiment, remembered: Mapping[str, Any], simulated: bool) -> dict[str, Observer]:
-    """Returns a run's observers by name; remembered: what `Observer.dump` returned when the run was left."""
+    """Returns a run's observers by name; remembered: the results of `Observer.dump` in a checkpoint."""
     made = {name: make(experiment) for name, make in {**EVERYWHERE, **(TRUTH if simulated else {})}.items()}
     for name, kept in remembered.items():
         if name in made:

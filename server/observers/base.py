@@ -1,4 +1,4 @@
-"""What an observer sees and reports."""
+"""The interface of observers: their input and their report."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from server.tally import RoundTally
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """A round that is done."""
+    """A completed round."""
 
     number: int
     """1-based."""
     tally: RoundTally
     client_states: Mapping[int, RecordDict] | None
-    """What the clients kept when the round began; None: not in this process."""
+    """The clients' states at the start of the round; None if they are not in this process."""
     started: float
     """`time.perf_counter()` at its start."""
     is_evaluated: bool
 
     @cached_property
     def counts(self) -> Counts:
-        """Sums of what clients counted."""
+        """Sums of the clients' counts."""
         return add_counts(self.tally.client_counts.values())
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is logged of a round."""
+    """The output of an observer for a round."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     lists: dict[str, np.ndarray] = field(default_factory=dict)
     """Tag -> (n,) numbers, one per client or class."""
     bins: dict[str, np.ndarray] = field(default_factory=dict)
-    """Tag -> (n,) how many values are in each of n equal parts of [0, 1]."""
+    """Tag -> (n,) numbers of values in each of n equal parts of [0, 1]."""
     figures: dict[str, Figure] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     """Tag -> Markdown."""
@@ -52,33 +52,33 @@ class Report:
     """Name of a file in the run's folder -> its whole text."""
 
     def add(self, other: Report) -> Report:
-        """Returns both."""
+        """Returns the union of both."""
         return Report(*({**getattr(self, each.name), **getattr(other, each.name)} for each in fields(Report)))
 
 
 class Observer:
-    """Looks at each round; most remember nothing."""
+    """Reports on each round; most are stateless."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
-        """Returns what is logged of a round; state: after it."""
+        """Returns the report of a round; state: after it."""
         raise NotImplementedError
 
     def dump(self) -> Any:
-        """Returns what is remembered, for a checkpoint: numbers and lists in dictionaries; empty: nothing."""
+        """Returns the observer's state, for a checkpoint: numbers and lists in dictionaries; empty if it has none."""
         return {}
 
     def load(self, remembered: Any) -> None:
-        """Puts back what `dump` returned."""
+        """Restores the result of `dump`."""
 
     def is_last(self, number: int) -> bool:
-        """Whether a round is the run's last."""
+        """Returns whether a round is the run's last."""
         return number == self.experiment.config.num_rounds
 
     def has_figures(self, number: int) -> bool:
-        """Whether an evaluated round is one of those with figures of the evaluation."""
+        """Returns whether an evaluated round is one of those with figures of the evaluation."""
         every = self.experiment.config.evaluation.every * FIGURES_EVERY
         return self.experiment.config.evaluation.figures and (self.is_last(number) or number % every == 0)
 

@@ -1,4 +1,4 @@
-"""The global model on the test (or validation) split, and what `evaluation.select` goes by."""
+"""Evaluates the global model on the test (or validation) split, and computes the metric of `evaluation.select`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.state import ServerState
 
 
 class EvaluationObserver(Observer):
-    """What the method takes for the global model (`Stage.predict`)."""
+    """Evaluates the global model, as the method defines it (`Stage.predict`)."""
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""

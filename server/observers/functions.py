@@ -1,4 +1,4 @@
-"""Labelling functions: the table that weak supervision looks at, over all clients and of each."""
+"""Labelling functions: the usual analysis table of weak supervision, over all clients and per client."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FunctionObserver(Observer):
         return self._clients
 
     def load(self, remembered: Mapping[int, Counts]) -> None:
-        """Puts them back."""
+        """Restores the result of `dump`."""
         self._clients = dict(remembered)
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
@@ -79,11 +79,11 @@ class FunctionObserver(Observer):
         return len(counts["function_counts"]) // 4
 
     def _rates(self, counts: Counts) -> dict[str, np.ndarray]:
-        """Returns each function's rates; accuracy is of its votes."""
+        """Returns each function's rates; accuracy is over its votes."""
         cast = np.reshape(counts["function_votes"], (self._size(counts), -1)).sum(1)
-        overlaps, conflicts, right, known = np.reshape(counts["function_counts"], (-1, 4)).T
+        overlaps, conflicts, right, with_truth = np.reshape(counts["function_counts"], (-1, 4)).T
         samples = np.full_like(cast, counts["function_samples"][0])
-        top, bottom = (cast, overlaps, conflicts, right), (samples, samples, samples, known)
+        top, bottom = (cast, overlaps, conflicts, right), (samples, samples, samples, with_truth)
         return {name: ratio(a, b) for name, a, b in zip(RATES, top, bottom, strict=True)}
 
     def _rows(self, counts: Counts, guess: np.ndarray, with_reports: bool = False) -> list[dict[str, object]]:
@@ -130,7 +130,7 @@ class FunctionObserver(Observer):
         return text.getvalue()
 
     def _metrics(self, counts: Counts, guess: np.ndarray) -> dict[str, float]:
-        samples, voted, known, majority, normalized = counts["function_samples"]
+        samples, voted, with_truth, majority, normalized = counts["function_samples"]
         if not samples:
             return {}
         rates = self._rates(counts)
@@ -139,7 +139,7 @@ class FunctionObserver(Observer):
         found["functions/estimation_error"] = np.abs(guess - rates["accuracy"])
         found["functions/classes"] = (np.reshape(counts["function_votes"], (len(guess), -1)) > 0).sum(1).astype(float)
         metrics = {tag: float(np.nanmean(values)) for tag, values in found.items() if np.isfinite(values).any()}
-        rates_of_samples = ratio([voted, majority, normalized], [samples, known, known])
+        rates_of_samples = ratio([voted, majority, normalized], [samples, with_truth, with_truth])
         pairs = zip(OF_SAMPLES, rates_of_samples, strict=True)
         return metrics | {f"functions/{name}": float(value) for name, value in pairs if np.isfinite(value)}
 

@@ -1,4 +1,4 @@
-"""A noise matrix that the server shares: whether it can be trusted, and how far it is from the truth."""
+"""The server's noise matrix: whether it is diagonally dominant, and its error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("fedlabel")
 
 
 class NoiseObserver(Observer):
-    """Follows the matrices, and says once which classes lose the diagonal."""
+    """Reports the matrices, and warns once of classes whose diagonal is not dominant."""
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
@@ -48,12 +48,12 @@ class NoiseObserver(Observer):
 
     def truths(self, matrices: int) -> Sequence[np.ndarray | None]:
         """Returns the true matrices, (classes, classes) with NaN in the rows of classes without a noisy label; None
-        where there is none: this server does not know them.
+        here: this server does not know them.
         """
         return [None] * matrices
 
     def _figures(self, matrices: Tensor, truths: Sequence[np.ndarray | None], number: int) -> dict[str, Figure]:
-        """Returns a figure per matrix in ten or so rounds of a run, the last one among them."""
+        """Returns a figure per matrix in about ten rounds of a run, the last one included."""
         config = self.experiment.config
         if not config.evaluation.figures or not (self.is_last(number) or number % max(1, config.num_rounds // 10) == 0):
             return {}
@@ -83,7 +83,7 @@ class NoiseObserver(Observer):
 
 
 class NoiseErrorObserver(NoiseObserver):
-    """Compares them with the matrices of the samples of this simulated federation."""
+    """Compares the matrices with those of the samples of this simulated federation."""
 
     def truths(self, matrices: int) -> Sequence[np.ndarray | None]:
         """See `NoiseObserver`."""

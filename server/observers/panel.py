@@ -16,7 +16,7 @@ from server.state import ServerState
 
 
 class PanelObserver(Observer):
-    """Shows it in TensorBoard with the figures of an evaluation."""
+    """Shows the panel in TensorBoard with the figures of an evaluation."""
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""
@@ -28,7 +28,7 @@ class PanelObserver(Observer):
 
 
 def pseudo_panel(experiment: Experiment, seen: Round) -> Figure | None:
-    """Returns a figure of one client's pseudo-labelled samples, or None where the method has none.
+    """Returns a figure of one client's pseudo-labelled samples, or None if the method has none.
 
     Nothing is asked of the client: this process trains its own copy of the (simulated) client once more, which gives
     the same draws and the same experts. Where what clients keep is not in this process, a method that keeps something
@@ -37,7 +37,7 @@ def pseudo_panel(experiment: Experiment, seen: Round) -> Figure | None:
     tally, client_states = seen.tally, seen.client_states
     size = 0 if experiment.federation.dataset.tabular else experiment.config.evaluation.panel_samples
     client = next((c for c, counts in tally.client_counts.items() if "drawn" in counts), None)
-    if client is None and experiment.federation.lacking:  # then pseudo-labels were compared with nothing
+    if client is None and experiment.federation.num_without_label:  # then pseudo-labels were compared with nothing
         client = next(iter(tally.client_counts), None)
     if size == 0 or client is None:
         return None

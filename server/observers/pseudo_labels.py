@@ -1,4 +1,4 @@
-"""Pseudo-labels against the truth: accuracy and coverage, per class and per client."""
+"""Accuracy and coverage of pseudo-labels, per class and per client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.state import ServerState
 
 
 class PseudoLabelObserver(Observer):
-    """From counts that clients of a simulation make with their hidden labels."""
+    """Computes them from counts that clients of a simulation make with their hidden labels."""
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""

@@ -1,4 +1,4 @@
-"""Metrics that clients report of their training, and what a round cost."""
+"""Metrics that clients report of their training, and the cost of a round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from server.state import ServerState
 
 
 class TrainingObserver(Observer):
-    """The means of what methods measure."""
+    """Means of the methods' metrics."""
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""

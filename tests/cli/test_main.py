@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import io
 import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -333,14 +335,13 @@ def test_the_command_itself_reports_by_status(tmp_path: Path) -> None:
     """As a process: a method of the user's own is found in the working directory, an error is no traceback."""
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from fedlabel.methods.base import Method, Phase, cross_entropy_on_labels\n"
+        "from fedlabel.methods.losses import labels_loss\n"
+        "from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage\n"
         "@dataclass(frozen=True)\n"
         "class Mine(Method):\n"
         "    name: str = 'mine:Mine'\n"
-        "    def phases(self, round_number):\n"
-        "        return (Phase('train', self.loss, labeled=('weak',)),)\n"
-        "    def loss(self, student, teachers, batch):\n"
-        "        return cross_entropy_on_labels(student, batch.labeled)\n"
+        "    def recipe(self, task):\n"
+        "        return Recipe((Stage((Phase('train', labels_loss),)),), uses=LabelKinds.TRUE)\n"
     )
     small = [override for override in SMALL if not override.startswith("method.")]
     for arguments, status in (["method.name=mine:Mine"], 0), (["method.name=mine:Yours"], 2):
@@ -355,6 +356,20 @@ def test_the_command_itself_reports_by_status(tmp_path: Path) -> None:
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
         assert (tmp_path / "runs" / str(status)).exists() == (status == 0)
+
+
+def test_help_and_version_wait_for_no_library() -> None:
+    """torch and scikit-learn take seconds to import, which the commands that need them do."""
+    code = "import sys, fedlabel.cli.main as cli\ntry: cli.main()\nfinally: print(sorted(sys.modules), file=sys.stderr)"
+    for argument, shown in (("--help", "Usage"), ("--version", "fedlabel 0")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, argument], env=environment(), capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+        loaded = set(ast.literal_eval(done.stderr))
+        assert "fedlabel.cli.main" in loaded
+        assert not loaded & {"torch", "sklearn", "scipy", "matplotlib", "ray", "flwr"}
 
 
 def test_version() -> None:
@@ -376,7 +391,7 @@ def test_ctrl_c_says_how_to_go_on_by_the_runs_name(when: str, tmp_path: Path, mo
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    target = "fedlabel.cli.main.open_experiment" if when == "before" else "server.server_app.log_round"
+    target = "server.simulation.open_experiment" if when == "before" else "server.server.Server.observe"
     monkeypatch.setattr(target, interrupt)
     out = tmp_path / "with space"
     result = call("run", *SMALL, "--out", str(out))

@@ -5,6 +5,7 @@ from rich.console import Console
 
 from fedlabel.cli.progress import run_progress, sweep_progress
 from fedlabel.config import load_config
+from fedlabel.experiment import Experiment
 from fedlabel.study.sweep import Cell
 from fedlabel.study.sweep_run import Event
 
@@ -12,9 +13,10 @@ from fedlabel.study.sweep_run import Event
 def lines(overrides: list[str], metrics: list[dict[str, float]]) -> list[str]:
     """What a run that reports these metrics, one round each, prints where there is no terminal; without the seconds."""
     written = io.StringIO()
-    config = load_config(overrides=[f"num_rounds={len(metrics)}", *overrides])
+    small = ["num_clients=2", "data.train_samples=100", "model.name=mlp", "model.hidden_layers=[8]", "device=cpu"]
+    experiment = Experiment(load_config(overrides=[f"num_rounds={len(metrics)}", *small, *overrides]))
     with run_progress(Console(file=written, width=200)) as (on_start, on_round):
-        on_start(config, Path("run"))
+        on_start(experiment, Path("run"))
         for number, logged in enumerate(metrics, start=1):
             on_round(number, {"system/failed_clients": 0.0, **logged})
     return [line.rsplit("  ", 1)[0] for line in written.getvalue().splitlines()[1:]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedlabel.data.sets.datasets import DataConfig
+from fedlabel.data.sets.config import DataConfig
 
 RNG = np.random.default_rng(0)
 

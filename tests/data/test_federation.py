@@ -15,10 +15,11 @@ import torch
 import fedlabel.data.federation
 from fedlabel.config import load_config
 from fedlabel.data.federation import Federation, build_federation
-from fedlabel.data.labels.supervision import KIND_NAMES, impart
+from fedlabel.data.labels.supervision import KIND_NAMES, build_supervision
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.datasets import DataConfig, Split, load_dataset
+from fedlabel.data.sets.config import DataConfig
+from fedlabel.data.sets.datasets import Split, load_dataset
 from fedlabel.data.skew import SkewConfig, client_shift, tail_sizes
 from fedlabel.experiment import Experiment
 
@@ -327,7 +328,7 @@ def test_classes_that_do_not_fit_the_data(classes: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_a_client_learns_from_and_is_judged_on_its_own_kind_of_images(split: str) -> None:
+def test_a_client_learns_from_and_is_evaluated_on_its_own_kind_of_images(split: str) -> None:
     """With `inversion` the images of a client are the stored ones or their negatives, in training and evaluation."""
     overrides = ["skew.feature_shift=inversion", "num_clients=8", "device=cpu", f"evaluation.split={split}"]
     experiment = Experiment(load_config([], overrides))
@@ -335,11 +336,11 @@ def test_a_client_learns_from_and_is_judged_on_its_own_kind_of_images(split: str
     stored = getattr(federation.dataset, split).images
     assert torch.equal(stored, getattr(load_dataset(DataConfig(), 0), split).images)
     inverted = []
-    for client, (rows, judged) in enumerate(zip(federation.parts, federation.test_parts, strict=True)):
+    for client, (rows, evaluated) in enumerate(zip(federation.parts, federation.test_parts, strict=True)):
         inverted.append(client_shift(client, 8, experiment.config.skew, 0).kind == "inversion")
         for images, own in (
             (federation.dataset.train.images[rows], experiment.client_data(client).images),
-            (stored[judged], experiment.judged.split.images[judged]),
+            (stored[evaluated], experiment.evaluates_on.split.images[evaluated]),
         ):
             assert torch.equal(own, 255 - images if inverted[-1] else images)
     assert 0 < sum(inverted) < 8
@@ -469,7 +470,7 @@ def test_the_tails_leave_nothing_of_those_they_cut_in_the_audit() -> None:
     audit = federation.audit()
     assert np.sum(audit["kinds"]["clients"]) == len(held)
     others = np.setdiff1d(np.arange(1294), held)
-    assert not federation.record.informed[others].any()
+    assert not federation.record.has_supervision[others].any()
     assert np.sum(audit["noisy_labels"]["counts"]) == np.sum(slow_counts(federation, 1))
 
 
@@ -534,9 +535,11 @@ def test_what_is_known_is_made_without_a_look_at_what_is_hidden(
         shown = np.where(kinds >= 0, labels, -1)
         train = Split(like.dataset.train.images, torch.from_numpy(shown))
         blinded.append(int((kinds < 0).sum()))
-        return impart(shown, kinds, parts, classes, replace(like, dataset=replace(like.dataset, train=train)), *others)
+        return build_supervision(
+            shown, kinds, parts, classes, replace(like, dataset=replace(like.dataset, train=train)), *others
+        )
 
-    monkeypatch.setattr(fedlabel.data.federation, "impart", blind)
+    monkeypatch.setattr(fedlabel.data.federation, "build_supervision", blind)
     build_federation.cache_clear()
     again = build(**settings)
     build_federation.cache_clear()

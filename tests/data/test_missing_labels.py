@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-from server.report import pseudo_panel
 
-from clients.client_app import _reply
+from clients.client_app import _measured
 from fedlabel.config import load_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.datasets import DATASETS, DataConfig, Split, load_dataset
+from fedlabel.data.sets.config import SETS, DataConfig
+from fedlabel.data.sets.datasets import Split, load_dataset
 from fedlabel.data.skew import SkewConfig
 from fedlabel.experiment import Experiment
+from server.observers.base import Round
+from server.observers.panel import pseudo_panel
 
 HAS_LABEL = np.arange(1437) % 3 == 0
 
@@ -34,7 +36,7 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def two_thirds_of_digits_lack_a_label(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    entry = DATASETS["digits"]
+    entry = SETS["digits"]
 
     def load(config: DataConfig) -> Any:
         whole = entry.load(config)
@@ -42,7 +44,7 @@ def two_thirds_of_digits_lack_a_label(monkeypatch: pytest.MonkeyPatch) -> Iterat
         return whole._replace(train=Split(whole.train.images, labels))
 
     forget()
-    monkeypatch.setitem(DATASETS, "digits", entry._replace(load=load))
+    monkeypatch.setitem(SETS, "digits", entry._replace(load=load))
     yield
     forget()
 
@@ -112,7 +114,7 @@ NAMED_AMOUNTS: list[dict[str, Any]] = [
 def test_labels_are_chosen_and_made_of_those_that_there_are(amount: dict[str, Any]) -> None:
     kind = {} if "kind" not in amount else {"label_rate": None}
     federation = build(**(kind | amount))
-    known = federation.record.informed.numpy()
+    known = federation.record.has_supervision.numpy()
     assert known.any()
     assert (truth(federation)[known] >= 0).all()
     if amount.get("kind") is None:
@@ -146,7 +148,7 @@ def test_bags_are_of_samples_whose_classes_can_be_counted() -> None:
 def test_a_mix_over_samples() -> None:
     parts = (MixPart(share=0.4, label_rate=0.5), MixPart("partial", share=0.6, label_rate=None, partial_ratio=0.1))
     federation = build(mix=parts, mix_over="samples")
-    known = federation.record.informed.numpy()
+    known = federation.record.has_supervision.numpy()
     assert (truth(federation)[known] >= 0).all()
     assert federation.kinds()[:, KIND_NAMES.index("candidates")].all()
 
@@ -181,7 +183,7 @@ def test_more_labels_than_there_are() -> None:
 def test_a_tail_by_class_needs_classes(key: str) -> None:
     if key == "labeled_imbalance":
         kept = build(kind="full", skew=SkewConfig(labeled_imbalance=10.0))
-        assert kept.lacking == 958
+        assert kept.num_without_label == 958
         assert kept.labeled.sum() < 300
     else:
         with pytest.raises(
@@ -221,9 +223,9 @@ def test_noisy_labels_of_unknown_truth_are_no_errors() -> None:
 
 
 def test_who_has_few_labels_and_hides_most_is_told() -> None:
-    assert build(kind="full").doubts() == []
+    assert build(kind="full").warnings() == []
     federation = build(label_rate=0.1)
-    (said,) = federation.doubts()
+    (said,) = federation.warnings()
     assert said == (
         "958 of 1,390 training samples have no label in the data. "
         f"Of the 432 labels that there are, supervision uses {federation.labeled.sum()} and hides the others; "
@@ -234,7 +236,7 @@ def test_who_has_few_labels_and_hides_most_is_told() -> None:
 def test_nothing_is_said_of_data_that_have_all_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.data.test_missing_labels.HAS_LABEL", np.ones(1437, bool))
     federation = build()
-    assert federation.doubts() == []
+    assert federation.warnings() == []
     assert federation.true_classes == tuple("0123456789")
     assert federation.audit()["without_label"] == 0
 
@@ -246,14 +248,14 @@ def experiment(*overrides: str) -> Experiment:
 
 def counted(run: Experiment) -> dict[str, list[float]]:
     update = run.train(0, run.initial_state, 1)
-    return dict(_reply(update, run, 0).config_records["counts"])  # type: ignore[arg-type]
+    return _measured(update, run, 0, audit=True)[1]
 
 
 def test_the_panel_shows_samples_whose_class_nobody_knows() -> None:
     run = experiment("method.name=fixmatch", "method.confidence_threshold=0", "supervision.kind=full")
     content = RecordDict({"arrays": ArrayRecord(run.initial_state), "shared": ConfigRecord({})})
     tally: Any = SimpleNamespace(client_counts={0: {}}, messages={0: SimpleNamespace(content=content)}, round_number=1)
-    figure = pseudo_panel(run, tally, {})
+    figure = pseudo_panel(run, Round(1, tally, {}, 0.0, is_evaluated=True))
     assert figure is not None
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedlabel.data.sets.datasets import DataConfig, DataError, Dataset, load_dataset
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.loaders import Split
 
 Rng = np.random.Generator

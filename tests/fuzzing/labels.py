@@ -340,7 +340,7 @@ def answers(rng: Rng, folder: Path) -> str | None:
         return f"{kind} answer {type(answer)} of {names}: {report}"
     if found.votes.tolist() != [[label if kind == "right" else -1]] * 3:
         return f"{kind} answer {type(answer)} of {names}: votes {found.votes.tolist()}"
-    said = report.doubt()
+    said = report.warning()
     if (said is None) != (kind in ("right", "silent")) or odd(said):
         return f"{kind}: said {said!r}"
     stopped = asked(lambda: cast_votes([function], range(3), names, stop=True))

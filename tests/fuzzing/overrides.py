@@ -15,7 +15,7 @@ from pathlib import Path
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.config_names import CALLED_ELSEWHERE, all_keys, inner_schema
 from fedlabel.config_schema import fields_of, hints
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 from fedlabel.experiment import Experiment
 from fedlabel.methods import METHODS
 from server.strategy import build_strategy, strategy_names

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedlabel.data.sets.datasets import DataConfig, DataError
+from fedlabel.data.sets.config import DataConfig, DataError
 from fedlabel.data.sets.table_files import load_table
 from fedlabel.data.sets.tables import LoadedTable, encode
 

@@ -62,12 +62,12 @@ def _die_in_round_1(message: Message, context: Context) -> Message:
 
 
 def _count(message: Message, context: Context) -> Message:
-    """Trains, and adds how often this client has trained to the metrics as `train/times_seen`."""
+    """Trains, and reports how often this client has trained as its `train/loss`: other metrics would be refused."""
     seen = int(context.state.metric_records["memory"]["seen"]) if len(context.state) else 0  # type: ignore[arg-type]
     context.state["memory"] = MetricRecord({"seen": seen + 1})
     reply = train(message, context)
     sums = dict(reply.content.config_records["sums"])
-    reply.content["sums"] = ConfigRecord({**sums, "train/times_seen": [float(seen + 1), 1.0]})
+    reply.content["sums"] = ConfigRecord({**sums, "train/loss": [float(seen + 1), 1.0]})
     return reply
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedlabel.batches import draw_batches
 from torch.nn.functional import cross_entropy
 
 import fedlabel
 from fedlabel.config import load_config, to_yaml
 from fedlabel.experiment import open_experiment
+from fedlabel.learning.plan import draw_batches
 from fedlabel.models import build_model
 from fedlabel.seeding import derive_seed, torch_generator
 from tests.integration.tiny import TINY, assert_same_weights, final_weights

@@ -12,7 +12,8 @@ import torch
 
 from fedlabel.config import ExperimentConfig, load_config, to_yaml
 from fedlabel.experiment import open_experiment
-from fedlabel.methods.ill import ILL
+from fedlabel.methods.batch import State
+from fedlabel.methods.federated_transition import FederatedTransition
 from fedlabel.record.run_folder import read_metrics
 from server.checkpoint import load_checkpoint
 from server.grids.in_process import InProcessGrid
@@ -165,10 +166,12 @@ def test_a_strategy_that_cannot_combine_what_is_left_stops_the_run_in_one_senten
 def test_a_broken_shared_state_is_neither_saved_nor_sent(
     made: torch.Tensor, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = ILL.server_step
-    monkeypatch.setattr(
-        ILL, "server_step", lambda self, s, t: step(self, s, t) | ({"transition": made} if s["rounds"] == 1 else {})
-    )
+    update = FederatedTransition.update
+
+    def broken(self: FederatedTransition, shared: State, total: State) -> State:
+        return update(self, shared, total) | ({"transition": made} if shared["rounds"] == 1 else {})
+
+    monkeypatch.setattr(FederatedTransition, "update", broken)
     noisy = ("supervision.kind=noisy", "supervision.noise=symmetric", "supervision.noise_rate=0.3")
     known = [override for override in TINY if not override.startswith(("method.", "supervision."))]
     config = load_config([], [*known, *noisy, "method.name=ill", *ALL_TRAIN])
@@ -181,7 +184,7 @@ def test_a_broken_shared_state_is_neither_saved_nor_sent(
 def test_client_state_is_kept_between_rounds(kind: str, tmp_path: Path) -> None:
     """Every client trains in every round and reports how often it has: 1, 2, 3."""
     run_with("counting", tiny("num_clients=3", "fraction_train=1.0", "num_rounds=3"), tmp_path / "run", kind)
-    assert [row["train/times_seen"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert [row["train/loss"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_round_without_usable_samples_keeps_the_model(tmp_path: Path) -> None:

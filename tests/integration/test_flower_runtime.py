@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+import server.server
 from fedlabel.hardware import PACKAGE_ROOT
 from tests.integration.processes import environment, free_ports, start, stop_marked, wait_until
 from tests.integration.tiny import TINY, comparable_metrics, final_weights, run_tiny
@@ -137,6 +138,7 @@ def test_simulation_runtime(tmp_path: Path) -> None:
         folder = machine.the_run(output)
         # The packed code ran, not that of this repository: what `flwr run` packs is no git checkout.
         assert json.loads((folder / "summary.json").read_text())["commit"] == "unknown"
+    assert any("pseudo/accuracy" in row for row in comparable_metrics(folder))
     assert_like_in_process(folder, tmp_path, *overrides)
 
 
@@ -164,10 +166,14 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
         assert [process.poll() for process in processes] == [None] * 3
 
 
-def test_superlink_with_two_supernodes(deployment: Flower, tmp_path: Path) -> None:
+def test_superlink_with_two_supernodes(deployment: Flower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compared with hidden labels: as in this process where clients are taken for real ones."""
     overrides = ("num_clients=2", "num_rounds=2", "fraction_train=1.0", "grid.timeout=120")
     output = deployment.run("loopback", overrides=" ".join([*TINY, *overrides]))
-    assert_like_in_process(deployment.the_run(output), tmp_path, *overrides)
+    folder = deployment.the_run(output)
+    assert not any("pseudo/accuracy" in row for row in comparable_metrics(folder))
+    monkeypatch.setattr(server.server, "is_simulation", lambda grid: False)
+    assert_like_in_process(folder, tmp_path, *overrides)
 
 
 def test_supernode_without_partition_id_is_named(deployment: Flower) -> None:

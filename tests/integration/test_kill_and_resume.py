@@ -14,9 +14,10 @@ from random import Random
 import pytest
 
 import fedlabel
-import server.server_app
+import server.server
 from fedlabel.record.run_folder import read_metrics
-from server.checkpoint import Checkpoint, save_checkpoint
+from server.checkpoint import save_checkpoint
+from server.state import ServerState
 from tests.integration.processes import environment, fedlabel_command, marked, start, stop_marked, wait_until
 from tests.integration.tiny import TINY, assert_same_run, run_tiny
 
@@ -125,7 +126,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("point", ["before the checkpoint", "in the checkpoint", "after the checkpoint"])
 def test_stop_at_every_point_of_a_round(point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopping(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    def stopping(folder: Path, checkpoint: ServerState, keep: int) -> Path:
         if checkpoint.round_number != 2:
             return save_checkpoint(folder, checkpoint, keep)
         if point == "in the checkpoint":
@@ -134,7 +135,7 @@ def test_stop_at_every_point_of_a_round(point: str, tmp_path: Path, monkeypatch:
             save_checkpoint(folder, checkpoint, keep)
         raise Killed
 
-    monkeypatch.setattr(server.server_app, "save_checkpoint", stopping)
+    monkeypatch.setattr(server.server, "save_checkpoint", stopping)
     with pytest.raises(Killed):
         run_tiny(tmp_path, "killed", *FED_ADAM)
     assert rounds_in(tmp_path / "killed") == 2
@@ -165,7 +166,7 @@ def test_momentum_matters(tmp_path: Path) -> None:
     """The comparisons above could fail: a strategy without its memory gives other weights."""
     run_tiny(tmp_path, "forgetful", *FED_ADAM, "num_rounds=1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server.server_app, "restore_strategy", lambda strategy, state: None)
+        patch.setattr(server.server, "restore_strategy", lambda strategy, state: None)
         forgetful = run_tiny(tmp_path, "forgetful", *FED_ADAM, resume=True).path
     with pytest.raises(AssertionError):
         assert_same_run(forgetful, run_tiny(tmp_path, "whole", *FED_ADAM).path)

@@ -16,8 +16,10 @@ import fedlabel.experiment
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.sets.datasets import Split
 from fedlabel.methods import METHODS
+from fedlabel.methods.recipe import ByBag, Phase
 from fedlabel.record.run_folder import read_metrics
 from tests.integration.tiny import TINY, assert_same_weights, final_weights, run_tiny
+from tests.methods.recipes import task
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +45,12 @@ PASSING = {
 """Method -> what makes it trust its few rounds' pseudo-labels; the others: a low threshold."""
 
 
+def phases(method: str, round_number: int) -> tuple[Phase, ...]:
+    return METHODS[method]().recipe(task(2)).phases(round_number)
+
+
 def method_overrides(method: str) -> list[str]:
-    if any(phase.bags for phase in METHODS[method]().phases(1)):
+    if any(isinstance(phase.draw, ByBag) for phase in phases(method, 1)):
         bags = ["supervision.kind=bags", "supervision.label_rate=null", "supervision.bag_size=5"]
         two = ["data.positive_classes=[1,3,5]"] if method == "top_count" else []
         two += ["method.stage_rounds=1", "method.evidence=current"] if method == "llp_bp" else []
@@ -55,8 +61,9 @@ def method_overrides(method: str) -> list[str]:
 
 
 def draws_unlabeled(method: str) -> bool:
-    """Whether a method uses samples of which nothing is known, in some phase after all warm-ups."""
-    return any(phase.unlabeled for phase in METHODS[method]().phases(1000))
+    """Whether a method uses samples without any supervision, in some phase after all warm-ups."""
+    draws = [phase.draw for phase in phases(method, 1000)]
+    return any(draw.singles if isinstance(draw, ByBag) else draw.unlabeled for draw in draws)
 
 
 def run_method(out: Path, name: str, method: str) -> Path:

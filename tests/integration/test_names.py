@@ -15,15 +15,15 @@ from tests.integration.tiny import TINY
 ALIKE = ("server", "clients", "fedlabel", "numpy", "torch", "types", "random", "flwr", "tests", "struct", "tempfile")
 METHOD = """
 from dataclasses import dataclass
-from fedlabel.methods.base import Method, Phase
-from fedlabel.methods.steps import cross_entropy_on_labels
+from fedlabel.methods.losses import labels_loss
+from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage
 
 @dataclass(frozen=True)
 class Mine(Method):
     name: str = "my_method:Mine"
 
-    def phases(self, round_number):
-        return (Phase("train", lambda student, _, batch: cross_entropy_on_labels(student, batch.labeled), ("weak",)),)
+    def recipe(self, task):
+        return Recipe((Stage((Phase("train", labels_loss),)),), uses=LabelKinds.TRUE)
 """
 SWEEP = """
 methods:

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from fedlabel.methods.steps import PseudoLabels
 
 from fedlabel.learning.metrics import (
     CALIBRATION_BINS,
@@ -21,6 +20,7 @@ from fedlabel.learning.metrics import (
     pseudo_label_metrics,
     worst_share_mean,
 )
+from fedlabel.methods.batch import PseudoLabels
 
 CONFIDENCE = torch.tensor([0.91, 0.92, 0.98, 1.0, 0.42])
 TRUTH = torch.tensor([0, 1, 1, 2, 0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.labels.supervision import supervise
+from fedlabel.data.labels.supervision import reveal_labels
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
@@ -123,7 +123,7 @@ def client(n: int = 30, labeled: int = 10) -> ClientData:
     labels = torch.randint(CLASSES, (n,), generator=generator)
     images = torch.randint(60, (n, 1, 6, 6), generator=generator, dtype=torch.uint8)
     images[torch.arange(n), 0, labels] += 120
-    return ClientData(images, supervise(labels, torch.arange(n) < labeled, CLASSES))
+    return ClientData(images, reveal_labels(labels, torch.arange(n) < labeled, CLASSES))
 
 
 def train_round(

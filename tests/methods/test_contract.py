@@ -9,139 +9,140 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fedlabel.methods.base import Method, Phase, Prepared, Survey, Update
-from fedlabel.methods.steps import Batch, Model, Part, State
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._pytree import tree_map
 
 from fedlabel.data.augment import AugmentConfig
-from fedlabel.data.labels.supervision import Supervision, supervise
-from fedlabel.learning.client import ClientData, ImageTransform, Trainer, train_client
+from fedlabel.data.labels.label_card import label_card
+from fedlabel.data.labels.supervision import Supervision, reveal_labels
+from fedlabel.learning.client import ClientData, Trainer, train_client
+from fedlabel.learning.task import check_labels
 from fedlabel.learning.training_config import TrainingConfig
+from fedlabel.learning.views import ImageTransform
 from fedlabel.methods import METHODS, method_class
-from fedlabel.methods.bags import BagMethod
+from fedlabel.methods.batch import Batch, Model, Part, Prepared, State, Step, Survey
 from fedlabel.methods.fedlabel import FedLabel
-from fedlabel.methods.masks import MaskedMethod
-from fedlabel.models.additive import Additive
-from fedlabel.models.bag_head import BagHead
-from fedlabel.models.labeling_heads import LabelingHeads
-from fedlabel.models.nets import Mlp
-from fedlabel.models.twins import Twins
+from fedlabel.methods.recipe import ByBag, BySample, LabelKinds, Method, Phase, Recipe, Update
+from fedlabel.metric_tags import client_tags
 from tests.methods.batches import certain_part
+from tests.methods.recipes import LATE, classes_of, make, make_student, recipe_of
 
-CLASSES, BATCH = 4, 6
-LATE = 1000
-"""A round after all warm-ups."""
+BATCH = 6
+AT_SERVER = -1
+"""In place of a stage's number: what the server trains on its labels."""
+HEADS = ("bag_hidden.", "bag_output.", "heads.")
+"""Parameters that see no label of a sample."""
 METHOD_NAMES = sorted(METHODS)
-
-
-def net(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES))
-
-
-def make(name: str) -> Method:
-    """The method with defaults, and a threshold low enough that untrained teachers pass it."""
-    fields = METHODS[name].__dataclass_fields__
-    return METHODS[name](**({"confidence_threshold": 0.0} if "confidence_threshold" in fields else {}))
-
-
-def make_student(name: str, seed: int = 0) -> nn.Module:
-    method = make(name)
-    if method.bag_head:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return BagHead(Mlp((1, 6, 6), CLASSES, (8,)), method.bag_head)
-    if method.labeling_heads:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return LabelingHeads(Mlp((1, 6, 6), CLASSES, (8,)), method.labeling_heads)
-    if method.networks > 1:
-        return Twins([net(100 * place + seed) for place in range(method.networks)])
-    return Additive(net(seed), method.additive) if method.additive else net(seed)
+OLD_HOOKS = """
+additive networks bag_head labeling_heads functions_vote reads_annotations reads_sets_of_bags needs_embeddings
+input_gradients server_labels starts_stage begin_stage stage_name averaging interim judged helpers upload
+claimed_bytes initial_memory states kept_like statistics check_statistics check_shared initial_shared
+server_step told noise_matrix function_accuracy server_phases check doubts
+"""
+"""What a method defined before it gave a recipe: nothing calls these any more. (Not `loss`, `phases` and `keep`: some
+methods name so what they put into their recipe.)"""
 
 
 class Case(NamedTuple):
-    """One optimiser step of a phase of a method."""
+    """One optimiser step of a phase of a stage of a method; or the phase's E step alone, where it takes no step."""
 
     name: str
+    stage: int
     phase: Phase
     update: Update
 
+    @property
+    def recipe(self) -> Recipe:
+        return recipe_of(self.name)
+
     def make_batch(self, seed: int, size: int = BATCH) -> Batch:
         """Random images; the targets and the memory are what the phase's E step makes of them."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, classes, draw = torch.Generator().manual_seed(seed), classes_of(self.name), self.phase.draw
 
         def part(names: tuple[str, ...], labeled: bool) -> Part:
             n = size if names else 0
             views = {name: torch.randn(n, 1, 6, 6, generator=generator) for name in names}
-            labels = torch.randint(CLASSES, (n,), generator=generator)
-            if self.phase.bags:
+            labels = torch.randint(classes, (n,), generator=generator)
+            if isinstance(draw, ByBag):
                 return self.bags(views, labels, generator)
-            known = supervise(labels, torch.full((n,), labeled), CLASSES)
-            return certain_part(views, known.candidates, self.targets(known, generator))
+            supervision = reveal_labels(labels, torch.full((n,), labeled), classes)
+            return certain_part(views, supervision.candidates, self.targets(supervision, generator))
 
-        parts = [part(self.phase.labeled, True), part(self.phase.unlabeled, False), part(self.phase.mix, False)]
+        unlabeled = () if isinstance(draw, ByBag) else draw.unlabeled
+        mix = draw.mix if isinstance(draw, BySample) else ()
+        parts = [part(draw.labeled, True), part(unlabeled, False), part(mix, False)]
         return Batch(*parts, torch.rand((), generator=generator), self.memory(generator))
 
     def bags(self, views: dict[str, Tensor], labels: Tensor, generator: torch.Generator) -> Part:
         """A bag of three, one of two and a sample of which nothing is known; or none of them."""
-        n = len(labels)
-        none = torch.ones(n, CLASSES, dtype=torch.bool)
+        n, classes = len(labels), classes_of(self.name)
+        none = torch.ones(n, classes, dtype=torch.bool)
         members, bag = torch.tensor([[0, 1, 2], [3, 4, -1], [5, -1, -1]]), torch.tensor([0, 0, 0, 1, 1, -1])
-        counts = torch.stack([torch.bincount(labels[bag[:n] == b], minlength=CLASSES) for b in (0, 1)])
-        known = Supervision.certain(none)
+        counts = torch.stack([torch.bincount(labels[bag[:n] == b], minlength=classes) for b in (0, 1)])
+        supervision = Supervision.certain(none)
         if n:
-            known = replace(known, bag=bag, bag_counts=counts)
-        part = certain_part(views, none, self.targets(known, generator))
-        counts = torch.cat([counts, torch.zeros(1, CLASSES, dtype=torch.int64)])
+            supervision = replace(supervision, bag=bag, bag_counts=counts)
+        part = certain_part(views, none, self.targets(supervision, generator))
+        counts = torch.cat([counts, torch.zeros(1, classes, dtype=torch.int64)])
         return part._replace(members=members[: n // 2], bag_counts=counts[: n // 2])
 
     def memory(self, generator: torch.Generator) -> State:
-        nothing = torch.ones(BATCH, CLASSES, dtype=torch.bool)
-        method = make(self.name)
-        start = {**method.initial_memory(nothing), **method.initial_shared(CLASSES)}
+        nothing = torch.ones(BATCH, classes_of(self.name), dtype=torch.bool)
+        start = self.start(nothing)
         return self.prepare(Supervision.certain(nothing), generator, start).memory or start
 
-    def targets(self, known: Supervision, generator: torch.Generator) -> dict[str, Tensor]:
-        method = make(self.name)
-        memory = {**method.initial_memory(known.candidates), **method.initial_shared(CLASSES)}
-        return self.prepare(known, generator, memory).targets
+    def targets(self, supervision: Supervision, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.prepare(supervision, generator, self.start(supervision.candidates)).targets
 
-    def prepare(self, known: Supervision, generator: torch.Generator, memory: State) -> Prepared:
+    def start(self, candidates: Tensor) -> State:
+        """The memory of a client that never trained."""
+        recipe = self.recipe
+        return {**recipe.memory.start(candidates), **recipe.shared.broadcast(recipe.shared.start())}
+
+    def prepare(self, supervision: Supervision, generator: torch.Generator, memory: State) -> Prepared:
         if self.phase.prepare is None:
             return Prepared({})
-        n = len(known.candidates)
+        n, classes = len(supervision.candidates), classes_of(self.name)
 
         def predict(teacher: str, view: str, part: str = "all") -> Tensor:
             assert teacher in self.phase.teachers
-            shapes = {"all": (CLASSES,), "embed": (8,), "heads": (make(self.name).labeling_heads, CLASSES + 1)}
+            shapes = {"all": (classes,), "embed": (8,), "heads": (self.recipe.num_functions, classes + 1)}
             return torch.randn(n, *shapes[part], generator=generator)
 
         def inputs() -> Tensor:
             return torch.randn(n, 1, 6, 6, generator=generator)
 
-        return self.phase.prepare(Survey(predict, known, memory, inputs))
+        return self.phase.prepare(Survey(predict, supervision, memory, inputs))
+
+    def step(self, batch: Batch) -> Step:
+        return self.update.loss(make_student(self.name), teachers_of(self), batch)
 
 
 def cases() -> list[Case]:
-    """All of them, of an early and of a late round."""
-    found = {}
+    """Those of the first, the second and the last round of every stage, and of what the server trains where it can."""
+    found: dict[tuple[object, ...], Case] = {}
     for name in METHOD_NAMES:
-        for round_number in (1, LATE):
-            for phase in make(name).phases(round_number):
-                for position, update in enumerate(phase.updates):
-                    found.setdefault((name, phase.name, position), Case(name, phase, update))
+        recipe = recipe_of(name)
+        for number, stage in enumerate(recipe.stages):
+            for round_in_stage in (1, 2, stage.rounds or LATE):
+                phases = stage.phases(round_in_stage) if callable(stage.phases) else stage.phases
+                for phase in phases:
+                    for position, update in enumerate(phase.updates):
+                        key = (name, number, phase.name, phase.steps == 0, position)
+                        found.setdefault(key, Case(name, number, phase, update))
+        for phase in recipe.server_phases if LabelKinds.AT_SERVER in recipe.uses else ():
+            for update in phase.updates:
+                found[(name, AT_SERVER, phase.name)] = Case(name, AT_SERVER, phase, update)
     return list(found.values())
 
 
 def case_id(case: Case) -> str:
-    return f"{case.name}-{case.phase.name}-{case.phase.updates.index(case.update)}"
+    return f"{case.name}-{case.stage}-{case.phase.name}-{case.phase.updates.index(case.update)}"
 
 
-CASES = pytest.mark.parametrize("case", cases(), ids=case_id)
+ALL_CASES = cases()
+STEPS = pytest.mark.parametrize("case", [case for case in ALL_CASES if case.phase.steps != 0], ids=case_id)
 
 
 def teachers_of(case: Case) -> dict[str, Model]:
@@ -150,10 +151,11 @@ def teachers_of(case: Case) -> dict[str, Model]:
 
 def trained(case: Case, student: nn.Module) -> set[str]:
     names = [name for name, _ in student.named_parameters()]
-    return set(names if case.update.trains is None else case.update.trains(names))
+    moved = set(names if case.update.trains is None else case.update.trains(names))
+    return {name for name in moved if not (case.stage == AT_SERVER and name.startswith(HEADS))}
 
 
-@CASES
+@STEPS
 def test_loss_is_finite_and_its_gradient_moves_every_trained_parameter(case: Case) -> None:
     student = make_student(case.name)
     moved = trained(case, student)
@@ -170,7 +172,7 @@ def test_loss_is_finite_and_its_gradient_moves_every_trained_parameter(case: Cas
             assert parameter.grad.abs().sum() > 0, name
 
 
-@CASES
+@STEPS
 def test_no_gradient_leaks_into_teachers(case: Case) -> None:
     teachers = teachers_of(case)
     case.update.loss(make_student(case.name), teachers, case.make_batch(0)).loss.backward()
@@ -178,24 +180,24 @@ def test_no_gradient_leaks_into_teachers(case: Case) -> None:
         assert all(parameter.grad is None for parameter in teacher.parameters())  # type: ignore[attr-defined]
 
 
-@CASES
+@STEPS
 def test_targets_metrics_and_memory_are_detached(case: Case) -> None:
-    step = case.update.loss(make_student(case.name), teachers_of(case), case.make_batch(0))
+    step = case.step(case.make_batch(0))
     assert not any(pair.requires_grad for pair in step.metrics.values())
     assert step.pseudo is None or not any(values.requires_grad for values in step.pseudo)
     assert not any(value.requires_grad for value in (step.memory or {}).values())
 
 
-@CASES
+@STEPS
 def test_empty_batch_gives_exactly_zero(case: Case) -> None:
-    step = case.update.loss(make_student(case.name), teachers_of(case), case.make_batch(0, size=0))
+    step = case.step(case.make_batch(0, size=0))
     assert all(torch.isfinite(value).all() for value in (step.memory or {}).values())
     assert step.loss.item() == 0
     assert step.examples == 0
     assert all(torch.isfinite(pair).all() for pair in step.metrics.values())
 
 
-@CASES
+@STEPS
 def test_three_stacked_clients_equal_one_by_one(case: Case) -> None:
     students = [make_student(case.name, seed) for seed in (1, 2, 3)]
     batches = [case.make_batch(seed) for seed in (4, 5, 6)]
@@ -223,24 +225,48 @@ def test_three_stacked_clients_equal_one_by_one(case: Case) -> None:
             torch.testing.assert_close(together_grad[key][i], value, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("case", ALL_CASES, ids=case_id)
+def test_metrics_are_declared(case: Case) -> None:
+    """The server refuses others."""
+    declared = client_tags(METHODS[case.name].metrics)
+    generator, nothing = torch.Generator().manual_seed(0), torch.ones(BATCH, classes_of(case.name), dtype=torch.bool)
+    made = {*case.prepare(Supervision.certain(nothing), generator, case.start(nothing)).metrics}
+    if case.phase.steps != 0:
+        metrics = case.step(case.make_batch(0)).metrics
+        assert metrics
+        made |= metrics.keys()
+    assert made <= declared.keys()
+
+
+def rounds() -> list[tuple[str, int]]:
+    """The first and the last round of every stage of every method."""
+    found = []
+    for name in METHOD_NAMES:
+        before = 0
+        for stage in recipe_of(name).stages:
+            last = LATE if stage.rounds is None else before + stage.rounds
+            found += [(name, number) for number in dict.fromkeys((before + 1, last)) if last > before]
+            before = last
+    return found
+
+
+@pytest.mark.parametrize(("name", "round_number"), rounds())
 @pytest.mark.parametrize(("n", "labeled"), [(12, 5), (12, 0), (5, 5)], ids=["both", "no labels", "no unlabelled"])
-@pytest.mark.parametrize("round_number", [1, LATE])
 def test_round_is_reproducible_and_survives_empty_parts(name: str, n: int, labeled: int, round_number: int) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator, classes, recipe = torch.Generator().manual_seed(0), classes_of(name), recipe_of(name)
     images = torch.randint(256, (n, 1, 6, 6), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(CLASSES, (n,), generator=generator)
-    data = ClientData(images, supervise(labels, torch.arange(n) < labeled, CLASSES))
+    labels = torch.randint(classes, (n,), generator=generator)
+    data = ClientData(images, reveal_labels(labels, torch.arange(n) < labeled, classes))
     transform = ImageTransform(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), AugmentConfig(crop_padding=1), False)
     state = make_student(name).state_dict()
     updates = []
     for _ in range(2):
         torch.rand(1)  # the global generator must not matter
         config = TrainingConfig(local_steps=2, batch_size=4)
-        trainer = Trainer(make_student(name, 5), make_student(name, 6), transform, config)
-        shared = make(name).initial_shared(CLASSES)
+        trainer = Trainer(make_student(name, 5), make_student(name, 6), transform, config, METHODS[name].metrics)
+        shared = recipe.shared.broadcast(recipe.shared.start())
         before = {"previous": state}
-        updates.append(train_client(make(name), trainer, state, data, round_number, 3, shared, before))
+        updates.append(train_client(recipe, trainer, state, data, round_number, 3, shared, before))
     first, second = updates
     for part, uploaded in first.parts.items():
         assert uploaded.weight >= 0
@@ -259,7 +285,30 @@ def test_method_is_picklable_final_and_described(name: str) -> None:
     assert pickle.loads(pickle.dumps(method)) == method
     assert method.name == name
     assert METHODS[name].description
-    assert METHODS[name].__base__ in (Method, MaskedMethod, BagMethod)
+    assert METHODS[name].__bases__ == (Method,)
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_recipe_is_picklable_and_its_stages_fill_the_run(name: str) -> None:
+    recipe = recipe_of(name)
+    again = pickle.loads(pickle.dumps(recipe))
+    for round_number in (1, LATE):
+        assert [phase.name for phase in again.phases(round_number)] == [p.name for p in recipe.phases(round_number)]
+    assert recipe.uses
+    assert all(stage.rounds is not None for stage in recipe.stages[:-1])
+    assert recipe.stages[-1].rounds is None
+
+
+def test_no_method_is_the_base_of_another() -> None:
+    """Families are functions that return recipes."""
+    listed = set(METHODS.values())
+    assert listed <= set(Method.__subclasses__())
+    assert not [method.__name__ for method in Method.__subclasses__() if method.__subclasses__()]
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_method_defines_no_hook_that_nothing_calls(name: str) -> None:
+    assert not set(OLD_HOOKS.split()) & (vars(METHODS[name]).keys() | vars(Method).keys())
 
 
 def test_unknown_method_is_an_error_with_a_suggestion() -> None:
@@ -274,22 +323,23 @@ def test_unknown_method_is_an_error_with_a_suggestion() -> None:
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_method_that_could_learn_nothing_is_refused(name: str) -> None:
-    """Annotators' labels alone are something for ILL only, bags for those that learn from them; labels for all."""
-    nothing = torch.ones(5, CLASSES, dtype=torch.bool)
+    """Annotators' labels alone are something for ILL only, bags for those that draw them; labels for all."""
+    recipe, classes = recipe_of(name), classes_of(name)
+    nothing = torch.ones(5, classes, dtype=torch.bool)
     crowd = Supervision.without_bags(nothing, torch.zeros(5, dtype=torch.bool), torch.zeros(5, 2, dtype=torch.int64))
     if name == "ill":
-        make(name).check(crowd)
+        check_labels(name, recipe, label_card(crowd))
     else:
         with pytest.raises(ValueError, match=rf"`method.name` \(={name}\) learns from .*(method.name=ill|kind=bags)"):
-            make(name).check(crowd)
-    classes = 2 if name == "top_count" else CLASSES
-    make(name).check(supervise(torch.zeros(5, dtype=torch.int64), torch.arange(5) < 1, classes))
-    bags = Supervision.certain(torch.ones(5, classes, dtype=torch.bool))
-    bags = replace(
-        bags, bag=torch.zeros(5, dtype=torch.int64), bag_counts=torch.eye(classes, dtype=torch.int64)[:1] * 5
-    )
-    if any(phase.bags for phase in make(name).phases(1)):
-        make(name).check(bags)
+            check_labels(name, recipe, label_card(crowd))
+    labels = reveal_labels(torch.zeros(5, dtype=torch.int64), torch.arange(5) < 1, classes)
+    check_labels(name, recipe, label_card(labels))
+    counts = torch.eye(classes, dtype=torch.int64)[:1] * 5
+    bags = replace(Supervision.certain(nothing), bag=torch.zeros(5, dtype=torch.int64), bag_counts=counts)
+    draws_bags = any(isinstance(phase.draw, ByBag) for phase in recipe.phases(1))
+    assert draws_bags == (LabelKinds.BAGS in recipe.uses)
+    if draws_bags:
+        check_labels(name, recipe, label_card(bags))
     else:
         with pytest.raises(ValueError, match=rf"`method.name` \(={name}\) learns from .*method.name="):
-            make(name).check(bags)
+            check_labels(name, recipe, label_card(bags))

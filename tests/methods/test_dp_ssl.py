@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedlabel.data.labels.supervision import Supervision, supervise
+from fedlabel.data.labels.supervision import Supervision, reveal_labels
 from fedlabel.inference.head_assignment import assign_classes, class_losses, random_classes
 from fedlabel.inference.label_model import LabelModel, client_prior
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client
@@ -290,7 +290,7 @@ def voted(votes: Sequence[Sequence[int]] | Tensor, labels: Tensor | None = None,
     """Votes of written functions, and labels where they are not -1."""
     votes = torch.as_tensor(votes)
     unknown = torch.full((len(votes),), -1) if labels is None else labels
-    record = supervise(unknown.clamp_min(0), unknown >= 0, classes)
+    record = reveal_labels(unknown.clamp_min(0), unknown >= 0, classes)
     return replace(record, votes=votes)
 
 
@@ -302,7 +302,7 @@ def test_an_end_model_of_true_labels_is_supervised_training() -> None:
     first = train(recipe, voted(truth[:, None]), 1, recipe.shared.start())
     shared = recipe.shared.update(recipe.shared.start(), first.statistics)
     learnt = train(recipe, voted(truth[:, None]), 2, shared)
-    expected = train(StrongLabels().recipe(task()), supervise(truth, torch.ones(30).bool(), CLASSES), 2, {})
+    expected = train(StrongLabels().recipe(task()), reveal_labels(truth, torch.ones(30).bool(), CLASSES), 2, {})
     for name, value in expected.parts["model"].state.items():
         torch.testing.assert_close(learnt.parts["model"].state[name], value, atol=1e-6, rtol=1e-5)
         assert not torch.equal(value, net().state_dict()[name])
@@ -465,7 +465,7 @@ def test_measured_losses_of_clients_sum_to_those_of_the_union_and_classes_follow
         mask[20] = False
         statistics = []
         for rows in torch.arange(30).split([20, 1, 9]):
-            known = supervise(labels[rows], mask[rows], 3)
+            known = reveal_labels(labels[rows], mask[rows], 3)
             prepared = prepare(recipe, shared, logits[rows], known)
             assert prepared.memory is not None
             statistics.append(recipe.shared.statistics(prepared.memory))
@@ -786,8 +786,8 @@ def test_a_client_of_any_kind_takes_part_in_every_stage(labeled: int, prior: str
         confidence_threshold=0.3, prior=prior, label_weight=0.5, lambda_c=1.0,
     )  # fmt: skip
     labels = torch.arange(30) % CLASSES
-    known = supervise(labels, torch.arange(30) < labeled, CLASSES)
-    both = supervise(labels, torch.arange(30) < 10, CLASSES)
+    known = reveal_labels(labels, torch.arange(30) < labeled, CLASSES)
+    both = reveal_labels(labels, torch.arange(30) < 10, CLASSES)
     recipe = recipe_of(method)
     shared = recipe.shared.start()
     free = 30 - labeled
@@ -812,7 +812,7 @@ def test_a_client_of_any_kind_takes_part_in_every_stage(labeled: int, prior: str
 
 def test_only_measuring_moves_nothing_and_looks_once_at_each_sample() -> None:
     method = DPSSL(num_functions=4, heads_per_class=2, functions_rounds=2, assignment_rounds=1)
-    known = supervise(torch.arange(30) % CLASSES, torch.arange(30) < 12, CLASSES)
+    known = reveal_labels(torch.arange(30) % CLASSES, torch.arange(30) < 12, CLASSES)
     update = grown_round(1, known, recipe_of(method).shared.start(), method)
     assert (update.forward, update.backward, update.parts["model"].weight) == (30, 0, 0)
 

@@ -282,3 +282,13 @@ def test_burn_in_leaves_out_stage_b() -> None:
 def test_wrong_hyper_parameters_are_named(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FedLabel(**{field: value})
+
+
+def test_proximal_term_is_the_gradient_of_the_mean_squared_distance() -> None:
+    """d/dp [mu * mean((p - p0)^2)] = 2 mu / numel * (p - p0)."""
+    phase = FedLabel(prox_mu=10.0).recipe(task()).phases(1)[1]
+    assert phase.proximal is not None
+    parameter = torch.randn(4, 5, requires_grad=True)
+    anchor = torch.randn(4, 5)
+    (10.0 * ((parameter - anchor) ** 2).mean()).backward()
+    torch.testing.assert_close(parameter.grad, phase.proximal(parameter) * (parameter.detach() - anchor))

@@ -357,7 +357,7 @@ def test_without_weight_the_bag_output_is_not_there_and_the_trunk_moves_as_witho
 
 def test_stages() -> None:
     recipe = LLPBP(num_stages=3, stage_rounds=4).recipe(task())
-    assert [recipe.place(r).index for r in range(1, 14)] == [0] * 4 + [1] * 4 + [2] * 5
+    assert [recipe.place(r).number for r in range(1, 14)] == [0] * 4 + [1] * 4 + [2] * 5
     assert [r for r in range(1, 30) if recipe.begins(r)] == [5, 9]
     assert [stage.name for stage in recipe.stages] == ["stage 1 of 3", "stage 2 of 3", "stage 3 of 3"]
     assert {stage.start for stage in recipe.stages} == {Start.FRESH}
@@ -496,6 +496,12 @@ def test_what_is_for_two_classes_is_refused_for_more(changes: dict[str, object])
     method.recipe(task(2))
     with pytest.raises(ValueError, match="with 3 classes rule=top_count, factor=pairwise and centered"):
         method.recipe(task(3))
+
+
+def test_noisy_counts_need_a_finite_weight() -> None:
+    with pytest.raises(ValueError, match=r"`method.lambda_bag` \(=inf\) .* e.g. method.lambda_bag=1\."):
+        LLPBP().recipe(task(2, noisy_counts=True))
+    LLPBP(lambda_bag=1.0).recipe(task(2, noisy_counts=True))
 
 
 def test_marginals_are_those_of_the_inference() -> None:

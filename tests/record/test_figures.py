@@ -69,7 +69,7 @@ def test_partition_shows_kinds_of_label_per_client():
     nothing, label, bag = np.array([[30, 0], [0, 7]]), np.array([[2, 1], [0, 0]]), np.array([[0, 0], [40, 5]])
     figure = partition_figure(np.stack([nothing, label, 0 * bag, bag]), KINDS, NAMES[:2])
     shown = texts(figure)
-    assert {"Something known: 48 samples", "Nothing known: 37 samples", "label", "bag", "nothing"} <= shown
+    assert {"With supervision: 48 samples", "Without supervision: 37 samples", "label", "bag", "nothing"} <= shown
     assert not {"candidates", "labelled"} & shown
     known, unknown, bars = figure.axes
     assert {t.get_text() for t in known.texts} == {"2", "1", "40", "5"}
@@ -208,7 +208,7 @@ def test_client_accuracy_of_any_size(clients):
 
 
 def test_client_accuracy_without_samples():
-    assert "no client has samples to be judged on" in texts(client_accuracy_figure(np.full(2, np.nan)))
+    assert "no client has samples to evaluate on" in texts(client_accuracy_figure(np.full(2, np.nan)))
 
 
 def test_curves_are_the_mean_over_common_rounds_with_a_band():

@@ -219,31 +219,29 @@ def test_what_cannot_be_of_this_run_is_refused(run: Path) -> None:
     rest = {key: value for key, value in sound.model.items() if key != name}
     momentum = sound.strategy["momentum_vector"]["list"]
     changes = {
-        f"`model` lacks, or has beside what belongs there, {name}": {"model": rest},
+        f"`model` has missing or unexpected entries: {name}": {"model": rest},
         f"`model` has {name} of shape .* and float64, not .* and float32": {
             "model": {**sound.model, name: weight.double()}
         },
         f"`model` holds NaN or infinity in {name}": {"model": {**sound.model, name: nan}},
         f"`model` has no plain tensor as {name}": {"model": {**sound.model, name: [1.0]}},
         "`previous` does not fit the stage of round 3": {"previous": sound.model},
-        "`shared` lacks, or has beside what belongs there, threshold": {"shared": {"threshold": torch.tensor(0.5)}},
+        "`shared` has missing or unexpected entries: threshold": {"shared": {"threshold": torch.tensor(0.5)}},
         r"`strategy`: server_learning_rate \(=2.0\) is not what the configuration says": {
             "strategy": {**sound.strategy, "server_learning_rate": 2.0}
         },
-        "`strategy` lacks, or has beside what belongs there, momentum_vector": {
+        "`strategy` has missing or unexpected entries: momentum_vector": {
             "strategy": {key: value for key, value in sound.strategy.items() if key != "momentum_vector"}
         },
         f"`strategy`: momentum_vector is no list of {len(momentum)} arrays": {
             "strategy": {**sound.strategy, "momentum_vector": {"list": momentum[1:]}}
         },
         "`clients: client 0` cannot be read": {"clients": {0: b"text"}},
-        "`clients: client 0` has beside what belongs there, x": {"clients": {0: state_of(x=np.zeros(3))}},
+        "`clients: client 0` has unexpected entries: x": {"clients": {0: state_of(x=np.zeros(3))}},
         "`clients` names client 5, and there are 5": {"clients": {5: state_of(x=np.zeros(3))}},
-        "`helpers` lacks, or has beside what belongs there, models": {"helpers": {"models": {}}},
+        "`helpers` has missing or unexpected entries: models": {"helpers": {"models": {}}},
         "`observers` holds what no observer remembers": {"observers": {"noise": {}}},
-        "`votes: client 1` lacks, or has beside what belongs there, function_counts": {
-            "observers": {"functions": {1: {}}}
-        },
+        "`votes: client 1` has missing or unexpected entries: function_counts": {"observers": {"functions": {1: {}}}},
     }
     for message, change in changes.items():
         rewrite(file(run, 3), **change)

@@ -98,7 +98,7 @@ def stray(reply: Message) -> None:
     [
         (nothing, "Node 4 does not say who it is: its answer lacks the record `identity`."),
         (fail, r"Node 4 does not answer: ValueError: \x1b[2Jno partition-id"),
-        (stray, "Node 4 sent what nobody asked for."),
+        (stray, "Node 4 sent an unrequested reply."),
     ],
 )
 def test_an_odd_node_is_left_out_where_it_is_not_needed(

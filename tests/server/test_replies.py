@@ -83,10 +83,10 @@ FAULTS = {
     "no arrays": (lambda body: body.pop("arrays"), "lacks the record `arrays`"),
     "no counts": (lambda body: body.pop("counts"), "lacks the record `counts`"),
     "another record in its place": (lambda body: body.update({"sums": MetricRecord({})}), "lacks the record `sums`"),
-    "a further record": (lambda body: body.update({"evil": ConfigRecord({})}), "nobody asked for, evil"),
-    "a second model": (lambda body: body.update({"more": body["arrays"]}), "nobody asked for, more"),
+    "a further record": (lambda body: body.update({"evil": ConfigRecord({})}), "were not requested, evil"),
+    "a second model": (lambda body: body.update({"more": body["arrays"]}), "were not requested, more"),
     # arrays
-    "an array less": (drop("arrays", "b"), "lacks, or has beside the global model's arrays, b"),
+    "an array less": (drop("arrays", "b"), "has missing or unexpected arrays: b"),
     "an array more": (put("arrays", "extra", array(ONES)), "arrays, extra"),
     "another shape": (put("arrays", "w", array(np.ones(4, np.float32))), r"w .* has shape \(4,\), not \(3,\)"),
     "bool": (put("arrays", "w", array([True, False, True])), "w of its model is bool, not float32"),
@@ -115,10 +115,10 @@ FAULTS = {
     # metrics
     "no weight": (drop("metrics", "num-examples"), "lack `num-examples`"),
     "no loss": (drop("metrics", "train_loss"), "lack `train_loss`"),
-    "a further part": (put("metrics", "weight/evil", 0.0), "nobody asked for, weight/evil"),
+    "a further part": (put("metrics", "weight/evil", 0.0), "were not requested, weight/evil"),
     "twenty further parts": (
         lambda body: [put("metrics", f"weight/e{i}", 1e9)(body) for i in range(20)],
-        "nobody asked for, weight/e0, weight/e1, weight/e2, ...",
+        "were not requested, weight/e0, weight/e1, weight/e2, ...",
     ),
     "1e9 samples": (put("metrics", "num-examples", 1e9), r"`num-examples` \(=1000000000.0\) must lie in \[0, 8\]"),
     "1e300 samples": (put("metrics", "num-examples", 1e300), r"`num-examples` \(=1e\+300\)"),
@@ -170,9 +170,9 @@ FAULTS = {
     "passes of 1e300": (put("counts", "passes", [1e300, 1.0]), "NotFinite: its count passes"),
     "passes of 1e14": (put("counts", "passes", [1e14, 1.0]), "passes .* is more than it can have"),
     "more back than forth": (put("counts", "passes", [1.0, 2.0]), "passes .* is more than it can have"),
-    "further counts": (put("counts", "evil", [1.0]), "counts have what nobody asked for, evil"),
+    "further counts": (put("counts", "evil", [1.0]), "counts have entries that were not requested, evil"),
     "bytes that its method does not claim": (put("counts", "claimed_bytes", [1.0, 1.0]), "for, claimed_bytes"),
-    "beliefs of three classes": (put("counts", "beliefs", [0.0] * 20), "nobody asked for, beliefs"),
+    "beliefs of three classes": (put("counts", "beliefs", [0.0] * 20), "were not requested, beliefs"),
     "one pseudo-label count less": (drop("counts", "kept"), "its counts lack kept"),
     "counts of another size": (put("counts", "drawn", [4.0, 4.0]), "its count drawn has 2 numbers, not 3"),
     "counts that are texts": (put("counts", "drawn", "abc"), "its count drawn is no list of floats"),
@@ -184,7 +184,7 @@ FAULTS = {
     "more voted than there are": (put("counts", "function_samples", [9e6, 5.0, 9.0, 4.0, 4.0]), "function_samples is"),
     "more votes than samples": (put("counts", "function_votes", [9.0, *[0.0] * 5]), "function_votes or"),
     # statistics
-    "statistics of no method": (put("statistics", "counts", [1.0, 1.0, 5.0]), "that nobody asked for, counts"),
+    "statistics of no method": (put("statistics", "counts", [1.0, 1.0, 5.0]), "that were not requested, counts"),
 }  # fmt: skip
 
 

@@ -431,7 +431,7 @@ def test_overrides_of_the_command_line_are_the_sweeps(tmp_path: Path) -> None:
 
 
 def test_the_sweeps_that_ship_can_be_planned() -> None:
-    files = sorted((Path(__file__).parent.parent / "configs" / "sweep").glob("*.yaml"))
+    files = sorted((Path(__file__).parents[2] / "configs" / "sweep").glob("*.yaml"))
     assert files
     for file in files:
         for group in plan_sweep(load_sweep(file)):

@@ -1,1 +1,1 @@
-"""Supervision: the record of labels that a client holds, how it is made, and the label card."""
+"""Supervision: the supervision record, its generation from true labels, and the label card."""

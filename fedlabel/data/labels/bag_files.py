@@ -1,4 +1,4 @@
-"""Counts of bags that somebody published: a file with a row per bag, and a column per class.
+"""Published class counts of bags: a file with a row per bag and a column per class.
 
 The first column has the bags' names, each once, the others how many samples of the bag are in that class:
 
@@ -81,7 +81,7 @@ def read_bags(path: Path, bag_of: np.ndarray, class_names: tuple[str, ...], held
 
 
 def _classes(where: str, columns: list[str], class_names: tuple[str, ...]) -> dict[int, str]:
-    """Returns number of a class -> its column."""
+    """Returns class number -> its column."""
     classes, found = ClassNames(class_names), dict[int, str]()
     for column in columns:
         try:
@@ -119,7 +119,7 @@ def _counts(where: str, column: str, cells: list[str], names: list[str]) -> list
 def published_bags(
     dataset: Dataset, data: DataConfig, supervision: SupervisionConfig, bag_of: np.ndarray | None
 ) -> Bags | None:
-    """Returns the bags over the training split whose counts are from a file; None: there are none.
+    """Returns the bags of the training split whose counts are read from a file; None if there are none.
 
     Args:
         dataset: has the samples.
@@ -137,7 +137,7 @@ def published_bags(
 
 
 def as_counted(labels: np.ndarray, published: Bags | None) -> np.ndarray:
-    """Returns (n,) labels that have in every published bag its counts, whichever sample has which."""
+    """Returns (n,) labels that match the counts of every published bag; their order within a bag is arbitrary."""
     if published is None:
         return labels
     counted, bag = labels.copy(), published.bag.numpy()
@@ -149,7 +149,7 @@ def as_counted(labels: np.ndarray, published: Bags | None) -> np.ndarray:
 
 
 def bags_of_column(dataset: Dataset, data: DataConfig, part: LabelKind, split: str) -> Bags | None:
-    """Returns the bags of the evaluation split, if that has their column; their counts are those of its labels."""
+    """Returns the bags of the evaluation split if it has the bag column; their counts are those of its labels."""
     assert part.bag_column is not None
     values = own_column(dataset, data, "supervision.bag_column", part.bag_column, split)
     if values is None or not (values != "").any():

@@ -1,4 +1,4 @@
-"""Bags: groups of samples of one client of which only the number in each class is known."""
+"""Bags: groups of samples of one client whose label is the number of samples in each class."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedlabel.seeding import numpy_generator
 
 
 class Bags(NamedTuple):
-    """Who is in which bag."""
+    """Membership and class counts of bags."""
 
     bag: Tensor
-    """(n,) int64, -1 = in none."""
+    """(n,) int64, the bag of each sample, -1 = none."""
     counts: Tensor
     """(bags, classes) int64."""
 

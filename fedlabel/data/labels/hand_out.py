@@ -1,4 +1,4 @@
-"""How samples and labels are handed out to clients and server."""
+"""Distributes samples and labels to clients and server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedlabel.seeding import derive_seed
 
 @dataclass(frozen=True, eq=False)
 class HandOut:
-    """How samples and labels are handed out; for the fields see `build_federation`."""
+    """How samples and labels are distributed to clients and server; for the fields see `build_federation`."""
 
     labels: np.ndarray
     num_classes: int
@@ -40,11 +40,11 @@ class HandOut:
     owners: Mapping[str, np.ndarray]
     """Key of a partition by a column -> (n,) int64, the client of each sample."""
     published: Bags | None
-    """Bags that must stay whole."""
+    """Bags that must stay within one client."""
 
     @property
     def chosen_over_all(self) -> bool:
-        """Whether the labelled samples are chosen from the whole training set, whoever will hold them."""
+        """Whether the labelled samples are chosen over the whole training set, regardless of their client."""
         if self.supervision.mix:
             return False
         counted = self.supervision.labels_per_class is not None or self.supervision.labels_total is not None
@@ -52,32 +52,33 @@ class HandOut:
         return at == "server" or self.labeled_partition is not None or (at == "clients" and counted)
 
     def labels_first(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Chooses labels, cuts the tails, and spreads what is left.
+        """Chooses labelled samples first, applies the long tails, and partitions the other samples.
 
         Returns:
-            The clients' parts; (n,) int64, which kind of label is known (see `kind_of_samples`); the server's rows.
+            The clients' parts; (n,) int64, the kind of label (see `kind_of_samples`); the server's rows.
         """
         kinds, kept = self._choose([np.arange(len(self.labels))])
         kinds = np.where(kept, kinds, -1)
-        known, unknown = np.flatnonzero(kinds >= 0), np.flatnonzero(kept & (kinds < 0))
+        labeled, unlabeled = np.flatnonzero(kinds >= 0), np.flatnonzero(kept & (kinds < 0))
         if self.labeled_partition is not None:
-            labeled = self._spread(known, self.labeled_partition, derive_seed(self.seed, "labeled_partition"))
-            unlabeled = self._spread(unknown, self.partition, self.seed, [len(rows) for rows in labeled])
-            parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled, unlabeled, strict=True)]
-            return parts, kinds, known[:0]
+            labeled_parts = self._spread(labeled, self.labeled_partition, derive_seed(self.seed, "labeled_partition"))
+            unlabeled_parts = self._spread(unlabeled, self.partition, self.seed, [len(rows) for rows in labeled_parts])
+            parts = [np.sort(np.concatenate(rows)) for rows in zip(labeled_parts, unlabeled_parts, strict=True)]
+            return parts, kinds, labeled[:0]
         if self.supervision.labels_at == "server" and not self.all_labels:
-            if len(unknown) == 0:
+            if len(unlabeled) == 0:
                 raise ValueError(
                     f"`supervision.kind` (={self.supervision.kind}) and `supervision.label_rate` "
                     f"(={self.supervision.label_rate}) beside supervision.labels_at=server leave no sample to the "
                     "clients, since every training sample has a label: take supervision.kind=few_labels and a smaller "
                     "amount."
                 )
-            return self._spread(unknown, self.partition, self.seed), kinds, known
-        return self._spread(np.flatnonzero(kept), self.partition, self.seed), kinds, known[:0]
+            return self._spread(unlabeled, self.partition, self.seed), kinds, labeled
+        return self._spread(np.flatnonzero(kept), self.partition, self.seed), kinds, labeled[:0]
 
     def labels_last(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Spreads all, chooses labels inside the parts, cuts the tails; anew if a client is left with too little.
+        """Partitions all samples, chooses labels within each client, applies the long tails; redraws if a client has
+        too few samples.
 
         The tails are exact over the federation; a client's share of labels is then no longer the one configured.
 
@@ -98,15 +99,17 @@ class HandOut:
         raise ValueError(f"{reason} Or take smaller skew.labeled_imbalance and skew.unlabeled_imbalance.")
 
     def _choose(self, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (n,) int64, the kinds of label before the tails, and (n,) bool, the samples that the tails leave."""
+        """Returns (n,) int64, the kinds of label before the long tails, and (n,) bool, the samples kept by the long
+        tails.
+        """
         kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, self.hidden_classes)
         return kinds, long_tails(self.labels, kinds >= 0, self.num_classes, self.skew, self.seed)
 
     def _spread(
         self, rows: np.ndarray, config: PartitionConfig, seed: int, held: Sequence[int] | None = None
     ) -> list[np.ndarray]:
-        """As `partition`, of the samples `rows`; published bags stay whole, and may leave a client with fewer samples
-        than it should have.
+        """As `partition`, for the samples `rows`; published bags stay whole, so a client may get fewer samples than its
+        share.
         """
         if config.kind == COLUMN:
             return self._by_column(rows, config, held)

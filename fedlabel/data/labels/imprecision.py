@@ -1,4 +1,4 @@
-"""Makes labels imprecise: sets of candidates, noise, both; each a function of true labels and a random generator.
+"""Generates imprecise labels: candidate sets, noisy labels, both; pure functions of true labels and a random generator.
 
 Sources: uniform candidates (Feng et al., NeurIPS 2020), instance-dependent candidates (Xu et al., "Instance-Dependent
 Partial Label Learning", NeurIPS 2021), symmetric and asymmetric noise (Patrini et al., CVPR 2017), candidates that may
@@ -8,7 +8,7 @@ Symmetric noise draws from all classes, the true one among them: at a rate of .4
 wrong and .64 are right, not .6.
 
 What differs: similar candidates, instance-dependent candidates and instance-dependent noise all come from one small
-network that is trained on the true labels of the samples of which something will be known. Instance-dependent noise is
+network that is trained on the true labels of the samples that get supervision. Instance-dependent noise is
 our own, not the part-dependent noise of Xia et al. (NeurIPS 2020): it goes to the samples that the network finds hard,
 exactly as many as asked for, and their labels to wrong classes that it finds probable. As to candidates, Xu et al. let
 class j in with probability p_j / (the largest p of a wrong class), so the likeliest wrong class always; here p is
@@ -50,20 +50,21 @@ ASYMMETRIC = {
 
 
 @dataclass(frozen=True, eq=False)
-class Resemblance:
-    """What generators know of a data set beyond labels: what looks alike, and labels from files."""
+class LabelSources:
+    """Inputs of label generators besides true labels: class similarity from a small network, and labels from files."""
 
     dataset: Dataset
     root: Path
-    """`data.root`, where the files of labels are; beside it where it is a file itself (npz)."""
+    """`data.root`, the folder of label files; the folder that holds it if it is a file itself (npz)."""
     seed: int
-    known: np.ndarray
-    """(m,) int64, the samples of the training split that have a label and of which something will be known: no other
-    label is looked at."""
+    supervised: np.ndarray
+    """(m,) int64, the samples of the training split that have a true label and get supervision: no other label is
+    used."""
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """(n, classes) float64, what the small network finds probable for each sample of the training split.
+        """(n, classes) float64, the class probabilities that the small network predicts for each sample of the training
+        split.
 
         Trained on one thread and rounded to 1e-4, so that every process of a run has the same.
         """
@@ -81,12 +82,12 @@ class Resemblance:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, "supervision", "network"))
             network = nn.Sequential(nn.Linear(x.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes))
-        known = torch.from_numpy(self.known)
+        supervised = torch.from_numpy(self.supervised)
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         generator = torch_generator(self.seed, "supervision", "network", "order")
-        batches = -(-len(known) // BATCH)
+        batches = -(-len(supervised) // BATCH)
         for _ in range(max(EPOCHS, -(-STEPS // batches)) if batches else 0):
-            for rows in known[torch.randperm(len(known), generator=generator)].split(BATCH):
+            for rows in supervised[torch.randperm(len(supervised), generator=generator)].split(BATCH):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(network(x[rows]), split.labels[rows]).backward()
                 optimizer.step()
@@ -95,14 +96,14 @@ class Resemblance:
 
     @cached_property
     def confusion(self) -> np.ndarray:
-        """(classes, classes) float64: the mean of `probabilities` over the known samples of each true class."""
-        labels = self.dataset.train.labels.numpy()[self.known]
+        """(classes, classes) float64: the mean of `probabilities` over the supervised samples of each true class."""
+        labels = self.dataset.train.labels.numpy()[self.supervised]
         means = np.zeros((self.dataset.num_classes, self.dataset.num_classes))
-        np.add.at(means, labels, self.probabilities[self.known])
+        np.add.at(means, labels, self.probabilities[self.supervised])
         return means / np.maximum(np.bincount(labels, minlength=len(means)), 1)[:, None]
 
     def flips(self) -> np.ndarray:
-        """Returns (classes,) int64, what each class is mistaken for in asymmetric noise; itself if for nothing.
+        """Returns (classes,) int64, the class that each class flips to in asymmetric noise; itself if it does not flip.
 
         Raises:
             ValueError: nobody says what it would be for this data set.
@@ -143,26 +144,26 @@ def draw_candidates(
     rows: np.ndarray,
     num_classes: int,
     part: LabelKind,
-    resemblance: Resemblance,
+    sources: LabelSources,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Returns (m, classes) bool candidate sets that hold the truth.
+    """Returns (m, classes) bool candidate sets that contain the true class.
 
     Args:
         truth: (m,) true labels.
         rows: (m,) their samples in the training split.
         num_classes: how many classes.
         part: `candidates` and `partial_ratio`.
-        resemblance: asked for candidates=similar and instance.
+        sources: asked for candidates=similar and instance.
         rng: draws.
     """
     assert part.partial_ratio is not None
     if part.candidates == "uniform":
         probability = np.full((len(truth), num_classes), part.partial_ratio)
     elif part.candidates == "similar":
-        probability = scale_to_mean(resemblance.confusion, np.arange(num_classes), part.partial_ratio)[truth]
+        probability = scale_to_mean(sources.confusion, np.arange(num_classes), part.partial_ratio)[truth]
     else:
-        probability = scale_to_mean(resemblance.probabilities[rows], truth, part.partial_ratio)
+        probability = scale_to_mean(sources.probabilities[rows], truth, part.partial_ratio)
     drawn = rng.random((len(truth), num_classes)) < probability
     drawn[np.arange(len(truth)), truth] = True
     return drawn
@@ -194,7 +195,7 @@ def scale_to_mean(weights: np.ndarray, truth: np.ndarray, mean: float) -> np.nda
 
 
 def majority(given: np.ndarray, num_classes: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns (m, 1) the label that most annotators gave, one of them by chance where several did; -1 where none did.
+    """Returns (m, 1) the majority label of the annotators, ties broken at random; -1 if no annotator gave a label.
 
     Args:
         given: (m, annotators) labels, -1 = none.
@@ -207,7 +208,7 @@ def majority(given: np.ndarray, num_classes: int, rng: np.random.Generator) -> n
 
 
 def swap_truth(candidates: np.ndarray, truth: np.ndarray, noise_rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Returns candidates where, with probability `noise_rate`, a class outside the set took the truth's place.
+    """Returns candidates in which, with probability `noise_rate`, a class outside the set replaces the true class.
 
     A set of all classes stays.
 
@@ -230,19 +231,19 @@ def draw_noisy_labels(
     rows: np.ndarray,
     num_classes: int,
     part: LabelKind,
-    resemblance: Resemblance,
+    sources: LabelSources,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Returns (m, annotators) int64 labels, -1 = none; arguments as for `draw_candidates`."""
     if part.noise == "file":
-        given = resemblance.file_labels(part)[rows]
+        given = sources.file_labels(part)[rows]
         return majority(given, num_classes, rng) if part.vote else given
     noisy = truth.copy()
     if part.noise == "symmetric":
         hit = rng.permutation(len(truth))[: round(part.noise_rate * len(truth))]
         noisy[hit] = rng.integers(num_classes, size=len(hit))
     elif part.noise == "instance":
-        weights = resemblance.probabilities[rows].copy() + 1e-4
+        weights = sources.probabilities[rows].copy() + 1e-4
         doubt = 1 - weights[np.arange(len(truth)), truth]
         count = round(part.noise_rate * len(truth))
         hit = np.argsort(rng.exponential(size=len(truth)) / np.maximum(doubt, 1e-4))[:count]  # weighted, no repetition
@@ -250,7 +251,7 @@ def draw_noisy_labels(
         borders = weights[hit].cumsum(1)
         noisy[hit] = (rng.random((len(hit), 1)) * borders[:, -1:] > borders).sum(1)
     else:
-        target = (np.arange(num_classes) + 1) % num_classes if part.noise == "pair_flip" else resemblance.flips()
+        target = (np.arange(num_classes) + 1) % num_classes if part.noise == "pair_flip" else sources.flips()
         for label in np.flatnonzero(target != np.arange(num_classes)):
             members = np.flatnonzero(truth == label)
             noisy[rng.permutation(members)[: round(part.noise_rate * len(members))]] = target[label]

@@ -1,4 +1,4 @@
-"""Which samples something is known of: how many labels each client, each class or the server has."""
+"""Chooses which samples are labelled: how many labels each client, each class or the server has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedlabel.seeding import numpy_generator
 
 
 def labeled_clients(num_clients: int, config: SupervisionConfig, seed: int) -> np.ndarray:
-    """Returns the sorted numbers of the clients with labels of their own: none, all, or those drawn from `seed`."""
+    """Returns the sorted ids of the clients that have labels: none, all, or those drawn from `seed`."""
     if config.labels_at == "server":
         return np.arange(0)
     if config.labels_at == "clients":
@@ -31,7 +31,7 @@ def kind_of_samples(
     seed: int,
     unlabeled_only: Sequence[int] = (),
 ) -> np.ndarray:
-    """Chooses the samples of which something is known, and what kind of thing.
+    """Chooses the samples that get a label, and the kind of label of each.
 
     Args:
         labels: (n,) integers in [0, num_classes), the truth; -1 where the data have none.
@@ -40,12 +40,12 @@ def kind_of_samples(
         config: how many, and how.
         seed: the experiment's seed. Each client (each class for `labels_per_class`) has a generator of its own, so
             the choice does not depend on the order in which they are visited.
-        unlabeled_only: classes whose labels are never known. The choice is made as if there were no such samples.
+        unlabeled_only: classes whose labels are never used. The choice is made as if there were no such samples.
 
     Kinds of label that are made of the true one are chosen as if there were no samples without it.
 
     Returns:
-        (n,) int64, a place in `config.parts`, or -1 where nothing is known.
+        (n,) int64, a place in `config.parts`, or -1 without a label.
 
     Raises:
         ValueError: more labels are asked for than there are samples.
@@ -54,10 +54,10 @@ def kind_of_samples(
     parts = [part[~np.isin(labels[part], unlabeled_only)] for part in parts] if len(unlabeled_only) else parts
     for place, holders in enumerate(_holders(parts, config, seed)):
         scope = (place,) if config.mix else ()
-        known = _Choice(labels, sorted(set(range(num_classes)) - set(unlabeled_only)), config, seed, scope)
-        if config.parts[place].from_truth:
+        choice = _Choice(labels, sorted(set(range(num_classes)) - set(unlabeled_only)), config, seed, scope)
+        if config.parts[place].from_true_labels:
             holders = {client: rows[labels[rows] >= 0] for client, rows in holders.items()}
-        kind[known.choose(config.parts[place], holders)] = place
+        kind[choice.choose(config.parts[place], holders)] = place
     return kind
 
 
@@ -85,21 +85,21 @@ def _holders(parts: Sequence[np.ndarray], config: SupervisionConfig, seed: int) 
 
 
 def _borders(shares: Sequence[float], count: int) -> np.ndarray:
-    """Returns where to cut `count` things into shares; what is left beyond the last border belongs to none."""
+    """Returns where to cut `count` items into shares; items beyond the last border belong to no share."""
     return np.rint(np.cumsum(shares) * count).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
-    """Which rows have a label of one kind."""
+    """Chooses rows that get a label of one kind."""
 
     labels: np.ndarray
     classes: Sequence[int]
-    """The classes that labels are known of."""
+    """The classes whose samples may be labelled."""
     config: SupervisionConfig
     seed: int
     scope: tuple[int, ...]
-    """The place in the mix, so that its parts draw numbers of their own."""
+    """The index in the mix, so that each part draws its own random numbers."""
 
     def choose(self, kind: LabelKind, holders: Mapping[int, np.ndarray]) -> np.ndarray:
         """Returns rows; holders: client -> rows to choose from."""
@@ -108,7 +108,7 @@ class _Choice:
         who = "the clients with labels have" if self.config.labels_at == "some_clients" else "the training set has"
         if self.config.mix:
             who = f"part {self.scope[0]} of the mix has"
-        lacking = kind.from_truth and bool((labels < 0).any())
+        lacking = kind.from_true_labels and bool((labels < 0).any())
         if kind.everything:
             return everyone
         if kind.labels_per_class is not None:

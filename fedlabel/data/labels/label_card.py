@@ -1,4 +1,4 @@
-"""The label card: how much of each kind of label a federation holds."""
+"""The label card: the amount of each kind of label in a federation."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ from fedlabel.data.labels.supervision import Supervision
 
 
 class LabelCard(NamedTuple):
-    """Counts of samples by their kind of label; they add up over clients, and no label is in them."""
+    """Numbers of samples by kind of label; they can be summed over clients, and contain no labels."""
 
     samples: int
     true: int
-    """One certain class."""
+    """Samples with one certain class."""
     noisy: int
-    """One class that may be wrong."""
+    """Samples with one class that may be wrong."""
     sets: int
-    """Several candidates, the truth among them; not all classes."""
+    """Samples with several candidates that contain the true class; not all classes."""
     noisy_sets: int
-    """Several candidates that the truth may be outside of; not all classes."""
+    """Samples with several candidates that may miss the true class; not all classes."""
     annotated: int
-    """A label of at least one annotator."""
+    """Samples labelled by at least one annotator."""
     annotators: int
-    """The most that a sample has."""
+    """The largest number of annotators of a sample."""
     bags: int
     """Bags of published class counts."""
     asked: int
-    """Samples that labelling functions were asked about."""
+    """Samples that labelling functions were applied to."""
     votes: tuple[tuple[int, ...], ...]
     """(functions, classes): votes of each labelling function for each class."""
+    noisy_counts: bool = False
+    """Whether the counts of some bags have noise (`supervision.count_epsilon`). A supervision record does not contain
+    it; `Experiment` sets it from the configuration."""
 
     @property
     def functions(self) -> int:
-        """How many labelling functions there are."""
+        """The number of labelling functions."""
         return len(self.votes)
 
 
 def label_card(supervision: Supervision) -> LabelCard:
-    """Counts the labels in a supervision record: a client's, or the federation's."""
+    """Counts the labels in the supervision record of a client or of the federation."""
     number, classes = supervision.candidates.sum(1), supervision.candidates.shape[1]
     single, several = number == 1, (number > 1) & (number < classes)
     noisy, votes = supervision.noisy, supervision.votes

@@ -1,4 +1,4 @@
-"""Files of labels beside a data set: of annotators, of another labeller, of people.
+"""Label files: labels of annotators or of another labeller, stored separately from the data set.
 
 A file is an archive of numpy's (.npz) with arrays, or one array of it (.npy), or a CSV (.csv, .tsv, .txt, packed or
 not) or Parquet file with columns. Each array (n,), each column of an array (n, annotators) and each column of a table
@@ -54,7 +54,7 @@ def read_label_file(path: Path, keys: Sequence[str], dataset: Dataset) -> np.nda
 
 
 def _read(path: Path, keys: Sequence[str]) -> Mapping[str, Column]:
-    """Returns the arrays or columns of these names, in this order; without names all."""
+    """Returns the arrays or columns with these names, in this order; all of them if no names are given."""
     key, suffix = f"`supervision.labels_file` (={path.name})", path.suffix.lower()
     if suffix in PICKLED:
         raise DataError(
@@ -79,10 +79,10 @@ def _read(path: Path, keys: Sequence[str]) -> Mapping[str, Column]:
         cause = " ".join(str(error).split())[:200]
         raise DataError(f"{key}: {path} cannot be read: {cause}. Write it again by numpy.savez, or as CSV.") from error
     if missing := [name for name in keys if name not in found]:
-        known = list(found) if suffix in (*CSV, *PARQUET, ".npy") else names
+        available = list(found) if suffix in (*CSV, *PARQUET, ".npy") else names
         raise DataError(
             f"`supervision.labels_keys`: {path} has no array or column {shown_repr(missing[0])}, only "
-            f"{listed(known) or 'none at all'}."
+            f"{listed(available) or 'none at all'}."
         )
     if not found:
         raise DataError(f"{key}: {path} has no array.")
@@ -101,7 +101,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _columns(path: Path, key: str, array: Column, dataset: Dataset) -> dict[str, Column]:
-    """Returns an array as columns (n,), by what to call them."""
+    """Returns an array as columns (n,), keyed by their names in messages."""
     name, needed = f"array {key}", dataset.own_size
     if isinstance(array, list):
         while len(array) > needed and not array[-1]:  # blank lines at the end of a file
@@ -126,7 +126,7 @@ def _columns(path: Path, key: str, array: Column, dataset: Dataset) -> dict[str,
 
 
 def _check_signs(path: Path, columns: Mapping[str, Column], classes: ClassNames) -> None:
-    """Refuses labels -1 and 1 alone, of two classes of other names: is -1 a class, or no label?"""
+    """Rejects labels -1 and 1 of two classes with other names: -1 could be a class or a missing label."""
     if len(classes.names) != 2 or NO_CLASS in classes:
         return
     found: set[str] = set()
@@ -140,7 +140,7 @@ def _check_signs(path: Path, columns: Mapping[str, Column], classes: ClassNames)
 
 
 def _plain(column: Column) -> list[object]:
-    """Returns the values of a column as Python's, NaN always as the same object."""
+    """Returns the values of a column as Python objects, NaN always as the same object."""
     if isinstance(column, list):
         return list(column)
     values: list[object] = column.tolist()

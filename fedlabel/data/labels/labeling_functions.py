@@ -1,4 +1,4 @@
-"""Labelling functions that users write: plain Python functions from a sample to a class, or to nothing.
+"""Labelling functions written by users: plain Python functions that map a sample to a class, or abstain.
 
 A module of them is named in the configuration. Where it defines `labeling_functions`, a list, these are the functions,
 in this order; otherwise they are all functions that it defines itself (decorated ones, too) and whose name has no
@@ -38,7 +38,7 @@ LabelingFunction = Callable[[Any], Any]
 
 
 def load_functions(module: str) -> list[LabelingFunction]:
-    """Returns the functions of a module.
+    """Returns the labelling functions of a module.
 
     Args:
         module: its dotted name, or the path of a file that ends in ".py".
@@ -81,38 +81,38 @@ def _load_file(path: Path) -> ModuleType:
 
 @dataclass
 class FunctionReport:
-    """What came of asking one function."""
+    """How one labelling function answered."""
 
     name: str
     asked: int = 0
-    """How many samples it was given. It voted on, abstained on, failed on or had no valid answer to each of them."""
+    """Number of samples it was applied to; on each it voted, abstained, failed or gave an invalid answer."""
     votes: int = 0
     abstained: int = 0
     failed: int = 0
     first_failure: str = ""
-    """Which sample it failed on first, and how; empty if on none."""
+    """The first sample it failed on, and the error; empty if it never failed."""
     invalid: int = 0
-    """Answers that are no class."""
+    """Number of answers that are not a class."""
     first_invalid: str = ""
     seconds: float = 0.0
 
     @property
     def seconds_per_1000(self) -> float:
-        """Seconds that 1,000 samples take; 0 where it was given none."""
+        """Seconds per 1,000 samples; 0 if it was applied to none."""
         return 1000 * self.seconds / self.asked if self.asked else 0.0
 
-    def doubt(self) -> str | None:
-        """Returns what to warn of: it could not be asked as it should; None: nothing."""
-        said = []
+    def warning(self) -> str | None:
+        """Returns a warning if the function failed or gave invalid answers; None if it did not."""
+        faults = []
         if self.failed:
-            said.append(f"fails on {self.failed:,} of {self.asked:,} samples ({self.first_failure})")
+            faults.append(f"fails on {self.failed:,} of {self.asked:,} samples ({self.first_failure})")
         if self.invalid:
-            said.append(f"answers {self.invalid:,} of {self.asked:,} samples with no class ({self.first_invalid})")
-        return f"Labelling function `{self.name}` {' and '.join(said)}: it abstains there." if said else None
+            faults.append(f"answers {self.invalid:,} of {self.asked:,} samples with no class ({self.first_invalid})")
+        return f"Labelling function `{self.name}` {' and '.join(faults)}: it abstains there." if faults else None
 
 
 class Cast(NamedTuple):
-    """The votes of K functions on n samples."""
+    """The votes of K functions on n samples, and a report per function."""
 
     votes: np.ndarray
     """(n, K) int64, -1 = abstain."""
@@ -122,7 +122,7 @@ class Cast(NamedTuple):
 def cast_votes(
     functions: Sequence[LabelingFunction], samples: Iterable[Any], class_names: Sequence[str], stop: bool = False
 ) -> Cast:
-    """Asks functions. One that fails on a sample, or says what is no class, abstains there, and it is counted.
+    """Applies functions to samples. A failure or an invalid answer is counted and becomes an abstention.
 
     Args:
         functions: K of them.
@@ -148,7 +148,7 @@ def cast_votes(
 
 
 def function_name(function: LabelingFunction) -> str:
-    """Returns what to call a function in messages and tables."""
+    """Returns the name of a function for messages and tables."""
     return str(getattr(function, "__name__", None) or shown_repr(function))
 
 

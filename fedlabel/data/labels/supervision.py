@@ -1,4 +1,4 @@
-"""What clients know of the labels of their samples: the record, and how it is made from true labels."""
+"""The supervision record: the labels available to a client, and how they are generated from true labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.labels.bags import Bags, draw_bags
-from fedlabel.data.labels.imprecision import Resemblance, draw_candidates, draw_noisy_labels, swap_truth
+from fedlabel.data.labels.imprecision import LabelSources, draw_candidates, draw_noisy_labels, swap_truth
 from fedlabel.data.labels.labeling_functions import NOT_ASKED, Cast, cast_votes, load_functions
 from fedlabel.data.labels.supervision_config import LabelKind
 from fedlabel.data.sets.datasets import Dataset
@@ -32,20 +32,20 @@ KIND_NAMES = (
 
 @dataclass(frozen=True, eq=False)
 class Supervision:
-    """What a client knows of the labels of its n samples."""
+    """The supervision record: the labels available for n samples."""
 
     candidates: Tensor
-    """(n, classes) bool: one True = a label, all True = nothing known, several = a set."""
+    """(n, classes) bool: one True = a label, all True = no label, several = a candidate set."""
     noisy: Tensor
-    """(n,) bool. False: the truth is among the candidates; True: they passed through the noise matrix T."""
+    """(n,) bool. False: the candidates contain the true class; True: they were drawn through the noise matrix T."""
     annotations: Tensor
-    """(n, annotators) int64: noisy labels beside the candidates, -1 = none."""
+    """(n, annotators) int64: noisy labels in addition to the candidates, -1 = none."""
     bag: Tensor
-    """(n,) int64, the group of samples that each belongs to, -1 = none."""
+    """(n,) int64, the bag of each sample, -1 = none."""
     bag_counts: Tensor
-    """(bags, classes) int64, how many samples of each bag are in each class; summing to its size."""
+    """(bags, classes) int64, number of samples of each class in each bag; a row sums to the bag's size."""
     votes: Tensor
-    """(n, functions) int64, what written labelling functions say, -1 = abstain; rows of -2 were not given to them."""
+    """(n, functions) int64, votes of written labelling functions, -1 = abstain; -2 = not applied to this sample."""
 
     def __post_init__(self) -> None:
         shape, dtype = tuple(self.candidates.shape), self.candidates.dtype
@@ -55,7 +55,7 @@ class Supervision:
         if len(impossible):
             raise ValueError(
                 f"`candidates` of sample {int(impossible[0])} are all False: no class is possible. "
-                "At least one must be True; all True means that nothing is known."
+                "At least one must be True; all True means no label."
             )
         if self.noisy.dtype != torch.bool or self.noisy.shape != shape[:1]:
             raise ValueError(
@@ -111,14 +111,14 @@ class Supervision:
 
     @classmethod
     def certain(cls, candidates: Tensor) -> Supervision:
-        """Returns the record of (n, classes) bool candidates that hold the truth, and of nothing else."""
+        """Returns a record of (n, classes) bool candidates that contain the true class, without other labels."""
         n, device = len(candidates), candidates.device
         nobody = torch.zeros(n, 0, dtype=torch.int64, device=device)
         return cls.without_bags(candidates, torch.zeros(n, dtype=torch.bool, device=device), nobody)
 
     @classmethod
     def without_bags(cls, candidates: Tensor, noisy: Tensor, annotations: Tensor) -> Supervision:
-        """Returns the record of samples that are in no bag; for the arguments see the fields."""
+        """Returns a record of samples without bags; for the arguments see the fields."""
         alone = torch.full(candidates.shape[:1], -1, device=candidates.device)
         none = alone[:0].view(0, 1)
         return cls(
@@ -127,27 +127,27 @@ class Supervision:
 
     @property
     def labeled(self) -> Tensor:
-        """(n,) bool, one candidate is left: the class is known, or (where noisy) said to be."""
+        """(n,) bool: exactly one candidate, so the sample has a label (which may be wrong if it is noisy)."""
         return self.candidates.sum(1) == 1
 
     @property
     def label(self) -> Tensor:
-        """(n,) int64, the class where one candidate is left, else -1."""
+        """(n,) int64, the class of the single candidate, else -1."""
         return torch.where(self.labeled, self.candidates.int().argmax(1), -1)
 
     @property
-    def informed(self) -> Tensor:
-        """(n,) bool, something is known of the sample itself, bags and the votes of functions aside."""
+    def has_supervision(self) -> Tensor:
+        """(n,) bool: the sample itself has a label, a candidate set or an annotation; bags and votes do not count."""
         return ~self.candidates.all(1) | (self.annotations >= 0).any(1)
 
     @property
     def voted_on(self) -> Tensor:
-        """(n,) bool, labelling functions were given the sample."""
+        """(n,) bool: labelling functions were applied to the sample."""
         return (self.votes > NOT_ASKED).any(1)
 
     @property
     def kind(self) -> Tensor:
-        """(n,) int64, a place in `KIND_NAMES`."""
+        """(n,) int64, an index into `KIND_NAMES`."""
         annotated = (self.annotations >= 0).any(1)
         limited = ~self.candidates.all(1)
         kind = torch.where(self.labeled, 1, 2) + 2 * self.noisy.long()
@@ -156,7 +156,7 @@ class Supervision:
         return torch.where(annotated, torch.where(limited, 6, 5), kind)
 
     def rows(self, index: Tensor) -> Supervision:
-        """Returns the record of the samples `index`, (m,) int64 or (n,) bool; bags are numbered anew, in their order.
+        """Returns the record of the samples `index`, (m,) int64 or (n,) bool; bags are renumbered, in their order.
 
         Raises:
             ValueError: some, but not all samples of a bag are taken: its counts would no longer hold.
@@ -178,12 +178,12 @@ class Supervision:
         return Supervision(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def supervise(labels: np.ndarray | Tensor, mask: np.ndarray | Tensor, num_classes: int) -> Supervision:
-    """Reveals the labels under `mask`, and nothing else.
+def reveal_labels(labels: np.ndarray | Tensor, mask: np.ndarray | Tensor, num_classes: int) -> Supervision:
+    """Returns a record with the true labels under `mask`, and no other supervision.
 
     Args:
         labels: (n,) integers; never looked at where `mask` is False.
-        mask: (n,) bool, where the label is known.
+        mask: (n,) bool, samples whose label is revealed.
         num_classes: how many classes.
 
     Returns:
@@ -192,31 +192,32 @@ def supervise(labels: np.ndarray | Tensor, mask: np.ndarray | Tensor, num_classe
     Raises:
         ValueError: a label under `mask` is not in [0, num_classes).
     """
-    known = torch.as_tensor(mask).nonzero().squeeze(1)
-    revealed = _checked(torch.as_tensor(labels), known, num_classes)
+    rows = torch.as_tensor(mask).nonzero().squeeze(1)
+    revealed = _checked(torch.as_tensor(labels), rows, num_classes)
     candidates = torch.ones(len(mask), num_classes, dtype=torch.bool)
-    candidates[known] = revealed[:, None] == torch.arange(num_classes)
+    candidates[rows] = revealed[:, None] == torch.arange(num_classes)
     return Supervision.certain(candidates)
 
 
-def impart(
+def build_supervision(
     labels: np.ndarray,
     kinds: np.ndarray,
     parts: Sequence[LabelKind],
     num_classes: int,
-    resemblance: Resemblance,
+    sources: LabelSources,
     seed: int,
     holders: Sequence[np.ndarray] = (),
     published: Bags | None = None,
 ) -> Supervision:
-    """Makes the record of all samples of a federation, but for the votes of functions, see `ask_functions`.
+    """Builds the supervision record of all samples of a federation, without the votes of functions, see
+    `ask_functions`.
 
     Args:
-        labels: (n,) the truth; not looked at where nothing is known.
-        kinds: (n,) int64, a place in `parts`, or -1 where nothing is known.
+        labels: (n,) true labels; not read where `kinds` is -1.
+        kinds: (n,) int64, a place in `parts`, or -1 without a label.
         parts: the kinds of label.
         num_classes: how many classes.
-        resemblance: which classes look alike, and the labels of files.
+        sources: which classes look alike, and the labels of files.
         seed: the experiment's seed.
         holders: per client the rows of its samples; a bag lies within one client.
         published: over all samples, the bags of the kind of label whose counts are from a file.
@@ -243,7 +244,7 @@ def impart(
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":
             own = [mine[kinds[mine] == place] for mine in holders]
-            feature = None if part.bag_feature is None else resemblance.dataset.feature(part.bag_feature, "train")
+            feature = None if part.bag_feature is None else sources.dataset.feature(part.bag_feature, "train")
             bags = draw_bags(labels, own, num_classes, part, feature, seed, place)
             bag[index] = torch.where(bags.bag[index] >= 0, bags.bag[index] + sum(map(len, counts)), -1)
             counts.append(bags.counts)
@@ -253,17 +254,17 @@ def impart(
             candidates[index] = torch.from_numpy(truth[:, None] == np.arange(num_classes))
             continue
         if part.has_candidates:
-            drawn = draw_candidates(truth, rows, num_classes, part, resemblance, rng)
+            drawn = draw_candidates(truth, rows, num_classes, part, sources, rng)
             if part.kind == "partial" and part.noise_rate > 0:
                 drawn = swap_truth(drawn, truth, part.noise_rate, rng)
                 noisy[index] = True
             candidates[index] = torch.from_numpy(drawn)
         if part.has_noisy_labels:
-            given = draw_noisy_labels(truth, rows, num_classes, part, resemblance, rng)
+            given = draw_noisy_labels(truth, rows, num_classes, part, sources, rng)
             if part.kind == "noisy" and given.shape[1] == 1:
-                told = given[:, 0] >= 0
-                candidates[index[told]] = torch.from_numpy(given[told, 0, None] == np.arange(num_classes))
-                noisy[index[told]] = True
+                has_label = given[:, 0] >= 0
+                candidates[index[has_label]] = torch.from_numpy(given[has_label, 0, None] == np.arange(num_classes))
+                noisy[index[has_label]] = True
             else:
                 annotated.append((index, torch.from_numpy(given)))
     annotations = torch.full((n, sum(given.shape[1] for _, given in annotated)), -1)
@@ -275,7 +276,7 @@ def impart(
 
 
 def _whole_bags(published: Bags, rows: Tensor) -> Bags:
-    """Returns the bags of some samples, numbered anew.
+    """Returns the bags of some samples, renumbered.
 
     Raises:
         ValueError: other samples are in them, too.
@@ -296,10 +297,10 @@ def _whole_bags(published: Bags, rows: Tensor) -> Bags:
 def ask_functions(
     kinds: np.ndarray, parts: Sequence[LabelKind], dataset: Dataset, holders: Sequence[np.ndarray] = ()
 ) -> Cast | None:
-    """Asks the labelling functions of the kind of label that has some; None where none has.
+    """Applies the labelling functions of the part of the mix that has them; None if no part does.
 
     Args:
-        kinds: (n,) int64, a place in `parts`, or -1 where nothing is known.
+        kinds: (n,) int64, a place in `parts`, or -1 without a label.
         parts: the kinds of label.
         dataset: has the samples.
         holders: per client the rows of its samples. One that has the functions also asks them of its samples of which
@@ -316,10 +317,10 @@ def ask_functions(
         functions, samples = load_functions(part.module), (dataset.sample(int(row)) for row in asked)
         cast = cast_votes(functions, samples, dataset.class_names, stop=part.on_error == "stop")
         if len(asked) and not any(report.votes for report in cast.reports):
-            doubts = [doubt for report in cast.reports if (doubt := report.doubt())]
+            warnings = [warning for report in cast.reports if (warning := report.warning())]
             raise ValueError(
                 f"`supervision.module` (={part.module}): none of its {len(functions)} functions votes on any of "
-                f"{len(asked)} samples. {' '.join(doubts[:3]) or 'All abstain everywhere.'}"
+                f"{len(asked)} samples. {' '.join(warnings[:3]) or 'All abstain everywhere.'}"
             )
         votes = np.full((len(kinds), len(functions)), NOT_ASKED)
         votes[asked] = cast.votes

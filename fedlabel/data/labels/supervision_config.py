@@ -1,4 +1,4 @@
-"""What the configuration says of labels: which kind, how many, who holds them."""
+"""Configuration of supervision: the kind of labels, how many, and which clients have them."""
 
 from __future__ import annotations
 
@@ -22,53 +22,50 @@ class LabelKind:
     """
 
     kind: str = "few_labels"
-    """few_labels: some samples have their true label, nothing is known of the others. full: all samples have it, or
-    where the data lack labels, all that have one in the data.
-    partial: a set of candidates that holds the truth (with `noise_rate`: that may miss it). noisy: a label that may be
-    wrong, or one of each annotator. partial_and_noisy: a set that holds the truth and a label that may be wrong.
-    bags: groups of a client's samples of which only the number in each class is known. labeling_functions: what the
-    functions of `module` say of samples."""
+    """few_labels: some samples have their true label, the others none. full: all samples have it or, if the data lack
+    labels, all that have one in the data. partial: a candidate set that contains the true class (with `noise_rate`:
+    that may miss it). noisy: a label that may be wrong, or one of each annotator. partial_and_noisy: a candidate set
+    that contains the true class and a label that may be wrong. bags: groups of a client's samples with the number of
+    samples in each class. labeling_functions: the votes of the functions of `module`."""
     label_rate: float | None = 0.1
-    """Part of the n samples of each client with labels (of the training set for labels_at=server), in [0, 1]: exactly
-    int(label_rate * n), n being those that have a label in the data. Not given for another kind than few_labels, or for
+    """Share of each client's n samples with labels (of the training set for labels_at=server), in [0, 1]: exactly
+    int(label_rate * n), n being those that have a label in the data. If omitted for other kinds than few_labels, or for
     labels_at=some_clients: null, all n."""
     labels_per_class: int | None = None
-    """Samples with a label per class, in the whole federation, whoever holds them (of those who have labels)."""
+    """Labelled samples per class, over the whole federation (of the clients that have labels)."""
     labels_per_client: int | None = None
-    """Samples with a label per client."""
+    """Labelled samples per client."""
     labels_total: int | None = None
-    """Samples with a label in the whole federation, whoever holds them (of those who have labels)."""
+    """Labelled samples in the whole federation (of the clients that have labels)."""
     stratified: bool = False
-    """Whether the labelled samples have the class shares of what they are drawn from: the client's samples, or for
-    `labels_total` and labels_at=server all samples. False (FedLabel's paper): uniformly at random. No effect on
+    """Whether the labelled samples have the class shares of the population they are drawn from: the client's samples,
+    or for `labels_total` and labels_at=server all samples. False (FedLabel's paper): uniformly at random. No effect on
     `labels_per_class`."""
     partial_ratio: float | None = None
-    """Kinds with candidates: the probability q in [0, 1] that a wrong class is one; in the mean over the wrong classes
-    for candidates=similar and instance."""
+    """Kinds with candidates: the probability q in [0, 1] that a wrong class is a candidate; for candidates=similar and
+    instance the mean over the wrong classes."""
     candidates: str = "uniform"
     """uniform: every wrong class with probability q. similar: classes that a small network confuses with the true one
-    more often. instance: those that it finds probable for this very sample (Xu et al., 2021)."""
+    more often. instance: those that it predicts for this sample (Xu et al., 2021)."""
     noise: str = "symmetric"
     """Kinds with noisy labels. symmetric: a class drawn from all, the true one among them. asymmetric: a fixed similar
-    class, known for MNIST, digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance (our own noise, not
-    that of Xia et al., 2020): a wrong class that a small network finds probable, for the samples that it finds hard.
-    file: from `labels_file`."""
+    class, defined for MNIST, digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance (our own noise, not
+    that of Xia et al., 2020): a wrong class that a small network predicts, for the samples that it finds hard. file:
+    from `labels_file`."""
     noise_rate: float = 0.0
-    """noisy: the share of samples whose label is drawn anew (symmetric: from all classes, so that of 10 classes
-    a rate of .4 leaves .64 of the labels right),
-    exact per federation (symmetric, instance) or class (asymmetric, pair_flip). partial: the probability that a class
-    outside the set takes the truth's place in it."""
+    """noisy: the share of samples whose label is redrawn (symmetric: from all classes, so that of 10 classes a rate of
+    .4 leaves .64 of the labels right), exact per federation (symmetric, instance) or class (asymmetric, pair_flip).
+    partial: the probability that a class outside the set replaces the true class in it."""
     labels_file: str | None = None
     """noise=file: a .npz, .npy, CSV or Parquet file below `data.root` (data.name=npz or table: beside it), with labels
     in the order of the data set's training samples; of a table whose test set is split off: of all rows of its file, of
     which test rows are not looked at. A label is the name of a class, or its number from 0 where classes are not named
     by numbers; -1 (unless it is the name of a class), NaN or an empty text is none."""
     labels_keys: tuple[str, ...] = ()
-    """noise=file: arrays or columns of the file; none: all. One column is a noisy label; several, or an array of
-    several columns, are those of as many annotators. In a mix the annotators of each part are others."""
+    """noise=file: arrays or columns of the file; empty: all. One column is a noisy label; several, or an array of
+    several columns, are the labels of as many annotators. In a mix each part has its own annotators."""
     vote: bool = False
-    """noise=file, several annotators: their labels become one noisy label, the most frequent; a tie is decided by
-    chance."""
+    """noise=file, several annotators: their majority label becomes one noisy label; ties are broken at random."""
     bags_file: str | None = None
     """kind=bags: published counts, in place of counts made of labels (`bag_size`). A CSV or Parquet file below
     `data.root` (data.name=npz or table: beside it), with the name of a bag in its first column and how many of its
@@ -79,7 +76,7 @@ class LabelKind:
     """Of bags_file: the column of a table (with data.name=npz the array) that has the name of each sample's bag; empty
     = in none. It is no feature."""
     bag_size: int | None = None
-    """kind=bags: samples per bag; what is left of a client's samples is its last bag."""
+    """kind=bags: samples per bag; a client's last bag may be smaller."""
     bag_size_max: int | None = None
     """kind=bags: sizes are drawn from bag_size to this; null: all are `bag_size`."""
     bag_feature: str | None = None
@@ -89,11 +86,12 @@ class LabelKind:
     """kind=labeling_functions: a module of functions, or the path of its file, which every node imports; see
     `fedlabel/data/labels/labeling_functions.py`."""
     on_error: str = "abstain"
-    """kind=labeling_functions. abstain: a function that fails on a sample, or says what is no class, abstains there; it
-    is counted in `labeling_functions.csv` and warned of. stop: the first such answer ends the run before it begins."""
+    """kind=labeling_functions. abstain: a function that fails on a sample, or returns no valid class, abstains there;
+    it is counted in `labeling_functions.csv` and reported in a warning. stop: the first such answer ends the run before
+    it begins."""
     count_epsilon: float | None = None
-    """kind=bags: counts have discrete Laplace noise, as if each bag were to be epsilon-differentially private (a
-    simulation: the noise comes from `seed`); null: counts are exact."""
+    """kind=bags: counts have discrete Laplace noise, as if each bag were epsilon-differentially private (a simulation:
+    the noise comes from `seed`); null: counts are exact."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels_keys", tuple(self.labels_keys))  # YAML gives a list; must be hashable
@@ -103,14 +101,16 @@ class LabelKind:
         if len(given) > 1:
             raise ValueError(f"{values} exclude each other: give one of them.")
         if self.kind == "full" and given:
-            raise ValueError(f"{values} has no place beside supervision.kind=full: take supervision.kind=few_labels.")
+            raise ValueError(
+                f"{values} cannot be combined with supervision.kind=full: take supervision.kind=few_labels."
+            )
         for name in given:
             if getattr(self, name) < 1:
                 raise ValueError(f"`supervision.{name}` (={getattr(self, name)}) must be at least 1.")
         if self.label_rate is None:
             if not given and self.kind == "few_labels" and not self._all_without_amount():
                 raise ValueError(
-                    "`supervision.label_rate` (=None) says nothing of the amount: "
+                    "`supervision.label_rate` (=None) does not define the amount: "
                     f"give it, or one of {', '.join(f'supervision.{name}' for name in COUNTS)}."
                 )
         elif not 0 <= self.label_rate <= 1:
@@ -132,20 +132,20 @@ class LabelKind:
             )
         if not self.has_candidates and self.partial_ratio is not None:
             raise ValueError(
-                f"`supervision.partial_ratio` (={self.partial_ratio}) has no place beside supervision.kind={self.kind}"
-                ": take supervision.kind=partial or partial_and_noisy, or leave it out."
+                f"`supervision.partial_ratio` (={self.partial_ratio}) cannot be combined with "
+                f"supervision.kind={self.kind}: take supervision.kind=partial or partial_and_noisy, or leave it out."
             )
         if self.partial_ratio is not None and not 0 <= self.partial_ratio <= 1:
             raise ValueError(f"`supervision.partial_ratio` (={self.partial_ratio}) must lie in [0, 1].")
         if self.candidates != "uniform" and not self.has_candidates:
             raise ValueError(
-                f"`supervision.candidates` (={self.candidates}) has no place beside supervision.kind={self.kind}: take "
-                "supervision.kind=partial, or leave it out."
+                f"`supervision.candidates` (={self.candidates}) cannot be combined with "
+                f"supervision.kind={self.kind}: take supervision.kind=partial, or leave it out."
             )
-        if self.classless and (self.labels_per_class is not None or self.stratified):
+        if self.hides_classes and (self.labels_per_class is not None or self.stratified):
             raise ValueError(
                 f"`supervision.labels_per_class` (={self.labels_per_class}) and `supervision.stratified` "
-                f"(={self.stratified}) choose samples by their class, which nobody knows with supervision.kind="
+                f"(={self.stratified}) choose samples by their class, which is unknown with supervision.kind="
                 f"{self.kind}: take label_rate, labels_per_client or labels_total."
             )
         self._check_bag()
@@ -153,7 +153,7 @@ class LabelKind:
             raise ValueError(f"`supervision.on_error` (={self.on_error}) must be one of {', '.join(ON_ERROR)}.")
         if self.on_error != "abstain" and self.kind != "labeling_functions":
             raise ValueError(
-                f"`supervision.on_error` (={self.on_error}) has no place beside supervision.kind={self.kind}: take "
+                f"`supervision.on_error` (={self.on_error}) cannot be combined with supervision.kind={self.kind}: take "
                 "supervision.kind=labeling_functions, or leave it out."
             )
         if self.kind == "labeling_functions" and self.module is None:
@@ -163,7 +163,7 @@ class LabelKind:
             )
         if self.kind != "labeling_functions" and self.module is not None:
             raise ValueError(
-                f"`supervision.module` (={self.module}) has no place beside supervision.kind={self.kind}: take "
+                f"`supervision.module` (={self.module}) cannot be combined with supervision.kind={self.kind}: take "
                 "supervision.kind=labeling_functions, or leave it out."
             )
         from_file = self.noise == "file"
@@ -186,8 +186,8 @@ class LabelKind:
                 )
         elif self.noise != "symmetric" or (self.noise_rate > 0 and self.kind != "partial"):
             raise ValueError(
-                f"`supervision.noise` (={self.noise}) and `supervision.noise_rate` (={self.noise_rate}) have no place "
-                f"beside supervision.kind={self.kind}: take supervision.kind=noisy, or leave them out."
+                f"`supervision.noise` (={self.noise}) and `supervision.noise_rate` (={self.noise_rate}) cannot be "
+                f"combined with supervision.kind={self.kind}: take supervision.kind=noisy, or leave them out."
             )
 
     def _check_bag(self) -> None:
@@ -195,7 +195,7 @@ class LabelKind:
             for key in ("bags_file", "bag_column", "bag_size", "bag_size_max", "bag_feature", "count_epsilon"):
                 if getattr(self, key) is not None:
                     raise ValueError(
-                        f"`supervision.{key}` (={getattr(self, key)}) has no place beside supervision.kind="
+                        f"`supervision.{key}` (={getattr(self, key)}) cannot be combined with supervision.kind="
                         f"{self.kind}: take supervision.kind=bags, or leave it out."
                     )
             return
@@ -209,8 +209,8 @@ class LabelKind:
             for key in ("bag_size", "bag_size_max", "bag_feature", "count_epsilon", *amounts):
                 if getattr(self, key) is not None:
                     raise ValueError(
-                        f"`supervision.{key}` (={getattr(self, key)}) has no place beside supervision.bags_file, which "
-                        "says which bags there are: leave it out."
+                        f"`supervision.{key}` (={getattr(self, key)}) cannot be combined with supervision.bags_file, "
+                        "which defines the bags: leave it out."
                     )
             return
         if self.bag_size is None or self.bag_size < 1:
@@ -228,7 +228,7 @@ class LabelKind:
 
     @property
     def has_candidates(self) -> bool:
-        """Whether samples have sets of candidates."""
+        """Whether samples have candidate sets."""
         return self.kind in ("partial", "partial_and_noisy")
 
     @property
@@ -237,19 +237,19 @@ class LabelKind:
         return self.kind in ("noisy", "partial_and_noisy")
 
     @property
-    def from_truth(self) -> bool:
-        """Whether what is known of a sample is made of its true label, which the data must then have."""
+    def from_true_labels(self) -> bool:
+        """Whether the labels are generated from true labels, which the data must then have."""
         from_elsewhere = self.kind == "noisy" and self.noise == "file"
         return self.kind != "labeling_functions" and self.bags_file is None and not from_elsewhere
 
     @property
-    def classless(self) -> bool:
-        """Whether nobody knows the class of a sample of which something is known."""
+    def hides_classes(self) -> bool:
+        """Whether this kind gives no class of a single sample: bags and labelling functions."""
         return self.kind in ("bags", "labeling_functions")
 
     @property
     def everything(self) -> bool:
-        """Whether those who have labels have a label of each of their samples."""
+        """Whether every sample of the clients with labels has one."""
         return self.kind == "full" or (self.label_rate in (None, 1) and all(getattr(self, c) is None for c in COUNTS))
 
 
@@ -258,7 +258,7 @@ class MixPart(LabelKind):
     """One kind of label in a mix."""
 
     share: float = 0.0
-    """Part of the clients, or of each client's samples, in (0, 1]."""
+    """Share of the clients, or of each client's samples, in (0, 1]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,19 +268,20 @@ class MixPart(LabelKind):
 
 @dataclass(frozen=True)
 class SupervisionConfig(LabelKind):
-    """Who is told what about the labels."""
+    """Which labels exist in the federation, and which clients or server hold them."""
 
     labels_at: str = "clients"
     """clients: every client has labels of its own samples. server: the labelled samples are chosen over the whole
-    training set and are the server's; the clients share the others and have no label. some_clients: `labeled_clients`
-    clients have labels as the amount says, or all of theirs where no amount is given; the others have none."""
+    training set and are held by the server; the clients share the others and have no labels. some_clients:
+    `labeled_clients` clients have labels as the amount says, or all of theirs if no amount is given; the others have
+    none."""
     labeled_clients: int | None = None
-    """Of labels_at=some_clients: how many clients have labels; which ones is drawn from the seed."""
+    """For labels_at=some_clients: number of clients with labels; which ones is drawn from the seed."""
     mix: tuple[MixPart, ...] = ()
     """Several kinds of label in one federation, each with a `share`, in place of `kind` and its keys here. Shares sum
-    to at most 1; of what is left nothing is known."""
+    to at most 1; the remaining samples have no label."""
     mix_over: str = "clients"
-    """clients: every client has one kind of label; samples: every client has all of them, by chance."""
+    """clients: every client has one kind of label; samples: every client has all kinds, assigned at random."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mix", tuple(self.mix))
@@ -303,8 +304,8 @@ class SupervisionConfig(LabelKind):
         if beside:
             name = beside[0]
             raise ValueError(
-                f"`supervision.{name}` (={getattr(self, name)}) has no place beside supervision.mix, whose parts say "
-                "it themselves: leave it out, or take supervision.mix=[]."
+                f"`supervision.{name}` (={getattr(self, name)}) cannot be combined with supervision.mix, whose parts "
+                "have this key themselves: leave it out, or take supervision.mix=[]."
             )
         modules = [part.module for part in self.mix if part.module is not None]
         if len(modules) > 1:
@@ -342,7 +343,7 @@ class SupervisionConfig(LabelKind):
                 )
         elif self.labeled_clients is not None:
             raise ValueError(
-                f"`supervision.labeled_clients` (={self.labeled_clients}) has no place beside "
+                f"`supervision.labeled_clients` (={self.labeled_clients}) cannot be combined with "
                 f"supervision.labels_at={self.labels_at}: take supervision.labels_at=some_clients, or leave it out."
             )
         if self.labels_at == "server":
@@ -353,7 +354,7 @@ class SupervisionConfig(LabelKind):
                 )
             if self.labels_per_client is not None:
                 raise ValueError(
-                    f"`supervision.labels_per_client` (={self.labels_per_client}) has no place beside "
+                    f"`supervision.labels_per_client` (={self.labels_per_client}) cannot be combined with "
                     "supervision.labels_at=server, where no client has a label: take labels_per_class or labels_total."
                 )
 
@@ -364,7 +365,7 @@ class SupervisionConfig(LabelKind):
 
 
 def fill_amounts(user: dict[str, Any]) -> None:
-    """Writes into a user's mapping what giving one way to say the amount of labels means for the other."""
+    """Completes a user's mapping: setting one of the keys for the amount of labels unsets the others' defaults."""
     if any(user.get(count) is not None for count in COUNTS):
         user["label_rate"] = None
     if user.get("labels_at") == "some_clients" or user.get("kind", "few_labels") not in ("few_labels", "full"):

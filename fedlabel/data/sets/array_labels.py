@@ -1,4 +1,4 @@
-"""Labels in arrays of the user's: from whatever stands for a class to its number, its name, and what is to be said."""
+"""Labels in users' arrays: converts class numbers, names or one-hot rows to class numbers, names and warnings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FEW_CLASSES = 20
 
 
 class Labels(NamedTuple):
-    """Labels as numbers of classes."""
+    """Labels as class numbers."""
 
     train: np.ndarray
-    """(n,) int64; -1: no label is known."""
+    """(n,) int64; -1: no label."""
     test: np.ndarray
     """(m,) int64, all at least 0."""
     class_names: tuple[str, ...]
@@ -33,22 +33,22 @@ class Labels(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """One array of labels, whatever it held, as one label per sample."""
+    """One array of labels in any supported form, as one label per sample."""
 
     values: np.ndarray
-    """(n,) int64 with -1, or texts with "", where there is no label."""
+    """(n,) int64 with -1, or texts with "", for a missing label."""
     width: int | None
-    """How many columns it had where it was one-hot."""
+    """Number of columns if it was one-hot."""
 
     @property
-    def known(self) -> np.ndarray:
-        """(n,) bool."""
-        known: np.ndarray = self.values != "" if self.is_text else self.values >= 0
-        return known
+    def has_label(self) -> np.ndarray:
+        """(n,) bool: the sample has a label."""
+        has_label: np.ndarray = self.values != "" if self.is_text else self.values >= 0
+        return has_label
 
     @property
     def is_text(self) -> bool:
-        """Whether labels are names."""
+        """Whether labels are texts."""
         return self.values.dtype.kind == "U"
 
 
@@ -62,7 +62,7 @@ def number_labels(train: np.ndarray, test: np.ndarray, names: np.ndarray | None,
 
     Args:
         train: labels of the training samples.
-        test: of the test samples; all must be known, and of a class of the training samples.
+        test: of the test samples; all must have a label, and of a class of the training samples.
         names: of the classes, in their order, also of those without a training sample; labels are then such names, or
             else numbers of classes from 0. None: see above.
         where: "y_train", "y_test" and "class_names" -> what to call these arrays in messages.
@@ -74,13 +74,13 @@ def number_labels(train: np.ndarray, test: np.ndarray, names: np.ndarray | None,
     kinds = ["texts" if each.is_text else f"one-hot of {each.width}" if each.width else "numbers" for each in given]
     if kinds[0] != kinds[1]:
         raise DataError(f"{where['y_train']} holds {kinds[0]}, but {where['y_test']} {kinds[1]}. Write both alike.")
-    lacking = int((~given[0].known).sum())
+    lacking = int((~given[0].has_label).sum())
     if names is not None:
         class_names = _given_names(names, where["class_names"])
         numbers = _by_names(given, class_names, where)
     elif lacking == len(given[0].values):
         raise DataError(
-            f"{where['y_train']}: no sample has a label, so nobody knows the classes. Name them in `class_names`, or "
+            f"{where['y_train']}: no sample has a label, so the classes are unknown. Name them in `class_names`, or "
             "give some labels."
         )
     elif given[0].width:
@@ -125,7 +125,7 @@ def _read(labels: np.ndarray, where: str, may_lack: bool) -> _Given:
     else:
         raise DataError(f"{where} is {labels.dtype}; labels must be whole numbers, texts, or True and False.")
     given = _Given(values, None)
-    lacking = np.flatnonzero(~given.known)
+    lacking = np.flatnonzero(~given.has_label)
     if len(lacking) and not may_lack:
         marks = ", ".join(dict.fromkeys(repr(label.item()) for label in labels[lacking[:1000]]))
         raise DataError(
@@ -177,7 +177,7 @@ def _refuse_at(wrong: np.ndarray, labels: np.ndarray, where: str, what: str) -> 
 
 
 def _texts(labels: np.ndarray, where: str) -> np.ndarray:
-    """Returns texts without blanks around them; "" for those that mean: not known."""
+    """Returns texts without surrounding blanks; "" for marks of a missing label."""
     if labels.dtype.kind == "S":
         try:
             labels = np.char.decode(labels, "utf-8")
@@ -224,7 +224,7 @@ def _by_names(given: Sequence[_Given], names: tuple[str, ...], where: Mapping[st
         raise DataError(
             f"{where['y_train']} has {given[0].width} columns, but {where['class_names']} {len(names)} names: one each."
         )
-    different = set().union(*(np.unique(each.values[each.known]).tolist() for each in given))
+    different = set().union(*(np.unique(each.values[each.has_label]).tolist() for each in given))
     if given[0].is_text or (given[0].width is None and different and {str(label) for label in different} <= set(names)):
         return _places(given, {name: number for number, name in enumerate(names)}, where)
     for each, key in zip(given, ("y_train", "y_test"), strict=True):
@@ -242,8 +242,8 @@ def _by_names(given: Sequence[_Given], names: tuple[str, ...], where: Mapping[st
 def _found_classes(given: Sequence[_Given], where: Mapping[str, str]) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Returns the names of the training labels, and all labels as numbers of them."""
     train = given[0]
-    different = np.unique(train.values[train.known]).tolist()
-    samples = sum(int(each.known.sum()) for each in given)
+    different = np.unique(train.values[train.has_label]).tolist()
+    samples = sum(int(each.has_label.sum()) for each in given)
     if len(different) > FEW_CLASSES and 2 * len(different) > samples:
         raise DataError(
             f"{where['y_train']} holds {len(different)} different labels, of {samples} labelled samples in all: these "
@@ -262,7 +262,7 @@ def _found_classes(given: Sequence[_Given], where: Mapping[str, str]) -> tuple[t
 
 
 def _places(given: Sequence[_Given], number: Mapping[str, int], where: Mapping[str, str]) -> list[np.ndarray]:
-    """Returns (n,) int64 per array; -1 = none."""
+    """Returns (n,) int64 per array, the index of each label; -1 = none."""
     numbers = []
     for each, key in zip(given, ("y_train", "y_test"), strict=True):
         different, place = np.unique(each.values, return_inverse=True)
@@ -282,7 +282,7 @@ def _places(given: Sequence[_Given], number: Mapping[str, int], where: Mapping[s
 
 
 def _doubts(names: tuple[str, ...], where: str, are_texts: bool) -> list[str]:
-    """Returns what should be said of classes that were found in labels."""
+    """Returns warnings about the classes that were found in labels."""
     if are_texts:
         pairs = alike(names)
         if pairs:

@@ -1,4 +1,4 @@
-"""Images in arrays of the user's: from whatever stands for a pixel to uint8 (n, channels, height, width)."""
+"""Images in users' arrays: converts any supported pixel format to uint8 (n, channels, height, width)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK = 1 << 22
 
 
 def to_pixels(train: np.ndarray, test: np.ndarray, where: str) -> tuple[list[np.ndarray], list[str]]:
-    """Returns both sets of images as uint8 (n, channels, height, width), and what is to be said of them.
+    """Returns both sets of images as uint8 (n, channels, height, width), and notes on the conversion.
 
     Values may be whole numbers from 0 to 255 of any integer or float type, floats in [0, 1], which are multiplied by
     255, or True (255) and False (0); which of these is decided over both sets together. Channels are the last axis if
@@ -67,7 +67,7 @@ def to_pixels(train: np.ndarray, test: np.ndarray, where: str) -> tuple[list[np.
 
 
 def _kind(array: np.ndarray, name: str) -> str:
-    """Returns "b", "i" or "f", for what kinds of values there are scales."""
+    """Returns "b", "i" or "f", the kinds of values that have a scale."""
     kind = {"b": "b", "i": "i", "u": "i", "f": "f"}.get(array.dtype.kind)
     if kind is None:
         raise DataError(
@@ -136,7 +136,7 @@ def _channels_first(images: np.ndarray, name: str) -> np.ndarray:
 
 
 def _as_images(values: int) -> str:
-    """Says what to do with `values` numbers per sample."""
+    """Returns a hint how to arrange `values` numbers per sample as an image."""
     for channels, start in ((1, "-1"), (3, "-1, 3")):
         side = math.isqrt(values // channels)
         if side > 3 and channels * side * side == values:

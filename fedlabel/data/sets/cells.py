@@ -1,4 +1,4 @@
-"""What a cell of a table means: a number, a mark for a missing one, something that only looks like a number, a text.
+"""Parses a cell of a table: a number, a mark for a missing value, a text that resembles a number, or another text.
 
 Only one way to write a number is read: digits, a point before decimals, an exponent. Python's `float` reads more than
 people write (`1_000`, `infinity`, digits of other scripts) and less (`1,5`), so that it decides nothing here.
@@ -64,12 +64,12 @@ _RANGE = re.compile(r"([<>≤≥]=? ?)?[0-9.]+( ?(-|–|to) ?[0-9.]+|\+)?")
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell is a number, written in the one way that is read."""
+    """Whether a cell is a number in the one supported notation."""
     return _PLAIN.fullmatch(text) is not None
 
 
 def looks_like(text: str) -> tuple[str, str] | None:
-    """Returns what a cell that is no plain number but looks like one is, and what to do; None for any other text."""
+    """Returns what a cell that resembles a number is, and how to mend it; None for any other text."""
     if len(text) > 60:
         return None
     for pattern, what, cure in _LOOKS:
@@ -91,7 +91,7 @@ class Numbers:
     values: np.ndarray
     """(n,) float64; NaN where missing or `odd`."""
     marks: dict[str, int]
-    """Marks of missing numbers, but for the empty cell, as they stand there -> how many."""
+    """Marks of missing numbers, except the empty cell, as written -> count."""
     odd: frozenset[str]
     """Cells that are neither numbers nor marks."""
     leading_zero: str | None
@@ -129,7 +129,7 @@ def read_numbers(cells: list[str], further: Collection[str] = (), decimal: str =
 
 
 def _with_point(cells: list[str]) -> dict[str, float]:
-    """Returns the values of those that are numbers."""
+    """Returns the numeric values of the cells that are numbers."""
     if not _PLAIN_CHARACTERS.search("".join(cells)):  # then `float` reads what `_PLAIN` matches, only faster
         try:
             return dict(zip(cells, map(float, cells), strict=True))
@@ -139,7 +139,7 @@ def _with_point(cells: list[str]) -> dict[str, float]:
 
 
 def _with_comma(cell: str) -> float | None:
-    """Returns the value of a number like 1234,5 or 1.234,5; None if it is none."""
+    """Returns the value of a number like 1234,5 or 1.234,5; None if the cell is not one."""
     parts = _COMMA.fullmatch(cell)
     if parts is None or not (parts[2] or parts[3]):
         return None

@@ -1,4 +1,4 @@
-"""Which class is meant: one rule for what files, functions and the configuration call a class.
+"""Resolves class names: one rule for files, functions and the configuration.
 
 Names come first. Where all classes are named by numbers (labels 1 and 2 of a table, -1 and 1), a number is such a name
 and never a place in their order, so 1 is the class `1` even if that is the first one. Where they are not, a number is a
@@ -22,7 +22,7 @@ NO_CLASS = -1
 
 
 class ClassNames:
-    """The classes of a data set, found by whatever they are called.
+    """The classes of a data set, found by name or number.
 
     Args:
         names: of the classes, in the order of their numbers.
@@ -39,8 +39,8 @@ class ClassNames:
         self._found: dict[tuple[type, Any], int] = {}
 
     def find(self, value: object) -> int:
-        """Returns the number of the class that `value` means, -1 for none: nothing, an empty or missing text (also
-        "NA", "?" and the like), NaN, and -1 unless a class has that name.
+        """Returns the number of the class that `value` names, -1 for a missing label: empty or missing text (also "NA",
+        "?" and the like), NaN, and -1 unless a class has that name.
 
         Args:
             value: a text or a number, also numpy's or a tensor of one.
@@ -100,12 +100,12 @@ class ClassNames:
         return place
 
     def unknown(self) -> str:
-        """Returns what messages say of a value that means no class."""
+        """Returns the message for a value that names no class."""
         places = f", or a number from 0 to {len(self.names) - 1}" if not self.are_numbers else ""
         return f"is none of the classes {self.listed()}{places}"
 
     def __contains__(self, number: float) -> bool:
-        """Whether this number is the name of a class."""
+        """Whether this number is a class."""
         return number in self._by_value
 
     def listed(self) -> str:
@@ -146,7 +146,7 @@ _SEVERAL = -2
 
 
 def _unique(pairs: list[tuple[Any, int]]) -> dict[Any, int]:
-    """Returns key -> place, `_SEVERAL` where a key has several."""
+    """Returns key -> index, `_SEVERAL` if a key has several."""
     found: dict[Any, int] = {}
     for key, place in pairs:
         found[key] = _SEVERAL if key in found else place
@@ -158,7 +158,7 @@ def _fold(text: str) -> str:
 
 
 def _number(value: str | float) -> float | None:
-    """Returns what a text or a number is as a finite number; None if it is none."""
+    """Returns the finite number that a text or number represents; None if there is none."""
     try:
         number = float(value)
     except (ValueError, OverflowError):
@@ -167,8 +167,8 @@ def _number(value: str | float) -> float | None:
 
 
 def _scalar(value: object) -> object:
-    """Returns numpy's scalars, and arrays and tensors without dimensions, as a text or a number of Python's;
-    `_NO_SCALAR` for whatever is none.
+    """Returns numpy scalars, and arrays and tensors without dimensions, as a Python text or number; `_NO_SCALAR` for
+    other values.
     """
     if isinstance(value, np.generic) and value.dtype.kind not in "biufSU":
         return _NO_SCALAR  # dates come out as integers

@@ -1,4 +1,4 @@
-"""Which data set a run is on: the configuration, and what there is by name. Nothing is loaded here."""
+"""The configuration of the data set, and the table of available sets. Loads nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedlabel.names import did_you_mean
 
 
 class DataError(ValueError):
-    """The data set is unknown, missing or not as it should be; the message says what to do."""
+    """The data set is unknown, missing or invalid; the message says what to do."""
 
 
 class SetInfo(NamedTuple):
-    """One line of `SETS`."""
+    """One row of `SETS`."""
 
     description: str
     allow_flip: bool = False
@@ -46,7 +46,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data set, where it is, and what part of it is kept for choosing hyper-parameters."""
+    """The data set, its location, and the part held out to choose hyper-parameters."""
 
     name: str = "digits"
     """One of `SETS`."""
@@ -58,31 +58,31 @@ class DataConfig:
     download: bool = no_effect(False)
     """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
     validation_fraction: float = 0.1
-    """Part of the training samples that have a label, held out for choosing hyper-parameters, in [0, 1)."""
+    """Share of the training samples with a label that is held out for choosing hyper-parameters, in [0, 1)."""
     train_samples: int | None = None
-    """How many of the other training samples are kept, drawn uniformly from the seed; null: all."""
+    """Number of the other training samples that are kept, drawn uniformly from the seed; null: all."""
     positive_classes: tuple[str, ...] = ()
-    """Names of classes (or their numbers from 0, where they are not named by numbers) that are put together as class 1,
-    against the rest as class 0: makes a task of two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty:
-    the classes as they are. Elsewhere, and in files of labels, the classes then are 0 and 1."""
+    """Names of classes (or their numbers from 0, if they are not named by numbers) that are merged into class 1, with
+    the rest as class 0: makes a task of two classes, e.g. [ship] or [airplane, automobile, ship, truck]; empty: the
+    classes as they are. Elsewhere, and in files of labels, the classes then are 0 and 1."""
     label_column: str | None = None
     """table: the column that holds the labels."""
     categorical: tuple[str, ...] | None = None
     """Tables: columns whose cells are categories, even if they are numbers, besides the columns of texts."""
     drop_columns: tuple[str, ...] | None = None
-    """Tables: columns that are left out; null: none, but of bank_marketing `duration`, which tells the label."""
+    """Tables: columns that are left out; null: none, except `duration` of bank_marketing, which reveals the label."""
     aside_columns: tuple[str, ...] = ()
     """Tables: columns that are read but are no features, such as a site that the rows are split by."""
     missing: tuple[str, ...] = ()
-    """table: what else stands for a missing number or label, e.g. [-999, unknown]; an empty cell, NA, N/A, NaN, null, ?
-    and their like always do, and among numbers also none, - and a point."""
+    """table: further marks for a missing number or label, e.g. [-999, unknown]; an empty cell, NA, N/A, NaN, null, ?
+    and the like always are, and among numbers also none, - and a point."""
     decimal: str = "point"
-    """table: what stands before the decimals of numbers in a CSV file, point or comma; 1.234,5 is read with comma."""
+    """table: the decimal separator of numbers in a CSV file, point or comma; 1.234,5 is read with comma."""
     test_fraction: float = 0.2
     """Tables without a test set of their own (bank_marketing, magic, breast_cancer; table without `test_file`): share
-    of every class's rows that is split off as test set, in (0, 1); drawn once and for all, whatever the seed."""
+    of every class's rows that is split off as test set, in (0, 1); drawn once, whatever the seed."""
     test_file: str | None = None
-    """table: a second file beside the first, with the same columns, as test set."""
+    """table: a second file in the same folder, with the same columns, as test set."""
 
     def __post_init__(self) -> None:
         if self.name not in SETS:

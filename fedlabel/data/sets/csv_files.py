@@ -1,4 +1,4 @@
-"""CSV files as columns of texts: packed or not, in memory and time that grow with the file and not with its worst cell.
+"""Reads CSV files as columns of texts, compressed or not, in memory and time linear in the size of the file.
 
 Nothing is guessed that changes what is read: a row with another number of cells than the first line, a quote that is
 not closed, bytes that are no text, a file of another kind are refused with their line.
@@ -101,7 +101,7 @@ def read_csv(
 
 
 class _Reading:
-    """From rows to columns, by pieces of the file."""
+    """Reads rows, in chunks of the file."""
 
     def __init__(self, path: Path, reader: Any, offset: int, skipped: Collection[str], empty_rows: bool) -> None:
         self.path, self.reader, self.offset, self.skipped, self.empty_rows = path, reader, offset, skipped, empty_rows
@@ -111,7 +111,7 @@ class _Reading:
 
     @property
     def line(self) -> int:
-        """Of the file, where the newest row ends."""
+        """The line of the file where the newest row ends."""
         return self.reader.line_num + self.offset
 
     def table(self, names: Sequence[str] | None, decimal: str) -> TextTable:
@@ -135,7 +135,7 @@ class _Reading:
         return TextTable(str(self.path), tuple(filter(None, names)), columns, tuple(notes), decimal)
 
     def rows(self, blank: bool = False) -> Iterator[list[str]]:
-        """Yields the rows that are not blank; `blank`: also those that are, as one empty cell."""
+        """Yields the rows that are not blank; `blank`: also blank rows, as one empty cell."""
         try:
             for row in self.reader:
                 if row and (len(row) > 1 or row[0].strip()):
@@ -153,7 +153,7 @@ class _Reading:
             ) from error
 
     def full_rows(self, width: int, kept: set[int]) -> Iterator[list[str]]:
-        """Yields the rows, checked, without those at the end that have no cell filled."""
+        """Yields the rows, checked, without trailing rows that have no filled cell."""
         for row in self.rows(blank=self.empty_rows and width == 1):
             if len(row) != width:
                 remark = ""
@@ -174,7 +174,9 @@ class _Reading:
             yield row
 
     def check_lines(self, row: list[str], kept: set[int]) -> None:
-        """Refuses line breaks in cells that are wanted: a quote too many swallows rows, and nothing tells but they."""
+        """Rejects line breaks in cells of wanted columns: with an unbalanced quote a cell swallows rows without another
+        symptom.
+        """
         for place, cell in enumerate(row):
             if place in kept and ("\n" in cell or "\r" in cell):
                 raise DataError(
@@ -186,7 +188,7 @@ class _Reading:
 
     @property
     def notes(self) -> list[str]:
-        """What to say of the rows."""
+        """Notes on the rows."""
         found = []
         if self.multiline:
             found.append(
@@ -198,7 +200,7 @@ class _Reading:
         return found
 
     def without_name(self, places: list[int], cells: list[str]) -> str:
-        """Returns what to say of a column without a name: the row numbers that pandas writes, or nothing at all.
+        """Returns a note on a column without a name: the row numbers that pandas writes, or empty.
 
         Raises:
             DataError: it is something else.
@@ -228,7 +230,7 @@ def _delimiter(lines: list[str], label_column: str | None) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, int | None]]:
-    """Yields the bytes of a file, unpacked, and how many there may be."""
+    """Yields the bytes of a file, decompressed, and their largest possible number."""
     with path.open("rb") as file:
         start = file.read(16)
         file.seek(0)
@@ -248,7 +250,7 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, int | None]]:
 
 
 def _as_text(path: Path, binary: io.BufferedReader) -> io.TextIOWrapper:
-    """Returns the text that the bytes are, by their first ones."""
+    """Returns the bytes decoded, with the encoding detected from the first ones."""
     start = binary.peek(16)[:16]
     kind = next((kind for magic, kind in _OTHER_KINDS.items() if start.startswith(magic)), None)
     if start.startswith(_GZIP):
@@ -260,7 +262,7 @@ def _as_text(path: Path, binary: io.BufferedReader) -> io.TextIOWrapper:
 
 
 def _lines(path: Path, text: io.TextIOWrapper, most: int | None) -> Iterator[str]:
-    """Yields the lines of a file with their ends, of whatever kind."""
+    """Yields the lines of a file with their line endings, of any kind."""
     read = 0
     for number, line in enumerate(iter(partial(text.readline, MAX_LINE), ""), 1):
         read += len(line)
@@ -286,7 +288,7 @@ def _grown(path: Path) -> DataError:
 
 
 def _no_text(path: Path, error: UnicodeDecodeError) -> DataError:
-    """Returns the message for bytes that are not in the file's encoding, with the first line that holds some."""
+    """Returns the message for bytes that are not in the file's encoding, with the first such line."""
     place = ""
     if error.encoding == "utf-8":
         try:

@@ -1,4 +1,4 @@
-"""Data sets as plain tensors: one door (`load_dataset`), one loader per kind of file, one error (`DataError`).
+"""Data sets as plain tensors: one entry point (`load_dataset`), one loader per kind of file, one error (`DataError`).
 
 Sets of images end up as uint8 (n, channels, height, width) and int64 labels (n,) in memory. Normalisation, flips and
 crops are left to `fedlabel.data.augment`; what it needs to know of a set (mean, std, whether a mirrored image still
@@ -36,16 +36,16 @@ from fedlabel.seeding import numpy_generator
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set in memory. The tensors are shared by all who load it: do not write to them.
+    """A data set in memory. The tensors are shared by all callers: do not write to them.
 
     A sample of `train` may have the label -1: nobody knows its class. Those of `validation` and `test` all have one.
     """
 
     name: str
-    """`data.name`; with `data.positive_classes` also which they are."""
+    """`data.name`; with `data.positive_classes` also these classes."""
     train: Split
     validation: Split
-    """Taken off the training set; empty if `data.validation_fraction` is 0."""
+    """Held out of the training set; empty if `data.validation_fraction` is 0."""
     test: Split
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -56,15 +56,15 @@ class Dataset:
     allow_flip: bool
     """Whether an image mirrored left to right still shows its class."""
     train_rows: Tensor
-    """(n,) int64, where in the set's own order, before validation was taken off, the samples of `train` stand; for a
+    """(n,) int64, positions of the samples of `train` in the set's own order, before validation was held out; for a
     table whose test set is split off: in the file's order."""
     own_size: int
-    """How many samples the set has in that order, whatever is kept of them."""
+    """Number of samples in that order, however many are kept."""
     tables: Mapping[str, Table] = field(default_factory=dict)
     """The rows of "train", "validation" and "test" before they became features; none for images. `Table.column` gives a
     column of them, also one of `data.aside_columns`."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how the data were read, a sentence each."""
+    """Notes for the user on how the data were read, a sentence each."""
 
     def feature(self, name: str, part: str) -> np.ndarray:
         """Returns one value of every sample of `part` (train, validation or test), (n,), to sort by: of the column
@@ -91,8 +91,8 @@ class Dataset:
         return found
 
     def sample(self, place: int) -> np.ndarray | dict[str, float | str]:
-        """Returns a sample of `train` as labelling functions get it: (channels, height, width) uint8, or a row's cells
-        by column.
+        """Returns a sample of `train` in the form that labelling functions receive: (channels, height, width) uint8, or
+        a row's cells by column.
         """
         if self.tabular:
             return self.tables["train"].row(place)
@@ -118,7 +118,7 @@ class Dataset:
 
 @lru_cache(maxsize=2)
 def load_dataset(config: DataConfig, seed: int) -> Dataset:
-    """Loads a data set and takes the validation set off its training set.
+    """Loads the data set and holds out the validation set.
 
     Args:
         config: which set and where.
@@ -171,7 +171,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
 
 
 def _positive_against_rest(loaded: Loaded | LoadedTable, config: DataConfig) -> tuple[Loaded | LoadedTable, str]:
-    """Returns the set with labels 1 for `data.positive_classes` and 0 for the others, and what to call it."""
+    """Returns the set with labels 1 for `data.positive_classes` and 0 for the others, and its name."""
     classes = loaded.class_names
     try:
         chosen = find_classes("data.positive_classes", config.positive_classes, classes, "none for the rest")

@@ -1,4 +1,4 @@
-"""Hashes of what a data set holds, by which a resumed run knows that it is the same."""
+"""Hashes of a data set, which a resumed run compares."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def fingerprint(dataset: Dataset) -> dict[str, str]:
 
 
 def _text_bytes(column: np.ndarray) -> bytes:
-    """Returns the same bytes for the same texts, however wide the array is."""
+    """Returns the same bytes for the same texts, whatever the item size of the array."""
     return "".join(f"{len(text)}:{text}" for text in map(str, column)).encode("utf-8", "surrogatepass")

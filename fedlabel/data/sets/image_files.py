@@ -1,4 +1,4 @@
-"""Reading image files of the user's by Pillow: what they say of themselves, and their pixels."""
+"""Reads users' image files with Pillow: headers and pixels."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ Value = TypeVar("Value")
 
 
 class Header(NamedTuple):
-    """What an image says of itself before its pixels are read."""
+    """The header of an image, read before its pixels."""
 
     size: tuple[int, int]
-    """(width, height) as it is looked at."""
+    """(width, height) after rotation by Exif."""
     mode: str
     grey: bool
     see_through: bool
     """Whether it has an alpha channel, or a transparent colour."""
     turned: bool
-    """Whether it lies on its side in the file."""
+    """Whether Exif rotates the image by 90 degrees."""
     animated: bool
 
 
 def read_headers(paths: Sequence[Path]) -> tuple[list[Header], str]:
-    """Returns all headers and "L" or "RGB"; raises a DataError if sizes differ or pixels are of more than 8 bits."""
+    """Returns all headers and "L" or "RGB"; raises a DataError if sizes differ or pixels have more than 8 bits."""
     headers: list[Header] = []
     _each(paths, _header, headers.append)
     deep = [path for path, header in zip(paths, headers, strict=True) if header.mode.startswith(("I", "F"))]
@@ -114,9 +114,11 @@ def _read(image: Image.Image, mode: str) -> np.ndarray:
 
 
 def _each(paths: Sequence[Path], read: Callable[[Image.Image], Value], take: Callable[[Value], None]) -> None:
-    """Gives what `read` finds in each image to `take`; a DataError counts those that cannot be read."""
+    """Applies `read` to each image and passes the result to `take`; raises a DataError that counts unreadable
+    images.
+    """
     Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]  # not every Pillow was built with all of them
+    formats = [name for name in FORMATS if name in Image.OPEN]  # not every Pillow was built with all of them
     failures: list[tuple[Path, str]] = []
     for path in paths:
         try:
@@ -125,7 +127,7 @@ def _each(paths: Sequence[Path], read: Callable[[Image.Image], Value], take: Cal
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of damaged Exif, say
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path, formats=known) as image:
+                with Image.open(path, formats=formats) as image:
                     take(read(image))
         except Exception as error:  # Pillow's readers raise whatever comes to them in a damaged file
             failures.append((path, _reason(path, error)))

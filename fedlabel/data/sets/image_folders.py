@@ -1,4 +1,4 @@
-"""Images in folders of the user's: `train/<class>/...` and `test/<class>/...`, at any depth."""
+"""Users' images in folders: `train/<class>/...` and `test/<class>/...`, at any depth."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Found:
 
     images: list[Path] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
-    """Files that are no images by their extension."""
+    """Files whose extension is not that of an image."""
     again: list[Path] = field(default_factory=list)
     """Links to folders that had been read already."""
 
@@ -114,7 +114,7 @@ def _samples(root: Path, tree: _Tree, names: Sequence[str], part: str) -> list[t
 
 
 def _instead(root: Path) -> str:
-    """Says what stands where `train` and `test` should."""
+    """Describes what is found in place of `train` and `test`."""
     if not root.is_dir():
         return " That is a file: unpack it." if root.is_file() else ""
     folders = [path.name for path in _entries(root) if path.is_dir()]
@@ -127,7 +127,7 @@ def _instead(root: Path) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Returns what is in a folder, sorted, without what operating systems leave behind."""
+    """Returns the entries of a folder, sorted, without files of the operating system."""
     return [
         path
         for path in sorted(folder.iterdir())
@@ -197,7 +197,7 @@ def _class_names(root: Path, tree: _Tree) -> tuple[str, ...]:
 
 
 def _of_folders(root: Path, tree: _Tree, names: Sequence[str]) -> list[str]:
-    """Returns what should be said of folders: images without a label, classes of one set alone, folders not read."""
+    """Returns notes on folders: images without a label, classes in one set only, folders not read."""
     notes = [
         f"{root / 'train' / name}: {counted(len(found.images), 'image')} without a label."
         for name, found in tree.unlabeled.items()
@@ -220,7 +220,7 @@ def _of_folders(root: Path, tree: _Tree, names: Sequence[str]) -> list[str]:
 
 
 def _of_files(root: Path, tree: _Tree, images: Sequence[Path]) -> list[str]:
-    """Returns what should be said of where `images` were found, and of files and links that are passed over."""
+    """Returns notes on where `images` were found, and on ignored files and links."""
     notes = [
         f"{root / part}: not read, as it is in no class's folder: {counted(len(found.images), 'image')}"
         + (" (in train/unlabeled: one without a label)." if part == "train" else ".")
@@ -243,13 +243,13 @@ def _of_files(root: Path, tree: _Tree, images: Sequence[Path]) -> list[str]:
 
 
 def _of_headers(root: Path, headers: Sequence[Header], mode: str) -> list[str]:
-    """Returns what should be said of how images are read."""
+    """Returns notes on how images are read."""
     grey = sum(header.grey for header in headers)
     counts = {
         "are grey and read as RGB, as the others are": grey if mode == "RGB" else 0,
         "have transparent parts or an alpha channel, which is dropped": sum(header.see_through for header in headers),
         "are turned as their Exif says": sum(header.turned for header in headers),
-        "hold several pictures, of which the first is read": sum(header.animated for header in headers),
+        "hold several pictures; the first is read": sum(header.animated for header in headers),
     }
     return [f"{root}: {count} of {len(headers)} images {what}." for what, count in counts.items() if count]
 

@@ -44,14 +44,14 @@ class Loaded(NamedTuple):
     test: Split
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """What the user should know of how the data were read, a sentence each."""
+    """Notes for the user on how the data were read, a sentence each."""
 
 
 # ---------------------------------------------------------------------------------------------- border: errors, checks
 
 
 def instead_of_data(path: Path) -> str:
-    """Returns a sentence that says what a file is which is often found in the place of data; "" for any other."""
+    """Returns a sentence that names a file which is often found in place of data; "" for any other."""
     with path.open("rb") as file:
         start = file.read(100).lstrip().lower()
     if not start:
@@ -64,14 +64,14 @@ def instead_of_data(path: Path) -> str:
 
 
 def machine_memory() -> float:
-    """Returns the bytes of memory this machine has; infinity where it does not tell."""
+    """Returns the bytes of memory of this machine; infinity if the system does not report it."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return math.inf
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_expansion(unpacked: int, packed: int, what: str) -> None:
-    """Raises a DataError if `what`, packed to so many bytes, claims to hold more than could be meant."""
+    """Raises a DataError if the decompressed size that `what` declares is implausible for its compressed size."""
     if unpacked > max(SMALL, MAX_EXPANSION * packed):
         raise DataError(
             f"{what} is to unpack to {unpacked / 2**30:.1f} GiB, {unpacked // max(1, packed)} times its size: damaged, "
@@ -105,7 +105,7 @@ def _not_downloaded(config: DataConfig, error: Exception) -> DataError:
 
 
 def _checked_split(images: np.ndarray, labels: np.ndarray, num_classes: int, names: tuple[str, str]) -> Split:
-    """Returns a split of (n, channels, height, width) images; `names` say in errors where the two arrays come from."""
+    """Returns a split of (n, channels, height, width) images; `names`: where the two arrays come from, for errors."""
     if len(images) == 0:
         raise DataError(f"{names[0]} holds no images. At least one is needed.")
     if len(images) != len(labels):

@@ -11,13 +11,13 @@ from fedlabel.shown import shown
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:
-    """Returns the first values, and how many there are where there are more: "a, b, … (30 in all)"."""
+    """Returns the first values, and the total number if there are more: "a, b, … (30 in all)"."""
     text = ", ".join(shown(value) for value in values[:most])
     return text if len(values) <= most else f"{text}, … ({len(values)} in all)"
 
 
 def in_order(names: Sequence[str]) -> list[str]:
-    """Returns names in the order of numbers if all are numbers, and else of the alphabet."""
+    """Returns names sorted as numbers if all are numbers, else alphabetically."""
     try:
         numbers = {name: float(name) for name in names}
     except ValueError:
@@ -26,7 +26,7 @@ def in_order(names: Sequence[str]) -> list[str]:
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:
-    """Returns groups of names that are the same number, or the same but for case, blanks and look."""
+    """Returns groups of names that are the same number, or equal up to case, blanks and look-alike characters."""
     groups: dict[float | str, list[str]] = {}
     for name in names:
         folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())

@@ -1,4 +1,4 @@
-"""Arrays of numbers and texts in an .npz file of the user's: `read_npz`, and `load_npz`, a data set in such a file."""
+"""Arrays of numbers and texts in a user's .npz file: `read_npz`, and `load_npz`, a data set in such a file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ AGAIN = "Write it again with `numpy.savez`."
 
 
 def load_npz(config: DataConfig) -> Loaded:
-    """A numpy archive with x_train, y_train, x_test, y_test and, if wanted, class_names (an array of texts).
+    """A numpy archive with x_train, y_train, x_test, y_test and optionally class_names (an array of texts).
 
     x: (n, h, w) grey; or (n, h, w, c) or (n, c, h, w) with c = 1 or 3; for the values see `to_pixels`. y: one label per
     image, for what they may be see `number_labels`.
@@ -100,7 +100,7 @@ def _check_lengths(images: np.ndarray, labels: np.ndarray, images_name: str, lab
 
 
 def _meant(missing: Collection[str], names: Collection[str]) -> str:
-    """Returns " Did you mean ...?" for keys that are called otherwise; "" where none looks like them."""
+    """Returns " Did you mean ...?" for keys with other names; "" if none is similar."""
     last = {name: name.rpartition("/")[2].casefold() for name in names if name not in KEYS}  # without folders
     plain = {text.replace("-", "_").replace(" ", "_"): name for name, text in last.items()}
     found: dict[str, str] = {}
@@ -120,7 +120,7 @@ def _meant(missing: Collection[str], names: Collection[str]) -> str:
 
 
 def read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Reads arrays of numbers or texts; what a file claims to hold is compared with its size before memory is taken.
+    """Reads arrays of numbers or texts; the declared sizes are compared with the file's before memory is allocated.
 
     Nothing in the file is run: arrays of Python objects, which numpy pickles, are refused.
 
@@ -155,7 +155,7 @@ def read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray]
 
 @contextmanager
 def _reported(path: Path) -> Iterator[None]:
-    """Turns the errors of zipfile and of numpy's reader of headers into a DataError."""
+    """Turns the errors of zipfile and of numpy's header reader into a DataError."""
     kinds = (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
     parsing = (SyntaxError, tokenize.TokenError, TypeError, KeyError, IndexError, OverflowError)  # of a damaged header
     try:

@@ -1,4 +1,4 @@
-"""Parquet files as columns of texts. They are read by pyarrow, which is no dependency."""
+"""Reads Parquet files as columns of texts, with pyarrow, an optional dependency."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK = 2**16
 
 
 def read_parquet(path: Path, skipped: Collection[str] = ()) -> TextTable:
-    """Returns the columns of a Parquet file, but for those `skipped`.
+    """Returns the columns of a Parquet file, except those `skipped`.
 
     Raises:
         DataError: pyarrow is missing, the file is damaged, or a column holds no numbers or texts.
@@ -56,8 +56,8 @@ def read_parquet(path: Path, skipped: Collection[str] = ()) -> TextTable:
     except DataError:
         raise
     except (ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise DataError(f"{path} cannot be read as a Parquet file: {said} Write it again.") from error
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path} cannot be read as a Parquet file: {reason} Write it again.") from error
     return TextTable(str(path), tuple(schema.names), columns)
 
 

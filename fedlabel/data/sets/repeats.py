@@ -1,4 +1,4 @@
-"""Images that a data set has twice."""
+"""Finds duplicate images in a data set."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from fedlabel.data.sets.loaders import Split
 
 
 def repeated_images(train: Split, test: Split, where: str) -> list[str]:
-    """Returns what should be said of images that are the same in every pixel: in both sets, or with two labels."""
+    """Returns notes on images that are equal in every pixel: in both sets, or with two labels."""
     label_of: dict[bytes, int] = {}
     contradicting = 0
     for key, label in zip(_keys(train.images), train.labels.tolist(), strict=True):
-        known = label_of.setdefault(key, label)
-        contradicting += known >= 0 and label >= 0 and known != label
-        if known < 0:
+        first = label_of.setdefault(key, label)
+        contradicting += first >= 0 and label >= 0 and first != label
+        if first < 0:
             label_of[key] = label
     shared = sum(key in label_of for key in _keys(test.images))
     notes = []
     if shared:
         notes.append(
             f"{where}: {shared} of the {len(test.labels)} test images are training images, too; what is measured on "
-            "them says nothing of new ones."
+            "them says nothing about new ones."
         )
     if contradicting:
         notes.append(

@@ -1,4 +1,4 @@
-"""From columns of texts to tables: which rows are for testing, which columns are numbers, and which categories.
+"""From columns of texts to tables: training and test rows, numeric and categorical columns.
 
 A column is numeric if all its training cells are numbers or marks for missing ones. It is categorical if few of them
 are or look like numbers, or `data.categorical` says so. What lies between is refused: nobody but the owner of the file
@@ -38,16 +38,16 @@ SAMPLE = 2000
 
 
 class Rows(NamedTuple):
-    """Rows of a file that are for training, or for testing."""
+    """Training or test rows of a file."""
 
     file: TextTable
     rows: np.ndarray
-    """(n,) which rows of the file, in its order."""
+    """(n,) indices of the rows in the file, in its order."""
     labels: np.ndarray
     """(n,) int64; -1 = none."""
 
     def cells(self, name: str) -> list[str]:
-        """Returns the cells of a column, of which none is too long for a number or a category."""
+        """Returns the cells of a column; raises if one is too long for a number or a category."""
         cells = self.file.cells(name, self.rows)
         if max(map(len, cells), default=0) > MAX_TEXT:
             place = next(place for place, cell in enumerate(cells) if len(cell) > MAX_TEXT)
@@ -79,24 +79,24 @@ def split_off_test(
     """
     from sklearn.model_selection import train_test_split
 
-    known = np.flatnonzero(labels >= 0)
-    sizes = np.bincount(labels[known], minlength=len(class_names))
-    count = int(np.ceil(config.test_fraction * len(known)))
+    labeled = np.flatnonzero(labels >= 0)
+    sizes = np.bincount(labels[labeled], minlength=len(class_names))
+    count = int(np.ceil(config.test_fraction * len(labeled)))
     reason = ""
     if len(single := np.flatnonzero(sizes < 2)):
         rows = [int(row) + 1 for row in np.flatnonzero(np.isin(labels, single))[:1]]
         there = f"one row (data row {rows[0]})" if rows else "no row"
         reason = f"class {quoted(class_names[single[0]])} has {there}, and a class needs two"
-    elif not len(class_names) <= count <= len(known) - len(class_names):
-        reason = f"of {count} test rows and {len(known) - count} training rows every class needs one"
+    elif not len(class_names) <= count <= len(labeled) - len(class_names):
+        reason = f"of {count} test rows and {len(labeled) - count} training rows every class needs one"
     if reason:
         raise DataError(
             f"{file.where}: no test set of `data.test_fraction` (={config.test_fraction}) can be split off "
-            f"{len(known)} rows of {len(class_names)} classes: {reason}. Is it the right column of labels? "
+            f"{len(labeled)} rows of {len(class_names)} classes: {reason}. Is it the right column of labels? "
             "If so, add rows or delete the class, or give test rows in a file of their own."
         )
     place = np.argsort(np.argsort(class_names))  # the draw goes by the alphabet, however the classes are numbered
-    _, test = train_test_split(known, test_size=config.test_fraction, random_state=0, stratify=place[labels[known]])
+    _, test = train_test_split(labeled, test_size=config.test_fraction, random_state=0, stratify=place[labels[labeled]])
     test = np.sort(test)
     train = np.setdiff1d(np.arange(len(labels)), test)
     parts = [Rows(file, rows, labels[rows]) for rows in (train, test)]
@@ -138,7 +138,7 @@ def as_tables(
 
 
 def check_columns(file: TextTable, config: DataConfig, left_out: Sequence[str]) -> None:
-    """Checks that the columns that the configuration names exist, and are not that of the labels.
+    """Checks that the columns that the configuration names exist, and are not the label column.
 
     Raises:
         DataError: see above.
@@ -175,10 +175,10 @@ class _Reading:
         self.empty: list[str] = []
         self.zeros: list[str] = []
         self.mixed: list[str] = []
-        self.unknown: list[str] = []  # categories that only test rows have
+        self.test_only: list[str] = []  # categories that only test rows have
 
     def read(self, name: str) -> None:
-        """Decides what a column is, and reads it."""
+        """Decides the type of a column, and reads it."""
         cells, others = self.train.cells(name), self.test.cells(name)
         found = read_numbers(cells, self.marks, self.train.file.decimal)
         numeric = np.isfinite(found.values).any()
@@ -209,7 +209,7 @@ class _Reading:
             self.zeros.append(f"{shown(name)} ({quoted(found.leading_zero)})")
 
     def _are_categories(self, name: str, cells: list[str], found: Numbers) -> bool:
-        """Whether a column, of which some cells are neither numbers nor missing, holds categories.
+        """Whether a column in which some cells are neither numbers nor missing is categorical.
 
         Raises:
             DataError: half of its cells or more are numbers, or look like such.
@@ -241,7 +241,7 @@ class _Reading:
         )
         if cell is None or shown(cell) != cell:  # what is cut cannot be copied
             return ways
-        return f"set data.missing={as_list(*self.config.missing, cell)} if it means that nothing is known; or {ways}"
+        return f"set data.missing={as_list(*self.config.missing, cell)} if it means a missing value; or {ways}"
 
     def _read_categories(self, name: str, cells: list[str], others: list[str]) -> None:
         counts = Counter(cells)
@@ -272,18 +272,21 @@ class _Reading:
             )
         if new := set(others) - set(counts):
             rows = sum(cell in new for cell in others)
-            self.unknown.append(f"{shown(name)} ({rows} rows, such as {quoted(min(new))})")
+            self.test_only.append(f"{shown(name)} ({rows} rows, such as {quoted(min(new))})")
         self.categories[name] = [np.array(part, dtype=object) for part in (cells, others)]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to say of the columns, a sentence per kind."""
+        """Notes on the columns, a sentence per kind."""
         kinds = (
             (self.missing, "missing numbers are marked in the columns"),
             (self.empty, "left out, since no training row has a cell filled"),
             (self.zeros, "read as numbers, though some begin with 0 (codes? then name them in data.categorical)"),
             (self.mixed, "read as categories, though some cells are numbers"),
-            (self.unknown, "test rows have categories that no training row has, which are no feature, in the columns"),
+            (
+                self.test_only,
+                "test rows have categories that no training row has, which are no feature, in the columns",
+            ),
         )
         return tuple(f"{self.train.file.where}: {what}: {summed(columns)}." for columns, what in kinds if columns)
 

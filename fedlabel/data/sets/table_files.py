@@ -1,4 +1,4 @@
-"""Sets of tables: UCI's as they are distributed, and CSV or Parquet files of the user's."""
+"""Tables: UCI's as they are distributed, and users' CSV or Parquet files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_adult(config: DataConfig) -> LoadedTable:
 
 
 def load_bank_marketing(config: DataConfig) -> LoadedTable:
-    """Bank Marketing (UCI 222), the full set of 2012; all of `bank-full.csv`, of which a test set is split off.
+    """Bank Marketing (UCI 222), the full set of 2012: all of `bank-full.csv`, from which a test set is split off.
 
     `duration` is left out unless `data.drop_columns` says otherwise: how long the call took is known only when its
     outcome, the label, is known, too.
@@ -73,7 +73,9 @@ MAGIC = (
 
 
 def load_magic(config: DataConfig) -> LoadedTable:
-    """MAGIC Gamma Telescope (UCI 159), of which a test set is split off; h: hadron (background), g: gamma (signal)."""
+    """MAGIC Gamma Telescope (UCI 159), from which a test set is split off; h: hadron (background), g: gamma
+    (signal).
+    """
     path = _find_uci(config, "magic", "magic04.data", 159)
     return _split_off_test(read_csv(path, ",", MAGIC), "class", ("h", "g"), config)
 
@@ -86,7 +88,7 @@ def _split_off_test(
 
 
 def load_table(config: DataConfig) -> LoadedTable:
-    """A CSV (packed or not) or Parquet file of the user's, and a second one as test set, or a share of the first.
+    """A user's CSV (compressed or not) or Parquet file, and a second one, or a share of the first, as test set.
 
     CSV: see `read_csv`. Parquet (a name that ends in .parquet) is read by pyarrow, which must be installed. Training
     rows may lack a label; with a test set of its own even all of them may, and then the column, too.
@@ -137,8 +139,8 @@ def load_table(config: DataConfig) -> LoadedTable:
                 f"{files[1].where} and {files[0].where} must have the same columns; only one of them has {listed(odd)}."
             )
         loaded = as_tables(Rows(files[0], np.arange(len(train)), train), tests[0], names, config)
-    said = (*(note for file in files for note in file.notes), *notes, *loaded.notes)
-    return loaded._replace(notes=(*said, *column_notes(files[0].where, loaded.train, files[0].names)))
+    own_notes = (*(note for file in files for note in file.notes), *notes, *loaded.notes)
+    return loaded._replace(notes=(*own_notes, *column_notes(files[0].where, loaded.train, files[0].names)))
 
 
 def _find_uci(config: DataConfig, folder: str, name: str, number: int) -> Path:

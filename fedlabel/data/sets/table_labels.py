@@ -1,4 +1,4 @@
-"""The column of labels of a table: which class every row has, and which rows have none."""
+"""The label column of a table: the class of every row, and rows without a label."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LabelColumn:
     """Further marks (`data.missing`), in lower case."""
 
     def read(self, where: str, cells: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray, list[str]]:
-        """Returns the classes that are in a column, every row's, and what to say of it.
+        """Returns the classes in a column, the label of every row, and notes.
 
         Args:
             where: what to call the file.
@@ -65,7 +65,7 @@ class LabelColumn:
         return tuple(names), self.numbers(where, cells, names), notes
 
     def numbers(self, where: str, cells: Sequence[str], names: Sequence[str]) -> np.ndarray:
-        """Returns (n,) int64, the place of each cell in `names`, -1 = no label.
+        """Returns (n,) int64, the index of each cell in `names`, -1 = no label.
 
         Raises:
             DataError: a cell is none of them.

@@ -1,4 +1,4 @@
-"""What the owner of a table should know of its columns: such that say the label, say nothing, or say who it is."""
+"""Notes on the columns of a table: columns that reveal the label, are constant, or identify rows."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def column_notes(where: str, train: Table, names: Sequence[str]) -> Iterator[str
 
 
 def _tells(column: np.ndarray, values: np.ndarray, labels: np.ndarray) -> bool:
-    """Whether every value stands with one label only, though it stands in five labelled rows on average."""
+    """Whether every value occurs with one label only, though it occurs in five labelled rows on average."""
     known = labels >= 0
     column, labels = column[known], labels[known]
     if len(np.unique(labels)) < 2:
@@ -82,14 +82,14 @@ def _tells(column: np.ndarray, values: np.ndarray, labels: np.ndarray) -> bool:
 
 
 def _counts(values: np.ndarray, rows: int) -> bool:
-    """Whether a column numbers the rows of the file, of which some may be for testing."""
+    """Whether a column numbers the rows of the file, test rows included."""
     if len(values) < max(rows, 20) or not (values % 1 == 0).all():
         return False
     return bool(values[-1] - values[0] < 2 * rows)
 
 
 def _far(values: np.ndarray, column: np.ndarray) -> tuple[float, int] | None:
-    """Returns the least or largest number and how often it stands, if it is far from all others."""
+    """Returns the smallest or largest number and its frequency, if it is far from all others."""
     if len(values) < 5:
         return None
     for value, near, other in ((values[0], values[1], values[-1]), (values[-1], values[-2], values[0])):

@@ -1,4 +1,4 @@
-"""Tables: from columns of texts to float32 features, standardised by what the training samples say.
+"""Tables: from columns of texts to float32 features, standardised with the training samples.
 
 A row becomes an "image" of one pixel and as many channels as it has features, (features, 1, 1), so that everything
 that handles images handles it. What is learnt from data (types of columns, medians, means, categories) is learnt from
@@ -21,7 +21,7 @@ from fedlabel.data.sets.loaders import Split
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows before they are features."""
+    """Rows before conversion to features."""
 
     numbers: np.ndarray
     """(n, numeric columns) float64; NaN = missing."""
@@ -30,9 +30,9 @@ class Table:
     labels: Tensor
     """(n,) int64."""
     names: tuple[str, ...] = ()
-    """Of the numeric columns, then of the categorical ones."""
+    """Names of the numeric columns, then of the categorical ones."""
     aside: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Name -> (n,) texts of a column that is no feature (`data.aside_columns`)."""
+    """Name -> (n,) texts of a column that is not a feature (`data.aside_columns`)."""
 
     def rows(self, index: Tensor) -> Table:
         """Returns the rows `index`."""
@@ -41,7 +41,7 @@ class Table:
         return Table(self.numbers[rows], self.categories[rows], self.labels[index], self.names, aside)
 
     def column(self, name: str) -> np.ndarray:
-        """Returns a column, (n,): numbers, or the texts of a categorical one or of one set aside."""
+        """Returns a column, (n,): numbers, or the texts of a categorical column or of one of `data.aside_columns`."""
         if name in self.aside:
             return self.aside[name]
         place, numeric = self.names.index(name), self.numbers.shape[1]
@@ -55,21 +55,21 @@ class Table:
 
 
 class LoadedTable(NamedTuple):
-    """What a loader of tables returns."""
+    """The result of a loader of tables."""
 
     train: Table
     test: Table
     class_names: tuple[str, ...]
     rows: Tensor | None = None
-    """(n,) int64, which rows of the file `train` has; None: all of it, in its order."""
+    """(n,) int64, rows of the file in `train`; None: all of them, in order."""
     file_size: int | None = None
-    """How many rows the file has; None: as many as `train`."""
+    """Number of rows in the file; None: as many as `train`."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how the data were read, a sentence each."""
+    """Notes for the user on how the data were read, a sentence each."""
 
 
 def encode(train: Table, others: Sequence[Table]) -> list[Split]:
-    """Makes features of rows, by what `train` says.
+    """Converts rows to features, with the statistics and categories of `train`.
 
     Numbers: missing ones become the median, then all are shifted and scaled to mean 0 and variance 1 (a constant
     column is all 0). Categories: a feature each, 1 where the cell has it and else 0; a cell with a category that

@@ -1,4 +1,4 @@
-"""A file of a table as columns of texts: what every kind of file is read into, and how messages name its parts."""
+"""A table file as columns of texts: the common result of all file readers, and names of its parts in messages."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ Columns = dict[str, list[str]]
 
 @dataclass(frozen=True, eq=False)
 class TextTable:
-    """The cells of a file, without blanks around them. No array of fixed width: it would be as wide as its longest."""
+    """The cells of a file, without surrounding blanks. No array of fixed width: it would be as wide as the longest
+    cell.
+    """
 
     where: str
-    """What to call the file in messages."""
+    """The name of the file in messages."""
     names: tuple[str, ...]
-    """Of all its columns."""
+    """Names of all its columns."""
     columns: Columns
-    """Those that are wanted."""
+    """The wanted columns."""
     notes: tuple[str, ...] = ()
     decimal: str = "point"
-    """What stands before the decimals of its numbers: point or comma."""
+    """The decimal separator of its numbers: point or comma."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -46,14 +48,14 @@ class TextTable:
 class Interner:
     """Gives equal cells of a column the same object, so that short and frequent ones take 8 bytes each."""
 
-    known: dict[str, str] = field(default_factory=dict)
+    seen: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, cells: list[str]) -> Iterable[str]:
-        """Returns the cells, as far as known those seen before."""
-        if len(self.known) < INTERNED:
+        """Returns the cells, equal ones as the same object."""
+        if len(self.seen) < INTERNED:
             for cell in set(cells):
-                self.known.setdefault(cell, cell)
-        return map(self.known.get, cells, cells)
+                self.seen.setdefault(cell, cell)
+        return map(self.seen.get, cells, cells)
 
 
 def quoted(text: str) -> str:
@@ -62,7 +64,7 @@ def quoted(text: str) -> str:
 
 
 def unreadable(texts: Iterable[str]) -> str | None:
-    """Returns a text with characters that no text has (control characters, unassigned ones), if there is one.
+    """Returns a text with invalid characters (control characters, unassigned ones), if there is one.
 
     They are what is left of bytes that are missing or too many in UTF-16, where they hide the ends of lines.
     """
@@ -79,7 +81,7 @@ def listed(names: Sequence[str], limit: int = 20) -> str:
 
 
 def summed(parts: Sequence[str], limit: int = 5) -> str:
-    """Returns sentences' parts for a note, the first `limit` of them."""
+    """Returns the parts of a sentence for a note, the first `limit` of them."""
     return ", ".join(parts[:limit]) + (f" and {len(parts) - limit} more" if len(parts) > limit else "")
 
 

@@ -16,8 +16,8 @@ from fedlabel.data.labels.bags import draw_bags, noisy_counts
 from fedlabel.data.labels.supervision import KIND_NAMES, Supervision
 from fedlabel.data.labels.supervision_config import LabelKind, MixPart, SupervisionConfig
 from fedlabel.data.partition import PartitionConfig
-from fedlabel.data.sets.datasets import DataConfig, load_dataset
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.data.skew import SkewConfig
 
 LABELS = np.random.default_rng(0).integers(0, 3, 1000)
@@ -137,7 +137,7 @@ IN_BAGS = SupervisionConfig(kind="bags", label_rate=None, bag_size=8)
 
 def test_a_federation_in_bags() -> None:
     fed = federation(IN_BAGS)
-    assert not fed.record.informed.any()
+    assert not fed.record.has_supervision.any()
     for client in range(5):
         known, truth = fed.supervision(client), fed.hidden_labels(client)
         assert (known.bag >= 0).all()
@@ -214,7 +214,10 @@ def test_malformed_bags_are_named(changes: dict[str, torch.Tensor], message: str
         ({"bag_size": 0}, r"`supervision.bag_size` \(=0\)"),
         ({"bag_size_max": 7}, r"`supervision.bag_size_max` \(=7\) must be at least supervision.bag_size \(=8\)"),
         ({"count_epsilon": 0.0}, r"`supervision.count_epsilon` \(=0.0\) must be a positive number"),
-        ({"kind": "few_labels", "label_rate": 0.1}, r"`supervision.bag_size` \(=8\) has no place beside .*few_labels"),
+        (
+            {"kind": "few_labels", "label_rate": 0.1},
+            r"`supervision.bag_size` \(=8\) cannot be combined with .*few_labels",
+        ),
     ],
 )
 def test_bad_configurations_are_named(changes: dict[str, object], message: str) -> None:

@@ -15,17 +15,18 @@ import torch
 
 from fedlabel.data.labels.imprecision import (
     ASYMMETRIC,
-    Resemblance,
+    LabelSources,
     draw_candidates,
     draw_noisy_labels,
     majority,
     scale_to_mean,
     swap_truth,
 )
-from fedlabel.data.labels.supervision import impart
+from fedlabel.data.labels.supervision import build_supervision
 from fedlabel.data.labels.supervision_config import LabelKind
-from fedlabel.data.sets.datasets import DataConfig, Dataset, load_dataset
-from fedlabel.data.sets.loaders import DataError, Split
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import Dataset, load_dataset
+from fedlabel.data.sets.loaders import Split
 
 K = 10
 N = 20_000
@@ -54,14 +55,14 @@ def blank(name: str = "digits", classes: int = K, n: int = 20, held_out: int = 0
     return Dataset(name, *parts, names, (0.0,), (1.0,), False, order[~validation], n)
 
 
-def resemblance(dataset: Dataset | None = None, root: Path = Path(), seed: int = 0) -> Resemblance:
+def sources(dataset: Dataset | None = None, root: Path = Path(), seed: int = 0) -> LabelSources:
     dataset = dataset or blank()
-    return Resemblance(dataset, root, seed, np.arange(len(dataset.train.labels)))
+    return LabelSources(dataset, root, seed, np.arange(len(dataset.train.labels)))
 
 
-def digits(known: np.ndarray | None = None, seed: int = 0) -> Resemblance:
+def digits(known: np.ndarray | None = None, seed: int = 0) -> LabelSources:
     dataset = load_dataset(DataConfig(), 0)
-    return Resemblance(dataset, Path(), seed, np.arange(len(dataset.train.labels)) if known is None else known)
+    return LabelSources(dataset, Path(), seed, np.arange(len(dataset.train.labels)) if known is None else known)
 
 
 def partial(q: float, candidates: str = "uniform", **keys: float) -> LabelKind:
@@ -72,11 +73,13 @@ def noisy(rate: float, noise: str = "symmetric") -> LabelKind:
     return LabelKind(kind="noisy", noise=noise, noise_rate=rate, label_rate=None)
 
 
-def candidates_of(truth: np.ndarray, part: LabelKind, like: Resemblance, classes: int = K, seed: int = 0) -> np.ndarray:
+def candidates_of(
+    truth: np.ndarray, part: LabelKind, like: LabelSources, classes: int = K, seed: int = 0
+) -> np.ndarray:
     return draw_candidates(truth, np.arange(len(truth)), classes, part, like, rng(seed))
 
 
-def labels_of(truth: np.ndarray, part: LabelKind, like: Resemblance, classes: int = K, seed: int = 0) -> np.ndarray:
+def labels_of(truth: np.ndarray, part: LabelKind, like: LabelSources, classes: int = K, seed: int = 0) -> np.ndarray:
     given = draw_noisy_labels(truth, np.arange(len(truth)), classes, part, like, rng(seed))
     assert given.shape == (len(truth), 1)
     assert given.dtype == np.int64
@@ -103,7 +106,7 @@ def test_uniform_sets_have_the_sizes_of_the_paper(
 ) -> None:
     """E|S| = 1 + (K-1) q and P(|S| = 1) = (1-q)^(K-1) (ILL, check 12), within 3 standard deviations."""
     truth = truths(classes=classes)
-    drawn = candidates_of(truth, partial(q), resemblance(blank(classes=classes)), classes, seed)
+    drawn = candidates_of(truth, partial(q), sources(blank(classes=classes)), classes, seed)
     assert drawn[np.arange(N), truth].all()
     size = drawn.sum(1)
     assert mean == pytest.approx(1 + (classes - 1) * q)
@@ -125,7 +128,7 @@ def test_ratios_at_the_ends(q: float, size: int) -> None:
 @pytest.mark.parametrize("rate", [0.2, 0.5])
 def test_swapped_sets_lose_the_truth_to_one_class_outside(rate: float) -> None:
     truth = truths()
-    before = candidates_of(truth, partial(0.3), resemblance())
+    before = candidates_of(truth, partial(0.3), sources())
     after = swap_truth(before, truth, rate, rng(1))
     missed = ~after[np.arange(N), truth]
     assert abs(missed.mean() - rate) < 3 * math.sqrt(rate * (1 - rate) / N)
@@ -138,7 +141,7 @@ def test_swapped_sets_lose_the_truth_to_one_class_outside(rate: float) -> None:
 def test_at_noise_rate_one_exactly_one_swap_unless_the_set_is_everything() -> None:
     """The newcomer is any class outside, evenly: of the nine in a set of the truth alone each in a ninth."""
     truth = truths()
-    before = candidates_of(truth, partial(0.8), resemblance())
+    before = candidates_of(truth, partial(0.8), sources())
     before[:9000] = np.eye(K, dtype=bool)[truth[:9000]]
     full = before.all(1)
     assert full.sum() > 500
@@ -292,12 +295,14 @@ def test_no_label_outside_what_is_known_is_looked_at(part: LabelKind) -> None:
     for shown in (labels, np.where(kinds >= 0, labels, -1)):
         split = Split(dataset.train.images, torch.from_numpy(shown))
         told = Dataset(**{**vars(dataset), "train": split})
-        records.append(impart(shown, kinds, [part], K, Resemblance(told, Path(), 0, known), 0))
+        records.append(build_supervision(shown, kinds, [part], K, LabelSources(told, Path(), 0, known), 0))
     first, second = records
     assert torch.equal(first.candidates, second.candidates)
     assert torch.equal(first.noisy, second.noisy)
     assert torch.equal(first.annotations, second.annotations)
-    assert np.flatnonzero(first.informed.numpy()).tolist() == known[first.informed.numpy()[known]].tolist()
+    assert (
+        np.flatnonzero(first.has_supervision.numpy()).tolist() == known[first.has_supervision.numpy()[known]].tolist()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- noise
@@ -308,7 +313,7 @@ def test_no_label_outside_what_is_known_is_looked_at(part: LabelKind) -> None:
 def test_symmetric_noise_has_the_diagonal_of_the_paper(rate: float, kept: float, seed: int) -> None:
     """Exactly rate * n labels are drawn anew from all classes: T[i, i] = 1 - rate + rate / K (ILL, check 12)."""
     truth = truths()
-    given = labels_of(truth, noisy(rate), resemblance(), seed=seed)
+    given = labels_of(truth, noisy(rate), sources(), seed=seed)
     assert kept == pytest.approx(1 - rate + rate / K)
     for label in range(K):
         row = np.bincount(given[truth == label], minlength=K) / (truth == label).sum()
@@ -330,7 +335,7 @@ def test_symmetric_noise_has_the_diagonal_of_the_paper(rate: float, kept: float,
 def test_asymmetric_noise_is_exact_in_each_class(name: str, mistaken: dict[str, int]) -> None:
     pairs = {int(label.split()[-1]): target for label, target in mistaken.items()}
     truth = truths(3001)
-    given = labels_of(truth, noisy(0.4, "asymmetric"), resemblance(blank(name)))
+    given = labels_of(truth, noisy(0.4, "asymmetric"), sources(blank(name)))
     for label in range(K):
         size = int((truth == label).sum())
         counts = np.bincount(given[truth == label], minlength=K)
@@ -342,7 +347,7 @@ def test_asymmetric_noise_is_exact_in_each_class(name: str, mistaken: dict[str, 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_cifar100_swaps_one_pair_in_each_block_of_five(seed: int) -> None:
-    like = resemblance(blank("cifar100", 100), seed=seed)
+    like = sources(blank("cifar100", 100), seed=seed)
     target = like.flips()
     moved = np.flatnonzero(target != np.arange(100))
     assert np.bincount(moved // 5, minlength=20).tolist() == [2] * 20
@@ -360,14 +365,14 @@ def test_cifar100_swaps_one_pair_in_each_block_of_five(seed: int) -> None:
 
 
 def test_pairs_of_cifar100_depend_on_the_seed() -> None:
-    first, second = (resemblance(blank("cifar100", 100), seed=seed).flips() for seed in (0, 1))
+    first, second = (sources(blank("cifar100", 100), seed=seed).flips() for seed in (0, 1))
     assert (first != second).sum() > 20
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.45, 1.0])
 def test_pair_flip_goes_to_the_next_class(rate: float) -> None:
     truth = truths(3001, 7)
-    given = labels_of(truth, noisy(rate, "pair_flip"), resemblance(blank("npz", 7)), 7)
+    given = labels_of(truth, noisy(rate, "pair_flip"), sources(blank("npz", 7)), 7)
     wrong = given != truth
     assert (given[wrong] == (truth[wrong] + 1) % 7).all()
     for label in range(7):
@@ -379,7 +384,7 @@ def test_asymmetric_noise_of_another_data_set_says_what_else_to_take() -> None:
         r"`supervision.noise` \(=asymmetric\) is not known for data set svhn, only for .*cifar100; take .*pair_flip"
     )
     with pytest.raises(ValueError, match=message):
-        labels_of(truths(20), noisy(0.3, "asymmetric"), resemblance(blank("svhn")))
+        labels_of(truths(20), noisy(0.3, "asymmetric"), sources(blank("svhn")))
 
 
 @pytest.mark.parametrize("noise", ["symmetric", "pair_flip", "asymmetric", "instance"])
@@ -402,7 +407,7 @@ def test_labels_of_a_file_are_those_of_the_samples_that_are_left(tmp_path: Path)
     """Of 20 samples in the file's order every fifth is held out for validation: rows 0, 5, 10 and 15."""
     values = rng().integers(0, K, 20)
     np.savez(tmp_path / "labels.npz", worse=values.astype(np.uint8), other=-np.ones(20, np.int8))
-    like = resemblance(blank(held_out=5), tmp_path)
+    like = sources(blank(held_out=5), tmp_path)
     left = np.delete(values, [0, 5, 10, 15])
     assert labels_of(np.zeros(16, np.int64), from_file("worse"), like).tolist() == left.tolist()
     rows = np.array([3, 7, 8])
@@ -414,7 +419,7 @@ def test_labels_of_a_file_are_found_where_the_training_set_was_cut(tmp_path: Pat
     """Each sample's label is its number in the set's own order, modulo 10."""
     np.savez(tmp_path / "labels.npz", number=np.arange(1797 - 360) % 10)
     dataset = load_dataset(DataConfig(train_samples=300), 0)
-    given = Resemblance(dataset, tmp_path, 0, np.arange(300)).file_labels(from_file("number"))[:, 0]
+    given = LabelSources(dataset, tmp_path, 0, np.arange(300)).file_labels(from_file("number"))[:, 0]
     assert torch.equal(
         load_dataset(DataConfig(validation_fraction=0.0), 0).train.images[dataset.train_rows], dataset.train.images
     )
@@ -424,7 +429,7 @@ def test_labels_of_a_file_are_found_where_the_training_set_was_cut(tmp_path: Pat
 def test_a_data_set_that_is_a_file_has_its_labels_beside_it(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", x_train=np.zeros(1))
     np.savez(tmp_path / "labels.npz", mine=np.arange(20) % K)
-    like = resemblance(blank(), tmp_path / "mine.npz")
+    like = sources(blank(), tmp_path / "mine.npz")
     assert like.file_labels(from_file("mine"))[:, 0].tolist() == list(np.arange(20) % K)
 
 
@@ -432,34 +437,36 @@ def test_several_annotators_leave_out_what_they_did_not_see(tmp_path: Path) -> N
     """Annotator a saw all 20 samples, b none of the first ten, c nothing at all; of three samples nothing is asked."""
     a, b, c = np.arange(20) % K, np.where(np.arange(20) < 10, -1, 3), np.full(20, -1)
     np.savez(tmp_path / "labels.npz", a=a, b=b, c=c)
-    like = resemblance(blank(), tmp_path)
+    like = sources(blank(), tmp_path)
     kinds = np.where(np.arange(20) < 17, 0, -1)
-    record = impart(like.dataset.train.labels.numpy(), kinds, [from_file("b", "c", "a")], K, like, 0)
+    record = build_supervision(like.dataset.train.labels.numpy(), kinds, [from_file("b", "c", "a")], K, like, 0)
     assert record.annotations.tolist() == [
         [int(x) if row < 17 else -1 for x in (b[row], c[row], a[row])] for row in range(20)
     ]
     assert record.candidates.all()
     assert not record.noisy.any()
-    blind = impart(like.dataset.train.labels.numpy(), kinds, [from_file("b", "c")], K, like, 0)
-    assert blind.informed.tolist() == [10 <= row < 17 for row in range(20)]
+    blind = build_supervision(like.dataset.train.labels.numpy(), kinds, [from_file("b", "c")], K, like, 0)
+    assert blind.has_supervision.tolist() == [10 <= row < 17 for row in range(20)]
 
 
 def test_one_label_of_a_file_is_a_noisy_label_and_none_is_none(tmp_path: Path) -> None:
     values = np.where(np.arange(20) % 4 == 0, -1, np.arange(20) % 3)
     np.savez(tmp_path / "labels.npz", one=values)
-    like = resemblance(blank(), tmp_path)
-    record = impart(like.dataset.train.labels.numpy(), np.zeros(20, np.int64), [from_file("one")], K, like, 0)
+    like = sources(blank(), tmp_path)
+    record = build_supervision(
+        like.dataset.train.labels.numpy(), np.zeros(20, np.int64), [from_file("one")], K, like, 0
+    )
     assert record.label.tolist() == values.tolist()
     assert record.noisy.tolist() == (values >= 0).tolist()
-    assert record.informed.tolist() == (values >= 0).tolist()
+    assert record.has_supervision.tolist() == (values >= 0).tolist()
     assert record.annotations.shape == (20, 0)
 
 
 def test_labels_of_a_file_may_be_names(tmp_path: Path) -> None:
-    names = resemblance(blank(held_out=5), tmp_path).dataset.class_names
+    names = sources(blank(held_out=5), tmp_path).dataset.class_names
     numbers = rng().integers(-1, K, 20)
     np.savez(tmp_path / "labels.npz", number=numbers, name=np.array([*names, ""])[numbers])
-    given = resemblance(blank(held_out=5), tmp_path).file_labels(from_file("number", "name"))
+    given = sources(blank(held_out=5), tmp_path).file_labels(from_file("number", "name"))
     assert np.array_equal(given[:, 0], given[:, 1])
     assert -1 in given
 
@@ -474,14 +481,14 @@ def test_labels_of_a_table_stand_in_the_order_of_its_file(tmp_path: Path) -> Non
     dataset = load_dataset(config, 0)
     n = len(dataset.train.labels)
     assert n < dataset.own_size == 60
-    given = Resemblance(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))[:, 0]
+    given = LabelSources(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))[:, 0]
     assert np.array_equal(given, dataset.train.labels.numpy())
     assert np.array_equal(dataset.tables["train"].column("size"), dataset.train_rows.numpy())
     np.savez(tmp_path / "labels.npz", nurse=truth[:n])
     with pytest.raises(
         DataError, match=r"must have shape \(60,\), or .*: one label for each .* in the order of the file\."
     ):
-        Resemblance(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))
+        LabelSources(dataset, tmp_path / "a.csv", 0, np.arange(n)).file_labels(from_file("nurse"))
 
 
 def write(**arrays: np.ndarray) -> Callable[[Path], object]:
@@ -535,7 +542,7 @@ GOOD = np.arange(20) % K
 )
 def test_files_that_cannot_be_used_are_named(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     make(tmp_path / "labels.npz")
-    like = resemblance(blank(held_out=5), tmp_path)
+    like = sources(blank(held_out=5), tmp_path)
     with pytest.raises(DataError, match=message) as caught:
         like.file_labels(from_file("a"))
     assert str(tmp_path / "labels.npz") in str(caught.value)
@@ -573,7 +580,7 @@ def test_annotators_of_a_file_of_any_kind_with_gaps(form: str, tmp_path: Path) -
         separator = "\t" if form == "tsv" else ","
         text = "\n".join(separator.join(row) for row in [["a0", "a1", "a2"], *rows.tolist()])
         path.write_bytes(gzip.compress(text.encode()) if form == "csv.gz" else text.encode())
-    like = resemblance(named("cat", "dog", "1 000"), tmp_path)
+    like = sources(named("cat", "dog", "1 000"), tmp_path)
     assert np.array_equal(like.file_labels(from_file(file=path.name)), given)
     if form != "npy":
         assert np.array_equal(like.file_labels(from_file("a2", "a0", file=path.name)), given[:, [2, 0]])
@@ -586,26 +593,26 @@ def test_a_matrix_of_annotators_is_as_many_annotators(gap: Any, tmp_path: Path) 
     if gap == "":
         matrix = np.where(given < 0, "", given.astype(str))
     np.savez(tmp_path / "labels.npz", labels=matrix, more=GOOD)
-    like = resemblance(root=tmp_path)
+    like = sources(root=tmp_path)
     assert np.array_equal(like.file_labels(from_file("labels")), given)
     assert np.array_equal(like.file_labels(from_file()), np.c_[given, GOOD])
-    record = impart(GOOD, np.zeros(20, np.int64), [from_file("labels")], K, like, 0)
+    record = build_supervision(GOOD, np.zeros(20, np.int64), [from_file("labels")], K, like, 0)
     assert torch.equal(record.annotations, torch.from_numpy(given))
 
 
 def test_a_column_of_a_matrix_is_one_label(tmp_path: Path) -> None:
     np.savez(tmp_path / "labels.npz", labels=GOOD[:, None])
-    assert resemblance(root=tmp_path).file_labels(from_file())[:, 0].tolist() == GOOD.tolist()
+    assert sources(root=tmp_path).file_labels(from_file())[:, 0].tolist() == GOOD.tolist()
 
 
 def test_labels_are_the_classes_that_the_data_name(tmp_path: Path) -> None:
     """-1 is a class where the data say so, and 1 and 2 are the classes `1` and `2`, not the second and the third."""
     labels = np.tile([1, -1], 10)
     np.savez(tmp_path / "labels.npz", a=labels)
-    like = resemblance(named("-1", "1"), tmp_path)
+    like = sources(named("-1", "1"), tmp_path)
     assert like.file_labels(from_file())[:, 0].tolist() == np.tile([1, 0], 10).tolist()
     np.savez(tmp_path / "labels.npz", a=np.where(np.arange(20) < 4, -1, np.tile([1, 2], 10)))
-    like = resemblance(named("1", "2"), tmp_path)
+    like = sources(named("1", "2"), tmp_path)
     assert like.file_labels(from_file())[:, 0].tolist() == [-1] * 4 + [0, 1] * 8
     np.savez(tmp_path / "labels.npz", a=np.tile([0, 1], 10))
     with pytest.raises(DataError, match=r"label 0 \(=0\) is none of the classes 1, 2\. Where there is no label"):
@@ -618,9 +625,9 @@ def test_a_sign_that_may_be_a_class_or_none_is_not_guessed(labels: list[Any], tm
     with pytest.raises(
         DataError, match=r"its labels are -1 and 1 alone. If -1 is the class benign, write that name; if"
     ):
-        resemblance(named("benign", "malignant"), tmp_path).file_labels(from_file())
+        sources(named("benign", "malignant"), tmp_path).file_labels(from_file())
     np.savez(tmp_path / "labels.npz", a=np.resize([-1, 0, 1], 20))
-    given = resemblance(named("benign", "malignant"), tmp_path).file_labels(from_file())
+    given = sources(named("benign", "malignant"), tmp_path).file_labels(from_file())
     assert given[:3, 0].tolist() == [-1, 0, 1]
 
 
@@ -628,7 +635,7 @@ def test_a_sign_that_may_be_a_class_or_none_is_not_guessed(labels: list[Any], tm
 def test_files_that_could_run_code_are_not_opened(name: str, tmp_path: Path) -> None:
     torch.save({"a": torch.from_numpy(GOOD)}, tmp_path / name)
     with pytest.raises(DataError, match=r"files of this kind are unpickled, which may run code. Write the labels by"):
-        resemblance(root=tmp_path).file_labels(from_file("a", file=name))
+        sources(root=tmp_path).file_labels(from_file("a", file=name))
 
 
 @pytest.mark.parametrize("blank", ["", '""', "  "])
@@ -637,7 +644,7 @@ def test_an_empty_line_of_one_column_is_no_label(blank: str, end: str, tmp_path:
     lines = ["a", *map(str, GOOD)]
     lines[1] = lines[8] = lines[-1] = blank
     (tmp_path / "labels.csv").write_text("\n".join(lines) + end)
-    given = resemblance(root=tmp_path).file_labels(from_file(file="labels.csv"))[:, 0]
+    given = sources(root=tmp_path).file_labels(from_file(file="labels.csv"))[:, 0]
     assert given.tolist() == np.where(np.isin(np.arange(20), [0, 7, 19]), -1, GOOD).tolist()
 
 
@@ -645,13 +652,13 @@ def test_an_empty_line_of_one_column_is_no_label(blank: str, end: str, tmp_path:
 def test_lines_that_are_too_few_or_many(count: int, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("\n".join(["a", *map(str, np.resize(GOOD, count))]))
     with pytest.raises(DataError, match=rf"array a of shape \({count},\) must .* every line is a sample\."):
-        resemblance(root=tmp_path).file_labels(from_file(file="labels.csv"))
+        sources(root=tmp_path).file_labels(from_file(file="labels.csv"))
 
 
 def test_the_key_that_is_wrong_is_the_one_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "labels.npz", a=GOOD, b=GOOD[:3])
     with pytest.raises(DataError, match=r"array b of shape \(3,\)"):
-        resemblance(root=tmp_path).file_labels(from_file("a", "b"))
+        sources(root=tmp_path).file_labels(from_file("a", "b"))
 
 
 def test_the_majority_of_annotators() -> None:
@@ -670,8 +677,8 @@ def test_annotators_may_vote(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", a=np.zeros(whole, int), b=np.ones(whole, int), c=np.ones(whole, int))
     keys = ("a", "b", "c")
     part = LabelKind(kind="noisy", noise="file", labels_file="a.npz", labels_keys=keys, vote=True, label_rate=None)
-    like = Resemblance(dataset, tmp_path, 0, np.arange(n))
-    record = impart(dataset.train.labels.numpy(), np.zeros(n, int), [part], 10, like, 0)
+    like = LabelSources(dataset, tmp_path, 0, np.arange(n))
+    record = build_supervision(dataset.train.labels.numpy(), np.zeros(n, int), [part], 10, like, 0)
     assert record.annotations.shape == (n, 0)
     assert record.noisy.all()
     assert (record.label == 1).all()

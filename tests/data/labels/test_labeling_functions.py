@@ -16,12 +16,13 @@ import torch
 
 from fedlabel.config import ConfigError, load_config
 from fedlabel.data.federation import Federation, build_federation
-from fedlabel.data.labels.imprecision import Resemblance
+from fedlabel.data.labels.imprecision import LabelSources
 from fedlabel.data.labels.labeling_functions import NOT_ASKED, FunctionReport, cast_votes, load_functions
-from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, impart, supervise
+from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, build_supervision, reveal_labels
 from fedlabel.data.labels.supervision_config import LabelKind, MixPart, SupervisionConfig
 from fedlabel.data.partition import PartitionConfig
-from fedlabel.data.sets.datasets import DataConfig, load_dataset
+from fedlabel.data.sets.config import DataConfig
+from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.data.skew import SkewConfig
 
 NAMES = ("cat", "dog", "cow")
@@ -184,7 +185,7 @@ def test_classes_by_number_or_name_and_ways_to_abstain() -> None:
     assert votes.dtype == np.int64
     assert [report.votes for report in reports] == [2, 0, 0, 2, 2, 2, 2, 2, 2, 2, 0, 0]
     assert [report.abstained for report in reports] == [0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 2, 2]
-    assert not any(report.doubt() for report in reports)
+    assert not any(report.warning() for report in reports)
 
 
 def test_a_number_is_the_class_of_that_name_where_all_classes_are_numbers() -> None:
@@ -228,7 +229,7 @@ def test_what_is_no_class_is_an_abstention_that_is_counted(answer: object, said:
     assert (report.votes, report.invalid) == (0, 1)
     assert report.first_invalid.startswith(f"first sample 0 with {said}")
     assert len(report.first_invalid) < 250
-    doubt = report.doubt()
+    doubt = report.warning()
     assert doubt is not None
     assert doubt.startswith("Labelling function `<lambda>` answers 1 of 1 samples with no class (first sample 0")
     with pytest.raises(ValueError, match=r"Labelling function `<lambda>` answers with no class: first sample 0 with "):
@@ -285,7 +286,7 @@ def test_a_function_that_fails_abstains_there_and_is_counted(function: Callable[
     assert failing.votes + failing.failed == 3
     assert re.match(said, failing.first_failure)
     assert len(failing.first_failure) < 300
-    assert f"fails on {failing.failed} of 3 samples (first on sample" in str(failing.doubt())
+    assert f"fails on {failing.failed} of 3 samples (first on sample" in str(failing.warning())
     with pytest.raises(ValueError, match=rf"Labelling function `{function.__name__}` fails: first on sample"):
         cast_votes([function], samples, NAMES, stop=True)
 
@@ -301,14 +302,14 @@ def test_seconds_are_those_of_the_function() -> None:
 
 def recorded() -> Supervision:
     """A labelled sample, one of which nothing is known, three that functions saw (of one they said nothing)."""
-    plain = supervise(torch.tensor([1, 0, 0, 0, 0]), torch.arange(5) < 1, 3)
+    plain = reveal_labels(torch.tensor([1, 0, 0, 0, 0]), torch.arange(5) < 1, 3)
     return replace(plain, votes=torch.tensor([[-2, -2], [-2, -2], [0, -1], [-1, -1], [2, 1]]))
 
 
 def test_votes_tell_kinds_apart() -> None:
     record = recorded()
     assert record.voted_on.tolist() == [False, False, True, True, True]
-    assert record.informed.tolist() == [True, False, False, False, False]
+    assert record.has_supervision.tolist() == [True, False, False, False, False]
     assert [KIND_NAMES[kind] for kind in record.kind] == ["label", "nothing", "votes", "votes", "votes"]
     assert not record.labeled[2:].any()
 
@@ -318,7 +319,7 @@ def test_votes_follow_their_samples() -> None:
     assert record.rows(torch.tensor([4, 0])).votes.tolist() == [[2, 1], [-2, -2]]
     assert record.rows(torch.arange(5) == 2).votes.tolist() == [[0, -1]]
     assert torch.equal(record.to(torch.device("cpu")).votes, record.votes)
-    assert supervise(torch.zeros(4).long(), torch.ones(4).bool(), 3).votes.shape == (4, 0)
+    assert reveal_labels(torch.zeros(4).long(), torch.ones(4).bool(), 3).votes.shape == (4, 0)
 
 
 @pytest.mark.parametrize("votes", [torch.zeros(5, 2), torch.zeros(4, 2).long(), torch.zeros(5).long()])
@@ -353,7 +354,7 @@ def test_images_are_given_as_they_are_and_only_where_asked(tmp_path: Path) -> No
     assert votes[:, 0].tolist() == (images.long().sum((1, 2, 3)) % 10).tolist()
     assert votes[:, 1].tolist() == torch.where(images.float().mean((1, 2, 3)) < 70, 1, -1).tolist()
     assert 0 < (votes[:, 1] == 1).sum() < len(votes)
-    assert not federation.record.informed.any()
+    assert not federation.record.has_supervision.any()
     rows = torch.from_numpy(federation.parts[2])
     assert torch.equal(federation.supervision(2).votes, votes[rows])
 
@@ -434,9 +435,9 @@ def test_hidden_labels_are_not_looked_at_and_votes_are_part_of_the_hash(tmp_path
     n = len(dataset.train.labels)
     part = LabelKind("labeling_functions", label_rate=None, module=module)
     kinds = np.where(np.arange(n) < 50, 0, -1)
-    resemblance = Resemblance(dataset, tmp_path, 0, np.arange(50))
-    record = impart(np.full(n, -99), kinds, [part], 10, resemblance, 0)
-    assert not record.informed.any()
+    sources = LabelSources(dataset, tmp_path, 0, np.arange(50))
+    record = build_supervision(np.full(n, -99), kinds, [part], 10, sources, 0)
+    assert not record.has_supervision.any()
     cast = ask_functions(kinds, [part], dataset)
     assert cast is not None
     assert (cast.votes > NOT_ASKED).any(1).tolist() == [True] * 50 + [False] * (n - 50)
@@ -464,7 +465,7 @@ def test_what_came_of_asking_is_in_the_audit_and_warned_of(tmp_path: Path) -> No
     assert (right.votes, wrong.failed, odd.votes + odd.invalid) == (n, n, n)
     assert odd.votes > 0 < odd.invalid
     assert federation.record.votes[:, 1].eq(-1).all()
-    assert [said[:29] for said in federation.doubts()] == [
+    assert [said[:29] for said in federation.warnings()] == [
         "Labelling function `wrong` fa",
         "Labelling function `odd` answ",
     ]
@@ -499,8 +500,11 @@ def test_votes_do_not_depend_on_the_number_of_clients(seed: int, tmp_path: Path)
     [
         ({"kind": "labeling_functions"}, r"`supervision.module` \(=None\) must be given for .*kind=labeling_functions"),
         ({"on_error": "go on"}, r"`supervision.on_error` \(=go on\) must be one of abstain, stop"),
-        ({"on_error": "stop"}, r"`supervision.on_error` \(=stop\) has no place beside supervision.kind=few_labels"),
-        ({"module": "rules"}, r"`supervision.module` \(=rules\) has no place beside supervision.kind=few_labels: take"),
+        ({"on_error": "stop"}, r"`supervision.on_error` \(=stop\) cannot be combined with supervision.kind=few_labels"),
+        (
+            {"module": "rules"},
+            r"`supervision.module` \(=rules\) cannot be combined with supervision.kind=few_labels: take",
+        ),
     ],
 )
 def test_a_module_is_for_labelling_functions_and_they_need_one(keys: dict[str, Any], message: str) -> None:
@@ -512,7 +516,7 @@ def test_a_module_is_for_labelling_functions_and_they_need_one(keys: dict[str, A
 @pytest.mark.parametrize("key", ["labels_per_class=2", "stratified=true"])
 def test_samples_are_not_chosen_by_a_class_that_nobody_knows(kind: dict[str, Any], key: str) -> None:
     overrides = [f"supervision.{name}={value}" for name, value in kind.items()]
-    message = rf"choose samples by their class, which nobody knows with supervision.kind={kind['kind']}: take"
+    message = rf"choose samples by their class, which is unknown with supervision.kind={kind['kind']}: take"
     with pytest.raises(ConfigError, match=message):
         load_config([], [*overrides, f"supervision.{key}"])
     load_config([], [*overrides, "supervision.labels_total=9"])

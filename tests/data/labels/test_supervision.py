@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedlabel.data.labels.imprecision import Resemblance
+from fedlabel.data.labels.imprecision import LabelSources
 from fedlabel.data.labels.label_amounts import kind_of_samples, labeled_clients
-from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, impart, supervise
+from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, build_supervision, reveal_labels
 from fedlabel.data.labels.supervision_config import LabelKind, SupervisionConfig
 from fedlabel.data.partition import PartitionConfig, partition
-from fedlabel.data.sets.datasets import DataConfig, load_dataset
+from fedlabel.data.sets.config import DataConfig
+from fedlabel.data.sets.datasets import load_dataset
 
 SEEDS = (0, 1, 2)
 NUM_CLASSES = 10
@@ -92,7 +93,7 @@ def test_kinds_of_record() -> None:
         "nothing",
         "candidates and labels",
     ]
-    assert EVERY_KIND.informed.tolist() == [name != "nothing" for name in names]
+    assert EVERY_KIND.has_supervision.tolist() == [name != "nothing" for name in names]
     assert EVERY_KIND.labeled.tolist() == [False, True, False, True, False, False, False, True, False, True]
     assert EVERY_KIND.label.tolist() == [-1, 1, -1, 2, -1, -1, -1, 0, -1, 0]
 
@@ -133,18 +134,18 @@ def test_a_malformed_record_is_named(changes: dict[str, torch.Tensor], message: 
         Supervision(**{**good, **changes})
 
 
-# ------------------------------------------------------------------------------------------------------------- impart
+# ---------------------------------------------------------------------------------------------------- build_supervision
 
 
-def alike() -> Resemblance:
+def alike() -> LabelSources:
     """Nothing is asked of it by uniform candidates and symmetric noise."""
-    return Resemblance(None, Path(), 0, np.arange(0))  # type: ignore[arg-type]
+    return LabelSources(None, Path(), 0, np.arange(0))  # type: ignore[arg-type]
 
 
 def given(*parts: LabelKind, kinds: np.ndarray | None = None, seed: int = 0) -> tuple[np.ndarray, Supervision]:
     labels = np.random.default_rng(3).integers(0, NUM_CLASSES, 4000)
     kinds = np.arange(4000) % len(parts) if kinds is None else kinds
-    return labels, impart(labels, kinds, parts, NUM_CLASSES, alike(), seed)
+    return labels, build_supervision(labels, kinds, parts, NUM_CLASSES, alike(), seed)
 
 
 PARTIAL = LabelKind(kind="partial", partial_ratio=0.3, label_rate=None)
@@ -161,7 +162,7 @@ def test_every_kind_of_label_is_imparted_to_its_own_samples() -> None:
     holds = record.candidates.gather(1, truth[:, None])[:, 0]
     places = [torch.from_numpy(kinds == place) for place in range(-1, 5)]
     nothing, label, sets, noisy, noisy_sets, both = (record.rows(place) for place in places)
-    assert not nothing.informed.any()
+    assert not nothing.has_supervision.any()
     assert torch.equal(label.label, truth[places[1]])
     assert holds[places[2]].all()
     assert not sets.noisy.any()
@@ -198,13 +199,14 @@ def test_imparting_looks_at_no_label_of_which_nothing_is_to_be_known(part: Label
     labels = np.random.default_rng(3).integers(0, NUM_CLASSES, 1000)
     kinds = np.where(np.arange(1000) % 3 == 0, 0, -1)
     clear, blind = (
-        impart(shown, kinds, [part], NUM_CLASSES, alike(), 0) for shown in (labels, np.where(kinds == 0, labels, -1))
+        build_supervision(shown, kinds, [part], NUM_CLASSES, alike(), 0)
+        for shown in (labels, np.where(kinds == 0, labels, -1))
     )
     for name in ("candidates", "noisy", "annotations"):
         assert torch.equal(getattr(clear, name), getattr(blind, name)), name
     labels[33] = 10
     with pytest.raises(ValueError, match=r"the label of sample 33 \(=10\) must lie in \[0, 9\]"):
-        impart(labels, kinds, [part], NUM_CLASSES, alike(), 0)
+        build_supervision(labels, kinds, [part], NUM_CLASSES, alike(), 0)
 
 
 def test_annotators_of_two_parts_stand_side_by_side(tmp_path: Path) -> None:
@@ -214,8 +216,8 @@ def test_annotators_of_two_parts_stand_side_by_side(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", a=np.zeros(whole, int), b=np.ones(whole, int), c=np.full(whole, 2))
     crowd = LabelKind(kind="noisy", noise="file", labels_file="a.npz", labels_keys=("a", "b", "c"), label_rate=None)
     kinds = np.arange(n) % 2
-    like = Resemblance(dataset, tmp_path, 0, np.arange(n))
-    record = impart(dataset.train.labels.numpy(), kinds, [crowd, BOTH], NUM_CLASSES, like, 0)
+    like = LabelSources(dataset, tmp_path, 0, np.arange(n))
+    record = build_supervision(dataset.train.labels.numpy(), kinds, [crowd, BOTH], NUM_CLASSES, like, 0)
     assert (record.annotations[::2] == torch.tensor([0, 1, 2, -1])).all()
     assert (record.annotations[1::2, :3] == -1).all()
     assert (record.annotations[1::2, 3] >= 0).all()
@@ -289,7 +291,7 @@ def test_full_reveals_everything() -> None:
     labels, parts = make()
     mask = labeled_mask(labels, parts, NUM_CLASSES, SupervisionConfig(kind="full"), 0)
     assert mask.all()
-    assert supervise(labels, mask, NUM_CLASSES).label.tolist() == labels.tolist()
+    assert reveal_labels(labels, mask, NUM_CLASSES).label.tolist() == labels.tolist()
 
 
 def test_every_sample_can_be_chosen() -> None:
@@ -379,7 +381,7 @@ def test_hidden_labels_are_not_looked_at(config: SupervisionConfig) -> None:
     labels, parts = make()
     mask = labeled_mask(labels, parts, NUM_CLASSES, config, 0)
     poisoned = np.where(mask, labels, -1)
-    clean, blind = supervise(labels, mask, NUM_CLASSES), supervise(poisoned, mask, NUM_CLASSES)
+    clean, blind = reveal_labels(labels, mask, NUM_CLASSES), reveal_labels(poisoned, mask, NUM_CLASSES)
     assert torch.equal(clean.candidates, blind.candidates)
     assert clean.candidates[torch.from_numpy(~mask)].all()
     assert np.array_equal(clean.labeled.numpy(), mask)
@@ -387,14 +389,14 @@ def test_hidden_labels_are_not_looked_at(config: SupervisionConfig) -> None:
 
 
 def test_supervise_takes_tensors_too() -> None:
-    record = supervise(torch.tensor([1, -1, 0]), torch.tensor([True, False, True]), 3)
+    record = reveal_labels(torch.tensor([1, -1, 0]), torch.tensor([True, False, True]), 3)
     assert record.label.tolist() == [1, -1, 0]
 
 
 @pytest.mark.parametrize("label", [-1, 3])
 def test_supervise_names_a_label_out_of_range(label: int) -> None:
     with pytest.raises(ValueError, match=rf"the label of sample 2 \(={label}\) must lie in \[0, 2\]"):
-        supervise(np.array([0, -1, label]), np.array([True, False, True]), 3)
+        reveal_labels(np.array([0, -1, label]), np.array([True, False, True]), 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -439,12 +441,15 @@ def test_more_labels_than_samples(config: SupervisionConfig, message: str) -> No
             {"labels_at": "some_clients", "labeled_clients": 0},
             r"`supervision.labeled_clients` \(=0\) must be at least 1",
         ),
-        ({"labeled_clients": 3}, r"`supervision.labeled_clients` \(=3\) has no place beside .*labels_at=clients"),
+        ({"labeled_clients": 3}, r"`supervision.labeled_clients` \(=3\) cannot be combined with .*labels_at=clients"),
         (
             {"labels_at": "server", "labels_per_client": 3},
-            r"`supervision.labels_per_client` \(=3\) has no place .*take labels_per_class or labels_total",
+            r"`supervision.labels_per_client` \(=3\) cannot be combined .*take labels_per_class or labels_total",
         ),
-        ({"kind": "full", "labels_total": 10}, r"`supervision.labels_total` \(=10\) has no place beside .*kind=full"),
+        (
+            {"kind": "full", "labels_total": 10},
+            r"`supervision.labels_total` \(=10\) cannot be combined with .*kind=full",
+        ),
     ],
 )
 def test_config_errors(changes: dict, message: str) -> None:

@@ -44,27 +44,27 @@ FILE = {"kind": "noisy", "noise": "file", "labels_file": "a.npz", "labels_keys":
         ),
         (
             {**NOISY, "partial_ratio": 0.3},
-            r"`supervision.partial_ratio` \(=0.3\) has no place beside supervision.kind=noisy: take",
+            r"`supervision.partial_ratio` \(=0.3\) cannot be combined with supervision.kind=noisy: take",
         ),
         (
             {"partial_ratio": 0.3},
-            r"`supervision.partial_ratio` \(=0.3\) has no place beside supervision.kind=few_labels",
+            r"`supervision.partial_ratio` \(=0.3\) cannot be combined with supervision.kind=few_labels",
         ),
         ({**PARTIAL, "partial_ratio": 1.3}, r"`supervision.partial_ratio` \(=1.3\) must lie in \[0, 1\]"),
         ({**PARTIAL, "partial_ratio": float("nan")}, r"`supervision.partial_ratio` \(=nan\) must lie in"),
         (
             {**NOISY, "candidates": "similar"},
-            r"`supervision.candidates` \(=similar\) has no place beside supervision.kind=noisy: take .*kind=partial",
+            r"`supervision.candidates` \(=similar\) cannot be combined .*kind=noisy: take .*kind=partial",
         ),
         (
             {"noise_rate": 0.2},
-            r"`supervision.noise_rate` \(=0.2\) have no place beside supervision.kind=few_labels: take .*kind=noisy",
+            r"`supervision.noise_rate` \(=0.2\) cannot be combined with supervision.kind=few_labels: take .*kind=noisy",
         ),
-        ({"kind": "full", "noise_rate": 0.2}, r"\(=0.2\) have no place beside supervision.kind=full"),
-        ({"noise": "instance"}, r"`supervision.noise` \(=instance\) and .* have no place beside .*kind=few_labels"),
+        ({"kind": "full", "noise_rate": 0.2}, r"\(=0.2\) cannot be combined with supervision.kind=full"),
+        ({"noise": "instance"}, r"`supervision.noise` \(=instance\) and .* cannot be combined with .*kind=few_labels"),
         (
             {**PARTIAL, "noise": "instance"},
-            r"`supervision.noise` \(=instance\) and .* have no place beside .*kind=partial",
+            r"`supervision.noise` \(=instance\) and .* cannot be combined with .*kind=partial",
         ),
         ({**FILE, "noise_rate": 0.1}, r"`supervision.noise_rate` \(=0.1\) .* is not given for supervision.noise=file"),
         (
@@ -80,18 +80,24 @@ FILE = {"kind": "noisy", "noise": "file", "labels_file": "a.npz", "labels_keys":
             r"`supervision.labels_keys` \(=\['x'\]\) is for labels from a file: take supervision.noise=file",
         ),
         ({**NOISY, "vote": True}, r"`supervision.vote` \(=True\) is for labels from a file"),
-        ({**FILE, "kind": "partial", "partial_ratio": 0.1}, r"`supervision.noise` \(=file\) .*no place .*kind=partial"),
+        (
+            {**FILE, "kind": "partial", "partial_ratio": 0.1},
+            r"`supervision.noise` \(=file\) .*cannot be combined .*kind=partial",
+        ),
         ({**PARTIAL, "labels_total": 0}, r"`supervision.labels_total` \(=0\) must be at least 1"),
         ({**NOISY, "label_rate": 2.0}, r"`supervision.label_rate` \(=2.0\) must lie in \[0, 1\]"),
         (
             {"label_rate": None},
-            r"`supervision.label_rate` \(=None\) says nothing of the amount: give it, or one of sup",
+            r"`supervision.label_rate` \(=None\) does not define the amount: give it, or one of sup",
         ),
         (
             {**NOISY, "labels_total": 3, "labels_per_client": 2},
             r"`supervision.labels_per_client` \(=2\) and `supervision.labels_total` \(=3\) exclude each other",
         ),
-        ({"kind": "full", "labels_per_class": 3}, r"`supervision.labels_per_class` \(=3\) has no place .*kind=full"),
+        (
+            {"kind": "full", "labels_per_class": 3},
+            r"`supervision.labels_per_class` \(=3\) cannot be combined .*kind=full",
+        ),
     ],
 )
 def test_a_kind_that_cannot_be_names_key_value_and_what_can(keys: dict[str, Any], message: str) -> None:
@@ -126,22 +132,34 @@ HALVES = (MixPart(share=0.5), MixPart(**PARTIAL, label_rate=None, share=0.5))  #
         ),
         (
             {"mix": HALVES, "kind": "full"},
-            r"`supervision.kind` \(=full\) has no place beside supervision.mix.*leave it",
+            r"`supervision.kind` \(=full\) cannot be combined with supervision.mix.*leave it",
         ),
-        ({"mix": HALVES, "label_rate": 0.2}, r"`supervision.label_rate` \(=0.2\) has no place beside supervision.mix"),
-        ({"mix": HALVES, "labels_total": 9}, r"`supervision.labels_total` \(=9\) has no place beside supervision.mix"),
-        ({"mix": HALVES, "noise_rate": 0.2}, r"`supervision.noise_rate` \(=0.2\) has no place beside supervision.mix"),
+        (
+            {"mix": HALVES, "label_rate": 0.2},
+            r"`supervision.label_rate` \(=0.2\) cannot be combined with supervision.mix",
+        ),
+        (
+            {"mix": HALVES, "labels_total": 9},
+            r"`supervision.labels_total` \(=9\) cannot be combined with supervision.mix",
+        ),
+        (
+            {"mix": HALVES, "noise_rate": 0.2},
+            r"`supervision.noise_rate` \(=0.2\) cannot be combined with supervision.mix",
+        ),
         (
             {"mix": HALVES, "stratified": True},
-            r"`supervision.stratified` \(=True\) has no place beside supervision.mix",
+            r"`supervision.stratified` \(=True\) cannot be combined with supervision.mix",
         ),
-        ({"mix": HALVES, "labels_keys": ["x"]}, r"`supervision.labels_keys` \(=\('x',\)\) has no place beside .*mix"),
-        ({"mix": HALVES, "labels_at": "server"}, r"`supervision.labels_at` \(=server\) has no place beside .*mix"),
+        (
+            {"mix": HALVES, "labels_keys": ["x"]},
+            r"`supervision.labels_keys` \(=\('x',\)\) cannot be combined with .*mix",
+        ),
+        ({"mix": HALVES, "labels_at": "server"}, r"`supervision.labels_at` \(=server\) cannot be combined with .*mix"),
         (
             {"mix": HALVES, "labels_at": "some_clients", "labeled_clients": 2, "label_rate": None},
-            r"`supervision.labels_at` \(=some_clients\) has no place beside supervision.mix",
+            r"`supervision.labels_at` \(=some_clients\) cannot be combined with supervision.mix",
         ),
-        ({"mix": HALVES, "labeled_clients": 2}, r"`supervision.labeled_clients` \(=2\) has no place beside"),
+        ({"mix": HALVES, "labeled_clients": 2}, r"`supervision.labeled_clients` \(=2\) cannot be combined with"),
         (
             {**PARTIAL, "labels_at": "server"},
             r"`supervision.kind` \(=partial\) must be few_labels for .*labels_at=server",

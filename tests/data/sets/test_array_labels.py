@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedlabel.data.sets.array_labels import Labels, number_labels
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 
 WHERE = {"y_train": "f: `y_train`", "y_test": "f: `y_test`", "class_names": "f: `class_names`"}
 
@@ -124,7 +124,7 @@ FAR = [0, 1, 2, 10**9]
         (["a", "b"], ["a", "", "b"], None, r"`y_test`: 1 of 3 samples have no label \(''\): 1\."),
         ([-1, 1, 1, -1], [1, 1], None, r"are 1; at least 2 classes are needed. -1 says .* write classes as 0, 1"),
         ([1, 1], [1], None, "all labels that are known are 1; at least 2 classes are needed.$"),
-        ([-1, -1], [0, 1], None, "no sample has a label, so nobody knows the classes. Name them in `class_names`"),
+        ([-1, -1], [0, 1], None, "no sample has a label, so the classes are unknown. Name them in `class_names`"),
         (
             [0, 1, 0],
             [0, 4],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedlabel.data.sets.array_pixels import to_pixels
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataError
 
 RNG = np.random.default_rng(0)
 BYTES = RNG.integers(0, 256, (5, 6, 7), dtype=np.uint8)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedlabel.data import csv_files
+from fedlabel.data.sets import csv_files
+from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.csv_files import read_csv
-from fedlabel.data.sets.loaders import DataError
 from fedlabel.data.sets.text_tables import TextTable
 
 TEXT = "a,b,outcome\n1,x,yes\n2, y ,no\n"

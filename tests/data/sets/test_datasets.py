@@ -12,9 +12,10 @@ import pytest
 import torch
 import torchvision
 
-from fedlabel.data.sets.datasets import DATASETS, DataConfig, DataError, load_dataset
+from fedlabel.data.sets.config import SETS, DataConfig, DataError
+from fedlabel.data.sets.datasets import load_dataset
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
+REAL = Path(__file__).parents[3].parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no folder ../shared/data with the real data sets")
 
 RNG = np.random.default_rng(0)
@@ -230,7 +231,7 @@ def test_validation_fraction_out_of_range(fraction: float) -> None:
 
 
 def test_only_images_that_keep_their_meaning_are_mirrored() -> None:
-    assert {name for name, entry in DATASETS.items() if entry.allow_flip} == {
+    assert {name for name, entry in SETS.items() if entry.allow_flip} == {
         "cifar10",
         "cifar100",
         "fashion_mnist",

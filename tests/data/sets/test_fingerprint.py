@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlabel.data.sets.datasets import DataConfig, Dataset, load_dataset
+from fedlabel.data.sets.config import DataConfig
+from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.fingerprint import fingerprint
 from fedlabel.data.sets.loaders import Split
 from tests.data.arrays import arrays, write_npz

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedlabel.data.sets.datasets import DataConfig, DataError, Dataset, load_dataset
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import Dataset, load_dataset
 from tests.data.arrays import write_image, write_images
 
 
@@ -154,7 +155,7 @@ def test_images_in_both_sets_or_with_two_labels_are_said(tmp_path: Path) -> None
     write_image(tmp_path / "test/cat/copy.bmp", 1)
     write_image(tmp_path / "train/dog/copy.png", 2)
     assert notes(tmp_path) == [
-        "R: 1 of the 5 test images are training images, too; what is measured on them says nothing of new ones.",
+        "R: 1 of the 5 test images are training images, too; what is measured on them says nothing about new ones.",
         "R: 1 of the 7 training images repeat one under another label.",
     ]
 
@@ -264,7 +265,7 @@ def test_of_several_pictures_the_first_is_read(tmp_path: Path) -> None:
     frames = [Image.new("L", (5, 6), value) for value in (50, 60, 70)]
     frames[0].save(tmp_path / "train/cat/9.gif", save_all=True, append_images=frames[1:])
     assert load(tmp_path).train.images[3].unique().tolist() == [50]
-    assert notes(tmp_path) == ["R: 1 of 11 images hold several pictures, of which the first is read."]
+    assert notes(tmp_path) == ["R: 1 of 11 images hold several pictures; the first is read."]
 
 
 def other_size(root: Path) -> None:

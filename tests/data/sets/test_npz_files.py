@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlabel.data.sets.datasets import DataConfig, DataError, load_dataset
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.data.sets.npz_files import read_npz
 from tests.data.arrays import RNG, write_npz
 
@@ -51,7 +52,8 @@ def test_what_there_is_to_say_is_a_note(tmp_path: Path) -> None:
         f"{path} classes of it is used only where a key names it, e.g. partition.column. Did you mean classes as "
         "class_names? Save the file with these names.",
         f"{path} `y_train`: 12 of 20 samples have no label.",
-        f"{path} 6 of the 6 test images are training images, too; what is measured on them says nothing of new ones.",
+        f"{path} 6 of the 6 test images are training images, too; what is measured on them says nothing about new "
+        "ones.",
         f"{path} 1 of the 20 training images repeat one under another label.",
     )
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlabel.data.sets.datasets import DataConfig, Dataset, load_dataset
-from fedlabel.data.sets.loaders import DataError
+from fedlabel.data.sets.config import DataConfig, DataError
+from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.table_files import load_table
 from fedlabel.data.sets.tables import LoadedTable
 

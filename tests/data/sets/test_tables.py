@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.data.sets.datasets import DATASETS, DataConfig, DataError, Dataset, load_dataset
+from fedlabel.data.sets.config import SETS, DataConfig, DataError
+from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.loaders import Split
 from fedlabel.data.sets.tables import Table, encode
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
+REAL = Path(__file__).parents[3].parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not (REAL / "tabular").is_dir(), reason="no folder ../shared/data with the real tables")
 
-TABLES = sorted(name for name, entry in DATASETS.items() if entry.tabular)
+TABLES = sorted(name for name, entry in SETS.items() if entry.tabular)
 ADULT_ROW = "{age}, {work}, 1, Bachelors, 13, Single, Sales, Wife, White, Female, 0, 0, 40, Peru, {income}"
 
 

@@ -391,7 +391,7 @@ def test_written_functions_teach_a_table_without_any_label(tmp_path: Path) -> No
     (tmp_path / "rules.py").write_text(RULES.replace("> 18", "> 17"))
     with pytest.raises(
         ValueError,
-        match=r"The data are not what they were .*; changed: what clients hold and know \(.* labelling functions",
+        match=r"The data are not what they were .*; changed: partition and supervision \(.* labelling functions",
     ):
         fedlabel.run([], ["num_rounds=6"], name="a", out=tmp_path, resume=True)
     assert len(read_metrics(path)) == 5

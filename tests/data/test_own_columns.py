@@ -17,7 +17,7 @@ from fedlabel.config import load_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.datasets import DataConfig
+from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.experiment import Experiment
 
@@ -213,8 +213,8 @@ def test_images_have_no_columns() -> None:
 @pytest.mark.parametrize("partition", [BY_SITE, PartitionConfig(kind="iid"), PartitionConfig(dirichlet_alpha=0.5)])
 def test_published_counts_of_data_without_any_label(partition: PartitionConfig, folder: Path) -> None:
     federation = build(folder, partition=partition)
-    assert federation.lacking == 120
-    assert not federation.record.informed.any()
+    assert federation.num_without_label == 120
+    assert not federation.record.has_supervision.any()
     bag = federation.record.bag
     assert (bag >= 0).all()
     ones = federation.record.bag_counts[bag][:, 1]
@@ -337,10 +337,10 @@ def test_the_tail_of_a_bag_is_not_cut(folder: Path) -> None:
     ("keys", "message"),
     [
         ({"bag_column": None}, r"`supervision.bags_file` \(=bags.csv\) and `supervision.bag_column` \(=None\) belong"),
-        ({"bag_size": 4}, r"`supervision.bag_size` \(=4\) has no place beside supervision.bags_file"),
-        ({"labels_total": 4}, r"`supervision.labels_total` \(=4\) has no place beside supervision.bags_file"),
-        ({"label_rate": 0.5}, r"`supervision.label_rate` \(=0.5\) has no place beside supervision.bags_file"),
-        ({"kind": "full"}, r"`supervision.bags_file` \(=bags.csv\) has no place beside supervision.kind=full"),
+        ({"bag_size": 4}, r"`supervision.bag_size` \(=4\) cannot be combined with supervision.bags_file"),
+        ({"labels_total": 4}, r"`supervision.labels_total` \(=4\) cannot be combined with supervision.bags_file"),
+        ({"label_rate": 0.5}, r"`supervision.label_rate` \(=0.5\) cannot be combined with supervision.bags_file"),
+        ({"kind": "full"}, r"`supervision.bags_file` \(=bags.csv\) cannot be combined with supervision.kind=full"),
         (
             {"bags_file": None, "bag_column": None},
             r"`supervision.bag_size` \(=None\) must be at least 1 .*bags_file, with",
