@@ -19,8 +19,8 @@ from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.config import SETS, DataConfig
-from fedlabel.data.sets.datasets import Split, load_dataset
+from fedlabel.data.sets.config import DataConfig
+from fedlabel.data.sets.datasets import LOADERS, Split, load_dataset
 from fedlabel.data.skew import SkewConfig
 from fedlabel.experiment import Experiment
 from server.observers.base import Round
@@ -36,15 +36,15 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def two_thirds_of_digits_lack_a_label(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    entry = SETS["digits"]
+    load_all = LOADERS["digits"]
 
     def load(config: DataConfig) -> Any:
-        whole = entry.load(config)
+        whole = load_all(config)
         labels = torch.where(torch.from_numpy(HAS_LABEL), whole.train.labels, -1)
         return whole._replace(train=Split(whole.train.images, labels))
 
     forget()
-    monkeypatch.setitem(SETS, "digits", entry._replace(load=load))
+    monkeypatch.setitem(LOADERS, "digits", load)
     yield
     forget()
 
