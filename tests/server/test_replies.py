@@ -87,7 +87,7 @@ FAULTS = {
     "a second model": (lambda body: body.update({"more": body["arrays"]}), "were not requested, more"),
     # arrays
     "an array less": (drop("arrays", "b"), "has missing or unexpected arrays: b"),
-    "an array more": (put("arrays", "extra", array(ONES)), "arrays, extra"),
+    "an array more": (put("arrays", "extra", array(ONES)), "unexpected arrays: extra"),
     "another shape": (put("arrays", "w", array(np.ones(4, np.float32))), r"w .* has shape \(4,\), not \(3,\)"),
     "bool": (put("arrays", "w", array([True, False, True])), "w of its model is bool, not float32"),
     "int8": (put("arrays", "w", array(np.ones(3, np.int8))), "is int8, not float32"),
@@ -171,7 +171,7 @@ FAULTS = {
     "passes of 1e14": (put("counts", "passes", [1e14, 1.0]), "passes .* is more than it can have"),
     "more back than forth": (put("counts", "passes", [1.0, 2.0]), "passes .* is more than it can have"),
     "further counts": (put("counts", "evil", [1.0]), "counts have entries that were not requested, evil"),
-    "bytes that its method does not claim": (put("counts", "claimed_bytes", [1.0, 1.0]), "for, claimed_bytes"),
+    "bytes that its method does not claim": (put("counts", "claimed_bytes", [1.0, 1.0]), "not requested, claimed_bytes"),
     "beliefs of three classes": (put("counts", "beliefs", [0.0] * 20), "were not requested, beliefs"),
     "one pseudo-label count less": (drop("counts", "kept"), "its counts lack kept"),
     "counts of another size": (put("counts", "drawn", [4.0, 4.0]), "its count drawn has 2 numbers, not 3"),
@@ -328,7 +328,7 @@ def test_both_parts_of_the_released_merge_are_needed_and_no_others() -> None:
         schema.read(body, 0)
     put("metrics", "weight/unlabeled", 8.0)(body)
     drop("arrays", "unlabeled/w")(body)
-    with pytest.raises(Refused, match="arrays, unlabeled/w"):
+    with pytest.raises(Refused, match="unexpected arrays: unlabeled/w"):
         schema.read(body, 0)
     with pytest.raises(Refused, match="metrics lack `weight/supervised`"):
         schema.read(content(), 0)
