@@ -12,15 +12,19 @@ def run_rounds(server: Server, state: ServerState) -> ServerState:
     """Runs the remaining rounds and returns the last state.
 
     Raises:
-        RunError: too few clients gave a usable reply, or the model or the shared state is finite no more.
+        RunError: too few clients gave a usable reply, or the model or the shared state holds NaN or infinity.
     """
     for number in range(state.round_number + 1, server.config.num_rounds + 1):
         started = time.perf_counter()
-        state = server.begin_stage(state, number)  # fresh weights, where a stage of the recipe begins with this round
-        messages = server.invite(state, number)  # a cohort of clients; the model and the shared state for each
-        tally, combined = server.collect(messages, state, number)  # their replies, checked one by one and combined
-        model = server.fine_tune(state.model if combined is None else combined, number)  # labels at the server
-        shared = server.update_shared(state.shared, tally, number)  # closed form of the summed statistics
+        state = server.begin_stage(state, number)  # most rounds: nothing; else the weights of a new stage
+        messages = server.invite(state, number)  # to a cohort of clients: the model and the shared state
+        tally, combined = server.collect(
+            messages, state, number
+        )  # replies, checked; their sums, and the averaged model
+        model = server.fine_tune(
+            state.model if combined is None else combined, number
+        )  # on labels of the server, if any
+        shared = server.update_shared(state.shared, tally, number)  # from the summed statistics, in closed form
         state = state.next(model, shared, server.recipe, moved=combined is not None)
         metrics = server.observe(state, tally, started)  # evaluation, figures, the run's folder
         server.save(state, metrics)

@@ -119,7 +119,7 @@ def kl_divergence(target_log_probs: Tensor, log_probs: Tensor) -> Tensor:
 def send_both(
     global_state: StateDict, results: Sequence[PhaseResult], parameters: frozenset[str], weight: float
 ) -> dict[str, ModelPart]:
-    """Sends w_L with uniform weights and w_U weighted by kept samples, or 1 if there are none (released code). A stage
+    """Sends w_L with uniform weights and w_U weighted by kept samples, or 1 if there are none (released code). A phase
     that did not run keeps the received weights.
     """
     by_name = {result.name: result for result in results}
@@ -143,7 +143,7 @@ class FedLabel(Method):
     lambda_0: float = 1.0
     """Largest weight of the consistency term (paper: 0 to 2 tried on CIFAR)."""
     unlabeled_steps: int | None = None
-    """tau': local steps of stage B; none: from `training.local_steps` / `training.local_epochs`."""
+    """tau': local steps of phase B; none: from `training.local_steps` / `training.local_epochs`."""
     teacher: str = "both"
     """both | local | global: the paper's single-teacher ablations use one model as both experts."""
     score: str = "variance"
@@ -159,9 +159,9 @@ class FedLabel(Method):
     """kept: both terms averaged over kept samples; batch: over the batch; each: cross-entropy over kept and KL over
     agreeing samples, as in the released code."""
     burn_in_rounds: int = 0
-    """Rounds at the start without stage B (the released code: 50 of 2000)."""
+    """Rounds at the start without phase B (the released code: 50 of 2000)."""
     prox_mu: float = 0.0
-    """Stage B adds mu * sum over tensors of mean((p - p_start)^2), the released code's term (10 there)."""
+    """Phase B adds mu * sum over tensors of mean((p - p_global)^2), the released code's term (10 there)."""
     teacher_view: str = "clean"
     """clean | weak: the view of the teachers, and of the student in the consistency term."""
 
@@ -185,7 +185,7 @@ class FedLabel(Method):
         )
 
     def recipe(self, task: Task) -> Recipe:
-        supervised = Phase("supervised", labels_loss)  # stage A, equations (1)-(2)
+        supervised = Phase("supervised", labels_loss)  # phase A, equations (1)-(2)
         unlabeled = Phase(
             "unlabeled",
             self.loss,
@@ -204,7 +204,7 @@ class FedLabel(Method):
         return 2 * self.prox_mu / parameter.numel()
 
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
-        """Returns stage B's loss, (5)-(8): cross-entropy to the expert (strong view), KL to the other (plain view)."""
+        """Returns phase B's loss, (5)-(8): cross-entropy to the expert (strong view), KL to the other (plain view)."""
         plain, strong = batch.unlabeled.views[self.teacher_view], batch.unlabeled.views["strong"]
         global_log_probs = teachers["global"](plain).detach().log_softmax(-1)
         local_log_probs = teachers["supervised"](plain).detach().log_softmax(-1)
