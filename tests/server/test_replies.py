@@ -171,7 +171,7 @@ FAULTS = {
     "passes of 1e14": (put("counts", "passes", [1e14, 1.0]), "passes .* is more than it can have"),
     "more back than forth": (put("counts", "passes", [1.0, 2.0]), "passes .* is more than it can have"),
     "further counts": (put("counts", "evil", [1.0]), "counts have entries that were not requested, evil"),
-    "bytes that its method does not claim": (put("counts", "claimed_bytes", [1.0, 1.0]), "not requested, claimed_bytes"),
+    "bytes that its method does not claim": (put("counts", "claimed_bytes", [1.0, 1.0]), "requested, claimed_bytes"),
     "beliefs of three classes": (put("counts", "beliefs", [0.0] * 20), "were not requested, beliefs"),
     "one pseudo-label count less": (drop("counts", "kept"), "its counts lack kept"),
     "counts of another size": (put("counts", "drawn", [4.0, 4.0]), "its count drawn has 2 numbers, not 3"),
