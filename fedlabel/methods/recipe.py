@@ -31,7 +31,7 @@ Select = Callable[[Sequence[str]], Collection[str]]
 class LabelKinds(Flag):
     """The kinds of label that a method learns from: one certain class, one that may be wrong, candidate sets, labels of
     several annotators, class counts of bags, votes of written labelling functions, true labels that only the server
-    holds (supervision.labels_at=server); and the three of them that methods for single labels learn from.
+    holds (supervision.labels_at=server). SINGLE: what methods for one label per sample learn from.
     """
 
     TRUE = auto()
@@ -216,7 +216,6 @@ class Helpers:
 
 
 FINE_TUNING = Phase("server", labels_loss)
-"""Cross-entropy on labels."""
 
 
 class Place(NamedTuple):
@@ -254,7 +253,7 @@ class Recipe:
 
     def place(self, round_number: int) -> Place:
         """Returns the position of a round (1-based)."""
-        left = max(1, round_number)
+        left = round_number
         for index, stage in enumerate(self.stages):
             if stage.rounds is None or left <= stage.rounds or index == len(self.stages) - 1:
                 return Place(index, stage, left)
@@ -281,8 +280,7 @@ class Method:
     description: ClassVar[str] = ""
     """One line for `fedlabel list`."""
     metrics: ClassVar[tuple[Tag, ...]] = ()
-    """Metrics in `Step.metrics` and `Prepared.metrics` that `fedlabel/metric_tags.py` lacks: a client sends no
-    others."""
+    """Those of `Step.metrics` and `Prepared.metrics` that `fedlabel/metric_tags.py` lacks."""
     oracle_labels: ClassVar[bool] = False
     """True only if the method is defined as an upper bound that uses every training label."""
 
