@@ -253,7 +253,7 @@ class Recipe:
 
     def place(self, round_number: int) -> Place:
         """Returns the position of a round (1-based)."""
-        left = round_number
+        left = max(1, round_number)  # before round 1: as in it
         for index, stage in enumerate(self.stages):
             if stage.rounds is None or left <= stage.rounds or index == len(self.stages) - 1:
                 return Place(index, stage, left)
