@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlabel.config import ExperimentConfig
+    from fedlabel.config import ExperimentConfig, load_config
+    from fedlabel.methods.recipe import Method, Phase, Recipe, Stage
     from server.simulation import RunResult
 
-__all__ = ["run"]
+__all__ = ["Method", "Phase", "Recipe", "Stage", "load_config", "run"]
+_HOMES = {
+    "load_config": "fedlabel.config",
+    **dict.fromkeys(("Method", "Phase", "Recipe", "Stage"), "fedlabel.methods.recipe"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is asked for: most need torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module fedlabel has no attribute {name}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def run(

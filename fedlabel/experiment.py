@@ -22,7 +22,7 @@ from fedlabel.hardware import memory_bytes, resolve_device
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.learning.evaluation import Evaluation, evaluate
 from fedlabel.learning.step import frozen_model
-from fedlabel.learning.task import check_labels
+from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
@@ -56,6 +56,7 @@ class Experiment:
         noisy = any(part.count_epsilon is not None for part in config.supervision.parts)
         self.labels = card = label_card(self.federation.record)._replace(noisy_counts=noisy)
         self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
+        check_recipe(config.method.name, self.recipe)
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")
         self.images = images.to(self.device)

@@ -60,7 +60,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "fixmatch": ("method.confidence_threshold=0.3",),
     "uda": ("method.confidence_threshold=0.3",),
     "semifl": ("method.confidence_threshold=0.3",),
-    "fedmatch": ("method.helper_interval=1", "method.confidence_threshold=0.3"),
+    "fedmatch": ("method.helper_interval=1", "method.confidence_threshold=0.3", "training.lr=0.01"),
     "fedtrinet": ("method.warmup_rounds=2", "method.quality_start=0.2"),
     "dp_ssl": (
         *("method.functions_rounds=2", "method.assignment_rounds=1", "method.label_model_rounds=2"),

@@ -110,6 +110,16 @@ def check_shared(method: str, recipe: Recipe, shared: State, round_number: int) 
     Raises:
         RunError: it is one.
     """
+    start = recipe.shared.start()
+    other = sorted(start.keys() ^ shared.keys()) or [
+        name for name, value in start.items() if (value.dtype, value.shape) != (shared[name].dtype, shared[name].shape)
+    ]
+    if other:
+        raise RunError(
+            f"Method {method} changed the names, types or shapes of its shared state in round {round_number} "
+            f"({', '.join(other[:3])}), so that no run could be resumed: `Shared.update` must return what "
+            "`Shared.start` does."
+        )
     wrong = [name for name, value in shared.items() if not value.isfinite().all()]
     try:
         if not wrong:

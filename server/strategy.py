@@ -43,7 +43,7 @@ def decode(array: Array) -> np.ndarray:
 class WeightedMean(FedAvg):
     """FedAvg's weighted mean, streaming: replies are added in the given order, in double precision, and released.
 
-    A reply may hold several models (see `Method.upload`): its array names are then "part/name" and its metrics hold
+    A reply may hold several models (see `Upload.send`): its array names are then "part/name" and its metrics hold
     "weight/part". Each part is averaged by its own weights; the result is the plain mean of the parts.
     """
 

@@ -103,7 +103,8 @@ def train_client(
         extra_states: further weights that came along ("previous", "helper0", ...).
 
     Raises:
-        ValueError: the method makes a metric that is not declared, see `Method.metrics`.
+        ValueError: the method makes a metric that is not declared, see `Method.metrics`, or keeps what `Memory.like`
+            does not name.
 
     Returns:
         The update. A phase without samples, or with 0 steps, does not run; a step that uses no sample moves nothing.
@@ -117,11 +118,17 @@ def train_client(
     examples = sum(result.examples for result in run.results)
     weight = weight_in_mean(trainer.config, examples, int(run.drawn_from.sum()))
     rows, pseudo = run.meter.pseudo_labels()
+    kept = recipe.memory.keep(run.memory, run.results)
+    if further := sorted(kept.keys() - recipe.memory.like(memory, global_state).keys()):
+        raise ValueError(
+            f"The method keeps {', '.join(further[:3])}, which `Memory.like` does not name, so that no run could be "
+            "resumed: give `Memory` a function `like` that names it."
+        )
     return ClientUpdate(
         parts=recipe.upload.send(global_state, run.results, parameters, weight),
         sums={name: value.tolist() for name, value in run.meter.sums.items()},
         statistics=recipe.shared.statistics(run.memory),
-        kept=recipe.memory.keep(run.memory, run.results),
+        kept=kept,
         pseudo_index=rows,
         pseudo=pseudo,
         forward=recipe.network.count * run.meter.forward,

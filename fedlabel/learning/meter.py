@@ -52,9 +52,12 @@ class Meter:
         """Records pseudo-labels of samples `rows` (m,), positions in the client's data, where `guessed` (m,) bool."""
         if pseudo is None:
             return
-        self._rows.append(rows[guessed])
-        here = guessed.to(pseudo.label.device)
-        self._pseudo.append(PseudoLabels(*(values[here] for values in pseudo)))
+        if not bool(guessed.all()):  # on the CPU, as `rows` are: no look at a number on the device
+            places = guessed.nonzero().squeeze(1)
+            rows, here = rows[places], places.to(pseudo.label.device)
+            pseudo = PseudoLabels(*(values[here] for values in pseudo))
+        self._rows.append(rows)
+        self._pseudo.append(pseudo)
 
     def pseudo_labels(self) -> tuple[Tensor, PseudoLabels | None]:
         """Returns the positions (draws,) of the pseudo-labelled draws and their pseudo-labels; None without draws."""

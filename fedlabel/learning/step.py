@@ -118,6 +118,11 @@ class Stepper:
             return outputs
 
         found = self.update.loss(student, teachers, batch)
+        if not isinstance(found.examples, Tensor):
+            raise ValueError(
+                f"`Step.examples` (={found.examples}) must be a tensor on the device of the loss: "
+                "e.g. loss.new_tensor(float(number))."
+            )
         active = found.examples > 0
         if (self.masked and found.loss.requires_grad) or (not self.masked and active):
             undo = self._undo() if self.masked else None

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fedlabel.data.labels.label_card import LabelCard
-from fedlabel.methods.recipe import LabelKinds, Recipe
+from fedlabel.methods.recipe import LabelKinds, Phase, Recipe, Stage
+from fedlabel.shown import shown_repr
 
 
 class _Kind(NamedTuple):
@@ -130,3 +131,61 @@ def _amount(kind: LabelKinds, number: int) -> str:
 def _listed(words: Sequence[str], last: str) -> str:
     """Returns "a, b or c" for last="or"."""
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+VIEWS = ("clean", "weak", "strong", "strong2")
+
+
+def check_recipe(name: str, recipe: object) -> None:
+    """Checks that a method's recipe can be run, before anything starts.
+
+    Args:
+        name: of the method.
+        recipe: what its `recipe` returned.
+
+    Raises:
+        ValueError: it is no recipe, or a stage, phase, view or name in it is not what it has to be.
+    """
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"`recipe` of method {name} returned {type(recipe).__name__}, not a Recipe.")
+    _check_tuple(name, "Recipe.stages", recipe.stages, Stage)
+    for number, stage in enumerate(recipe.stages):
+        if stage.rounds is None and number < len(recipe.stages) - 1:
+            raise ValueError(f"Method {name}: stage {number} has no `rounds`, so that the stages after it never begin.")
+        for phases in _phases(stage):
+            _check_tuple(name, "Stage.phases", phases, Phase)
+            _check_phases(name, phases)
+    _check_tuple(name, "Recipe.server_phases", recipe.server_phases, Phase)
+
+
+def _phases(stage: Stage) -> list[tuple[Phase, ...]]:
+    """Returns the phases of a stage's first and last round."""
+    if not callable(stage.phases):
+        return [stage.phases]
+    return [stage.phases(number) for number in dict.fromkeys((1, max(1, stage.rounds or 1)))]
+
+
+def _check_tuple(name: str, what: str, values: object, kind: type) -> None:
+    if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+        given = shown_repr(values) if isinstance(values, tuple) else type(values).__name__
+        raise ValueError(
+            f"Method {name}: `{what}` (={given}) must be a tuple of {kind.__name__}; a tuple of one ends with a comma."
+        )
+
+
+def _check_phases(name: str, phases: tuple[Phase, ...]) -> None:
+    names = [phase.name for phase in phases]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Method {name}: two phases of a round have one name ({', '.join(names)}).")
+    starts = [phase.start for phase in phases if phase.start in names]
+    if len(set(starts)) < len(starts):
+        raise ValueError(f"Method {name}: two phases start from the end of phase {starts[0]}.")
+    for phase in phases:
+        _check_tuple(name, f"teachers of phase {phase.name}", phase.teachers, str)
+        for part in ("labeled", "unlabeled", "mix"):
+            views = getattr(phase.draw, part, ())
+            if not isinstance(views, tuple) or not set(views) <= set(VIEWS):
+                raise ValueError(
+                    f"Method {name}: `{part}` (={views}) of phase {phase.name} must be a tuple of views, "
+                    f'{", ".join(VIEWS)}, e.g. ("weak",).'
+                )

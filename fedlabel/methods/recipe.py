@@ -169,8 +169,8 @@ class Stage:
     """Or (the previous stage's final weights, fresh weights) -> weights. Not used in the first stage, which starts
     fresh."""
     averaging: float = 0.0
-    """Decay of a moving average of the global model over this stage's rounds, which is then the stage's final model,
-    and evaluated as "average"; the rounds continue from the model itself. 0: none."""
+    """Decay of a moving average of the global model over this stage's rounds, evaluated as "average"; a next
+    stage with weights of its own gets it as "previous"; the rounds continue from the model itself. 0: none."""
     predict: Callable[[Mapping[str, Model], State], Model | None] = global_model
     """("model", the global one, and, if they exist, "average" and "previous"; the shared state) -> the evaluated
     function, images -> logits; None: nothing to evaluate."""
@@ -268,7 +268,7 @@ class Recipe:
     def begins(self, round_number: int) -> bool:
         """Returns whether a stage with its own initial weights begins with a round (1-based)."""
         place, stage, number = self.place(round_number)
-        return place > 0 and number == 1 and stage.start is not Start.CONTINUE
+        return place > 0 and number == 1 < round_number and stage.start is not Start.CONTINUE
 
 
 @dataclass(frozen=True)

@@ -75,16 +75,21 @@ nothing_shared = Shared()
 
 
 class _Together(Shared):
-    """Several closed forms whose names do not overlap; each sees all names and returns its own."""
+    """Several closed forms whose names do not overlap; each sees all names and returns its own.
+
+    Raises:
+        ValueError: a name is in the states, or in the statistics, of two.
+    """
 
     def __init__(self, parts: Sequence[Shared]) -> None:
         self._parts = parts
+        _disjoint("state", [part.start() for part in parts])
 
     def start(self) -> State:
         return {name: value for part in self._parts for name, value in part.start().items()}
 
     def statistics(self, memory: State) -> State:
-        return {name: value for part in self._parts for name, value in part.statistics(memory).items()}
+        return _disjoint("statistic", [part.statistics(memory) for part in self._parts])
 
     def update(self, shared: State, total: State) -> State:
         updated = dict(shared)
@@ -109,8 +114,21 @@ class _Together(Shared):
             part.check(shared)
 
 
+def _disjoint(what: str, states: Sequence[State]) -> State:
+    """Returns states as one; no name may be in two."""
+    names = [name for state in states for name in state]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Two closed forms have a {what} called {', '.join(twice)}: give each its own name.")
+    return {name: value for state in states for name, value in state.items()}
+
+
 def together(*parts: Shared) -> Shared:
-    """Returns closed forms as one; the names in their states must not overlap."""
+    """Returns closed forms as one.
+
+    Raises:
+        ValueError: a name is in the states of two.
+    """
     return parts[0] if len(parts) == 1 else _Together(parts)
 
 

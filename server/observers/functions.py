@@ -135,7 +135,8 @@ class FunctionObserver(Observer):
             return {}
         rates = self._rates(counts)
         found = {f"functions/{name}": values for name, values in rates.items()}
-        found["functions/estimated_accuracy"] = np.where(np.isfinite(rates["accuracy"]), guess, np.nan)
+        compared = np.isfinite(rates["accuracy"])  # of none where no truth is at hand, as on real nodes
+        found["functions/estimated_accuracy"] = np.where(compared, guess, np.nan) if compared.any() else guess
         found["functions/estimation_error"] = np.abs(guess - rates["accuracy"])
         found["functions/classes"] = (np.reshape(counts["function_votes"], (len(guess), -1)) > 0).sum(1).astype(float)
         metrics = {tag: float(np.nanmean(values)) for tag, values in found.items() if np.isfinite(values).any()}

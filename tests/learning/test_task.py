@@ -4,15 +4,17 @@ votes."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from fedlabel.data.labels.label_card import label_card
 from fedlabel.data.labels.supervision import Supervision
-from fedlabel.learning.task import check_labels, label_warnings
+from fedlabel.learning.task import check_labels, check_recipe, label_warnings
 from fedlabel.methods import METHODS
-from fedlabel.methods.recipe import LabelKinds, Recipe
+from fedlabel.methods.losses import labels_loss
+from fedlabel.methods.recipe import BySample, LabelKinds, Phase, Recipe, Stage
 from tests.methods.recipes import task
 
 TRUE, NOISY, SETS, VOTES = LabelKinds.TRUE, LabelKinds.NOISY, LabelKinds.SETS, LabelKinds.VOTES
@@ -232,3 +234,31 @@ def test_a_method_may_learn_at_the_server_alone() -> None:
     check_labels("own", recipe, label_card(record(LABEL)), at_server=True)
     with pytest.raises(ValueError, match=r"learns from labels at the server, .* Take method.name=supervised for true"):
         check_labels("own", recipe, label_card(record(LABEL)))
+
+
+PHASE = Phase("train", labels_loss)
+GOOD = Recipe((Stage((PHASE,)),), LabelKinds.TRUE)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (None, "returned NoneType, not a Recipe"),
+        (replace(GOOD, stages=Stage((PHASE,))), r"`Recipe.stages` \(=Stage\) must be a tuple of Stage; a tuple of one"),
+        (replace(GOOD, stages=(Stage(PHASE),)), r"`Stage.phases` \(=Phase\) must be a tuple of Phase"),
+        (replace(GOOD, stages=(Stage(lambda number: PHASE),)), r"`Stage.phases` \(=Phase\)"),
+        (replace(GOOD, stages=(Stage((PHASE,)), Stage((PHASE,)))), "stage 0 has no `rounds`"),
+        (replace(GOOD, stages=(Stage((PHASE, PHASE)),)), "two phases of a round have one name"),
+        (
+            replace(GOOD, stages=(Stage((PHASE, *(replace(PHASE, name=n, start="train") for n in "ab"))),)),
+            "two phases start from the end of phase train",
+        ),
+        (replace(GOOD, stages=(Stage((replace(PHASE, teachers="global"),)),)), "`teachers of phase train`"),
+        (replace(GOOD, stages=(Stage((replace(PHASE, draw=BySample("weak")),)),)), r"`labeled` \(=weak\)"),
+        (replace(GOOD, stages=(Stage((replace(PHASE, draw=BySample(unlabeled=("big",))),)),)), r"`unlabeled` "),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_starts(recipe: Any, said: str) -> None:
+    check_recipe("mine", GOOD)
+    with pytest.raises(ValueError, match=said):
+        check_recipe("mine", recipe)

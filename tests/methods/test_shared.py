@@ -116,3 +116,24 @@ def test_bounds(check: Callable[[torch.Tensor], None], good: list[float], wrong:
     check(torch.tensor(good, dtype=torch.float64))
     with pytest.raises(ValueError, match=message):
         check(torch.tensor(wrong, dtype=torch.float64))
+
+
+class _Named(Shared):
+    """State and statistic of given names."""
+
+    def __init__(self, state: str, statistic: str) -> None:
+        self.state, self.statistic = state, statistic
+
+    def start(self) -> State:
+        return {self.state: torch.zeros(())}
+
+    def statistics(self, memory: State) -> State:
+        return {self.statistic: torch.ones(())}
+
+
+def test_closed_forms_with_a_name_in_common_are_refused() -> None:
+    with pytest.raises(ValueError, match="a state called a"):
+        together(_Named("a", "s"), _Named("a", "t"))
+    with pytest.raises(ValueError, match="a statistic called s"):
+        together(_Named("a", "s"), _Named("b", "s")).statistics({})
+    assert together(_Named("a", "s"), _Named("b", "t")).statistics({}).keys() == {"s", "t"}

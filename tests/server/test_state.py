@@ -103,6 +103,9 @@ def test_a_model_that_gives_no_numbers_is_not_gone_on_from() -> None:
 
 
 class Positive(Shared):
+    def start(self) -> State:
+        return {"s": torch.zeros(2)}
+
     def check(self, shared: State) -> None:
         if (shared["s"] < 0).any():
             raise ValueError("s is below 0")
@@ -117,3 +120,13 @@ def test_a_shared_state_that_clients_cannot_work_with_is_not_gone_on_from(value:
     check_shared("m", recipe, {"s": torch.tensor([1.0, 0.0])}, 3)
     with pytest.raises(RunError, match=rf"Method m made a shared state .* in round 3: {reason}.* The last checkpoint"):
         check_shared("m", recipe, {"s": torch.tensor([1.0, value])}, 3)
+
+
+@pytest.mark.parametrize(
+    ("shared", "name"),
+    [({}, "s"), ({"s": torch.zeros(2), "more": torch.zeros(())}, "more"), ({"s": torch.zeros(3)}, "s")],
+)
+def test_a_shared_state_of_other_names_or_shapes_could_not_be_resumed(shared: State, name: str) -> None:
+    recipe = Recipe((Stage(()),), LabelKinds.TRUE, shared=Positive())
+    with pytest.raises(RunError, match=rf"changed the names, types or shapes .* in round 3 \({name}\)"):
+        check_shared("m", recipe, shared, 3)
