@@ -8,11 +8,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
-from fedlabel.learning.audit import against_truth, votes_against_truth
-from fedlabel.learning.client import ClientUpdate
-from fedlabel.learning.metrics import Counts, means
+from fedlabel.learning.metrics import means
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
 
@@ -45,17 +44,20 @@ def train(message: Message, context: Context) -> Message:
     shared = cast(dict[str, list[float]], dict(message.content.config_records.get("shared", {})))
     kept = context.state.array_records.get("memory", ArrayRecord({}))
     memory = {name: torch.from_numpy(array.numpy().copy()).to(experiment.device) for name, array in kept.items()}
-    memory |= state_from_lists(shared, experiment.device)
-    update = experiment.train(client, state, round_number, memory, received)
-    if update.kept:
-        context.state["memory"] = ArrayRecord({name: Array(t.cpu().numpy()) for name, t in update.kept.items()})
-    counts: Counts = {"passes": [float(update.forward), float(update.backward)]}
-    claimed_bytes = experiment.recipe.upload.claimed_bytes
-    if claimed_bytes is not None:
-        uploaded = next(iter(update.parts.values())).state
-        counts["claimed_bytes"] = list(claimed_bytes(state, uploaded, len(received)))
-    measured = _measured(update, experiment, client, audit=bool(record.get("audit", False)))
-    return Message(_reply(update, measured[0], {**measured[1], **counts}), reply_to=message)
+    invitation = Invitation(
+        round_number,
+        state,
+        state_from_lists(shared, experiment.device),
+        received.pop("previous", {}),
+        {client: received},
+        audit=bool(record.get("audit", False)),
+    )
+    (result,) = train_cohort(experiment, invitation, [client], [memory])
+    if isinstance(result, Exception):
+        raise result
+    if result.kept:
+        context.state["memory"] = ArrayRecord({name: Array(t.cpu().numpy()) for name, t in result.kept.items()})
+    return Message(_reply(result), reply_to=message)
 
 
 def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
@@ -68,40 +70,27 @@ def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
     }
 
 
-def _measured(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:
-    """Returns a client's metrics and counts; audit: whether the client is simulated, so that its hidden labels may be
-    read.
-    """
-    supervision = experiment.federation.supervision(client)
-    if not audit:
-        unknown = torch.full((len(supervision.candidates),), -1)
-        return dict(update.sums), votes_against_truth(update, supervision, unknown)
-    truth = experiment.federation.hidden_labels(client)
-    sums, counts = against_truth(update, supervision.to(experiment.device), truth)
-    return {**update.sums, **sums}, {**counts, **votes_against_truth(update, supervision, truth)}
-
-
-def _reply(update: ClientUpdate, sums: Counts, counts: Counts) -> RecordDict:
-    """Packs an update: one ArrayRecord and one MetricRecord, as Flower's strategies expect, and the method's own
+def _reply(result: ClientResult) -> RecordDict:
+    """Packs a result: one ArrayRecord and one MetricRecord, as Flower's strategies expect, and the method's own
     records.
     """
-    single = len(update.parts) == 1
+    single = len(result.parts) == 1
     arrays = {
         name if single else f"{part}/{name}": value
-        for part, model in update.parts.items()
+        for part, model in result.parts.items()
         for name, value in model.state.items()
     }
     # Flower's strategies average by num-examples; several parts have a weight each (see server/strategy.py).
-    weights = {f"weight/{part}": float(model.weight) for part, model in update.parts.items()} if not single else {}
-    weight = float(next(iter(update.parts.values())).weight) if single else 1.0
-    loss = means(update.sums).get("train/loss", 0.0)  # QFedAvg weighs clients by it
+    weights = {f"weight/{part}": float(model.weight) for part, model in result.parts.items()} if not single else {}
+    weight = float(next(iter(result.parts.values())).weight) if single else 1.0
+    loss = means(result.sums).get("train/loss", 0.0)  # QFedAvg weighs clients by it
     return RecordDict(
         {
             "arrays": ArrayRecord(arrays),
             "metrics": MetricRecord({"num-examples": weight, "train_loss": loss, **weights}),
-            "sums": ConfigRecord(dict(sums)),
-            "counts": ConfigRecord(dict(counts)),
-            "statistics": ConfigRecord(dict(state_to_lists(update.statistics))),
+            "sums": ConfigRecord(dict(result.sums)),
+            "counts": ConfigRecord(dict(result.counts)),
+            "statistics": ConfigRecord(dict(state_to_lists(result.statistics))),
         }
     )
 

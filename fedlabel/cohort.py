@@ -1,0 +1,97 @@
+"""A round of a cohort of clients: what the server sends to them, and the result of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+
+from fedlabel.experiment import Experiment
+from fedlabel.learning.audit import against_truth, votes_against_truth
+from fedlabel.learning.client import ClientUpdate
+from fedlabel.learning.metrics import Counts
+from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.uploads import ModelPart
+
+
+class Invitation(NamedTuple):
+    """What the server sends to a cohort; its tensors are not changed by anybody."""
+
+    round_number: int
+    """1-based."""
+    model: StateDict
+    """The global weights, in the model's own types and order."""
+    shared: State
+    """See `Shared.broadcast`."""
+    previous: StateDict
+    """The final model of the previous stage (see `Stage`); empty in the first."""
+    helpers: Mapping[int, Mapping[str, StateDict]] = MappingProxyType({})
+    """Client -> models of other clients, by name ("helper0", ...); clients without any are missing."""
+    audit: bool = True
+    """Whether the clients are simulated, so that their hidden labels may be compared with their pseudo-labels."""
+
+
+class ClientResult(NamedTuple):
+    """The result of a client's round, for the server: never samples, labels or posteriors."""
+
+    client: int
+    parts: dict[str, ModelPart]
+    """The uploaded models, see `Upload.send`."""
+    sums: Counts
+    """Metric -> (sum, count) over all steps."""
+    counts: Counts
+    """Further numbers that add up over clients: passes, bytes by the paper's count, counts for the evaluator."""
+    statistics: State
+    """See `Shared.statistics`."""
+    kept: State
+    """See `Memory.keep`: stays with the client."""
+
+
+def train_cohort(
+    experiment: Experiment, invitation: Invitation, clients: Sequence[int], memories: Sequence[State]
+) -> list[ClientResult | Exception]:
+    """Runs the round of some clients.
+
+    Args:
+        experiment: the run's, in this process.
+        invitation: what the server sends; its tensors are on the experiment's device.
+        clients: who trains, in ascending order.
+        memories: what each kept, on any device; empty for a client that never trained.
+
+    Returns:
+        The result of each client, or the exception that its training raised.
+    """
+    results: list[ClientResult | Exception] = []
+    for client, memory in zip(clients, memories, strict=True):
+        try:
+            results.append(_train(experiment, invitation, client, memory))
+        except Exception as error:
+            results.append(error)
+    return results
+
+
+def _train(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> ClientResult:
+    kept = {name: value.to(experiment.device) for name, value in memory.items()}
+    helpers = invitation.helpers.get(client, {})
+    further = {**({"previous": invitation.previous} if invitation.previous else {}), **helpers}
+    update = experiment.train(client, invitation.model, invitation.round_number, {**kept, **invitation.shared}, further)
+    counts: Counts = {"passes": [float(update.forward), float(update.backward)]}
+    claimed_bytes = experiment.recipe.upload.claimed_bytes
+    if claimed_bytes is not None:
+        uploaded = next(iter(update.parts.values())).state
+        counts["claimed_bytes"] = list(claimed_bytes(invitation.model, uploaded, len(further)))
+    sums, audited = _audited(update, experiment, client, invitation.audit)
+    return ClientResult(client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept)
+
+
+def _audited(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:
+    """Returns a client's metrics, and its counts against hidden labels where they may be read."""
+    supervision = experiment.federation.supervision(client)
+    if not audit:
+        unknown = torch.full((len(supervision.candidates),), -1)
+        return dict(update.sums), votes_against_truth(update, supervision, unknown)
+    truth = experiment.federation.hidden_labels(client)
+    sums, counts = against_truth(update, supervision.to(experiment.device), truth)
+    return {**update.sums, **sums}, {**counts, **votes_against_truth(update, supervision, truth)}
