@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -10,10 +11,13 @@ import torch
 
 from fedlabel.experiment import Experiment
 from fedlabel.learning.audit import against_truth, votes_against_truth
-from fedlabel.learning.client import ClientUpdate
+from fedlabel.learning.client import ClientUpdate, LocalRound, train_clients
 from fedlabel.learning.metrics import Counts
+from fedlabel.learning.stacked import why_not
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.uploads import ModelPart
+
+logger = logging.getLogger("fedlabel")
 
 
 class Invitation(NamedTuple):
@@ -50,7 +54,11 @@ class ClientResult(NamedTuple):
 
 
 def train_cohort(
-    experiment: Experiment, invitation: Invitation, clients: Sequence[int], memories: Sequence[State]
+    experiment: Experiment,
+    invitation: Invitation,
+    clients: Sequence[int],
+    memories: Sequence[State],
+    stack: int = 1,
 ) -> list[ClientResult | Exception]:
     """Runs the round of some clients.
 
@@ -59,29 +67,62 @@ def train_cohort(
         invitation: what the server sends; its tensors are on the experiment's device.
         clients: who trains, in ascending order.
         memories: what each kept, on any device; empty for a client that never trained.
+        stack: how many clients in a row train as one stack, where their network and the shapes of their steps allow it;
+            1: none.
 
     Returns:
         The result of each client, or the exception that its training raised.
     """
+    if why_not(experiment.trainer.student) is not None:
+        stack = 1
     results: list[ClientResult | Exception] = []
-    for client, memory in zip(clients, memories, strict=True):
-        try:
-            results.append(_train(experiment, invitation, client, memory))
-        except Exception as error:
-            results.append(error)
+    for start in range(0, len(clients), stack):
+        some = slice(start, start + stack)
+        results += _train(experiment, invitation, clients[some], memories[some])
     return results
 
 
-def _train(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> ClientResult:
+def _train(
+    experiment: Experiment, invitation: Invitation, clients: Sequence[int], memories: Sequence[State]
+) -> list[ClientResult | Exception]:
+    """Runs the round of clients together; if that fails, of each alone, as only one of them may be the cause."""
+    try:
+        rounds = [_round(experiment, invitation, *each) for each in zip(clients, memories, strict=True)]
+        updates = train_clients(
+            experiment.recipe, experiment.trainer, invitation.model, rounds, invitation.round_number
+        )
+        return [
+            _result(experiment, invitation, client, update) for client, update in zip(clients, updates, strict=True)
+        ]
+    except Exception as error:
+        if len(clients) == 1:
+            return [error]
+        logger.info("Clients %d to %d train one by one: %s", clients[0], clients[-1], error)
+    return [
+        result
+        for client, memory in zip(clients, memories, strict=True)
+        for result in _train(experiment, invitation, [client], [memory])
+    ]
+
+
+def _round(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> LocalRound:
     kept = {name: value.to(experiment.device) for name, value in memory.items()}
-    helpers = invitation.helpers.get(client, {})
-    further = {**({"previous": invitation.previous} if invitation.previous else {}), **helpers}
-    update = experiment.train(client, invitation.model, invitation.round_number, {**kept, **invitation.shared}, further)
+    further = {"previous": invitation.previous} if invitation.previous else {}
+    return LocalRound(
+        experiment.client_data(client),
+        experiment.client_seed(client, invitation.round_number),
+        {**kept, **invitation.shared},
+        {**further, **invitation.helpers.get(client, {})},
+    )
+
+
+def _result(experiment: Experiment, invitation: Invitation, client: int, update: ClientUpdate) -> ClientResult:
     counts: Counts = {"passes": [float(update.forward), float(update.backward)]}
     claimed_bytes = experiment.recipe.upload.claimed_bytes
     if claimed_bytes is not None:
-        uploaded = next(iter(update.parts.values())).state
-        counts["claimed_bytes"] = list(claimed_bytes(invitation.model, uploaded, len(further)))
+        uploaded, received = next(iter(update.parts.values())).state, len(invitation.helpers.get(client, {}))
+        received += bool(invitation.previous)
+        counts["claimed_bytes"] = list(claimed_bytes(invitation.model, uploaded, received))
     sums, audited = _audited(update, experiment, client, invitation.audit)
     return ClientResult(client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept)
 

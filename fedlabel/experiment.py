@@ -27,7 +27,7 @@ from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size, running_statistics
-from fedlabel.seeding import derive_seed
+from fedlabel.seeding import Draws, derive_seed
 
 AVERAGES = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 """The strategies whose result is a mean, a median or one of what clients send: right for running statistics, too."""
@@ -76,7 +76,7 @@ class Experiment:
         self._check_strategy(student)
         self.trainer = Trainer(student, self.teacher, self.transform, config.training, config.method.metrics)
         # Fails here, before anything is started, if the augmentation does not fit the images.
-        self.transform.views(self.images[:1], ("weak", "strong"), torch.Generator(self.device))
+        self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
         self._check_upload(frozenset(name for name, _ in student.named_parameters()))
         self.running = running_statistics(student)
@@ -200,9 +200,12 @@ class Experiment:
         helpers: Mapping[str, StateDict] = MappingProxyType({}),
     ) -> ClientUpdate:
         """Runs `client`'s part of a round from `global_state`; all tensors on the device, see `train_client`."""
-        seed = derive_seed(self.config.seed, "client", client, "round", round_number)
-        data = self.client_data(client)
+        seed, data = self.client_seed(client, round_number), self.client_data(client)
         return train_client(self.recipe, self.trainer, global_state, data, round_number, seed, memory, helpers)
+
+    def client_seed(self, client: int, round_number: int) -> int:
+        """Returns the seed of all random numbers of a client in a round."""
+        return derive_seed(self.config.seed, "client", client, "round", round_number)
 
     def train_server(self, global_state: StateDict, round_number: int) -> StateDict:
         """Trains `global_state` on the server's own labels after a round; returns it as it is if there are none."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def derive_seed(root: int, *scope: str | int) -> int:
@@ -32,3 +34,35 @@ def torch_generator(root: int, *scope: str | int, device: torch.device | str = "
 def numpy_generator(root: int, *scope: str | int) -> np.random.Generator:
     """Returns a numpy generator seeded by `derive_seed`."""
     return np.random.default_rng(derive_seed(root, *scope))
+
+
+class Draws:
+    """Random numbers for a batch whose samples belong to several clients in equal shares, one client after the other.
+
+    Each client's come from its own generator, so that they do not depend on who shares the batch; all are made on the
+    CPU, so that they do not depend on the device either.
+    """
+
+    def __init__(self, *generators: torch.Generator) -> None:
+        """Takes a CPU generator for each client."""
+        self._generators: Sequence[torch.Generator] = generators
+
+    def integers(self, low: int, high: int, shape: Sequence[int], dim: int = 0) -> Tensor:
+        """Returns int64 in [low, high); dim: the dimension of `shape` that counts the samples."""
+        return self._drawn(lambda size, g: torch.randint(low, high, size, generator=g), shape, dim)
+
+    def uniform(self, shape: Sequence[int], dim: int = 0) -> Tensor:
+        """Returns float32 in [0, 1); dim: see `integers`."""
+        return self._drawn(lambda size, g: torch.rand(size, generator=g), shape, dim)
+
+    def normal(self, shape: Sequence[int], dim: int = 0) -> Tensor:
+        """Returns float32 with mean 0 and variance 1; dim: see `integers`."""
+        return self._drawn(lambda size, g: torch.randn(size, generator=g), shape, dim)
+
+    def _drawn(self, draw: Callable[[list[int], torch.Generator], Tensor], shape: Sequence[int], dim: int) -> Tensor:
+        size = list(shape)
+        if len(self._generators) == 1:
+            return draw(size, self._generators[0])
+        assert size[dim] % len(self._generators) == 0, (size, dim, len(self._generators))
+        size[dim] //= len(self._generators)
+        return torch.cat([draw(size, generator) for generator in self._generators], dim)

@@ -21,6 +21,7 @@ from rich.table import Table
 from torchvision.transforms import v2
 
 from fedlabel.data.augment import AugmentConfig, strong
+from fedlabel.seeding import Draws
 
 REPEATS = 15
 SECONDS_PER_REPEAT = 0.1
@@ -40,6 +41,7 @@ def compare(batch: int, channels: int, side: int, device: torch.device) -> tuple
     """Median images/s of the batched form and of the loop, and the median of the ratios of neighbouring repeats."""
     config = AugmentConfig()
     generator = torch.Generator(device).manual_seed(0)
+    draws = Draws(torch.Generator().manual_seed(0))
     images = torch.randint(0, 256, (batch, channels, side, side), dtype=torch.uint8, generator=generator, device=device)
     on_cpu = images.cpu()
     per_image = v2.Compose(
@@ -51,7 +53,7 @@ def compare(batch: int, channels: int, side: int, device: torch.device) -> tuple
     )
 
     def batched() -> torch.Tensor:
-        return strong(images, generator, config, flip=True)
+        return strong(images, draws, config, flip=True)
 
     def loop() -> torch.Tensor:
         return torch.stack([per_image(image) for image in on_cpu]).to(device)

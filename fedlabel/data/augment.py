@@ -10,7 +10,7 @@ What differs from torchvision, and why:
   values, so each of these families is one `gather`; the rest are torchvision's own functions on a group of samples.
 * The tables are made by running torchvision's functions on an image of pixel indices (or of all 256 values), on the
   CPU. So pixels equal torchvision's by construction, and are the same whatever device uses the tables.
-* Random numbers come only from the generator that is passed in, never from torch's global state.
+* Random numbers come only from the generators that are passed in, never from torch's global state.
 
 What differs from Cutout as published: the square always lies wholly inside the image, so its area never varies, and it
 is mid-grey, as usual with FixMatch (Sohn et al., 2020, https://arxiv.org/abs/2001.07685), so it shows on black ground.
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.augment_tables import drop_features, jitter
+from fedlabel.seeding import Draws
 
 NUM_MAGNITUDE_BINS = 31
 """Magnitudes are 0 to 30, as in torchvision's `RandAugment`."""
@@ -107,12 +108,12 @@ class AugmentConfig:
                 )
 
 
-def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip: bool) -> Tensor:
+def weak(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Tensor:
     """Returns a random crop of every image, half of them mirrored; of a table, rows with jitter.
 
     Args:
         images: (batch, channels, height, width), uint8; or (batch, features, 1, 1), float32. The batch may be empty.
-        generator: source of all random numbers, on the device of `images`.
+        draws: source of all random numbers.
         config: of images `crop_padding` and `flip` are used, of tables `jitter`.
         flip: whether the data set allows mirroring; `config.flip`, if not None, overrides it.
 
@@ -124,7 +125,7 @@ def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip
     """
     if images.is_floating_point():
         config.check_table()
-        return jitter(images, generator, config.jitter)
+        return jitter(images, draws, config.jitter)
     assert images.dtype == torch.uint8, images.dtype
     height, width = images.shape[-2:]
     padding = min(height, width) // 8 if config.crop_padding is None else config.crop_padding
@@ -141,25 +142,24 @@ def weak(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip
     rows = torch.arange(height, device=device).expand(batch, height)
     columns = torch.arange(width, device=device).expand(batch, width)
     if padding:
-        shift = torch.randint(-padding, padding + 1, (2, batch, 1), generator=generator, device=device)
+        shift = draws.integers(-padding, padding + 1, (2, batch, 1), dim=1).to(device)
         rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
     if flip:
-        mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+        mirrored = (draws.uniform((batch, 1)) < 0.5).to(device)
         columns = torch.where(mirrored, columns.flip(1), columns)
     sources = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     return _take_pixels(images.flatten(2), sources).view_as(images)
 
 
-def strong(images: Tensor, generator: torch.Generator, config: AugmentConfig, flip: bool) -> Tensor:
+def strong(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Tensor:
     """Returns RandAugment of every image, then cropped and mirrored as by `weak`, then with Cutout if configured.
 
-    Each image gets its own operations and signs. The grouping waits for the device once per operation round. A row of
-    a table gets jitter as by `weak`, and then loses features.
+    Each image gets its own operations and signs. A row of a table gets jitter as by `weak`, and then loses features.
 
     Args:
         images: (batch, channels, height, width), uint8, 1 or 3 channels; or (batch, features, 1, 1), float32. The
             batch may be empty.
-        generator: source of all random numbers, on the device of `images`.
+        draws: source of all random numbers.
         config: all fields are used.
         flip: whether the data set allows mirroring; `config.flip`, if not None, overrides it.
 
@@ -170,13 +170,13 @@ def strong(images: Tensor, generator: torch.Generator, config: AugmentConfig, fl
         ValueError: as by `weak`.
     """
     if images.is_floating_point():
-        return drop_features(weak(images, generator, config, flip), generator, config.feature_dropout)
+        return drop_features(weak(images, draws, config, flip), draws, config.feature_dropout)
     assert images.dtype == torch.uint8, images.dtype
     for _ in range(config.num_ops):
-        codes = torch.randint(NUM_CODES, (len(images),), generator=generator, device=images.device)
+        codes = draws.integers(0, NUM_CODES, (len(images),))
         images = apply_operations(images, codes, config.magnitude)
-    images = weak(images, generator, config, flip)
-    return _cutout(images, generator, config.cutout) if config.cutout else images
+    images = weak(images, draws, config, flip)
+    return _cutout(images, draws, config.cutout) if config.cutout else images
 
 
 def apply_operations(images: Tensor, codes: Tensor, magnitude: int) -> Tensor:
@@ -184,17 +184,17 @@ def apply_operations(images: Tensor, codes: Tensor, magnitude: int) -> Tensor:
 
     Args:
         images: (batch, channels, height, width), uint8, 1 or 3 channels.
-        codes: (batch,), int64 in [0, NUM_CODES); see `OPERATIONS`.
+        codes: (batch,), int64 in [0, NUM_CODES); see `OPERATIONS`. On the CPU: else the grouping waits for the device.
         magnitude: strength of every operation, 0 to 30.
 
     Returns:
         Images of the same shape, type and device, equal to torchvision's functions applied one image at a time.
     """
     height, width = images.shape[-2:]
-    codes, order = codes.sort()
+    codes, order = codes.cpu().sort()
+    start = torch.searchsorted(codes, torch.arange(NUM_CODES + 1)).tolist()  # where each code's samples begin
+    codes, order = codes.to(images.device), order.to(images.device)
     images = images[order]
-    # Where each code's samples begin, as Python numbers: the one wait for the device here.
-    start = torch.searchsorted(codes, torch.arange(NUM_CODES + 1, device=codes.device)).tolist()
     result = torch.empty_like(images)
 
     group = slice(0, start[_POINTWISE_START])
@@ -223,19 +223,19 @@ def _reflect(position: Tensor, size: int) -> Tensor:
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
 
-def _cutout(images: Tensor, generator: torch.Generator, fraction: float) -> Tensor:
+def _cutout(images: Tensor, draws: Draws, fraction: float) -> Tensor:
     """Fills one square of `CUTOUT_FILL` in each image, wholly inside it, at uniformly random places.
 
     Args:
         images: (batch, channels, height, width), uint8.
-        generator: source of the places, on the device of `images`.
+        draws: source of the places.
         fraction: side of the square as a fraction of the shorter image side, rounded to whole pixels.
     """
     batch, _, height, width = images.shape
     side = round(fraction * min(height, width))
 
     def covered(size: int) -> Tensor:
-        first = torch.randint(size - side + 1, (batch, 1), generator=generator, device=images.device)
+        first = draws.integers(0, size - side + 1, (batch, 1)).to(images.device)
         offset = torch.arange(size, device=images.device) - first
         return (offset >= 0) & (offset < side)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedlabel.data.labels.supervision import Supervision
-from fedlabel.learning.batches import BatchMaker
+from fedlabel.learning.batches import BatchMaker, Samples
 from fedlabel.learning.meter import Meter
-from fedlabel.learning.plan import Plan, Pool, count_steps, plan_phase, sample_pool
+from fedlabel.learning.plan import Pool, count_steps, plan_phase, sample_pool
+from fedlabel.learning.stacked import Stack
 from fedlabel.learning.step import Stepper, counted, frozen_model
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
@@ -22,7 +25,7 @@ from fedlabel.methods.losses import pseudo_metrics
 from fedlabel.methods.recipe import Phase, Recipe
 from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.metric_tags import Tag, client_tags
-from fedlabel.seeding import derive_seed, torch_generator
+from fedlabel.seeding import Draws, derive_seed, torch_generator
 
 SURVEY_BATCH = 500
 """Samples a model sees at once when a client's whole data are looked at."""
@@ -80,6 +83,18 @@ class Trainer:
     """See `Method.metrics`."""
 
 
+class LocalRound(NamedTuple):
+    """What a client's round starts from, besides the received weights."""
+
+    data: ClientData
+    seed: int
+    """The client's for this round; all random numbers derive from it."""
+    memory: State
+    """What the client kept, and what the server shares."""
+    further: Mapping[str, StateDict] = _NO_STATES
+    """Further weights that came along ("previous", "helper0", ...)."""
+
+
 def train_client(
     recipe: Recipe,
     trainer: Trainer,
@@ -90,7 +105,7 @@ def train_client(
     memory: State | None = None,
     extra_states: Mapping[str, StateDict] = _NO_STATES,
 ) -> ClientUpdate:
-    """Runs one client's round.
+    """Runs one client's round, see `train_clients`.
 
     Args:
         recipe: the method's.
@@ -98,35 +113,58 @@ def train_client(
         global_state: the received weights; not changed.
         data: the client's samples and their supervision.
         round_number: 1-based.
-        seed: the client's seed for this round; all random numbers derive from it.
-        memory: what the client kept and the server shares; None: as for a client that never trained.
-        extra_states: further weights that came along ("previous", "helper0", ...).
+        seed: see `LocalRound`.
+        memory: likewise; None: as for a client that never trained.
+        extra_states: see `LocalRound.further`.
+    """
+    client = LocalRound(data, seed, memory or {}, extra_states)
+    return train_clients(recipe, trainer, global_state, [client], round_number)[0]
+
+
+def train_clients(
+    recipe: Recipe, trainer: Trainer, global_state: StateDict, clients: Sequence[LocalRound], round_number: int
+) -> list[ClientUpdate]:
+    """Runs the round of several clients; those whose steps have the same shapes train as one stack.
+
+    Args:
+        recipe: the method's.
+        trainer: modules, views and optimiser.
+        global_state: the received weights; not changed.
+        clients: who trains.
+        round_number: 1-based.
 
     Raises:
         ValueError: the method makes a metric that is not declared, see `Method.metrics`, or keeps what `Memory.like`
             does not name.
 
     Returns:
-        The update. A phase without samples, or with 0 steps, does not run; a step that uses no sample moves nothing.
+        The updates. A phase without samples, or with 0 steps, does not run; a step that uses no sample moves nothing.
+        Weights may share memory with those of other clients.
     """
-    memory = {**recipe.memory.start(data.supervision.candidates), **(memory or {})}
-    states = {"global": global_state, **recipe.memory.models(global_state, memory), **extra_states}
-    run = _Run(trainer, trainer.config, data, states, seed, memory)
+    runs = []
+    for client in clients:
+        memory = {**recipe.memory.start(client.data.supervision.candidates), **client.memory}
+        states = {"global": global_state, **recipe.memory.models(global_state, memory), **client.further}
+        runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory))
     for phase in recipe.phases(round_number):
-        run.phase(phase)
+        run_phase(runs, phase)
     parameters = frozenset(name for name, _ in trainer.student.named_parameters())
+    return [_update(recipe, run, global_state, parameters) for run in runs]
+
+
+def _update(recipe: Recipe, run: _Run, global_state: StateDict, parameters: frozenset[str]) -> ClientUpdate:
     examples = sum(result.examples for result in run.results)
-    weight = weight_in_mean(trainer.config, examples, int(run.drawn_from.sum()))
+    weight = weight_in_mean(run.config, examples, int(run.drawn_from.sum()))
     rows, pseudo = run.meter.pseudo_labels()
     kept = recipe.memory.keep(run.memory, run.results)
-    if further := sorted(kept.keys() - recipe.memory.like(memory, global_state).keys()):
+    if further := sorted(kept.keys() - recipe.memory.like(run.first_memory, global_state).keys()):
         raise ValueError(
             f"The method keeps {', '.join(further[:3])}, which `Memory.like` does not name, so that no run could be "
             "resumed: give `Memory` a function `like` that names it."
         )
     return ClientUpdate(
         parts=recipe.upload.send(global_state, run.results, parameters, weight),
-        sums={name: value.tolist() for name, value in run.meter.sums.items()},
+        sums=run.meter.sums(),
         statistics=recipe.shared.statistics(run.memory),
         kept=kept,
         pseudo_index=rows,
@@ -159,12 +197,118 @@ def train_server(recipe: Recipe, trainer: Trainer, global_state: StateDict, data
     memory = recipe.memory.start(data.supervision.candidates)
     run = _Run(trainer, config, data, {"global": global_state}, seed, memory)
     for phase in recipe.server_phases:
-        run.phase(phase)
+        run_phase([run], phase)
     return run.results[-1].state if run.results else global_state
 
 
+class _Ready(NamedTuple):
+    """A client before the steps of a phase."""
+
+    run: _Run
+    samples: Samples
+    teachers: Mapping[str, StateDict]
+    """Name -> weights."""
+
+    @property
+    def shapes(self) -> Hashable:
+        """What clients that are stacked have in common: the shapes of their steps and memories."""
+        steps = {
+            tuple(tuple(part.shape) for part in (*step[:3], step.pseudo, *(step.units or ())))
+            for step in self.samples.plan.steps
+        }
+        unique = tuple(steps) if len(steps) == 1 else id(self)
+        memory = tuple((name, tuple(value.shape)) for name, value in self.run.memory.items())
+        return unique, memory, tuple(self.teachers), tuple(map(len, self.teachers.values()))
+
+
+def run_phase(runs: Sequence[_Run], phase: Phase) -> None:
+    """Runs a phase of several clients, of those that have samples and steps."""
+    alike: dict[Hashable, list[_Ready]] = {}
+    for run in runs:
+        ready = run.prepare(phase)
+        if ready is not None:
+            alike.setdefault(ready.shapes, []).append(ready)
+    for group in alike.values():
+        if len(group) == 1:
+            _train_alone(group[0], phase)
+        else:
+            _train_stacked(group, phase)
+
+
+def _train_alone(ready: _Ready, phase: Phase) -> None:
+    """Runs the steps of a phase of one client."""
+    run, trainer, images = ready.run, ready.run.trainer, ready.samples.images
+    student = trainer.student
+    examples = torch.zeros((), dtype=torch.float64, device=images.device)
+    with _seeded(derive_seed(run.seed, phase.name, "model"), images.device):
+        student.load_state_dict(run.states[phase.start])
+        student.train()
+        teachers = {name: run.model(state) for name, state in ready.teachers.items()}
+        steppers = [
+            Stepper.of(student, update, phase.proximal, run.states["global"], run.config, run.meter)
+            for update in phase.updates
+        ]
+        batches = BatchMaker(phase.draw, [ready.samples], trainer.transform, stacked=False)
+        for place, drawn in enumerate(ready.samples.plan.steps):
+            batch = batches.make(place, run.memory)
+            for stepper in steppers:
+                step = stepper.step(teachers, batch._replace(memory=run.memory))
+                run.meter.add(step.metrics)
+                run.meter.add_pseudo(step.pseudo, drawn.pseudo, drawn.guessed)
+                run.memory = step.memory if step.memory is not None else run.memory
+                examples += step.examples
+        student.requires_grad_(True)
+        state = {name: value.detach().clone() for name, value in student.state_dict().items()}
+    run.finish(phase, state, float(examples))
+
+
+def _train_stacked(group: Sequence[_Ready], phase: Phase) -> None:
+    """Runs the steps of a phase of several clients whose steps have the same shapes; their number may differ."""
+    group = sorted(group, key=lambda ready: -len(ready.samples.plan.steps))
+    runs, first = [ready.run for ready in group], group[0].run
+    trainer, lengths = first.trainer, [len(ready.samples.plan.steps) for ready in group]
+    stack = Stack(
+        trainer.student,
+        trainer.teacher,
+        phase,
+        first.config,
+        first.states["global"],
+        [run.states[phase.start] for run in runs],
+        {name: [ready.teachers[name] for ready in group] for name in group[0].teachers},
+        [run.memory for run in runs],
+    )
+    batches = BatchMaker(phase.draw, [ready.samples for ready in group], trainer.transform, stacked=True)
+    examples = torch.zeros(len(group), dtype=torch.float64, device=group[0].samples.images.device)
+    backward, forward = torch.zeros_like(examples), [0] * len(group)
+    sums: dict[str, Tensor] = {}
+    for place in range(lengths[0]):
+        clients = sum(length > place for length in lengths)
+        for step in stack.step(partial(batches.make, place, clients=clients), clients):
+            examples[:clients] += step.examples
+            backward[:clients] += step.backward
+            first.meter.check(step.metrics)
+            for name, pairs in step.metrics.items():
+                total = sums.setdefault(name, torch.zeros(len(group), 2, dtype=torch.float64, device=examples.device))
+                total[:clients] += pairs
+            for number, ready in enumerate(group[:clients]):
+                forward[number] += step.forward
+                if step.pseudo is not None:
+                    drawn = ready.samples.plan.steps[place]
+                    pseudo = PseudoLabels(*(values[number] for values in step.pseudo))
+                    ready.run.meter.add_pseudo(pseudo, drawn.pseudo, drawn.guessed)
+    names = list(stack.state)
+    used, propagated = examples.tolist(), backward.tolist()
+    of_metric = {name: total.cpu() for name, total in sums.items()}
+    for number, run in enumerate(runs):
+        run.meter.add({name: total[number] for name, total in of_metric.items()})
+        run.meter.forward += forward[number]
+        run.meter.backward += int(propagated[number])
+        run.memory = stack.memory_of(number)
+        run.finish(phase, {name: stack.state[name][number] for name in names}, used[number])
+
+
 class _Run:
-    """The phases of one round on one client's data."""
+    """One client's round: its states, memory and measurements so far."""
 
     def __init__(
         self,
@@ -176,49 +320,55 @@ class _Run:
         memory: State,
     ) -> None:
         self.results: list[PhaseResult] = []
-        self.memory = memory
+        self.memory = self.first_memory = memory
         self.meter = Meter(client_tags(trainer.metrics))
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         """Samples that a phase could draw."""
-        self._trainer, self._config, self._data, self._states, self._seed = trainer, config, data, states, seed
+        self.trainer, self.config, self.states, self.seed = trainer, config, states, seed
+        self._data = data
 
-    def phase(self, phase: Phase) -> None:
-        """Runs a phase, if it has samples and steps; adds its final state to `results`, for later phases."""
-        pool = sample_pool(phase.draw, self._data.supervision, self._config)
+    def prepare(self, phase: Phase) -> _Ready | None:
+        """Runs the E step of a phase and draws its steps; returns None if it has none."""
+        pool = sample_pool(phase.draw, self._data.supervision, self.config)
         self.drawn_from[torch.cat([pool.labeled, pool.unlabeled])] = True
-        self._states[phase.name] = self._states[phase.start]
-        idle = count_steps(phase, self._config, 1, 1) == 0
+        self.states[phase.name] = self.states[phase.start]
+        idle = count_steps(phase, self.config, 1, 1) == 0
         if len(pool) == 0 or (idle and phase.prepare is None):
-            return
+            return None
         # Models of other clients come along only in some rounds.
-        present = [name for name in phase.teachers if name in self._states or not name.startswith("helper")]
-        teachers = {name: self._teacher(self._states[name]) for name in present}
-        with _seeded(derive_seed(self._seed, phase.name, "model"), self._data.images.device):
-            self._trainer.student.load_state_dict(self._states[phase.start])
-            prepared = self._prepare(phase, teachers, pool)
-            plan = plan_phase(phase, pool, prepared.draw, self._data.supervision, self._config, self._seed)
-            if idle or sum(plan.sizes) == 0:
-                return
-            examples = self._steps(phase, plan, prepared.targets, teachers)
-        state = {name: value.detach().clone() for name, value in self._trainer.student.state_dict().items()}
-        self.results.append(PhaseResult(phase.name, state, examples, phase.start))
-        self._states[phase.name] = state
+        present = [name for name in phase.teachers if name in self.states or not name.startswith("helper")]
+        teachers = {name: self.states[name] for name in present}
+        prepared = self._prepared(phase, teachers, pool)
+        plan = plan_phase(phase, pool, prepared.draw, self._data.supervision, self.config, self.seed)
+        if idle or sum(plan.sizes) == 0:
+            return None
+        generator = torch_generator(self.seed, phase.name, "augment")
+        samples = Samples(self._data.images, self._data.supervision, prepared.targets, plan, generator)
+        return _Ready(self, samples, teachers)
 
-    def _teacher(self, state: StateDict) -> Model:
-        partial = len(state) < len(self._states["global"])
-        frozen = frozen_model(self._trainer.teacher, state, self._trainer.student if partial else None)
+    def finish(self, phase: Phase, state: StateDict, examples: float) -> None:
+        """Adds the final state of a phase to `results`, for later phases, and the number of samples it used."""
+        self.results.append(PhaseResult(phase.name, state, examples, phase.start))
+        self.states[phase.name] = state
+
+    def model(self, state: StateDict) -> Model:
+        """Returns a teacher; weights that it lacks are the student's, as they are at each call."""
+        partial_state = len(state) < len(self.states["global"])
+        frozen = frozen_model(self.trainer.teacher, state, self.trainer.student if partial_state else None)
         return counted(frozen, self.meter)
 
-    def _prepare(self, phase: Phase, teachers: Mapping[str, Model], pool: Pool) -> Prepared:
+    def _prepared(self, phase: Phase, states: Mapping[str, StateDict], pool: Pool) -> Prepared:
         """Runs the phase's E step over all of the client's samples, if it has one."""
         if phase.prepare is None:
             return Prepared({})
-        images, transform = self._data.images, self._trainer.transform
+        images, transform = self._data.images, self.trainer.transform
+        self.trainer.student.load_state_dict(self.states[phase.start])
+        teachers = {name: self.model(state) for name, state in states.items()}
 
         def predict(teacher: str, view: str, *part: str) -> Tensor:
-            generator = torch_generator(self._seed, phase.name, "prepare", teacher, view, device=images.device)
+            draws = Draws(torch_generator(self.seed, phase.name, "prepare", teacher, view))
             chunks = images.split(SURVEY_BATCH)
-            return torch.cat([teachers[teacher](transform.views(c, (view,), generator)[view], *part) for c in chunks])
+            return torch.cat([teachers[teacher](transform.views(c, (view,), draws)[view], *part) for c in chunks])
 
         def inputs() -> Tensor:
             return transform.normalize(images)
@@ -233,30 +383,6 @@ class _Run:
             self.meter.add(pseudo_metrics(labels))
             self.meter.add_pseudo(labels, rows, torch.ones(len(rows), dtype=torch.bool))
         return prepared
-
-    def _steps(self, phase: Phase, plan: Plan, targets: Mapping[str, Tensor], teachers: Mapping[str, Model]) -> float:
-        """Trains the student; returns the number of samples that its steps used."""
-        student, images = self._trainer.student, self._data.images
-        student.train()
-        steppers = [
-            Stepper.of(student, update, phase.proximal, self._states["global"], self._config, self.meter)
-            for update in phase.updates
-        ]
-        generator = torch_generator(self._seed, phase.name, "augment", device=images.device)
-        batches = BatchMaker(
-            phase.draw, plan, images, self._data.supervision, targets, self._trainer.transform, generator
-        )
-        examples = torch.zeros((), dtype=torch.float64, device=images.device)
-        for drawn in plan.steps:
-            batch = batches.make(drawn, self.memory)
-            for stepper in steppers:
-                step = stepper.step(teachers, batch._replace(memory=self.memory))
-                self.meter.add(step.metrics)
-                self.meter.add_pseudo(step.pseudo, drawn.pseudo, drawn.guessed)
-                self.memory = step.memory if step.memory is not None else self.memory
-                examples += step.examples
-        student.requires_grad_(True)
-        return float(examples)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,6 @@ class Meter:
 
     def __init__(self, tags: Mapping[str, Tag]) -> None:
         self._tags = tags
-        self.sums: dict[str, Tensor] = {}
-        """Metric -> (2,) float64 (sum, count)."""
         self.forward = 0
         """Samples sent through a model, student's and teachers' alike."""
         self.backward: int | Tensor = 0
@@ -30,6 +29,8 @@ class Meter:
         """See `Prepared.pairs`."""
         self.votes: Votes | None = None
         """See `Prepared.votes`."""
+        self._pairs: dict[str, list[Tensor]] = {}
+        """Metric -> (2,) (sum, count) of each step."""
         self._rows: list[Tensor] = []
         self._pseudo: list[PseudoLabels] = []
 
@@ -39,14 +40,35 @@ class Meter:
         Raises:
             ValueError: one is not declared, so that the server would refuse it.
         """
+        self.check(metrics)
         for name, pair in metrics.items():
+            self._pairs.setdefault(name, []).append(pair)
+
+    def check(self, metrics: Mapping[str, Tensor]) -> None:
+        """Checks the names of metrics.
+
+        Raises:
+            ValueError: see `add`.
+        """
+        for name in metrics:
             if name not in self._tags:
                 raise ValueError(
                     f"The method makes the metric {name}, which is not declared, so the server would refuse it. "
                     f'Declare it: metrics = (Tag("{name}", title, unit, page, least=0.0, largest=1.0),) in the '
                     "method's class, with Tag of fedlabel.metric_tags."
                 )
-            self.sums[name] = self.sums[name] + pair.double() if name in self.sums else pair.double()
+
+    def sums(self) -> dict[str, list[float]]:
+        """Returns metric -> (sum, count) over all steps, added in their order in double precision."""
+        pairs = [pair for values in self._pairs.values() for pair in values]
+        if not pairs:
+            return {}
+        if len({pair.dtype for pair in pairs}) > 1:
+            pairs = [pair.double() for pair in pairs]
+        numbers = torch.stack(pairs).detach().double().cpu().numpy()  # the only wait for the device
+        ends = np.cumsum([len(values) for values in self._pairs.values()])
+        parts = np.split(numbers, ends[:-1])
+        return {name: part.sum(0).tolist() for name, part in zip(self._pairs, parts, strict=True)}
 
     def add_pseudo(self, pseudo: PseudoLabels | None, rows: Tensor, guessed: Tensor) -> None:
         """Records pseudo-labels of samples `rows` (m,), positions in the client's data, where `guessed` (m,) bool."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig, strong, weak
+from fedlabel.seeding import Draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +29,13 @@ class ImageTransform:
         values = images if images.is_floating_point() else images.float() / 255
         return (values - self.mean) / self.std
 
-    def views(self, images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    def views(self, images: Tensor, names: tuple[str, ...], draws: Draws) -> dict[str, Tensor]:
         """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn independently."""
         mild = strong if self.augment.weak_as_strong else weak
         makers = {
             "clean": lambda: images,
-            "weak": lambda: mild(images, generator, self.augment, self.allow_flip),
-            "strong": lambda: strong(images, generator, self.augment, self.allow_flip),
-            "strong2": lambda: strong(images, generator, self.augment, self.allow_flip),
+            "weak": lambda: mild(images, draws, self.augment, self.allow_flip),
+            "strong": lambda: strong(images, draws, self.augment, self.allow_flip),
+            "strong2": lambda: strong(images, draws, self.augment, self.allow_flip),
         }
         return {name: self.normalize(makers[name]()) for name in names}

@@ -20,6 +20,7 @@ from fedlabel.data.augment import (
     strong,
     weak,
 )
+from fedlabel.seeding import Draws
 
 PLAIN = AugmentConfig(crop_padding=0, flip=False)
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 17, 30)]
@@ -27,6 +28,10 @@ SHAPES = [(1, 28, 28), (3, 32, 32), (3, 17, 30)]
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws_of(seed: int = 0) -> Draws:
+    return Draws(generator(seed))
 
 
 def images_of(shape: tuple[int, int, int], batch: int) -> Tensor:
@@ -106,7 +111,7 @@ def test_operations_and_signs_are_uniform_and_per_sample() -> None:
     """
     image = torch.randint(30, 220, (1, 3, 32, 32), dtype=torch.uint8, generator=generator(1))
     batch = 5600
-    results = strong(image.expand(batch, -1, -1, -1), generator(5), PLAIN, flip=False)
+    results = strong(image.expand(batch, -1, -1, -1), draws_of(5), PLAIN, flip=False)
     possible = apply_operations(image.expand(NUM_CODES, -1, -1, -1), torch.arange(NUM_CODES), 10)
     found = 0
     for candidate in possible.unique(dim=0):
@@ -121,10 +126,10 @@ def test_operations_and_signs_are_uniform_and_per_sample() -> None:
 def test_two_operations_are_two_steps() -> None:
     """Fails if `num_ops` is ignored, or the second round repeats the draw of the first."""
     images = images_of((3, 32, 32), 64)
-    two = strong(images, generator(), dataclasses.replace(PLAIN, num_ops=2), flip=False)
-    assert not torch.equal(two, strong(images, generator(), PLAIN, flip=False))
-    draws = generator()
-    first, second = (torch.randint(NUM_CODES, (64,), generator=draws) for _ in range(2))
+    two = strong(images, draws_of(), dataclasses.replace(PLAIN, num_ops=2), flip=False)
+    assert not torch.equal(two, strong(images, draws_of(), PLAIN, flip=False))
+    draws = draws_of()
+    first, second = (draws.integers(0, NUM_CODES, (64,)) for _ in range(2))
     assert torch.equal(two, apply_operations(apply_operations(images, first, 10), second, 10))
 
 
@@ -133,7 +138,7 @@ def test_weak_crop_is_a_window_of_the_reflected_image(padding: int) -> None:
     """Fails if the index arithmetic differs from reflect padding and slicing, or places are not drawn per sample."""
     config = AugmentConfig(crop_padding=padding, flip=False)
     images = torch.randint(0, 256, (200, 1, 7, 9), dtype=torch.uint8, generator=generator(2))
-    views = weak(images, generator(), config, flip=True)
+    views = weak(images, draws_of(), config, flip=True)
     places = set()
     for image, view in zip(images, views, strict=True):
         padded = F.pad(image, [padding] * 4, padding_mode="reflect")
@@ -162,7 +167,7 @@ def test_flip() -> None:
         (True, False, False),
     ]:
         config = AugmentConfig(crop_padding=0, flip=override)
-        views = weak(images, generator(), config, flip=allowed)
+        views = weak(images, draws_of(), config, flip=allowed)
         kept = (views == images).flatten(1).all(1)
         mirrored = (views == images.flip(3)).flatten(1).all(1)
         assert bool((kept ^ mirrored).all())
@@ -176,10 +181,10 @@ def test_strong_is_operations_then_weak() -> None:
     """Fails if the order changes: after a crop, a rotation's black corners would never be mirrored into the image."""
     images = images_of((3, 32, 32), 64)
     config = AugmentConfig()
-    draws = generator(8)
-    codes = torch.randint(NUM_CODES, (64,), generator=draws)
+    draws = draws_of(8)
+    codes = draws.integers(0, NUM_CODES, (64,))
     expected = weak(apply_operations(images, codes, config.magnitude), draws, config, flip=True)
-    assert torch.equal(strong(images, generator(8), config, flip=True), expected)
+    assert torch.equal(strong(images, draws_of(8), config, flip=True), expected)
 
 
 @pytest.mark.parametrize(("shape", "fraction", "side"), [((3, 32, 32), 0.5, 16), ((1, 28, 20), 0.26, 5)])
@@ -189,8 +194,8 @@ def test_cutout_fills_one_square_of_exact_area(shape: tuple[int, int, int], frac
     No operation turns a constant image of 200 into the fill's value, so the square is where the two views differ.
     """
     images = torch.full((300, *shape), 200, dtype=torch.uint8)
-    plain = strong(images, generator(6), PLAIN, flip=False)
-    cut = strong(images, generator(6), dataclasses.replace(PLAIN, cutout=fraction), flip=False)
+    plain = strong(images, draws_of(6), PLAIN, flip=False)
+    cut = strong(images, draws_of(6), dataclasses.replace(PLAIN, cutout=fraction), flip=False)
     corners = set()
     for before, after in zip(plain, cut, strict=True):
         rows, columns = torch.where((before != after).any(0))
@@ -211,11 +216,11 @@ def test_seed_decides_and_global_state_is_untouched(view: Callable[..., Tensor])
     images = images_of((3, 32, 32), 32)
     config = AugmentConfig(num_ops=2, cutout=0.5)
     state = torch.get_rng_state()
-    first = view(images, generator(9), config, True)
+    first = view(images, draws_of(9), config, True)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(1)
-    assert torch.equal(view(images, generator(9), config, True), first)
-    assert not torch.equal(view(images, generator(10), config, True), first)
+    assert torch.equal(view(images, draws_of(9), config, True), first)
+    assert not torch.equal(view(images, draws_of(10), config, True), first)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -224,7 +229,7 @@ def test_seed_decides_and_global_state_is_untouched(view: Callable[..., Tensor])
 def test_empty_and_single_batches(shape: tuple[int, int, int], view: Callable[..., Tensor], batch: int) -> None:
     """Fails if a client's last, short batch, or one without any unlabelled data, breaks a view."""
     images = images_of(shape, 4)[:batch]
-    result = view(images, generator(), AugmentConfig(num_ops=2, cutout=0.5), True)
+    result = view(images, draws_of(), AugmentConfig(num_ops=2, cutout=0.5), True)
     assert result.shape == images.shape
     assert result.dtype == torch.uint8
 
@@ -235,7 +240,7 @@ def test_input_is_neither_changed_nor_shared() -> None:
     before = images.clone()
     for config in (PLAIN, AugmentConfig(cutout=0.5)):
         for view in (weak, strong):
-            view(images, generator(), config, flip=True).fill_(0)
+            view(images, draws_of(), config, flip=True).fill_(0)
             assert torch.equal(images, before)
 
 
@@ -245,7 +250,7 @@ def test_geometric_and_pointwise_operations_are_the_same_on_cuda() -> None:
     images = images_of((3, 32, 32), 18)
     on_cuda = apply_operations(images.cuda(), torch.arange(18).cuda(), 10)
     assert torch.equal(on_cuda.cpu(), apply_operations(images, torch.arange(18), 10))
-    view = strong(images.cuda(), torch.Generator("cuda").manual_seed(0), AugmentConfig(cutout=0.5), flip=True)
+    view = strong(images.cuda(), draws_of(), AugmentConfig(cutout=0.5), flip=True)
     assert view.is_cuda
 
 
@@ -270,13 +275,13 @@ def test_padding_as_large_as_the_image_is_refused() -> None:
     """Fails if the mirror index leaves the image, which would gather wrong pixels."""
     images = torch.zeros(2, 1, 8, 6, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"`augment.crop_padding` \(=6\) must be smaller than the image side \(=6\)"):
-        weak(images, generator(), AugmentConfig(crop_padding=6), flip=False)
-    assert weak(images, generator(), AugmentConfig(crop_padding=5), flip=False).shape == images.shape
+        weak(images, draws_of(), AugmentConfig(crop_padding=6), flip=False)
+    assert weak(images, draws_of(), AugmentConfig(crop_padding=5), flip=False).shape == images.shape
 
 
 @pytest.mark.parametrize(("side", "padding"), [(8, 1), (28, 3), (32, 4)])
 def test_default_padding_is_an_eighth_of_the_side(side: int, padding: int) -> None:
     images = torch.randint(256, (64, 1, side, side), dtype=torch.uint8)
-    default = weak(images, generator(), AugmentConfig(), flip=False)
-    assert torch.equal(default, weak(images, generator(), AugmentConfig(crop_padding=padding), flip=False))
+    default = weak(images, draws_of(), AugmentConfig(), flip=False)
+    assert torch.equal(default, weak(images, draws_of(), AugmentConfig(crop_padding=padding), flip=False))
     assert not torch.equal(default, images)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig, strong, weak
 from fedlabel.learning.client import ImageTransform
+from fedlabel.seeding import Draws
 
 N, FEATURES = 4000, 25
 
@@ -16,8 +17,8 @@ def rows(n: int = N) -> Tensor:
     return torch.randn(n, FEATURES, 1, 1, generator=torch.Generator().manual_seed(7)) + 5
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int = 0) -> Draws:
+    return Draws(torch.Generator().manual_seed(seed))
 
 
 def test_weak_views_are_jittered() -> None:

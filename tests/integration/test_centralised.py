@@ -13,7 +13,7 @@ from fedlabel.config import load_config, to_yaml
 from fedlabel.experiment import open_experiment
 from fedlabel.learning.plan import draw_batches
 from fedlabel.models import build_model
-from fedlabel.seeding import derive_seed, torch_generator
+from fedlabel.seeding import Draws, derive_seed, torch_generator
 from tests.integration.tiny import TINY, assert_same_weights, final_weights
 
 OVERRIDES = [
@@ -42,7 +42,7 @@ def test_one_client_is_centralised_sgd(labels: str, tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=config.training.lr)
     for round_number in (1, 2):
         seed = derive_seed(config.seed, "client", 0, "round", round_number)
-        augmentation = torch_generator(seed, "supervised", "augment")
+        augmentation = Draws(torch_generator(seed, "supervised", "augment"))
         for rows in draw_batches(known, 8, 7, torch_generator(seed, "supervised", "labeled")):
             images = experiment.transform.views(dataset.train.images[rows], ("weak",), augmentation)["weak"]
             optimizer.zero_grad()

@@ -6,6 +6,7 @@ import torch
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.learning.views import ImageTransform
+from fedlabel.seeding import Draws
 
 
 def test_weak_views_can_be_strong_ones() -> None:
@@ -14,7 +15,7 @@ def test_weak_views_can_be_strong_ones() -> None:
     def view(name: str, weak_as_strong: bool) -> torch.Tensor:
         config = AugmentConfig(num_ops=2, cutout=0.5, weak_as_strong=weak_as_strong)
         transform = ImageTransform(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), config, False)
-        return transform.views(images, (name,), torch.Generator().manual_seed(1))[name]
+        return transform.views(images, (name,), Draws(torch.Generator().manual_seed(1)))[name]
 
     assert torch.equal(view("weak", True), view("strong", False))
     assert not torch.equal(view("weak", False), view("strong", False))
@@ -33,7 +34,7 @@ def test_pixels_are_normalised_per_channel_and_cells_of_tables_are_no_pixels() -
 def test_two_strong_views_are_drawn_apart() -> None:
     images = torch.randint(256, (4, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     transform = ImageTransform(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), AugmentConfig(num_ops=2, cutout=0.5), False)
-    views = transform.views(images, ("strong", "strong2"), torch.Generator().manual_seed(1))
+    views = transform.views(images, ("strong", "strong2"), Draws(torch.Generator().manual_seed(1)))
     assert list(views) == ["strong", "strong2"]
     assert not torch.equal(views["strong"], views["strong2"])
-    assert transform.views(images, (), torch.Generator()) == {}
+    assert transform.views(images, (), Draws(torch.Generator())) == {}

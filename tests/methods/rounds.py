@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.learning.views import ImageTransform
+from fedlabel.seeding import Draws
 
 
 class _Flipped(ImageTransform):
-    def views(self, images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    def views(self, images: Tensor, names: tuple[str, ...], draws: Draws) -> dict[str, Tensor]:
         return {name: self.normalize(images.flip(-1) if name == "strong" else images) for name in names}
 
 

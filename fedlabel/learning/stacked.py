@@ -1,0 +1,276 @@
+"""Trains several clients as one program: their weights, batches and memories carry a first dimension, over which
+`torch.func.vmap` runs the loss. Each client's result is that of its training alone, up to the rounding of matrix
+products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from fedlabel.learning.step import FROM_INPUTS
+from fedlabel.learning.training_config import TrainingConfig
+from fedlabel.methods.batch import Batch, Model, PseudoLabels, State, StateDict
+from fedlabel.methods.recipe import Phase, Update
+
+ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
+"""torch's defaults."""
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Returns why clients with this network cannot be stacked; None if they can."""
+    random = [
+        name for name, part in module.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd) and part.p
+    ]
+    if random:
+        return f"layer {random[0]} draws random numbers, which must be each client's own"
+    return None
+
+
+def stack_states(states: Sequence[Mapping[str, Tensor]]) -> StateDict:
+    """Returns states with the same names and shapes as one, with a first dimension, in memory of its own."""
+    first = states[0]
+    if all(state is first for state in states):
+        return {name: value.expand(len(states), *value.shape).clone() for name, value in first.items()}
+    return {name: torch.stack([state[name] for state in states]) for name in first}
+
+
+class StackedStep(NamedTuple):
+    """The result of one step of a stack; the first dimension counts the clients."""
+
+    metrics: dict[str, Tensor]
+    """Metric -> (clients, 2)."""
+    examples: Tensor
+    """(clients,)."""
+    pseudo: PseudoLabels | None
+    forward: int
+    """Samples of each client sent through a model."""
+    backward: Tensor
+    """(clients,) samples whose gradient was propagated back."""
+
+
+class Stack:
+    """The students of several clients during a phase.
+
+    Args:
+        student: gives the architecture; its own weights are not used.
+        teacher: likewise for teachers.
+        phase: the phase.
+        config: how clients train.
+        received: the global weights.
+        starts: each client's initial weights.
+        teachers: name -> each client's weights of this teacher.
+        memories: each client's memory, with the same names and shapes.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        phase: Phase,
+        config: TrainingConfig,
+        received: StateDict,
+        starts: Sequence[StateDict],
+        teachers: Mapping[str, Sequence[StateDict]],
+        memories: Sequence[State],
+    ) -> None:
+        self._student, self._teacher, self._phase, self._config = student.train(), teacher.eval(), phase, config
+        self._received = received
+        self.state = stack_states(starts)
+        """Name -> (clients, ...), of all clients."""
+        self._parameters = [name for name, _ in student.named_parameters()]
+        self._common = {name: each[0] for name, each in teachers.items() if all(state is each[0] for state in each)}
+        """Teachers with the same weights for all clients."""
+        self._own = {name: stack_states(each) for name, each in teachers.items() if name not in self._common}
+        self._teachers = tuple(teachers)
+        self._optimizers = [StackedOptimizer(update, self._parameters, config) for update in phase.updates]
+        self._memory = stack_states(memories)
+        self._last: dict[int, State] = {}
+        """Memories of clients that took their last step."""
+
+    def step(self, make: Callable[[State], Batch], clients: int) -> list[StackedStep]:
+        """Runs all updates of one step of the first `clients` clients; those behind took their last step before.
+
+        Args:
+            make: the stacked memory -> the batch.
+            clients: at most as many as in the step before.
+        """
+        for place in range(clients, len(next(iter(self._memory.values()), ()))):
+            self._last[place] = self.memory_of(place)
+        self._memory = {name: value[:clients] for name, value in self._memory.items()}
+        batch, results = make(self._memory), []
+        for optimizer in self._optimizers:
+            results.append(self._update(optimizer, batch._replace(memory=self._memory), clients))
+        return results
+
+    def memory_of(self, place: int) -> State:
+        """Returns a client's memory, as of its last step."""
+        return self._last.get(place) or {name: value[place] for name, value in self._memory.items()}
+
+    def _update(self, optimizer: StackedOptimizer, batch: Batch, clients: int) -> StackedStep:
+        current = {name: value[:clients] for name, value in self.state.items()}
+        weights = {name: current[name].detach().requires_grad_(name in optimizer.names) for name in self._parameters}
+        buffers = {name: value for name, value in current.items() if name not in weights}
+        before = {name: value.clone() for name, value in buffers.items()}
+        own = {name: {key: value[:clients] for key, value in state.items()} for name, state in self._own.items()}
+        passes = _Passes()
+        found = vmap(self._loss(optimizer.update, passes))(weights, buffers, own, batch)
+        active = found["examples"] > 0
+        everyone = active.device.type == "cpu" and bool(active.all())  # elsewhere nobody waits for the device
+        if found["loss"].requires_grad:
+            moved = [name for name in self._parameters if name in optimizer.names]
+            leaves = [weights[name] for name in moved]
+            gradients = torch.autograd.grad(found["loss"].sum(), leaves, allow_unused=True)
+            with torch.no_grad():
+                of = {name: g for name, g in zip(moved, gradients, strict=True) if g is not None}
+                optimizer.move(weights, of, self._received, self._phase.proximal, None if everyone else active)
+        for name, value in before.items() if not everyone else ():
+            buffers[name].copy_(torch.where(_per_client(active, value), buffers[name], value))
+        if "memory" in found:
+            self._memory = found["memory"]
+        return StackedStep(
+            metrics=found["metrics"],
+            examples=found["examples"].detach(),
+            pseudo=PseudoLabels(*found["pseudo"]) if "pseudo" in found else None,
+            forward=passes.forward,
+            backward=passes.with_gradient * active,
+        )
+
+    def _loss(self, update: Update, passes: _Passes) -> Callable[..., dict[str, Any]]:
+        """Returns the loss of one client as a function of its tensors."""
+
+        def loss(weights: StateDict, buffers: StateDict, own: dict[str, StateDict], batch: Batch) -> dict[str, Any]:
+            def student(inputs: Tensor, *part: str) -> Tensor:
+                passes.count(inputs, part, torch.is_grad_enabled())
+                outputs: Tensor = functional_call(self._student, {**weights, **buffers}, (inputs, *part))
+                return outputs
+
+            def frozen(state: StateDict) -> Model:
+                def model(inputs: Tensor, *part: str) -> Tensor:
+                    passes.count(inputs, part, False)
+                    with torch.no_grad():  # weights that the teacher's state lacks are the student's
+                        outputs: Tensor = functional_call(
+                            self._teacher, {**weights, **buffers, **state}, (inputs, *part)
+                        )
+                    return outputs
+
+                return model
+
+            states = {**self._common, **own}
+            found = update.loss(student, {name: frozen(states[name]) for name in self._teachers}, batch)
+            value = found.loss if update.penalty is None else found.loss + update.penalty(weights)
+            result = {"loss": value, "examples": found.examples, "metrics": found.metrics}
+            if found.pseudo is not None:
+                result["pseudo"] = tuple(found.pseudo)
+            if found.memory is not None:
+                result["memory"] = found.memory
+            return result
+
+        return loss
+
+
+class _Passes:
+    """Counts one client's samples through models during a step."""
+
+    def __init__(self) -> None:
+        self.forward = self.with_gradient = 0
+
+    def count(self, inputs: Tensor, part: tuple[str, ...], with_gradient: bool) -> None:
+        count = len(inputs) if part in FROM_INPUTS else 0
+        self.forward += count
+        self.with_gradient += count if with_gradient else 0
+
+
+class StackedOptimizer:
+    """The optimiser of one `Update` for a stack of clients, with torch's formulas for SGD and AdamW. A client without a
+    sample in a step keeps its weights, moments and step counter.
+
+    Args:
+        update: says which parameters it trains.
+        parameters: names of all.
+        config: how clients train.
+    """
+
+    def __init__(self, update: Update, parameters: Sequence[str], config: TrainingConfig) -> None:
+        self.update = update
+        self.names = frozenset(parameters if update.trains is None else update.trains(tuple(parameters)))
+        self._config = config
+        self._moments: dict[str, list[Tensor]] = {}
+        """Parameter -> momentum; or the two moments of AdamW and (clients,) numbers of steps."""
+
+    def move(
+        self,
+        weights: StateDict,
+        gradients: StateDict,
+        received: StateDict,
+        proximal: Callable[[Tensor], float] | None,
+        active: Tensor | None,
+    ) -> None:
+        """Moves weights in place.
+
+        Args:
+            weights: (clients, ...) by name.
+            gradients: likewise, of those that the loss depends on.
+            received: the global weights, without the first dimension.
+            proximal: see `Phase.proximal`.
+            active: (clients,) bool, who moves; None: all.
+        """
+        for name, gradient in gradients.items():
+            pull = self._config.prox_mu + (proximal(weights[name][0]) if proximal is not None else 0.0)
+            if pull > 0:
+                gradients[name] = gradient + pull * (weights[name] - received[name])
+        if self._config.max_grad_norm is not None:
+            norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
+            scale = (self._config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+            gradients = {name: gradient * _per_client(scale, gradient) for name, gradient in gradients.items()}
+        step = self._adamw if self._config.optimizer == "adamw" else self._sgd
+        for name, gradient in gradients.items():
+            step(name, weights[name], gradient, active)
+
+    def _sgd(self, name: str, weight: Tensor, gradient: Tensor, active: Tensor | None) -> None:
+        config = self._config
+        if config.weight_decay:
+            gradient = gradient.add(weight, alpha=config.weight_decay)
+        if config.momentum:
+            (momentum,) = self._moments_of(name, weight, 1)
+            new = momentum * config.momentum + gradient
+            _keep(momentum, new, active)
+            gradient = gradient + config.momentum * new if config.nesterov else new
+        if active is None:
+            weight.add_(gradient, alpha=-config.lr)
+        else:
+            _keep(weight, weight.add(gradient, alpha=-config.lr), active)
+
+    def _adamw(self, name: str, weight: Tensor, gradient: Tensor, active: Tensor | None) -> None:
+        config, (first, second) = self._config, ADAM_BETAS
+        mean, square, steps = self._moments_of(name, weight, 2)
+        steps += 1 if active is None else active
+        _keep(mean, mean.lerp(gradient, 1 - first), active)
+        _keep(square, square * second + (1 - second) * gradient * gradient, active)
+        count = _per_client(steps.clamp_min(1), weight)
+        width = (square / (1 - second**count)).sqrt() + ADAM_EPSILON
+        new = weight * (1 - config.lr * config.weight_decay) - config.lr * (mean / (1 - first**count)) / width
+        _keep(weight, new, active)
+
+    def _moments_of(self, name: str, weight: Tensor, number: int) -> list[Tensor]:
+        """Returns the moments of the clients of `weight` (in place of those that are finished, none), then steps."""
+        if name not in self._moments:
+            moments = [torch.zeros_like(weight) for _ in range(number)]
+            steps = torch.zeros(len(weight), device=weight.device)
+            self._moments[name] = moments if number == 1 else [*moments, steps]
+        self._moments[name] = [moment[: len(weight)] for moment in self._moments[name]]
+        return self._moments[name]
+
+
+def _per_client(values: Tensor, like: Tensor) -> Tensor:
+    """Returns (clients,) values with as many dimensions as `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _keep(old: Tensor, new: Tensor, active: Tensor | None) -> None:
+    """Writes `new` into `old`, in place, for active clients."""
+    old.copy_(new if active is None else torch.where(_per_client(active, old), new, old))
