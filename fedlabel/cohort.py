@@ -129,10 +129,12 @@ def _result(experiment: Experiment, invitation: Invitation, client: int, update:
 
 def _audited(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:
     """Returns a client's metrics, and its counts against hidden labels where they may be read."""
+    if update.pseudo is None and update.pairs is None and update.votes is None:
+        return dict(update.sums), {}
     supervision = experiment.federation.supervision(client)
     if not audit:
         unknown = torch.full((len(supervision.candidates),), -1)
         return dict(update.sums), votes_against_truth(update, supervision, unknown)
     truth = experiment.federation.hidden_labels(client)
-    sums, counts = against_truth(update, supervision.to(experiment.device), truth)
+    sums, counts = against_truth(update, supervision, truth)
     return {**update.sums, **sums}, {**counts, **votes_against_truth(update, supervision, truth)}

@@ -15,8 +15,8 @@ def against_truth(update: ClientUpdate, supervision: Supervision, truth: Tensor)
 
     Args:
         update: of the round.
-        supervision: the client's.
-        truth: (n,) int64, the true labels of its samples; -1 where the data have none.
+        supervision: the client's, on the CPU.
+        truth: (n,) int64, the true labels of its samples, on the CPU; -1 where the data have none.
 
     Returns:
         Metrics, as `ClientUpdate.sums` has them: graph/homophily, neighbours of the same class, and all. Counts: see
@@ -25,9 +25,9 @@ def against_truth(update: ClientUpdate, supervision: Supervision, truth: Tensor)
     sums: Counts = {}
     counts: Counts = {}
     if update.pseudo is not None:
-        rows = update.pseudo_index.to(supervision.candidates.device)
-        labels, kind = truth.to(rows.device), supervision.kind
-        counts = pseudo_label_counts(update.pseudo, labels[rows], supervision.candidates.shape[1], kind[rows])
+        rows = update.pseudo_index
+        classes = supervision.candidates.shape[1]
+        counts = pseudo_label_counts(update.pseudo, truth[rows], classes, supervision.kind[rows])
     if update.pairs is not None:
         pairs = truth.cpu()[update.pairs.cpu()]
         first, second = pairs[(pairs >= 0).all(1)].unbind(1)

@@ -281,6 +281,7 @@ def _train_stacked(group: Sequence[_Ready], phase: Phase) -> None:
     examples = torch.zeros(len(group), dtype=torch.float64, device=group[0].samples.images.device)
     backward, forward = torch.zeros_like(examples), [0] * len(group)
     sums: dict[str, Tensor] = {}
+    pseudo: list[tuple[int, PseudoLabels]] = []
     for place in range(lengths[0]):
         clients = sum(length > place for length in lengths)
         for step in stack.step(partial(batches.make, place, clients=clients), clients):
@@ -290,12 +291,14 @@ def _train_stacked(group: Sequence[_Ready], phase: Phase) -> None:
             for name, pairs in step.metrics.items():
                 total = sums.setdefault(name, torch.zeros(len(group), 2, dtype=torch.float64, device=examples.device))
                 total[:clients] += pairs
-            for number, ready in enumerate(group[:clients]):
-                forward[number] += step.forward
-                if step.pseudo is not None:
-                    drawn = ready.samples.plan.steps[place]
-                    pseudo = PseudoLabels(*(values[number] for values in step.pseudo))
-                    ready.run.meter.add_pseudo(pseudo, drawn.pseudo, drawn.guessed)
+            forward = [count + step.forward * (number < clients) for number, count in enumerate(forward)]
+            if step.pseudo is not None:
+                pseudo.append((place, step.pseudo))
+    for place, found in pseudo:
+        labels = PseudoLabels(*(values.cpu() for values in found))
+        for number, ready in enumerate(group[: len(labels.label)]):
+            drawn, of_client = ready.samples.plan.steps[place], PseudoLabels(*(values[number] for values in labels))
+            ready.run.meter.add_pseudo(of_client, drawn.pseudo, drawn.guessed)
     names = list(stack.state)
     used, propagated = examples.tolist(), backward.tolist()
     of_metric = {name: total.cpu() for name, total in sums.items()}
@@ -389,5 +392,7 @@ class _Run:
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's global generator, which dropout uses, inside the context, and restores it after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         yield

@@ -82,7 +82,10 @@ class Meter:
         self._pseudo.append(pseudo)
 
     def pseudo_labels(self) -> tuple[Tensor, PseudoLabels | None]:
-        """Returns the positions (draws,) of the pseudo-labelled draws and their pseudo-labels; None without draws."""
+        """Returns the positions (draws,) of the pseudo-labelled draws and their pseudo-labels, on the CPU; None without
+        draws.
+        """
         if not self._pseudo:
             return torch.zeros(0, dtype=torch.int64), None
-        return torch.cat(self._rows), PseudoLabels(*map(torch.cat, zip(*self._pseudo, strict=True)))
+        fields = zip(*self._pseudo, strict=True)
+        return torch.cat(self._rows), PseudoLabels(*(torch.cat(values).cpu() for values in fields))

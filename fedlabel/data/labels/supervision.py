@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -162,6 +162,8 @@ class Supervision:
             ValueError: some, but not all samples of a bag are taken: its counts would no longer hold.
         """
         bag = self.bag[index]
+        if not len(self.bag_counts):
+            return self._mapped(lambda name, values: values if name == "bag_counts" else values[index])
         kept, place = bag[bag >= 0].unique(return_inverse=True)
         bag = bag.masked_scatter(bag >= 0, place)
         return Supervision(
@@ -175,7 +177,14 @@ class Supervision:
 
     def to(self, device: torch.device) -> Supervision:
         """Returns the record on `device`."""
-        return Supervision(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self if self.candidates.device == device else self._mapped(lambda name, values: values.to(device))
+
+    def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> Supervision:
+        """Returns a record made from this one by a change of each field that needs no new check."""
+        record = object.__new__(Supervision)
+        for field in fields(self):
+            object.__setattr__(record, field.name, change(field.name, getattr(self, field.name)))
+        return record
 
 
 def reveal_labels(labels: np.ndarray | Tensor, mask: np.ndarray | Tensor, num_classes: int) -> Supervision:
