@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.batches import BatchMaker, Samples
+from fedlabel.learning.graphs import Graph, Graphs, Students
 from fedlabel.learning.meter import Meter
 from fedlabel.learning.plan import Pool, count_steps, plan_phase, sample_pool
-from fedlabel.learning.stacked import Stack
-from fedlabel.learning.step import Stepper, counted, frozen_model
+from fedlabel.learning.stacked import Stack, stack_states, why_not
+from fedlabel.learning.step import Alone, Taken, counted, frozen_model
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
-from fedlabel.methods.batch import Model, Prepared, PseudoLabels, State, StateDict, Survey, Votes
+from fedlabel.methods.batch import Batch, Model, Prepared, PseudoLabels, State, StateDict, Survey, Votes
 from fedlabel.methods.losses import pseudo_metrics
 from fedlabel.methods.recipe import Phase, Recipe
 from fedlabel.methods.uploads import ModelPart, PhaseResult
@@ -81,6 +81,8 @@ class Trainer:
     config: TrainingConfig
     metrics: tuple[Tag, ...] = ()
     """See `Method.metrics`."""
+    graphs: Graphs | None = None
+    """Captures steps on a GPU; None: steps run one kernel after the other."""
 
 
 class LocalRound(NamedTuple):
@@ -210,13 +212,15 @@ class _Ready(NamedTuple):
     """Name -> weights."""
 
     @property
+    def steps(self) -> tuple[Hashable, ...]:
+        """The shapes of its steps, each once."""
+        parts = ((*step[:3], step.pseudo, *(step.units or ())) for step in self.samples.plan.steps)
+        return tuple({tuple(tuple(part.shape) for part in each) for each in parts})
+
+    @property
     def shapes(self) -> Hashable:
         """What clients that are stacked have in common: the shapes of their steps and memories."""
-        steps = {
-            tuple(tuple(part.shape) for part in (*step[:3], step.pseudo, *(step.units or ())))
-            for step in self.samples.plan.steps
-        }
-        unique = tuple(steps) if len(steps) == 1 else id(self)
+        unique = self.steps if len(self.steps) == 1 else id(self)
         memory = tuple((name, tuple(value.shape)) for name, value in self.run.memory.items())
         return unique, memory, tuple(self.teachers), tuple(map(len, self.teachers.values()))
 
@@ -230,84 +234,111 @@ def run_phase(runs: Sequence[_Run], phase: Phase) -> None:
             alike.setdefault(ready.shapes, []).append(ready)
     for group in alike.values():
         if len(group) == 1:
-            _train_alone(group[0], phase)
+            (ready,) = group
+            with _seeded(derive_seed(ready.run.seed, phase.name, "model"), ready.samples.images.device):
+                _take_steps(group, phase)
         else:
-            _train_stacked(group, phase)
+            _take_steps(sorted(group, key=lambda ready: -len(ready.samples.plan.steps)), phase)
 
 
-def _train_alone(ready: _Ready, phase: Phase) -> None:
-    """Runs the steps of a phase of one client."""
-    run, trainer, images = ready.run, ready.run.trainer, ready.samples.images
-    student = trainer.student
-    examples = torch.zeros((), dtype=torch.float64, device=images.device)
-    with _seeded(derive_seed(run.seed, phase.name, "model"), images.device):
-        student.load_state_dict(run.states[phase.start])
-        student.train()
-        teachers = {name: run.model(state) for name, state in ready.teachers.items()}
-        steppers = [
-            Stepper.of(student, update, phase.proximal, run.states["global"], run.config, run.meter)
-            for update in phase.updates
-        ]
-        batches = BatchMaker(phase.draw, [ready.samples], trainer.transform, stacked=False)
-        for place, drawn in enumerate(ready.samples.plan.steps):
-            batch = batches.make(place, run.memory)
-            for stepper in steppers:
-                step = stepper.step(teachers, batch._replace(memory=run.memory))
-                run.meter.add(step.metrics)
-                run.meter.add_pseudo(step.pseudo, drawn.pseudo, drawn.guessed)
-                run.memory = step.memory if step.memory is not None else run.memory
-                examples += step.examples
-        student.requires_grad_(True)
-        state = {name: value.detach().clone() for name, value in student.state_dict().items()}
-    run.finish(phase, state, float(examples))
-
-
-def _train_stacked(group: Sequence[_Ready], phase: Phase) -> None:
-    """Runs the steps of a phase of several clients whose steps have the same shapes; their number may differ."""
-    group = sorted(group, key=lambda ready: -len(ready.samples.plan.steps))
-    runs, first = [ready.run for ready in group], group[0].run
-    trainer, lengths = first.trainer, [len(ready.samples.plan.steps) for ready in group]
-    stack = Stack(
-        trainer.student,
-        trainer.teacher,
-        phase,
-        first.config,
-        first.states["global"],
-        [run.states[phase.start] for run in runs],
-        {name: [ready.teachers[name] for ready in group] for name in group[0].teachers},
-        [run.memory for run in runs],
-    )
-    batches = BatchMaker(phase.draw, [ready.samples for ready in group], trainer.transform, stacked=True)
-    examples = torch.zeros(len(group), dtype=torch.float64, device=group[0].samples.images.device)
-    backward, forward = torch.zeros_like(examples), [0] * len(group)
-    sums: dict[str, Tensor] = {}
-    pseudo: list[tuple[int, PseudoLabels]] = []
+def _take_steps(group: Sequence[_Ready], phase: Phase) -> None:
+    """Runs the steps of a phase of a client, or of a stack of clients whose steps have the same shapes, though their
+    number may differ; those with more steps come first.
+    """
+    run, stacked = group[0].run, len(group) > 1
+    lengths = [len(ready.samples.plan.steps) for ready in group]
+    batches = BatchMaker(phase.draw, [ready.samples for ready in group], run.trainer.transform, stacked)
+    memory = stack_states([ready.run.memory for ready in group]) if stacked else run.memory
+    students: Students | None = None
+    graph: Graph | None = None
+    taken: list[tuple[int, Taken]] = []
+    """Number of the step, and its result."""
+    clients = len(group)
     for place in range(lengths[0]):
-        clients = sum(length > place for length in lengths)
-        for step in stack.step(partial(batches.make, place, clients=clients), clients):
-            examples[:clients] += step.examples
-            backward[:clients] += step.backward
-            first.meter.check(step.metrics)
-            for name, pairs in step.metrics.items():
-                total = sums.setdefault(name, torch.zeros(len(group), 2, dtype=torch.float64, device=examples.device))
-                total[:clients] += pairs
-            forward = [count + step.forward * (number < clients) for number, count in enumerate(forward)]
-            if step.pseudo is not None:
-                pseudo.append((place, step.pseudo))
-    for place, found in pseudo:
-        labels = PseudoLabels(*(values.cpu() for values in found))
-        for number, ready in enumerate(group[: len(labels.label)]):
-            drawn, of_client = ready.samples.plan.steps[place], PseudoLabels(*(values[number] for values in labels))
-            ready.run.meter.add_pseudo(of_client, drawn.pseudo, drawn.guessed)
-    names = list(stack.state)
-    used, propagated = examples.tolist(), backward.tolist()
-    of_metric = {name: total.cpu() for name, total in sums.items()}
-    for number, run in enumerate(runs):
-        run.meter.add({name: total[number] for name, total in of_metric.items()})
-        run.meter.forward += forward[number]
-        run.meter.backward += int(propagated[number])
-        run.memory = stack.memory_of(number)
-        run.finish(phase, {name: stack.state[name][number] for name in names}, used[number])
+        left = sum(length > place for length in lengths)
+        for number in range(left, clients):  # they took their last step before
+            group[number].run.memory = _of(memory, number)
+        memory, clients = ({name: value[:left] for name, value in memory.items()} if stacked else memory), left
+        batch = batches.make(place, memory, clients)
+        if students is None:
+            students, graph = _students(group, phase, batch)
+        for each in (graph if graph is not None and clients == len(group) else students).take(batch):
+            run.meter.check(each.metrics)
+            memory = each.memory if each.memory is not None else memory
+            taken.append((place, each))
+    assert students is not None, "a phase without steps is not run"
+    for number in range(clients):
+        group[number].run.memory = _of(memory, number) if stacked else memory
+    examples = _record_stack(group, taken) if stacked else _record(group[0], taken)
+    for ready, state, count in zip(group, students.results(), examples, strict=True):
+        ready.run.finish(phase, state, count)
+
+
+def _of(stacked: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Returns one client's part of a stack's state."""
+    return {name: value[number] for name, value in stacked.items()}
+
+
+def _students(group: Sequence[_Ready], phase: Phase, batch: Batch) -> tuple[Students, Graph | None]:
+    """Returns the students of a phase with their weights in place, and a graph of their steps if there is one."""
+    run, trainer = group[0].run, group[0].run.trainer
+    kind: type[Alone] | type[Stack] = Stack if len(group) > 1 else Alone
+    modules = (trainer.student, trainer.teacher, phase, run.config)
+    teachers = {name: [ready.teachers[name] for ready in group] for name in group[0].teachers}
+    weights = (run.states["global"], [ready.run.states[phase.start] for ready in group], teachers)
+    graph = None
+    alike = len(group[0].steps) == 1 and run.config.optimizer == "sgd" and why_not(trainer.student) is None
+    if trainer.graphs is not None and alike:
+        common = tuple(all(state is each[0] for state in each) for each in teachers.values())
+        key = (kind, run.config, tuple(teachers), common, tuple(len(each[0]) for each in teachers.values()))
+        graph = trainer.graphs.find(
+            phase,
+            key,
+            batch,
+            build=lambda: kind(*modules, *weights, fixed=True),
+            restart=lambda students: students.restart(*weights),
+        )
+    students: Students = kind(*modules, *weights) if graph is None else graph.students
+    return students, graph
+
+
+def _record(ready: _Ready, taken: Sequence[tuple[int, Taken]]) -> list[float]:
+    """Records the steps of a client; returns how many samples they used, as a list of one number."""
+    meter, steps = ready.run.meter, ready.samples.plan.steps
+    for place, each in taken:
+        meter.add(each.metrics)
+        meter.add_pseudo(each.pseudo, steps[place].pseudo, steps[place].guessed)
+        meter.forward += each.forward
+    meter.backward += int(sum(each.backward for _, each in taken))
+    return [float(sum(each.examples.double() for _, each in taken))]
+
+
+def _record_stack(group: Sequence[_Ready], taken: Sequence[tuple[int, Taken]]) -> list[float]:
+    """Records the steps of a stack; returns how many samples each client's used."""
+    device = group[0].samples.images.device
+    examples, backward, sums = torch.zeros(len(group), dtype=torch.float64, device=device), [0] * len(group), {}
+    propagated = torch.zeros_like(examples)
+    for place, each in taken:
+        clients = len(each.examples)
+        examples[:clients] += each.examples
+        propagated[:clients] += each.backward
+        for name, pairs in each.metrics.items():
+            if name not in sums:
+                sums[name] = torch.zeros(len(group), 2, dtype=torch.float64, device=device)
+            sums[name][:clients] += pairs
+        labels = None if each.pseudo is None else PseudoLabels(*(values.cpu() for values in each.pseudo))
+        for number, ready in enumerate(group[:clients]):
+            ready.run.meter.forward += each.forward
+            if labels is not None:
+                drawn = ready.samples.plan.steps[place]
+                own = PseudoLabels(*(values[number] for values in labels))
+                ready.run.meter.add_pseudo(own, drawn.pseudo, drawn.guessed)
+    backward = propagated.tolist()
+    sums = {name: total.cpu() for name, total in sums.items()}
+    for number, ready in enumerate(group):
+        ready.run.meter.add({name: total[number] for name, total in sums.items()})
+        ready.run.meter.backward += int(backward[number])
+    return examples.tolist()
 
 
 class _Run:
@@ -357,8 +388,8 @@ class _Run:
     def model(self, state: StateDict) -> Model:
         """Returns a teacher; weights that it lacks are the student's, as they are at each call."""
         partial_state = len(state) < len(self.states["global"])
-        frozen = frozen_model(self.trainer.teacher, state, self.trainer.student if partial_state else None)
-        return counted(frozen, self.meter)
+        lender, precision = (self.trainer.student if partial_state else None), self.config.precision
+        return counted(frozen_model(self.trainer.teacher, state, lender, precision), self.meter)
 
     def _prepared(self, phase: Phase, states: Mapping[str, StateDict], pool: Pool) -> Prepared:
         """Runs the phase's E step over all of the client's samples, if it has one."""

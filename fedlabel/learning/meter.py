@@ -12,7 +12,17 @@ from fedlabel.methods.batch import PseudoLabels, Votes
 from fedlabel.metric_tags import Tag
 
 
-class Meter:
+class Passes:
+    """Counts samples that go through models."""
+
+    def __init__(self) -> None:
+        self.forward = 0
+        """Samples sent through a model, student's and teachers' alike."""
+        self.backward: int | Tensor = 0
+        """Samples whose gradient was propagated back."""
+
+
+class Meter(Passes):
     """Sums of the metrics that the phases of a round report.
 
     Args:
@@ -20,11 +30,8 @@ class Meter:
     """
 
     def __init__(self, tags: Mapping[str, Tag]) -> None:
+        super().__init__()
         self._tags = tags
-        self.forward = 0
-        """Samples sent through a model, student's and teachers' alike."""
-        self.backward: int | Tensor = 0
-        """Samples whose gradient was propagated back."""
         self.pairs: Tensor | None = None
         """See `Prepared.pairs`."""
         self.votes: Votes | None = None

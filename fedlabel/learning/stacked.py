@@ -6,15 +6,16 @@ products.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
-from fedlabel.learning.step import FROM_INPUTS
+from fedlabel.learning.step import FROM_INPUTS, Taken, copy_into, in_precision
 from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods.batch import Batch, Model, PseudoLabels, State, StateDict
+from fedlabel.methods.batch import Batch, Model, PseudoLabels, StateDict
 from fedlabel.methods.recipe import Phase, Update
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
@@ -39,20 +40,6 @@ def stack_states(states: Sequence[Mapping[str, Tensor]]) -> StateDict:
     return {name: torch.stack([state[name] for state in states]) for name in first}
 
 
-class StackedStep(NamedTuple):
-    """The result of one step of a stack; the first dimension counts the clients."""
-
-    metrics: dict[str, Tensor]
-    """Metric -> (clients, 2)."""
-    examples: Tensor
-    """(clients,)."""
-    pseudo: PseudoLabels | None
-    forward: int
-    """Samples of each client sent through a model."""
-    backward: Tensor
-    """(clients,) samples whose gradient was propagated back."""
-
-
 class Stack:
     """The students of several clients during a phase.
 
@@ -64,7 +51,8 @@ class Stack:
         received: the global weights.
         starts: each client's initial weights.
         teachers: name -> each client's weights of this teacher.
-        memories: each client's memory, with the same names and shapes.
+        fixed: whether other clients will take the place of these in the same memory (see `restart`), as a CUDA graph
+            needs it.
     """
 
     def __init__(
@@ -76,8 +64,9 @@ class Stack:
         received: StateDict,
         starts: Sequence[StateDict],
         teachers: Mapping[str, Sequence[StateDict]],
-        memories: Sequence[State],
+        fixed: bool = False,
     ) -> None:
+        self._fixed = fixed
         self._student, self._teacher, self._phase, self._config = student.train(), teacher.eval(), phase, config
         self._received = received
         self.state = stack_states(starts)
@@ -86,32 +75,38 @@ class Stack:
         self._common = {name: each[0] for name, each in teachers.items() if all(state is each[0] for state in each)}
         """Teachers with the same weights for all clients."""
         self._own = {name: stack_states(each) for name, each in teachers.items() if name not in self._common}
+        if fixed:
+            self._received, self._common = tree_map(torch.clone, (self._received, self._common))
         self._teachers = tuple(teachers)
         self._optimizers = [StackedOptimizer(update, self._parameters, config) for update in phase.updates]
-        self._memory = stack_states(memories)
-        self._last: dict[int, State] = {}
-        """Memories of clients that took their last step."""
 
-    def step(self, make: Callable[[State], Batch], clients: int) -> list[StackedStep]:
-        """Runs all updates of one step of the first `clients` clients; those behind took their last step before.
-
-        Args:
-            make: the stacked memory -> the batch.
-            clients: at most as many as in the step before.
-        """
-        for place in range(clients, len(next(iter(self._memory.values()), ()))):
-            self._last[place] = self.memory_of(place)
-        self._memory = {name: value[:clients] for name, value in self._memory.items()}
-        batch, results = make(self._memory), []
+    def take(self, batch: Batch) -> list[Taken]:
+        """Takes all optimiser steps on a batch of the first clients; those behind took their last step before."""
+        taken, memory = [], batch.memory
         for optimizer in self._optimizers:
-            results.append(self._update(optimizer, batch._replace(memory=self._memory), clients))
-        return results
+            found = self._update(optimizer, batch._replace(memory=memory), len(batch.mixing))
+            memory = found.memory if found.memory is not None else memory
+            taken.append(found)
+        return taken
 
-    def memory_of(self, place: int) -> State:
-        """Returns a client's memory, as of its last step."""
-        return self._last.get(place) or {name: value[place] for name, value in self._memory.items()}
+    def results(self) -> list[StateDict]:
+        """Returns each client's weights; views, in memory that no other stack writes to."""
+        state = {name: value.clone() for name, value in self.state.items()} if self._fixed else self.state
+        count = len(next(iter(state.values())))
+        return [{name: value[place] for name, value in state.items()} for place in range(count)]
 
-    def _update(self, optimizer: StackedOptimizer, batch: Batch, clients: int) -> StackedStep:
+    def restart(
+        self, received: StateDict, starts: Sequence[StateDict], teachers: Mapping[str, Sequence[StateDict]]
+    ) -> None:
+        """Puts the weights of other clients in place of these, in the same memory; moments start at 0."""
+        copy_into(self._received, received)
+        copy_into(self.state, stack_states(starts))
+        copy_into(self._common, {name: teachers[name][0] for name in self._common})
+        copy_into(self._own, {name: stack_states(teachers[name]) for name in self._own})
+        for optimizer in self._optimizers:
+            optimizer.reset()
+
+    def _update(self, optimizer: StackedOptimizer, batch: Batch, clients: int) -> Taken:
         current = {name: value[:clients] for name, value in self.state.items()}
         weights = {name: current[name].detach().requires_grad_(name in optimizer.names) for name in self._parameters}
         buffers = {name: value for name, value in current.items() if name not in weights}
@@ -130,12 +125,11 @@ class Stack:
                 optimizer.move(weights, of, self._received, self._phase.proximal, None if everyone else active)
         for name, value in before.items() if not everyone else ():
             buffers[name].copy_(torch.where(_per_client(active, value), buffers[name], value))
-        if "memory" in found:
-            self._memory = found["memory"]
-        return StackedStep(
+        return Taken(
             metrics=found["metrics"],
             examples=found["examples"].detach(),
             pseudo=PseudoLabels(*found["pseudo"]) if "pseudo" in found else None,
+            memory=found.get("memory"),
             forward=passes.forward,
             backward=passes.with_gradient * active,
         )
@@ -146,17 +140,17 @@ class Stack:
         def loss(weights: StateDict, buffers: StateDict, own: dict[str, StateDict], batch: Batch) -> dict[str, Any]:
             def student(inputs: Tensor, *part: str) -> Tensor:
                 passes.count(inputs, part, torch.is_grad_enabled())
-                outputs: Tensor = functional_call(self._student, {**weights, **buffers}, (inputs, *part))
-                return outputs
+                with in_precision(self._config.precision, inputs.device):
+                    outputs: Tensor = functional_call(self._student, {**weights, **buffers}, (inputs, *part))
+                return outputs if self._config.precision == "float32" else outputs.float()
 
             def frozen(state: StateDict) -> Model:
                 def model(inputs: Tensor, *part: str) -> Tensor:
                     passes.count(inputs, part, False)
-                    with torch.no_grad():  # weights that the teacher's state lacks are the student's
-                        outputs: Tensor = functional_call(
-                            self._teacher, {**weights, **buffers, **state}, (inputs, *part)
-                        )
-                    return outputs
+                    weights_of_all = {**weights, **buffers, **state}  # those that the state lacks are the student's
+                    with torch.no_grad(), in_precision(self._config.precision, inputs.device):
+                        outputs: Tensor = functional_call(self._teacher, weights_of_all, (inputs, *part))
+                    return outputs if self._config.precision == "float32" else outputs.float()
 
                 return model
 
@@ -243,7 +237,7 @@ class StackedOptimizer:
         if active is None:
             weight.add_(gradient, alpha=-config.lr)
         else:
-            _keep(weight, weight.add(gradient, alpha=-config.lr), active)
+            weight.addcmul_(gradient, _per_client(active * -config.lr, gradient))
 
     def _adamw(self, name: str, weight: Tensor, gradient: Tensor, active: Tensor | None) -> None:
         config, (first, second) = self._config, ADAM_BETAS
@@ -256,14 +250,19 @@ class StackedOptimizer:
         new = weight * (1 - config.lr * config.weight_decay) - config.lr * (mean / (1 - first**count)) / width
         _keep(weight, new, active)
 
+    def reset(self) -> None:
+        """Sets all moments and step counters to 0."""
+        for moments in self._moments.values():
+            for moment in moments:
+                moment.zero_()
+
     def _moments_of(self, name: str, weight: Tensor, number: int) -> list[Tensor]:
-        """Returns the moments of the clients of `weight` (in place of those that are finished, none), then steps."""
+        """Returns the moments of the clients of `weight`, and of AdamW their numbers of steps; views."""
         if name not in self._moments:
             moments = [torch.zeros_like(weight) for _ in range(number)]
             steps = torch.zeros(len(weight), device=weight.device)
             self._moments[name] = moments if number == 1 else [*moments, steps]
-        self._moments[name] = [moment[: len(weight)] for moment in self._moments[name]]
-        return self._moments[name]
+        return [moment[: len(weight)] for moment in self._moments[name]]
 
 
 def _per_client(values: Tensor, like: Tensor) -> Tensor:

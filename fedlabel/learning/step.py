@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fedlabel.learning.meter import Meter
+from fedlabel.learning.meter import Passes
 from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods.batch import Batch, Model, StateDict, Step
-from fedlabel.methods.recipe import Update
+from fedlabel.methods.batch import Batch, Model, PseudoLabels, State, StateDict, Step
+from fedlabel.methods.recipe import Phase, Update
 
 FROM_INPUTS = ((), ("all",), ("embed",), ("heads",))
 """The parts of a network that begin with its inputs: a pass through the rest is not counted as another."""
 
 
-def frozen_model(module: nn.Module, state: Mapping[str, Tensor], lender: nn.Module | None = None) -> Model:
+class Taken(NamedTuple):
+    """The result of one optimiser step; of a stack of clients every tensor has a first dimension, which counts them."""
+
+    metrics: dict[str, Tensor]
+    """Metric -> (2,), see `Step.metrics`."""
+    examples: Tensor
+    """() number of samples that the loss used."""
+    pseudo: PseudoLabels | None
+    memory: State | None
+    forward: int
+    """See `Passes`; of one client."""
+    backward: Tensor
+    """()."""
+
+
+def in_precision(precision: str, device: torch.device) -> torch.autocast | nullcontext[None]:
+    """Returns the context in which networks run; see `TrainingConfig.precision`."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def frozen_model(
+    module: nn.Module, state: Mapping[str, Tensor], lender: nn.Module | None = None, precision: str = "float32"
+) -> Model:
     """Returns the `Model` of `module` (left in eval mode) with the weights `state`, without gradients.
 
     Args:
         module: gives the architecture.
         state: weights and buffers by name.
         lender: a module that lends, as they are at each call, the weights that `state` lacks; None: it lacks none.
+        precision: see `TrainingConfig.precision`.
     """
     module.eval()
 
-    def model(*inputs: Any) -> Tensor:
+    def model(inputs: Tensor, *part: str) -> Tensor:
         borrowed = lender.state_dict() if lender is not None else {}
-        with torch.no_grad():
-            outputs: Tensor = torch.func.functional_call(module, {**borrowed, **state}, inputs)
-        return outputs
+        with torch.no_grad(), in_precision(precision, inputs.device):
+            outputs: Tensor = torch.func.functional_call(module, {**borrowed, **state}, (inputs, *part))
+        return outputs if precision == "float32" else outputs.float()
 
     return model
 
 
-def counted(model: Model, meter: Meter) -> Model:
+def counted(model: Model, passes: Passes) -> Model:
     """Returns a teacher that counts its passes."""
 
     def count(inputs: Tensor, *part: str) -> Tensor:
-        meter.forward += len(inputs) if part in FROM_INPUTS else 0
+        passes.forward += len(inputs) if part in FROM_INPUTS else 0
         return model(inputs, *part)
 
     return count
@@ -64,7 +91,7 @@ class Stepper:
     """See `Phase.proximal`."""
     received: StateDict
     """The global state."""
-    meter: Meter
+    passes: Passes
     masked: bool
     """Whether a step without samples is taken and taken back, which needs no look at a number on the device; else it is
     left out. Both give the same."""
@@ -77,7 +104,7 @@ class Stepper:
         proximal: Callable[[Tensor], float] | None,
         received: StateDict,
         config: TrainingConfig,
-        meter: Meter,
+        passes: Passes,
         masked: bool | None = None,
     ) -> Stepper:
         """Returns one with a fresh optimiser; masked: see there, None: where the student is not on the CPU."""
@@ -96,7 +123,7 @@ class Stepper:
             config=config,
             proximal=proximal,
             received=received,
-            meter=meter,
+            passes=passes,
             masked=masked,
         )
 
@@ -112,10 +139,11 @@ class Stepper:
         def student(inputs: Tensor, *part: str) -> Tensor:
             nonlocal with_gradient
             count = len(inputs) if part in FROM_INPUTS else 0
-            self.meter.forward += count
+            self.passes.forward += count
             with_gradient += count if torch.is_grad_enabled() else 0
-            outputs: Tensor = self.student(inputs, *part)
-            return outputs
+            with in_precision(self.config.precision, inputs.device):
+                outputs: Tensor = self.student(inputs, *part)
+            return outputs if self.config.precision == "float32" else outputs.float()
 
         found = self.update.loss(student, teachers, batch)
         if not isinstance(found.examples, Tensor):
@@ -127,7 +155,7 @@ class Stepper:
         if (self.masked and found.loss.requires_grad) or (not self.masked and active):
             undo = self._undo() if self.masked else None
             self._descend(found.loss)
-            self.meter.backward += with_gradient * active if self.masked else with_gradient
+            self.passes.backward += with_gradient * active if self.masked else with_gradient
             if undo is not None:
                 undo(active)
         for buffer, value in zip(self.buffers, before, strict=True) if self.masked or not active else ():
@@ -169,6 +197,84 @@ class Stepper:
                 parameter.grad.add_(parameter.detach() - self.received[name], alpha=pull)
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(moved.values()), self.config.max_grad_norm)
+
+
+class Alone:
+    """The student of one client during a phase.
+
+    Args:
+        student: its weights are overwritten.
+        teacher: gives the architecture of teachers.
+        phase: the phase.
+        config: how clients train.
+        received: the global weights.
+        starts: the student's initial ones, in a list of one; so that it is built as a `Stack` is.
+        teachers: name -> weights, likewise.
+        fixed: whether other clients will take this one's place in the same memory (see `restart`), as a CUDA graph
+            needs it.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        phase: Phase,
+        config: TrainingConfig,
+        received: StateDict,
+        starts: Sequence[StateDict],
+        teachers: Mapping[str, Sequence[StateDict]],
+        fixed: bool = False,
+    ) -> None:
+        self._student, self._passes = student.train(), Passes()
+        student.load_state_dict(starts[0])
+        self._received, self._states = received, {name: each[0] for name, each in teachers.items()}
+        if fixed:
+            self._received, self._states = tree_map(torch.clone, (self._received, self._states))
+        models = {
+            name: frozen_model(teacher, state, student if len(state) < len(received) else None, config.precision)
+            for name, state in self._states.items()
+        }
+        self._teachers = {name: counted(model, self._passes) for name, model in models.items()}
+        self._steppers = [
+            Stepper.of(student, update, phase.proximal, self._received, config, self._passes, fixed or None)
+            for update in phase.updates
+        ]
+
+    def take(self, batch: Batch) -> list[Taken]:
+        """Takes all optimiser steps on a batch."""
+        taken, memory = [], batch.memory
+        for stepper in self._steppers:
+            self._passes.forward, self._passes.backward = 0, 0
+            step = stepper.step(self._teachers, batch._replace(memory=memory))
+            memory = step.memory if step.memory is not None else memory
+            backward = torch.as_tensor(self._passes.backward, device=step.examples.device)
+            examples = step.examples.detach()
+            taken.append(Taken(step.metrics, examples, step.pseudo, step.memory, self._passes.forward, backward))
+        return taken
+
+    def restart(
+        self, received: StateDict, starts: Sequence[StateDict], teachers: Mapping[str, Sequence[StateDict]]
+    ) -> None:
+        """Puts the weights of another client in place of these, in the same memory; momentum starts at 0."""
+        self._student.load_state_dict(starts[0])
+        copy_into(self._received, received)
+        copy_into(self._states, {name: each[0] for name, each in teachers.items()})
+        for stepper in self._steppers:
+            for state in stepper.optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+
+    def results(self) -> list[StateDict]:
+        """Returns the student's weights, in memory of their own."""
+        self._student.requires_grad_(True)
+        return [{name: value.detach().clone() for name, value in self._student.state_dict().items()}]
+
+
+def copy_into(targets: Any, sources: Any) -> None:
+    """Copies tensors into those of the same structure of dictionaries, lists and tuples."""
+    for target, source in zip(tree_leaves(targets), tree_leaves(sources), strict=True):
+        target.copy_(source)
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

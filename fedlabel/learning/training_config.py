@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 WEIGHT_BY = ("processed", "size", "uniform")
 OPTIMIZERS = ("sgd", "adamw")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,13 @@ class TrainingConfig:
     draws from; uniform: 1. A client whose losses used no sample (nothing passed the threshold, say) has weight 0 with
     each."""
 
+    precision: str = "float32"
+    """float32 | bfloat16: what networks compute in while clients train (weights, losses and posteriors stay float32;
+    convolutions on a GPU may use TF32). bfloat16 pays on a GPU, for networks with BatchNorm; it changes results."""
+
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"`training.precision` (={self.precision}) must be one of {', '.join(PRECISIONS)}.")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"`training.lr` (={self.lr}) must be a positive number.")
         for key in ("batch_size", "unlabeled_ratio", "server_batch_size"):
