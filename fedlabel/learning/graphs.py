@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from fedlabel.learning.step import Taken, copy_into
+from fedlabel.learning.step import Taken, copy_into, tensors_in
 from fedlabel.methods.batch import Batch, StateDict
 from fedlabel.methods.recipe import Phase
 
@@ -91,7 +91,7 @@ class Graphs:
             build: returns new students, whose received weights and teachers are in memory of their own.
             restart: puts this client's weights in place.
         """
-        place = (id(phase), key, tuple((v.shape, v.dtype) for v in tree_leaves(batch)))
+        place = (id(phase), key, tuple(sorted(batch.memory)), tuple((v.shape, v.dtype) for v in tensors_in(batch)))
         if place not in self._seen:
             self._seen[place] = (phase, None)  # keeps the phase, so that no other gets its id
             while len(self._seen) > KEPT:

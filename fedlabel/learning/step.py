@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fedlabel.learning.meter import Passes
 from fedlabel.learning.training_config import TrainingConfig
@@ -271,9 +271,17 @@ class Alone:
         return [{name: value.detach().clone() for name, value in self._student.state_dict().items()}]
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Returns all tensors in dictionaries (in the order of their keys), lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = [value[name] for name in sorted(value)] if isinstance(value, Mapping) else value
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
 def copy_into(targets: Any, sources: Any) -> None:
-    """Copies tensors into those of the same structure of dictionaries, lists and tuples."""
-    for target, source in zip(tree_leaves(targets), tree_leaves(sources), strict=True):
+    """Copies tensors into those of the same structure, see `tensors_in`."""
+    for target, source in zip(tensors_in(targets), tensors_in(sources), strict=True):
         target.copy_(source)
 
 
