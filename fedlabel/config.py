@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlabel.checks import no_effect
+from fedlabel.checks import at_least, no_effect, one_of, positive, within
 from fedlabel.config_names import unknown_key
 from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
 from fedlabel.config_text import (
@@ -74,12 +73,8 @@ class StrategyConfig:
     further away are rejected. null: no limit. It bounds the effect of one client on the mean."""
 
     def __post_init__(self) -> None:
-        if self.min_replies < 1:
-            raise ValueError(f"`strategy.min_replies` (={self.min_replies}) must be at least 1.")
-        if self.max_update_norm is not None and not 0 < self.max_update_norm < math.inf:
-            raise ValueError(
-                f"`strategy.max_update_norm` (={self.max_update_norm}) must be a positive number (or null)."
-            )
+        at_least(self, "strategy", 1, "min_replies")
+        positive(self, "strategy", "max_update_norm", null=True)
         if self.name == "weighted_mean" and self.args:
             raise ValueError(f"`strategy.args` (={self.args}) must be empty for strategy.name=weighted_mean.")
 
@@ -100,14 +95,9 @@ class GridConfig:
     """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("in_process", "ray"):
-            raise ValueError(f"`grid.kind` (={self.kind}) must be one of in_process, ray.")
-        for key in ("num_workers", "threads_per_worker"):
-            if not 1 <= getattr(self, key) <= MAX_WORKERS:
-                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must lie in [1, {MAX_WORKERS}].")
-        for key in ("timeout", "connect_timeout"):
-            if not 0 < getattr(self, key) <= MAX_SECONDS:
-                raise ValueError(f"`grid.{key}` (={getattr(self, key)}) must lie in (0, {MAX_SECONDS:g}] (seconds).")
+        one_of(self, "grid", kind=("in_process", "ray"))
+        within(self, "grid", 1, MAX_WORKERS, "num_workers", "threads_per_worker")
+        within(self, "grid", 0, MAX_SECONDS, "timeout", "connect_timeout", ends="(]", hint="it is in seconds")
 
 
 @dataclass(frozen=True)
@@ -134,14 +124,9 @@ class EvaluationConfig:
     receive no request."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"`evaluation.every` (={self.every}) must be at least 1.")
-        if self.split not in ("test", "validation"):
-            raise ValueError(f"`evaluation.split` (={self.split}) must be one of test, validation.")
-        if self.select is not None and self.select not in SELECT:
-            raise ValueError(f"`evaluation.select` (={self.select}) must be null or one of {', '.join(SELECT)}.")
-        if not 0 <= self.panel_samples <= 32:
-            raise ValueError(f"`evaluation.panel_samples` (={self.panel_samples}) must lie in [0, 32].")
+        at_least(self, "evaluation", 1, "every")
+        one_of(self, "evaluation", split=("test", "validation"), select=(None, *SELECT))
+        within(self, "evaluation", 0, 32, "panel_samples")
 
 
 @dataclass(frozen=True)
@@ -154,9 +139,7 @@ class CheckpointConfig:
     """Number of newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        for key in ("every", "keep"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`checkpoint.{key}` (={getattr(self, key)}) must be at least 1.")
+        at_least(self, "checkpoint", 1, "every", "keep")
 
 
 @dataclass(frozen=True)
@@ -191,13 +174,9 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"`seed` (={self.seed}) must be at least 0.")
-        for key in ("num_clients", "num_rounds"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`{key}` (={getattr(self, key)}) must be at least 1.")
-        if not 0 < self.fraction_train <= 1:
-            raise ValueError(f"`fraction_train` (={self.fraction_train}) must lie in (0, 1].")
+        at_least(self, "", 0, "seed")
+        at_least(self, "", 1, "num_clients", "num_rounds")
+        within(self, "", 0, 1, "fraction_train", ends="(]")
         if self.strategy.min_replies > self.cohort_size:
             raise ValueError(
                 f"`strategy.min_replies` (={self.strategy.min_replies}) must be at most the {self.cohort_size} clients "

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedlabel.config import ExperimentConfig, to_yaml
 from fedlabel.errors import RunError
 from fedlabel.hardware import source_hash
 from server.exchange import replies_to
+from server.grids.base import SimulationGrid
 from server.replies import Refused, harmless, read_identity
 from server.tally import Asked
 
@@ -24,6 +24,10 @@ def is_simulation(grid: Grid) -> bool:
     """Returns whether all clients are simulated, on one machine or cluster: then their pseudo-labels may be compared
     with hidden labels. Nodes behind a SuperLink are real.
     """
+    if isinstance(grid, SimulationGrid):
+        return True
+    from flwr.superlink.grid.http_grid import HttpGrid  # here: with its servers it takes as long to import as torch
+
     return not isinstance(grid, HttpGrid)
 
 

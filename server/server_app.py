@@ -25,7 +25,6 @@ from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_commit
 from fedlabel.learning.task import label_warnings
-from fedlabel.record.figures import partition_figure, save_png
 from fedlabel.record.run_folder import (
     CHECKPOINTS,
     CONFIG_YAML,
@@ -175,6 +174,8 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
     write_atomic(folder.partition_json, federation.to_json())
     write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.evaluation.figures:
+        from fedlabel.record.figures import partition_figure, save_png  # here: matplotlib takes a while to import
+
         figure = partition_figure(federation.histograms(), KIND_NAMES, federation.true_classes)
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)

@@ -65,9 +65,10 @@ class ServerState:
             moved: whether clients moved the model.
         """
         number = self.round_number + 1
-        average = self.average
+        decay = recipe.place(number).stage.averaging
+        average = self.average if decay else {}  # of the stage before, where a stage without one continues
         if moved:
-            average = moving_average(average, model, recipe.place(number).stage.averaging)
+            average = moving_average(average, model, decay)
         return replace(self, round_number=number, model=model, shared=shared, average=average)
 
 

@@ -40,6 +40,7 @@ LABELS = {
 }
 SECTIONS = tuple(name for name, kind in hints(ExperimentConfig).items() if inner_schema(kind) is not None)
 """Keys of which `fedlabel list KEY` shows the keys below."""
+_TERM = re.compile(r" +\S.{,18}? {2,}")
 
 
 def choices(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -94,7 +95,7 @@ def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",))
     if name in SECTIONS:
         schema = inner_schema(hints(ExperimentConfig)[name])
         assert schema is not None
-        yield from _wrapped(inspect.getdoc(schema) or "", width)
+        yield from _laid_out(inspect.getdoc(schema) or "", width)
         yield from _keys(schema, name, width)
         return
     takers = _takers(name, strategies) if name not in METHODS else []
@@ -106,10 +107,9 @@ def about(name: str, width: int, strategies: Sequence[str] = ("weighted_mean",))
             method = method_class(name)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        yield from _wrapped(f"method.name={name}: {method.description}", width)
-        for paragraph in (inspect.getdoc(sys.modules[method.__module__]) or "").split("\n\n"):
-            yield ""
-            yield from _wrapped(paragraph, width)
+        yield from _wrapped(f"method.name={name}: {method.description}", width, "", "    ")
+        yield ""
+        yield from _laid_out(inspect.getdoc(sys.modules[method.__module__]) or "", width)
         yield from _keys(method, "method", width)
         return
     names = [*METHODS, *SECTIONS]
@@ -149,7 +149,7 @@ def _keys(schema: type, where: str, width: int, base: object = None) -> Iterator
         yield ""
         if inner is not None:
             yield f"{where}.{key.name}.*"
-            yield from _wrapped(key.doc or inspect.getdoc(inner) or "", width, "    ")
+            yield from _laid_out(key.doc or inspect.getdoc(inner) or "", width, "    ")
             yield from _keys(inner, f"{where}.{key.name}", width, default)
             continue
         yield from _wrapped(f"{where}.{key.name} ({key.type}), default {_default(default)}", width, "", "    ")
@@ -162,6 +162,46 @@ def _default(value: Any) -> str:
     return '""' if value == "" else str(value).lower() if isinstance(value, bool) else as_yaml(value)
 
 
+def _laid_out(docstring: str, width: int, margin: str = "") -> Iterator[str]:
+    """Yields the lines of a docstring, wrapped anew: paragraphs, items of lists and indented lines stay apart."""
+    items: list[list[str]] = []
+    for line in docstring.splitlines():
+        if items and line.strip() and _continues(line, items[-1][0]):
+            items[-1].append(line)
+        else:
+            items.append([line])
+    for first, *others in items:
+        indent = first[: _indentation(first)]
+        term = _TERM.match(first)  # with a column of its own, where the text beside it is aligned
+        if others:
+            hanging = others[0][: _indentation(others[0])]
+        else:
+            hanging = " " * len(term[0]) if term else indent + "  " * bool(indent or _is_item(first))
+        text = " ".join([first.strip(), *(other.strip() for other in others)])
+        if not term and len(margin + first) > width:
+            text = " ".join(text.split())  # no room for columns
+        yield from _wrapped(text, width, margin + indent, margin + hanging) or [""]
+
+
+def _continues(line: str, first: str) -> bool:
+    """Whether a line goes on with the paragraph, list item or indented line that begins with the line `first`."""
+    if not first.strip() or _is_item(line):
+        return False
+    within = bool(_indentation(first)) or _is_item(first)
+    return _indentation(line) > _indentation(first) if within else not _indentation(line)
+
+
+def _is_item(line: str) -> bool:
+    return line.lstrip().startswith("- ")
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
 def _wrapped(text: str, width: int, first: str = "", later: str | None = None) -> list[str]:
     later = first if later is None else later
-    return textwrap.wrap(text, max(width, 20), initial_indent=first, subsequent_indent=later, break_long_words=False)
+    wrapper = textwrap.TextWrapper(
+        max(width, 20), initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.wrap(text)

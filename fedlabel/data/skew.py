@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlabel.checks import finite, one_of, positive
 from fedlabel.data.sets.class_names import find_classes
 from fedlabel.seeding import numpy_generator, torch_generator
 
@@ -55,20 +56,9 @@ class SkewConfig:
     def __post_init__(self) -> None:
         # YAML gives a list, of numbers perhaps; configurations must be hashable.
         object.__setattr__(self, "unlabeled_only_classes", tuple(map(str, self.unlabeled_only_classes)))
-        for name in ("labeled_imbalance", "unlabeled_imbalance"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 1):
-                raise ValueError(f"`skew.{name}` (={value}) must be finite and at least 1; 1 = no long tail.")
-        if self.feature_shift not in FEATURE_SHIFTS:
-            raise ValueError(
-                f"`skew.feature_shift` (={self.feature_shift}) must be one of {', '.join(FEATURE_SHIFTS)}."
-            )
-        strength = self.feature_shift_strength
-        if not (math.isfinite(strength) and strength > 0):
-            raise ValueError(
-                f"`skew.feature_shift_strength` (={strength}) must be positive and finite; "
-                "for no shift set skew.feature_shift=none."
-            )
+        finite(self, "skew", "labeled_imbalance", "unlabeled_imbalance", least=1, hint="1 is no long tail")
+        one_of(self, "skew", feature_shift=FEATURE_SHIFTS)
+        positive(self, "skew", "feature_shift_strength", hint="for no shift set skew.feature_shift=none")
 
     @property
     def has_tails(self) -> bool:

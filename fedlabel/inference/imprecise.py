@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedlabel.checks import one_of, within
+
 SET_LIKELIHOODS = ("product", "sum", "generator")
 SMALLEST = 1e-12
 """Probabilities of the noise matrix are not taken to be smaller, so that no information is impossible because of it."""
@@ -108,13 +110,8 @@ class SetLikelihood:
     """generator: the probability in (0, 1) that a class outside the set replaces the true class."""
 
     def __post_init__(self) -> None:
-        if self.kind not in SET_LIKELIHOODS:
-            raise ValueError(
-                f"`method.set_likelihood.kind` (={self.kind}) must be one of {', '.join(SET_LIKELIHOODS)}."
-            )
-        for key in ("partial_ratio", "noise_rate"):
-            if not 0 < getattr(self, key) < 1:
-                raise ValueError(f"`method.set_likelihood.{key}` (={getattr(self, key)}) must lie in (0, 1).")
+        one_of(self, "method.set_likelihood", kind=SET_LIKELIHOODS)
+        within(self, "method.set_likelihood", 0, 1, "partial_ratio", "noise_rate", ends="()")
 
     def log(self, candidates: Tensor, transition: Tensor) -> Tensor:
         """Returns log p(S | y) for every y, (n, classes).

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive
+
 WEIGHT_BY = ("processed", "size", "uniform")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16")
@@ -54,27 +56,18 @@ class TrainingConfig:
     convolutions on a GPU may use TF32). bfloat16 pays on a GPU, for networks with BatchNorm; it changes results."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"`training.precision` (={self.precision}) must be one of {', '.join(PRECISIONS)}.")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"`training.lr` (={self.lr}) must be a positive number.")
-        for key in ("batch_size", "unlabeled_ratio", "server_batch_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"`training.{key}` (={value}) must be at least 1.")
+        one_of(self, "training", precision=PRECISIONS)
+        positive(self, "training", "lr")
+        at_least(self, "training", 1, "batch_size", "unlabeled_ratio")
+        at_least(self, "training", 1, "server_batch_size", null=True)
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError(
                 f"`training.local_steps` (={self.local_steps}) and `training.local_epochs` (={self.local_epochs}): "
                 "exactly one must be set; set the other to null."
             )
-        for key in ("local_steps", "local_epochs", "server_steps"):
-            value = getattr(self, key)
-            if value is not None and value < 0:
-                raise ValueError(f"`training.{key}` (={value}) must be at least 0.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"`training.momentum` (={self.momentum}) must lie in [0, 1).")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"`training.optimizer` (={self.optimizer}) must be one of {', '.join(OPTIMIZERS)}.")
+        at_least(self, "training", 0, "local_steps", "local_epochs", "server_steps", null=True)
+        in_unit_interval(self, "training", "momentum", below_one=True)
+        one_of(self, "training", optimizer=OPTIMIZERS, weight_by=WEIGHT_BY)
         if self.optimizer != "sgd" and (self.momentum > 0 or self.nesterov):
             raise ValueError(
                 f"`training.momentum` (={self.momentum}) must be 0 and `training.nesterov` (={self.nesterov}) false "
@@ -82,10 +75,5 @@ class TrainingConfig:
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("`training.nesterov` (=True) needs `training.momentum` (=0) above 0.")
-        for key in ("weight_decay", "prox_mu"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(f"`training.{key}` (={getattr(self, key)}) must be a finite number of at least 0.")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < float("inf"):
-            raise ValueError(f"`training.max_grad_norm` (={self.max_grad_norm}) must be a positive number (or null).")
-        if self.weight_by not in WEIGHT_BY:
-            raise ValueError(f"`training.weight_by` (={self.weight_by}) must be one of {', '.join(WEIGHT_BY)}.")
+        finite(self, "training", "weight_decay", "prox_mu")
+        positive(self, "training", "max_grad_norm", null=True)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive, within
 from fedlabel.data.labels.labeling_functions import NOT_ASKED
 from fedlabel.inference.head_assignment import random_classes, restricted, votes_of
 from fedlabel.inference.label_model import ABSTAIN, VARIANTS, LabelModel
@@ -153,15 +153,13 @@ class DPSSL(Method):
             prior=("learnt", "uniform", "client"),
             end_start=("fresh", "warm"),
         )
-        at_least(self, "method", 1, "num_functions", "functions_rounds", "label_model_rounds", "assignment_rounds")
+        at_least(self, "method", 1, "functions_rounds", "label_model_rounds", "assignment_rounds")
         finite(self, "method", "lambda_u", "lambda_e", "lambda_c", "label_weight")
         in_unit_interval(self, "method", "confidence_threshold", "vote_threshold", "least_confidence")
         in_unit_interval(self, "method", "averaging_decay", "decay", below_one=True)
         positive(self, "method", "smoothing")
-        if self.num_functions > MAX_FUNCTIONS:
-            raise ValueError(f"`method.num_functions` (={self.num_functions}) must be at most {MAX_FUNCTIONS}.")
-        if not 0 < self.temperature <= 1:
-            raise ValueError(f"`method.temperature` (={self.temperature}) must lie in (0, 1].")
+        within(self, "method", 1, MAX_FUNCTIONS, "num_functions")
+        within(self, "method", 0, 1, "temperature", ends="(]")
         if self.grown and self.assignment == "wta" and self.assignment_rounds >= self.functions_rounds:
             raise ValueError(
                 f"`method.assignment_rounds` (={self.assignment_rounds}) must be below `method.functions_rounds` "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive, within
 from fedlabel.inference.transition import diagonal_transition, from_counts, gradient_step
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import SLACK, Limits, Shared, check_counts, check_shares, nothing_shared
@@ -165,10 +165,8 @@ class NoiseMatrix:
         positive(self, section, "strength", "lr")
         in_unit_interval(self, section, "decay", below_one=True)
         at_least(self, section, 0, "warmup_rounds")
-        if not 0 < self.start < 1:
-            raise ValueError(f"`method.noise.start` (={self.start}) must lie in (0, 1).")
-        if not 1 <= self.annotators <= MAX_ANNOTATORS:
-            raise ValueError(f"`method.noise.annotators` (={self.annotators}) must lie in [1, {MAX_ANNOTATORS}].")
+        within(self, section, 0, 1, "start", ends="()")
+        within(self, section, 1, MAX_ANNOTATORS, "annotators")
 
     @property
     def own(self) -> bool:

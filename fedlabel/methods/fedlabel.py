@@ -143,7 +143,7 @@ class FedLabel(Method):
     lambda_0: float = 1.0
     """Largest weight of the consistency term (paper: 0 to 2 tried on CIFAR)."""
     unlabeled_steps: int | None = None
-    """tau': local steps of phase B; none: from `training.local_steps` / `training.local_epochs`."""
+    """tau': local steps of phase B; null: from `training.local_steps` / `training.local_epochs`."""
     teacher: str = "both"
     """both | local | global: the paper's single-teacher ablations use one model as both experts."""
     score: str = "variance"

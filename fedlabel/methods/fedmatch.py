@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.checks import at_least, finite, in_unit_interval, one_of
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of, within
 from fedlabel.methods.batch import Batch, Model, PseudoLabels, StateDict, Step
 from fedlabel.methods.losses import cross_entropy_on_labels, mean_metric, one_hot, pseudo_cross_entropy, pseudo_metrics
 from fedlabel.methods.recipe import BySample, Helpers, LabelKinds, Method, Phase, Recipe, Stage, Task, Update
@@ -118,8 +118,7 @@ class FedMatch(Method):
         in_unit_interval(self, "method", "confidence_threshold")
         finite(self, "method", "lambda_s", "lambda_a", "lambda_i", "lambda_l1", "lambda_l2")
         finite(self, "method", "psi_factor", "zero_below", "change_above")
-        if not 1 <= self.num_helpers <= MAX_HELPERS:
-            raise ValueError(f"`method.num_helpers` (={self.num_helpers}) must lie in [1, {MAX_HELPERS}].")
+        within(self, "method", 1, MAX_HELPERS, "num_helpers")
         at_least(self, "method", 1, "helper_interval")
 
     def recipe(self, task: Task) -> Recipe:

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 
+from fedlabel.checks import within
 from fedlabel.methods.batch import Batch, Model, Step
 from fedlabel.methods.losses import label_step
 from fedlabel.methods.recipe import LabelKinds, Method, Phase, Recipe, Stage, Task
@@ -34,8 +35,7 @@ class GCE(Method):
     description: ClassVar[str] = "noisy labels: generalised cross-entropy (Zhang & Sabuncu, NeurIPS 2018)"
 
     def __post_init__(self) -> None:
-        if not 0 < self.q <= 1:
-            raise ValueError(f"`method.q` (={self.q}) must lie in (0, 1]; for q = 0 take method.name=supervised.")
+        within(self, "method", 0, 1, "q", ends="(]", hint="for q = 0 take method.name=supervised")
 
     def recipe(self, task: Task) -> Recipe:
         return Recipe(

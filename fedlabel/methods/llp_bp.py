@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive, within
 from fedlabel.data.labels.supervision import Supervision
 from fedlabel.inference.belief import FACTORS, Beliefs, marginals
 from fedlabel.inference.cardinality import LARGEST
@@ -141,10 +141,8 @@ class LLPBP(Method):
         finite(self, "method", "lambda_edge", "evidence_weight", "lambda_aggregate")
         positive(self, "method", "length_scale", null=True)
         in_unit_interval(self, "method", "damping", below_one=True)
-        if not 0 < self.max_distance <= 2:
-            raise ValueError(f"`method.max_distance` (={self.max_distance}) must lie in (0, 2].")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"`method.threshold` (={self.threshold}) must lie in (0, 1).")
+        within(self, "method", 0, 2, "max_distance", ends="(]")
+        within(self, "method", 0, 1, "threshold", ends="()")
         if self.factor == "pairwise" and self.lambda_bag == math.inf:
             raise ValueError(
                 "`method.lambda_bag` (=inf) must be finite for method.factor=pairwise: a count that cannot be missed "

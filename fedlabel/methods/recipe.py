@@ -169,8 +169,9 @@ class Stage:
     """Or (the previous stage's final weights, fresh weights) -> weights. Not used in the first stage, which starts
     fresh."""
     averaging: float = 0.0
-    """Decay of a moving average of the global model over this stage's rounds, evaluated as "average"; a next
-    stage with weights of its own gets it as "previous"; the rounds continue from the model itself. 0: none."""
+    """Decay of a moving average of the global model over this stage's rounds, evaluated as "average"; the rounds
+    continue from the model itself. 0: none. A next stage with weights of its own gets the average as "previous". One
+    that CONTINUEs goes on with it, as with the model, if it has `averaging`, too; if not, the average ends."""
     predict: Callable[[Mapping[str, Model], State], Model | None] = global_model
     """("model", the global one, and, if they exist, "average" and "previous"; the shared state) -> the evaluated
     function, images -> logits; None: nothing to evaluate."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fedlabel.checks import one_of, within
 from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp, Net, Part
 from fedlabel.models.resnet import Bottleneck, ResNet, ResNet9, WideResNet
 from fedlabel.names import did_you_mean
@@ -34,7 +35,8 @@ class ModelConfig:
     """The network and its size."""
 
     name: str = "cnn"
-    """A key of `MODELS`, or "torchvision:" and the name of a classifier of `torchvision.models` (untrained)."""
+    """A network that `fedlabel list` names, or "torchvision:" and the name of a classifier of `torchvision.models`
+    (untrained)."""
     norm: str = "group"
     """group | batch | none. torchvision's networks keep their own (mostly batch); mlp has none."""
     width: int = 1
@@ -59,11 +61,9 @@ class ModelConfig:
             expected = f"one of {', '.join(MODELS)}, or {TORCHVISION}<name>"
         if self.name not in allowed:
             raise ValueError(f"`model.name` (={self.name}) must be {expected}.{did_you_mean(self.name, allowed, 3)}")
-        if self.norm not in NORMS:
-            raise ValueError(f"`model.norm` (={self.norm}) must be one of {', '.join(NORMS)}.")
-        for key, most in (("width", MAX_WIDTH), ("hidden", MAX_HIDDEN)):
-            if not 1 <= getattr(self, key) <= most:
-                raise ValueError(f"`model.{key}` (={getattr(self, key)}) must lie in [1, {most}].")
+        one_of(self, "model", norm=NORMS)
+        within(self, "model", 1, MAX_WIDTH, "width")
+        within(self, "model", 1, MAX_HIDDEN, "hidden")
         layers = list(self.hidden_layers)
         if not all(1 <= width <= MAX_HIDDEN for width in layers) or len(layers) > MAX_LAYERS:
             raise ValueError(

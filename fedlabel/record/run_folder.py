@@ -25,12 +25,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -39,6 +37,9 @@ from torch.utils.tensorboard import summary as summaries
 
 from fedlabel.errors import make_folder, naming
 from fedlabel.metric_tags import LOWER, Tag, find_tag
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 try:
     import fcntl
@@ -382,6 +383,8 @@ class RunFolder:
         self._events.add(histogram, round_number)
 
     def _add_figure(self, tag: str, figure: Figure, round_number: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: of no use where there are no figures
+
         # Not through pyplot, which keeps global state and looks for a display.
         canvas = FigureCanvasAgg(figure)
         canvas.draw()

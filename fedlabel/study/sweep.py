@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedlabel.checks import one_of
 from fedlabel.config import ConfigError, ExperimentConfig, find_config, load_config
 from fedlabel.config_schema import build, fields_of, settled
 from fedlabel.config_text import as_yaml, merged, read_mapping
@@ -57,10 +58,7 @@ class SearchConfig:
                 )
         if self.split != "validation":
             raise ValueError(f"`search.split` (={self.split}) must be validation: the test split chooses nothing.")
-        if self.metric not in EVALUATED:
-            raise ValueError(f"`search.metric` (={self.metric}) must be one of {', '.join(EVALUATED)}.")
-        if self.column not in COLUMNS:
-            raise ValueError(f"`search.column` (={self.column}) must be one of {', '.join(COLUMNS)}.")
+        one_of(self, "search", metric=EVALUATED, column=COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,7 @@ class SweepConfig:
             raise ValueError("`methods` must name at least one row, e.g. {FedLabel: []}.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"`seeds` (={self.seeds}) must be at least one number of at least 0, each once.")
-        if self.final_split not in ("test", "validation"):
-            raise ValueError(f"`final_split` (={self.final_split}) must be one of test, validation.")
+        one_of(self, "", final_split=("test", "validation"))
         if not all(0 < target < 1 for target in self.targets):
             raise ValueError(f"`targets` (={self.targets}) must lie in (0, 1).")
         if self.search is not None and self.search.seed in self.seeds:

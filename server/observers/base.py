@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import RecordDict
-from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
 from fedlabel.learning.metrics import Counts, add_counts
 from server.state import ServerState
 from server.tally import RoundTally
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)

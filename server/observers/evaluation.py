@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
-from fedlabel.record.figures import client_accuracy_figure, confusion_figure
+import numpy as np
+
 from server.observers.base import Observer, Report, Round
 from server.selection import select_key
 from server.state import ServerState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class EvaluationObserver(Observer):
@@ -31,6 +34,8 @@ class EvaluationObserver(Observer):
         }
         figures: dict[str, Figure] = {}
         if self.has_figures(number):
+            from fedlabel.record.figures import client_accuracy_figure, confusion_figure  # matplotlib takes a while
+
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
             figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)

@@ -12,7 +12,6 @@ import numpy as np
 from fedlabel.data.labels.labeling_functions import function_name, load_functions
 from fedlabel.experiment import Experiment
 from fedlabel.learning.metrics import COUNTED, OF_SAMPLES, RATES, Counts, add_counts, ratio
-from fedlabel.record.figures import functions_figure
 from fedlabel.record.run_folder import FUNCTIONS_CSV
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
@@ -71,6 +70,8 @@ class FunctionObserver(Observer):
         texts = {"functions": table, "functions/clients": markdown(self._client_rows())}
         figures = {}
         if self.experiment.config.evaluation.figures:
+            from fedlabel.record.figures import functions_figure  # here: matplotlib takes a while to import
+
             rates = self._rates(total)
             figures["functions"] = functions_figure(rates["coverage"], rates["accuracy"], guess)
         return replace(report, texts=texts, figures=figures)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fedlabel.experiment import Experiment
 from fedlabel.inference.transition import not_dominant, transition_error
 from fedlabel.learning.metrics import ratio
-from fedlabel.record.figures import transition_figure
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("fedlabel")
 
@@ -57,6 +59,8 @@ class NoiseObserver(Observer):
         config = self.experiment.config
         if not config.evaluation.figures or not (self.is_last(number) or number % max(1, config.num_rounds // 10) == 0):
             return {}
+        from fedlabel.record.figures import transition_figure  # here: matplotlib takes a while to import
+
         names = self.experiment.federation.dataset.class_names
         return {
             "transition" if len(matrices) == 1 else f"transition/{place}": transition_figure(matrix, truth, names)

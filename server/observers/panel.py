@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from flwr.app import ArrayRecord, RecordDict
-from matplotlib.figure import Figure
 
 from fedlabel.experiment import Experiment
 from fedlabel.methods.shared import state_from_lists
-from fedlabel.record.figures import pseudo_label_panel
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class PanelObserver(Observer):
@@ -55,6 +56,8 @@ def pseudo_panel(experiment: Experiment, seen: Round) -> Figure | None:
     update = experiment.train(client, received.pop("arrays"), tally.round_number, memory, received)
     if update.pseudo is None or (client_states is None and update.kept):
         return None
+    from fedlabel.record.figures import pseudo_label_panel  # here: matplotlib takes a while to import
+
     rows = update.pseudo_index[:size]
     names = experiment.federation.dataset.class_names
     pseudo = [values[: len(rows)].cpu() for values in update.pseudo]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from fedlabel.learning.metrics import bins_of, pseudo_label_metrics, ratio
-from fedlabel.record.figures import reliability_figure
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 
@@ -33,5 +32,7 @@ class PseudoLabelObserver(Observer):
         figures = {}
         final = self.experiment.recipe.place(seen.number).stage.final
         if seen.is_evaluated and final and self.has_figures(seen.number):
+            from fedlabel.record.figures import reliability_figure  # here: matplotlib takes a while to import
+
             figures["pseudo/reliability"] = reliability_figure(bins_of(counts), f"Pseudo-labels of round {seen.number}")
         return Report(pseudo_label_metrics(counts), lists, bins, figures)

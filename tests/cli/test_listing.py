@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 
 import pytest
 
-from fedlabel.cli.listing import LABELS, PARTITIONS, SECTIONS, about, choices
+from fedlabel.cli.listing import LABELS, PARTITIONS, SECTIONS, _laid_out, about, choices
 from fedlabel.config import ConfigError, ExperimentConfig, load_config
 from fedlabel.config_names import all_keys
 from fedlabel.data.labels.supervision_config import KINDS as LABEL_KINDS
@@ -44,6 +46,48 @@ def test_defaults_are_the_methods_own_and_meanings_follow() -> None:
     assert lines[place + 1].startswith("    fixed | flexmatch | freematch | cbafed")
     assert "method.max_distance (float), default 2.0" in list(about("llp_bp", 200))
     assert list(about("fedlabel.methods.gce:GCE", 200))[-3:] == list(about("gce", 200))[-3:]
+
+
+def test_lists_steps_and_stages_of_a_docstring_stay_apart() -> None:
+    fedlabel = list(about("fedlabel", 120))
+    steps = fedlabel.index("One round of client k, from the received weights w:")
+    written = (inspect.getdoc(sys.modules[METHODS["fedlabel"].__module__]) or "").splitlines()
+    place = written.index(fedlabel[steps])
+    assert fedlabel[steps : steps + 4] == written[place : place + 4]
+    assert fedlabel[steps + 5] == "What differs, and why:"
+    assert [line[:8] for line in fedlabel[steps + 6 :] if line.startswith("- ")][:2] == ["- KL(tea", "- The me"]
+    dp_ssl = list(about("dp_ssl", 100))
+    assert [line[2:15] for line in dp_ssl if re.match(r"  \w.*  ", line)] == [
+        "functions    ",
+        "label model  ",
+        "end model    ",
+    ]
+    place = next(number for number, line in enumerate(dp_ssl) if line.startswith("  functions"))
+    assert re.match(r" {15}\w", dp_ssl[place + 1])
+
+
+@pytest.mark.parametrize(
+    ("docstring", "width", "expected"),
+    [
+        ("One\ntwo three\n\nfour", 20, ["One two three", "", "four"]),
+        ("One two three four five", 20, ["One two three four", "five"]),
+        ("Steps:\n  a. one    (1)\n  b. two\nEnd.", 20, ["Steps:", "  a. one    (1)", "  b. two", "End."]),
+        ("  a. one two     (1)", 20, ["  a. one two     (1)"]),
+        (
+            "  a. one two three four five     (1)",
+            20,
+            ["  a. one two three", "    four five (1)"],
+        ),  # no room for the column
+        ("- one two three\n  four five\n- six", 20, ["- one two three four", "  five", "- six"]),
+        ("- one two three four five", 20, ["- one two three four", "  five"]),
+        ("  name   one two\n         three", 20, ["  name   one two", "         three"]),
+        ("  name   one two three", 20, ["  name   one two", "         three"]),
+        ("well-known state-of-the-art", 20, ["well-known", "state-of-the-art"]),
+    ],
+)
+def test_docstrings_are_laid_out(docstring: str, width: int, expected: list[str]) -> None:
+    assert list(_laid_out(docstring, width)) == expected
+    assert list(_laid_out(docstring, width + 4, "    ")) == [f"    {line}".rstrip() for line in expected]
 
 
 @pytest.mark.parametrize("name", [each for each in SECTIONS if each != "method"])

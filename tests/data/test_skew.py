@@ -209,8 +209,11 @@ def test_a_client_sees_the_same_change_in_training_and_evaluation_with_other_noi
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labeled_imbalance": 0.5}, r"`skew.labeled_imbalance` \(=0.5\) must be finite and at least 1"),
-        ({"unlabeled_imbalance": float("inf")}, r"`skew.unlabeled_imbalance` \(=inf\) must be finite"),
+        ({"labeled_imbalance": 0.5}, r"`skew.labeled_imbalance` \(=0.5\) must be a finite number of at least 1"),
+        (
+            {"unlabeled_imbalance": float("inf")},
+            r"`skew.unlabeled_imbalance` \(=inf\) must be a finite number of at least 1: 1 is no long tail",
+        ),
         ({"feature_shift": "rotate"}, r"`skew.feature_shift` \(=rotate\) must be one of none, rotation, .*mixed\."),
         ({"feature_shift_strength": 0.0}, r"`skew.feature_shift_strength` \(=0.0\) .*skew.feature_shift=none"),
     ],

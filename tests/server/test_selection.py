@@ -170,7 +170,7 @@ def test_selection_is_resumed_to_the_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["evaluation.select=auc"], r"`evaluation.select` \(=auc\) must be null or one of bag_mae, instance_auc"),
+        (["evaluation.select=auc"], r"`evaluation.select` \(=auc\) must be one of null, bag_mae, instance_auc"),
         (["evaluation.select=bag_mae"], r"`evaluation.select` \(=bag_mae\) needs bags, and there are none"),
         (
             ["evaluation.select=instance_auc"],

@@ -50,6 +50,25 @@ def test_the_average_of_the_stage_goes_on_where_clients_moved_the_model() -> Non
     assert ServerState(3, of(0), "").next(of(4), {}, AVERAGING, moved=False).average == {}
 
 
+def test_a_stage_that_continues_and_averages_goes_on_with_the_average_of_the_stage_before() -> None:
+    """Two stages in place of one change nothing; with another decay, .5, its first round makes .5 * 5 + .5 * 9 = 7."""
+    for second, expected in ((0.75, 6.0), (0.5, 7.0)):
+        recipe = Recipe((Stage((), rounds=2, averaging=0.75), Stage((), averaging=second)), LabelKinds.TRUE)
+        state = ServerState(0, of(0), "")
+        for model in (of(4), of(8), of(9)):
+            state = state.next(model, {}, recipe, moved=True)
+        assert float(state.average["w"][0]) == expected
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_the_average_ends_with_its_stage_where_the_next_one_has_none(moved: bool) -> None:
+    """Else a stage without average would be evaluated with one of weights from long ago, and hand it on."""
+    recipe = Recipe((Stage((), rounds=1, averaging=0.75), Stage(())), LabelKinds.TRUE)
+    averaged = ServerState(0, of(0), "").next(of(4), {}, recipe, moved=True)
+    assert list(averaged.models) == ["model", "average"]
+    assert list(averaged.next(of(8), {}, recipe, moved).models) == ["model"]
+
+
 def test_a_moving_average_with_decay_0_is_none() -> None:
     assert moving_average(of(1), of(2), 0.0) == {}
     alone = moving_average({}, of(2), 0.9)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fedlabel.checks import at_least, in_unit_interval, one_of, positive, within
+
 KINDS = ("few_labels", "full", "partial", "noisy", "partial_and_noisy", "bags", "labeling_functions")
 COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
 HOLDERS = ("clients", "server", "some_clients")
@@ -104,27 +106,22 @@ class LabelKind:
             raise ValueError(
                 f"{values} cannot be combined with supervision.kind=full: take supervision.kind=few_labels."
             )
-        for name in given:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`supervision.{name}` (={getattr(self, name)}) must be at least 1.")
+        at_least(self, "supervision", 1, *given)
         if self.label_rate is None:
             if not given and self.kind == "few_labels" and not self._all_without_amount():
                 raise ValueError(
                     "`supervision.label_rate` (=None) does not define the amount: "
                     f"give it, or one of {', '.join(f'supervision.{name}' for name in COUNTS)}."
                 )
-        elif not 0 <= self.label_rate <= 1:
-            raise ValueError(f"`supervision.label_rate` (={self.label_rate}) must lie in [0, 1].")
+        else:
+            in_unit_interval(self, "supervision", "label_rate")
 
     def _all_without_amount(self) -> bool:
         return False
 
     def _check_kind(self) -> None:
-        for key, allowed in {"kind": KINDS, "candidates": CANDIDATES, "noise": NOISE}.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"`supervision.{key}` (={getattr(self, key)}) must be one of {', '.join(allowed)}.")
-        if not 0 <= self.noise_rate <= 1:
-            raise ValueError(f"`supervision.noise_rate` (={self.noise_rate}) must lie in [0, 1].")
+        one_of(self, "supervision", kind=KINDS, candidates=CANDIDATES, noise=NOISE, on_error=ON_ERROR)
+        in_unit_interval(self, "supervision", "noise_rate")
         if self.has_candidates and self.partial_ratio is None:
             raise ValueError(
                 f"`supervision.partial_ratio` (=None) must be given for supervision.kind={self.kind}: a number in "
@@ -135,8 +132,8 @@ class LabelKind:
                 f"`supervision.partial_ratio` (={self.partial_ratio}) cannot be combined with "
                 f"supervision.kind={self.kind}: take supervision.kind=partial or partial_and_noisy, or leave it out."
             )
-        if self.partial_ratio is not None and not 0 <= self.partial_ratio <= 1:
-            raise ValueError(f"`supervision.partial_ratio` (={self.partial_ratio}) must lie in [0, 1].")
+        if self.partial_ratio is not None:
+            in_unit_interval(self, "supervision", "partial_ratio")
         if self.candidates != "uniform" and not self.has_candidates:
             raise ValueError(
                 f"`supervision.candidates` (={self.candidates}) cannot be combined with "
@@ -149,8 +146,6 @@ class LabelKind:
                 f"{self.kind}: take label_rate, labels_per_client or labels_total."
             )
         self._check_bag()
-        if self.on_error not in ON_ERROR:
-            raise ValueError(f"`supervision.on_error` (={self.on_error}) must be one of {', '.join(ON_ERROR)}.")
         if self.on_error != "abstain" and self.kind != "labeling_functions":
             raise ValueError(
                 f"`supervision.on_error` (={self.on_error}) cannot be combined with supervision.kind={self.kind}: take "
@@ -223,8 +218,7 @@ class LabelKind:
                 f"`supervision.bag_size_max` (={self.bag_size_max}) must be at least supervision.bag_size "
                 f"(={self.bag_size}), or null."
             )
-        if self.count_epsilon is not None and not 0 < self.count_epsilon < float("inf"):
-            raise ValueError(f"`supervision.count_epsilon` (={self.count_epsilon}) must be a positive number, or null.")
+        positive(self, "supervision", "count_epsilon", null=True)
 
     @property
     def has_candidates(self) -> bool:
@@ -262,8 +256,7 @@ class MixPart(LabelKind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise ValueError(f"`supervision.mix[].share` (={self.share}) must lie in (0, 1]: give each part one.")
+        within(self, "supervision.mix[]", 0, 1, "share", ends="(]", hint="give each part one")
 
 
 @dataclass(frozen=True)
@@ -296,8 +289,7 @@ class SupervisionConfig(LabelKind):
         return self.labels_at == "some_clients"
 
     def _check_mix(self) -> None:
-        if self.mix_over not in ("clients", "samples"):
-            raise ValueError(f"`supervision.mix_over` (={self.mix_over}) must be one of clients, samples.")
+        one_of(self, "supervision", mix_over=("clients", "samples"))
         default = LabelKind()
         beside = ["labels_at"] if self.labels_at != "clients" else []
         beside += [f.name for f in fields(LabelKind) if getattr(self, f.name) != getattr(default, f.name)]
@@ -329,8 +321,7 @@ class SupervisionConfig(LabelKind):
             raise ValueError(f"The shares of `supervision.mix` sum to {total:g}; they must sum to at most 1.")
 
     def _check_holder(self) -> None:
-        if self.labels_at not in HOLDERS:
-            raise ValueError(f"`supervision.labels_at` (={self.labels_at}) must be one of {', '.join(HOLDERS)}.")
+        one_of(self, "supervision", labels_at=HOLDERS)
         if not self.mix and self.mix_over != "clients":
             raise ValueError(
                 f"`supervision.mix_over` (={self.mix_over}) needs supervision.mix: give it, or leave it out."

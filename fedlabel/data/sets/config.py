@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fedlabel.checks import no_effect
+from fedlabel.checks import at_least, in_unit_interval, no_effect, one_of, within
 from fedlabel.names import did_you_mean
 
 
@@ -49,7 +49,7 @@ class DataConfig:
     """The data set, its location, and the part held out to choose hyper-parameters."""
 
     name: str = "digits"
-    """One of `SETS`."""
+    """A data set; `fedlabel list` names them all."""
     root: str = no_effect("data")
     """The folder of the data sets in torchvision's layout; for adult, bank_marketing and magic that of UCI's files (as
     they are or .gz), or one that has them in `[tabular/]adult`, `[tabular/]bank-marketing`, `[tabular/]magic`. For npz
@@ -88,10 +88,8 @@ class DataConfig:
         if self.name not in SETS:
             hint = did_you_mean(self.name, SETS)
             raise DataError(f"`data.name` (={self.name}) must be one of {', '.join(SETS)}.{hint}")
-        if not 0 <= self.validation_fraction < 1:
-            raise DataError(f"`data.validation_fraction` (={self.validation_fraction}) must lie in [0, 1).")
-        if self.train_samples is not None and self.train_samples < 1:
-            raise DataError(f"`data.train_samples` (={self.train_samples}) must be at least 1 (or null).")
+        in_unit_interval(self, "data", "validation_fraction", below_one=True)
+        at_least(self, "data", 1, "train_samples", null=True)
         self._check_tables()
 
     def _check_tables(self) -> None:
@@ -106,10 +104,8 @@ class DataConfig:
                 raise DataError(f"`data.{key}` (={getattr(self, key)}) is for data.name=table, not for {self.name}.")
         if self.name == "table" and self.label_column is None:
             raise DataError("`data.label_column` (=None) must name the column of labels for data.name=table.")
-        if self.decimal not in ("point", "comma"):
-            raise DataError(f"`data.decimal` (={self.decimal}) must be point or comma.")
-        if not 0 < self.test_fraction < 1:
-            raise DataError(f"`data.test_fraction` (={self.test_fraction}) must lie in (0, 1).")
+        one_of(self, "data", decimal=("point", "comma"))
+        within(self, "data", 0, 1, "test_fraction", ends="()")
 
 
 def data_root(config: DataConfig) -> Path:

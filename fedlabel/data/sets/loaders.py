@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.sets.config import DataConfig, DataError, data_root
+from fedlabel.data.sets.stratified import split_stratified
 
 DIGITS = tuple("0123456789")
 SMALL, MAX_EXPANSION = 1 << 26, 100
@@ -129,13 +131,16 @@ def _checked_split(images: np.ndarray, labels: np.ndarray, num_classes: int, nam
 
 def load_digits(config: DataConfig) -> Loaded:
     """Handwritten digits of scikit-learn; its 80/20 test split is fixed and does not follow the experiment's seed."""
-    # Imported here: scikit-learn takes a second to import, and only this set needs it.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    # The file alone, not `sklearn.datasets`, which takes as long to import as torch.
+    package = find_spec("sklearn")
+    where = next(iter(package.submodule_search_locations or ()), "") if package else ""
+    path = Path(where) / "datasets" / "data" / "digits.csv.gz"
+    if not path.is_file():
+        raise DataError(f"`data.name` (=digits): there is no {path}; it comes with scikit-learn: install that again.")
+    table = np.loadtxt(path, delimiter=",")
+    labels = table[:, -1].astype(np.int64)
+    images = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+    train, test = split_stratified(labels, 0.2, seed=0)
     splits = [_checked_split(images[part], labels[part], 10, ("digits", "digits")) for part in (train, test)]
     return Loaded(splits[0], splits[1], DIGITS)
 

@@ -17,6 +17,7 @@ import torch
 
 from fedlabel.data.sets.cells import LARGEST, Numbers, is_number, looks_like, read_numbers
 from fedlabel.data.sets.config import DataError
+from fedlabel.data.sets.stratified import split_stratified
 from fedlabel.data.sets.tables import LoadedTable, Table
 from fedlabel.data.sets.text_tables import TextTable, as_list, listed, quoted, summed, unreadable
 from fedlabel.names import did_you_mean
@@ -77,8 +78,6 @@ def split_off_test(
         config: what to do with the columns.
         dropped: what to leave out if `data.drop_columns` is null.
     """
-    from sklearn.model_selection import train_test_split
-
     labeled = np.flatnonzero(labels >= 0)
     sizes = np.bincount(labels[labeled], minlength=len(class_names))
     count = int(np.ceil(config.test_fraction * len(labeled)))
@@ -96,8 +95,8 @@ def split_off_test(
             "If so, add rows or delete the class, or give test rows in a file of their own."
         )
     place = np.argsort(np.argsort(class_names))  # the draw goes by the alphabet, however the classes are numbered
-    _, test = train_test_split(labeled, test_size=config.test_fraction, random_state=0, stratify=place[labels[labeled]])
-    test = np.sort(test)
+    _, test = split_stratified(place[labels[labeled]], config.test_fraction, seed=0)
+    test = np.sort(labeled[test])
     train = np.setdiff1d(np.arange(len(labels)), test)
     parts = [Rows(file, rows, labels[rows]) for rows in (train, test)]
     loaded = as_tables(parts[0], parts[1], class_names, config, dropped)

@@ -90,7 +90,7 @@ def test_training_set_can_be_cut_and_the_validation_set_stays() -> None:
     assert small.train.labels.unique().numel() == 10
     with pytest.raises(DataError, match=r"`data.train_samples` \(=5000\) is more than the training set has: 1294"):
         load_dataset(DataConfig(train_samples=5000), seed=3)
-    with pytest.raises(DataError, match=r"`data.train_samples` \(=0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"`data.train_samples` \(=0\) must be at least 1"):
         DataConfig(train_samples=0)
 
 
@@ -226,7 +226,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("fraction", [1.0, 1.2, -0.1, float("nan")])
 def test_validation_fraction_out_of_range(fraction: float) -> None:
-    with pytest.raises(DataError, match=rf"`data.validation_fraction` \(={fraction}\) must lie in \[0, 1\)\."):
+    with pytest.raises(ValueError, match=rf"`data.validation_fraction` \(={fraction}\) must lie in \[0, 1\)\."):
         DataConfig(validation_fraction=fraction)
 
 

@@ -89,7 +89,7 @@ def test_decimal_commas_are_read_where_they_are_told(tmp_path: Path) -> None:
     assert sorted(set(column.tolist())) == [2, 3.14, 1234.5]
     with pytest.raises(DataError, match="`3.14`, a number with a decimal point, .* With data.decimal=comma"):
         load(tmp_path, rows_with(["3.14", "2,5"]), decimal="comma")
-    with pytest.raises(DataError, match=r"`data.decimal` \(=,\) must be point or comma"):
+    with pytest.raises(ValueError, match=r"`data.decimal` \(=,\) must be one of point, comma"):
         load(tmp_path, content, decimal=",")
 
 

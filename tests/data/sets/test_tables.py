@@ -347,7 +347,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     ],
 )
 def test_keys_of_other_sets_are_refused(keys: dict, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         DataConfig(**keys)
 
 

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 import fedlabel
-import server.observers.noise
+import fedlabel.record.figures
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State
@@ -143,7 +143,7 @@ def test_a_lost_diagonal_is_said_of_its_annotator(caplog: pytest.LogCaptureFixtu
     ("rounds", "shown"), [(4, [1, 2, 3, 4]), (25, [*range(2, 25, 2), 25]), (60, [*range(6, 61, 6)])]
 )
 def test_about_ten_rounds_have_a_figure(rounds: int, shown: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.observers.noise, "transition_figure", lambda *_: Figure())
+    monkeypatch.setattr(fedlabel.record.figures, "transition_figure", lambda *_: Figure())
     seen, sure = watch([[1] * 3] * 3, rounds=rounds, figures=True), sharing(np.eye(3).tolist())
     assert [number for number in range(1, rounds + 1) if report_of(seen, sure, number).figures] == shown
 
