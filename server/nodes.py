@@ -13,9 +13,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from fedlabel.config import ExperimentConfig, to_yaml
 from fedlabel.errors import RunError
 from fedlabel.hardware import source_hash
-from server.exchange import replies_to
+from server.exchange import Asked, replies_to
 from server.replies import Refused, harmless, read_identity
-from server.tally import Asked
 
 logger = logging.getLogger("fedlabel")
 
@@ -74,10 +73,11 @@ def _identify(
     """
     ask = ConfigRecord({"experiment": to_yaml(config), "source-hash": source_hash()})
     queries = [Message(RecordDict({"ask": ask}), node, "query") for node in ids]
+    replies = replies_to(grid, queries, config.grid.timeout)
     asked = Asked(queries)
     nodes: dict[int, int] = {}
     refusals: list[str] = []
-    for reply in replies_to(grid, queries, config.grid.timeout):
+    for reply in replies:
         query = asked.of(reply)
         if query is None:
             refusals.append(f"Node {reply.metadata.src_node_id} sent an unrequested reply.")
