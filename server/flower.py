@@ -18,6 +18,12 @@ _MEMORY = "memory"
 """The record in a client's `context.state` (see `clients/client_app.py`)."""
 
 
+def set_identity() -> None:
+    """Makes messages possible in this process: `Message(...)` reads an identity that only Flower's processes have."""
+    if TaskIdentity._task_id is None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+
+
 def as_record(model: StateDict) -> ArrayRecord:
     """Returns a model as a record, its arrays as numpy has them."""
     return ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in model.items()})
@@ -37,10 +43,7 @@ def as_reply(result: ClientResult) -> Message:
             ),
         }
     )
-    if (
-        TaskIdentity._task_id is None
-    ):  # `Message(...)` reads these three; outside of Flower's processes nobody sets them
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+    set_identity()
     return Message(content, result.client + 1, "train")
 
 
