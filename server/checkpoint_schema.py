@@ -18,9 +18,9 @@ from fedlabel.experiment import Experiment
 from fedlabel.learning.metrics import COUNTED
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.shown import shown
-from server.grids.base import parse_state
+from server.flower import parse_memory
 from server.state import ServerState
-from server.strategy import decode, strategy_state
+from server.strategy import strategy_state
 
 MOVING = ("clipping_norm",)
 """Numbers among a strategy's attributes that change from round to round; all others are the configuration's."""
@@ -139,24 +139,16 @@ def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterato
     for client, data in saved.items():
         yield from _client("clients", client, experiment)
         what = f"clients: client {client}"
-        records = parse_state(data) if type(data) is bytes else None
-        if records is None:
+        kept = parse_memory(data) if type(data) is bytes else None
+        if kept is None:
             yield f"`{what}` cannot be read"
             return
-        if set(records) != {"memory"} or not records.array_records:
-            yield f"`{what}` holds other records than `memory`"
         memory = remembered.start(experiment.federation.supervision(client).candidates)
         examples = remembered.like({**memory, **shared}, experiment.initial_state)
-        kept = records.array_records["memory"]
         if odd := sorted(map(shown, set(kept) - set(examples))):
             yield f"`{what}` has unexpected entries: {', '.join(odd[:3])}"
-        for name, array in kept.items():
+        for name, value in kept.items():
             example = examples[name]
-            try:
-                value = decode(array)
-            except Exception:  # numpy's readers have many ways to fail
-                yield f"`{what}` has no readable {name}"
-                return
             # What starts without rows gets as many as it needs.
             start = 1 if example.dim() and len(example) == 0 else 0
             if value.ndim != example.dim() or value.shape[start:] != tuple(example.shape)[start:]:

@@ -9,7 +9,7 @@ already been told that the replies are received: all of them are lost. So replie
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import httpx  # Flower's grid talks to the SuperLink with it
 from flwr.app import Error, Message
@@ -17,8 +17,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedlabel.errors import RunError
-from server.grids.base import SimulationGrid
-from server.replies import harmless
+from server.schema import harmless
 
 BAD_REPLY = 1000
 """Code of the error in place of a reply that cannot be read; Flower's own codes are below 10."""
@@ -30,7 +29,21 @@ _GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """Codes of the SuperLink's errors where it has deleted a message or its reply, as it does when a reply was pulled."""
 
 
-def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterable[Message]:
+class Asked:
+    """Matches a reply to its message. The reply's sender is not used: an error that Flower's SuperLink makes in place
+    of a lost node names the SuperLink.
+    """
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        """Takes the messages as they were sent: a grid gives them their ids."""
+        self._by_id = {message.metadata.message_id: message for message in messages if message.metadata.message_id}
+
+    def of(self, reply: Message) -> Message | None:
+        """Returns the message of a reply; None if it belongs to none of these."""
+        return self._by_id.get(reply.metadata.reply_to_message_id)
+
+
+def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> list[Message]:
     """Sends messages and returns their replies.
 
     Args:
@@ -39,14 +52,12 @@ def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> Itera
         timeout: seconds to wait; a reply that comes later is missing.
 
     Returns:
-        On a simulation's grid an iterator in the order of `messages`, on Flower's grids a list in order of arrival. In
-        place of a reply that cannot be read there is an error with the code `BAD_REPLY`.
+        The replies in order of arrival. In place of one that cannot be read there is an error with the code
+        `BAD_REPLY`.
 
     Raises:
         RunError: the SuperLink cannot be reached, or it refuses all messages.
     """
-    if isinstance(grid, SimulationGrid):
-        return grid.send_and_receive(messages, timeout=timeout)
     sent = _push(grid, messages)
     deadline = time.monotonic() + timeout
     waiting = {message.metadata.message_id: message for message in messages if message.metadata.message_id in sent}

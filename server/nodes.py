@@ -12,10 +12,8 @@ from flwr.serverapp import Grid
 from fedlabel.config import ExperimentConfig, to_yaml
 from fedlabel.errors import RunError
 from fedlabel.hardware import source_hash
-from server.exchange import replies_to
-from server.grids.base import SimulationGrid
+from server.exchange import Asked, replies_to
 from server.replies import Refused, harmless, read_identity
-from server.tally import Asked
 
 logger = logging.getLogger("fedlabel")
 
@@ -24,8 +22,6 @@ def is_simulation(grid: Grid) -> bool:
     """Returns whether all clients are simulated, on one machine or cluster: then their pseudo-labels may be compared
     with hidden labels. Nodes behind a SuperLink are real.
     """
-    if isinstance(grid, SimulationGrid):
-        return True
     from flwr.superlink.grid.http_grid import HttpGrid  # here: with its servers it takes as long to import as torch
 
     return not isinstance(grid, HttpGrid)
@@ -78,10 +74,11 @@ def _identify(
     """
     ask = ConfigRecord({"experiment": to_yaml(config), "source-hash": source_hash()})
     queries = [Message(RecordDict({"ask": ask}), node, "query") for node in ids]
+    replies = replies_to(grid, queries, config.grid.timeout)
     asked = Asked(queries)
     nodes: dict[int, int] = {}
     refusals: list[str] = []
-    for reply in replies_to(grid, queries, config.grid.timeout):
+    for reply in replies:
         query = asked.of(reply)
         if query is None:
             refusals.append(f"Node {reply.metadata.src_node_id} sent an unrequested reply.")

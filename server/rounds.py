@@ -17,10 +17,8 @@ def run_rounds(server: Server, state: ServerState) -> ServerState:
     for number in range(state.round_number + 1, server.config.num_rounds + 1):
         started = time.perf_counter()
         state = server.begin_stage(state, number)  # most rounds: nothing; else the weights of a new stage
-        messages = server.invite(state, number)  # to a cohort of clients: the model and the shared state
-        tally, combined = server.collect(
-            messages, state, number
-        )  # replies, checked; their sums, and the averaged model
+        cohort, invitation = server.invite(state, number)  # some clients, and what they get: model and shared state
+        tally, combined = server.collect(cohort, invitation, state)  # checked results: their sums, the averaged model
         model = server.fine_tune(
             state.model if combined is None else combined, number
         )  # on labels of the server, if any

@@ -5,35 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
-
-from fedlabel.config import to_yaml
+from fedlabel.cohort import Invitation
 from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Start
-from fedlabel.methods.shared import state_to_lists
 from fedlabel.record.run_folder import RunFolder, is_evaluated
+from server.blocks import cut_into_blocks, cut_into_tasks
 from server.checkpoint import save_checkpoint
-from server.exchange import replies_to
-from server.grids.base import SimulationGrid
+from server.grids.base import ClientGrid, MemoryOf, Order
 from server.helpers import HelperPool
-from server.nodes import is_simulation
 from server.observers import Observer, Report, Round, observers_of
-from server.replies import ReplySchema
+from server.schema import ResultSchema
 from server.selection import Selection, select_key
-from server.state import ServerState, check_model, check_shared, like
+from server.state import ServerState, check_model, check_shared
 from server.strategy import (
     CannotCombine,
-    aggregate,
+    WeightedMean,
+    begin_round,
     build_strategy,
-    configure_round,
+    combine,
     restore_strategy,
     sample_cohort,
     strategy_state,
 )
 from server.tally import RoundTally
+from server.traffic import ResultBytes
 
 OnRound = Callable[[int, Mapping[str, float]], None]
 
@@ -43,8 +40,7 @@ class Server:
 
     Args:
         experiment: the run's.
-        grid: carries the messages.
-        nodes: client -> node id.
+        grid: carries the rounds to the clients.
         folder: the run's.
         state: that the run goes on from.
         on_round: called after every round with its metrics.
@@ -53,31 +49,26 @@ class Server:
     def __init__(
         self,
         experiment: Experiment,
-        grid: Grid,
-        nodes: Mapping[int, int],
+        grid: ClientGrid,
         folder: RunFolder,
         state: ServerState,
         on_round: OnRound,
     ) -> None:
         self.config, self.recipe = experiment.config, experiment.recipe
-        self._experiment, self._grid, self._nodes, self._folder = experiment, grid, nodes, folder
-        self._on_round, self._yaml = on_round, to_yaml(self.config)
+        self._experiment, self._grid, self._folder, self._on_round = experiment, grid, folder, on_round
         self._strategy = build_strategy(self.config.strategy)
         restore_strategy(self._strategy, state.strategy)
-        if state.clients:
-            assert isinstance(grid, SimulationGrid)  # only they have states to save
-            grid.load_states(state.clients)
+        grid.load_memories(state.clients)
         self._pool = HelperPool(experiment, self.recipe.helpers) if self.recipe.helpers is not None else None
         if self._pool is not None and state.helpers:
             self._pool.load(state.helpers)
-        self._simulated = is_simulation(grid)
-        self._observers: dict[str, Observer] = observers_of(experiment, state.observers, self._simulated)
+        self._observers: dict[str, Observer] = observers_of(experiment, state.observers, grid.simulated)
         self._selection = Selection(
             folder.checkpoints, select_key(experiment), self.recipe, folder.read_metrics(), state.selected
         )
-        self._schema = ReplySchema.of(experiment, [len(rows) for rows in experiment.federation.parts])
-        self._states: Mapping[int, RecordDict] | None = None
-        """What clients kept when the round began; None: not in this process."""
+        self._result_bytes = ResultBytes(ResultSchema.of(experiment))
+        self._memory_of: MemoryOf | None = None
+        """What clients kept when the round began; None: not looked up, or only they know."""
 
     def begin_stage(self, state: ServerState, number: int) -> ServerState:
         """Returns the initial state of a round: if a stage begins, with its initial weights and a fresh strategy."""
@@ -89,55 +80,48 @@ class Server:
         model = fresh if isinstance(start, Start) else start(previous, fresh)
         return replace(state, previous=previous, average={}, model=model)
 
-    def invite(self, state: ServerState, number: int) -> list[Message]:
-        """Draws the cohort of a round and returns the messages to it."""
-        config, nodes = self.config, self._nodes
+    def invite(self, state: ServerState, number: int) -> tuple[list[int], Invitation]:
+        """Draws the cohort of a round and returns it, with what is sent to it."""
+        config, shared = self.config, self.recipe.shared.broadcast(state.shared)
         cohort = sample_cohort(config.seed, number, config.num_clients, config.fraction_train)
-        sent = ConfigRecord({"experiment": self._yaml, "audit": self._simulated})
-        messages = configure_round(self._strategy, number, ArrayRecord(state.model), sent, nodes, cohort)
-        for content in {id(message.content): message.content for message in messages}.values():
-            content["shared"] = ConfigRecord(dict(state_to_lists(self.recipe.shared.broadcast(state.shared))))
-            if state.previous:
-                content["previous"] = ArrayRecord(state.previous)
-        if self._pool is not None:
-            messages = self._pool.attach(messages, {nodes[client]: client for client in cohort}, number)
-        return messages
+        helpers = self._pool.helpers_of(cohort, number) if self._pool is not None else {}
+        return cohort, Invitation(number, state.model, shared, state.previous, helpers, self._grid.simulated)
 
     def collect(
-        self, messages: Sequence[Message], state: ServerState, number: int
+        self, cohort: Sequence[int], invitation: Invitation, state: ServerState
     ) -> tuple[RoundTally, StateDict | None]:
-        """Sends messages and returns the tally of their replies, and the strategy's aggregated weights; None if no
-        reply has a weight.
+        """Has the cohort train and returns the tally of its results, and the strategy's combined weights; None if no
+        result has a weight.
 
         Raises:
-            RunError: too few replies are usable, the strategy cannot combine them, or the SuperLink cannot be reached.
+            RunError: too few results are usable, the strategy cannot combine them, or no client can be reached.
         """
-        self._states = dict(self._grid.states) if isinstance(self._grid, SimulationGrid) else None
-        client_of = {self._nodes[client]: client for client in range(self.config.num_clients)}
-        tally = RoundTally(self._schema.of_round(number, state.shared, messages), client_of, messages)
-        usable = tally.usable(replies_to(self._grid, messages, self.config.grid.timeout))
+        number, single = invitation.round_number, self._pool is not None
+        wanted = any(observer.needs_memory(number) for observer in self._observers.values())
+        self._memory_of = self._grid.memory_of(cohort) if wanted else None
+        begin_round(self._strategy, number, invitation.model, cohort)
+        order = Order(invitation, state.shared, isinstance(self._strategy, WeightedMean) and not single)
+        tally = RoundTally(invitation, cohort, self._result_bytes)
+        blocks = tally.watch(self._grid.train(order, cut_into_tasks(cut_into_blocks(cohort), stack=1)))
         if self._pool is not None:
-            usable = self._pool.watch(usable, client_of)
-        unfit, combined = "", None
+            blocks = self._pool.watch(blocks)
+        unfit, model = "", None
         try:
-            combined = aggregate(self._strategy, number, usable, self.config.seed)
+            model = combine(self._strategy, number, blocks, self._experiment.initial_state, self.config.seed)
         except CannotCombine as error:
             unfit = f"Strategy {error}"
-        tally.finish()
         for failure in tally.failures:
             self._folder.log_failure(failure)
         if unfit or tally.num_usable < self.config.strategy.min_replies:
             raise RunError(self._too_few(tally, unfit))
-        if combined is None:
-            return tally, None
-        model = like(self._experiment.initial_state, combined.to_torch_state_dict())
-        variances = self._experiment.running.variances
-        check_model(model, variances, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
+        if model is not None:
+            variances = self._experiment.running.variances
+            check_model(model, variances, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
         return tally, model
 
     def _too_few(self, tally: RoundTally, unfit: str) -> str:
         """Returns the message that too few replies end the run."""
-        asked, least = len(tally.messages), self.config.strategy.min_replies
+        asked, least = len(tally.cohort), self.config.strategy.min_replies
         few = f"All {asked} clients failed" if asked > 1 else "The only client failed"
         if tally.num_usable:
             few = unfit or f"Only {tally.num_usable} of {asked} clients gave a usable reply"
@@ -182,7 +166,7 @@ class Server:
         """Runs the observers on a round, writes their reports, and returns the metrics."""
         number, evaluation = state.round_number, self.config.evaluation
         evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
-        seen = Round(number, tally, self._states, started, evaluated)
+        seen = Round(number, tally, self._memory_of, started, evaluated)
         report = Report()
         for observer in self._observers.values():
             report = report.add(observer.after_round(seen, state))
@@ -194,11 +178,10 @@ class Server:
         number, every = state.round_number, self.config.checkpoint.every
         self._selection.see(number, metrics, state.model)
         if number == self.config.num_rounds or number % every == 0:
-            kept = self._grid.dump_states() if isinstance(self._grid, SimulationGrid) else {}
             complete = replace(
                 state,
                 strategy=strategy_state(self._strategy),
-                clients=kept,
+                clients=self._grid.dump_memories(),
                 helpers=self._pool.dump() if self._pool is not None else {},
                 observers={name: kept for name, each in self._observers.items() if (kept := each.dump())},
                 selected=self._selection.stage_model,

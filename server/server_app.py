@@ -36,7 +36,8 @@ from fedlabel.record.run_folder import (
     write_atomic,
 )
 from server.checkpoint import latest_checkpoint
-from server.nodes import connect
+from server.grids.base import ClientGrid
+from server.grids.flower import FlowerGrid
 from server.rounds import run_rounds
 from server.server import OnRound, Server
 from server.state import ServerState
@@ -68,7 +69,7 @@ def _run_here(grid: Grid, context: Context) -> Path:
     config = load_config(configs, split_overrides(str(context.run_config.get("overrides", ""))))
     path = (Path("runs") / default_name(config)).absolute()
     logger.info("Results go to %s", path)  # below the directory where the SuperLink was started
-    run_federation(config, grid, path, on_round=_log_line)
+    run_federation(config, FlowerGrid(grid), path, on_round=_log_line)
     return path
 
 
@@ -80,7 +81,7 @@ def default_name(config: ExperimentConfig) -> str:
 
 def run_federation(
     config: ExperimentConfig,
-    grid: Grid,
+    grid: ClientGrid,
     path: Path,
     resume: bool = False,
     on_round: OnRound = lambda round_number, metrics: None,
@@ -89,7 +90,7 @@ def run_federation(
 
     Args:
         config: the resolved configuration.
-        grid: carries the messages; simulated or real.
+        grid: carries the rounds to clients, simulated or real.
         path: the run's folder; made only when configuration, data, checkpoint and nodes are found sound.
         resume: go on from the newest checkpoint in `path`.
         on_round: called after every round with its metrics.
@@ -123,9 +124,9 @@ def run_federation(
         if finished is not None:
             return finished
     state = state.to(experiment.device)
-    nodes = connect(grid, config, [len(rows) for rows in federation.parts])
+    grid.connect(experiment)
     with closing(open_folder(experiment, path, state.round_number if resume else None)) as folder:
-        run_rounds(Server(experiment, grid, nodes, folder, state, on_round), state)
+        run_rounds(Server(experiment, grid, folder, state, on_round), state)
         result = summary(folder.read_metrics(), experiment, commit)
         folder.write_summary(result)
         return result

@@ -16,7 +16,7 @@ from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.errors import check_folder, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.record.run_folder import CONFIG_YAML, read_metrics
-from server.grids.base import SimulationGrid
+from server.grids.base import ClientGrid
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
 from server.server import OnRound
@@ -87,15 +87,13 @@ def simulate(
 
 
 @contextmanager
-def open_grid(config: ExperimentConfig, use_gpu: bool) -> Iterator[SimulationGrid]:
-    """Opens the grid that `grid.kind` names, over `num_clients` simulated clients."""
+def open_grid(config: ExperimentConfig, use_gpu: bool) -> Iterator[ClientGrid]:
+    """Opens the grid of simulated clients that `grid.kind` names."""
     if config.grid.kind == "ray":
-        with RayGrid("clients.client_app:app", config.num_clients, config.grid.num_workers, use_gpu) as ray_grid:
+        with RayGrid(min(config.grid.num_workers, config.num_clients), use_gpu) as ray_grid:
             yield ray_grid
     else:
-        from clients.client_app import app as client_app
-
-        yield InProcessGrid(client_app, config.num_clients)
+        yield InProcessGrid()
 
 
 def _resolve(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedlabel.errors import RunError
 from fedlabel.methods.batch import State, StateDict
@@ -30,7 +29,7 @@ class ServerState:
     strategy: dict[str, Any] = field(default_factory=dict)
     """See `strategy.strategy_state`."""
     clients: dict[int, bytes] = field(default_factory=dict)
-    """Client -> its state between rounds, serialised; only non-empty ones, only if this process holds them."""
+    """Client -> what it keeps between rounds, serialised; only of simulated clients, only what is not empty."""
     shared: State = field(default_factory=dict)
     """See `Shared`."""
     helpers: dict[str, Any] = field(default_factory=dict)
@@ -132,8 +131,3 @@ def check_shared(method: str, recipe: Recipe, shared: State, round_number: int) 
         f"Method {method} made a shared state to go on from no more in round {round_number}: {reason}. The last "
         "checkpoint is of a round before."
     )
-
-
-def like(reference: dict[str, Tensor], state: dict[str, Tensor]) -> StateDict:
-    """Returns aggregated weights with the device and dtype of `reference`."""
-    return {name: state[name].to(value.device, value.dtype) for name, value in reference.items()}

@@ -1,28 +1,32 @@
-"""The only adapter between methods and Flower's strategies: cohorts, and the aggregation of replies."""
+"""The only adapter between methods and Flower's strategies: cohorts, and the combination of results."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import flwr.serverapp.strategy as flower_strategies
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+from torch import Tensor
 
 from fedlabel.config import ConfigError, StrategyConfig, cohort_size
 from fedlabel.config_schema import LARGEST
 from fedlabel.config_text import as_yaml
+from fedlabel.methods.batch import StateDict
 from fedlabel.metric_tags import LARGEST_MEAN
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
-from server.npy import npy_header
+from server.blocks import BlockResult, WeightedSum
+from server.flower import as_record, as_reply
 
 logger = logging.getLogger("fedlabel")
 
@@ -31,62 +35,12 @@ class CannotCombine(ValueError):
     """A strategy cannot aggregate the replies of a round."""
 
 
-def decode(array: Array) -> np.ndarray:
-    """Returns the same as `array.numpy()`, as a read-only view of its bytes and without parsing its header again."""
-    header = npy_header(array.data) if array.stype == "numpy.ndarray" else None
-    if header is None:
-        return array.numpy()
-    values = np.frombuffer(array.data, header.descr, math.prod(header.shape), header.start)
-    return values.reshape(header.shape, order=header.order)  # type: ignore[call-overload]
-
-
 class WeightedMean(FedAvg):
-    """FedAvg's weighted mean, streaming: replies are added in the given order, in double precision, and released.
+    """FedAvg's weighted mean, which the server computes itself from the sums of blocks (see `server/blocks.py`).
 
-    A reply may hold several models (see `Upload.send`): its array names are then "part/name" and its metrics hold
-    "weight/part". Each part is averaged by its own weights; the result is the plain mean of the parts.
+    A result may hold several models (see `Upload.send`), each with a weight: each part is averaged by its own weights;
+    the result is the plain mean of the parts.
     """
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the mean model, or None if no reply has a positive weight (the global model then stays)."""
-        totals: dict[str, dict[str, np.ndarray]] = {}
-        weights: dict[str, float] = {}
-        dtypes: dict[str, np.dtype] = {}
-        for reply in replies:
-            metrics = reply.content.metric_records["metrics"]
-            arrays = reply.content.array_records["arrays"]
-            parts = [key.removeprefix("weight/") for key in metrics if key.startswith("weight/")]
-            for part in parts or [""]:
-                prefix = f"{part}/" if part else ""
-                weight = float(cast(float, metrics[f"weight/{part}" if part else self.weighted_by_key]))
-                total = totals.setdefault(part, {})
-                weights[part] = weights.get(part, 0.0) + weight
-                for name, array in arrays.items():
-                    if not name.startswith(prefix):
-                        continue
-                    key, value = name.removeprefix(prefix), decode(array)
-                    dtypes[key] = value.dtype
-                    scaled = value.astype(np.float64) * weight
-                    if key in total:
-                        total[key] += scaled
-                    else:
-                        total[key] = scaled
-        if not weights or any(weight <= 0 for weight in weights.values()):
-            return None, None
-        mean = {
-            key: _in_type(sum(totals[part][key] / weights[part] for part in totals) / len(totals), dtype)
-            for key, dtype in dtypes.items()
-        }
-        return ArrayRecord({key: Array(value) for key, value in mean.items()}), None
-
-
-def _in_type(mean: np.typing.ArrayLike, dtype: np.dtype) -> np.ndarray:
-    """Returns a mean in the type of its inputs: integers (BatchNorm's batch counter) and bools rounded, not
-    truncated.
-    """
-    return np.asarray(np.rint(mean) if dtype.kind in "iub" else mean, dtype=dtype)
 
 
 def strategy_names() -> list[str]:
@@ -219,48 +173,51 @@ def sample_cohort(seed: int, round_number: int, num_clients: int, fraction: floa
     return sorted(int(client) for client in rng.choice(num_clients, size=size, replace=False))
 
 
-def configure_round(
-    strategy: Strategy,
-    round_number: int,
-    arrays: ArrayRecord,
-    config: ConfigRecord,
-    nodes: Mapping[int, int],
-    cohort: list[int],
-) -> list[Message]:
-    """Returns the messages of a round in client order.
+def begin_round(strategy: Strategy, round_number: int, model: StateDict, cohort: Sequence[int]) -> None:
+    """Lets a strategy see the model that is sent in a round: some of Flower's compute with it afterwards.
 
     Args:
         strategy: any Flower strategy; it sees a grid on which only the cohort is connected.
         round_number: 1-based.
-        arrays: the global model.
-        config: sent along.
-        nodes: client -> node id.
+        model: the global one.
         cohort: clients that train.
     """
+    if isinstance(strategy, WeightedMean):
+        return
+    arrays = as_record(model)
     if isinstance(strategy, FedAvgM):  # it would go on from the model it made, though the server may have trained it
         strategy.current_arrays = arrays
-    client_of = {nodes[client]: client for client in cohort}
-    grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: list(client_of)))
-    messages = list(strategy.configure_train(round_number, arrays, config, grid))
-    return sorted(messages, key=lambda message: client_of[message.metadata.dst_node_id])
+    grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [client + 1 for client in cohort]))
+    list(strategy.configure_train(round_number, arrays, ConfigRecord({}), grid))  # its messages are not sent
 
 
-def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message], seed: int = 0) -> ArrayRecord | None:
-    """Returns the strategy's new global model, or None if no reply has a positive weight.
+def combine(
+    strategy: Strategy, round_number: int, blocks: Iterable[BlockResult], like: StateDict, seed: int = 0
+) -> StateDict | None:
+    """Returns the strategy's new global model, or None if no result has a positive weight.
 
     Only `WeightedMean` can work on a stream; Flower's strategies want a list, and divide by the sum of weights. Those
     that add noise draw it from numpy's global generator, which is a function of (seed, round) while they do.
 
+    Args:
+        strategy: any.
+        round_number: 1-based.
+        blocks: the clients' results, in client order.
+        like: a model with the names, types and device of the new one.
+        seed: of the run.
+
     Raises:
-        CannotCombine: Flower's strategy does not work with these replies (too few for it, say).
+        CannotCombine: Flower's strategy does not work with these results (too few for it, say).
     """
     if isinstance(strategy, WeightedMean):
-        return strategy.aggregate_train(round_number, replies)[0]
-    weighted = [r for r in replies if cast(float, r.content.metric_records["metrics"]["num-examples"]) > 0]
+        total = WeightedSum()
+        for block in blocks:
+            total.merge(WeightedSum.of(block.results) if block.total is None else block.total)
+        return total.mean(like)
+    results = [result for block in blocks for result in block.results]
+    weighted = [as_reply(result) for result in results if next(iter(result.parts.values())).weight > 0]
     if not weighted:
         return None
-    # Now, as some strategies empty the replies. Theirs are floats; `WeightedMean` keeps types itself.
-    types = {key: np.dtype(array.dtype) for key, array in weighted[0].content.array_records["arrays"].items()}
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(derive_seed(seed, "strategy", round_number) % 2**32)  # noqa: NPY002
     try:
@@ -274,8 +231,15 @@ def aggregate(strategy: Strategy, round_number: int, replies: Iterable[Message],
         np.random.set_state(before)  # noqa: NPY002
     if combined is None:
         return None
-    whole = {key: Array(_in_type(combined[key].numpy(), types[key])) for key in combined if types[key].kind in "iub"}
-    return ArrayRecord({**combined, **whole})
+    return {name: _in_type(combined[name].numpy(), value) for name, value in like.items()}
+
+
+def _in_type(mean: np.ndarray, like: Tensor) -> Tensor:
+    """Returns a strategy's result, whose arrays are all floats, in the type of its inputs: integers (BatchNorm's batch
+    counter) and bools rounded, not truncated.
+    """
+    values = mean if like.is_floating_point() else np.rint(mean)
+    return torch.tensor(values).to(like.device, like.dtype)
 
 
 def strategy_state(strategy: Strategy) -> dict[str, Any]:

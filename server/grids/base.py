@@ -1,123 +1,150 @@
-"""A grid of simulated clients: common parts of the in-process and the Ray grid.
-
-Knowledge of Flower that is not in its public documentation is kept in this file and in `exchange.py` (checked with
-flwr 1.41).
-"""
+"""Grids carry the rounds of a cohort to its clients; common parts of the simulated ones."""
 
 from __future__ import annotations
 
-import copy
 import traceback
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict  # pylint: disable=no-name-in-module
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+import torch
+from torch import Tensor
 
-Answer = RecordDict | Error
+from fedlabel.cohort import ClientResult, Invitation
+from fedlabel.experiment import Experiment
+from fedlabel.methods.batch import State
+from server.blocks import Block, BlockResult, Failure, WeightedSum
+from server.schema import Refused, ResultSchema, RoundSchema
+
+TrainCohort = Callable[[Experiment, Invitation, Sequence[int], Sequence[State]], Sequence[ClientResult | Exception]]
+"""Runs the round of some clients, as `fedlabel.cohort.train_cohort` does."""
+MemoryOf = Callable[[int], State]
+"""Client -> what it kept; empty for a client that never trained."""
 
 
-class SimulationGrid(Grid):
-    """A grid whose nodes 1..num_clients are simulated clients 0..num_clients-1; their state lives here."""
+class Order(NamedTuple):
+    """A round for a cohort."""
 
-    def __init__(self, num_clients: int) -> None:
-        # `Message(...)` reads these three on the server's side.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
-        self.num_clients = num_clients
-        self.states: dict[int, RecordDict] = {}
-        self._run: Run | None = None
-        self._sent = 0
-        self._outbox: dict[str, Message] = {}
+    invitation: Invitation
+    shared: State
+    """The shared state as the server has it."""
+    fold: bool
+    """Whether the server needs the weighted sums of blocks only, not the single models."""
 
-    def set_run(self, run: Run) -> None:
-        self._run = run
 
-    @property
-    def run(self) -> Run:
-        if self._run is None:
-            raise RuntimeError("This simulation has no run record: no SuperLink is involved. Call `set_run` first.")
-        return self._run
+class ClientGrid(ABC):
+    """Carries rounds to clients."""
 
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return range(1, self.num_clients + 1)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Takes messages in; they are handled when their replies are pulled."""
-        accepted = [self._number(message) for message in messages]
-        self._outbox.update({message.metadata.message_id: message for message in accepted})
-        return [message.metadata.message_id for message in accepted]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self.send_and_receive([self._outbox.pop(key) for key in message_ids])
+    simulated = True
+    """Whether all clients are simulated: then their pseudo-labels may be compared with hidden labels."""
 
     @abstractmethod
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Yields the replies one by one in the order of `messages`; a failed client's is an error reply."""
+    def connect(self, experiment: Experiment) -> None:
+        """Makes the grid ready for the rounds of an experiment.
 
-    def dump_states(self) -> dict[int, bytes]:
-        """Returns the clients' non-empty states, serialised, for a checkpoint."""
-        filled = {client: state for client, state in sorted(self.states.items()) if len(state)}
-        return {client: recorddict_to_proto(state).SerializeToString() for client, state in filled.items()}
+        Raises:
+            RunError: its clients are not there, or not the ones of this experiment.
+        """
 
-    def load_states(self, states: dict[int, bytes]) -> None:
-        """Restores the result of `dump_states`."""
-        self.states = {client: state for client, data in states.items() if (state := parse_state(data)) is not None}
+    @abstractmethod
+    def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
+        """Yields what becomes of each block, in order.
 
-    def _number(self, message: Message) -> Message:
-        # Flower's SuperLink does this on arrival; a message without an id cannot be replied to.
-        self._sent += 1
-        message.metadata.__dict__["_message_id"] = str(self._sent)
-        return message
+        Args:
+            order: the round.
+            tasks: runs of blocks; a task's clients may be trained together.
 
+        Raises:
+            RunError: no client can be reached any more.
+        """
 
-def parse_state(data: bytes) -> RecordDict | None:
-    """Returns a client's state from its bytes by `dump_states`; None if they are invalid."""
-    try:
-        return recorddict_from_proto(ProtoRecordDict.FromString(data))
-    except Exception:  # Flower's readers have many ways to fail
+    def memory_of(self, cohort: Sequence[int]) -> MemoryOf | None:
+        """Returns what the clients keep at this moment, to be looked up later; None: only they know."""
         return None
 
+    def dump_memories(self) -> dict[int, bytes]:
+        """Returns what the clients keep, for a checkpoint; only what is not empty, and only if it is here."""
+        return {}
 
-def make_context(client: int, num_clients: int, state: RecordDict) -> Context:
-    """Returns the context of a simulated client, with its own copy of the state."""
-    node_config: Any = {"partition-id": client, "num-partitions": num_clients}
-    return Context(run_id=1, node_id=client + 1, node_config=node_config, state=copy.deepcopy(state), run_config={})
+    def load_memories(self, saved: Mapping[int, bytes]) -> None:
+        """Restores the result of `dump_memories`."""
+        assert not saved, "real nodes remember by themselves"
 
 
-def answer(client_app: ClientApp, message: Message, context: Context) -> tuple[Answer, RecordDict | None]:
-    """Runs the client app on a message; returns its reply and its new state, None if it failed (the old one stays).
+class TaskResult(NamedTuple):
+    """What became of the clients of a task."""
 
-    An exception becomes an error, as on a SuperNode: it is reported, not hidden.
+    blocks: list[BlockResult]
+    kept: dict[int, State]
+    """Client -> what it keeps until it trains again, on the CPU; of those whose training did not fail."""
+    out_of_memory: bool
+    """Whether a device was too small for a client."""
+
+
+def run_task(
+    train: TrainCohort,
+    experiment: Experiment,
+    schema: ResultSchema,
+    order: Order,
+    task: Sequence[Block],
+    memories: Sequence[State],
+) -> TaskResult:
+    """Trains the clients of a task, checks their results, and adds up the models of each block.
+
+    Args:
+        train: runs the round of some clients.
+        experiment: the run's, in this process.
+        schema: of its results.
+        order: the round; its tensors are on the experiment's device.
+        task: the blocks.
+        memories: what each client kept.
     """
+    clients = [client for block in task for client in block]
     try:
-        return client_app(message, context).content, context.state
+        found = list(train(experiment, order.invitation, clients, memories))
     except Exception as error:
-        return raised(error), None
+        found = [error] * len(clients)
+    limits = schema.of_round(order.invitation, order.shared)
+    kept = {
+        result.client: {name: own(value) for name, value in result.kept.items()}
+        for result in found
+        if isinstance(result, ClientResult)
+    }
+    results = iter(zip(clients, found, strict=True))
+    blocks = [check_block([next(results) for _ in block], limits, order.fold) for block in task]
+    return TaskResult(blocks, kept, any(isinstance(result, torch.OutOfMemoryError) for result in found))
 
 
-def raised(error: Exception) -> Error:
-    """Returns a raised exception as Flower's error: one line of description, then the traceback."""
-    text = f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
-    return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=text)
+def check_block(found: Sequence[tuple[int, ClientResult | Exception]], limits: RoundSchema, fold: bool) -> BlockResult:
+    """Returns the result of a block from those of its clients.
+
+    A client that fails stays a client: an exception becomes a text that the run's folder reports.
+    """
+    results, failures = [], []
+    for client, result in found:
+        try:
+            if isinstance(result, Exception):
+                failures.append(Failure(f"client {client}", describe(result)))
+            else:
+                results.append(limits.check(result)._replace(kept={}))
+        except Refused as refusal:
+            failures.append(Failure(f"client {client}", str(refusal), refused=True))
+    return folded(BlockResult(results, failures, None)) if fold else BlockResult(results, failures, None)
 
 
-def reply_to(message: Message, result: Answer) -> Message:
-    """Returns `result` as the reply to `message`."""
-    return Message(result, reply_to=message)
+def folded(block: BlockResult) -> BlockResult:
+    """Returns a block's result with the sum of the models instead of the models."""
+    return BlockResult(
+        [result._replace(parts={}) for result in block.results], block.failures, WeightedSum.of(block.results)
+    )
 
 
-def client_of(message: Message) -> int:
-    """Returns the simulated client that receives a message."""
-    return message.metadata.dst_node_id - 1
+def describe(error: Exception) -> str:
+    """Returns one line that describes an exception, then its traceback."""
+    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
+
+
+def own(value: Tensor) -> Tensor:
+    """Returns a tensor on the CPU that holds no memory but its own: a client's may be part of a whole stack."""
+    value = value.detach().cpu()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

@@ -1,30 +1,55 @@
-"""All clients in this process, one after the other."""
+"""All clients in this process, one task after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
-from flwr.app import Message, RecordDict
-from flwr.clientapp import ClientApp
+import torch
 
-from server.grids.base import SimulationGrid, answer, client_of, make_context, reply_to
+from fedlabel.cohort import train_cohort
+from fedlabel.experiment import Experiment
+from fedlabel.methods.batch import State
+from server.blocks import Block, BlockResult
+from server.flower import dump_memory, parse_memory
+from server.grids.base import ClientGrid, MemoryOf, Order, TrainCohort, run_task
+from server.schema import ResultSchema
 
 
-class InProcessGrid(SimulationGrid):
-    """Calls the client app in this process, one client after the other."""
+class InProcessGrid(ClientGrid):
+    """Trains clients in this process; they cannot be interrupted: `grid.timeout` is not applied.
 
-    def __init__(self, client_app: ClientApp, num_clients: int) -> None:
-        super().__init__(num_clients)
-        self._client_app = client_app
+    Args:
+        train: runs the round of some clients.
+    """
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """See `SimulationGrid`. A client in this process cannot be interrupted: `timeout` is not applied."""
-        for message in messages:
-            self._number(message)
-            context = make_context(
-                client_of(message), self.num_clients, self.states.get(client_of(message), RecordDict())
-            )
-            result, state = answer(self._client_app, message, context)
-            if state is not None:
-                self.states[client_of(message)] = state
-            yield reply_to(message, result)
+    def __init__(self, train: TrainCohort = train_cohort) -> None:
+        self._train = train
+        self._memories: dict[int, State] = {}
+
+    def connect(self, experiment: Experiment) -> None:
+        """See `ClientGrid`."""
+        self._experiment, self._schema = experiment, ResultSchema.of(experiment)
+
+    def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
+        """See `ClientGrid`."""
+        for task in tasks:
+            memories = [self._memories.get(client, {}) for block in task for client in block]
+            done = run_task(self._train, self._experiment, self._schema, order, task, memories)
+            self._memories |= {client: kept for client, kept in done.kept.items() if kept}
+            yield from done.blocks
+
+    def memory_of(self, cohort: Sequence[int]) -> MemoryOf:
+        """See `ClientGrid`."""
+        found = {client: self._memories.get(client, {}) for client in cohort}
+        return found.__getitem__
+
+    def dump_memories(self) -> dict[int, bytes]:
+        """See `ClientGrid`."""
+        return {client: dump_memory(memory) for client, memory in sorted(self._memories.items())}
+
+    def load_memories(self, saved: Mapping[int, bytes]) -> None:
+        """See `ClientGrid`."""
+        for client, data in saved.items():
+            arrays = parse_memory(data)
+            assert arrays is not None, "the checkpoint was checked"
+            self._memories[client] = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}

@@ -2,70 +2,51 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import os
-import socket
-import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from flwr.app import Error, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-
+from fedlabel.config import to_yaml
 from fedlabel.errors import RunError
+from fedlabel.experiment import Experiment
 from fedlabel.importing import import_path
-from server.grids.base import Answer, SimulationGrid, answer, client_of, make_context, raised, reply_to
+from fedlabel.methods.recipe import Memory
+from server.blocks import Block, BlockResult, Failure
+from server.flower import dump_memory, parse_memory
+from server.grids.base import ClientGrid, MemoryOf, Order, describe, folded
+from server.grids.costs import CostModel
+from server.grids.ray_start import start_ray
+from server.grids.ray_worker import Worker, pack_order, unpack_block, unpack_own
+from server.schema import ResultSchema
+
+logger = logging.getLogger("fedlabel")
 
 RETRIES = 2
-"""How often a client's message goes to another worker after its worker died. What a client answers depends on the
-message and its state alone, so the answer is the one that the dead worker would have given."""
+"""How often a task goes to another worker after its worker died. A client's result depends on the round and its memory
+alone, so it is the one that the dead worker would have given."""
 STARTS = 10
 """Workers that die in a row while they start before the run stops."""
-SOCKET_PATH = 107 - len("/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store")
-"""Bytes that Ray's folder for temporary files may have in its path: the system takes 107 for a socket's."""
 
 
-class ClientActor:
-    """A long-lived worker process; Ray makes the remote class from it. Data and model stay in it between rounds."""
+class RayGrid(ClientGrid):
+    """Spreads tasks over Ray actors; a context manager that stops the actors, and Ray if it started it.
 
-    def __init__(self, client_app: str, num_clients: int) -> None:
-        module, _, attribute = client_app.partition(":")
-        self._client_app: ClientApp = getattr(importlib.import_module(module), attribute)
-        self._num_clients = num_clients
-        self._content: tuple[str, RecordDict] | None = None
+    A round's order (the global model) is put into the object store once, and what clients keep stays there: the driver
+    holds references, and Ray moves to disk what does not fit. Tasks that are predicted to take longest start first;
+    whoever is free takes the next. Results wait in the object store until it is their turn.
 
-    def ping(self) -> None:
-        """Returns when the worker is up."""
-
-    def handle(self, key: str, content: list[Any], metadata: Any, state: RecordDict) -> tuple[Any, Answer]:
-        """Handles one message; returns (seconds, client state or None) and the answer, as two objects."""
-        import ray
-
-        started = time.perf_counter()
-        if self._content is None or self._content[0] != key:  # one copy of the global model per worker and round
-            self._content = (key, ray.get(content[0]))
-        # `metadata=` is Flower's own way to rebuild a message that has travelled.
-        message = Message(metadata=metadata, content=self._content[1])  # type: ignore[call-overload]
-        context = make_context(metadata.dst_node_id - 1, self._num_clients, state)
-        result, new_state = answer(self._client_app, message, context)
-        return (time.perf_counter() - started, new_state), result
-
-
-class RayGrid(SimulationGrid):
-    """Spreads clients over Ray actors; a context manager that stops the actors, and Ray if it started it.
-
-    The content of a round's messages (the global model) is put into the object store once. Clients that took longest
-    so far start first; whoever is free takes the next. Replies wait in the object store until it is their turn.
+    Args:
+        num_workers: how many actors.
+        use_gpu: whether they share a GPU.
+        train: "module:name" of a `TrainCohort`, which workers import.
     """
 
-    def __init__(self, client_app: str, num_clients: int, num_workers: int, use_gpu: bool) -> None:
-        super().__init__(num_clients)
+    def __init__(self, num_workers: int, use_gpu: bool, train: str = "fedlabel.cohort:train_cohort") -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
@@ -76,25 +57,24 @@ class RayGrid(SimulationGrid):
         environment = {
             "env_vars": {
                 "PYTHONPATH": os.pathsep.join(import_path()),
-                # Replies up to this size skip the object store: 2 instead of 4 ms for one of 300 kB (Ray's: 100 kB).
+                # Results up to this size skip the object store: 2 instead of 4 ms for one of 300 kB (Ray's: 100 kB).
                 "RAY_max_direct_call_object_size": str(2**20),
             }
         }
         if self._started_ray:
-            _start_ray(num_workers)
+            start_ray(num_workers)
         gpus = 1.0 / num_workers if use_gpu else 0.0
-        remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env=environment)(ClientActor)
-        self._new_actor = lambda: remote.remote(client_app, num_clients)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, runtime_env=environment)(Worker)
+        self._num_workers, self._threads = num_workers, 1
+        self._new_actor = lambda: remote.remote(train, self._threads)
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, int] = {}
         """Reference that is ready when the worker is -> worker."""
         self._idle: list[int] = []
-        self._seconds: dict[int, float] = {}
-        """Client -> how long its last training took."""
+        self._memories: dict[int, Any] = {}
+        """Client -> reference to what it keeps."""
         self._failed_starts = 0
         """Workers in a row that died before they were up."""
-        for actor in range(min(num_workers, num_clients)):
-            self._start(actor)
 
     def __enter__(self) -> RayGrid:
         return self
@@ -105,89 +85,142 @@ class RayGrid(SimulationGrid):
         if self._started_ray:
             self._ray.shutdown()
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """See `SimulationGrid`. A client that has not answered `timeout` seconds after its worker got the message has
-        failed; the worker is stopped and replaced, and the others continue. A client whose worker dies is given to
-        another one, `RETRIES` times.
+    def connect(self, experiment: Experiment) -> None:
+        """See `ClientGrid`."""
+        config, schema = experiment.config, ResultSchema.of(experiment)
+        self._text, self._timeout, self._threads = to_yaml(config), config.grid.timeout, config.grid.threads_per_worker
+        self._keeps = experiment.recipe.memory.keep is not Memory.keep
+        self._costs = CostModel(lambda client, number: schema.limits(client, number).draws)
+        for actor in range(len(self._actors), self._num_workers):
+            self._start(actor)
+
+    def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
+        """See `ClientGrid`. A task that takes longer than `grid.timeout` seconds per client is stopped with its worker,
+        as is one whose worker dies `RETRIES` times more: then its clients are tried one by one, and only those fail
+        that still take too long or kill their workers.
 
         Raises:
             RunError: workers do not start.
         """
-        sent = [self._number(message) for message in messages]
-        contents = {id(message.content): message.content for message in sent}
-        shared = {key: self._ray.put(content) for key, content in contents.items()}
-        # Longest first; clients never seen count as long.
-        queue = deque(sorted(range(len(sent)), key=lambda i: -self._seconds.get(client_of(sent[i]), float("inf"))))
-        running: dict[Any, _Task] = {}
-        finished: dict[int, Any] = {}
-        deaths = [0] * len(sent)
-        due = 0
-        while due < len(sent):
-            while self._idle and queue:
-                task = self._send(queue.popleft(), sent, shared, timeout)
-                running[task.about] = task
-            while due in finished:  # after the idle have got work: the server adds this up meanwhile
-                yield reply_to(sent[due], self._fetch(finished.pop(due)))
-                due += 1
-            if due == len(sent):
-                break
-            soonest = min((task.deadline for task in running.values()), default=math.inf)
-            wait = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
-            ready, _ = self._ray.wait([*running, *self._starting], num_returns=1, timeout=wait)
-            for reference in ready:
-                if reference in self._starting:
-                    self._started(reference)
-                    continue
-                task = running.pop(reference)
-                result = self._take(task, sent[task.position])
-                deaths[task.position] += result is None
-                if result is not None:
-                    finished[task.position] = result
-                elif deaths[task.position] <= RETRIES:
-                    queue.appendleft(task.position)
-                else:
-                    died = f"WorkerDied: {deaths[task.position]} workers died on it; out of memory?"
-                    finished[task.position] = Error(ErrorCode.CLIENT_APP_CRASHED, died)
-            for task in [task for task in running.values() if not ready and task.deadline <= time.monotonic()]:
-                del running[task.about]
-                self._replace(task.actor)
-                late = f"TimeoutError: no answer within {timeout:g} s"
-                finished[task.position] = Error(ErrorCode.NODE_UNAVAILABLE, late)
+        number = order.invitation.round_number
+        packed = self._ray.put((self._text, pack_order(order)))
+        whole = [_Piece(place, task, order.fold) for place, task in enumerate(tasks)]
+        cost = [self._costs.predict(piece.clients, number) for piece in whole]
+        queue = deque(sorted(whole, key=lambda piece: -cost[piece.place]))
+        running: dict[Any, _Running] = {}
+        finished: dict[int, _Finished] = {piece.place: _Finished(piece) for piece in whole}
+        for due, task in enumerate(tasks):
+            while not finished[due].is_whole:
+                while self._idle and queue:
+                    started = self._send(queue.popleft(), packed)
+                    running[started.about] = started
+                self._wait(number, queue, running, finished)
+            while self._idle and queue:  # the workers have something to do while the server adds up
+                started = self._send(queue.popleft(), packed)
+                running[started.about] = started
+            yield from self._blocks(finished.pop(due), task, order.fold)
 
-    def _send(self, position: int, sent: list[Message], shared: dict[int, Any], timeout: float | None) -> _Task:
-        """Gives message number `position` to an idle worker."""
-        actor, message = self._idle.pop(), sent[position]
-        reference = shared[id(message.content)]
-        state = self.states.get(client_of(message), RecordDict())
-        handle = self._actors[actor].handle.options(num_returns=2)
-        about, result = handle.remote(reference.hex(), [reference], message.metadata, state)
-        return _Task(about, result, position, actor, math.inf if timeout is None else time.monotonic() + timeout)
+    def _wait(
+        self, number: int, queue: deque[_Piece], running: dict[Any, _Running], finished: dict[int, _Finished]
+    ) -> None:
+        """Waits until something happens, and deals with it."""
+        soonest = min((task.deadline for task in running.values()), default=math.inf)
+        wait = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
+        ready, _ = self._ray.wait([*running, *self._starting], num_returns=1, timeout=wait)
+        for reference in ready:
+            if reference in self._starting:
+                self._started(reference)
+            else:
+                self._take(running.pop(reference), number, queue, finished)
+        for task in [task for task in running.values() if not ready and task.deadline <= time.monotonic()]:
+            del running[task.about]
+            self._replace(task.actor)
+            late = f"TimeoutError: no answer within {self._timeout:g} s"
+            self._fail(task.piece, late, queue, finished)
 
-    def _take(self, task: _Task, message: Message) -> Any:
-        """Processes a worker's result: a reference to the answer, or an error; None if the worker died."""
+    def _send(self, piece: _Piece, packed: Any) -> _Running:
+        """Gives a task to an idle worker."""
+        actor, clients = self._idle.pop(), piece.clients
+        kept = [self._memories.get(client) for client in clients]
+        run = self._actors[actor].run.options(num_returns=2 + len(clients) * self._keeps)
+        about, result, *keeps = run.remote(packed.hex(), [packed], piece.task, piece.fold, self._keeps, *kept)
+        return _Running(about, result, keeps, piece, actor, time.monotonic() + self._timeout * len(clients))
+
+    def _take(self, task: _Running, number: int, queue: deque[_Piece], finished: dict[int, _Finished]) -> None:
+        """Deals with a worker that is ready with a task, or dead."""
+        piece = task.piece
         try:
-            seconds, state = self._ray.get(task.about)
+            about = self._ray.get(task.about)
         except self._ray.exceptions.RayTaskError as error:
             self._idle.append(task.actor)
-            return raised(error)
+            finished[piece.place].results[piece] = describe(error)
+            return
         except self._ray.exceptions.RayError:
             self._replace(task.actor)
-            return None
+            piece.deaths += 1
+            if piece.deaths <= RETRIES:
+                queue.appendleft(piece)
+            else:
+                died = f"WorkerDied: {piece.deaths} workers died on it; out of memory?"
+                self._fail(piece, died, queue, finished)
+            return
+        if about.out_of_memory and len(self._actors) > 1:
+            self._retire(task.actor)
+            queue.appendleft(piece)
+            return
         self._idle.append(task.actor)
-        if message.metadata.message_type == "train":
-            self._seconds[client_of(message)] = seconds
-        if state is not None:
-            self.states[client_of(message)] = state
-        return task.result
+        self._costs.measured(piece.clients, number, about.seconds)
+        finished[piece.place].results[piece] = task.result
+        self._memories |= {client: task.keeps[piece.clients.index(client)] for client in about.kept}
 
-    def _fetch(self, result: Any) -> Answer:
-        try:
-            return result if isinstance(result, Error) else self._ray.get(result)
-        except self._ray.exceptions.RayError as error:  # the object store lost it
-            return Error(ErrorCode.CLIENT_APP_CRASHED, f"AnswerLost: {type(error).__name__}")
+    def _fail(self, piece: _Piece, reason: str, queue: deque[_Piece], finished: dict[int, _Finished]) -> None:
+        """Tries the clients of a task one by one; a single client has failed."""
+        done = finished[piece.place]
+        if len(piece.clients) == 1:
+            done.results[piece] = reason
+            return
+        done.pieces = [_Piece(piece.place, [[client]], fold=False) for client in piece.clients]
+        queue.extendleft(reversed(done.pieces))
+
+    def _blocks(self, done: _Finished, task: Sequence[Block], fold: bool) -> Iterator[BlockResult]:
+        """Yields the results of a task's blocks from those of its pieces."""
+        if len(done.pieces) == 1:
+            yield from self._fetch(done.pieces[0], done)
+            return
+        singles = iter(done.pieces)
+        for block in task:
+            found = [each for _ in block for each in self._fetch(next(singles), done)]
+            results = [result for each in found for result in each.results]
+            together = BlockResult(results, [failure for each in found for failure in each.failures], None)
+            yield folded(together) if fold else together
+
+    def _fetch(self, piece: _Piece, done: _Finished) -> list[BlockResult]:
+        result = done.results[piece]
+        if not isinstance(result, str):
+            try:
+                return [unpack_block(packed) for packed in self._ray.get(result)]
+            except self._ray.exceptions.RayError as error:  # the object store lost it
+                result = f"AnswerLost: {type(error).__name__}"
+        return [BlockResult([], [Failure(f"client {c}", result) for c in block], None) for block in piece.task]
+
+    def memory_of(self, cohort: Sequence[int]) -> MemoryOf:
+        """See `ClientGrid`."""
+        found = {client: self._memories[client] for client in cohort if client in self._memories}
+        return lambda client: unpack_own(self._ray.get(found[client])) if client in found else {}
+
+    def dump_memories(self) -> dict[int, bytes]:
+        """See `ClientGrid`. One after the other: together they may be more than this process can hold."""
+        return {
+            client: dump_memory(unpack_own(self._ray.get(reference)))
+            for client, reference in sorted(self._memories.items())
+        }
+
+    def load_memories(self, saved: Mapping[int, bytes]) -> None:
+        """See `ClientGrid`."""
+        self._memories = {client: self._ray.put(dict(parse_memory(data) or {})) for client, data in saved.items()}
 
     def _started(self, reference: Any) -> None:
-        """Processes the start of a worker, or starts another one if it died."""
+        """Deals with the start of a worker, or starts another one if it died."""
         actor = self._starting.pop(reference)
         try:
             self._ray.get(reference)
@@ -214,83 +247,51 @@ class RayGrid(SimulationGrid):
         self._ray.kill(self._actors[actor])
         self._start(actor)
 
-
-def _start_ray(num_workers: int) -> None:
-    """Starts a Ray of our own, or joins the cluster that RAY_ADDRESS names.
-
-    Raises:
-        ValueError: no folder is short enough for Ray's sockets.
-        RunError: it does not start, or there is no such cluster.
-    """
-    import ray
-    from ray.job_config import JobConfig
-
-    class Job(JobConfig):
-        """Its workers search modules as PYTHONPATH says: Ray would have them look in the working directory first."""
-
-        _py_driver_sys_path = property(lambda self: [], lambda self, paths: None)
-
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        _check_address(address)
-    # Not a cluster that someone else started here.
-    local: dict[str, Any] = {
-        "num_cpus": num_workers,
-        "include_dashboard": False,
-        "_temp_dir": None if address else _ray_folder(),
-    }
-    try:
-        ray.init(
-            address=address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            job_config=Job(),
-            **({} if address else local),
-        )
-    except Exception as error:  # of whatever part of Ray it was
-        lines = str(error).strip().splitlines() or [""]
-        cure = f"check RAY_ADDRESS (={address}), or unset it" if address else "try again, or take grid.kind=in_process"
-        raise RunError(f"Ray does not start: {type(error).__name__}: {lines[0]}; {cure}.") from error
+    def _retire(self, actor: int) -> None:
+        """Stops a worker for whose clients the GPU had no room beside the others."""
+        self._ray.kill(self._actors.pop(actor))
+        logger.warning("The GPU's memory was too small for its workers: the run goes on with %d.", len(self._actors))
 
 
-def _check_address(address: str) -> None:
-    """Checks that a server answers at "host:port" or "ray://host:port": without one Ray ends this process."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():  # auto, local
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise RunError(
-            f"No Ray cluster answers at RAY_ADDRESS (={address}): {getattr(error, 'strerror', None) or error}; correct "
-            "it, or unset it to use this machine alone."
-        ) from error
+@dataclass(eq=False)
+class _Piece:
+    """Blocks that go to a worker: a task, or one client of it."""
+
+    place: int
+    """Of the task."""
+    task: Sequence[Block]
+    fold: bool
+    deaths: int = 0
+    """Workers that died on it."""
+
+    @property
+    def clients(self) -> list[int]:
+        return [client for block in self.task for client in block]
 
 
-def _ray_folder() -> str | None:
-    """Returns the folder for Ray's sockets; None for Ray's default."""
-    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    if sys.platform != "linux" or len(os.fsencode(os.path.join(usual, "ray"))) <= SOCKET_PATH:
-        return None
-    for place in ("/tmp", "/var/tmp", "/dev/shm"):
-        try:
-            with tempfile.TemporaryFile(dir=place):
-                return os.path.join(place, "ray")
-        except OSError:
-            continue
-    raise ValueError(
-        f"TMPDIR (={usual}) is too long for Ray, whose sockets lie there (at most {SOCKET_PATH - len('/ray')} bytes), "
-        "and /tmp cannot be written: set RAY_TMPDIR to a short path, or take grid.kind=in_process."
-    )
-
-
-class _Task(NamedTuple):
-    """A message that a worker is processing."""
+@dataclass(eq=False)
+class _Running:
+    """A piece that a worker is working on."""
 
     about: Any
-    """Reference to (seconds, client state)."""
+    """Reference to how it went."""
     result: Any
-    """Reference to the answer."""
-    position: int
+    """Reference to the packed results."""
+    keeps: list[Any]
+    """References to what each client keeps; none if clients keep nothing."""
+    piece: _Piece
     actor: int
     deadline: float
+
+
+class _Finished:
+    """What there is of a task: it is whole when there is a result for each of its pieces."""
+
+    def __init__(self, piece: _Piece) -> None:
+        self.pieces = [piece]
+        self.results: dict[_Piece, Any] = {}
+        """Piece -> reference to its packed results, or why there are none."""
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.results) == len(self.pieces)

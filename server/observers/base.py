@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import RecordDict
 
 from fedlabel.experiment import Experiment
 from fedlabel.learning.metrics import Counts, add_counts
+from fedlabel.methods.batch import State
 from server.state import ServerState
 from server.tally import RoundTally
 
@@ -26,8 +26,9 @@ class Round:
     number: int
     """1-based."""
     tally: RoundTally
-    client_states: Mapping[int, RecordDict] | None
-    """The clients' states at the start of the round; None if they are not in this process."""
+    memory_of: Callable[[int], State] | None
+    """Client -> what it kept when the round began; None if nobody asked for it, see `Observer.needs_memory`, or if only
+    the client knows."""
     started: float
     """`time.perf_counter()` at its start."""
     is_evaluated: bool
@@ -67,6 +68,10 @@ class Observer:
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """Returns the report of a round; state: after it."""
         raise NotImplementedError
+
+    def needs_memory(self, number: int) -> bool:
+        """Returns whether the observer looks up in a round what a client kept."""
+        return False
 
     def dump(self) -> Any:
         """Returns the observer's state, for a checkpoint: numbers and lists in dictionaries; empty if it has none."""

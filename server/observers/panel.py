@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
-import torch
-from flwr.app import ArrayRecord, RecordDict
+from typing import TYPE_CHECKING
 
 from fedlabel.experiment import Experiment
-from fedlabel.methods.shared import state_from_lists
+from fedlabel.record.run_folder import is_evaluated
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 
@@ -21,40 +18,39 @@ class PanelObserver(Observer):
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""
-        final = self.experiment.recipe.place(seen.number).stage.final
-        if not (seen.is_evaluated and final and self.has_figures(seen.number)):
+        if not self.needs_memory(seen.number):
             return Report()
         panel = pseudo_panel(self.experiment, seen)
         return Report(figures={"pseudo/samples": panel} if panel is not None else {})
+
+    def needs_memory(self, number: int) -> bool:
+        """See `Observer`: in rounds with a panel."""
+        config = self.experiment.config
+        final = self.experiment.recipe.place(number).stage.final
+        return final and is_evaluated(number, config.num_rounds, config.evaluation.every) and self.has_figures(number)
 
 
 def pseudo_panel(experiment: Experiment, seen: Round) -> Figure | None:
     """Returns a figure of one client's pseudo-labelled samples, or None if the method has none.
 
     Nothing is asked of the client: this process trains its own copy of the (simulated) client once more, which gives
-    the same draws and the same experts. Where what clients keep is not in this process, a method that keeps something
+    the same draws and the same experts. Where only they know what clients keep, a method that keeps something
     has no panel; nor have tables, whose samples are no pictures.
     """
-    tally, client_states = seen.tally, seen.client_states
+    tally, invitation = seen.tally, seen.tally.invitation
     size = 0 if experiment.federation.dataset.tabular else experiment.config.evaluation.panel_samples
     client = next((c for c, counts in tally.client_counts.items() if "drawn" in counts), None)
     if client is None and experiment.federation.num_without_label:  # then pseudo-labels were compared with nothing
         client = next(iter(tally.client_counts), None)
     if size == 0 or client is None:
         return None
-    content = tally.messages[client].content
-    types = {name: value.dtype for name, value in experiment.initial_state.items()}
-    received = {
-        record: {name: value.to(experiment.device, types[name]) for name, value in arrays.to_torch_state_dict().items()}
-        for record, arrays in content.array_records.items()
-    }
-    kept = (client_states or {}).get(client, RecordDict()).array_records.get("memory", ArrayRecord({}))
-    memory = {name: torch.from_numpy(array.numpy().copy()).to(experiment.device) for name, array in kept.items()}
-    memory |= state_from_lists(
-        {key: cast(list[float], value) for key, value in content.config_records["shared"].items()}, experiment.device
-    )
-    update = experiment.train(client, received.pop("arrays"), tally.round_number, memory, received)
-    if update.pseudo is None or (client_states is None and update.kept):
+    remembered = {} if seen.memory_of is None else seen.memory_of(client)
+    kept = {name: value.to(experiment.device) for name, value in remembered.items()}
+    previous = {"previous": invitation.previous} if invitation.previous else {}
+    further = {**previous, **invitation.helpers.get(client, {})}
+    memory = {**kept, **invitation.shared}
+    update = experiment.train(client, invitation.model, invitation.round_number, memory, further)
+    if update.pseudo is None or (seen.memory_of is None and update.kept):
         return None
     from fedlabel.record.figures import pseudo_label_panel  # here: matplotlib takes a while to import
 

@@ -15,7 +15,7 @@ from fedlabel.data.federation import Federation
 from fedlabel.experiment import open_experiment
 from fedlabel.learning.metrics import COUNTED
 from fedlabel.methods.shared import state_to_lists
-from server.grids.in_process import InProcessGrid
+from tests.integration.local_nodes import LocalNodes
 
 TINY = (
     *("num_clients=2", "fraction_train=1.0", "num_rounds=2", "partition.kind=iid", "data.train_samples=120"),
@@ -54,10 +54,16 @@ def answer(method: str, **flags: bool) -> RecordDict:
     records = {"arrays": ArrayRecord(experiment.initial_state), "config": config, "shared": shared}
     if experiment.recipe.place(ROUND[method]).number:
         records["previous"] = records["arrays"]
-    grid = InProcessGrid(app, 2)
-    (reply,) = grid.send_and_receive([Message(RecordDict(records), 1, "train")])  # type: ignore[arg-type]
+    reply = LocalNodes(app, 2).answer(order_of(RecordDict(records)))  # type: ignore[arg-type]
     assert not reply.has_error(), reply.error.reason
     return reply.content
+
+
+def order_of(content: RecordDict) -> Message:
+    """Returns a message to node 1 as a grid has sent it."""
+    message = Message(content, 1, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+    return message
 
 
 def said(content: RecordDict) -> dict[str, object]:

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from clients.client_app import _measured
+from fedlabel.cohort import Invitation, _audited
 from fedlabel.config import load_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.supervision import KIND_NAMES
@@ -248,14 +247,13 @@ def experiment(*overrides: str) -> Experiment:
 
 def counted(run: Experiment) -> dict[str, list[float]]:
     update = run.train(0, run.initial_state, 1)
-    return _measured(update, run, 0, audit=True)[1]
+    return _audited(update, run, 0, audit=True)[1]
 
 
 def test_the_panel_shows_samples_whose_class_nobody_knows() -> None:
     run = experiment("method.name=fixmatch", "method.confidence_threshold=0", "supervision.kind=full")
-    content = RecordDict({"arrays": ArrayRecord(run.initial_state), "shared": ConfigRecord({})})
-    tally: Any = SimpleNamespace(client_counts={0: {}}, messages={0: SimpleNamespace(content=content)}, round_number=1)
-    figure = pseudo_panel(run, Round(1, tally, {}, 0.0, is_evaluated=True))
+    tally: Any = SimpleNamespace(client_counts={0: {}}, invitation=Invitation(1, run.initial_state, {}, {}))
+    figure = pseudo_panel(run, Round(1, tally, lambda client: {}, 0.0, is_evaluated=True))
     assert figure is not None
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 import fedlabel
-from clients.client_app import app as client_app
 from fedlabel.config import ExperimentConfig, load_config
 from fedlabel.errors import RunError
 from fedlabel.hardware import PACKAGE_ROOT, SOURCE_PACKAGES
@@ -68,7 +67,7 @@ def case(seed: int, folder: Path) -> str | None:
     config, text = config_of(method), run / "config.yaml"
     try:
         if text.is_file() and text.read_bytes() == (whole / "config.yaml").read_bytes():
-            run_federation(config, InProcessGrid(client_app, config.num_clients), run, resume=True)
+            run_federation(config, InProcessGrid(), run, resume=True)
         else:
             fedlabel.run(name="run", out=folder, resume=True)
     except (ValueError, RunError) as error:

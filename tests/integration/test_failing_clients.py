@@ -20,7 +20,7 @@ from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
 from server.server_app import RunError, run_federation
 from server.strategy import sample_cohort
-from tests.integration import client_apps
+from tests.integration import cohorts
 from tests.integration.tiny import TINY, assert_same_run, assert_same_weights, final_weights, run_tiny
 
 ALL_TRAIN = ("fraction_train=1.0", "num_rounds=2")
@@ -30,14 +30,12 @@ def tiny(*overrides: str) -> ExperimentConfig:
     return load_config([], [*TINY, *overrides])
 
 
-def run_with(app: str, config: ExperimentConfig, path: Path, kind: str = "in_process", resume: bool = False) -> None:
-    """Runs with one of the apps in `client_apps`, on Ray with one worker."""
+def run_with(way: str, config: ExperimentConfig, path: Path, kind: str = "in_process", resume: bool = False) -> None:
+    """Runs with one of the ways in `cohorts`, on Ray with one worker."""
     if kind == "in_process":
-        grid = InProcessGrid(getattr(client_apps, app), config.num_clients)
-        run_federation(config, grid, path, resume)
+        run_federation(config, InProcessGrid(getattr(cohorts, way)), path, resume)
     else:
-        name = f"tests.integration.client_apps:{app}"
-        with RayGrid(name, config.num_clients, 1, use_gpu=False) as ray_grid:
+        with RayGrid(1, use_gpu=False, train=f"tests.integration.cohorts:{way}") as ray_grid:
             run_federation(config, ray_grid, path, resume)
 
 
@@ -183,7 +181,10 @@ def test_a_broken_shared_state_is_neither_saved_nor_sent(
 
 def test_client_state_is_kept_between_rounds(kind: str, tmp_path: Path) -> None:
     """Every client trains in every round and reports how often it has: 1, 2, 3."""
-    run_with("counting", tiny("num_clients=3", "fraction_train=1.0", "num_rounds=3"), tmp_path / "run", kind)
+    text = [override for override in TINY if not override.startswith("method.")]
+    text += ["method.name=elr", "supervision.label_rate=null", "supervision.kind=noisy", "supervision.noise_rate=0.3"]
+    config = load_config([], [*text, "num_clients=3", "fraction_train=1.0", "num_rounds=3"])
+    run_with("counting", config, tmp_path / "run", kind)
     assert [row["train/loss"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 

@@ -9,18 +9,22 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
+from fedlabel.cohort import Invitation
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import State
 from fedlabel.methods.dp_ssl import DPSSL
 from fedlabel.methods.recipe import Method, Recipe
 from fedlabel.methods.supervised import Supervised
-from server.grids.in_process import InProcessGrid
+from server.flower import set_identity
+from server.grids.flower import read_blocks
 from server.observers import Round
-from server.replies import ReplySchema, RoundSchema
+from server.replies import ReplyReader
+from server.schema import ResultSchema, RoundSchema
 from server.tally import RoundTally
+from server.traffic import ResultBytes
 from tests.methods.recipes import task
 
-InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
+set_identity()
 
 CLASSES, SAMPLES = 3, 10
 NODES = {11: 0, 12: 1, 13: 2}
@@ -79,21 +83,32 @@ def recipe_of(method: Method) -> Recipe:
     return method.recipe(task(CLASSES, votes=((1, 1, 1),) * method.num_functions if written else ()))
 
 
-def schema_of(method: Method | None = None, **options: Any) -> ReplySchema:
+def schema_of(method: Method | None = None, **options: Any) -> ResultSchema:
     recipe = recipe_of(method or Supervised())
-    return ReplySchema(MODEL, recipe, TRAINING, [SAMPLES] * 3, CLASSES, frozenset("wb"), **options)
+    return ResultSchema(MODEL, recipe, TRAINING, lambda client: SAMPLES, CLASSES, frozenset("wb"), **options)
 
 
-def round_of(schema: ReplySchema | None = None, shared: State | None = None) -> RoundSchema:
-    return (schema or schema_of()).of_round(4, shared or {}, [order(node) for node in NODES])
+INVITATION = Invitation(4, MODEL, {}, {})
 
 
-def tally_of(replies: Sequence[Message], schema: RoundSchema | None = None) -> tuple[RoundTally, list[int]]:
-    """Returns the finished tally and the nodes whose replies it handed on."""
-    tally = RoundTally(schema or round_of(), NODES, [order(node) for node in NODES])
-    used = [found.metadata.src_node_id for found in tally.usable(iter(replies))]
-    tally.finish()
-    return tally, used
+def round_of(schema: ResultSchema | None = None, shared: State | None = None) -> RoundSchema:
+    return (schema or schema_of()).of_round(INVITATION, shared or {})
+
+
+def reader_of(schema: ResultSchema | None = None, shared: State | None = None) -> ReplyReader:
+    return ReplyReader(round_of(schema, shared))
+
+
+def tally_of(
+    replies: Sequence[Message], schema: RoundSchema | None = None, sent: Sequence[Message] = ()
+) -> tuple[RoundTally, list[int]]:
+    """Returns the tally of a round and the nodes whose replies were used; sent: its messages."""
+    limits = schema or round_of()
+    tally = RoundTally(INVITATION, list(NODES.values()), ResultBytes(limits.schema))
+    messages = dict(zip(NODES.values(), sent or [order(node) for node in NODES], strict=True))
+    blocks = read_blocks([[client] for client in messages], messages, replies, ReplyReader(limits), fold=True)
+    used = [result.client for block in tally.watch(blocks) for result in block.results]
+    return tally, [node for node, client in NODES.items() if client in used]
 
 
 def seen(tally: RoundTally, number: int = 4, started: float = 0.0, is_evaluated: bool = False) -> Round:

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
-from flwr.clientapp import ClientApp
 
 from fedlabel.config import ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.errors import FileError
@@ -28,7 +26,7 @@ from server.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from server.grids.in_process import InProcessGrid
+from server.flower import dump_memory
 from server.state import ServerState
 from server.strategy import build_strategy, strategy_names
 from tests.integration.tiny import run_tiny
@@ -255,9 +253,7 @@ def test_what_cannot_be_of_this_run_is_refused(run: Path) -> None:
 
 
 def state_of(**arrays: np.ndarray) -> bytes:
-    grid = InProcessGrid(ClientApp(), 1)
-    grid.states = {0: RecordDict({"memory": ArrayRecord({name: Array(value) for name, value in arrays.items()})})}
-    return grid.dump_states()[0]
+    return dump_memory({name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 @pytest.mark.parametrize("name", strategy_names())

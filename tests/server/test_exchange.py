@@ -31,13 +31,14 @@ from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.record.run_folder import read_metrics
 from server.exchange import TRIES, replies_to
-from server.grids.in_process import InProcessGrid
+from server.grids.flower import FlowerGrid
 from server.nodes import connect
 from server.server_app import run_federation
 from server.tally import RoundTally
-from tests.integration.client_apps import _always_raise, by_client
+from tests.integration.client_apps import always_raise, by_client
+from tests.integration.local_nodes import LocalNodes
 from tests.integration.tiny import TINY, assert_same_run
-from tests.server.rounds import NODES, content, order, round_of
+from tests.server.rounds import NODES, content, order, tally_of
 
 Step = Exception | None
 """What a pull gives in place of the reply: None is nothing yet."""
@@ -103,15 +104,7 @@ class Wire(Grid):
 
 def clients(app: ClientApp, count: int) -> Callable[[Message], Message]:
     """Returns what hands a message to its client in this process."""
-    grid = InProcessGrid(app, count)
-
-    def answer(message: Message) -> Message:
-        about = message.metadata
-        sent = Message(message.content, about.dst_node_id, about.message_type, group_id=about.group_id)
-        (reply,) = grid.send_and_receive([sent])
-        return Message(reply.error if reply.has_error() else reply.content, reply_to=message)
-
-    return answer
+    return LocalNodes(app, count).answer
 
 
 ERRORS = [DecodeError("Error parsing\nmessage"), AttributeError("no `metadata`"), KeyError("ab" * 32)]
@@ -121,11 +114,11 @@ ERRORS = [DecodeError("Error parsing\nmessage"), AttributeError("no `metadata`")
 def test_an_undecodable_reply_leaves_the_round_of_the_others(error: Exception, tmp_path: Path) -> None:
     """The run in which a client's replies cannot be decoded is the one in which it fails."""
     config = load_config([], [*TINY, "num_clients=3", "num_rounds=1", "fraction_train=1.0"])
-    failing = Wire(clients(by_client({1: _always_raise}), 3), {})
+    failing = Wire(clients(by_client({1: always_raise}), 3), {})
     broken = Wire(clients(by_client({}), 3), {2: [error]})
     failing.nodes = broken.nodes = (1, 2, 3)
-    run_federation(config, failing, tmp_path / "failing")
-    run_federation(config, broken, tmp_path / "broken")
+    run_federation(config, FlowerGrid(failing), tmp_path / "failing")
+    run_federation(config, FlowerGrid(broken), tmp_path / "broken")
     assert_same_run(tmp_path / "failing", tmp_path / "broken")
     (row,) = read_metrics(tmp_path / "broken")
     assert (row["system/failed_clients"], row["system/refused_replies"]) == (1, 1)
@@ -156,10 +149,7 @@ def test_an_undecodable_identity_leaves_its_node_out(error: Exception, caplog: p
 def round_over(grid: Grid, timeout: float = 5.0) -> tuple[RoundTally, list[int]]:
     """Returns the finished tally of a round over a grid and the nodes whose replies it handed on."""
     messages = [order(node) for node in NODES]
-    tally = RoundTally(round_of(), NODES, messages)
-    used = [found.metadata.src_node_id for found in tally.usable(replies_to(grid, messages, timeout))]
-    tally.finish()
-    return tally, used
+    return tally_of(replies_to(grid, messages, timeout), sent=messages)
 
 
 def wire(steps: Mapping[int, Sequence[Step]]) -> Wire:
@@ -208,8 +198,8 @@ def test_who_does_not_answer_in_time_is_missing() -> None:
     assert 0.3 <= time.monotonic() - started < 2
     assert used == [11]
     assert tally.failures == [
-        "Round 4, client 2: BadReply: it cannot be decoded (DecodeError: late)",
         "Round 4, client 1: NoAnswer: the client did not answer in time",
+        "Round 4, client 2: BadReply: it cannot be decoded (DecodeError: late)",
     ]
 
 
@@ -256,7 +246,7 @@ class Link:
     def add(self, message: Message) -> None:
         body = content()
         if message.metadata.dst_node_id == 12:  # equal objects have equal ids, and there is only one of each
-            body["sums"] = ConfigRecord({"train/loss": [0.5, 2.0]})
+            body["sums"] = ConfigRecord({"train/loss": [2.0, 4.0]})
         reply = Message(body, reply_to=message)
         reply.metadata.__dict__["_message_id"] = reply.object_id
         objects = {key: value.deflate() for key, value in get_all_nested_objects(reply).items()}

@@ -7,24 +7,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
+from fedlabel.cohort import ClientResult
 from fedlabel.experiment import Experiment
 from fedlabel.learning.client import ClientUpdate
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Helpers
+from fedlabel.methods.uploads import ModelPart
 from fedlabel.record.run_folder import read_metrics
+from server.blocks import BlockResult
 from server.checkpoint import load_checkpoint, save_checkpoint
-from server.grids.in_process import InProcessGrid
 from server.helpers import HelperPool
 from server.simulation import simulate
 from server.state import ServerState
-
-InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
 
 OUTPUTS = {
     7: [0.8, 0.1, 0.1],
@@ -34,7 +32,6 @@ OUTPUTS = {
     9: [0.1, 0.1, 0.8],
 }
 """Client -> what its model says of any image."""
-CLIENT_OF = {100 + client: client for client in range(10)}
 
 
 class Biased(nn.Module):
@@ -66,45 +63,29 @@ def make_pool(
     return HelperPool(experiment, Helpers(count, every, "psi."))
 
 
-def reply(client: int, probs: list[float], mark: float = 0.0) -> Message:
-    """The model that says `probs`; half of the logits are sigma's, and a constant more changes nothing."""
-    bias = (np.log(probs) / 2).astype(np.float32)
-    arrays = {
-        "psi.weight": np.full((3, 4), mark, np.float32),
-        "psi.bias": bias + np.float32(mark),
-        "sigma.weight": np.zeros((3, 4), np.float32),
+def block(client: int, probs: list[float], mark: float = 0.0) -> BlockResult:
+    """A client with the model that says `probs`; half of the logits are sigma's, and a constant changes nothing."""
+    bias = (torch.tensor(probs, dtype=torch.float64).log() / 2).float()
+    model = {
+        "psi.weight": torch.full((3, 4), mark),
+        "psi.bias": bias + mark,
+        "sigma.weight": torch.zeros(3, 4),
         "sigma.bias": bias,
     }
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord({name: Array(value) for name, value in arrays.items()}),
-            "metrics": MetricRecord({"num-examples": 1.0}),
-        }
-    )
-    order = Message(RecordDict(), 100 + client, "train")
-    order.metadata.__dict__["_message_id"] = "1"
-    return Message(content, reply_to=order)
+    return BlockResult([ClientResult(client, {"model": ModelPart(model, 1.0)}, {}, {}, {}, {})], [], None)
 
 
-def watch(pool: HelperPool, outputs: Mapping[int, list[float]]) -> list[Message]:
+def watch(pool: HelperPool, outputs: Mapping[int, list[float]]) -> list[BlockResult]:
     """Lets clients report models; the mark of a client's psi is its number."""
-    return list(pool.watch((reply(client, probs, client) for client, probs in outputs.items()), CLIENT_OF))
+    return list(pool.watch(block(client, probs, client) for client, probs in outputs.items()))
 
 
-def orders(*clients: int) -> list[Message]:
-    """One round's messages; they share one content."""
-    content = RecordDict({"arrays": ArrayRecord({}), "config": ConfigRecord({"server-round": 1})})
-    return [Message(content, 100 + client, "train", group_id="3") for client in clients]
-
-
-def helper_marks(message: Message) -> list[float]:
-    """The clients whose psi came along, in order."""
-    records = message.content.array_records
-    names = sorted(name for name in records if name.startswith("helper"))
-    assert names == [f"helper{i}" for i in range(len(names))]
-    for name in names:
-        assert list(records[name]) == ["psi.weight", "psi.bias"]
-    return [float(records[name]["psi.weight"].numpy()[0, 0]) for name in names]
+def marks(helpers: Mapping[str, StateDict]) -> list[float]:
+    """The clients whose psi is sent along, in order."""
+    assert list(helpers) == [f"helper{i}" for i in range(len(helpers))]
+    for model in helpers.values():
+        assert list(model) == ["psi.weight", "psi.bias"]
+    return [float(model["psi.weight"][0, 0]) for model in helpers.values()]
 
 
 def test_nearest_by_hand() -> None:
@@ -140,7 +121,7 @@ def test_who_never_trained_has_none_and_few_known_give_few() -> None:
 
 def test_never_oneself_even_among_equals() -> None:
     pool = make_pool()
-    list(pool.watch([reply(client, [0.2, 0.3, 0.5]) for client in (1, 3, 4, 6, 8)], CLIENT_OF))
+    list(pool.watch([block(client, [0.2, 0.3, 0.5]) for client in (1, 3, 4, 6, 8)]))
     for client in (1, 3, 4, 6, 8):
         helpers = pool.nearest(client)
         assert len(set(helpers)) == 2
@@ -150,21 +131,20 @@ def test_never_oneself_even_among_equals() -> None:
 def test_the_last_model_counts() -> None:
     pool = make_pool(count=1)
     watch(pool, OUTPUTS)
-    again = list(pool.watch([reply(9, [0.79, 0.11, 0.1], mark=90.0)], CLIENT_OF))
-    assert len(again) == 1
+    list(pool.watch([block(9, [0.79, 0.11, 0.1], mark=90.0)]))
     assert pool.nearest(7) == [9]
-    (message,) = pool.attach(orders(7), CLIENT_OF, 1)
-    assert helper_marks(message) == [90.0]
+    assert marks(pool.helpers_of([7], 1)[7]) == [90.0]
 
 
-def test_watching_hands_replies_on_as_they_are() -> None:
+def test_watching_hands_blocks_on_as_they_are_and_keeps_copies() -> None:
+    """A model may be part of a whole stack of models."""
     pool = make_pool()
-    sent = [reply(client, probs) for client, probs in OUTPUTS.items()]
-    before = [{name: array.data for name, array in m.content.array_records["arrays"].items()} for m in sent]
-    handed_on = list(pool.watch(iter(sent), CLIENT_OF))
+    sent = [block(client, probs) for client, probs in OUTPUTS.items()]
+    handed_on = list(pool.watch(iter(sent)))
     assert all(a is b for a, b in zip(handed_on, sent, strict=True))
-    after = [{name: array.data for name, array in m.content.array_records["arrays"].items()} for m in handed_on]
-    assert after == before
+    for each in sent:
+        each.results[0].parts["model"].state["psi.weight"].fill_(9.0)
+    assert marks(pool.helpers_of([7], 1)[7]) == [0.0, 0.0]
 
 
 def test_the_probe_is_one_fixed_image_of_clipped_noise() -> None:
@@ -190,20 +170,11 @@ def test_helpers_travel_every_kth_round_only_to_whom_the_server_knows() -> None:
     pool = make_pool(every=3)
     watch(pool, OUTPUTS)
     for round_number in range(1, 10):
-        messages = orders(7, 1, 0)
-        attached = pool.attach(messages, CLIENT_OF, round_number)
+        helpers = pool.helpers_of([7, 1, 0], round_number)
         if round_number % 3:
-            assert all(a is b for a, b in zip(attached, messages, strict=True))
+            assert helpers == {}
             continue
-        assert [helper_marks(message) for message in attached] == [[2, 5], [], [5, 2]]
-        assert attached[1] is messages[1]  # client 1 never trained
-        assert set(messages[0].content) == {"arrays", "config"}  # the content that others share is as it was
-        for message, original in zip(attached, messages, strict=True):
-            assert message.metadata.dst_node_id == original.metadata.dst_node_id
-            assert message.metadata.message_type == original.metadata.message_type
-            assert message.metadata.group_id == original.metadata.group_id
-            assert message.content["arrays"] is original.content["arrays"]
-            assert message.content["config"] is original.content["config"]
+        assert {client: marks(own) for client, own in helpers.items()} == {7: [2, 5], 0: [5, 2]}  # 1 never trained
 
 
 def test_a_pool_is_restored_from_a_checkpoint(tmp_path: Path) -> None:
@@ -214,10 +185,10 @@ def test_a_pool_is_restored_from_a_checkpoint(tmp_path: Path) -> None:
     restored.load(load_checkpoint(path).helpers)
     for client in range(10):
         assert restored.nearest(client) == pool.nearest(client)
-        pair = [p.attach(orders(client), CLIENT_OF, 1)[0].content.array_records for p in (pool, restored)]
-        assert list(pair[0]) == list(pair[1])
-        for name, record in pair[0].items():
-            assert {n: a.data for n, a in record.items()} == {n: a.data for n, a in pair[1][name].items()}
+        found, expected = (p.helpers_of([client], 1).get(client, {}) for p in (restored, pool))
+        assert list(found) == list(expected)
+        for name, model in expected.items():
+            assert all(torch.equal(found[name][key], value) for key, value in model.items())
     watch(restored, {9: [0.79, 0.11, 0.1]})  # and goes on
     assert restored.nearest(7) == [9, 2]
 

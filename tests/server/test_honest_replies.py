@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from flwr.app import RecordDict
 
 import fedlabel
+from fedlabel.cohort import ClientResult
 from fedlabel.methods import METHODS
 from fedlabel.metric_tags import client_tags, find_tag
-from server.replies import Reply, RoundSchema
+from server.schema import RoundSchema
 
 TINY = (
     *("num_clients=3", "fraction_train=1.0", "partition.kind=dirichlet", "data.train_samples=150", "model.name=mlp"),
@@ -64,14 +64,13 @@ OTHER_FORMS = {
 @pytest.mark.parametrize("name", [*METHODS, *OTHER_FORMS])
 def test_honest_clients_are_not_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And every metric that a run writes is declared, those as a client's that clients send and no others."""
-    read, sent = RoundSchema.read, set()
+    check, sent = RoundSchema.check, set()
 
-    def watching(self: RoundSchema, content: RecordDict, client: int) -> Reply:
-        found = read(self, content, client)
-        sent.update(found.sums)
-        return found
+    def watching(self: RoundSchema, result: ClientResult) -> ClientResult:
+        sent.update(result.sums)
+        return check(self, result)
 
-    monkeypatch.setattr(RoundSchema, "read", watching)
+    monkeypatch.setattr(RoundSchema, "check", watching)
     overrides = OTHER_FORMS.get(name) or (f"method.name={name}", *OVERRIDES.get(name, LABELS))
     result = fedlabel.run([], [*TINY, *overrides], name="x", out=tmp_path)
     failed = tmp_path / "x" / "failures.log"

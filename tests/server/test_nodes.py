@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedlabel.config import load_config
 from fedlabel.errors import RunError
 from fedlabel.hardware import source_hash
-from server.grids.base import SimulationGrid
 from server.nodes import connect
+from tests.integration.local_nodes import LocalNodes
 
 
-class Nodes(SimulationGrid):
+class Nodes(LocalNodes):
     """Nodes of which each answers with a partition-id and a source hash."""
 
     def __init__(self, partition_ids: Sequence[int], node_ids: Sequence[int] = (), source: str = "") -> None:
-        super().__init__(len(partition_ids))
+        super().__init__(ClientApp(), len(partition_ids))
         self.node_ids = list(node_ids or range(1, len(partition_ids) + 1))
         self.partition_of = dict(zip(self.node_ids, partition_ids, strict=True))
         self.source = source or source_hash()
@@ -30,15 +31,13 @@ class Nodes(SimulationGrid):
         self.absent_at_first -= 1
         return [] if self.absent_at_first >= 0 else self.node_ids
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        for message in messages:
-            self._number(message)
-            node = message.metadata.dst_node_id
-            assert message.content["ask"]["source-hash"] == source_hash()
-            answer = {"partition-id": self.partition_of[node], "source-hash": self.source, "num-samples": self.samples}
-            reply = Message(RecordDict({"identity": ConfigRecord(answer)}), reply_to=message)
-            self.spoil(node, reply)
-            yield reply
+    def answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        assert message.content["ask"]["source-hash"] == source_hash()
+        answer = {"partition-id": self.partition_of[node], "source-hash": self.source, "num-samples": self.samples}
+        reply = Message(RecordDict({"identity": ConfigRecord(answer)}), reply_to=message)
+        self.spoil(node, reply)
+        return reply
 
     def spoil(self, node: int, reply: Message) -> None:
         """Changes the answer of a node."""

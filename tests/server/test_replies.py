@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedlabel.cohort import Invitation
 from fedlabel.config import StrategyConfig
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import State
@@ -30,7 +32,8 @@ from fedlabel.methods.shared import Limits
 from fedlabel.methods.supervised import Supervised
 from fedlabel.metric_tags import Tag
 from fedlabel.models import running_statistics
-from server.replies import ArrayForm, Refused, ReplySchema, RoundSchema, harmless, read_identity
+from server.replies import ArrayForm, ReplyReader, read_identity
+from server.schema import Range, Refused, ResultSchema, extremes, harmless
 from server.strategy import reply_bounds
 from tests.server.rounds import (
     CLASSES,
@@ -40,12 +43,12 @@ from tests.server.rounds import (
     TRAINING,
     VOTES,
     content,
+    reader_of,
     recipe_of,
-    round_of,
     schema_of,
 )
 
-ROUND = round_of(schema_of(functions=2))
+ROUND = reader_of(schema_of(functions=2))
 
 
 def put(record: str, key: str, value: Any) -> Callable[[RecordDict], None]:
@@ -122,7 +125,7 @@ FAULTS = {
     ),
     "1e9 samples": (put("metrics", "num-examples", 1e9), r"`num-examples` \(=1000000000.0\) must lie in \[0, 8\]"),
     "1e300 samples": (put("metrics", "num-examples", 1e300), r"`num-examples` \(=1e\+300\)"),
-    "one sample too many": (put("metrics", "num-examples", 9), r"`num-examples` \(=9\) must lie in \[0, 8\]"),
+    "one sample too many": (put("metrics", "num-examples", 9), r"`num-examples` \(=9.0\) must lie in \[0, 8\]"),
     "NaN samples": (put("metrics", "num-examples", float("nan")), r"`num-examples` \(=nan\)"),
     "less than no samples": (put("metrics", "num-examples", -1.0), r"`num-examples` \(=-1.0\)"),
     "true samples": (put("metrics", "num-examples", True), r"`num-examples` \(=True\)"),
@@ -130,6 +133,7 @@ FAULTS = {
     "a text of samples": (put("metrics", "num-examples", "8"), r"`num-examples` \(=8\)"),
     "an infinite loss": (put("metrics", "train_loss", float("inf")), r"`train_loss` \(=inf\)"),
     "a huge loss": (put("metrics", "train_loss", HUGE), r"`train_loss` \(=10000*…\)"),
+    "a loss that is not the mean": (put("metrics", "train_loss", 0.25), r"`train_loss` \(=0.25\) is not the mean"),
     "a loss beyond all": (put("metrics", "train_loss", 1e10), r"TooLarge: `train_loss` .* in \[-1e\+09, 1e\+09\]"),
     # sums
     "the run's accuracy": (put("sums", "eval/accuracy", [99.0, 100.0]), "eval/accuracy is none that a client may"),
@@ -203,8 +207,11 @@ def test_a_fault_is_refused_by_name(fault: str) -> None:
 def test_an_honest_reply_is_read_as_it_is() -> None:
     body = content(**PSEUDO, **VOTES)
     found = ROUND.read(body, 1)
-    assert list(found.content) == ["arrays", "metrics"]
-    assert found.content["arrays"] is body["arrays"]
+    assert found.client == 1
+    assert found.kept == {}
+    ((name, (state, weight)),) = found.parts.items()
+    assert (name, weight) == ("model", 8.0)
+    assert all(torch.equal(state[key], value) for key, value in MODEL.items())
     assert found.sums == {"train/loss": [1.0, 2.0]}
     assert found.counts == {"passes": [4.0, 2.0], **PSEUDO, **VOTES}
     assert found.statistics == {}
@@ -214,7 +221,7 @@ def test_arrays_come_in_the_models_order_whatever_the_clients() -> None:
     """Flower's Krum, Bulyan and median go by position."""
     body = content()
     body["arrays"] = ArrayRecord(dict(reversed(body["arrays"].items())))  # type: ignore[arg-type]
-    assert list(ROUND.read(body, 1).content["arrays"]) == ["w", "b", "n"]
+    assert list(ROUND.read(body, 1).parts["model"].state) == ["w", "b", "n"]
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 4)])
@@ -242,29 +249,41 @@ def test_a_bool_buffer_holds_bools_only() -> None:
         form.read("mask", values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
+def test_extremes_of_an_array(dtype: torch.dtype) -> None:
+    """NaN where it holds one, and an empty array has none that could be out of range."""
+    assert extremes([torch.tensor([[0, 1], [1, 1]]).to(dtype), torch.ones(0, 3, dtype=dtype)]) == [(0, 1), (0, 0)]
+    if dtype.is_floating_point:
+        ((least, largest),) = extremes([torch.tensor([1, float("nan"), 3], dtype=dtype)])
+        assert math.isnan(least)
+        assert math.isnan(largest)
+        with pytest.raises(Refused, match="NotFinite: w holds NaN"):
+            Range.of(torch.ones(1)).check("w", torch.tensor([float("nan")]), least, largest)
+
+
 # ------------------------------------------------------------------------------------------------------ what is at most
 
 
 def most(method: Method, round_number: int = 1, **training: Any) -> dict[str, float]:
     config = TrainingConfig(**{"local_steps": 2, "batch_size": 4, **training})
-    schema = ReplySchema(MODEL, recipe_of(method), config, [SAMPLES], CLASSES, frozenset("wb"))
+    schema = ResultSchema(MODEL, recipe_of(method), config, lambda client: SAMPLES, CLASSES, frozenset("wb"))
     return dict(schema.limits(0, round_number).weights)
 
 
 def test_the_weight_is_at_most_what_the_method_gives_to_a_client_that_used_all_it_could() -> None:
     """10 samples, 2 steps of 4 labelled and 4 unlabelled ones."""
-    assert most(Supervised()) == {"num-examples": 8.0}
-    assert most(FixMatch()) == {"num-examples": 16.0}
-    assert most(FixMatch(), unlabeled_ratio=5) == {"num-examples": 2 * (4 + 10)}  # no more than it holds
-    assert most(Supervised(), local_steps=None, local_epochs=3) == {"num-examples": 3 * 3 * 4}  # 3 steps see all 10
-    assert most(FixMatch(), weight_by="size") == {"num-examples": 10.0}
-    assert most(FixMatch(), weight_by="uniform") == {"num-examples": 1.0}
-    assert most(FedLabel()) == {"num-examples": 16.0}  # two phases
-    assert most(FedLabel(merge="mean")) == {"num-examples": 1.0, "weight/supervised": 1.0, "weight/unlabeled": 8.0}
-    assert most(FedMatch(variant="inter_client")) == {"num-examples": 1.0}  # its mean is uniform
+    assert most(Supervised()) == {"model": 8.0}
+    assert most(FixMatch()) == {"model": 16.0}
+    assert most(FixMatch(), unlabeled_ratio=5) == {"model": 2 * (4 + 10)}  # no more than it holds
+    assert most(Supervised(), local_steps=None, local_epochs=3) == {"model": 3 * 3 * 4}  # 3 steps see all 10
+    assert most(FixMatch(), weight_by="size") == {"model": 10.0}
+    assert most(FixMatch(), weight_by="uniform") == {"model": 1.0}
+    assert most(FedLabel()) == {"model": 16.0}  # two phases
+    assert most(FedLabel(merge="mean")) == {"supervised": 1.0, "unlabeled": 8.0}
+    assert most(FedMatch(variant="inter_client")) == {"model": 1.0}  # its mean is uniform
     no_steps = DPSSL(functions="written", num_functions=2, label_model_rounds=3)
-    assert most(no_steps) == {"num-examples": 0.0}
-    assert most(no_steps, 4) == {"num-examples": 16.0}
+    assert most(no_steps) == {"model": 0.0}
+    assert most(no_steps, 4) == {"model": 16.0}
 
 
 QFEDAVG = StrategyConfig("QFedAvg", {"client_learning_rate": 0.1})
@@ -273,9 +292,10 @@ QFEDAVG = StrategyConfig("QFedAvg", {"client_learning_rate": 0.1})
 def test_the_loss_of_qfedavg_has_powers() -> None:
     body = content()
     put("metrics", "train_loss", -0.5)(body)
+    put("sums", "train/loss", [-1.0, 2.0])(body)
     assert ROUND.read(body, 1)
     with pytest.raises(Refused, match=r"`train_loss` \(=-0.5\) must be a number in \[0, 1e\+06\]"):
-        round_of(schema_of(bounds=reply_bounds(QFEDAVG))).read(body, 1)
+        reader_of(schema_of(bounds=reply_bounds(QFEDAVG))).read(body, 1)
 
 
 def test_metrics_at_the_ends_of_their_range_are_taken() -> None:
@@ -291,6 +311,7 @@ def test_metrics_at_the_ends_of_their_range_are_taken() -> None:
         "posterior/effective_classes": [12.0, 4.0],
     }
     body["sums"] = ConfigRecord(dict(sums))  # type: ignore[arg-type]
+    put("metrics", "train_loss", -1e9)(body)
     assert ROUND.read(body, 0).sums == sums
 
 
@@ -304,7 +325,9 @@ def test_a_methods_own_metrics_have_its_own_range() -> None:
 
     body = content()
     put("sums", "pseudo/margin", [-4.0, 4.0])(body)
-    schema = round_of(ReplySchema(MODEL, recipe_of(Own()), TRAINING, [SAMPLES] * 3, CLASSES, metrics=Own.metrics))
+    schema = reader_of(
+        ResultSchema(MODEL, recipe_of(Own()), TRAINING, lambda client: SAMPLES, CLASSES, metrics=Own.metrics)
+    )
     put("metrics", "num-examples", 1.0)(body)
     assert schema.read(body, 0)
     put("sums", "pseudo/margin", [-5.0, 4.0])(body)
@@ -315,14 +338,21 @@ def test_a_methods_own_metrics_have_its_own_range() -> None:
 
 
 def test_both_parts_of_the_released_merge_are_needed_and_no_others() -> None:
-    schema = round_of(schema_of(FedLabel(merge="mean")))
+    schema = reader_of(schema_of(FedLabel(merge="mean")))
     body = content()
     names = [f"{part}/{name}" for part in ("supervised", "unlabeled") for name in MODEL]
     body["arrays"] = ArrayRecord({name: content()["arrays"][name.rpartition("/")[2]] for name in names})  # type: ignore[misc]
     body["metrics"] = MetricRecord(
-        {"num-examples": 1.0, "train_loss": 0.0, "weight/supervised": 1.0, "weight/unlabeled": 8.0}
+        {"num-examples": 1.0, "train_loss": 0.5, "weight/supervised": 1.0, "weight/unlabeled": 8.0}
     )
-    assert list(schema.read(body, 0).content["arrays"]) == names
+    assert {part: (list(state), weight) for part, (state, weight) in schema.read(body, 0).parts.items()} == {
+        "supervised": (list(MODEL), 1.0),
+        "unlabeled": (list(MODEL), 8.0),
+    }
+    put("metrics", "num-examples", 0.5)(body)
+    with pytest.raises(Refused, match=r"`num-examples` \(=0.5\) must be 1 beside weights of parts"):
+        schema.read(body, 0)
+    put("metrics", "num-examples", 1.0)(body)
     put("metrics", "weight/unlabeled", 9.0)(body)
     with pytest.raises(Refused, match=r"`weight/unlabeled` \(=9.0\) must lie in \[0, 8\]"):
         schema.read(body, 0)
@@ -334,21 +364,20 @@ def test_both_parts_of_the_released_merge_are_needed_and_no_others() -> None:
         schema.read(content(), 0)
 
 
-def normed() -> tuple[RoundSchema, RecordDict]:
+def normed() -> tuple[ReplyReader, RecordDict]:
     """Of a network with BatchNorm inside, and what an honest client sends: sent 7 batches, saw 2 more in 2 steps."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     state["1.0.num_batches_tracked"] += 7
     trained = frozenset(name for name, _ in model.named_parameters())
-    schema = ReplySchema(
-        *(state, recipe_of(Supervised()), TRAINING, [SAMPLES], CLASSES, trained),
+    schema = ResultSchema(
+        *(state, recipe_of(Supervised()), TRAINING, lambda client: SAMPLES, CLASSES, trained),
         max_update_norm=1.0,
         running=running_statistics(model),
     )
-    message = Message(RecordDict({"arrays": ArrayRecord(state)}), 11, "train")  # type: ignore[arg-type]
     body = content()
     body["arrays"] = ArrayRecord({**state, "1.0.num_batches_tracked": torch.tensor(9)})  # type: ignore[arg-type]
-    return schema.of_round(1, {}, [message]), body
+    return ReplyReader(schema.of_round(Invitation(1, state, {}, {}), {})), body
 
 
 @pytest.mark.parametrize(
@@ -374,17 +403,16 @@ def test_running_statistics_have_a_range(key: str, values: np.ndarray, reason: s
 def test_running_statistics_have_a_range_in_every_part_of_a_reply() -> None:
     model = torch.nn.BatchNorm1d(3)
     state, trained = model.state_dict(), frozenset(("weight", "bias"))
-    whole = ReplySchema(
-        *(state, recipe_of(FedLabel(merge="mean")), TRAINING, [SAMPLES], CLASSES, trained),
+    whole = ResultSchema(
+        *(state, recipe_of(FedLabel(merge="mean")), TRAINING, lambda client: SAMPLES, CLASSES, trained),
         running=running_statistics(model),
     )
-    message = Message(RecordDict({"arrays": ArrayRecord(state)}), 11, "train")
-    schema = whole.of_round(1, {}, [message])
+    schema = ReplyReader(whole.of_round(Invitation(1, state, {}, {}), {}))
     body = content()
     parts = {f"{part}/{key}": value for part in ("supervised", "unlabeled") for key, value in state.items()}
     body["arrays"] = ArrayRecord(parts)
     body["metrics"] = MetricRecord(
-        {"num-examples": 1.0, "train_loss": 0.0, "weight/supervised": 1.0, "weight/unlabeled": 8.0}
+        {"num-examples": 1.0, "train_loss": 0.5, "weight/supervised": 1.0, "weight/unlabeled": 8.0}
     )
     assert schema.read(body, 0)
     for key, value in (("num_batches_tracked", torch.tensor(10**6)), ("running_var", -torch.ones(3))):
@@ -410,11 +438,11 @@ def test_a_far_update_is_refused_if_a_bound_is_set() -> None:
     put("arrays", "w", array(np.array([3, 1, 1], np.float32)))(body)
     put("arrays", "b", array(np.array(1.5, np.float32)))(body)
     put("arrays", "n", array(np.array(1000)))(body)
-    assert round_of(schema_of(max_update_norm=2.51)).read(body, 0)
+    assert reader_of(schema_of(max_update_norm=2.51)).read(body, 0)
     with pytest.raises(Refused, match="TooFar: its model is 2.5 from the one it was sent"):
-        round_of(schema_of(max_update_norm=2.49)).read(body, 0)
+        reader_of(schema_of(max_update_norm=2.49)).read(body, 0)
     put("arrays", "w", array(1000 * ONES))(body)
-    assert round_of().read(body, 0)  # without a bound, weights are the strategy's affair
+    assert reader_of().read(body, 0)  # without a bound, weights are the strategy's affair
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -505,9 +533,9 @@ def test_dp_ssl_losses_are_bounded_by_sample() -> None:
     refuses(method, {**good, "class_samples": [4e6, 1.0, 0.0]}, {}, r"class_samples counts 4e\+06 samples")
 
 
-def ill_round() -> RoundSchema:
+def ill_round() -> ReplyReader:
     recipe = recipe_of(ILL())
-    return round_of(ReplySchema(MODEL, recipe, TRAINING, [SAMPLES] * 3, CLASSES), recipe.shared.start())
+    return reader_of(ResultSchema(MODEL, recipe, TRAINING, lambda client: SAMPLES, CLASSES), recipe.shared.start())
 
 
 @pytest.mark.parametrize(
@@ -532,7 +560,7 @@ def test_odd_statistics_are_refused(value: Any, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         ill_round().read(body, 0)
     put("statistics", "counts", [3.0, 1.0, 3.0, 3.0, *[1.0] * 9])(body)
-    np.testing.assert_array_equal(ill_round().read(body, 0).statistics["counts"], np.ones((1, 3, 3)))
+    assert torch.equal(ill_round().read(body, 0).statistics["counts"], torch.ones(1, 3, 3, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------------------------------------------------------- words

@@ -27,12 +27,13 @@ class Steps:
         self.done.append(("begin_stage", number, state.round_number))
         return state
 
-    def invite(self, state: ServerState, number: int) -> list[str]:
+    def invite(self, state: ServerState, number: int) -> tuple[list[int], Any]:
         self.done.append(("invite", number, value(state.model)))
-        return [f"to {number}"]
+        return [3, 5], number
 
-    def collect(self, messages: list[str], state: ServerState, number: int) -> tuple[str, Any]:
-        self.done.append(("collect", number, *messages))
+    def collect(self, cohort: list[int], invitation: Any, state: ServerState) -> tuple[str, Any]:
+        number = invitation
+        self.done.append(("collect", number, cohort))
         return f"tally {number}", None if number in self.silent else weights(value(state.model) + 1)
 
     def fine_tune(self, model: Any, number: int) -> Any:
@@ -67,14 +68,14 @@ def test_steps_of_a_round_in_their_order() -> None:
     assert server.done == [
         ("begin_stage", 1, 0),
         ("invite", 1, 0),
-        ("collect", 1, "to 1"),
+        ("collect", 1, [3, 5]),
         ("fine_tune", 1, 1),
         ("update_shared", 1, "tally 1", {}),
         ("observe", 1, "tally 1", 1.25, {"s": 1}),
         ("save", 1, 1.25, {"accuracy": 1.0}),
         ("begin_stage", 2, 1),
         ("invite", 2, 1.25),
-        ("collect", 2, "to 2"),
+        ("collect", 2, [3, 5]),
         ("fine_tune", 2, 2.25),
         ("update_shared", 2, "tally 2", {"s": 1}),
         ("observe", 2, "tally 2", 2.5, {"s": 2}),

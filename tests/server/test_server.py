@@ -13,8 +13,11 @@ import pytest
 import torch
 from flwr.superlink.grid.http_grid import HttpGrid
 
+import clients.client_app
 import server.observers
+import server.server
 from clients.client_app import app
+from fedlabel.cohort import Invitation
 from fedlabel.config import load_config
 from fedlabel.data.federation import Federation
 from fedlabel.experiment import Experiment
@@ -23,12 +26,13 @@ from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.recipe import LabelKinds, Phase, Recipe, Stage, Start
 from fedlabel.record.run_folder import read_metrics
 from server.checkpoint import load_checkpoint
+from server.grids.flower import FlowerGrid, messages_to
 from server.grids.in_process import InProcessGrid
-from server.nodes import is_simulation
+from server.observers import observers_of
 from server.server import Server
 from server.server_app import run_federation
 from server.state import ServerState
-from tests.server.test_exchange import Wire, clients
+from tests.integration.local_nodes import LocalNodes
 
 TINY = (
     *("num_clients=3", "fraction_train=1.0", "num_rounds=6", "partition.kind=iid", "data.train_samples=120"),
@@ -41,12 +45,8 @@ PHASES = (Phase("train", labels_loss),)
 MOMENTUM = {"momentum_vector": {"list": [np.ones(1, np.float32)]}}
 
 
-class RealNodes(Wire, HttpGrid):
+class RealNodes(LocalNodes, HttpGrid):
     """Flower's grid of a SuperLink, whose nodes are in this process."""
-
-    def __init__(self, num_clients: int) -> None:
-        super().__init__(clients(app, num_clients), {})
-        self.nodes = range(1, num_clients + 1)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,7 @@ def opened(experiment: Experiment, stages: tuple[Stage, ...], state: ServerState
         experiment.config = replace(experiment.config, evaluation=chosen)
         rows = [{"round": number + 1, "select/accuracy": 0.5} for number in range(state.round_number)]
     run: Any = SimpleNamespace(checkpoints=folder, read_metrics=lambda: rows)
-    nodes = {client: client + 1 for client in range(3)}
-    return Server(experiment, InProcessGrid(app, 3), nodes, run, state, lambda number, metrics: None)
+    return Server(experiment, InProcessGrid(), run, state, lambda number, metrics: None)
 
 
 def same(first: StateDict, second: StateDict) -> bool:
@@ -147,8 +146,16 @@ def test_clients_get_the_model_the_shared_state_and_previous_where_there_is_one(
     later = replace(first, round_number=3, previous=filled(experiment, 2), shared={"s": torch.tensor([3.0, 4.0])})
     for state, records in ((first, []), (later, ["previous"])):
         server = opened(experiment, (Stage(PHASES),), state, tmp_path)
-        messages = server.invite(state, state.round_number + 1)
-        assert [message.metadata.dst_node_id for message in messages] == [1, 2, 3]
+        cohort, invitation = server.invite(state, state.round_number + 1)
+        assert cohort == [0, 1, 2]
+        assert invitation.audit
+        assert invitation.round_number == state.round_number + 1
+        assert same(invitation.model, state.model)
+        assert same(invitation.previous, state.previous)
+        assert same(invitation.shared, state.shared)
+        messages = messages_to(cohort, {client: client + 5 for client in cohort}, invitation, "text")
+        assert [message.metadata.dst_node_id for message in messages] == [5, 6, 7]
+        assert len({id(message.content) for message in messages}) == 1  # one copy of the model for all
         for message in messages:
             assert set(message.content) == {"arrays", "config", "shared", *records}
             assert same(message.content.array_records["arrays"].to_torch_state_dict(), state.model)  # type: ignore[arg-type]
@@ -159,33 +166,38 @@ def test_clients_get_the_model_the_shared_state_and_previous_where_there_is_one(
 
 
 def test_nodes_behind_a_superlink_are_real() -> None:
-    assert is_simulation(InProcessGrid(app, 3))
-    assert not is_simulation(RealNodes(3))
+    assert InProcessGrid().simulated
+    assert FlowerGrid(LocalNodes(app, 3)).simulated
+    assert not FlowerGrid(RealNodes(app, 3)).simulated
 
 
 @pytest.mark.parametrize("simulated", [True, False])
 def test_hidden_labels_are_for_simulations(simulated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither clients nor the server look at them where nodes are real, and every message says so."""
     asked: list[int] = []
-    true, invite = Federation.hidden_labels, Server.invite
-    audits: list[Any] = []
+    true, train = Federation.hidden_labels, clients.client_app.train_cohort
+    audits: list[bool] = []
     made: list[type] = []
 
     def hidden_labels(self: Federation, client: int) -> torch.Tensor:
         asked.append(client)
         return true(self, client)
 
-    def watching(self: Server, *arguments: Any) -> Any:
-        messages = invite(self, *arguments)
-        audits.extend(message.content.config_records["config"]["audit"] for message in messages)
-        made.extend(type(observer) for observer in self._observers.values())
-        return messages
+    def watching(experiment: Experiment, invitation: Invitation, *others: Any) -> Any:
+        audits.append(invitation.audit)
+        return train(experiment, invitation, *others)
+
+    def observing(*arguments: Any) -> Any:
+        observers = observers_of(*arguments)
+        made.extend(type(observer) for observer in observers.values())
+        return observers
 
     monkeypatch.setattr(Federation, "hidden_labels", hidden_labels)
-    monkeypatch.setattr(Server, "invite", watching)
+    monkeypatch.setattr(clients.client_app, "train_cohort", watching)
+    monkeypatch.setattr(server.server, "observers_of", observing)
     labels = ("method.name=fedlabel", "method.confidence_threshold=0.1", "supervision.label_rate=0.3", "num_rounds=1")
     config = load_config([], [*TINY, *labels])
-    grid = InProcessGrid(app, 3) if simulated else RealNodes(3)
+    grid = InProcessGrid(watching) if simulated else FlowerGrid(RealNodes(app, 3))
     run_federation(config, grid, tmp_path / "run")
     (row,) = read_metrics(tmp_path / "run")
     assert row["pseudo/coverage"] > 0

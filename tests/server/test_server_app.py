@@ -12,14 +12,15 @@ from flwr.clientapp import ClientApp
 from fedlabel.config import load_config
 from fedlabel.errors import RunError
 from server import server_app
-from server.grids.in_process import InProcessGrid
+from server.grids.flower import FlowerGrid
 from server.server_app import _log_line, default_name, run_federation
+from tests.integration.local_nodes import LocalNodes
 from tests.server.test_nodes import CONFIG, Nodes
 
 
 def test_no_folder_is_made_before_the_nodes_are_there(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="Only 2"):
-        run_federation(CONFIG, Nodes([0, 1]), tmp_path / "runs" / "a")
+        run_federation(CONFIG, FlowerGrid(Nodes([0, 1])), tmp_path / "runs" / "a")
     assert not (tmp_path / "runs").exists()
 
 
@@ -42,7 +43,7 @@ def test_the_last_line_of_flowers_log_says_that_a_run_failed(
     monkeypatch.chdir(tmp_path)
     context = Context(1, 0, {}, RecordDict(), {"configs": "", "overrides": overrides})
     with pytest.raises(RunError, match=rf"^fedlabel: the run FAILED .*: {reason}") as caught:
-        server_app.main(InProcessGrid(ClientApp(), 2), context)
+        server_app.main(LocalNodes(ClientApp(), 2), context)
     assert caught.value.__suppress_context__
     assert not (tmp_path / "runs").exists()
 

@@ -14,8 +14,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State
 from fedlabel.methods.recipe import LabelKinds, Recipe, Stage
 from fedlabel.methods.shared import Shared
-from server.state import ServerState, check_model, check_shared, like, moving_average
-from tests.server.rounds import MODEL
+from server.state import ServerState, check_model, check_shared, moving_average
 
 
 def of(value: float, count: int = 1) -> dict[str, torch.Tensor]:
@@ -97,15 +96,6 @@ def test_all_tensors_go_to_a_device() -> None:
         assert {value.device.type for value in getattr(moved, name).values()} == {"meta"}
         assert {value.device.type for value in getattr(state, name).values()} == {"cpu"}
     assert replace(moved, **{name: getattr(state, name) for name in names}) == state
-
-
-def test_combined_weights_get_the_types_of_the_model() -> None:
-    """Strategies of Flower's give floats."""
-    found = like(MODEL, {name: value.double() + 1 for name, value in reversed(MODEL.items())})
-    assert list(found) == list(MODEL)
-    for name, value in MODEL.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value + 1)
 
 
 def test_a_model_that_gives_no_numbers_is_not_gone_on_from() -> None:

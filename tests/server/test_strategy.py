@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import tracemalloc
+from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam
+import torch
+from flwr.serverapp.strategy import FedAdam, Strategy
 
+from fedlabel.cohort import ClientResult
 from fedlabel.config import ConfigError, StrategyConfig
-from server.grids.in_process import InProcessGrid
+from fedlabel.methods.batch import StateDict
+from fedlabel.methods.uploads import ModelPart
+from server.blocks import BlockResult
 from server.strategy import (
     CannotCombine,
     WeightedMean,
-    aggregate,
+    begin_round,
     build_strategy,
-    configure_round,
-    decode,
+    combine,
     reply_bounds,
     restore_strategy,
     sample_cohort,
@@ -28,48 +31,48 @@ from server.strategy import (
     strategy_state,
 )
 
-InProcessGrid(None, 1)  # type: ignore[arg-type]  # sets the identity that server messages need
+
+def model(**arrays: float | np.ndarray) -> StateDict:
+    return {name: torch.as_tensor(np.asarray(value, np.float32)) for name, value in arrays.items()}
 
 
-def reply(arrays: Mapping[str, float | np.ndarray], metrics: dict[str, float]) -> Message:
-    content = RecordDict(
-        {
-            "arrays": ArrayRecord({}),
-            "metrics": MetricRecord({"train_loss": 1.0, **metrics}),
-        }
-    )
-    for name, value in arrays.items():
-        content["arrays"][name] = Array(np.asarray(value, dtype=np.float32))
-    return Message(content, dst_node_id=1, message_type="train")
+def result(weight: float, state: StateDict, loss: float = 1.0) -> ClientResult:
+    return ClientResult(0, {"model": ModelPart(state, weight)}, {"train/loss": [loss, 1.0]}, {}, {}, {})
 
 
-def mean(replies: Sequence[Message]) -> float:
-    aggregated = aggregate(WeightedMean(), 1, iter(replies))
-    assert aggregated is not None
-    return float(aggregated["w"].numpy())
+def combined(strategy: Strategy, results: Sequence[ClientResult], number: int = 1) -> StateDict | None:
+    """Returns what a strategy makes of results, each in a block of its own."""
+    (like, _), *_ = results[0].parts.values()
+    return combine(strategy, number, [BlockResult([each], [], None) for each in results], like)
+
+
+def mean(results: Sequence[ClientResult]) -> float:
+    found = combined(WeightedMean(), results)
+    assert found is not None
+    return float(found["w"])
 
 
 def test_check_9_paper_merge() -> None:
     """w = 0, (dL, dU, r) = (1, .5, 30), (3, -1, 10): .75 * 1.5 + .25 * 2 = 1.625, in any order, for any scale of r."""
-    first, second = reply({"w": 1.5}, {"num-examples": 30.0}), reply({"w": 2.0}, {"num-examples": 10.0})
+    first, second = result(30.0, model(w=1.5)), result(10.0, model(w=2.0))
     assert mean([first, second]) == mean([second, first]) == 1.625
-    scaled = [reply({"w": 1.5}, {"num-examples": 0.3}), reply({"w": 2.0}, {"num-examples": 0.1})]
+    scaled = [result(0.3, model(w=1.5)), result(0.1, model(w=2.0))]
     assert mean(scaled) == pytest.approx(1.625, rel=1e-7)
 
 
 def test_check_9_released_merge() -> None:
     """w_L uniform, w_U weighted 3:1, halved: .5 * (1 + 3) / 2 + .5 * (.75 * .5 - .25 * 1) = 1.0625."""
 
-    def parts(supervised: float, unlabeled: float, kept: float) -> Message:
-        arrays = {"supervised/w": supervised, "unlabeled/w": unlabeled}
-        return reply(arrays, {"num-examples": 1.0, "weight/supervised": 1.0, "weight/unlabeled": kept})
+    def parts(supervised: float, unlabeled: float, kept: float) -> ClientResult:
+        both = {"supervised": ModelPart(model(w=supervised), 1.0), "unlabeled": ModelPart(model(w=unlabeled), kept)}
+        return result(1.0, {})._replace(parts=both)
 
     assert mean([parts(1.0, 0.5, 3.0), parts(3.0, -1.0, 1.0)]) == 1.0625
 
 
 def test_one_client_is_returned_to_the_bit() -> None:
     value = np.float32(0.1)
-    assert np.float32(mean([reply({"w": value}, {"num-examples": 7.0})])) == value
+    assert np.float32(mean([result(7.0, model(w=value))])) == value
 
 
 @pytest.mark.parametrize(
@@ -84,28 +87,28 @@ def test_one_client_is_returned_to_the_bit() -> None:
 )
 def test_integer_buffers_are_rounded_and_stay_integers(name: str, values: tuple[int, ...], expected: int) -> None:
     """With weights .1, .2 and .3; a mean that is cut would be one short."""
-    copies = []
-    for value, weight in zip(values, (0.1, 0.2, 0.3), strict=True):
-        copies.append(reply({"w": 1.0}, {"num-examples": weight}))
-        copies[-1].content["arrays"]["seen"] = Array(np.asarray(value, dtype=np.int64))
-        copies[-1].content["arrays"]["used"] = Array(np.asarray([True, value > 1]))
-    aggregated = aggregate(build_strategy(StrategyConfig(name)), 1, copies)
-    assert aggregated is not None
-    seen, used = aggregated["seen"].numpy(), aggregated["used"].numpy()
-    assert (seen.dtype, used.dtype) == (np.int64, np.bool_)
+    copies = [
+        result(weight, {**model(w=1.0), "seen": torch.tensor(value), "used": torch.tensor([True, value > 1])})
+        for value, weight in zip(values, (0.1, 0.2, 0.3), strict=True)
+    ]
+    found = combined(build_strategy(StrategyConfig(name)), copies)
+    assert found is not None
+    seen, used = found["seen"], found["used"]
+    assert (seen.dtype, used.dtype) == (torch.int64, torch.bool)
     assert int(seen) == expected
     assert used.tolist() == [True, expected > 1]
 
 
 def test_no_weight_keeps_the_global_model() -> None:
-    idle = [reply({"w": 1.0}, {"num-examples": 0.0})]
-    assert aggregate(WeightedMean(), 1, idle) is None
-    assert aggregate(build_strategy(StrategyConfig("FedMedian")), 1, idle) is None
+    idle = [result(0.0, model(w=1.0))]
+    assert combined(WeightedMean(), idle) is None
+    assert combined(build_strategy(StrategyConfig("FedMedian")), idle) is None
+    assert combine(WeightedMean(), 1, [], model(w=1.0)) is None
 
 
 def test_sums_are_in_double_precision() -> None:
     """10,001 values of 1e8 and 1 in turn: single precision would lose the ones."""
-    values = [reply({"w": 1e8 if i % 2 else 1.0}, {"num-examples": 1.0}) for i in range(1001)]
+    values = [result(1.0, model(w=1e8 if i % 2 else 1.0)) for i in range(1001)]
     assert mean(values) == pytest.approx((500 * 1e8 + 501) / 1001, rel=1e-7)
 
 
@@ -120,19 +123,19 @@ def test_cohort_is_a_function_of_seed_and_round() -> None:
     assert drawn.max() < 650
 
 
-@pytest.mark.parametrize("name", ["weighted_mean", "FedAdam", "FedAvgM", "Krum", "FedTrimmedAvg", "FedMedian"])
-def test_messages_go_to_the_cohort_in_client_order(name: str) -> None:
-    nodes = {client: 1000 - client for client in range(20)}
-    cohort = [3, 7, 11, 19]
-    messages = configure_round(
-        build_strategy(StrategyConfig(name)), 5, ArrayRecord([np.zeros(2)]), ConfigRecord({}), nodes, cohort
-    )
-    assert [message.metadata.dst_node_id for message in messages] == [997, 993, 989, 981]
-    assert messages[0].content["config"]["server-round"] == 5
-    assert len({id(message.content) for message in messages}) == 1  # one copy of the model for all
+def test_a_cohort_is_drawn_at_the_cost_of_the_cohort() -> None:
+    """Whatever the number of registered clients."""
+    tracemalloc.start()
+    try:
+        cohort = sample_cohort(0, 1, 10**9, 50 / 10**9)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    assert len(set(cohort)) == 50
+    assert cohort == sorted(cohort)
 
 
-REPLIES = [reply({"w": float(v)}, {"num-examples": 1.0}) for v in (1, 2, 3, 4, 100)]
+FIVE = [result(1.0, model(w=float(v))) for v in (1, 2, 3, 4, 100)]
 
 
 @pytest.mark.parametrize(
@@ -145,11 +148,9 @@ REPLIES = [reply({"w": float(v)}, {"num-examples": 1.0}) for v in (1, 2, 3, 4, 1
     ],
 )
 def test_flower_strategies_by_name(name: str, args: dict[str, float], expected: float) -> None:
-    copies = [reply({"w": float(v)}, {"num-examples": 1.0}) for v in (1, 2, 3, 4, 100)]
-    strategy = build_strategy(StrategyConfig(name, args))
-    aggregated = aggregate(strategy, 1, copies)
-    assert aggregated is not None
-    assert float(aggregated["w"].numpy()) == pytest.approx(expected)
+    found = combined(build_strategy(StrategyConfig(name, args)), FIVE)
+    assert found is not None
+    assert float(found["w"]) == pytest.approx(expected)
 
 
 def test_every_listed_strategy_aggregates_finite_weights() -> None:
@@ -166,12 +167,10 @@ def test_every_listed_strategy_aggregates_finite_weights() -> None:
         if name == "DifferentialPrivacyServerSideAdaptiveClipping":
             continue
         strategy = build_strategy(StrategyConfig(name, args.get(name, {})))
-        start = ArrayRecord({"w": reply({"w": 0.5}, {}).content["arrays"]["w"]})
-        configure_round(strategy, 1, start, ConfigRecord({}), {c: c + 1 for c in range(5)}, list(range(5)))
-        copies = [reply({"w": float(v)}, {"num-examples": 1.0}) for v in (1, 2, 3, 4, 100)]
-        aggregated = aggregate(strategy, 1, copies)
-        assert aggregated is not None, name
-        assert math.isfinite(float(aggregated["w"].numpy())), name
+        begin_round(strategy, 1, model(w=0.5), range(5))
+        found = combined(strategy, FIVE)
+        assert found is not None, name
+        assert math.isfinite(float(found["w"])), name
 
 
 @pytest.mark.parametrize("rate", [1e-6, 0.1, 1e6])
@@ -186,26 +185,23 @@ def test_qfedavg_gives_numbers_whatever_one_client_sends(
     assert bounds.largest_loss == pytest.approx(min(1e6, 1e20 ** (1 / q)) if q else 1e6)
     for weight, loss in itertools.product((bounds.weight, 0.1, 0.0), (bounds.largest_loss, 0.0)):
         strategy = build_strategy(config)
-        start = ArrayRecord({"w": Array(np.full(1000, -bounds.weight, np.float32))})
-        configure_round(strategy, 1, start, ConfigRecord({}), {0: 1, 1: 2}, [0, 1])
-        replies = [
-            reply({"w": np.full(1000, value)}, {"num-examples": 1.0, "train_loss": own})
-            for value, own in ((weight, loss), (0.1, 2.3))
-        ]
-        aggregated = aggregate(strategy, 1, replies)
-        assert aggregated is not None
-        assert np.isfinite(aggregated["w"].numpy().astype(np.float32)).all(), (weight, loss)
+        begin_round(strategy, 1, model(w=np.full(1000, -bounds.weight)), [0, 1])
+        found = combined(
+            strategy,
+            [result(1.0, model(w=np.full(1000, value)), own) for value, own in ((weight, loss), (0.1, 2.3))],
+        )
+        assert found is not None
+        assert found["w"].isfinite().all(), (weight, loss)
 
 
 def test_memory_of_a_strategy_survives_a_checkpoint() -> None:
     """FedAdam's second round depends on its first; a restored strategy gives the same third value."""
 
     def round_of(strategy: FedAdam, number: int, start: float) -> float:
-        record = ArrayRecord({"w": reply({"w": start}, {}).content["arrays"]["w"]})
-        configure_round(strategy, number, record, ConfigRecord({}), {0: 1}, [0])
-        aggregated = aggregate(strategy, number, [reply({"w": start + 1}, {"num-examples": 1.0})])
-        assert aggregated is not None
-        return float(aggregated["w"].numpy())
+        begin_round(strategy, number, model(w=start), [0])
+        found = combined(strategy, [result(1.0, model(w=start + 1))], number)
+        assert found is not None
+        return float(found["w"])
 
     first = build_strategy(StrategyConfig("FedAdam"))
     value = round_of(first, 1, 0.0)  # type: ignore[arg-type]
@@ -259,19 +255,8 @@ def test_where_a_strategy_failed_is_in_the_log(caplog: pytest.LogCaptureFixture)
             raise IndexError("of a bug")
 
     with caplog.at_level("DEBUG", "fedlabel"), pytest.raises(CannotCombine, match=r"\(IndexError: of a bug\)"):
-        aggregate(Broken(), 1, [reply({"w": 1.0}, {"num-examples": 1.0})])
+        combined(Broken(), [result(1.0, model(w=1.0))])
     assert 'raise IndexError("of a bug")' in caplog.text
-
-
-@pytest.mark.parametrize(
-    "value",
-    [np.float32(3.5), np.zeros((0, 2)), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array([1, 2], ">i4")],
-    ids=["scalar", "empty", "fortran", "big-endian"],
-)
-def test_decode_gives_what_flower_gives(value: np.ndarray) -> None:
-    array = Array(np.asarray(value))
-    np.testing.assert_array_equal(decode(array), array.numpy())
-    assert decode(array).dtype == array.numpy().dtype
 
 
 def test_momentum_starts_from_the_model_that_was_sent_even_if_the_server_trained_it() -> None:
@@ -284,11 +269,10 @@ def test_momentum_starts_from_the_model_that_was_sent_even_if_the_server_trained
     strategy = build_strategy(StrategyConfig("FedAvgM", {"server_learning_rate": 1.0, "server_momentum": 0.5}))
 
     def one_round(number: int, sent: float, returned: float) -> float:
-        arrays = ArrayRecord({"w": Array(np.asarray(sent, np.float32))})
-        configure_round(strategy, number, arrays, ConfigRecord({}), {0: 1}, [0])
-        aggregated = aggregate(strategy, number, [reply({"w": returned}, {"num-examples": 1.0})])
-        assert aggregated is not None
-        return float(aggregated["w"].numpy())
+        begin_round(strategy, number, model(w=sent), [0])
+        found = combined(strategy, [result(1.0, model(w=returned))], number)
+        assert found is not None
+        return float(found["w"])
 
     assert one_round(1, 0.0, 1.0) == 1.0
     assert one_round(2, 3.0, 5.0) == 5.5

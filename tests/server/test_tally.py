@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, RecordDict
 
 from fedlabel.methods.ill import ILL
 from fedlabel.methods.shared import state_to_lists
-from server.tally import RoundTally
-from tests.server.rounds import NODES, content, order, recipe_of, reply, round_of, schema_of, tally_of
+from tests.server.rounds import NODES, content, recipe_of, reply, round_of, schema_of, tally_of
 
 
 def test_an_odd_reply_fails_its_client_alone() -> None:
@@ -26,9 +25,7 @@ def test_an_odd_reply_fails_its_client_alone() -> None:
 
 
 def test_errors_and_silence_are_counted_and_replies_of_flower_are_put_in_client_order() -> None:
-    tally = RoundTally(round_of(), NODES, [order(node) for node in NODES])
-    used = [r.metadata.src_node_id for r in tally.usable([reply(13, content()), reply(11, content())])]
-    tally.finish()
+    tally, used = tally_of([reply(13, content()), reply(11, content())])
     assert used == [11, 13]
     assert tally.failures == ["Round 4, client 1: NoAnswer: the client did not answer in time"]
     failed, _ = tally_of([reply(node, Error(2, "ValueError: no")) for node in NODES])
@@ -62,9 +59,9 @@ def test_a_second_reply_and_one_to_an_earlier_round_are_refused() -> None:
     assert used == [11]
     assert tally.failures == [
         "Round 4, client 0: BadReply: it answers a second time; the first answer counts",
-        "Round 4, node 12: BadReply: it answers no message of this round",
         "Round 4, client 1: NoAnswer: the client did not answer in time",
         "Round 4, client 2: NoAnswer: the client did not answer in time",
+        "Round 4, node 12: BadReply: it answers no message of this round",
     ]
     assert (tally.num_usable, tally.num_failed, tally.refused) == (1, 2, 2)
 
@@ -75,30 +72,15 @@ def test_a_reply_without_anything_is_refused() -> None:
     assert tally_of([empty])[0].failures[0] == "Round 4, client 0: BadReply: it is empty"
 
 
-def test_messages_may_get_their_ids_one_by_one() -> None:
-    """As a grid sends them; before that they have none."""
-    messages = [Message(RecordDict({}), node, "train") for node in NODES]
-    messages[0].content["arrays"] = order(11).content["arrays"]
-    tally = RoundTally(round_of(), NODES, messages)
-
-    def grid():  # type: ignore[no-untyped-def]
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = f"to {message.metadata.dst_node_id}"
-            yield Message(content(), reply_to=message)
-
-    assert [found.metadata.src_node_id for found in tally.usable(grid())] == [11, 12, 13]
-
-
 def test_what_clients_say_cannot_look_like_something_else() -> None:
     """No terminal code, no line that looks like another client's, no more than is kept of it."""
     reason = "ValueError: \x1b[2Jno [red]x[/red]\nTraceback\nRound 4, client 0: fine\n" + "x" * 10_000_000
-    (failure, *_), used = tally_of([reply(12, Error(2, reason))])[0].failures, None
-    assert used is None
+    failure = tally_of([reply(12, Error(2, reason))])[0].failures[1]
     first, *more = failure.split("\n")
     assert first == r"Round 4, client 1: ValueError: \x1b[2Jno [red]x[/red]"
     assert more[:2] == ["    Traceback", "    Round 4, client 0: fine"]
     assert len(failure) < 11_000
-    (failure, *_), _ = tally_of([reply(12, Error(2, "y" * 5000))])[0].failures, None
+    failure = tally_of([reply(12, Error(2, "y" * 5000))])[0].failures[1]
     assert len(failure) < 400
 
 

@@ -1,0 +1,141 @@
+"""Real nodes, and Flower's own simulation runtime: the only place where Flower's messages are made and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlabel.cohort import ClientResult, Invitation
+from fedlabel.config import to_yaml
+from fedlabel.experiment import Experiment
+from fedlabel.methods.shared import state_to_lists
+from server.blocks import Block, BlockResult, Failure
+from server.exchange import BAD_REPLY, Asked, replies_to
+from server.flower import as_record
+from server.grids.base import ClientGrid, Order, folded
+from server.nodes import connect, is_simulation
+from server.replies import ReplyReader
+from server.schema import Refused, ResultSchema
+
+
+class FlowerGrid(ClientGrid):
+    """Sends a message to each client of a cohort and reads the replies.
+
+    Args:
+        grid: Flower's.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self.simulated = is_simulation(grid)
+        self._nodes: Mapping[int, int] = {}
+        """Client -> node id."""
+
+    def connect(self, experiment: Experiment) -> None:
+        """See `ClientGrid`."""
+        self._config, self._schema = experiment.config, ResultSchema.of(experiment)
+        self._nodes = connect(self._grid, experiment.config, [len(rows) for rows in experiment.federation.parts])
+
+    def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
+        """See `ClientGrid`. A client without an answer after `grid.timeout` seconds has failed."""
+        blocks = [block for task in tasks for block in task]
+        cohort = [client for block in blocks for client in block]
+        messages = messages_to(cohort, self._nodes, order.invitation, to_yaml(self._config))
+        replies = replies_to(self._grid, messages, self._config.grid.timeout)
+        reader = ReplyReader(self._schema.of_round(order.invitation, order.shared))
+        yield from read_blocks(blocks, dict(zip(cohort, messages, strict=True)), replies, reader, order.fold)
+
+
+def messages_to(
+    cohort: Sequence[int], nodes: Mapping[int, int], invitation: Invitation, experiment: str
+) -> list[Message]:
+    """Returns the messages of a round, in client order; all but those with helpers have one content.
+
+    Args:
+        cohort: clients that train.
+        nodes: client -> node id.
+        invitation: what is sent to them.
+        experiment: the configuration as YAML.
+    """
+    config = {"experiment": experiment, "audit": invitation.audit, "server-round": invitation.round_number}
+    records = {
+        "arrays": as_record(invitation.model),
+        "config": ConfigRecord(config),  # type: ignore[arg-type]
+        "shared": ConfigRecord(dict(state_to_lists(invitation.shared))),
+    }
+    if invitation.previous:
+        records["previous"] = as_record(invitation.previous)
+    everybody = RecordDict(records)  # type: ignore[arg-type]
+    own = {
+        client: RecordDict({**everybody, **{name: as_record(model) for name, model in helpers.items()}})
+        for client, helpers in invitation.helpers.items()
+    }
+    group = str(invitation.round_number)
+    return [Message(own.get(client, everybody), nodes[client], "train", group_id=group) for client in cohort]
+
+
+def read_blocks(
+    blocks: Sequence[Block],
+    messages: Mapping[int, Message],
+    replies: Sequence[Message],
+    reader: ReplyReader,
+    fold: bool,
+) -> Iterator[BlockResult]:
+    """Yields the results of blocks from replies; a reply that belongs to no client comes last.
+
+    Args:
+        blocks: of the cohort.
+        messages: client -> what was sent to it.
+        replies: in any order.
+        reader: reads one.
+        fold: see `Order`.
+    """
+    asked, client_of = Asked(list(messages.values())), {id(message): client for client, message in messages.items()}
+    found: dict[int, list[Message]] = {}
+    strays = []
+    for reply in replies:
+        message = asked.of(reply)
+        if message is None:
+            who = f"node {reply.metadata.src_node_id}"
+            strays.append(Failure(who, "BadReply: it answers no message of this round", refused=True))
+        else:
+            found.setdefault(client_of[id(message)], []).append(reply)
+    for block in blocks:
+        results: list[ClientResult] = []
+        failures: list[Failure] = []
+        for client in block:
+            who = f"client {client}"
+            first, *more = found.pop(client, [None])
+            try:
+                if first is None:
+                    failures.append(Failure(who, "NoAnswer: the client did not answer in time"))
+                elif first.has_error() and first.error.code != BAD_REPLY:
+                    failures.append(Failure(who, str(first.error.reason)))
+                else:
+                    results.append(_read(first, messages[client], reader, client))
+            except Refused as refusal:
+                failures.append(Failure(who, str(refusal), refused=True))
+            second = "BadReply: it answers a second time; the first answer counts"
+            failures += [Failure(who, second, refused=True) for _ in more]
+        whole = BlockResult(results, failures, None)
+        yield folded(whole) if fold else whole
+    if strays:
+        yield BlockResult([], strays, None)
+
+
+def _read(reply: Message, message: Message, reader: ReplyReader, client: int) -> ClientResult:
+    """Returns the result in a reply.
+
+    Raises:
+        Refused: it cannot be used.
+    """
+    if reply.has_error():
+        raise Refused(str(reply.error.reason))
+    node = message.metadata.dst_node_id
+    if reply.metadata.src_node_id != node:
+        raise Refused(f"BadReply: it says that node {reply.metadata.src_node_id} sent it, not node {node}")
+    if not reply.has_content():
+        raise Refused("BadReply: it is empty")
+    return reader.read(reply.content, client)

@@ -1,0 +1,71 @@
+"""Flower's nodes in this process: a client app behind Flower's `Grid`, for tests of what is sent and read."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from server.flower import set_identity
+
+set_identity()
+
+
+class LocalNodes(Grid):
+    """Nodes 1..count are the clients 0..count-1 of an app; what a client remembers is in `states`."""
+
+    run: Any = None
+    pull_interval = 0.0
+
+    def __init__(self, app: ClientApp, count: int) -> None:
+        self.app, self.count = app, count
+        self.states: dict[int, RecordDict] = {}
+        self._sent: dict[str, Message] = {}
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self.count + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        keys = []
+        for message in messages:
+            keys.append(f"{len(self._sent)} to {message.metadata.dst_node_id}")
+            message.metadata.__dict__["_message_id"] = keys[-1]
+            self._sent[keys[-1]] = message
+        return keys
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self.answer(self._sent[key]) for key in message_ids]
+
+    def answer(self, message: Message) -> Message:
+        """Returns a node's reply; a client that fails keeps the state it had."""
+        client = message.metadata.dst_node_id - 1
+        node: Any = {"partition-id": client, "num-partitions": self.count}
+        context = Context(
+            run_id=1,
+            node_id=client + 1,
+            node_config=node,
+            state=copy.deepcopy(self.states.get(client, RecordDict())),
+            run_config={},
+        )
+        try:
+            content = self.app(message, context).content
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
+        self.states[client] = context.state
+        return Message(content, reply_to=message)
