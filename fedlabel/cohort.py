@@ -13,7 +13,6 @@ from fedlabel.experiment import Experiment
 from fedlabel.learning.audit import against_truth, votes_against_truth
 from fedlabel.learning.client import ClientUpdate, LocalRound, train_clients
 from fedlabel.learning.metrics import Counts
-from fedlabel.learning.stacked import why_not
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.uploads import ModelPart
 
@@ -58,7 +57,7 @@ def train_cohort(
     invitation: Invitation,
     clients: Sequence[int],
     memories: Sequence[State],
-    stack: int = 1,
+    stack: int | None = None,
 ) -> list[ClientResult | Exception]:
     """Runs the round of some clients.
 
@@ -67,18 +66,18 @@ def train_cohort(
         invitation: what the server sends; its tensors are on the experiment's device.
         clients: who trains, in ascending order.
         memories: what each kept, on any device; empty for a client that never trained.
-        stack: how many clients in a row train as one stack, where their network and the shapes of their steps allow it;
-            1: none.
+        stack: about how many clients in a row train as one stack, where the shapes of their steps allow it; 1: none;
+            None: as the experiment has it.
 
     Returns:
         The result of each client, or the exception that its training raised.
     """
-    if why_not(experiment.trainer.student) is not None:
-        stack = 1
+    stack = experiment.stack if stack is None else stack
     results: list[ClientResult | Exception] = []
-    for start in range(0, len(clients), stack):
-        some = slice(start, start + stack)
-        results += _train(experiment, invitation, clients[some], memories[some])
+    stacks = max(1, len(clients) // stack)
+    ends = [len(clients) * (number + 1) // stacks for number in range(stacks)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        results += _train(experiment, invitation, clients[start:end], memories[start:end])
     return results
 
 

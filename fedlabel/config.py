@@ -47,7 +47,7 @@ SELECT = {
     "instance_loss": "eval/loss",
 }
 """What `evaluation.select` may be, and the metric that it goes by."""
-MAX_WORKERS, MAX_SECONDS = 1024, 1e9
+MAX_WORKERS, MAX_SECONDS, MAX_STACK = 1024, 1e9, 1024
 """Of `grid`: more processes or threads no machine has, and no system call waits longer."""
 _KEY = r"[^\W\d]\w*(?:\.\w+)*"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +89,12 @@ class GridConfig:
     """Ray: number of worker processes."""
     threads_per_worker: int = 1
     """Torch threads that train one client, on every grid (results can depend on it in the last bit)."""
+    stack: str = "auto"
+    """auto | off | a number: about how many clients of a simulation train as one stack, in one program, where the
+    shapes of their steps are the same; the others train one by one. auto: by network and device (small networks; on a
+    CPU only those without convolutions). Results differ in the last bits."""
+    cuda_graphs: bool = True
+    """Whether local steps on a GPU are captured as CUDA graphs, where the method and the optimiser (sgd) allow it."""
     timeout: float = no_effect(3600.0)
     """Seconds after which a client that has not answered is counted as failed; no effect with in_process."""
     connect_timeout: float = no_effect(120.0)
@@ -97,7 +103,16 @@ class GridConfig:
     def __post_init__(self) -> None:
         one_of(self, "grid", kind=("in_process", "ray"))
         within(self, "grid", 1, MAX_WORKERS, "num_workers", "threads_per_worker")
+        if self.stack not in ("auto", "off") and not (self.stack.isdecimal() and 1 <= int(self.stack) <= MAX_STACK):
+            raise ValueError(
+                f"`grid.stack` (={self.stack}) must be auto, off, or a number of clients in [1, {MAX_STACK}]."
+            )
         within(self, "grid", 0, MAX_SECONDS, "timeout", "connect_timeout", ends="(]", hint="it is in seconds")
+
+    @property
+    def clients_in_stack(self) -> int | None:
+        """`stack` as a number, 1 for off; None for auto."""
+        return None if self.stack == "auto" else 1 if self.stack == "off" else int(self.stack)
 
 
 @dataclass(frozen=True)

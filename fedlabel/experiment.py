@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -21,6 +22,8 @@ from fedlabel.data.skew import shift_features
 from fedlabel.hardware import memory_bytes, resolve_device
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.learning.evaluation import Evaluation, evaluate
+from fedlabel.learning.graphs import Graphs, capture_on_cuda
+from fedlabel.learning.stacked import automatic_size, why_not
 from fedlabel.learning.step import frozen_model
 from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
@@ -28,6 +31,8 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size, running_statistics
 from fedlabel.seeding import Draws, derive_seed
+
+logger = logging.getLogger("fedlabel")
 
 AVERAGES = ("weighted_mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 """The strategies whose result is a mean, a median or one of what clients send: right for running statistics, too."""
@@ -74,7 +79,10 @@ class Experiment:
             check_size(lambda: self._network(seed), config.model, memory)
         student, self.teacher = (self._build_model(seed) for _ in range(2))
         self._check_strategy(student)
-        self.trainer = Trainer(student, self.teacher, self.transform, config.training, config.method.metrics)
+        graphs = Graphs(capture_on_cuda) if self.device.type == "cuda" and config.grid.cuda_graphs else None
+        self.trainer = Trainer(student, self.teacher, self.transform, config.training, config.method.metrics, graphs)
+        self.stack = self._stack(student)
+        """About how many clients in a row train as one stack; 1: none."""
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
@@ -124,6 +132,14 @@ class Experiment:
             federation.test_parts,
             None if bags is None else Bags(*(values.to(self.device) for values in bags)),
         )
+
+    def _stack(self, student: nn.Module) -> int:
+        asked, reason = self.config.grid.clients_in_stack, why_not(student)
+        if reason is not None:
+            if asked is not None and asked > 1:
+                logger.warning("`grid.stack` (=%d) has no effect: %s. Clients train one by one.", asked, reason)
+            return 1
+        return automatic_size(student) if asked is None else asked
 
     def _check_strategy(self, model: nn.Module) -> None:
         """Checks the strategy's support of buffers: a server's optimiser or noise would treat them as weights."""
