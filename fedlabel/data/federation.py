@@ -26,6 +26,7 @@ from fedlabel.data.partition import (
     column_owners,
     split_like,
 )
+from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.config import DataConfig, DataError, data_root
 from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.fingerprint import fingerprint
@@ -41,12 +42,12 @@ class Federation:
     """A simulated federation; every process builds the same one from the same configuration."""
 
     dataset: Dataset
-    parts: list[np.ndarray]
+    parts: Ragged
     """Per client: sorted rows of the training split, (n_k,) int64."""
     record: Supervision
     """The supervision record of the training split: of each sample the labels available to its holder (a client or the
     server)."""
-    test_parts: list[np.ndarray]
+    test_parts: Ragged
     """Per client: rows of the evaluation split, with the client's class mix, (m_k,) int64."""
     in_sets: np.ndarray
     """(n,) bool over the training split: samples whose kind of label is a candidate set, of one class or of all classes
@@ -121,7 +122,7 @@ class Federation:
         """Number of training samples, of clients and server, without a label in the data: their true class is
         unknown.
         """
-        held = np.concatenate([*self.parts, self.server_rows])
+        held = np.concatenate([self.parts.rows, self.server_rows])
         return int((self.dataset.train.labels[torch.from_numpy(held)] < 0).sum())
 
     @property
@@ -157,7 +158,7 @@ class Federation:
         these have wrong ones, and of noisy labels the matrix of counts (true class, label); of several annotators that
         of each, too; and what came of asking each labelling function.
         """
-        rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
+        rows = torch.from_numpy(np.sort(np.concatenate([self.parts.rows, self.server_rows])))
         record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
         sets = torch.from_numpy(self.in_sets)[rows]
         size = record.candidates[sets].sum(1)  # a set is made of a true label, so there is one
@@ -202,7 +203,7 @@ class Federation:
         return self._label_warnings() + failing[:MAX_WARNINGS]
 
     def _label_warnings(self) -> list[str]:
-        held = sum(map(len, [*self.parts, self.server_rows]))
+        held = len(self.parts.rows) + len(self.server_rows)
         used = int((self.record.labeled & ~self.record.noisy).sum())
         if not self.num_without_label or not 0 < used < held - self.num_without_label:
             return []
@@ -297,7 +298,7 @@ def build_federation(
     parts, kinds, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
     functions: tuple[FunctionReport, ...] = ()
     if all_labels:
-        held = np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows]))
+        held = np.isin(np.arange(len(labels)), np.concatenate([parts.rows, server_rows]))
         record = reveal_labels(labels, held & (labels >= 0), classes)
     else:
         sources = LabelSources(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
@@ -308,7 +309,7 @@ def build_federation(
     if not (record.has_supervision | record.voted_on).any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
-            f"{min(map(len, parts))} to {max(map(len, parts))} samples or at the server; raise supervision.label_rate, "
+            f"{parts.lengths.min()} to {parts.lengths.max()} samples or at the server; raise supervision.label_rate, "
             "or set supervision.labels_per_client, labels_per_class or labels_total; where labels are imprecise, see "
             "that not every set has all classes (supervision.partial_ratio below 1) and not every label of "
             "supervision.labels_file is -1."
