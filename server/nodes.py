@@ -1,11 +1,12 @@
-"""Maps nodes to clients: a query before the first round, over any grid."""
+"""Maps clients to nodes: real nodes are asked before the first round, simulated ones are numbered by their client."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.superlink.grid.http_grid import HttpGrid
@@ -14,6 +15,7 @@ from fedlabel.config import ExperimentConfig, to_yaml
 from fedlabel.errors import RunError
 from fedlabel.hardware import source_hash
 from server.exchange import replies_to
+from server.grids.base import SimulationGrid
 from server.replies import Refused, harmless, read_identity
 from server.tally import Asked
 
@@ -27,8 +29,28 @@ def is_simulation(grid: Grid) -> bool:
     return not isinstance(grid, HttpGrid)
 
 
-def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[int, int]:
+class SimulatedNodes(Mapping[int, int]):
+    """Client -> node id of a `SimulationGrid`, without an entry per client."""
+
+    def __init__(self, num_clients: int) -> None:
+        self._clients = range(num_clients)
+
+    def __getitem__(self, client: int) -> int:
+        if client not in self._clients:
+            raise KeyError(client)
+        return client + 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+
+def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int] | np.ndarray) -> Mapping[int, int]:
     """Waits until all clients are connected; returns client -> node id, as the nodes report it.
+
+    Simulated clients are of this process's making: they have its code and data, and are not asked.
 
     Args:
         grid: carries the messages.
@@ -39,6 +61,8 @@ def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[
         RunError: too few nodes in `grid.connect_timeout`, two nodes with one partition-id, a node with other code or
             data, or a SuperLink that cannot be reached.
     """
+    if isinstance(grid, SimulationGrid):
+        return SimulatedNodes(config.num_clients)
     deadline = time.monotonic() + config.grid.connect_timeout
     connected = -1
     while len(ids := list(grid.get_node_ids())) < config.num_clients:
@@ -65,7 +89,7 @@ def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[
 
 
 def _identify(
-    grid: Grid, config: ExperimentConfig, ids: list[int], sizes: Sequence[int]
+    grid: Grid, config: ExperimentConfig, ids: list[int], sizes: Sequence[int] | np.ndarray
 ) -> tuple[dict[int, int], list[str]]:
     """Queries every node for its client; returns client -> node id, and why other nodes have none.
 

@@ -124,7 +124,7 @@ def run_federation(
         if finished is not None:
             return finished
     state = state.to(experiment.device)
-    nodes = connect(grid, config, [len(rows) for rows in federation.parts])
+    nodes = connect(grid, config, federation.parts.lengths)
     with closing(open_folder(experiment, path, state.round_number if resume else None)) as folder:
         run_rounds(Server(experiment, grid, nodes, folder, state, on_round), state)
         result = summary(folder.read_metrics(), experiment, commit)
@@ -175,7 +175,9 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
     write_atomic(folder.partition_json, federation.to_json())
     write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.evaluation.figures:
-        figure = partition_figure(federation.histograms(), KIND_NAMES, federation.true_classes)
+        shown = federation.shown_clients
+        histograms = federation.histograms(shown)
+        figure = partition_figure(histograms, KIND_NAMES, federation.true_classes, shown, len(federation.parts))
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")

@@ -1,8 +1,8 @@
 """Partitions of labelled samples over clients, as pure functions of labels and a random generator.
 
 Every recipe returns the sorted sample indices of each client; they are disjoint and together hold every sample. None
-runs a Python loop over the clients (but for flwr-datasets, which has one). `partition` chooses the recipe, deals out evenly the samples that a recipe by class says nothing of, since
-nobody knows their class, and sees to it that no client is left with too few samples.
+of ours loops over the clients in Python. `partition` chooses the recipe, deals out evenly the samples that a recipe by
+class says nothing of, since nobody knows their class, and sees to it that no client is left with too few samples.
 
 `dirichlet` is FedLabel's recipe (released code of Cho et al., ICCV 2023, https://arxiv.org/abs/2307.08809): a Dirichlet
 vector over *classes* per client. `dirichlet_per_class` is the more common one (Yurochkin et al., ICML 2019,
@@ -248,9 +248,7 @@ def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> Ragge
     return Ragged.by_owner(rng.permutation(np.arange(len(labels)) % num_clients), num_clients)
 
 
-def dirichlet(
-    labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator
-) -> Ragged:
+def dirichlet(labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator) -> Ragged:
     """FedLabel's recipe: client i draws p_i ~ Dir(alpha 1); class c is cut by p_.c, normalised over clients."""
     return _by_class(labels, rng.dirichlet(np.full(num_classes, alpha), size=num_clients), rng)
 

@@ -41,7 +41,7 @@ class Ragged(Sequence[np.ndarray]):
 
     @classmethod
     def by_owner(cls, owner: np.ndarray, parts: int) -> Ragged:
-        """Returns per part the sorted indices of `owner`, (n,) integers in [0, parts), that are its own; -1: nobody's."""
+        """Returns per part the sorted indices of `owner`, (n,) integers in [0, parts), that name it; -1: nobody's."""
         order = np.argsort(owner, kind="stable")
         lengths = np.bincount(owner[owner >= 0], minlength=parts)
         return cls.of_lengths(order[len(order) - lengths.sum() :], lengths)
@@ -69,9 +69,13 @@ class Ragged(Sequence[np.ndarray]):
 
     def take(self, parts: np.ndarray) -> Ragged:
         """Returns the parts with these numbers, (m,) integers, in this order."""
+        return Ragged.of_lengths(self.rows[self.places(parts)], self.lengths[parts])
+
+    def places(self, parts: np.ndarray) -> np.ndarray:
+        """Returns where in `rows` those of some parts are, part by part, int64."""
         lengths = self.lengths[parts]
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return Ragged.of_lengths(self.rows[np.repeat(self.offsets[parts], lengths) + within], lengths)
+        before = np.cumsum(lengths) - lengths
+        return np.arange(lengths.sum()) + np.repeat(self.offsets[parts] - before, lengths)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Returns (parts,) int64, the sum of each part; values: (n,) integers or bools, one for each of `rows`."""

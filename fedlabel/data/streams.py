@@ -1,4 +1,4 @@
-"""Numpy's generators, many side by side: what `numpy_generator` draws for each of a million clients, in array operations.
+"""Numpy's generators, many side by side: what `numpy_generator` draws for each of many clients, by array operations.
 
 Making a `numpy.random.Generator` and asking it for a few numbers takes 20 microseconds, so a million clients with a
 generator each would take 20 s. Here each operation is one on arrays with an element per client. Numpy guarantees the
@@ -22,12 +22,15 @@ from fedlabel.seeding import derive_seeds, numpy_generator
 
 HALF = np.uint64(32)
 LOW = np.uint64(0xFFFFFFFF)
+HALF_WORD = np.uint32(16)
+LEFT, RIGHT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
+"""SeedSequence's, with which it mixes two words."""
 MULTIPLIER = (np.uint64(0x2360ED051FC65DA4), np.uint64(0x4385DF649FCCF645))
 """Of PCG64, high and low half."""
 AT_ONCE = 1 << 14
 """Streams that are advanced together: their states stay in the cache."""
 MOST_STEPS = 64
-"""Numbers of a stream that are drawn side by side. Who needs more has so many samples that a generator costs nothing."""
+"""Numbers of a stream that are drawn side by side. Who needs more has so many samples that a generator costs little."""
 FLOYD = 10_000
 """Elements; of more, numpy may choose in another way than Floyd's."""
 
@@ -64,10 +67,24 @@ class Streams:
         drawing = np.flatnonzero(most)
         span = most[drawing].astype(np.uint64) + np.uint64(1)
         product = self._next32(of[drawing]) * span
-        rejected = (np.uint64(1 << 32) - span) % span  # so many of the 2**32 values would be one too many for some results
+        rejected = (
+            np.uint64(1 << 32) - span
+        ) % span  # so many of the 2**32 values would be one too many for some results
         while len(again := np.flatnonzero((product & LOW) < rejected)):
             product[again] = self._next32(of[drawing[again]]) * span[again]
         drawn[drawing] = product >> HALF
+        return drawn
+
+    def within(self, of: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """As `up_to`, by the other of numpy's two ways (with which it shuffles): as many bits as `most` has, drawn
+        until they are no more; `most` must be at least 1.
+        """
+        mask = most.astype(np.uint64)
+        for shift in (1, 2, 4, 8, 16):
+            mask |= mask >> np.uint64(shift)
+        drawn = (self._next32(of) & mask).astype(np.int64)
+        while len(again := np.flatnonzero(drawn > most)):
+            drawn[again] = self._next32(of[again]) & mask[again]
         return drawn
 
     def _next32(self, of: np.ndarray) -> np.ndarray:
@@ -135,11 +152,42 @@ def _floyd(streams: Streams, sizes: np.ndarray, counts: np.ndarray) -> np.ndarra
     return chosen[chosen >= 0]
 
 
+def permute(parts: Ragged, names: np.ndarray, root: int, *scope: str | int) -> Ragged:
+    """Returns the rows of each part in random order; arguments as for `choose`.
+
+    Part k is `numpy_generator(root, *scope, names[k]).permutation(parts[k])`.
+    """
+    lengths, rows = parts.lengths, parts.rows.copy()
+    side_by_side = np.flatnonzero((lengths > 1) & (lengths <= MOST_STEPS))
+    order = side_by_side[np.argsort(-lengths[side_by_side], kind="stable")]
+    for of in _pieces(order):
+        streams = Streams(derive_seeds(root, *scope, last=names[of]))
+        place = np.repeat(parts.offsets[of], lengths[of]) + _fisher_yates(streams, lengths[of])
+        rows[parts.places(of)] = parts.rows[place]
+    for k in np.flatnonzero(lengths > MOST_STEPS).tolist():
+        rows[parts.offsets[k] : parts.offsets[k + 1]] = numpy_generator(root, *scope, int(names[k])).permutation(
+            parts[k]
+        )
+    return Ragged(rows, parts.offsets)
+
+
+def _fisher_yates(streams: Streams, sizes: np.ndarray) -> np.ndarray:
+    """Returns (sizes.sum(),) int64, a permutation of [0, size) of each stream; `sizes` must not rise."""
+    order = np.tile(np.arange(int(sizes.max(initial=0))), (len(sizes), 1))
+    inside = order < sizes[:, None]
+    for step in range(order.shape[1] - 1):
+        drawing = np.arange(np.searchsorted(-sizes, -step - 1))  # where more than one is left
+        last = sizes[drawing] - 1 - step
+        chosen = streams.within(drawing, last)
+        order[drawing, last], order[drawing, chosen] = order[drawing, chosen], order[drawing, last]
+    return order[inside]
+
+
 def _pieces(order: np.ndarray) -> list[np.ndarray]:
     return [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
 
 
-# ----------------------------------------------------------------------------------------------- seeds, 128-bit integers
+# ---------------------------------------------------------------------------------------------- seeds, 128-bit integers
 
 
 def _seed_words(seeds: np.ndarray) -> list[np.ndarray]:
@@ -151,8 +199,8 @@ def _seed_words(seeds: np.ndarray) -> list[np.ndarray]:
     for source in range(4):
         for target in range(4):
             if source != target:
-                mixed = pool[target] * np.uint32(0xCA01F9DD) - hashed(pool[source]) * np.uint32(0x4973F715)
-                pool[target] = mixed ^ mixed >> np.uint32(16)
+                mixed: np.ndarray = pool[target] * LEFT - hashed(pool[source]) * RIGHT
+                pool[target] = mixed ^ mixed >> HALF_WORD
     hashed = _Hash(0x8B51F9DD, 0x58F38DED)
     words = [hashed(pool[place % 4]).astype(np.uint64) for place in range(8)]
     return [low | high << HALF for low, high in zip(words[::2], words[1::2], strict=True)]
@@ -167,8 +215,9 @@ class _Hash:
     def __call__(self, word: np.ndarray) -> np.ndarray:
         word = word ^ np.uint32(self._constant)
         self._constant = self._constant * self._factor & 0xFFFFFFFF
-        word = word * np.uint32(self._constant)
-        return word ^ word >> np.uint32(16)
+        word *= np.uint32(self._constant)
+        word ^= word >> HALF_WORD
+        return word
 
 
 def _add(first: Pair, second: Pair) -> Pair:

@@ -27,7 +27,7 @@ class EvaluationObserver(Observer):
             return Report({"interim/accuracy": metrics["eval/accuracy"]})
         lists: dict[str, np.ndarray] = {
             "eval/class_accuracy": evaluation.class_accuracy,
-            "eval/client_accuracy": evaluation.client_accuracy,
+            "eval/client_accuracy": evaluation.client_accuracy[experiment.federation.shown_clients],
         }
         figures: dict[str, Figure] = {}
         if self.has_figures(number):

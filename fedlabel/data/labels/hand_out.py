@@ -107,9 +107,7 @@ class HandOut:
         kinds = kind_of_samples(self.labels, parts, self.num_classes, self.supervision, self.seed, self.hidden_classes)
         return kinds, long_tails(self.labels, kinds >= 0, self.num_classes, self.skew, self.seed)
 
-    def _spread(
-        self, rows: np.ndarray, config: PartitionConfig, seed: int, held: np.ndarray | None = None
-    ) -> Ragged:
+    def _spread(self, rows: np.ndarray, config: PartitionConfig, seed: int, held: np.ndarray | None = None) -> Ragged:
         """As `partition`, for the samples `rows`; published bags stay whole, so a client may get fewer samples than its
         share.
         """

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedlabel.data.labels.supervision_config import LabelKind, SupervisionConfig
 from fedlabel.data.ragged import Ragged
-from fedlabel.data.streams import choose
+from fedlabel.data.streams import choose, permute
 from fedlabel.seeding import numpy_generator
 
 
@@ -83,11 +83,13 @@ def _holders(parts: Ragged, config: SupervisionConfig, seed: int) -> list[_Holde
         return [_Holders(chosen, parts.take(chosen))]
     shares = [part.share for part in config.mix]
     if config.mix_over == "samples":
-        place = np.empty(len(parts.rows), dtype=np.int64)
-        for client, rows in enumerate(parts):
-            order = numpy_generator(seed, "supervision", "mix", client).permutation(len(rows))
-            cuts = _borders(shares, len(rows))
-            place[parts.offsets[client] + order] = np.searchsorted(cuts, np.arange(len(rows)), side="right")
+        places = Ragged(np.arange(len(parts.rows)), parts.offsets)
+        order = permute(places, everyone, seed, "supervision", "mix").rows
+        part_of, lengths = parts.part_of_row, parts.lengths
+        drawn_as = np.arange(len(order)) - parts.offsets[part_of]  # the first, the second, ... of its client
+        place = np.zeros(len(order), dtype=np.int64)
+        for share in np.cumsum(shares):
+            place[order] += drawn_as >= np.rint(share * lengths).astype(np.int64)[part_of]
         return [_Holders(everyone, parts.where(place == number)) for number in range(len(shares))]
     order = numpy_generator(seed, "supervision", "mix").permutation(len(parts))
     split = np.split(order, _borders(shares, len(parts)))
