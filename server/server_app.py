@@ -19,7 +19,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlabel.config import ExperimentConfig, flatten, load_config, split_overrides, to_yaml
-from fedlabel.data.federation import Federation
+from fedlabel.data.federation import Federation, shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
@@ -175,7 +175,7 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
     write_atomic(folder.partition_json, federation.to_json())
     write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.evaluation.figures:
-        shown = federation.shown_clients
+        shown = shown_clients(len(federation.parts))
         histograms = federation.histograms(shown)
         figure = partition_figure(histograms, KIND_NAMES, federation.true_classes, shown, len(federation.parts))
         save_png(figure, folder.partition_png)

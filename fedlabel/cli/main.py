@@ -275,6 +275,7 @@ def partition(
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("partition"),
 ) -> None:
     """Write and plot each client's samples and labels, without training."""
+    from fedlabel.data.federation import shown_clients
     from fedlabel.data.labels.supervision import KIND_NAMES
     from fedlabel.record.figures import partition_figure, save_png
     from fedlabel.record.run_folder import write_atomic
@@ -286,7 +287,7 @@ def partition(
 
         config = load_config(configs, overrides)
         federation = open_experiment(to_yaml(config)).federation
-    shown = federation.shown_clients
+    shown = shown_clients(len(federation.parts))
     with _reported():
         make_folder(out)
         write_atomic(out / "partition.json", federation.to_json())

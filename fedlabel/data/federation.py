@@ -35,11 +35,17 @@ from fedlabel.data.skew import SkewConfig
 from fedlabel.seeding import derive_seed, numpy_generator
 
 LISTED_CLIENTS = 10_000
-"""Clients whose samples are listed in `partition.json`, each with its own; of more, `Federation.shown_clients` are."""
+"""Clients whose samples are listed in `partition.json`, each with its own; of more, those of `shown_clients` are."""
 SHOWN_CLIENTS = 1_000
-"""Clients that figures, and lists with a number per client, show; of more clients, as many evenly spaced ones."""
+"""Clients that figures, and lists with a number per client, show at most, see `shown_clients`."""
 MAX_WARNINGS = 10
 """Labelling functions that are warned of one by one; the table has all."""
+
+
+def shown_clients(num_clients: int) -> np.ndarray:
+    """Returns (m,) int64, the clients that figures and lists show: all, or `SHOWN_CLIENTS` evenly spaced ones."""
+    shown = min(num_clients, SHOWN_CLIENTS)
+    return np.arange(shown) * num_clients // shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +94,6 @@ class Federation:
         """
         return self.dataset.train.labels[self.parts[client]]
 
-    @cached_property
-    def shown_clients(self) -> np.ndarray:
-        """(m,) int64, the clients that figures and lists show: all, or `SHOWN_CLIENTS` evenly spaced ones."""
-        clients = len(self.parts)
-        shown = min(clients, SHOWN_CLIENTS)
-        return np.arange(shown) * clients // shown
-
     @property
     def _is_listed(self) -> bool:
         return len(self.parts) <= LISTED_CLIENTS
@@ -107,8 +106,9 @@ class Federation:
         found = {"sha256": self.sha256, "data": self.data_hashes, "dataset": self.dataset.name}
         if self._is_listed:
             return json.dumps(found | self._holders(np.arange(len(self.parts))))
-        listed = self._holders(self.shown_clients)
-        for client, lists in zip(self.shown_clients.tolist(), listed["clients"], strict=True):
+        shown = shown_clients(len(self.parts))
+        listed = self._holders(shown)
+        for client, lists in zip(shown.tolist(), listed["clients"], strict=True):
             lists["client"] = client
         sizes = {
             "samples": self.parts.lengths,
@@ -120,7 +120,7 @@ class Federation:
             for name, each in sizes.items()
         }
         note = (
-            f"Index lists of {len(self.shown_clients):,} of {len(self.parts):,} clients, evenly spaced; above "
+            f"Index lists of {len(shown):,} of {len(self.parts):,} clients, evenly spaced; above "
             f"{LISTED_CLIENTS:,} clients not all are written. The configuration (config.yaml) with the same data makes "
             "all again: fedlabel.experiment.open_experiment(text).federation.parts[client]. sha256 is of all."
         )
@@ -223,7 +223,7 @@ class Federation:
         names = list(KIND_NAMES)
         if self._is_listed:
             return {"names": names, "clients": self.kinds().tolist()}
-        shown = self.shown_clients
+        shown = shown_clients(len(self.parts))
         total = np.bincount(self.record.kind.numpy()[self.parts.rows], minlength=len(names))
         return {
             "names": names,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from fedlabel.data.federation import shown_clients
 from fedlabel.record.figures import client_accuracy_figure, confusion_figure
 from server.observers.base import Observer, Report, Round
 from server.selection import select_key
@@ -25,15 +26,16 @@ class EvaluationObserver(Observer):
         metrics = evaluation.metrics()
         if not experiment.recipe.place(number).stage.final:
             return Report({"interim/accuracy": metrics["eval/accuracy"]})
+        accuracy = evaluation.client_accuracy
         lists: dict[str, np.ndarray] = {
             "eval/class_accuracy": evaluation.class_accuracy,
-            "eval/client_accuracy": evaluation.client_accuracy[experiment.federation.shown_clients],
+            "eval/client_accuracy": accuracy[shown_clients(len(accuracy))],
         }
         figures: dict[str, Figure] = {}
         if self.has_figures(number):
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
-            figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
+            figures["eval/clients"] = client_accuracy_figure(accuracy)
         tag = select_key(experiment)
         # Not in the other rounds of the last tenth: the next stage starts from the model that is selected, and what a
         # run learns must not depend on when it is to end.

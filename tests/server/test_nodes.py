@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedlabel.config import load_config
 from fedlabel.errors import RunError
 from fedlabel.hardware import source_hash
-from server.grids.base import SimulationGrid
+from server.grids.in_process import InProcessGrid
 from server.nodes import connect
+from tests.server.test_exchange import Wire
 
 
-class Nodes(SimulationGrid):
-    """Nodes of which each answers with a partition-id and a source hash."""
+class Nodes(Wire):
+    """Real nodes, of which each answers with a partition-id and a source hash."""
 
     def __init__(self, partition_ids: Sequence[int], node_ids: Sequence[int] = (), source: str = "") -> None:
-        super().__init__(len(partition_ids))
-        self.node_ids = list(node_ids or range(1, len(partition_ids) + 1))
-        self.partition_of = dict(zip(self.node_ids, partition_ids, strict=True))
+        InProcessGrid(ClientApp(), 1)  # without one, or a SuperLink, no message can be made
+        super().__init__(self.identity, {})
+        self.nodes = list(node_ids or range(1, len(partition_ids) + 1))
+        self.partition_of = dict(zip(self.nodes, partition_ids, strict=True))
         self.source = source or source_hash()
         self.samples = 60
         self.absent_at_first = 0
 
     def get_node_ids(self) -> Iterable[int]:
         self.absent_at_first -= 1
-        return [] if self.absent_at_first >= 0 else self.node_ids
+        return [] if self.absent_at_first >= 0 else self.nodes
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        for message in messages:
-            self._number(message)
-            node = message.metadata.dst_node_id
-            assert message.content["ask"]["source-hash"] == source_hash()
-            answer = {"partition-id": self.partition_of[node], "source-hash": self.source, "num-samples": self.samples}
-            reply = Message(RecordDict({"identity": ConfigRecord(answer)}), reply_to=message)
-            self.spoil(node, reply)
-            yield reply
+    def identity(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        assert message.content["ask"]["source-hash"] == source_hash()
+        answer = {"partition-id": self.partition_of[node], "source-hash": self.source, "num-samples": self.samples}
+        reply = Message(RecordDict({"identity": ConfigRecord(answer)}), reply_to=message)
+        self.spoil(node, reply)
+        return reply
 
     def spoil(self, node: int, reply: Message) -> None:
         """Changes the answer of a node."""
@@ -122,3 +124,16 @@ def test_a_node_with_other_data_is_named() -> None:
     grid.samples = 59
     with pytest.raises(RunError, match=r"Node 1 \(partition-id 0\) holds 59 samples, and by the configuration 60"):
         connect(grid, CONFIG, SIZES)
+
+
+def test_simulated_clients_are_numbered_and_not_asked() -> None:
+    """A million of them take no time and no memory: nothing is kept of each."""
+    config = load_config([], ["num_clients=1000000"])
+    nodes = connect(InProcessGrid(ClientApp(), 1_000_000), config, [])  # this app would answer with an error
+    assert (nodes[0], nodes[999_999], len(nodes)) == (1, 1_000_000, 1_000_000)
+    assert 999_999 in nodes
+    for absent in (-1, 1_000_000):
+        assert absent not in nodes
+        with pytest.raises(KeyError, match=str(absent)):
+            nodes[absent]
+    assert sys.getsizeof(nodes) + sum(map(sys.getsizeof, vars(nodes).values())) < 1000
