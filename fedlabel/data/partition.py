@@ -15,7 +15,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -250,14 +250,14 @@ def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> Ragge
 
 def dirichlet(labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator) -> Ragged:
     """FedLabel's recipe: client i draws p_i ~ Dir(alpha 1); class c is cut by p_.c, normalised over clients."""
-    return _by_class(labels, rng.dirichlet(np.full(num_classes, alpha), size=num_clients), rng)
+    return _by_class(labels, rng.dirichlet(np.full(num_classes, alpha), size=num_clients).T, num_clients, rng)
 
 
 def dirichlet_per_class(
     labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator
 ) -> Ragged:
     """The common recipe: class c draws q_c ~ Dir(alpha 1) over the clients, and is cut by it."""
-    return _by_class(labels, rng.dirichlet(np.full(num_clients, alpha), size=num_classes).T, rng)
+    return _by_class(labels, rng.dirichlet(np.full(num_clients, alpha), size=num_classes), num_clients, rng)
 
 
 def classes_per_client(
@@ -291,7 +291,7 @@ def classes_per_client(
         used[np.arange(len(used))[:, None], chosen[:, place]] += 1
     holds = np.zeros((num_clients, num_classes))
     np.put_along_axis(holds, present[chosen.reshape(-1, k)[:num_clients]], 1, axis=1)
-    return _by_class(labels, holds, rng)
+    return _by_class(labels, holds.T, num_clients, rng)
 
 
 def quantity_skew(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator) -> Ragged:
@@ -395,20 +395,22 @@ def split_like(
         class within one sample; classes that the reference lacks are spread evenly. A client may hold nothing.
     """
     held = Ragged.of(reference_parts)
-    shares = label_histogram(reference_labels, held, num_classes)
-    unlabeled = held.sums(reference_labels[held.rows] < 0)
-    if unlabeled.any():
-        total = shares.sum(0) if shares.any() else np.ones(num_classes)
-        shares = shares + unlabeled[:, None] * (total / total.sum())
-    return _by_class(labels, shares, rng)
+    part, given = held.part_of_row, reference_labels[held.rows]
+    total = np.bincount(given[given >= 0], minlength=num_classes)
+    unlabeled = held.sums(given < 0)
+    mix = total / total.sum() if total.any() else np.full(num_classes, 1 / num_classes)
+    # One class at a time: of a million clients, a matrix of all would be the largest thing in memory.
+    counts = (np.bincount(part[given == label], minlength=len(held)) for label in range(num_classes))
+    shares = (of_class + unlabeled * mix[label] for label, of_class in enumerate(counts))
+    return _by_class(labels, shares, len(held), rng)
 
 
-def _by_class(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> Ragged:
-    """Cuts every class by its column of `shares` (clients, classes), which need not be normalised."""
+def _by_class(labels: np.ndarray, shares: Iterable[np.ndarray], num_clients: int, rng: np.random.Generator) -> Ragged:
+    """Cuts every class by its `shares`, (clients,) for each class, which need not be normalised."""
     owner = np.empty(len(labels), dtype=np.int64)
-    for label in range(shares.shape[1]):
-        _cut(np.flatnonzero(labels == label), shares[:, label], rng, owner)
-    return Ragged.by_owner(owner, len(shares))
+    for label, of_class in enumerate(shares):
+        _cut(np.flatnonzero(labels == label), of_class, rng, owner)
+    return Ragged.by_owner(owner, num_clients)
 
 
 def _cut(indices: np.ndarray, shares: np.ndarray, rng: np.random.Generator, owner: np.ndarray) -> None:
