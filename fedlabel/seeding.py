@@ -20,8 +20,22 @@ def derive_seed(root: int, *scope: str | int) -> int:
     Returns:
         An integer in [0, 2**63).
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (root, *scope))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(_hash(root, *scope).digest(), "big") >> 1
+
+
+def derive_seeds(root: int, *scope: str | int, last: np.ndarray) -> np.ndarray:
+    """Returns (m,) uint64, `derive_seed(root, *scope, each)` for each of `last`, (m,) integers, e.g. clients."""
+    begun, digests = _hash(root, *scope), []
+    for each in last.tolist():
+        each_hash = begun.copy()
+        each_hash.update(b"\x1fint:%d" % each)
+        digests.append(each_hash.digest())
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64) >> np.uint64(1)
+
+
+def _hash(*scope: str | int) -> hashlib.blake2b:
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in scope)
+    return hashlib.blake2b(text.encode(), digest_size=8)
 
 
 def torch_generator(root: int, *scope: str | int, device: torch.device | str = "cpu") -> torch.Generator:

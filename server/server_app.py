@@ -19,7 +19,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlabel.config import ExperimentConfig, flatten, load_config, split_overrides, to_yaml
-from fedlabel.data.federation import Federation
+from fedlabel.data.federation import Federation, shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
@@ -177,7 +177,9 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
     if experiment.config.evaluation.figures:
         from fedlabel.record.figures import partition_figure, save_png  # here: matplotlib takes a while to import
 
-        figure = partition_figure(federation.histograms(), KIND_NAMES, federation.true_classes)
+        shown = shown_clients(len(federation.parts))
+        histograms = federation.histograms(shown)
+        figure = partition_figure(histograms, KIND_NAMES, federation.true_classes, shown, len(federation.parts))
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")

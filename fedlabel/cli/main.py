@@ -275,6 +275,7 @@ def partition(
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("partition"),
 ) -> None:
     """Write and plot each client's samples and labels, without training."""
+    from fedlabel.data.federation import shown_clients
     from fedlabel.data.labels.supervision import KIND_NAMES
     from fedlabel.record.figures import partition_figure, save_png
     from fedlabel.record.run_folder import write_atomic
@@ -286,24 +287,28 @@ def partition(
 
         config = load_config(configs, overrides)
         federation = open_experiment(to_yaml(config)).federation
-    counts = federation.histograms()
+    shown = shown_clients(len(federation.parts))
     with _reported():
         make_folder(out)
         write_atomic(out / "partition.json", federation.to_json())
         write_atomic(out / "supervision.json", federation.audit_json())
-        save_png(partition_figure(counts, KIND_NAMES, federation.true_classes), out / "partition.png")
-    supervised, unsupervised = counts[1:].sum(0), counts[0]
-    mixed = bool(counts[2:].any())
-    names = ("supervised", "unsupervised") if mixed else ("labelled", "unlabelled")
-    table = make_table("", *names, "classes held", f"classes {names[0]}", title="samples per client")
+        histograms, names = federation.histograms(shown), federation.true_classes
+        figure = partition_figure(histograms, KIND_NAMES, names, shown, len(federation.parts))
+        save_png(figure, out / "partition.png")
+    kind = federation.record.kind.numpy()
+    supervised, unsupervised = federation.class_counts(kind > 0), federation.class_counts(kind == 0)
+    kinds = federation.kinds()
+    mixed = bool(kinds[:, 2:].any())
+    columns = ("supervised", "unsupervised") if mixed else ("labelled", "unlabelled")
+    table = make_table("", *columns, "classes held", f"classes {columns[0]}", title="samples per client")
     classes = federation.dataset.num_classes
-    held, classes_supervised = ((each[:, :classes] > 0).sum(1) for each in (counts.sum(0), supervised))
+    held, classes_supervised = ((each[:, :classes] > 0).sum(1) for each in (supervised + unsupervised, supervised))
     for row, statistic in {"smallest": "min", "mean": "mean", "largest": "max"}.items():
-        columns = (supervised.sum(1), unsupervised.sum(1), held, classes_supervised)
-        table.add_row(row, *(f"{getattr(column, statistic)():.4g}" for column in columns))
+        values = (supervised.sum(1), unsupervised.sum(1), held, classes_supervised)
+        table.add_row(row, *(f"{getattr(value, statistic)():.4g}" for value in values))
     console.print(table)
     if mixed:
-        console.print(_kinds_table(federation.kinds(), KIND_NAMES))
+        console.print(_kinds_table(kinds, KIND_NAMES))
     if federation.functions:
         console.print(_functions_table(federation.functions))
     for note in (*federation.dataset.notes, *federation.warnings()):

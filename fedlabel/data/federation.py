@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -26,14 +27,25 @@ from fedlabel.data.partition import (
     column_owners,
     split_like,
 )
+from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.config import DataConfig, DataError, data_root
 from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.fingerprint import fingerprint
 from fedlabel.data.skew import SkewConfig
 from fedlabel.seeding import derive_seed, numpy_generator
 
+LISTED_CLIENTS = 10_000
+"""Clients whose samples are listed in `partition.json`, each with its own; of more, those of `shown_clients` are."""
+SHOWN_CLIENTS = 1_000
+"""Clients that figures, and lists with a number per client, show at most, see `shown_clients`."""
 MAX_WARNINGS = 10
 """Labelling functions that are warned of one by one; the table has all."""
+
+
+def shown_clients(num_clients: int) -> np.ndarray:
+    """Returns (m,) int64, the clients that figures and lists show: all, or `SHOWN_CLIENTS` evenly spaced ones."""
+    shown = min(num_clients, SHOWN_CLIENTS)
+    return np.arange(shown) * num_clients // shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +53,12 @@ class Federation:
     """A simulated federation; every process builds the same one from the same configuration."""
 
     dataset: Dataset
-    parts: list[np.ndarray]
+    parts: Ragged
     """Per client: sorted rows of the training split, (n_k,) int64."""
     record: Supervision
     """The supervision record of the training split: of each sample the labels available to its holder (a client or the
     server)."""
-    test_parts: list[np.ndarray]
+    test_parts: Ragged
     """Per client: rows of the evaluation split, with the client's class mix, (m_k,) int64."""
     in_sets: np.ndarray
     """(n,) bool over the training split: samples whose kind of label is a candidate set, of one class or of all classes
@@ -82,23 +94,49 @@ class Federation:
         """
         return self.dataset.train.labels[self.parts[client]]
 
-    def to_json(self) -> str:
-        """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON."""
-        found = {"sha256": self.sha256, "data": self.data_hashes, "dataset": self.dataset.name, **self._holders}
-        return json.dumps(found)
-
     @property
-    def _holders(self) -> dict[str, Any]:
-        clients = [
-            {
+    def _is_listed(self) -> bool:
+        return len(self.parts) <= LISTED_CLIENTS
+
+    def to_json(self) -> str:
+        """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON.
+
+        Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all.
+        """
+        found = {"sha256": self.sha256, "data": self.data_hashes, "dataset": self.dataset.name}
+        if self._is_listed:
+            return json.dumps(found | self._holders(np.arange(len(self.parts))))
+        shown = shown_clients(len(self.parts))
+        listed = self._holders(shown)
+        for client, lists in zip(shown.tolist(), listed["clients"], strict=True):
+            lists["client"] = client
+        sizes = {
+            "samples": self.parts.lengths,
+            "labeled": self.parts.sums(self.labeled[self.parts.rows]),
+            "evaluation": self.test_parts.lengths,
+        }
+        summary = {
+            name: {"smallest": int(each.min()), "mean": float(each.mean()), "largest": int(each.max())}
+            for name, each in sizes.items()
+        }
+        note = (
+            f"Index lists of {len(shown):,} of {len(self.parts):,} clients, evenly spaced; above "
+            f"{LISTED_CLIENTS:,} clients not all are written. The configuration (config.yaml) with the same data makes "
+            "all again: fedlabel.experiment.open_experiment(text).federation.parts[client]. sha256 is of all."
+        )
+        return json.dumps({**found, "num_clients": len(self.parts), "note": note, "per_client": summary, **listed})
+
+    def _holders(self, clients: np.ndarray) -> dict[str, Any]:
+        found = []
+        for client in clients.tolist():
+            rows = self.parts[client]
+            lists: dict[str, Any] = {
                 "labeled": rows[self.labeled[rows]].tolist(),
                 "unlabeled": rows[~self.labeled[rows]].tolist(),
-                "evaluation": test_rows.tolist(),
-                **({"name": self.names[client]} if self.names else {}),
+                "evaluation": self.test_parts[client].tolist(),
             }
-            for client, (rows, test_rows) in enumerate(zip(self.parts, self.test_parts, strict=True))
-        ]
-        return {"clients": clients, "server": self.server_rows.tolist()}
+            found.append({**lists, "name": self.names[client]} if self.names else lists)
+        return {"clients": found, "server": self.server_rows.tolist()}
 
     @cached_property
     def data_hashes(self) -> dict[str, str]:
@@ -108,20 +146,30 @@ class Federation:
     @cached_property
     def sha256(self) -> str:
         """A hash of each client's sample indices and the supervision record."""
+        found = hashlib.sha256()
+        if self._is_listed:
+            found.update(json.dumps(self._holders(np.arange(len(self.parts)))).encode())
+        else:  # the text of a million clients would take longer than all else that is done before a run
+            for held in (self.parts, self.test_parts):
+                found.update(held.offsets.tobytes())
+                found.update(held.rows.tobytes())
+            found.update(self.server_rows.tobytes())
+            found.update(json.dumps(self.names).encode())
         record: tuple[torch.Tensor, ...] = (self.record.candidates, self.record.noisy, self.record.annotations)
         if len(self.record.bag_counts):
             record = (*record, self.record.bag, self.record.bag_counts)
         if self.record.votes.shape[1]:
             record = (*record, self.record.votes)
-        supervision = b"".join(values.numpy().tobytes() for values in record)
-        return hashlib.sha256(json.dumps(self._holders).encode() + supervision).hexdigest()
+        for values in record:
+            found.update(values.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     @cached_property
     def num_without_label(self) -> int:
         """Number of training samples, of clients and server, without a label in the data: their true class is
         unknown.
         """
-        held = np.concatenate([*self.parts, self.server_rows])
+        held = np.concatenate([self.parts.rows, self.server_rows])
         return int((self.dataset.train.labels[torch.from_numpy(held)] < 0).sum())
 
     @property
@@ -131,35 +179,74 @@ class Federation:
         """
         return (*self.dataset.class_names, *(["unknown"] if self.num_without_label else []))
 
-    def histograms(self) -> np.ndarray:
+    def histograms(self, clients: np.ndarray | None = None) -> np.ndarray:
         """Returns samples by kind of label, client and true class, (len(KIND_NAMES), clients, columns) int64; for the
         columns see `true_classes`.
 
         What the server holds is not in it.
-        """
-        labels, columns = self.dataset.train.labels.numpy(), len(self.true_classes)
-        place = np.where(labels < 0, columns - 1, labels)
-        pair = self.record.kind.numpy() * columns + place
-        counts = [np.bincount(pair[rows], minlength=len(KIND_NAMES) * columns) for rows in self.parts]
-        return np.stack(counts).reshape(len(self.parts), len(KIND_NAMES), columns).swapaxes(0, 1)
 
-    def kinds(self) -> np.ndarray:
-        """Returns the number of samples per client and kind of label, (clients, len(KIND_NAMES)) int64."""
-        return self.histograms().sum(2).T
+        Args:
+            clients: of which clients, (m,) integers; None: of all.
+        """
+        held = self.parts if clients is None else self.parts.take(clients)
+        kind, columns = self.record.kind.numpy()[held.rows], len(self.true_classes)
+        place = (kind * len(held) + held.part_of_row) * columns + self._columns[held.rows]
+        shape = len(KIND_NAMES), len(held), columns
+        return np.bincount(place, minlength=math.prod(shape)).reshape(shape)
+
+    def class_counts(self, mask: np.ndarray) -> np.ndarray:
+        """Returns samples under `mask`, (n,) bool, by client and true class, (clients, columns) int64."""
+        held, columns = self.parts.where(mask[self.parts.rows]), len(self.true_classes)
+        place = held.part_of_row * columns + self._columns[held.rows]
+        return np.bincount(place, minlength=len(held) * columns).reshape(-1, columns)
+
+    @property
+    def _columns(self) -> np.ndarray:
+        """(n,) int64, of each sample its place in `true_classes`."""
+        labels = self.dataset.train.labels.numpy()
+        return np.where(labels < 0, len(self.true_classes) - 1, labels)
+
+    def kinds(self, clients: np.ndarray | None = None) -> np.ndarray:
+        """Returns the number of samples per client and kind of label, (clients, len(KIND_NAMES)) int64.
+
+        Args:
+            clients: of which clients, (m,) integers; None: of all.
+        """
+        held = self.parts if clients is None else self.parts.take(clients)
+        place = held.part_of_row * len(KIND_NAMES) + self.record.kind.numpy()[held.rows]
+        return np.bincount(place, minlength=len(held) * len(KIND_NAMES)).reshape(-1, len(KIND_NAMES))
+
+    def _kinds(self) -> dict[str, Any]:
+        """Returns the audit of the kinds of label: of each client or, of more than `LISTED_CLIENTS`, of those that are
+        shown, and of all together.
+        """
+        names = list(KIND_NAMES)
+        if self._is_listed:
+            return {"names": names, "clients": self.kinds().tolist()}
+        shown = shown_clients(len(self.parts))
+        total = np.bincount(self.record.kind.numpy()[self.parts.rows], minlength=len(names))
+        return {
+            "names": names,
+            "clients": self.kinds(shown).tolist(),
+            "shown_clients": shown.tolist(),
+            "total": total.tolist(),
+        }
 
     def audit(self) -> dict[str, Any]:
         """Returns the content of `supervision.json`, which compares the supervision record with the true labels: for
         the evaluator only.
 
-        The names of the classes; how many samples have no label in the data; per client how many samples of each kind
-        (a set of one class counts as a label, one of all as nothing), how many candidates the sets have and how many
-        hold the truth, of bags how many there are of each size, of how many the true counts are known and how many of
-        these have wrong ones, and of noisy labels the matrix of counts (true class, label); of several annotators that
-        of each, too; and what came of asking each labelling function.
+        The names of the classes; how many samples have no label in the data; per client (of more than
+        `LISTED_CLIENTS`: per shown one, and in total) how many samples of each kind (a set of one class counts as a
+        label, one of all as nothing), how many candidates the sets have and how many hold the truth, of bags how many
+        there are of each size, of how many the true counts are known and how many of these have wrong ones, and of
+        noisy labels the matrix of counts (true class, label); of several annotators that of each, too; and what came of
+        asking each labelling function.
         """
-        rows = torch.from_numpy(np.sort(np.concatenate([*self.parts, self.server_rows])))
-        record, truth = self.record.rows(rows), self.dataset.train.labels[rows]
-        sets = torch.from_numpy(self.in_sets)[rows]
+        record, truth, sets = self.record, self.dataset.train.labels, torch.from_numpy(self.in_sets)
+        rows = torch.from_numpy(np.sort(np.concatenate([self.parts.rows, self.server_rows])))
+        if len(rows) < len(truth):
+            record, truth, sets = record.rows(rows), truth[rows], sets[rows]
         size = record.candidates[sets].sum(1)  # a set is made of a true label, so there is one
         holds = record.candidates[sets].gather(1, truth[sets][:, None])
         counts = self.noise_counts()[0]
@@ -168,7 +255,7 @@ class Federation:
         return {
             "classes": list(self.dataset.class_names),
             "without_label": self.num_without_label,
-            "kinds": {"names": list(KIND_NAMES), "clients": self.kinds().tolist()},
+            "kinds": self._kinds(),
             "candidate_sets": {
                 "sizes": torch.bincount(size, minlength=self.dataset.num_classes + 1).tolist(),
                 "hold_the_truth": int(holds.sum()),
@@ -202,7 +289,7 @@ class Federation:
         return self._label_warnings() + failing[:MAX_WARNINGS]
 
     def _label_warnings(self) -> list[str]:
-        held = sum(map(len, [*self.parts, self.server_rows]))
+        held = len(self.parts.rows) + len(self.server_rows)
         used = int((self.record.labeled & ~self.record.noisy).sum())
         if not self.num_without_label or not 0 < used < held - self.num_without_label:
             return []
@@ -297,7 +384,7 @@ def build_federation(
     parts, kinds, server_rows = recipe.labels_first() if recipe.chosen_over_all else recipe.labels_last()
     functions: tuple[FunctionReport, ...] = ()
     if all_labels:
-        held = np.isin(np.arange(len(labels)), np.concatenate([*parts, server_rows]))
+        held = np.isin(np.arange(len(labels)), np.concatenate([parts.rows, server_rows]))
         record = reveal_labels(labels, held & (labels >= 0), classes)
     else:
         sources = LabelSources(dataset, data_root(data), seed, np.flatnonzero((kinds >= 0) & (labels >= 0)))
@@ -308,7 +395,7 @@ def build_federation(
     if not (record.has_supervision | record.voted_on).any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
-            f"{min(map(len, parts))} to {max(map(len, parts))} samples or at the server; raise supervision.label_rate, "
+            f"{parts.lengths.min()} to {parts.lengths.max()} samples or at the server; raise supervision.label_rate, "
             "or set supervision.labels_per_client, labels_per_class or labels_total; where labels are imprecise, see "
             "that not every set has all classes (supervision.partial_ratio below 1) and not every label of "
             "supervision.labels_file is -1."

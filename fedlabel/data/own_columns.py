@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedlabel.data.partition import PartitionConfig
+from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.cells import MISSING
 from fedlabel.data.sets.config import SETS, DataConfig, DataError, data_root
 from fedlabel.data.sets.datasets import Dataset
@@ -64,14 +65,16 @@ def own_column(dataset: Dataset, data: DataConfig, key: str, name: str, part: st
 
 def own_rows(
     dataset: Dataset, data: DataConfig, config: PartitionConfig, names: Sequence[str], split: str
-) -> list[np.ndarray] | None:
+) -> Ragged | None:
     """Returns every client's own rows of the evaluation split; None if the column is missing or names no client."""
     if config.column is None:
         return None
     values = own_column(dataset, data, f"{config.key}.column", config.column, split)
-    if values is None or not np.isin(values.astype(str), names).any():
+    if values is None:
         return None
-    return [np.flatnonzero(values == name) for name in names]
+    place = {name: client for client, name in enumerate(names)}
+    owner = np.array([place.get(value, -1) for value in values.tolist()], dtype=np.int64)
+    return Ragged.by_owner(owner, len(names)) if (owner >= 0).any() else None
 
 
 def _array(dataset: Dataset, data: DataConfig, key: str, name: str) -> list[object]:

@@ -1,8 +1,8 @@
 """Partitions of labelled samples over clients, as pure functions of labels and a random generator.
 
-Every recipe returns one sorted int64 array of sample indices per client; the arrays are disjoint and together hold
-every sample. `partition` chooses the recipe, deals out evenly the samples that a recipe by class says nothing of, since
-nobody knows their class, and sees to it that no client is left with too few samples.
+Every recipe returns the sorted sample indices of each client; they are disjoint and together hold every sample. None
+of ours loops over the clients in Python. `partition` chooses the recipe, deals out evenly the samples that a recipe by
+class says nothing of, since nobody knows their class, and sees to it that no client is left with too few samples.
 
 `dirichlet` is FedLabel's recipe (released code of Cho et al., ICCV 2023, https://arxiv.org/abs/2307.08809): a Dirichlet
 vector over *classes* per client. `dirichlet_per_class` is the more common one (Yurochkin et al., ICML 2019,
@@ -15,12 +15,13 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
+from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.names import in_order, listed
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
@@ -114,7 +115,7 @@ def partition(
     config: PartitionConfig,
     seed: int,
     held: Sequence[int] | np.ndarray | None = None,
-) -> list[np.ndarray]:
+) -> Ragged:
     """Spreads samples over clients.
 
     Args:
@@ -128,7 +129,7 @@ def partition(
         held: (num_clients,) how many other samples each client holds already, which count for `config.min_samples`.
 
     Returns:
-        One sorted int64 array of indices per client; disjoint, together all of range(n).
+        The sorted indices of each client; disjoint, together all of range(n).
 
     Raises:
         ValueError: there are too few samples, labels out of range, or the smallest size could not be met.
@@ -156,7 +157,7 @@ def partition(
     draws = 1 if config.kind.startswith(FLWR_DATASETS) else MAX_DRAWS
     for draw in range(draws):
         parts = _draw(labels, num_clients, num_classes, config, seed, draw)
-        smallest = int((np.array([len(part) for part in parts]) + already).min())
+        smallest = int((parts.lengths + already).min())
         if smallest >= config.min_samples:
             return parts
         best = max(best, smallest)
@@ -165,15 +166,16 @@ def partition(
 
 def _draw(
     labels: np.ndarray, num_clients: int, num_classes: int, config: PartitionConfig, seed: int, draw: int
-) -> list[np.ndarray]:
+) -> Ragged:
+    owner = np.full(len(labels), -1)
     if len(labels) == 0:
-        return [np.arange(0)] * num_clients
+        return Ragged.by_owner(owner, num_clients)
     if config.kind not in CLASSLESS and (labels < 0).any():
         labeled, unlabeled = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
         dealt = iid(unlabeled, num_clients, numpy_generator(seed, "partition", "without_label", draw))
         spread = _draw(labels[labeled], num_clients, num_classes, config, seed, draw)
-        pairs = zip(spread, dealt, strict=True)
-        return [np.sort(np.concatenate([labeled[mine], unlabeled[more]])) for mine, more in pairs]
+        owner[labeled], owner[unlabeled] = spread.owner(len(labeled)), dealt.owner(len(unlabeled))
+        return Ragged.by_owner(owner, num_clients)
     rng = numpy_generator(seed, "partition", draw)
     match config.kind:
         case "iid":
@@ -241,28 +243,26 @@ def too_small(num_samples: int, num_clients: int, config: PartitionConfig, best:
 # -------------------------------------------------------------------------------------------------------------- recipes
 
 
-def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+def iid(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> Ragged:
     """Deals samples uniformly at random; sizes differ by at most one. For arguments see `partition`."""
-    return _collect(rng.permutation(np.arange(len(labels)) % num_clients), num_clients)
+    return Ragged.by_owner(rng.permutation(np.arange(len(labels)) % num_clients), num_clients)
 
 
-def dirichlet(
-    labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator
-) -> list[np.ndarray]:
+def dirichlet(labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator) -> Ragged:
     """FedLabel's recipe: client i draws p_i ~ Dir(alpha 1); class c is cut by p_.c, normalised over clients."""
-    return _by_class(labels, rng.dirichlet(np.full(num_classes, alpha), size=num_clients), rng)
+    return _by_class(labels, rng.dirichlet(np.full(num_classes, alpha), size=num_clients).T, num_clients, rng)
 
 
 def dirichlet_per_class(
     labels: np.ndarray, num_clients: int, alpha: float, num_classes: int, rng: np.random.Generator
-) -> list[np.ndarray]:
+) -> Ragged:
     """The common recipe: class c draws q_c ~ Dir(alpha 1) over the clients, and is cut by it."""
-    return _by_class(labels, rng.dirichlet(np.full(num_clients, alpha), size=num_classes).T, rng)
+    return _by_class(labels, rng.dirichlet(np.full(num_clients, alpha), size=num_classes), num_clients, rng)
 
 
 def classes_per_client(
     labels: np.ndarray, num_clients: int, k: int, num_classes: int, rng: np.random.Generator, key: str = "partition"
-) -> list[np.ndarray]:
+) -> Ragged:
     """Gives each client k classes at random; a class is split evenly among its clients.
 
     Classes go to as equally many clients as possible. Classes without samples are not given out. Errors name the
@@ -279,19 +279,26 @@ def classes_per_client(
             f"{num_clients} clients (`num_clients`) with {k} classes each (`{key}.classes_per_client`) cannot hold "
             f"all {len(present)} classes. Take more clients or a larger {key}.classes_per_client."
         )
+    # The classes fewest clients hold, ties at random: so every class is held before one is held twice. After `block`
+    # clients all classes are held equally often again, so that the blocks do not depend on each other.
+    block = len(present) // math.gcd(len(present), k)
+    ties = np.zeros((-(-num_clients // block), block, len(present)))
+    ties.reshape(-1, len(present))[:num_clients] = rng.random((num_clients, len(present)))
+    chosen = np.empty((*ties.shape[:2], k), dtype=np.int64)
+    used = np.zeros((len(ties), len(present)), dtype=np.int64)
+    for place in range(block):
+        chosen[:, place] = np.lexsort((ties[:, place], used), axis=-1)[:, :k]
+        used[np.arange(len(used))[:, None], chosen[:, place]] += 1
     holds = np.zeros((num_clients, num_classes))
-    for client in range(num_clients):
-        # The classes fewest clients hold, ties at random: so every class is held before one is held twice.
-        by_use = np.lexsort((rng.random(len(present)), holds[:, present].sum(0)))
-        holds[client, present[by_use[:k]]] = 1
-    return _by_class(labels, holds, rng)
+    np.put_along_axis(holds, present[chosen.reshape(-1, k)[:num_clients]], 1, axis=1)
+    return _by_class(labels, holds.T, num_clients, rng)
 
 
-def quantity_skew(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
+def quantity_skew(labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator) -> Ragged:
     """Draws the clients' sizes from Dir(alpha 1), the samples of each uniformly at random."""
     owner = np.empty(len(labels), dtype=np.int64)
     _cut(np.arange(len(labels)), rng.dirichlet(np.full(num_clients, alpha)), rng, owner)
-    return _collect(owner, num_clients)
+    return Ragged.by_owner(owner, num_clients)
 
 
 def flwr_datasets_partition(
@@ -301,7 +308,7 @@ def flwr_datasets_partition(
     arguments: dict[str, Any],
     seed: int,
     key: str = "partition",
-) -> list[np.ndarray]:
+) -> Ragged:
     """Partitions by a partitioner of the optional flwr-datasets package.
 
     Args:
@@ -343,8 +350,10 @@ def flwr_datasets_partition(
     partitioner.dataset = arrow.Dataset.from_dict({"label": labels, "index": np.arange(len(labels))})
     if partitioner.num_partitions != num_clients:
         raise ValueError(f"{kind} makes {partitioner.num_partitions} parts, not `num_clients` (={num_clients}).")
-    parts = [np.sort(np.array(partitioner.load_partition(k)["index"], dtype=np.int64)) for k in range(num_clients)]
-    times = np.bincount(np.concatenate(parts), minlength=len(labels))
+    parts = Ragged.of(
+        np.sort(np.array(partitioner.load_partition(k)["index"], dtype=np.int64)) for k in range(num_clients)
+    )
+    times = np.bincount(parts.rows, minlength=len(labels))
     if (times != 1).any():
         raise ValueError(
             f"{kind} with {arguments} leaves out {(times == 0).sum()} samples and gives {(times > 1).sum()} to several "
@@ -358,7 +367,10 @@ def flwr_datasets_partition(
 
 def label_histogram(labels: np.ndarray, parts: Sequence[np.ndarray], num_classes: int) -> np.ndarray:
     """Returns (clients, classes) int64: how many samples of each class each client holds; labels of -1 do not count."""
-    return np.stack([np.bincount(labels[part][labels[part] >= 0], minlength=num_classes) for part in parts])
+    held = Ragged.of(parts)
+    given = labels[held.rows]
+    place = held.part_of_row * num_classes + given
+    return np.bincount(place[given >= 0], minlength=len(held) * num_classes).reshape(len(held), num_classes)
 
 
 def split_like(
@@ -367,7 +379,7 @@ def split_like(
     labels: np.ndarray,
     num_classes: int,
     rng: np.random.Generator,
-) -> list[np.ndarray]:
+) -> Ragged:
     """Partitions another set (the test set) so that each client's share of a class equals its share in the reference.
 
     Args:
@@ -379,23 +391,26 @@ def split_like(
         rng: decides which sample goes where and, where shares round to halves of a sample, to whom.
 
     Returns:
-        One sorted int64 array of indices per client; disjoint, together all of range(n). Each holds its share of each
+        The sorted indices of each client; disjoint, together all of range(n). Each client holds its share of each
         class within one sample; classes that the reference lacks are spread evenly. A client may hold nothing.
     """
-    shares = label_histogram(reference_labels, reference_parts, num_classes)
-    unlabeled = np.array([(reference_labels[part] < 0).sum() for part in reference_parts])
-    if unlabeled.any():
-        total = shares.sum(0) if shares.any() else np.ones(num_classes)
-        shares = shares + unlabeled[:, None] * (total / total.sum())
-    return _by_class(labels, shares, rng)
+    held = Ragged.of(reference_parts)
+    part, given = held.part_of_row, reference_labels[held.rows]
+    total = np.bincount(given[given >= 0], minlength=num_classes)
+    unlabeled = held.sums(given < 0)
+    mix = total / total.sum() if total.any() else np.full(num_classes, 1 / num_classes)
+    # One class at a time: of a million clients, a matrix of all would be the largest thing in memory.
+    counts = (np.bincount(part[given == label], minlength=len(held)) for label in range(num_classes))
+    shares = (of_class + unlabeled * mix[label] for label, of_class in enumerate(counts))
+    return _by_class(labels, shares, len(held), rng)
 
 
-def _by_class(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Cuts every class by its column of `shares` (clients, classes), which need not be normalised."""
+def _by_class(labels: np.ndarray, shares: Iterable[np.ndarray], num_clients: int, rng: np.random.Generator) -> Ragged:
+    """Cuts every class by its `shares`, (clients,) for each class, which need not be normalised."""
     owner = np.empty(len(labels), dtype=np.int64)
-    for label in range(shares.shape[1]):
-        _cut(np.flatnonzero(labels == label), shares[:, label], rng, owner)
-    return _collect(owner, len(shares))
+    for label, of_class in enumerate(shares):
+        _cut(np.flatnonzero(labels == label), of_class, rng, owner)
+    return Ragged.by_owner(owner, num_clients)
 
 
 def _cut(indices: np.ndarray, shares: np.ndarray, rng: np.random.Generator, owner: np.ndarray) -> None:
@@ -410,9 +425,3 @@ def _cut(indices: np.ndarray, shares: np.ndarray, rng: np.random.Generator, owne
     # Dividing by the last value, and not by the sum, makes it exactly 1.
     bounds = np.rint(cumulated / cumulated[-1] * len(indices)).astype(np.int64)
     owner[rng.permutation(indices)] = np.repeat(order, np.diff(bounds, prepend=0))
-
-
-def _collect(owner: np.ndarray, num_clients: int) -> list[np.ndarray]:
-    """Turns (n,) owners into a sorted array of indices per client."""
-    bounds = np.cumsum(np.bincount(owner, minlength=num_clients))[:-1]
-    return np.split(np.argsort(owner, kind="stable"), bounds)

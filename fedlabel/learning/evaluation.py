@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.labels.bags import Bags
+from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.datasets import Split
 from fedlabel.inference.sums import add_at
 from fedlabel.learning.metrics import (
@@ -122,12 +123,11 @@ def evaluate(
             margins.append((logits[:, -1] - logits[:, 0]).double())  # probabilities near 1 would round to ties
     predicted = torch.cat(predictions)
     correct = (predicted == split.labels).cpu()
+    parts = Ragged.of(client_parts)
     return Evaluation(
         loss=float(torch.cat(losses).mean()),
         confusion=confusion_matrix(split.labels, predicted, num_classes).cpu().numpy(),
-        client_accuracy=ratio(
-            [correct.numpy()[rows].sum() for rows in client_parts], [len(rows) for rows in client_parts]
-        ),
+        client_accuracy=ratio(parts.sums(correct.numpy()[parts.rows]), parts.lengths),
         calibration=calibration_bins(torch.cat(confidences), correct),
         auc=area_under_curve(torch.cat(margins), split.labels) if num_classes == 2 else math.nan,
         bag_mae=math.nan if bags is None else bag_error(torch.cat(probabilities), bags),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fedlabel.data.labels.supervision import KIND_NAMES
@@ -32,9 +33,9 @@ def means(sums: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: pair[0] / pair[1] for name, pair in sums.items() if pair[1] > 0}
 
 
-def ratio(numerator: Iterable[float], denominator: Iterable[float]) -> np.ndarray:
+def ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
     """Returns numerator / denominator, NaN where the denominator is 0."""
-    top, bottom = np.asarray(list(numerator), dtype=np.float64), np.asarray(list(denominator), dtype=np.float64)
+    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
 
 

@@ -14,7 +14,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
 from fedlabel.record.run_folder import write_atomic
@@ -34,19 +34,33 @@ KIND_COLORS = (SKY, RED, GREEN, ORANGE, "#F0E442", PURPLE, GREY, BLUE, "#000000"
 LINES = ("-", "--", "-.", ":")
 DPI = 100
 MAX_SAMPLES = 32
+MAX_PATCHES = 100
+"""Bars that are drawn one by one, with gaps; more are one area, which takes a hundredth of the time."""
+MAX_BARS = 1_000
+"""Bars of the accuracy of clients: of more clients, those at evenly spaced ranks are drawn."""
 NUMBERED_CLASSES = 20
 """A confusion matrix of more classes shows colours only."""
 
 
-def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequence[str]) -> Figure:
+def partition_figure(
+    counts: np.ndarray,
+    kinds: Sequence[str],
+    class_names: Sequence[str],
+    numbers: np.ndarray | None = None,
+    num_clients: int | None = None,
+) -> Figure:
     """Plots samples per client and class, with and without supervision, and kinds of label per client.
 
     Args:
         counts: (kinds, clients, classes) samples; the first kind is "no label".
         kinds: a name for each; the second one is that of an ordinary label.
         class_names: one per class.
+        numbers: (clients,) which ones they are; None: 0, 1, ...
+        num_clients: how many there are; None: no others than these.
     """
     clients, classes = counts.shape[1:]
+    total = clients if num_clients is None else num_clients
+    names = range(clients) if numbers is None else numbers.tolist()
     labels_alone = not counts[2:].any()
     # The kinds that occur; samples without supervision come last.
     shown = [1, 0] if labels_alone else [kind for kind in [*range(1, len(kinds)), 0] if counts[kind].any()]
@@ -70,11 +84,15 @@ def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequ
             bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             bar.set_label("samples")
     _grid_between(axes[:2], clients, classes)
-    thickness, left = 0.8 if clients <= 100 else 1.0, np.zeros(clients)
+    left = np.zeros(clients)
     for kind in shown:
         name = ("unlabelled", "labelled")[kind] if labels_alone else kinds[kind]
         sizes = counts[kind].sum(1)
-        axes[2].barh(np.arange(clients), sizes, thickness, left=left, color=KIND_COLORS[kind], label=name)
+        if clients <= MAX_PATCHES:
+            axes[2].barh(np.arange(clients), sizes, 0.8, left=left, color=KIND_COLORS[kind], label=name)
+        else:
+            edges, style = np.arange(clients + 1) - 0.5, {"color": KIND_COLORS[kind], "label": name, "fill": True}
+            axes[2].stairs(left + sizes, edges, baseline=left, orientation="horizontal", **style)
         left = left + sizes
     axes[2].set_title("Per client")
     axes[2].set_xlabel("samples")
@@ -85,12 +103,16 @@ def partition_figure(counts: np.ndarray, kinds: Sequence[str], class_names: Sequ
         axis.tick_params(left=False)
     axes[0].set_ylabel("client")
     axes[0].yaxis.set_major_locator(MaxNLocator(min(clients, 40 if clients <= 40 else 20), integer=True))
+    if total > clients:
+        label = FuncFormatter(lambda place, _: str(names[int(place)]) if 0 <= place < clients else "")
+        axes[0].yaxis.set_major_formatter(label)
     if len(shown) <= 2:
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
     else:
         figure.legend(loc="outside lower center", ncols=5, frameon=False)
     legend = "" if numbered else " (white: none)"
-    figure.suptitle(f"Who holds what: {clients} clients, {classes} classes{legend}", x=0.01, ha="left")
+    who = f"{clients} clients" if total == clients else f"{clients:,} of {total:,} clients, evenly spaced"
+    figure.suptitle(f"Who holds what: {who}, {classes} classes{legend}", x=0.01, ha="left")
     return figure
 
 
@@ -269,11 +291,16 @@ def pseudo_label_panel(
 def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
     """Plots the global model's accuracy on every client's share of the evaluation split, lowest first.
 
+    Of more than `MAX_BARS` clients only so many are drawn, the worst and the best among them; the mean is over all.
+
     Args:
         accuracy: (clients,) in [0, 1]; NaN for a client without samples to evaluate on.
     """
     evaluated = np.flatnonzero(np.isfinite(accuracy))
     order = evaluated[np.argsort(accuracy[evaluated], kind="stable")]
+    mean = 100 * float(accuracy[order].mean()) if len(order) else 0.0
+    if len(order) > MAX_BARS:  # from the worst client to the best
+        order = order[np.arange(MAX_BARS) * (len(order) - 1) // (MAX_BARS - 1)]
     values = 100 * accuracy[order]
     figure = _figure(float(np.clip(0.22 * len(values), 5.5, 9.0)), 3.6)
     axis = figure.subplots()
@@ -288,20 +315,26 @@ def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
         return figure
     places = np.arange(len(values))
     few = len(values) <= 40
-    axis.bar(places, values, 0.8 if few else 1.0, color=SKY, zorder=2)
+    if few:
+        axis.bar(places, values, 0.8, color=SKY, zorder=2)
+    else:
+        axis.stairs(values, np.arange(len(values) + 1) - 0.5, color=SKY, zorder=2, fill=True)
     worst = f"worst: client {order[0]}, {values[0]:.1f} %"
     if few:
         axis.bar(places[:1], values[:1], 0.8, color=RED, zorder=2, label=worst)
     else:
         axis.plot(places[:1], values[:1], "o", color=RED, zorder=4, clip_on=False, label=worst)
-    axis.axhline(values.mean(), color="black", linestyle="--", zorder=3, label=f"mean: {values.mean():.1f} %")
+    axis.axhline(mean, color="black", linestyle="--", zorder=3, label=f"mean: {mean:.1f} %")
     axis.set_xlim(-0.6, len(values) - 0.4)
     if few:
         axis.set_xticks(places, [str(client) for client in order], fontsize=8, rotation=90 if len(values) > 20 else 0)
         axis.set_xlabel("client, worst first")
     else:
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axis.set_xlabel(f"{len(values)} clients, worst first")
+        whose = f"{len(values)} clients"
+        if len(values) < len(evaluated):
+            whose = f"{len(values):,} of {len(evaluated):,} clients, at evenly spaced ranks"
+        axis.set_xlabel(f"{whose}, worst first")
     axis.yaxis.grid(True, color="#DDDDDD", zorder=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedlabel.data.federation import shown_clients
 from server.observers.base import Observer, Report, Round
 from server.selection import select_key
 from server.state import ServerState
@@ -28,9 +29,10 @@ class EvaluationObserver(Observer):
         metrics = evaluation.metrics()
         if not experiment.recipe.place(number).stage.final:
             return Report({"interim/accuracy": metrics["eval/accuracy"]})
+        accuracy = evaluation.client_accuracy
         lists: dict[str, np.ndarray] = {
             "eval/class_accuracy": evaluation.class_accuracy,
-            "eval/client_accuracy": evaluation.client_accuracy,
+            "eval/client_accuracy": accuracy[shown_clients(len(accuracy))],
         }
         figures: dict[str, Figure] = {}
         if self.has_figures(number):
@@ -38,7 +40,7 @@ class EvaluationObserver(Observer):
 
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
-            figures["eval/clients"] = client_accuracy_figure(evaluation.client_accuracy)
+            figures["eval/clients"] = client_accuracy_figure(accuracy)
         tag = select_key(experiment)
         # Not in the other rounds of the last tenth: the next stage starts from the model that is selected, and what a
         # run learns must not depend on when it is to end.

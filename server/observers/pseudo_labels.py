@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedlabel.data.federation import SHOWN_CLIENTS
 from fedlabel.learning.metrics import bins_of, pseudo_label_metrics, ratio
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
@@ -17,8 +18,10 @@ class PseudoLabelObserver(Observer):
         counts = seen.counts
         if "drawn" not in counts:
             return Report()
-        of_clients = seen.tally.client_counts
-        clients = [of_clients.get(client, {}) for client in range(self.experiment.config.num_clients)]
+        of_clients, number = seen.tally.client_counts, self.experiment.config.num_clients
+        # Of many clients a fixed choice would hardly ever have trained: then those are shown that have, in their order.
+        shown = range(number) if number <= SHOWN_CLIENTS else sorted(of_clients)[:SHOWN_CLIENTS]
+        clients = [of_clients.get(client, {}) for client in shown]
         drawn, kept, correct = ([sum(c.get(key, [0.0])) for c in clients] for key in ("drawn", "kept", "correct"))
         lists = {
             "pseudo/class_coverage": ratio(counts["kept"], counts["drawn"]),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.labels.supervision_config import LabelKind
+from fedlabel.data.ragged import Ragged
+from fedlabel.data.streams import permute
 from fedlabel.seeding import numpy_generator
 
 
@@ -45,26 +47,43 @@ def draw_bags(
     Returns:
         The bags; the last one of a client may be smaller than asked for.
     """
+    order, sizes = _shuffled(Ragged.of(holders), part, seed, place)
+    if feature is not None:
+        rank = np.unique(feature, return_inverse=True)[1]
+        by_feature = np.lexsort((rank[order.rows], order.part_of_row))  # keeps the order of equal ones
+        order = Ragged(order.rows[by_feature], order.offsets)
     bag = np.full(len(labels), -1)
-    counts: list[np.ndarray] = []
-    for client, rows in enumerate(holders):
+    bag[order.rows] = np.repeat(np.arange(len(sizes.rows)), sizes.rows)
+    inside = bag[order.rows] * num_classes + labels[order.rows]
+    counts = np.bincount(inside, minlength=len(sizes.rows) * num_classes).reshape(-1, num_classes)
+    if part.count_epsilon is not None:
+        for client in np.flatnonzero(sizes.lengths).tolist():
+            noise = numpy_generator(seed, "supervision", "count_noise", place, client)
+            for row in range(sizes.offsets[client], sizes.offsets[client + 1]):
+                counts[row] = noisy_counts(counts[row], part.count_epsilon, noise)
+    return Bags(torch.from_numpy(bag), torch.from_numpy(counts))
+
+
+def _shuffled(holders: Ragged, part: LabelKind, seed: int, place: int) -> tuple[Ragged, Ragged]:
+    """Returns each client's rows in random order, and the sizes of its bags. For the arguments see `draw_bags`."""
+    size, most = part.bag_size, part.bag_size_max
+    assert size is not None
+    if most is None:
+        order = permute(holders, np.arange(len(holders)), seed, "supervision", "bags", place)
+        samples, number = order.lengths, -(-order.lengths // size)
+        sizes = Ragged.of_lengths(np.full(number.sum(), size), number)
+        sizes.rows[sizes.offsets[1:][number > 0] - 1] -= (number * size - samples)[number > 0]
+        return order, sizes
+    rows, found = [], []
+    for client, mine in enumerate(holders):
         rng = numpy_generator(seed, "supervision", "bags", place, client)
-        noise = numpy_generator(seed, "supervision", "count_noise", place, client)
-        order = rng.permutation(rows)
-        if feature is not None:
-            order = order[np.argsort(feature[order], kind="stable")]
-        assert part.bag_size is not None
-        start = 0
-        while start < len(order):
-            size = (
-                part.bag_size if part.bag_size_max is None else int(rng.integers(part.bag_size, part.bag_size_max + 1))
-            )
-            members = order[start : start + size]
-            bag[members] = len(counts)
-            exact = np.bincount(labels[members], minlength=num_classes)
-            counts.append(exact if part.count_epsilon is None else noisy_counts(exact, part.count_epsilon, noise))
-            start += size
-    return Bags(torch.from_numpy(bag), torch.from_numpy(np.array(counts, dtype=np.int64).reshape(-1, num_classes)))
+        rows.append(rng.permutation(mine))
+        left, drawn = len(mine), []
+        while left:
+            drawn.append(min(left, int(rng.integers(size, most + 1))))
+            left -= drawn[-1]
+        found.append(np.array(drawn, dtype=np.int64))
+    return Ragged.of(rows), Ragged.of(found)
 
 
 def noisy_counts(counts: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:

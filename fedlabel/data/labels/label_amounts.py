@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from fedlabel.data.labels.supervision_config import LabelKind, SupervisionConfig
+from fedlabel.data.ragged import Ragged
+from fedlabel.data.streams import choose, permute
 from fedlabel.seeding import numpy_generator
 
 
@@ -35,7 +38,7 @@ def kind_of_samples(
 
     Args:
         labels: (n,) integers in [0, num_classes), the truth; -1 where the data have none.
-        parts: one array of indices per client, or a single one, of all samples, where the choice is not the clients'.
+        parts: the samples of each client, or a single part, of all samples, where the choice is not the clients'.
         num_classes: how many classes.
         config: how many, and how.
         seed: the experiment's seed. Each client (each class for `labels_per_class`) has a generator of its own, so
@@ -51,28 +54,43 @@ def kind_of_samples(
         ValueError: more labels are asked for than there are samples.
     """
     kind = np.full(len(labels), -1, dtype=np.int64)
-    parts = [part[~np.isin(labels[part], unlabeled_only)] for part in parts] if len(unlabeled_only) else parts
-    for place, holders in enumerate(_holders(parts, config, seed)):
+    held = Ragged.of(parts)
+    if len(unlabeled_only):
+        held = held.where(~np.isin(labels[held.rows], unlabeled_only))
+    for place, holders in enumerate(_holders(held, config, seed)):
         scope = (place,) if config.mix else ()
         choice = _Choice(labels, sorted(set(range(num_classes)) - set(unlabeled_only)), config, seed, scope)
         if config.parts[place].from_true_labels:
-            holders = {client: rows[labels[rows] >= 0] for client, rows in holders.items()}
+            holders = holders._replace(parts=holders.parts.where(labels[holders.parts.rows] >= 0))
         kind[choice.choose(config.parts[place], holders)] = place
     return kind
 
 
-def _holders(parts: Sequence[np.ndarray], config: SupervisionConfig, seed: int) -> list[dict[int, np.ndarray]]:
-    """Returns for every part of the mix: client -> the rows that may get its kind of label."""
+class _Holders(NamedTuple):
+    """Clients, and the rows that may get a kind of label."""
+
+    clients: np.ndarray
+    """(m,) int64."""
+    parts: Ragged
+    """Of each of these clients."""
+
+
+def _holders(parts: Ragged, config: SupervisionConfig, seed: int) -> list[_Holders]:
+    """Returns for every part of the mix the rows that may get its kind of label."""
+    everyone = np.arange(len(parts))
     if not config.mix:
-        chosen = range(len(parts)) if config.labels_at == "server" else labeled_clients(len(parts), config, seed)
-        return [{int(client): parts[client] for client in chosen}]
+        chosen = everyone if config.labels_at == "server" else labeled_clients(len(parts), config, seed)
+        return [_Holders(chosen, parts.take(chosen))]
     shares = [part.share for part in config.mix]
     if config.mix_over == "samples":
-        groups = [
-            np.split(numpy_generator(seed, "supervision", "mix", client).permutation(rows), _borders(shares, len(rows)))
-            for client, rows in enumerate(parts)
-        ]
-        return [{client: np.sort(split[place]) for client, split in enumerate(groups)} for place in range(len(shares))]
+        places = Ragged(np.arange(len(parts.rows)), parts.offsets)
+        order = permute(places, everyone, seed, "supervision", "mix").rows
+        part_of, lengths = parts.part_of_row, parts.lengths
+        drawn_as = np.arange(len(order)) - parts.offsets[part_of]  # the first, the second, ... of its client
+        place = np.zeros(len(order), dtype=np.int64)
+        for share in np.cumsum(shares):
+            place[order] += drawn_as >= np.rint(share * lengths).astype(np.int64)[part_of]
+        return [_Holders(everyone, parts.where(place == number)) for number in range(len(shares))]
     order = numpy_generator(seed, "supervision", "mix").permutation(len(parts))
     split = np.split(order, _borders(shares, len(parts)))
     empty = [place for place in range(len(shares)) if len(split[place]) == 0]
@@ -81,7 +99,8 @@ def _holders(parts: Sequence[np.ndarray], config: SupervisionConfig, seed: int) 
             f"`supervision.mix[{empty[0]}].share` (={shares[empty[0]]:g}) of {len(parts)} clients is none of them: "
             "give it more, take more clients, or supervision.mix_over=samples."
         )
-    return [{int(client): parts[client] for client in np.sort(split[place])} for place in range(len(shares))]
+    groups = [np.sort(split[place]) for place in range(len(shares))]
+    return [_Holders(clients, parts.take(clients)) for clients in groups]
 
 
 def _borders(shares: Sequence[float], count: int) -> np.ndarray:
@@ -101,9 +120,9 @@ class _Choice:
     scope: tuple[int, ...]
     """The index in the mix, so that each part draws its own random numbers."""
 
-    def choose(self, kind: LabelKind, holders: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Returns rows; holders: client -> rows to choose from."""
-        everyone = np.sort(np.concatenate([*holders.values(), np.arange(0)]))
+    def choose(self, kind: LabelKind, holders: _Holders) -> np.ndarray:
+        """Returns the chosen ones of the holders' rows."""
+        everyone = np.sort(holders.parts.rows)
         labels, chosen = self.labels, [np.arange(0)]
         who = "the clients with labels have" if self.config.labels_at == "some_clients" else "the training set has"
         if self.config.mix:
@@ -122,14 +141,27 @@ class _Choice:
             _check_enough("labels_total", kind.labels_total, len(everyone), who, lacking)
             chosen.append(_choose(everyone, labels, kind.labels_total, kind.stratified, self._generator("total")))
         else:
-            for client, rows in holders.items():
-                if kind.labels_per_client is not None:
-                    count = kind.labels_per_client
-                    _check_enough("labels_per_client", count, len(rows), f"client {client} has", lacking)
-                else:
-                    assert kind.label_rate is not None
-                    count = int(kind.label_rate * len(rows))
-                chosen.append(_choose(rows, labels, count, kind.stratified, self._generator("client", client)))
+            chosen.append(self._of_each(kind, holders, lacking))
+        return np.concatenate(chosen)
+
+    def _of_each(self, kind: LabelKind, holders: _Holders, lacking: bool) -> np.ndarray:
+        """Returns rows of each client, as many as `labels_per_client` or `label_rate` says."""
+        clients, parts = holders
+        sizes = parts.lengths
+        if kind.labels_per_client is not None:
+            counts = np.full_like(sizes, kind.labels_per_client)
+            for place in np.flatnonzero(sizes < counts)[:1].tolist():
+                whose = f"client {clients[place]} has"
+                _check_enough("labels_per_client", kind.labels_per_client, int(sizes[place]), whose, lacking)
+        else:
+            assert kind.label_rate is not None
+            counts = (kind.label_rate * sizes).astype(np.int64)
+        if not kind.stratified:
+            return choose(parts, counts, clients, self.seed, "supervision", *self.scope, "client")
+        chosen = [np.arange(0)]
+        for place in np.flatnonzero(counts).tolist():
+            rng = self._generator("client", int(clients[place]))
+            chosen.append(_choose(parts[place], self.labels, int(counts[place]), True, rng))
         return np.concatenate(chosen)
 
     def _generator(self, *purpose: str | int) -> np.random.Generator:

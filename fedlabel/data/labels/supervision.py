@@ -13,6 +13,7 @@ from fedlabel.data.labels.bags import Bags, draw_bags
 from fedlabel.data.labels.imprecision import LabelSources, draw_candidates, draw_noisy_labels, swap_truth
 from fedlabel.data.labels.labeling_functions import NOT_ASKED, Cast, cast_votes, load_functions
 from fedlabel.data.labels.supervision_config import LabelKind
+from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.datasets import Dataset
 from fedlabel.seeding import numpy_generator
 
@@ -252,7 +253,8 @@ def build_supervision(
             continue
         truth = _checked(torch.from_numpy(np.asarray(labels)), index, num_classes).numpy()
         if part.kind == "bags":
-            own = [mine[kinds[mine] == place] for mine in holders]
+            held = Ragged.of(holders)
+            own = held.where(kinds[held.rows] == place)
             feature = None if part.bag_feature is None else sources.dataset.feature(part.bag_feature, "train")
             bags = draw_bags(labels, own, num_classes, part, feature, seed, place)
             bag[index] = torch.where(bags.bag[index] >= 0, bags.bag[index] + sum(map(len, counts)), -1)
@@ -321,8 +323,10 @@ def ask_functions(
     for place, part in enumerate(parts):
         if part.module is None:
             continue
-        own = [mine[kinds[mine] >= 0] for mine in holders if (kinds[mine] == place).any()]
-        asked = np.concatenate(own) if own else np.flatnonzero(kinds == place)
+        held = Ragged.of(holders)
+        have = np.flatnonzero(held.sums(kinds[held.rows] == place))
+        own = held.take(have).rows
+        asked = own[kinds[own] >= 0] if len(have) else np.flatnonzero(kinds == place)
         functions, samples = load_functions(part.module), (dataset.sample(int(row)) for row in asked)
         cast = cast_votes(functions, samples, dataset.class_names, stop=part.on_error == "stop")
         if len(asked) and not any(report.votes for report in cast.reports):
