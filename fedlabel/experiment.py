@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
@@ -78,6 +79,8 @@ class Experiment:
         if memory is not None:
             check_size(lambda: self._network(seed), config.model, memory)
         student, self.teacher = (self._build_model(seed) for _ in range(2))
+        self.running = running_statistics(student)
+        self.transform = replace(self.transform, channels_last=self.device.type == "cuda" and bool(self.running.means))
         self._check_strategy(student)
         graphs = Graphs(capture_on_cuda) if self.device.type == "cuda" and config.grid.cuda_graphs else None
         self.trainer = Trainer(student, self.teacher, self.transform, config.training, config.method.metrics, graphs)
@@ -87,7 +90,6 @@ class Experiment:
         self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
         self._check_upload(frozenset(name for name, _ in student.named_parameters()))
-        self.running = running_statistics(student)
 
     def _federation(self, split: str) -> Federation:
         config = self.config
@@ -165,7 +167,10 @@ class Experiment:
             )
 
     def _build_model(self, seed: int) -> nn.Module:
-        return self._network(seed).to(self.device)
+        model = self._network(seed).to(self.device)
+        if self.device.type == "cuda" and running_statistics(model).means:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
 
     def _network(self, seed: int) -> nn.Module:
         """Returns the student, built on the default device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
@@ -88,7 +89,7 @@ class Ragged(Sequence[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         offsets = self.offsets.tolist()
-        return (self.rows[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True))
+        return (self.rows[start:stop] for start, stop in itertools.pairwise(offsets))
 
     @overload
     def __getitem__(self, index: int) -> np.ndarray: ...

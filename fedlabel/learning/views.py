@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fedlabel.data.augment import AugmentConfig, strong, weak
@@ -20,6 +21,9 @@ class ImageTransform:
     """(channels, 1, 1)."""
     augment: AugmentConfig
     allow_flip: bool
+    channels_last: bool = False
+    """Whether channels are innermost in memory: on a GPU, convolutions and BatchNorm then take half the time, but
+    GroupNorm more."""
 
     def normalize(self, images: Tensor) -> Tensor:
         """Returns (batch, channels, height, width) uint8 as float32 with zero mean and unit variance per channel.
@@ -27,7 +31,8 @@ class ImageTransform:
         Rows of tables (float32) are not pixels of [0, 255]: of them only mean and std are taken.
         """
         values = images if images.is_floating_point() else images.float() / 255
-        return (values - self.mean) / self.std
+        values = (values - self.mean) / self.std
+        return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
 
     def views(self, images: Tensor, names: tuple[str, ...], draws: Draws) -> dict[str, Tensor]:
         """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn independently."""
