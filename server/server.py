@@ -14,7 +14,8 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Start
 from fedlabel.methods.shared import state_to_lists
-from fedlabel.record.run_folder import RunFolder, is_evaluated
+from fedlabel.record.results import is_evaluated
+from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import save_checkpoint
 from server.exchange import replies_to
 from server.grids.base import SimulationGrid

@@ -21,7 +21,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.recipe import LabelKinds, Phase, Recipe, Stage, Start
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.checkpoint import load_checkpoint
 from server.grids.in_process import InProcessGrid
 from server.nodes import is_simulation
