@@ -169,7 +169,7 @@ class Experiment:
     def _build_model(self, seed: int) -> nn.Module:
         model = self._network(seed).to(self.device)
         if self.device.type == "cuda" and running_statistics(model).means:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         return model
 
     def _network(self, seed: int) -> nn.Module:

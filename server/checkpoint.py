@@ -18,7 +18,8 @@ from fedlabel.config import ExperimentConfig, flatten, keys_without_effect, pars
 from fedlabel.config_text import parse_yaml
 from fedlabel.errors import naming
 from fedlabel.experiment import Experiment
-from fedlabel.record.run_folder import CONFIG_YAML, write_atomic
+from fedlabel.record.files import write_atomic
+from fedlabel.record.names import CONFIG_YAML
 from server.checkpoint_schema import complaints
 from server.state import ServerState
 

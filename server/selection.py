@@ -14,7 +14,8 @@ from fedlabel.errors import naming
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.recipe import Recipe
-from fedlabel.record.run_folder import best_row, lower_is_better, write_atomic
+from fedlabel.record.files import write_atomic
+from fedlabel.record.results import best_row, lower_is_better
 
 SELECTED = "selected_{:06d}.pt"
 """Weights by name; the round is in the name."""

@@ -10,7 +10,8 @@ from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Start
-from fedlabel.record.run_folder import RunFolder, is_evaluated
+from fedlabel.record.results import is_evaluated
+from fedlabel.record.run_folder import RunFolder
 from server.blocks import cut_into_blocks, cut_into_tasks
 from server.checkpoint import save_checkpoint
 from server.grids.base import ClientGrid, MemoryOf, Order

@@ -25,16 +25,10 @@ from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_commit
 from fedlabel.learning.task import label_warnings
-from fedlabel.record.run_folder import (
-    CHECKPOINTS,
-    CONFIG_YAML,
-    PARTITION_JSON,
-    RunFolder,
-    as_json,
-    read_metrics,
-    read_summary,
-    write_atomic,
-)
+from fedlabel.record.files import write_atomic
+from fedlabel.record.json_files import as_json, read_metrics, read_summary
+from fedlabel.record.names import CHECKPOINTS, CONFIG_YAML, PARTITION_JSON
+from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import latest_checkpoint
 from server.grids.base import ClientGrid
 from server.grids.flower import FlowerGrid

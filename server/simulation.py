@@ -15,7 +15,8 @@ from fedlabel.data.sets.config import SETS
 from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.errors import check_folder, naming
 from fedlabel.experiment import Experiment, open_experiment
-from fedlabel.record.run_folder import CONFIG_YAML, read_metrics
+from fedlabel.record.json_files import read_metrics
+from fedlabel.record.names import CONFIG_YAML
 from server.grids.base import ClientGrid
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid

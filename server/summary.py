@@ -9,7 +9,7 @@ from typing import Any
 from fedlabel.experiment import Experiment
 from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.learning.metrics import add_counts
-from fedlabel.record.run_folder import averaged_rounds, best_row, summarize
+from fedlabel.record.results import averaged_rounds, best_row, summarize
 from server.selection import select_key
 
 

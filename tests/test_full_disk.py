@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import fedlabel
 from fedlabel.cli.main import app
 from fedlabel.errors import FileError
-from fedlabel.record.run_folder import EventFile
+from fedlabel.record.event_file import EventFile
 from tests.integration.processes import environment, fedlabel_command
 from tests.integration.tiny import TINY, assert_same_run, run_tiny
 

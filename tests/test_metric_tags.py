@@ -18,7 +18,7 @@ from fedlabel.experiment import open_experiment
 from fedlabel.learning.evaluation import EVALUATED
 from fedlabel.methods import method_class
 from fedlabel.metric_tags import TAGS, Tag, client_tags, find_tag
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.simulation import RunResult
 from tests.integration.processes import environment, fedlabel_command
 

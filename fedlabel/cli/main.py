@@ -72,7 +72,8 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
-    from fedlabel.record.run_folder import CONFIG_YAML, name_mean
+    from fedlabel.record.names import CONFIG_YAML
+    from fedlabel.record.results import name_mean
 
     configs, overrides = _split(items)
     done: list[int] = []
@@ -278,7 +279,7 @@ def partition(
     from fedlabel.data.federation import shown_clients
     from fedlabel.data.labels.supervision import KIND_NAMES
     from fedlabel.record.figures import partition_figure, save_png
-    from fedlabel.record.run_folder import write_atomic
+    from fedlabel.record.files import write_atomic
 
     configs, overrides = _split(items)
     with _reported():

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from fedlabel.config import flatten, load_config
 from fedlabel.errors import make_folder
 from fedlabel.record.figures import curves_figure, save_png, svg_bytes
-from fedlabel.record.run_folder import write_atomic
+from fedlabel.record.files import write_atomic
 from fedlabel.study.runs import ACCURACY, COLUMN, METRICS, Comparison, Run, differing_keys, plain
 from fedlabel.study.statistics import (
     NOT_TESTED,

@@ -17,15 +17,9 @@ from typing import Any
 from fedlabel.config import ExperimentConfig, flatten, keys_without_effect, load_config
 from fedlabel.methods.supervised import Supervised
 from fedlabel.names import counted, did_you_mean
-from fedlabel.record.run_folder import (
-    CONFIG_YAML,
-    METRICS_JSONL,
-    SUMMARY_JSON,
-    averaged_rounds,
-    name_mean,
-    read_metrics,
-    read_summary,
-)
+from fedlabel.record.json_files import read_metrics, read_summary
+from fedlabel.record.names import CONFIG_YAML, METRICS_JSONL, SUMMARY_JSON
+from fedlabel.record.results import averaged_rounds, name_mean
 from fedlabel.study.sweep import SWEEP_JSON, CompareConfig, SweepConfig, format_value, parse_sweep
 
 ACCURACY, COLUMN = "eval/accuracy", "mean_last_tenth"

@@ -15,14 +15,10 @@ from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, keys_without_effect, load_config, to_yaml
 from fedlabel.errors import make_folder
-from fedlabel.record.run_folder import (
-    CONFIG_YAML,
-    SUMMARY_JSON,
-    FolderLock,
-    lower_is_better,
-    read_summary,
-    write_atomic,
-)
+from fedlabel.record.files import FolderLock, write_atomic
+from fedlabel.record.json_files import read_summary
+from fedlabel.record.names import CONFIG_YAML, SUMMARY_JSON
+from fedlabel.record.results import lower_is_better
 from fedlabel.study.sweep import SWEEP_JSON, Cell, Group, SearchConfig, SweepConfig, format_value, plan_sweep
 from fedlabel.study.workers import Tell, run_parallel
 

@@ -12,7 +12,7 @@ import numpy as np
 from fedlabel.data.labels.labeling_functions import function_name, load_functions
 from fedlabel.experiment import Experiment
 from fedlabel.learning.metrics import COUNTED, OF_SAMPLES, RATES, Counts, add_counts, ratio
-from fedlabel.record.run_folder import FUNCTIONS_CSV
+from fedlabel.record.names import FUNCTIONS_CSV
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedlabel.experiment import Experiment
-from fedlabel.record.run_folder import is_evaluated
+from fedlabel.record.results import is_evaluated
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 

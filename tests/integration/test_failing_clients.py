@@ -14,7 +14,7 @@ from fedlabel.config import ExperimentConfig, load_config, to_yaml
 from fedlabel.experiment import open_experiment
 from fedlabel.methods.batch import State
 from fedlabel.methods.federated_transition import FederatedTransition
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.checkpoint import load_checkpoint
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid

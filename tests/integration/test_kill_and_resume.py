@@ -15,7 +15,7 @@ import pytest
 
 import fedlabel
 import server.server
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.checkpoint import save_checkpoint
 from server.state import ServerState
 from tests.integration.processes import environment, fedlabel_command, marked, start, stop_marked, wait_until

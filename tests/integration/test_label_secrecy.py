@@ -17,7 +17,7 @@ from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.sets.datasets import Split
 from fedlabel.methods import METHODS
 from fedlabel.methods.recipe import ByBag, Phase
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from tests.integration.tiny import TINY, assert_same_weights, final_weights, run_tiny
 from tests.methods.recipes import task
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fedlabel
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.checkpoint import load_checkpoint
 from server.simulation import RunResult
 

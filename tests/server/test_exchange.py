@@ -29,7 +29,7 @@ from google.protobuf.message import DecodeError
 from fedlabel.config import load_config
 from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.exchange import TRIES, replies_to
 from server.grids.flower import FlowerGrid
 from server.nodes import connect

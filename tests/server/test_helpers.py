@@ -17,7 +17,7 @@ from fedlabel.learning.client import ClientUpdate
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Helpers
 from fedlabel.methods.uploads import ModelPart
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.blocks import BlockResult
 from server.checkpoint import load_checkpoint, save_checkpoint
 from server.helpers import HelperPool

@@ -14,7 +14,7 @@ from fedlabel.config import ConfigError, load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods.llp_bp import LLPBP
 from fedlabel.methods.supervised import Supervised
-from fedlabel.record.run_folder import best_row
+from fedlabel.record.results import best_row
 from server.checkpoint import load_checkpoint
 from server.selection import SELECTED, Selection
 from tests.methods.recipes import task

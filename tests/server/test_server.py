@@ -24,7 +24,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.recipe import LabelKinds, Phase, Recipe, Stage, Start
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.checkpoint import load_checkpoint
 from server.grids.flower import FlowerGrid, messages_to
 from server.grids.in_process import InProcessGrid

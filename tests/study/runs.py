@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlabel.config import load_config, to_yaml
-from fedlabel.record.run_folder import summarize
+from fedlabel.record.results import summarize
 
 
 def make_run(

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from fedlabel.cli.main import app
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
-from fedlabel.record.run_folder import FolderLock, read_metrics
+from fedlabel.record.files import FolderLock
+from fedlabel.record.json_files import read_metrics
 from fedlabel.study.sweep import format_value, load_sweep, parse_sweep, plan_sweep
 from fedlabel.study.sweep_run import Event, choose, finished_cells, run_sweep
 from tests.integration.processes import environment, fedlabel_command, marked, start, stop_marked, wait_until

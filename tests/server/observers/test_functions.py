@@ -23,7 +23,8 @@ from fedlabel.learning.metrics import Counts, add_counts, function_counts
 from fedlabel.learning.step import frozen_model
 from fedlabel.methods.batch import State
 from fedlabel.record.figures import functions_figure
-from fedlabel.record.run_folder import RunFolder, read_metrics
+from fedlabel.record.json_files import read_metrics
+from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import load_checkpoint
 from server.observers import Report, Round
 from server.observers.functions import FunctionObserver, markdown

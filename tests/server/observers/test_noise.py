@@ -18,7 +18,7 @@ import fedlabel.record.figures
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State
-from fedlabel.record.run_folder import read_metrics
+from fedlabel.record.json_files import read_metrics
 from server.observers import Report, Round
 from server.observers.noise import NoiseErrorObserver, NoiseObserver
 from server.state import ServerState

@@ -1,0 +1,116 @@
+"""Events for TensorBoard: a file of them, and histograms and figures in it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary as summaries
+
+from fedlabel.errors import naming
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_POSITIVE = 1e-12 * 1.1 ** np.arange(775)
+_LIMITS = np.concatenate([-_POSITIVE[::-1], [0.0], _POSITIVE])
+"""Limits of the bins of TensorBoard's histograms."""
+
+
+class EventFile:
+    """A new file of events for TensorBoard.
+
+    Not `torch.utils.tensorboard.SummaryWriter`: it writes in a thread, so that a full disk shows as a traceback of that
+    thread and, at the next call, as an error that names no file.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        """Creates the file; `purge_step`: TensorBoard hides entries of earlier files from this step on."""
+        # TensorBoard reads the files of a folder in the order of their names, and takes what has "tfevents" in it.
+        name = (
+            f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+        )
+        self.path = folder / name
+        with naming(self.path):
+            self._file = open(self.path, "xb")  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"), None)
+        if purge_step is not None:
+            self._write(Event(session_log=SessionLog(status=SessionLog.START)), purge_step)
+
+    def add(self, summary: Summary, step: int | None = None) -> None:
+        """Adds a summary made by `torch.utils.tensorboard.summary`."""
+        self._write(Event(summary=summary), step)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Adds a number."""
+        self.add(summaries.scalar(tag, value), step)
+
+    def add_histogram(self, tag: str, values: np.ndarray, step: int) -> None:
+        """Adds the histogram of the finite ones among (n,) numbers; without any it adds nothing."""
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            self.add(summaries.histogram(tag, finite, _LIMITS), step)
+
+    def add_bins(self, tag: str, counts: np.ndarray, step: int) -> None:
+        """Adds a histogram of values in [0, 1], from how many are in each of n equal parts, (n,)."""
+        limits = np.linspace(0, 1, len(counts) + 1)[1:]
+        middles = limits - 0.5 / len(counts)
+        histogram = summaries.histogram_raw(
+            tag,
+            min=0.0,
+            max=1.0,
+            num=float(counts.sum()),
+            sum=float(counts @ middles),
+            sum_squares=float(counts @ middles**2),
+            bucket_limits=limits.tolist(),
+            bucket_counts=counts.tolist(),
+        )
+        self.add(histogram, step)
+
+    def add_figure(self, tag: str, figure: Figure, step: int) -> None:
+        """Adds a figure, as an image."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: of no use where there are no figures
+
+        # Not through pyplot, which keeps global state and looks for a display.
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        self.add(summaries.image(tag, pixels, dataformats="HWC"), step)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Adds Markdown."""
+        self.add(summaries.text(tag, text), step)
+
+    def flush(self) -> None:
+        """Writes buffered events to the operating system."""
+        with naming(self.path):
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        with naming(self.path):
+            self._file.close()
+
+    def _write(self, event: Event, step: int | None) -> None:
+        event.wall_time = time.time()
+        if step is not None:
+            event.step = step
+        with naming(self.path):
+            self._records.write(event.SerializeToString())
+
+
+def wait_for_later_name(path: Path) -> None:
+    """Waits until a new event file sorts after the old ones, as TensorBoard reads them by name (second, host, pid)."""
+    stamps = [int(file.name.split(".")[3]) for file in path.glob("events.out.tfevents.*")]
+    wait = max(stamps, default=0) + 1 - time.time()
+    if 0 < wait <= 1:  # more: the clock was set back, or the folder comes from elsewhere
+        time.sleep(wait)

@@ -1,0 +1,11 @@
+"""Names of the files in a run's folder, see `run_folder`."""
+
+CONFIG_YAML = "config.yaml"
+METRICS_JSONL = "metrics.jsonl"
+FAILURES_LOG = "failures.log"
+CHECKPOINTS = "checkpoints"
+PARTITION_JSON = "partition.json"
+PARTITION_PNG = "partition.png"
+SUPERVISION_JSON = "supervision.json"
+SUMMARY_JSON = "summary.json"
+FUNCTIONS_CSV = "labeling_functions.csv"
