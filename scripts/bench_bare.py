@@ -1,9 +1,9 @@
 """Bare loops: the arithmetic of a round of federated learning in plain PyTorch, with nothing around it.
 
-What `bench_engine.py` and `bench_gpu.py` compare the runtime with. A loop has the method's formulas written out from its
-paper, one model, torch's SGD, a copy of the weights per client and a running weighted mean. Of fedlabel it takes the
-models, the augmentation, the data and the seeds, so that a loop draws the same samples and views as the runtime, and
-its mean loss of every round should be the runtime's `train/loss`.
+What `bench_engine.py` and `bench_gpu.py` compare the runtime with. A loop has the method's formulas written out from
+its paper, one model, torch's SGD, a copy of the weights per client and a running weighted mean. Of fedlabel it takes
+the models, the augmentation, the data and the seeds, so that a loop draws the same samples and views as the runtime,
+and its mean loss of every round should be the runtime's `train/loss`.
 
 As a program it checks that: python scripts/bench_bare.py
 """
@@ -208,7 +208,9 @@ class BareLoop:
         """Yields the rows of each step: shuffled passes, cut without a gap."""
         training = self.config.training
         generator, size = torch_generator(seed, *scope), min(batch, len(rows))
-        steps = training.local_steps if training.local_epochs is None else training.local_epochs * -(-len(rows) // batch)
+        steps = (
+            training.local_steps if training.local_epochs is None else training.local_epochs * -(-len(rows) // batch)
+        )
         order = rows[:0]
         for _ in range(steps or 0):
             while len(order) < size:
@@ -244,16 +246,19 @@ class BareLoop:
                 parameter.copy_(weights[name])
 
 
-def timed(loop: BareLoop, rounds: int) -> list[float]:
-    """Returns the seconds of each of `rounds` rounds, after one that does not count."""
-    seconds = []
+def timed(loop: BareLoop, rounds: int) -> tuple[list[float], list[float]]:
+    """Returns the seconds of each of `rounds` rounds, and those of this process on a CPU, after one that does not
+    count.
+    """
+    wall, cpu = [], []
     for number in range(1, rounds + 2):
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         loop.round(number)
         if loop.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+        wall.append(time.perf_counter() - started)
+        cpu.append(time.process_time() - busy)
+    return wall[1:], cpu[1:]
 
 
 def deviation(overrides: Sequence[str], rounds: int = 2) -> float:

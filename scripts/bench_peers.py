@@ -11,6 +11,7 @@ Flower's runtime finds the app `bench_peers:app` in its workers, and the job in 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedlabel.models import MODELS, ModelConfig, ModelEntry, Net, build_model
+
 
 class Job(NamedTuple):
     data: str
@@ -37,14 +40,33 @@ class Job(NamedTuple):
     rounds: int
     """Timed ones; one more comes first."""
     device: str = "cpu"
-    width: int = 1
-    """See `model.width`; for the cnn."""
+
+
+class PflCnn(Net):
+    """The simple CNN of pfl's CIFAR10 benchmark, without its dropout: two 3x3 convolutions without padding,
+    max-pooling, one hidden layer.
+    """
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        self.conv1, self.conv2 = torch.nn.Conv2d(channels, 32, 3), torch.nn.Conv2d(32, 64, 3)
+        self.hidden = torch.nn.Linear(64 * ((height - 4) // 2) * ((width - 4) // 2), 128)
+        self.output = torch.nn.Linear(128, num_classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        features = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(images)))), 2)
+        return F.relu(self.hidden(features.flatten(1)))
+
+
+def register() -> None:
+    """Makes `PflCnn` a model of fedlabel, in this process."""
+    MODELS["pfl_cnn"] = ModelEntry("pfl's CNN for CIFAR10", 6, lambda config, shape, classes: PflCnn(shape, classes))
 
 
 def network(job: Job, shape: tuple[int, int, int]) -> torch.nn.Module:
-    from fedlabel.models import ModelConfig, build_model
-
-    return build_model(ModelConfig(name=job.model, width=job.width), shape, 10, seed=0)
+    register()
+    return build_model(ModelConfig(name=job.model), shape, 10, seed=0)
 
 
 @lru_cache(maxsize=1)
@@ -52,7 +74,7 @@ def load(job: Job) -> list[tuple[Tensor, Tensor]]:
     """Returns normalised images and labels of each client."""
     with np.load(job.data) as arrays:
         images, labels = torch.from_numpy(arrays["x_train"]), torch.from_numpy(arrays["y_train"]).long()
-    images = images[:, None] if images.dim() == 3 else images
+    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
     values = images.float() / 255
     values = (values - values.mean((0, 2, 3), keepdim=True)) / values.std((0, 2, 3), keepdim=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).chunk(job.clients)
@@ -60,7 +82,7 @@ def load(job: Job) -> list[tuple[Tensor, Tensor]]:
 
 
 def seconds_between(ends: list[float]) -> list[float]:
-    return [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 # --------------------------------------------------------------------------------------------------------- pfl
@@ -70,18 +92,19 @@ def run_pfl(job: Job) -> dict[str, Any]:
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.algorithm.base import NNAlgorithmParams
     from pfl.algorithm.federated_averaging import FederatedAveraging
-    from pfl.callback import TrainingProcessCallback
+    from pfl.callback.base import TrainingProcessCallback
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.data.pytorch import PyTorchTensorDataset
     from pfl.data.sampling import get_user_sampler
     from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
     from pfl.internal.ops import pytorch_ops
     from pfl.internal.ops.selector import set_framework_module
+    from pfl.metrics import Metrics
     from pfl.model.pytorch import PyTorchModel
 
     set_framework_module(pytorch_ops)
     torch.set_num_threads(1)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - pfl draws from it
     clients = load(job)
     net = network(job, tuple(clients[0][0].shape[1:]))
 
@@ -109,7 +132,7 @@ def run_pfl(job: Job) -> dict[str, Any]:
             if job.device == "cuda":
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
-            return False, {}
+            return False, Metrics()
 
     FederatedAveraging().run(
         NNAlgorithmParams(job.rounds + 1, 10**9, job.cohort, None),
@@ -160,12 +183,11 @@ def __getattr__(name: str) -> Any:
 
 
 def run_flower(job: Job) -> dict[str, Any]:
+    import bench_peers  # by the name under which workers find it
     from flwr.app import ArrayRecord
     from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
-
-    import bench_peers  # by the name under which workers find it
 
     os.environ["BENCH_JOB"] = json.dumps(job._asdict())
     ends: list[float] = []
