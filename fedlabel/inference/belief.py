@@ -37,9 +37,10 @@ from fedlabel.inference.cardinality import (
     exact_messages,
     gaussian_messages,
     tilt,
+    wants_large_blocks,
 )
 from fedlabel.inference.pairwise import ising, sum_product
-from fedlabel.inference.sums import add_at
+from fedlabel.inference.sums import IndexedSums
 
 __all__ = ["Beliefs", "bag_posterior", "count_log_likelihood", "marginals"]
 
@@ -51,7 +52,12 @@ VISIBLE = 10.0
 _LARGEST_CAVITY = 80.0
 """exp(-80) is still a number in single precision."""
 CELLS = 1 << 16
-"""Numbers per position of a stack of bags: what stays in a processor's cache."""
+"""Numbers per position of a stack of bags on a CPU: what stays in its cache."""
+LARGE_CELLS = 1 << 27
+"""Numbers of all positions of a stack of bags on a GPU, where a step over few bags takes as long as one over many: half
+a gibibyte in single precision."""
+TEMPORARIES = 16
+"""Numbers per label that `gaussian_messages` has at a time."""
 
 
 class Beliefs(NamedTuple):
@@ -132,7 +138,7 @@ def marginals(
     if len(edges) == 0:  # bags alone: exact at once
         total, residual, iteration = unary + bags.messages(unary), 0.0, 1
     else:
-        graph = _Edges(edges, edge_weight.to(unary.dtype) * lambda_edge)
+        graph = _Edges(edges, edge_weight.to(unary.dtype) * lambda_edge, len(unary))
         from_bag = torch.zeros_like(unary)
         total, residual, iteration = unary, math.inf, 0
         while residual >= tolerance and iteration < max_iterations:
@@ -162,13 +168,20 @@ class Bags:
         samples = bag.argsort(stable=True)[int((bag < 0).sum()) :]
         first = sizes.cumsum(0) - sizes
         order = (sizes * (int(sizes.max()) + 1 if len(sizes) else 1) + most).argsort(stable=True)
+        self.large = wants_large_blocks(bag)
+        if self.large:
+            widths = (most[order].cummax(0).values if lambda_bag == math.inf else sizes[order]) + 1
+            stacks = _large_stacks(order, sizes[order].tolist(), widths.tolist())
+        else:
+            stacks = _stacks(order, sizes[order].tolist())
         self.stacks = []
-        for rows in _stacks(order, sizes[order].tolist()):
+        for rows in stacks:
             size = int(sizes[rows].max())
             place = torch.arange(size, device=bag.device)
             there = place < sizes[rows, None]
             members = torch.where(there, samples[(first[rows, None] + place).clamp_max(len(samples) - 1)], len(bag))
-            self.stacks.append(_Stack(members, ~there, flipped[rows, None], least[rows], most[rows]))
+            bounds = least[rows], most[rows], int(most[rows].max())
+            self.stacks.append(_Stack(members, ~there, flipped[rows, None], *bounds))
         self.tilts: list[Tensor | None] = [None] * len(self.stacks)
 
     def messages(self, cavity: Tensor) -> Tensor:
@@ -189,14 +202,20 @@ class Bags:
 
     def _stack(self, theta: Tensor, stack: _Stack, start: Tensor) -> Tensor:
         if theta.shape[1] <= EXACT_UP_TO:
-            return exact_messages(theta, stack.least, stack.most, self.lambda_bag, start)
+            return exact_messages(theta, stack.least, stack.most, self.lambda_bag, start, stack.largest)
         start.copy_(tilt(theta, stack.least.to(theta.dtype), stack.most.to(theta.dtype), self.lambda_bag, start))
         p = (theta + start[:, None]).sigmoid()
         gaussian = (stack.least == stack.most) & ((p * (1 - p)).sum(1) >= SMALLEST_VARIANCE)
         messages = gaussian_messages(theta, stack.least, self.lambda_bag, start)
-        for row in (~gaussian).nonzero().flatten().tolist():
-            one = slice(row, row + 1)
-            messages[one] = exact_messages(theta[one], stack.least[one], stack.most[one], self.lambda_bag, start[one])
+        # One by one on a CPU, as the largest of their counts says how much each costs.
+        together = LARGE_CELLS // (theta.shape[1] * (theta.shape[1] + 1)) if self.large else 1
+        for rows in (~gaussian).nonzero().flatten().split(max(1, together)):
+            if len(rows):
+                tilts = start[rows]
+                messages[rows] = exact_messages(
+                    theta[rows], stack.least[rows], stack.most[rows], self.lambda_bag, tilts
+                )
+                start[rows] = tilts
         return messages
 
 
@@ -213,6 +232,8 @@ class _Stack(NamedTuple):
     """(bags,) int64."""
     most: Tensor
     """(bags,) int64."""
+    largest: int
+    """The largest of `most`."""
 
 
 def _stacks(order: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
@@ -231,13 +252,36 @@ def _stacks(order: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
         start = end
 
 
+def _large_stacks(order: Tensor, sizes: Sequence[int], widths: Sequence[int]) -> Iterator[Tensor]:
+    """Yields the bags of `order`, sorted by size, in as few stacks as hold `LARGE_CELLS` numbers each.
+
+    Args:
+        order: (bags,).
+        sizes: of these bags.
+        widths: numbers per position that a stack which ends with this bag has of each of its bags; not decreasing.
+    """
+    start, most_exact = 0, bisect_right(sizes, EXACT_UP_TO)
+    while start < len(sizes):
+        exact = start < most_exact
+
+        def numbers(end: int, start: int = start, exact: bool = exact) -> int:
+            return (end - start) * sizes[end - 1] * (widths[end - 1] if exact else TEMPORARIES)
+
+        ends = range(start + 1, (most_exact if exact else len(sizes)) + 1)
+        end = start + max(1, bisect_right(ends, LARGE_CELLS, key=numbers))
+        yield order[start:end]
+        start = end
+
+
 class _Edges:
     """Messages between neighbours, log-odds."""
 
-    def __init__(self, edges: Tensor, coupling: Tensor) -> None:
+    def __init__(self, edges: Tensor, coupling: Tensor, n: int) -> None:
         self.first, self.second = edges.unbind(1)
         self.differs = (-coupling).exp()
-        self.forward, self.backward = torch.zeros_like(coupling), torch.zeros_like(coupling)
+        self._messages = coupling.new_zeros(2 * len(coupling))
+        self.forward, self.backward = self._messages.tensor_split(2)
+        self._arrivals = IndexedSums(torch.cat([self.second, self.first]), n)
 
     def send(self, total: Tensor, damping: float) -> None:
         """Updates the messages along both directions; total: (n,) beliefs."""
@@ -262,7 +306,7 @@ class _Edges:
 
     def arrived(self, like: Tensor) -> Tensor:
         """Returns the sum of the incoming messages of each variable, (n,)."""
-        return add_at(add_at(torch.zeros_like(like), self.second, self.forward), self.first, self.backward)
+        return self._arrivals.add_to(torch.zeros_like(like), self._messages)
 
 
 def change(before: Tensor, after: Tensor) -> float:

@@ -31,8 +31,8 @@ CERTAIN = 1e4
 """Log-odds that stand for certainty: no sum of messages comes near."""
 MOST_CELLS = 200_000_000
 """The most numbers that the exact messages of one stack of bags are computed from: 0.8 GB in single precision."""
-BLOCK = 1 << 16
-"""Numbers that the backward pass of `exact_messages` works on together."""
+BLOCK, LARGE_BLOCK = 1 << 16, 1 << 25
+"""Numbers that the backward pass of `exact_messages` works on together: what stays in a core's cache, and on a GPU."""
 SMALLEST_VARIANCE = 10.0
 """A bag above `EXACT_UP_TO` whose count varies less than this has exact messages, too: it is far from Gaussian."""
 NEARLY = 1e-9
@@ -41,6 +41,13 @@ FIXED_STEPS, MOST_STEPS = 14, 60
 """Steps of `tilt` without and with looking whether it is done. Log-odds within +-30 need 12, whatever the count."""
 CLASS_STATES = 100_000
 """The most count vectors that `class_posterior` looks at together."""
+
+
+def wants_large_blocks(values: Tensor) -> bool:
+    """Returns whether work on the device of `values` is best cut into few large pieces: on a GPU every call costs a
+    launch, while a core is fastest on what fits its cache.
+    """
+    return values.is_cuda
 
 
 def bag_posterior(log_odds: Tensor, count: int | Tensor) -> Tensor:
@@ -187,7 +194,12 @@ def _bracket(theta: Tensor, target: Tensor, stiffness: float) -> tuple[Tensor, T
 
 
 def exact_messages(
-    theta: Tensor, least: Tensor, most: Tensor, lambda_bag: float = math.inf, start: Tensor | None = None
+    theta: Tensor,
+    least: Tensor,
+    most: Tensor,
+    lambda_bag: float = math.inf,
+    start: Tensor | None = None,
+    largest: int | None = None,
 ) -> Tensor:
     """Returns the factors' messages to their variables; O(k * most) for a hard factor, O(k^2) for a soft one.
 
@@ -201,6 +213,7 @@ def exact_messages(
         most: (bags,) integers.
         lambda_bag: see the top of this file.
         start: (bags,) a guess of `tilt`, replaced by its value; None: 0.
+        largest: the largest of `most`; None: looked up, for which a GPU has to finish first.
 
     Returns:
         (bags, k) log-odds; anything where there is no variable.
@@ -209,15 +222,16 @@ def exact_messages(
         ValueError: it would take too much memory.
     """
     bags, size = theta.shape
-    if size * bags * (size + 1 if lambda_bag < math.inf else int(most.max()) + 1) > MOST_CELLS:
+    largest = int(most.max()) if largest is None else largest
+    if size * bags * (size + 1 if lambda_bag < math.inf else largest + 1) > MOST_CELLS:
         raise ValueError(
-            f"The exact messages of {bags} bags of {size} samples and counts up to {int(most.max())} need more than "
+            f"The exact messages of {bags} bags of {size} samples and counts up to {largest} need more than "
             f"{MOST_CELLS} numbers. Take smaller bags, or one exact count for each."
         )
     t = tilt(theta, least.to(theta.dtype), most.to(theta.dtype), lambda_bag, start)
     if start is not None:
         start.copy_(t)
-    last = min(size, int(most.max())) if lambda_bag == math.inf else size
+    last = min(size, largest) if lambda_bag == math.inf else size
     shifted = (theta + t[:, None]).clamp(-LARGEST, LARGEST).masked_fill(theta == -math.inf, -math.inf)
     one, zero = (p.t()[..., None].unbind() for p in (shifted.sigmoid(), (-shifted).sigmoid()))
     # Views are made at once and sums taken for a block of variables: of a few small bags the calls take the time.
@@ -227,7 +241,8 @@ def exact_messages(
     for i in range(size - 1):
         torch.mul(state[i], zero[i], out=state[i + 1])
         upper[i + 1].addcmul_(lower[i], one[i])
-    after = theta.new_empty(min(size, max(1, BLOCK // (bags * (last + 1)))), bags, last + 1)
+    block = LARGE_BLOCK if wants_large_blocks(theta) else BLOCK
+    after = theta.new_empty(min(size, max(1, block // (bags * (last + 1)))), bags, last + 1)
     state, lower, upper = after.unbind(), after[..., :-1].unbind(), after[..., 1:].unbind()
     messages, end = theta.new_empty(size, bags), size
     following = _tilted_factor(t, least, most, lambda_bag, last)

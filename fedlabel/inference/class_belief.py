@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedlabel.inference.belief import (
     CELLS,
+    LARGE_CELLS,
     Bags,
     Beliefs,
     change,
@@ -18,8 +19,16 @@ from fedlabel.inference.belief import (
     count_members,
     of_bag,
 )
-from fedlabel.inference.cardinality import CERTAIN, CLASS_STATES, LARGEST, check_counts, check_evidence, class_messages
-from fedlabel.inference.sums import add_at
+from fedlabel.inference.cardinality import (
+    CERTAIN,
+    CLASS_STATES,
+    LARGEST,
+    check_counts,
+    check_evidence,
+    class_messages,
+    wants_large_blocks,
+)
+from fedlabel.inference.sums import IndexedSums
 
 
 def class_marginals(
@@ -94,7 +103,7 @@ def class_marginals(
     bags = _JointBags(bag, counts, sizes) if joint else _ClassBags(bag, counts, sizes, lambda_bag)
     if isinstance(bags, _JointBags):
         bags.check(possible)
-    graph = _ClassEdges(edges, edge_weight.to(unary.dtype) * (2 * lambda_edge), classes)
+    graph = _ClassEdges(edges, edge_weight.to(unary.dtype) * (2 * lambda_edge), n, classes)
     from_bag, total = torch.zeros_like(unary), unary
     alone = joint and len(edges) == 0
     residual, iteration = math.inf, 0
@@ -115,10 +124,12 @@ def class_marginals(
 class _ClassEdges:
     """Messages between neighbours for several classes, logarithms (e, classes)."""
 
-    def __init__(self, edges: Tensor, coupling: Tensor, classes: int) -> None:
+    def __init__(self, edges: Tensor, coupling: Tensor, n: int, classes: int) -> None:
         self.first, self.second = edges.unbind(1)
         self.differs = (-coupling).exp()[:, None]
-        self.forward, self.backward = (coupling.new_zeros(len(coupling), classes) for _ in range(2))
+        self._messages = coupling.new_zeros(2 * len(coupling), classes)
+        self.forward, self.backward = self._messages.tensor_split(2)
+        self._arrivals = IndexedSums(torch.cat([self.second, self.first]), n)
 
     def send(self, total: Tensor, damping: float) -> None:
         """See `_Edges.send`; total: (n, classes)."""
@@ -138,7 +149,7 @@ class _ClassEdges:
 
     def arrived(self, like: Tensor) -> Tensor:
         """See `_Edges.arrived`; (n, classes)."""
-        return add_at(add_at(torch.zeros_like(like), self.second, self.forward), self.first, self.backward)
+        return self._arrivals.add_to(torch.zeros_like(like), self._messages)
 
 
 class _ClassBags:
@@ -172,13 +183,14 @@ class _JointBags:
         first = sizes.cumsum(0) - sizes
         states = (counts + 1).prod(1)
         order = (sizes * (int(states.max()) + 1 if len(states) else 1) + states).argsort(stable=True)
+        limit = LARGE_CELLS // 8 if wants_large_blocks(bag) else CELLS * 16
         self.stacks: list[tuple[Tensor, Tensor]] = []
         start = 0
         while start < len(order):
             size = int(sizes[order[start]])
-            same = order[start : start + CELLS][sizes[order[start : start + CELLS]] == size]
+            same = order[start : start + limit // 16][sizes[order[start : start + limit // 16]] == size]
             cells = states[same] * torch.arange(1, len(same) + 1, device=bag.device) * counts.shape[1] * 4
-            rows = same[: max(1, int((cells <= CELLS * 16).sum()))]
+            rows = same[: max(1, int((cells <= limit).sum()))]
             members = samples[first[rows, None] + torch.arange(size, device=bag.device)]
             self.stacks.append((members, counts[rows]))
             start += len(rows)

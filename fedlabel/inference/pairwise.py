@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fedlabel.inference.sums import add_at
+from fedlabel.inference.sums import IndexedSums, add_at
 
 
 def sum_product(
@@ -41,7 +41,9 @@ def sum_product(
         (n,) log-odds; iterations; the largest change that the last one asked for.
     """
     first, second = pairs.unbind(1)
-    forward, backward = torch.zeros_like(coupling), torch.zeros_like(coupling)
+    messages = coupling.new_zeros(2 * len(coupling))
+    forward, backward = messages.tensor_split(2)
+    arrivals = IndexedSums(torch.cat([second, first]), len(unary))
     total, residual, iteration = unary, float("inf"), 0
 
     def wanted() -> tuple[Tensor, Tensor]:
@@ -56,7 +58,7 @@ def sum_product(
         onward, back = wanted()
         forward.lerp_(onward, 1 - damping)
         backward.lerp_(back, 1 - damping)
-        before, total = total, add_at(add_at(unary.clone(), second, forward), first, backward)
+        before, total = total, arrivals.add_to(unary.clone(), messages)
         residual = change(before, total) / (1 - damping)
         if residual < tolerance and len(pairs):  # what arrives may cancel where what is sent on does not
             onward, back = wanted()

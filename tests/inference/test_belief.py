@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.inference.belief import Beliefs, bag_posterior, change, marginals
-from fedlabel.inference.cardinality import class_posterior
+from fedlabel.inference.belief import Beliefs, _large_stacks, bag_posterior, change, marginals
+from fedlabel.inference.cardinality import class_posterior, exact_messages
 from fedlabel.inference.class_belief import class_marginals
 from fedlabel.inference.pairwise import ising, sum_product
 
@@ -472,6 +472,53 @@ def test_bags_of_up_to_256_are_exact_whoever_is_stacked_with_them() -> None:
     bag = torch.cat([torch.zeros(250), torch.ones(280)]).long()
     beliefs = marginals(log_odds, bag, torch.tensor([100, 100]), NO_EDGES, NO_WEIGHT)
     torch.testing.assert_close(beliefs.probability[:250], bag_posterior(log_odds[:250], 100), rtol=0, atol=1e-12)
+
+
+def mixed_bags(seed: int) -> list[Tensor]:
+    """Evidence, bags of 1 to 700 labels, their counts, edges and weights; 2,000 labels, a few in no bag."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor([1, 5, 20, 100, 250, 257, 500, 700, 100])
+    bag = torch.cat([torch.arange(9).repeat_interleave(sizes), torch.full((67,), -1)])
+    bag = bag[torch.randperm(2000, generator=generator)]
+    labels = (torch.rand(2000, generator=generator) < 0.4) & (bag >= 0)
+    log_odds = torch.randn(2000, generator=generator, dtype=torch.float64)
+    log_odds = torch.where((bag == 6) | (bag == 7), torch.where(labels, 40.0, -40.0).double(), log_odds)  # not Gaussian
+    edges = torch.stack([torch.arange(1999), torch.arange(1, 2000)], 1)
+    return [log_odds, bag, torch.bincount(bag[labels], minlength=9), edges, torch.rand(1999, generator=generator)]
+
+
+@pytest.mark.parametrize("lambda_bag", [math.inf, 0.3, 0.0])
+@pytest.mark.parametrize("cells", [1 << 27, 20_000])
+def test_large_blocks_give_the_same(monkeypatch, lambda_bag, cells):
+    """As on a GPU, in one stack of small bags and one of large ones, or in several."""
+    problem = mixed_bags(0)
+    expected = marginals(*problem, lambda_bag=lambda_bag, max_iterations=5)
+    stacks = []
+    monkeypatch.setattr("fedlabel.inference.belief.LARGE_CELLS", cells)
+    for module in ("belief", "cardinality"):
+        monkeypatch.setattr(f"fedlabel.inference.{module}.wants_large_blocks", lambda values: True)
+    monkeypatch.setattr(
+        "fedlabel.inference.belief.exact_messages",
+        lambda theta, *rest: stacks.append(theta.shape) or exact_messages(theta, *rest),
+    )
+    found = marginals(*problem, lambda_bag=lambda_bag, max_iterations=5)
+    torch.testing.assert_close(found.probability, expected.probability, rtol=0, atol=1e-9)
+    if lambda_bag == math.inf:
+        assert len(set(stacks)) == 2 if cells > 1_000_000 else len(set(stacks)) > 2
+
+
+def test_large_stacks_hold_all_bags_within_their_limit(monkeypatch):
+    monkeypatch.setattr("fedlabel.inference.belief.LARGE_CELLS", 100_000)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 400, (300,), generator=generator).sort().values.tolist()
+    widths = [size // 2 + 1 for size in sizes]
+    stacks = list(_large_stacks(torch.arange(300), sizes, widths))
+    assert torch.equal(torch.cat(stacks), torch.arange(300))
+    for stack in stacks:
+        first, last = sizes[int(stack[0])], sizes[int(stack[-1])]
+        assert (first <= 256) == (last <= 256)
+        assert len(stack) == 1 or len(stack) * last * (widths[int(stack[-1])] if last <= 256 else 16) <= 100_000
+    assert len(stacks) < 130
 
 
 def test_what_would_not_fit_into_memory_is_refused(monkeypatch) -> None:

@@ -8,6 +8,7 @@ import torch
 from fedlabel.inference.belief import marginals
 from fedlabel.inference.class_belief import class_marginals
 from fedlabel.inference.label_model import VARIANTS, LabelModel
+from tests.inference.test_belief import mixed_bags
 from tests.inference.test_label_model import simulate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -37,6 +38,18 @@ def test_beliefs(size: int, factor: str, lambda_bag: float) -> None:
     ]
     assert found[1].probability.is_cuda
     torch.testing.assert_close(found[1].probability.cpu(), found[0].probability, atol=1e-6, rtol=0)
+
+
+def test_beliefs_of_bags_of_all_sizes() -> None:
+    arguments = mixed_bags(0)
+    found = [marginals(*(each.to(device) for each in arguments), max_iterations=5) for device in ("cpu", "cuda")]
+    torch.testing.assert_close(found[1].probability.cpu(), found[0].probability, atol=1e-6, rtol=0)
+
+
+def test_beliefs_are_the_same_to_the_bit_each_time() -> None:
+    arguments = [each.cuda() for each in mixed_bags(0)]
+    found = [marginals(*arguments, max_iterations=5).probability for _ in range(5)]
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 @pytest.mark.parametrize("size", [6, 60])
