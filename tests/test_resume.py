@@ -18,7 +18,8 @@ import server.server_app
 from fedlabel.data.federation import build_federation
 from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.experiment import open_experiment
-from fedlabel.record.run_folder import RunFolder
+from fedlabel.record import figures
+from fedlabel.record.event_file import EventFile
 from server.checkpoint import latest_checkpoint, load_checkpoint
 from server.simulation import simulate
 from server.state import ServerState
@@ -108,8 +109,8 @@ REMEMBERING = {
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(server.server_app, "save_png", lambda figure, path: None)
-    monkeypatch.setattr(RunFolder, "_add_figure", lambda self, tag, figure, round_number: None)
+    monkeypatch.setattr(figures, "save_png", lambda figure, path: None)
+    monkeypatch.setattr(EventFile, "add_figure", lambda self, tag, figure, step: None)
 
 
 @pytest.mark.usefixtures("no_figures")

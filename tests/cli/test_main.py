@@ -372,6 +372,26 @@ def test_help_and_version_wait_for_no_library() -> None:
         assert not loaded & {"torch", "sklearn", "scipy", "matplotlib", "ray", "flwr"}
 
 
+@pytest.mark.slow
+def test_a_run_waits_for_no_library_that_it_does_not_need(tmp_path: Path) -> None:
+    """Each takes as long to import as torch or half of it: pandas comes with scikit-learn, SQLAlchemy with Flower's
+    servers.
+    """
+    code = "import sys, fedlabel.cli.main as cli\ntry: cli.main()\nfinally: print(sorted(sys.modules), file=sys.stderr)"
+    keys = ("num_rounds=1", "num_clients=2", "training.local_steps=1", "evaluation.figures=false")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", *keys, "--out", str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(ast.literal_eval(done.stderr.splitlines()[-1]))
+    assert "torch" in loaded
+    assert not loaded & {"sklearn", "pandas", "matplotlib", "ray", "sqlalchemy", "flwr.superlink.grid"}
+
+
 def test_version() -> None:
     result = call("--version")
     assert (result.exit_code, result.output) == (0, f"fedlabel {importlib.metadata.version('fedlabel')}\n")

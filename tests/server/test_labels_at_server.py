@@ -12,8 +12,8 @@ from fedlabel.experiment import Experiment
 from fedlabel.methods import METHODS
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.recipe import ByBag, LabelKinds
-from fedlabel.record.run_folder import RunFolder
-from server import server_app
+from fedlabel.record import figures
+from fedlabel.record.event_file import EventFile
 from server.checkpoint import load_checkpoint
 from server.simulation import simulate
 from tests.methods.recipes import task
@@ -100,8 +100,8 @@ def test_in_a_run_without_belief_the_server_trains_alone(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody has a weight, so the model stays, and the server's two rounds are all there is, to the bit."""
-    monkeypatch.setattr(server_app, "save_png", lambda figure, path: None)
-    monkeypatch.setattr(RunFolder, "_add_figure", lambda self, tag, figure, round_number: None)
+    monkeypatch.setattr(figures, "save_png", lambda figure, path: None)
+    monkeypatch.setattr(EventFile, "add_figure", lambda self, tag, figure, step: None)
     experiment, state = open_tiny(method, sure=False)
     for round_number in (1, 2):
         state = experiment.train_server(state, round_number)

@@ -122,6 +122,18 @@ class LabelKind:
     def _check_kind(self) -> None:
         one_of(self, "supervision", kind=KINDS, candidates=CANDIDATES, noise=NOISE, on_error=ON_ERROR)
         in_unit_interval(self, "supervision", "noise_rate")
+        self._check_candidates()
+        if self.hides_classes and (self.labels_per_class is not None or self.stratified):
+            raise ValueError(
+                f"`supervision.labels_per_class` (={self.labels_per_class}) and `supervision.stratified` "
+                f"(={self.stratified}) choose samples by their class, which is unknown with supervision.kind="
+                f"{self.kind}: take label_rate, labels_per_client or labels_total."
+            )
+        self._check_bag()
+        self._check_functions()
+        self._check_noise()
+
+    def _check_candidates(self) -> None:
         if self.has_candidates and self.partial_ratio is None:
             raise ValueError(
                 f"`supervision.partial_ratio` (=None) must be given for supervision.kind={self.kind}: a number in "
@@ -139,13 +151,8 @@ class LabelKind:
                 f"`supervision.candidates` (={self.candidates}) cannot be combined with "
                 f"supervision.kind={self.kind}: take supervision.kind=partial, or leave it out."
             )
-        if self.hides_classes and (self.labels_per_class is not None or self.stratified):
-            raise ValueError(
-                f"`supervision.labels_per_class` (={self.labels_per_class}) and `supervision.stratified` "
-                f"(={self.stratified}) choose samples by their class, which is unknown with supervision.kind="
-                f"{self.kind}: take label_rate, labels_per_client or labels_total."
-            )
-        self._check_bag()
+
+    def _check_functions(self) -> None:
         if self.on_error != "abstain" and self.kind != "labeling_functions":
             raise ValueError(
                 f"`supervision.on_error` (={self.on_error}) cannot be combined with supervision.kind={self.kind}: take "
@@ -161,6 +168,8 @@ class LabelKind:
                 f"`supervision.module` (={self.module}) cannot be combined with supervision.kind={self.kind}: take "
                 "supervision.kind=labeling_functions, or leave it out."
             )
+
+    def _check_noise(self) -> None:
         from_file = self.noise == "file"
         if from_file != (self.labels_file is not None):
             raise ValueError(

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import fedlabel
-import server.server_app
 from fedlabel.data.labels.labeling_functions import FunctionReport
 from fedlabel.experiment import open_experiment
 from fedlabel.inference.head_assignment import votes_of
 from fedlabel.learning.metrics import Counts, add_counts, function_counts
 from fedlabel.learning.step import frozen_model
 from fedlabel.methods.batch import State
+from fedlabel.record import figures
+from fedlabel.record.event_file import EventFile
 from fedlabel.record.figures import functions_figure
 from fedlabel.record.json_files import read_metrics
-from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import load_checkpoint
 from server.observers import Report, Round
 from server.observers.functions import FunctionObserver, markdown
@@ -237,8 +237,8 @@ def test_figure_has_a_point_for_each_function_that_is_known_and_estimated() -> N
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs."""
-    monkeypatch.setattr(server.server_app, "save_png", lambda figure, path: None)
-    monkeypatch.setattr(RunFolder, "_add_figure", lambda self, tag, figure, round_number: None)
+    monkeypatch.setattr(figures, "save_png", lambda figure, path: None)
+    monkeypatch.setattr(EventFile, "add_figure", lambda self, tag, figure, step: None)
 
 
 COMMON = (
