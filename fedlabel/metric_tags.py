@@ -1,6 +1,6 @@
 """The table of all metrics of a run: tag, title, unit, direction, and whether clients may send it.
 
-`server/replies.py` takes only what stands here as a client's, and only in the range that stands here. A method from
+`server/schema.py` takes only what stands here as a client's, and only in the range that stands here. A method from
 outside declares its own tags in `Method.metrics`.
 """
 

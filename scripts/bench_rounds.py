@@ -4,8 +4,8 @@ Usage: python scripts/bench_rounds.py [--rounds 10] [--blocks 2] [--only NAME] [
 
 1,000 clients are registered and 50 take part in each round. The global model (the default cnn for 28x28 images) goes to
 them, each answers at once with the arrays it got, and the server takes the weighted mean. Our grids run the server's
-own steps: encode the model, sample, send, check every reply (server/replies.py), average, decode. Flower's runtime runs
-`FedAvg.start` under `flwr.simulation.run_simulation`. It and our Ray grid get two workers of one CPU each.
+own steps: sample, send, check every result (server/schema.py), add up. Flower's runtime runs `FedAvg.start` under
+`flwr.simulation.run_simulation`. It and our Ray grid get two workers of one CPU each.
 
 Every runtime has a process of its own, with one thread for numerics. They run one after the other, and again for each
 further block. A round is timed from the end of the one before; the first counts as start-up, which is measured from the
@@ -29,30 +29,34 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedlabel.config import ExperimentConfig
-from fedlabel.data.labels.label_card import LabelCard
+from fedlabel.cohort import ClientResult, Invitation
+from fedlabel.config import StrategyConfig, load_config, to_yaml
+from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import describe_hardware, versions
-from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods.recipe import Task
-from fedlabel.methods.supervised import Supervised
+from fedlabel.methods.batch import State
+from fedlabel.methods.uploads import ModelPart
 from fedlabel.models import ModelConfig, build_model
-from server.grids.base import SimulationGrid
+from server.blocks import cut_into_blocks, cut_into_tasks
+from server.grids.base import ClientGrid, Order
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
-from server.replies import ReplySchema
-from server.strategy import WeightedMean, aggregate, configure_round, sample_cohort
+from server.schema import ResultSchema
+from server.strategy import build_strategy, combine, sample_cohort
 from server.tally import RoundTally
+from server.traffic import ResultBytes
 
-CLIENT_APP = "bench_rounds:app"
+ANSWER = "bench_rounds:answer"
 """Workers import it by this path; they find it beside this script."""
 CLIENTS, COHORT = 1000, 50
 WORKERS = 2
@@ -65,15 +69,8 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Answers with the arrays that came; the weight differs from client to client."""
     weight = 1.0 + int(context.node_config["partition-id"]) % 7
-    content = RecordDict(
-        {
-            "arrays": message.content.array_records["arrays"],
-            "metrics": MetricRecord({"num-examples": weight, "train_loss": 0.0}),
-            "sums": ConfigRecord({"train/loss": [0.0, 1.0]}),
-            "counts": ConfigRecord({"passes": [1.0, 1.0]}),
-            "statistics": ConfigRecord({}),
-        }
-    )
+    metrics = MetricRecord({"num-examples": weight})
+    content = RecordDict({"arrays": message.content.array_records["arrays"], "metrics": metrics})
     return Message(content, reply_to=message)
 
 
@@ -88,26 +85,45 @@ def check(first: dict[str, torch.Tensor], last: dict[str, torch.Tensor]) -> None
         torch.testing.assert_close(last[name], value, rtol=1e-4, atol=1e-6)
 
 
-def our_rounds(grid: SimulationGrid, rounds: int) -> list[float]:
+def answer(
+    experiment: Experiment, invitation: Invitation, clients: Sequence[int], memories: Sequence[State]
+) -> list[ClientResult | Exception]:
+    """Answers with the model that came; the weight differs from client to client."""
+    sums, counts = {"train/loss": [0.0, 1.0]}, {"passes": [1.0, 1.0]}
+    return [
+        ClientResult(client, {"model": ModelPart(invitation.model, 1.0 + client % 7)}, sums, counts, {}, {})
+        for client in clients
+    ]
+
+
+def opened(folder: Path) -> Experiment:
+    """Returns an experiment of blank images, ten for each client."""
+    rng = np.random.default_rng(0)
+    blank = {"x_train": np.zeros((10 * CLIENTS, 28, 28), np.uint8), "x_test": np.zeros((100, 28, 28), np.uint8)}
+    labels = {"y_train": rng.integers(0, 10, 10 * CLIENTS), "y_test": rng.integers(0, 10, 100)}
+    np.savez(folder / "blank.npz", **blank, **labels)
+    options = ("data.name=npz", f"data.root={folder / 'blank.npz'}", "data.validation_fraction=0", "device=cpu")
+    clients = (f"num_clients={CLIENTS}", "partition.kind=iid", "method.name=supervised", "supervision.kind=full")
+    return open_experiment(to_yaml(load_config(overrides=[*options, *clients])))
+
+
+def our_rounds(grid: ClientGrid, experiment: Experiment, rounds: int) -> list[float]:
     """Runs the steps of `server.server` without evaluation and files; returns when each round was over."""
-    strategy = WeightedMean(fraction_train=1.0, min_train_nodes=1, min_available_nodes=1)
-    nodes = {client: client + 1 for client in range(CLIENTS)}
-    first = model = initial_model()
-    labels = LabelCard(100 * CLIENTS, 100 * CLIENTS, 0, 0, 0, 0, 0, 0, 0, ())
-    recipe = Supervised().recipe(Task(10, rounds, labels))
-    schema = ReplySchema(model, recipe, TrainingConfig(), [100] * CLIENTS, 10)
+    strategy = build_strategy(StrategyConfig())
+    first = model = experiment.initial_state
+    grid.connect(experiment)
+    size = ResultBytes(ResultSchema.of(experiment))
     ends = []
     for round_number in range(1, rounds + 1):
         cohort = sample_cohort(0, round_number, CLIENTS, COHORT / CLIENTS)
-        messages = configure_round(strategy, round_number, ArrayRecord(model), ConfigRecord({}), nodes, cohort)
-        client_of = {nodes[client]: client for client in cohort}
-        tally = RoundTally(schema.of_round(round_number, {}, messages), client_of, messages)
-        replies = grid.send_and_receive(messages, timeout=ExperimentConfig().grid.timeout)
-        aggregated = aggregate(strategy, round_number, tally.usable(replies))
-        tally.finish()
-        if tally.failures or aggregated is None:
+        invitation = Invitation(round_number, model, {}, {})
+        tally = RoundTally(invitation, cohort, size)
+        tasks = cut_into_tasks(cut_into_blocks(cohort), stack=1)
+        blocks = tally.watch(grid.train(Order(invitation, {}, fold=True), tasks))
+        combined = combine(strategy, round_number, blocks, first)
+        if tally.failures or combined is None:
             raise RuntimeError(f"A client failed: {tally.failures[:1]}")
-        model = dict(aggregated.to_torch_state_dict())
+        model = combined
         ends.append(time.perf_counter())
     check(first, model)
     return ends
@@ -161,7 +177,7 @@ def measure(name: str, rounds: int, profile: bool) -> dict[str, object]:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     torch.set_num_threads(1)
-    client_app: ClientApp = importlib.import_module(CLIENT_APP.partition(":")[0]).app
+    client_app: ClientApp = importlib.import_module("bench_rounds").app  # not this module's: Flower's workers import it
     if name == "ray":
         import ray  # noqa: F401
     if name == "flower":
@@ -172,14 +188,14 @@ def measure(name: str, rounds: int, profile: bool) -> dict[str, object]:
         if name == "flower":
             ends = flower_rounds(client_app, rounds + 1)
         else:
-            grid: SimulationGrid
+            experiment = opened(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            started = time.perf_counter()
+            grid: ClientGrid = InProcessGrid(answer)
             if name == "ray":
-                grid = stack.enter_context(RayGrid(CLIENT_APP, CLIENTS, WORKERS, use_gpu=False))
-            else:
-                grid = InProcessGrid(client_app, CLIENTS)
+                grid = stack.enter_context(RayGrid(WORKERS, use_gpu=False, train=ANSWER))
             if profiler:
                 profiler.enable()
-            ends = our_rounds(grid, rounds + 1)
+            ends = our_rounds(grid, experiment, rounds + 1)
             if profiler:
                 profiler.disable()
                 pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(25)

@@ -10,7 +10,7 @@ import copy
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +25,20 @@ from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State
 from fedlabel.metric_tags import client_tags
-from server.checkpoint import load_checkpoint
+from server.blocks import Block, BlockResult
 from server.exchange import replies_to
-from server.grids.in_process import InProcessGrid
+from server.grids.base import Order
+from server.grids.flower import FlowerGrid, read_blocks
 from server.helpers import HelperPool
 from server.observers import Report, Round, observers_of
-from server.replies import ReplySchema
+from server.replies import ReplyReader
+from server.schema import ResultSchema
 from server.server_app import run_federation
 from server.state import ServerState, check_shared
-from server.strategy import aggregate, build_strategy, configure_round
+from server.strategy import begin_round, build_strategy, combine
 from server.tally import RoundTally
+from server.traffic import ResultBytes
+from tests.integration.local_nodes import LocalNodes
 
 logging.getLogger("flwr").setLevel(logging.ERROR)
 CLIENTS = 4
@@ -64,22 +68,30 @@ SETTINGS: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
 """Overrides, and the rounds that are taken."""
 
 
-class Recorder(InProcessGrid):
+class Recorder(FlowerGrid):
     """Keeps what is sent and what comes back."""
 
     def __init__(self) -> None:
-        super().__init__(app, CLIENTS)
-        self.rounds: list[list[tuple[Message, RecordDict]]] = []
+        self.nodes = RecordingNodes(app, CLIENTS)
+        super().__init__(self.nodes)
+        self.rounds: list[tuple[Order, list[tuple[Message, RecordDict]]]] = []
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        messages = list(messages)
-        if messages[0].metadata.message_type != "train":
-            yield from super().send_and_receive(messages)
-            return
-        self.rounds.append([])
-        for message, reply in zip(messages, super().send_and_receive(messages), strict=True):
-            self.rounds[-1].append((message, copy.deepcopy(reply.content)))
-            yield reply
+    def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
+        self.nodes.answered = []
+        yield from super().train(order, tasks)
+        self.rounds.append((order, self.nodes.answered))
+
+
+class RecordingNodes(LocalNodes):
+    """Keeps messages, each with its reply."""
+
+    answered: list[tuple[Message, RecordDict]]
+
+    def answer(self, message: Message) -> Message:
+        reply = super().answer(message)
+        if message.metadata.message_type == "train":
+            self.answered.append((message, copy.deepcopy(reply.content)))
+        return reply
 
 
 class Garbled:
@@ -117,38 +129,38 @@ class Outcome(NamedTuple):
 class Honest:
     """A recorded round, to be run again with other replies."""
 
-    def __init__(self, experiment: Experiment, number: int, sent: list[tuple[Message, RecordDict]], shared: State):
-        self.experiment, self.number, self.shared = experiment, number, shared
+    def __init__(self, experiment: Experiment, order: Order, sent: list[tuple[Message, RecordDict]]):
+        self.experiment, self.order = experiment, order
         self.messages = [message for message, _ in sent]
         self.contents = [content for _, content in sent]
-        sizes = [len(rows) for rows in experiment.federation.parts]
-        self.schema = ReplySchema.of(experiment, sizes).of_round(number, shared, self.messages)
+        self.schema = ResultSchema.of(experiment)
         self.without: dict[int, Outcome] = {}
 
     def run(self, replies: list[Message]) -> Outcome:
         """The server's own steps, see `server.server`."""
         config, recipe = self.experiment.config, self.experiment.recipe
-        nodes = {client: client + 1 for client in range(CLIENTS)}
-        strategy, everybody = build_strategy(config.strategy), list(nodes)
-        arrays = self.messages[0].content["arrays"]
-        configure_round(strategy, self.number, arrays, ConfigRecord({}), nodes, everybody)  # type: ignore[arg-type]
-        tally = RoundTally(self.schema, {node: client for client, node in nodes.items()}, self.messages)
-        usable = tally.usable(iter(replies))
+        sent, everybody = self.order.invitation, list(range(CLIENTS))
+        number, strategy = sent.round_number, build_strategy(config.strategy)
+        begin_round(strategy, number, sent.model, everybody)
+        tally = RoundTally(sent, everybody, ResultBytes(self.schema))
+        reader = ReplyReader(self.schema.of_round(sent, self.order.shared))
+        messages = dict(zip(everybody, self.messages, strict=True))
+        whole = [[client] for client in everybody]
+        blocks = tally.watch(read_blocks(whole, messages, replies, reader, self.order.fold))
         if recipe.helpers is not None:
             pool = HelperPool(self.experiment, recipe.helpers)
-            usable = pool.watch(usable, {node: client for client, node in nodes.items()})
-        made = aggregate(strategy, self.number, usable, config.seed)
-        tally.finish()
+            blocks = pool.watch(blocks)
+        made = combine(strategy, number, blocks, self.experiment.initial_state, config.seed)
         assert all(line.startswith(("Round ", "    ")) for text in tally.failures for line in text.split("\n"))
         assert all(text.replace("\n", "").isprintable() for text in tally.failures)
-        shared = recipe.shared.update(self.shared, tally.statistics(torch.device("cpu")))
-        check_shared(config.method.name, recipe, shared, self.number)
+        shared = recipe.shared.update(self.order.shared, tally.statistics(torch.device("cpu")))
+        check_shared(config.method.name, recipe, shared, number)
         if recipe.helpers is not None:
             assert all(client not in pool.nearest(client) for client in everybody)
-        model = {} if made is None else {name: array.numpy() for name, array in made.items()}
+        model = {} if made is None else {name: value.numpy() for name, value in made.items()}
         assert all(np.isfinite(value).all() for value in model.values())
-        state = ServerState(self.number, self.experiment.initial_state, "", shared=shared)
-        seen, report = Round(self.number, tally, None, time.perf_counter(), is_evaluated=False), Report()
+        state = ServerState(number, self.experiment.initial_state, "", shared=shared)
+        seen, report = Round(number, tally, None, time.perf_counter(), is_evaluated=False), Report()
         for observer in observers_of(self.experiment, {}, simulated=True).values():
             report = report.add(observer.after_round(seen, state))
         assert all(np.isfinite(value) for value in report.metrics.values())
@@ -176,10 +188,7 @@ def rounds_of(place: int) -> list[Honest]:
     experiment, grid = Experiment(config), Recorder()
     with tempfile.TemporaryDirectory() as folder:
         run_federation(config, grid, Path(folder) / "run")
-        shared = {0: experiment.recipe.shared.start()}
-        for number in range(1, max(numbers)):
-            shared[number] = load_checkpoint(Path(folder) / "run" / "checkpoints" / f"round_{number:06d}.ckpt").shared
-    return [Honest(experiment, number, grid.rounds[number - 1], shared[number - 1]) for number in numbers]
+    return [Honest(experiment, *grid.rounds[number - 1]) for number in numbers]
 
 
 # ------------------------------------------------------------------------------------------------------------ mutations

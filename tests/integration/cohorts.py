@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -87,6 +88,14 @@ def _statistics_of_many(experiment: Experiment, invitation: Invitation, client: 
     return result._replace(statistics=changed)
 
 
+def _mark(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> ClientResult:
+    """Trains, and leaves a file named by the machine of the Ray cluster."""
+    import ray
+
+    (Path(os.environ["FEDLABEL_TEST_MARKS"]) / ray.get_runtime_context().get_node_id()).touch()
+    return _train(experiment, invitation, client, memory)
+
+
 healthy = by_client({})
 poisoned = by_client({3: _statistics_of_many})
 only_raises = by_client({3: _always_raise})
@@ -95,3 +104,4 @@ three_fail = by_client({1: _always_raise, 2: _die_in_round_1, 3: _nan})
 three_fail_alive = by_client({1: _always_raise, 2: _raise_in_round_1, 3: _nan})
 all_fail_from_round_2 = by_client({}, default=_raise_from_round_2)
 counting = by_client({}, default=_count)
+marking = by_client({}, default=_mark)

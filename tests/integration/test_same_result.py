@@ -7,6 +7,16 @@ from pathlib import Path
 import pytest
 
 import fedlabel
+from clients.client_app import app
+from fedlabel.config import load_config
+from fedlabel.record.run_folder import read_metrics
+from server.grids.flower import FlowerGrid
+from server.grids.in_process import InProcessGrid
+from server.grids.ray import RayGrid
+from server.server_app import run_federation
+from tests.integration import cohorts
+from tests.integration.client_apps import always_raise, by_client
+from tests.integration.local_nodes import LocalNodes
 from tests.integration.tiny import TINY, assert_same_run, comparable_metrics, final_weights, run_tiny
 
 
@@ -20,6 +30,43 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ray_gives_the_same_as_in_process(in_process: Path, num_workers: int, shared_ray: None, tmp_path: Path) -> None:
     path = run_tiny(tmp_path, "ray", "grid.kind=ray", f"grid.num_workers={num_workers}").path
     assert_same_run(path, in_process)
+
+
+MANY = (
+    *(option for option in TINY if not option.startswith(("num_clients", "fraction_train", "num_rounds", "training."))),
+    *("num_clients=40", "fraction_train=0.9", "num_rounds=2", "training.local_steps=1", "training.batch_size=8"),
+)
+"""36 clients a round: blocks of two, whose models are added up where they ran."""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("many") / "run"
+    run_federation(load_config([], MANY), InProcessGrid(cohorts.only_raises), path)
+    assert [row["system/failed_clients"] for row in read_metrics(path)] == [1, 1]  # a hole in a block
+    return path
+
+
+def test_messages_of_flower_give_the_same(many: Path, tmp_path: Path) -> None:
+    nodes = LocalNodes(by_client({3: always_raise}), 40)
+    run_federation(load_config([], MANY), FlowerGrid(nodes), tmp_path / "run")
+    assert_same_run(tmp_path / "run", many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_ray_gives_the_same_in_blocks(many: Path, num_workers: int, shared_ray: None, tmp_path: Path) -> None:
+    with RayGrid(num_workers, use_gpu=False, train="tests.integration.cohorts:only_raises") as grid:
+        run_federation(load_config([], MANY), grid, tmp_path / "run")
+    assert_same_run(tmp_path / "run", many)
+
+
+@pytest.mark.parametrize("name", ["FedAdam", "Krum"])
+def test_strategies_of_flower_give_the_same(name: str, tmp_path: Path) -> None:
+    config = load_config([], [*TINY, f"strategy.name={name}"])
+    run_federation(config, InProcessGrid(), tmp_path / "here")
+    run_federation(config, FlowerGrid(LocalNodes(app, config.num_clients)), tmp_path / "there")
+    assert_same_run(tmp_path / "there", tmp_path / "here")
 
 
 def test_the_comparison_sees_another_seed(in_process: Path, tmp_path: Path) -> None:

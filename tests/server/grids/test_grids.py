@@ -1,154 +1,237 @@
-"""The grids alone: replies in order, errors as replies, client state, and workers that are replaced."""
+"""The simulated grids alone: results in order, failures, what clients keep, and workers that are replaced."""
 
 from __future__ import annotations
 
+import logging
 import os
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+import torch
 
 import server.grids.ray
+from fedlabel.cohort import Invitation
+from fedlabel.config import load_config, to_yaml
 from fedlabel.errors import RunError
-from server.grids.base import SimulationGrid
+from fedlabel.experiment import Experiment, open_experiment
+from server.blocks import Block, BlockResult
+from server.grids.base import ClientGrid, Order
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
-from tests.integration import echo_app
-from tests.integration.processes import free_ports, wait_until
+from tests.integration import echo
+from tests.integration.processes import wait_until
+from tests.integration.tiny import TINY
 
 CLIENTS = 5
-
-
-def ask(grid: SimulationGrid, clients: list[int], timeout: float | None = None, **order: int | str) -> list[Message]:
-    """Sends one shared content to some clients and returns their replies."""
-    content = RecordDict({"order": ConfigRecord(dict(order))})
-    messages = [Message(content, client + 1, "train") for client in clients]
-    return list(grid.send_and_receive(messages, timeout=timeout))
-
-
-def echo(reply: Message) -> dict[str, Any]:
-    return dict(reply.content.config_records["echo"])
+ECHO = "tests.integration.echo:train"
+OVERRIDES = (
+    *(override for override in TINY if not override.startswith(("method.", "supervision."))),
+    *("supervision.kind=noisy", "supervision.noise_rate=0.3", "method.name=elr", f"num_clients={CLIENTS}"),
+)
+"""Of a method whose clients keep something."""
 
 
 @pytest.fixture(scope="module")
-def ray_grid(shared_ray: None) -> Iterator[RayGrid]:
-    with RayGrid("tests.integration.echo_app:app", CLIENTS, 2, use_gpu=False) as grid:
+def experiment() -> Experiment:
+    return open_experiment(to_yaml(load_config([], OVERRIDES)))
+
+
+def ask(
+    grid: ClientGrid, tasks: Sequence[Sequence[Block]], fold: bool = False, **order: int | str
+) -> list[BlockResult]:
+    """Sends a round to some clients; order: what they are to do."""
+    model = open_experiment(to_yaml(load_config([], OVERRIDES))).initial_state
+    return list(grid.train(Order(Invitation(1, model, echo.orders(**order), {}), {}, fold), tasks))
+
+
+def each(*clients: int) -> list[list[list[int]]]:
+    """Returns a task for every client."""
+    return [[[client]] for client in clients]
+
+
+def calls(blocks: Sequence[BlockResult]) -> dict[int, int]:
+    """Client -> how often it was asked so far, of those that answered."""
+    return {result.client: int(result.sums["train/loss"][0]) for block in blocks for result in block.results}
+
+
+def processes(blocks: Sequence[BlockResult]) -> set[int]:
+    return {int(next(iter(r.parts["model"].state.values())).view(-1)[0]) for block in blocks for r in block.results}
+
+
+def reasons(blocks: Sequence[BlockResult]) -> list[tuple[str, str]]:
+    return [(failure.who, failure.reason) for block in blocks for failure in block.failures]
+
+
+@pytest.fixture(scope="module")
+def ray_grid(shared_ray: None, experiment: Experiment) -> Iterator[RayGrid]:
+    with RayGrid(2, use_gpu=False, train=ECHO) as grid:
+        grid.connect(experiment)
         yield grid
 
 
 @pytest.fixture(params=["in_process", pytest.param("ray", marks=pytest.mark.slow)])
-def grid(request: pytest.FixtureRequest) -> SimulationGrid:
+def grid(request: pytest.FixtureRequest, experiment: Experiment) -> ClientGrid:
     if request.param == "in_process":
-        return InProcessGrid(echo_app.app, CLIENTS)
+        made = InProcessGrid(echo.train)
+        made.connect(experiment)
+        return made
     ray_grid = request.getfixturevalue("ray_grid")
     assert isinstance(ray_grid, RayGrid)
-    ray_grid.states = {}
+    ray_grid._memories = {}
     return ray_grid
 
 
-def test_nodes_are_the_clients_counted_from_1(grid: SimulationGrid) -> None:
-    assert list(grid.get_node_ids()) == [1, 2, 3, 4, 5]
-    assert [(echo(r)["client"], echo(r)["clients"]) for r in ask(grid, [0, 4])] == [(0, 5), (4, 5)]
+def test_results_come_in_the_order_of_the_blocks(grid: ClientGrid) -> None:
+    for tasks in (each(0, 1, 2, 3, 4), [[[0, 1], [2]], [[3, 4]]], [[[0, 1, 2, 3, 4]]]):
+        blocks = ask(grid, tasks)
+        wanted = [block for task in tasks for block in task]
+        assert [[result.client for result in block.results] for block in blocks] == wanted
+        assert all(block.total is None for block in blocks)
 
 
-def test_replies_come_in_the_order_of_the_messages(grid: SimulationGrid) -> None:
-    for clients in ([3, 1, 4, 0, 2], [2, 0]):
-        replies = ask(grid, clients)
-        assert [echo(reply)["client"] for reply in replies] == clients
-        assert [reply.metadata.src_node_id for reply in replies] == [client + 1 for client in clients]
+def test_models_are_left_where_they_were_added_up(grid: ClientGrid, experiment: Experiment) -> None:
+    numbers = sum(value.numel() for value in experiment.initial_state.values())
+    for block in ask(grid, [[[0, 1], [2]]], fold=True, raises=1):
+        assert [result.parts for result in block.results] == [{}]
+        assert block.total is not None
+        assert block.total.weights == {"model": 1.0}
+        assert block.total.totals["model"].shape == (numbers,)
+        assert block.total.totals["model"].dtype == torch.float64
 
 
-def test_exception_becomes_an_error_reply_of_that_client_alone(grid: SimulationGrid) -> None:
-    replies = ask(grid, [0, 1, 2], raises=1)
-    assert [reply.has_error() for reply in replies] == [False, True, False]
-    reason = str(replies[1].error.reason)
+def test_exception_is_the_failure_of_that_client_alone(grid: ClientGrid) -> None:
+    blocks = ask(grid, [[[0, 1, 2]]], raises=1)
+    assert list(calls(blocks)) == [0, 2]
+    ((who, reason),) = reasons(blocks)
+    assert who == "client 1"
     assert reason.startswith("KeyError: 'told to'\nTraceback (most recent call last):")
-    assert "echo_app.py" in reason
-    assert replies[1].metadata.src_node_id == 2
+    assert "echo.py" in reason
 
 
-def test_state_is_each_clients_own_and_kept(grid: SimulationGrid) -> None:
-    ask(grid, [0, 1])
-    ask(grid, [1, 2])
-    assert [echo(reply)["calls"] for reply in ask(grid, [0, 1, 2, 3])] == [2, 3, 2, 1]
+def test_what_a_client_keeps_is_its_own(grid: ClientGrid) -> None:
+    ask(grid, each(0, 1))
+    ask(grid, [[[1, 2]]])
+    assert calls(ask(grid, [[[0, 1], [2, 3]]])) == {0: 2, 1: 3, 2: 2, 3: 1}
 
 
-def test_a_client_that_fails_keeps_the_state_it_had(grid: SimulationGrid) -> None:
-    ask(grid, [1])
-    assert ask(grid, [1], raises=1)[0].has_error()
-    assert echo(ask(grid, [1])[0])["calls"] == 2
+def test_a_client_that_fails_keeps_what_it_had(grid: ClientGrid) -> None:
+    ask(grid, each(1))
+    assert calls(ask(grid, [[[0, 1]]], raises=1)) == {0: 1}
+    assert calls(ask(grid, each(1))) == {1: 2}
 
 
-def test_state_can_be_saved_and_put_back(grid: SimulationGrid) -> None:
-    ask(grid, [1, 3])
-    saved = grid.dump_states()
+def test_what_clients_keep_can_be_saved_and_put_back(grid: ClientGrid) -> None:
+    ask(grid, each(1, 3))
+    saved = grid.dump_memories()
     assert list(saved) == [1, 3]
-    ask(grid, [1, 3])
-    grid.load_states(saved)
-    assert [echo(reply)["calls"] for reply in ask(grid, [1, 2, 3])] == [2, 1, 2]
+    ask(grid, each(1, 3))
+    grid.load_memories(saved)
+    assert calls(ask(grid, each(1, 2, 3))) == {1: 2, 2: 1, 3: 2}
 
 
-def test_push_and_pull(grid: SimulationGrid) -> None:
-    """Flower's other way to send: first push, then pull by id."""
-    content = RecordDict({"order": ConfigRecord({})})
-    ids = list(grid.push_messages([Message(content, node, "train") for node in (2, 5)]))
-    assert len(set(ids)) == 2
-    assert [echo(reply)["client"] for reply in grid.pull_messages(ids)] == [1, 4]
-
-
-def test_run_record_is_asked_for_by_name() -> None:
-    with pytest.raises(RuntimeError, match="no run record"):
-        _ = InProcessGrid(echo_app.app, 1).run
+def test_what_clients_kept_can_be_looked_up_after_they_have_trained(grid: ClientGrid) -> None:
+    ask(grid, each(1))
+    memory_of = grid.memory_of([1, 2])
+    assert memory_of is not None
+    ask(grid, each(1, 2))
+    assert memory_of(1)["early_target"].tolist() == [1]
+    assert memory_of(2) == {}
 
 
 @pytest.mark.slow
 def test_workers_live_on(ray_grid: RayGrid) -> None:
-    first = {echo(reply)["process"] for _ in range(3) for reply in ask(ray_grid, [0, 1, 2, 3, 4])}
+    first = set().union(*(processes(ask(ray_grid, each(0, 1, 2, 3, 4))) for _ in range(3)))
     assert len(first) <= 2
     assert os.getpid() not in first
 
 
 @pytest.mark.slow
-def test_late_client_fails_and_its_worker_is_replaced(ray_grid: RayGrid) -> None:
-    before = {echo(reply)["process"] for reply in ask(ray_grid, [0, 1, 2, 3, 4])}
-    started = time.monotonic()
-    replies = ask(ray_grid, [0, 1, 2, 3, 4], timeout=5.0, sleeps=3)
-    assert time.monotonic() - started < 30
-    assert [reply.has_error() for reply in replies] == [False, False, False, True, False]
-    assert replies[3].error.reason == "TimeoutError: no answer within 5 s"
+def test_the_object_store_does_not_grow(ray_grid: RayGrid) -> None:
+    """Neither with rounds nor with what clients keep: the last of each client is held, and the last order."""
+    import ray
+    from ray._private.internal_api import node_stats  # Ray counts it nowhere in public
+
+    def used() -> int:
+        (node,) = ray.nodes()
+        stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
+        return int(stats.store_stats.num_local_objects)
+
+    for _ in range(3):
+        ask(ray_grid, each(0, 1, 2, 3, 4), fold=True)
+    before = used()
+    for _ in range(20):
+        ask(ray_grid, each(0, 1, 2, 3, 4), fold=True)
+    wait_until(lambda: used() <= before + 2, 60, "objects are left", every=0.5)  # Ray frees them now and then
+
+
+@pytest.mark.slow
+def test_late_client_fails_and_its_worker_is_replaced(ray_grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where others were in its task: these are tried again one by one."""
+    before = processes(ask(ray_grid, each(0, 1, 2, 3, 4)))
+    monkeypatch.setattr(ray_grid, "_timeout", 4.0)
+    for tasks in (each(0, 1, 2, 3, 4), [[[0, 1]], [[2, 3], [4]]]):
+        started = time.monotonic()
+        blocks = ask(ray_grid, tasks, sleeps=3)
+        assert time.monotonic() - started < 50
+        assert list(calls(blocks)) == [0, 1, 2, 4]
+        assert reasons(blocks) == [("client 3", "TimeoutError: no answer within 4 s")]
+    monkeypatch.setattr(ray_grid, "_timeout", 600.0)
 
     def a_new_process_takes_part() -> bool:
-        return bool({echo(reply)["process"] for reply in ask(ray_grid, [0, 1, 2, 3, 4])} - before)
+        return bool(processes(ask(ray_grid, each(0, 1, 2, 3, 4))) - before)
 
     wait_until(a_new_process_takes_part, 60, "the worker was not replaced", every=0.1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deaths", [2, 3])
-def test_client_whose_worker_dies_is_asked_again(ray_grid: RayGrid, deaths: int, tmp_path: Path) -> None:
-    """Twice; its state is the one it had, and the others are answered."""
-    ray_grid.states = {}
-    ask(ray_grid, [0, 1, 2])
-    replies = ask(ray_grid, [0, 1, 2, 3], dies=1, deaths=deaths, marks=str(tmp_path))
-    assert len(list(tmp_path.iterdir())) == deaths
-    assert [reply.has_error() for reply in replies] == [False, deaths == 3, False, False]
-    assert [echo(replies[place])["calls"] for place in (0, 2, 3)] == [2, 2, 1]
-    if deaths == 3:
-        assert replies[1].error.reason == "WorkerDied: 3 workers died on it; out of memory?"
-    assert echo(ask(ray_grid, [1])[0])["calls"] == (2 if deaths == 3 else 3)
+@pytest.mark.parametrize(("deaths", "tasks"), [(2, each(0, 1, 2, 3)), (3, each(0, 1, 2, 3)), (9, [[[0, 1], [2, 3]]])])
+def test_clients_whose_worker_dies_are_asked_again(
+    ray_grid: RayGrid, deaths: int, tasks: list[list[list[int]]], tmp_path: Path
+) -> None:
+    """A task goes to two more workers, then each of its clients to three: what they kept is what they had."""
+    ray_grid._memories = {}
+    ask(ray_grid, each(0, 1, 2))
+    blocks = ask(ray_grid, tasks, fold=True, dies=1, deaths=deaths, marks=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == min(deaths, 6)
+    dead = deaths > 2
+    assert calls(blocks) == {0: 2, **({} if dead else {1: 2}), 2: 2, 3: 1}
+    assert reasons(blocks) == [("client 1", "WorkerDied: 3 workers died on it; out of memory?")] * dead
+    alone = InProcessGrid(echo.train)
+    alone.connect(open_experiment(to_yaml(load_config([], OVERRIDES))))
+    expected = ask(alone, tasks, fold=True, **({"raises": 1} if dead else {}))
+    for block, other in zip(blocks, expected, strict=True):
+        assert block.total is not None
+        assert other.total is not None
+        assert block.total.weights == other.total.weights
+        for part, total in other.total.totals.items():  # but for the process's id
+            assert torch.equal(block.total.totals[part][1:], total[1:])
+    assert calls(ask(ray_grid, each(1))) == {1: 2 if dead else 3}
 
 
-def fragile_app(folder: Path, beginning: str) -> str:
-    """Writes the echo app into a module that workers import, with something before it; returns its name."""
+@pytest.mark.slow
+def test_fewer_workers_share_a_gpu_that_is_too_small(
+    shared_ray: None, experiment: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The task runs again; where one worker is left, the client fails."""
+    with RayGrid(2, use_gpu=False, train=ECHO) as grid, caplog.at_level(logging.WARNING, "fedlabel"):
+        grid.connect(experiment)
+        blocks = ask(grid, each(0, 1, 2), fills=1)
+        assert list(calls(blocks)) == [0, 2]
+        ((who, reason),) = reasons(blocks)
+        assert (who, reason.partition("\n")[0]) == ("client 1", "OutOfMemoryError: CUDA out of memory.")
+        assert caplog.messages == ["The GPU's memory was too small for its workers: the run goes on with 1."]
+        assert len(processes(ask(grid, each(0, 1, 2, 3)))) == 1
+
+
+def fragile(folder: Path, beginning: str) -> str:
+    """Writes the echo into a module that workers import, with something before it; returns its name."""
     code = "import os, signal\nfrom pathlib import Path\nmarks = Path(__file__).parent / 'marks'\n"
     name = f"fragile_{folder.name}"
-    (folder / f"{name}.py").write_text(f"{code}{beginning}\nfrom tests.integration.echo_app import app\n")
+    (folder / f"{name}.py").write_text(f"{code}{beginning}\nfrom tests.integration.echo import train\n")
     (folder / "marks").mkdir()
-    return f"{name}:app"
+    return f"{name}:train"
 
 
 DIES = """
@@ -161,11 +244,12 @@ if deaths < {}:
 
 @pytest.mark.slow
 def test_workers_that_die_while_they_start_are_started_again(
-    shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_ray: None, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    with RayGrid(fragile_app(tmp_path, DIES.format(3)), CLIENTS, 1, use_gpu=False) as grid:
-        assert [echo(reply)["client"] for reply in ask(grid, [0, 1])] == [0, 1]
+    with RayGrid(1, use_gpu=False, train=fragile(tmp_path, DIES.format(3))) as grid:
+        grid.connect(experiment)
+        assert list(calls(ask(grid, each(0, 1)))) == [0, 1]
     assert len(list((tmp_path / "marks").iterdir())) == 3
 
 
@@ -185,52 +269,18 @@ def test_workers_that_die_while_they_start_are_started_again(
     ids=["dies", "raises"],
 )
 def test_workers_that_never_start_end_the_run_in_one_sentence(
-    beginning: str, message: str, shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    beginning: str,
+    message: str,
+    shared_ray: None,
+    experiment: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(server.grids.ray, "STARTS", 2)
-    app = fragile_app(tmp_path, beginning)
-    with RayGrid(app, CLIENTS, 1, use_gpu=False) as grid, pytest.raises(RunError, match=message) as caught:
-        ask(grid, [0])
+    train = fragile(tmp_path, beginning)
+    with RayGrid(1, use_gpu=False, train=train) as grid:
+        grid.connect(experiment)
+        with pytest.raises(RunError, match=message) as caught:
+            ask(grid, each(0))
     assert "\n" not in str(caught.value)
-
-
-def test_ray_gets_a_short_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """39 bytes and "/ray" leave room for the 64 of a socket's name; the system takes 107."""
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setenv("TMPDIR", "/" + 38 * "x")
-    assert server.grids.ray._ray_folder() is None
-    monkeypatch.setenv("TMPDIR", "/" + 39 * "x")
-    assert server.grids.ray._ray_folder() == "/tmp/ray"
-
-
-def test_no_short_folder_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(dir: str) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setenv("RAY_TMPDIR", "/" + 99 * "x")
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(ValueError, match=r"TMPDIR \(=/x+\) is too long for Ray.*set RAY_TMPDIR to a short path"):
-        server.grids.ray._ray_folder()
-
-
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "no-such-host.invalid:{}", "127.0.0.1:99999"]
-)
-def test_cluster_that_is_not_there_is_said(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = address.format(free_ports(1)[0])
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(RunError, match=rf"No Ray cluster answers at RAY_ADDRESS \(={address}\): .*; correct it"):
-        server.grids.ray._start_ray(1)
-
-
-def test_ray_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**options: Any) -> None:
-        raise ConnectionError("Could not find any running Ray instance.\nPlease ...")
-
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    monkeypatch.setattr("ray.init", fail)
-    message = "Ray does not start: ConnectionError: Could not find any running Ray instance.; check RAY_ADDRESS (=auto)"
-    with pytest.raises(RunError) as caught:
-        server.grids.ray._start_ray(1)
-    assert str(caught.value).startswith(message)
