@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -586,6 +587,14 @@ def test_a_server_with_every_sample_leaves_none_to_the_clients(told: dict[str, A
 MIX = [MixPart(share=0.5, label_rate=0.5), MixPart(share=0.3, kind="partial", partial_ratio=0.3, label_rate=None)]
 
 
+@pytest.fixture
+def nothing_cached() -> Iterator[None]:
+    """What is cached was made for other limits."""
+    build_federation.cache_clear()
+    yield
+    build_federation.cache_clear()
+
+
 def calls(num_clients: int, partition: str, **supervision: object) -> int:
     """Returns how many functions are called, Python's own included, to build a federation and to describe it."""
     load_dataset(DataConfig(), 0)
@@ -609,6 +618,7 @@ def calls(num_clients: int, partition: str, **supervision: object) -> int:
     return count
 
 
+@pytest.mark.usefixtures("nothing_cached")
 @pytest.mark.parametrize("kind", ["iid", "classes_per_client"])
 @pytest.mark.parametrize(
     ("supervision", "per_client"),
@@ -632,6 +642,7 @@ def test_further_clients_cost_next_to_nothing(
     assert many - few < 300 * per_client + 250
 
 
+@pytest.mark.usefixtures("nothing_cached")
 def test_of_many_clients_a_part_is_written_and_all_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     federation = build(10, label_rate=0.5)
     all_lists = json.loads(federation.to_json())

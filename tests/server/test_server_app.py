@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, RecordDict
-from flwr.clientapp import ClientApp
 
 from fedlabel.config import load_config
 from fedlabel.errors import RunError
 from server import server_app
-from server.grids.in_process import InProcessGrid
 from server.server_app import _log_line, default_name, run_federation
 from tests.server.test_nodes import CONFIG, Nodes
 
@@ -42,7 +40,7 @@ def test_the_last_line_of_flowers_log_says_that_a_run_failed(
     monkeypatch.chdir(tmp_path)
     context = Context(1, 0, {}, RecordDict(), {"configs": "", "overrides": overrides})
     with pytest.raises(RunError, match=rf"^fedlabel: the run FAILED .*: {reason}") as caught:
-        server_app.main(InProcessGrid(ClientApp(), 2), context)
+        server_app.main(Nodes([0, 1]), context)
     assert caught.value.__suppress_context__
     assert not (tmp_path / "runs").exists()
 
