@@ -283,7 +283,7 @@ TAGS: tuple[Tag, ...] = (
     *_server(SYSTEM, "s", LOWER, ("system/round_seconds", "seconds of a round")),
     *_server(SYSTEM, "clients", LOWER, ("system/failed_clients", "failed clients")),
     *_server(SYSTEM, "replies", LOWER, ("system/refused_replies", "refused replies")),
-    *_server(SYSTEM, FIGURE, NEITHER, ("config", "configuration")),
+    *_server(SYSTEM, FIGURE, NEITHER, ("config", "configuration"), ("clients", "which clients are shown")),
     *_server(
         COMMUNICATION,
         "bytes",

@@ -166,14 +166,22 @@ def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFold
 def _describe(experiment: Experiment, folder: RunFolder) -> None:
     """Writes the initial records of a run: partition, labels and configuration."""
     federation = experiment.federation
+    shown, clients = shown_clients(experiment.config.num_clients), experiment.config.num_clients
+    if len(shown) < clients:
+        some = ", ".join(map(str, shown[:3].tolist()))
+        text = (
+            f"Lists with a number per client, here and in metrics.jsonl, and the figure of the partition show "
+            f"{len(shown):,} of {clients:,} clients, evenly spaced ({some}, ..., {shown[-1]}); lists of pseudo-labels "
+            "show clients that trained in the round, in their order. Metrics are of all clients."
+        )
+        folder.log_text("clients", text)
     write_atomic(folder.partition_json, federation.to_json())
     write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.evaluation.figures:
         from fedlabel.record.figures import partition_figure, save_png  # here: matplotlib takes a while to import
 
-        shown = shown_clients(len(federation.parts))
         histograms = federation.histograms(shown)
-        figure = partition_figure(histograms, KIND_NAMES, federation.true_classes, shown, len(federation.parts))
+        figure = partition_figure(histograms, KIND_NAMES, federation.true_classes, shown, clients)
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")

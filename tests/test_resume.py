@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fedlabel
 import server.server_app
@@ -199,6 +200,29 @@ def test_a_run_is_not_gone_on_with_on_other_data(change: Callable[[Path], None],
     assert len(rows(run_path)) == 1
     fedlabel.run([], ["num_rounds=2", f"data.root={kept}"], name="x", out=tmp_path, resume=True)
     assert len(rows(run_path)) == 2
+
+
+def test_a_run_of_many_clients_says_which_are_shown_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than are listed: the hash, which a resumed run compares, is of all nevertheless."""
+    monkeypatch.setattr(fedlabel.data.federation, "LISTED_CLIENTS", 3)
+    monkeypatch.setattr(fedlabel.data.federation, "SHOWN_CLIENTS", 2)
+    for cached in (open_experiment, build_federation):
+        cached.cache_clear()
+    path = fedlabel.run([], TINY, name="x", out=tmp_path).path
+    assert {len(row["eval/client_accuracy"]) for row in rows(path) if "eval/client_accuracy" in row} == {2}
+    assert [client["client"] for client in json.loads((path / "partition.json").read_text())["clients"]] == [0, 2]
+    read = EventAccumulator(str(path)).Reload()
+    (text,) = read.Tensors("clients/text_summary")[0].tensor_proto.string_val
+    assert b"show 2 of 4 clients, evenly spaced (0, 2, ..., 2)" in text
+    assert len(fedlabel.run([], ["num_rounds=4"], name="x", out=tmp_path, resume=True).metrics) == 4
+    with pytest.raises(ValueError, match="changed: partition and supervision"):
+        written = json.loads((path / "partition.json").read_text())
+        (path / "partition.json").write_text(json.dumps({**written, "sha256": "0" * 64}))
+        fedlabel.run([], ["num_rounds=5"], name="x", out=tmp_path, resume=True)
+    for cached in (open_experiment, build_federation):  # the hash of what is in them is of many clients
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import torch
 
 import fedlabel.data.federation
 from fedlabel.config import load_config
-from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.federation import Federation, build_federation, shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES, build_supervision
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
+from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.sets.datasets import Split, load_dataset
 from fedlabel.data.skew import SkewConfig, client_shift, tail_sizes
@@ -576,3 +579,117 @@ def test_sets_of_one_class_and_of_all_are_in_the_audit() -> None:
 def test_a_server_with_every_sample_leaves_none_to_the_clients(told: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"beside supervision.labels_at=server leave no sample to the clients"):
         build(labels_at="server", **told)
+
+
+# ------------------------------------------------------------------------------------------------------- many clients
+
+
+MIX = [MixPart(share=0.5, label_rate=0.5), MixPart(share=0.3, kind="partial", partial_ratio=0.3, label_rate=None)]
+
+
+@pytest.fixture
+def nothing_cached() -> Iterator[None]:
+    """What is cached was made for other limits."""
+    build_federation.cache_clear()
+    yield
+    build_federation.cache_clear()
+
+
+def calls(num_clients: int, partition: str, **supervision: object) -> int:
+    """Returns how many functions are called, Python's own included, to build a federation and to describe it."""
+    load_dataset(DataConfig(), 0)
+    build_federation.cache_clear()
+    count = 0
+
+    def see(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        federation = build(num_clients, partition=PartitionConfig(kind=partition, min_samples=1), **supervision)
+        federation.to_json()
+        federation.audit_json()
+        federation.warnings()
+        federation.histograms(shown_clients(num_clients))
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.usefixtures("nothing_cached")
+@pytest.mark.parametrize("kind", ["iid", "classes_per_client"])
+@pytest.mark.parametrize(
+    ("supervision", "per_client"),
+    [
+        ({"kind": "full", "label_rate": None}, 0),
+        ({"label_rate": None, "labels_total": 100}, 0),
+        ({"kind": "partial", "partial_ratio": 0.3, "label_rate": None}, 0),
+        ({"label_rate": 0.5}, 4),  # each client has numbers of its own: a hash
+        ({"kind": "bags", "bag_size": 2, "label_rate": None}, 4),
+        ({"mix": MIX, "mix_over": "samples", "label_rate": SupervisionConfig().label_rate}, 8),
+    ],
+)
+def test_further_clients_cost_next_to_nothing(
+    kind: str, supervision: dict[str, object], per_client: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 further clients, with the same samples: no loop over the clients, in which arrays would be made for each."""
+    monkeypatch.setattr(fedlabel.data.federation, "LISTED_CLIENTS", 50)
+    monkeypatch.setattr(fedlabel.data.federation, "SHOWN_CLIENTS", 20)
+    calls(60, kind, **supervision)  # what is imported and cached
+    few, many = (calls(number, kind, **supervision) for number in (60, 360))
+    assert many - few < 300 * per_client + 250
+
+
+@pytest.mark.usefixtures("nothing_cached")
+def test_of_many_clients_a_part_is_written_and_all_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = build(10, label_rate=0.5)
+    all_lists = json.loads(federation.to_json())
+    monkeypatch.setattr(fedlabel.data.federation, "LISTED_CLIENTS", 9)
+    monkeypatch.setattr(fedlabel.data.federation, "SHOWN_CLIENTS", 4)
+    build_federation.cache_clear()
+    federation = build(10, label_rate=0.5)
+    found, audit = json.loads(federation.to_json()), federation.audit()
+    assert [client.pop("client") for client in found["clients"]] == [0, 2, 5, 7]
+    assert found["clients"] == [all_lists["clients"][client] for client in (0, 2, 5, 7)]
+    assert (found["num_clients"], found["server"], found["data"]) == (10, [], all_lists["data"])
+    assert "Index lists of 4 of 10 clients, evenly spaced; above 9 clients not all are written" in found["note"]
+    for name, keys in {"labeled": ["labeled"], "samples": ["labeled", "unlabeled"]}.items():
+        sizes = [sum(len(client[key]) for key in keys) for client in all_lists["clients"]]
+        assert found["per_client"][name] == {
+            "smallest": min(sizes),
+            "mean": pytest.approx(sum(sizes) / 10),
+            "largest": max(sizes),
+        }
+    kinds = federation.kinds()
+    assert audit["kinds"]["clients"] == kinds[[0, 2, 5, 7]].tolist()
+    assert audit["kinds"]["shown_clients"] == [0, 2, 5, 7]
+    assert audit["kinds"]["total"] == kinds.sum(0).tolist()
+    # Of one sample of a client whose lists are not written the holder changes, or another one is judged by it.
+    for name in ("parts", "test_parts"):
+        parts = getattr(federation, name)
+        offsets = parts.offsets.copy()
+        offsets[2] += 1
+        changed = replace(federation, **{name: Ragged(parts.rows, offsets)})
+        assert changed.sha256 != federation.sha256
+    assert replace(federation).sha256 == federation.sha256
+
+
+def test_shown_clients_are_all_or_evenly_spaced() -> None:
+    assert shown_clients(1).tolist() == [0]
+    assert shown_clients(1000).tolist() == list(range(1000))
+    assert shown_clients(1_000_000).tolist() == list(range(0, 1_000_000, 1000))
+    steps = np.diff(shown_clients(1999))
+    assert (len(steps), steps.min(), steps.max()) == (999, 1, 2)
+
+
+def test_counts_of_some_clients_are_those_of_all() -> None:
+    federation = build(8, mix=MIX, label_rate=SupervisionConfig().label_rate)
+    some = np.array([6, 1])
+    assert np.array_equal(federation.histograms(some), federation.histograms()[:, some])
+    assert np.array_equal(federation.kinds(some), federation.kinds()[some])
+    assert np.array_equal(federation.kinds(), federation.histograms().sum(2).T)
+    for kind in range(3):
+        mask = federation.record.kind.numpy() == kind
+        assert np.array_equal(federation.class_counts(mask), federation.histograms()[kind])

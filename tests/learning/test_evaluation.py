@@ -19,7 +19,7 @@ def test_evaluation_by_hand() -> None:
     """Four images of one pixel, which says the class that the model predicts with probability 3/4.
 
     Classes 0, 0, 1, 1 are predicted as 0, 1, 1, 1: accuracy 3/4, recall 1/2 and 1. Client 0 has the first two images
-    (1/2), client 1 the others (1), client 2 none: mean 3/4, sd 1/4, worst 1/2, Jain (3/2)^2 / (2 * 5/4) = 0.9. All
+    (1/2), client 1 none, client 2 the others (1): mean 3/4, sd 1/4, worst 1/2, Jain (3/2)^2 / (2 * 5/4) = 0.9. All
     confidences are 3/4, as is the accuracy in their bin: the calibration error is 0. The loss is -ln of 3/4 three times
     and of 1/4 once. Of the four pairs of an image of class 0 and one of class 1 two are in order and two tie: AUC 3/4.
     """
@@ -31,7 +31,8 @@ def test_evaluation_by_hand() -> None:
         predicted = (batch.view(-1) * 255).round().long()
         return torch.nn.functional.one_hot(predicted, 2) * math.log(3.0)
 
-    evaluation = evaluate(model, split, transform, 2, [np.array([0, 1]), np.array([2, 3]), np.array([], dtype=int)])
+    evaluation = evaluate(model, split, transform, 2, [np.array([0, 1]), np.array([], dtype=int), np.array([2, 3])])
+    np.testing.assert_array_equal(evaluation.client_accuracy, [0.5, math.nan, 1])
     assert evaluation.confusion.tolist() == [[1, 1], [0, 2]]
     assert evaluation.metrics() == pytest.approx(
         {

@@ -97,6 +97,26 @@ def test_partition_without_unlabelled_samples():
     png_shape(figure)
 
 
+def test_partition_of_some_clients_says_which_and_of_how_many():
+    counts = np.ones((200, 3), dtype=int)
+    figure = partition_figure(held(counts, counts), KINDS, NAMES, np.arange(200) * 50, 10_000)
+    figure.canvas.draw()
+    assert "Who holds what: 200 of 10,000 clients, evenly spaced, 3 classes (white: none)" in texts(figure)
+    ticks = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert {"0", "1000", "5000"} <= set(ticks), "their numbers, not their places"
+    assert "Who holds what: 200 clients, 3 classes (white: none)" in texts(partition_figure(held(counts), KINDS, NAMES))
+
+
+def test_partition_of_many_clients_has_an_area_per_kind_and_not_a_bar_per_client():
+    labeled = np.arange(300).reshape(100, 3)
+    labeled = np.concatenate([labeled, labeled[:1]])
+    bars = partition_figure(held(labeled, 2 * labeled), KINDS, NAMES).axes[2]
+    first, second = (patch.get_data() for patch in bars.patches)
+    assert first.values.tolist() == (2 * labeled).sum(1).tolist()
+    assert (second.values - second.baseline).tolist() == labeled.sum(1).tolist()
+    assert second.baseline.tolist() == first.values.tolist()
+
+
 def test_confusion_is_in_percent_of_the_true_class():
     """Of 4 cats 3 are found: 75 and 25 %. Of 1,000 dogs 1 is taken for a cat: <1 %. There is no horse."""
     figure = confusion_figure(np.array([[3, 1, 0], [1, 999, 0], [0, 0, 0]]), NAMES)
@@ -205,6 +225,19 @@ def test_client_accuracy_of_any_size(clients):
     figure = client_accuracy_figure(np.linspace(1, 0, clients))
     assert any(text.startswith(f"worst: client {clients - 1}") for text in texts(figure))
     assert png_shape(figure)[1] <= 1000
+
+
+def test_client_accuracy_of_very_many_shows_the_worst_the_best_and_the_mean_of_all():
+    accuracy = np.linspace(0.2, 0.9, 5_001) ** 2
+    accuracy[17], accuracy[3_000] = 0.01, np.nan
+    figure = client_accuracy_figure(accuracy)
+    shown = texts(figure)
+    assert "worst: client 17, 1.0 %" in shown
+    assert f"mean: {100 * np.nanmean(accuracy):.1f} %" in shown
+    assert "1,000 of 5,000 clients, at evenly spaced ranks, worst first" in shown
+    assert "Accuracy per client (left out: 1 without samples)" in shown
+    drawn = figure.axes[0].patches[0].get_data().values
+    assert (len(drawn), drawn[0], drawn[-1]) == pytest.approx((1_000, 1, 81))
 
 
 def test_client_accuracy_without_samples():

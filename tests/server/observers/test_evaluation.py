@@ -53,6 +53,15 @@ def test_a_round_is_evaluated_as_the_state_is_after_it() -> None:
     assert report_of(4, found=None) == Report()  # there is no model to evaluate yet
 
 
+def test_of_many_clients_evenly_spaced_ones_are_listed_and_all_are_measured() -> None:
+    accuracy = np.arange(5_000) / 5_000
+    accuracy[1] = 1.0
+    found = Evaluation(0.5, np.array([[3, 1], [2, 4]]), accuracy, np.zeros((3, 1)))
+    report = report_of(4, found=found)
+    np.testing.assert_array_equal(report.lists["eval/client_accuracy"], accuracy[::5])
+    assert report.metrics["eval/mean_client_accuracy"] == accuracy.mean()
+
+
 def test_what_is_no_model_as_the_run_is_for_has_an_interim_accuracy_only() -> None:
     assert report_of(4, final=False, select="instance_accuracy") == Report({"interim/accuracy": 0.7})
 

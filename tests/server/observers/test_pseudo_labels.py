@@ -18,9 +18,11 @@ from tests.server.rounds import PSEUDO, content, reply, seen, tally_of
 STATE = ServerState(4, {}, "")
 
 
-def observer(final: bool = True, figures: bool = False) -> PseudoLabelObserver:
+def observer(final: bool = True, figures: bool = False, num_clients: int = 3) -> PseudoLabelObserver:
     experiment: Any = SimpleNamespace(
-        config=SimpleNamespace(num_clients=3, num_rounds=4, evaluation=SimpleNamespace(every=1, figures=figures)),
+        config=SimpleNamespace(
+            num_clients=num_clients, num_rounds=4, evaluation=SimpleNamespace(every=1, figures=figures)
+        ),
         recipe=Recipe((Stage((), final=final),), LabelKinds.TRUE),
     )
     return PseudoLabelObserver(experiment)
@@ -29,6 +31,13 @@ def observer(final: bool = True, figures: bool = False) -> PseudoLabelObserver:
 def report_of(watching: PseudoLabelObserver, *counts: Counts, **options: Any) -> Report:
     replies = [reply(node, content(**each)) for node, each in zip((11, 12, 13), counts, strict=False)]
     return watching.after_round(seen(tally_of(replies)[0], **options), STATE)
+
+
+def test_of_many_clients_only_those_that_trained_are_listed() -> None:
+    lists = report_of(observer(num_clients=1_000_000), PSEUDO, {}, PSEUDO).lists
+    nan = float("nan")
+    np.testing.assert_array_equal(lists["pseudo/client_coverage"], [5 / 8, nan, 5 / 8])
+    np.testing.assert_array_equal(lists["pseudo/client_accuracy"], [4 / 5, nan, 4 / 5])
 
 
 def test_rates_by_class_and_by_client() -> None:
