@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 import fedlabel
-import server.observers.panel
+import fedlabel.cohort
+import fedlabel.record.figures
 from fedlabel.experiment import Experiment
-from fedlabel.learning.client import ClientUpdate
+from fedlabel.learning.client import ClientUpdate, LocalRound, Trainer
 from fedlabel.methods.batch import StateDict
+from fedlabel.methods.recipe import Recipe
 from tests.server.observers.test_training import TINY
 
 
@@ -27,24 +30,33 @@ def test_the_panel_shows_what_the_client_drew(method: str, tmp_path: Path, monke
         "fedmatch": ["method.helper_interval=2", "method.confidence_threshold=0.1"],
         "freematch": [],
     }[method]
-    calls: list[tuple[int, int, ClientUpdate]] = []
+    calls: dict[tuple[int, int], ClientUpdate] = {}
+    """Seed of a client's round and number of the round -> its update."""
+    again_of: list[tuple[int, ClientUpdate]] = []
+    forgetful: list[ClientUpdate] = []
     panels: list[dict[str, Any]] = []
-    train = Experiment.train
+    train_again, train = Experiment.train, fedlabel.cohort.train_clients
 
-    def watching(self: Experiment, client: int, state: StateDict, round_number: int, *others: Any) -> ClientUpdate:
-        update = train(self, client, state, round_number, *others)
-        calls.append((client, round_number, update))
-        if round_number == 2 and not forgetful:
-            forgetful.append(train(self, client, state, round_number, self.recipe.shared.start()))
+    def watching(
+        recipe: Recipe, trainer: Trainer, state: StateDict, clients: Sequence[LocalRound], number: int
+    ) -> list[ClientUpdate]:
+        updates = train(recipe, trainer, state, clients, number)
+        calls.update({(client.seed, number): update for client, update in zip(clients, updates, strict=True)})
+        return updates
+
+    def watching_again(self: Experiment, client: int, state: StateDict, number: int, *others: Any) -> ClientUpdate:
+        update = train_again(self, client, state, number, *others)
+        again_of.append((self.client_seed(client, number), update))
+        forgetful.append(train_again(self, client, state, number, self.recipe.shared.start()))
+        assert number == 2
         return update
 
-    forgetful: list[ClientUpdate] = []
-    monkeypatch.setattr(Experiment, "train", watching)
-    monkeypatch.setattr(server.observers.panel, "pseudo_label_panel", lambda **shown: panels.append(shown))
-    fedlabel.run([], [*TINY, f"method.name={method}", *options], name="x", out=tmp_path)
-    *_, (client, round_number, again) = calls
-    (once,) = (update for c, r, update in calls[:-1] if (c, r) == (client, round_number))
-    assert round_number == 2
+    monkeypatch.setattr(Experiment, "train", watching_again)
+    monkeypatch.setattr(fedlabel.cohort, "train_clients", watching)
+    monkeypatch.setattr(fedlabel.record.figures, "pseudo_label_panel", lambda **shown: panels.append(shown))
+    fedlabel.run([], [*TINY, f"method.name={method}", *options, "grid.stack=off"], name="x", out=tmp_path)
+    ((seed, again),) = again_of
+    once = calls[seed, 2]
     assert again.pseudo is not None
     assert once.pseudo is not None
     assert torch.equal(again.pseudo_index, once.pseudo_index)
