@@ -2,20 +2,20 @@
 
     python scripts/bench_gpu.py --wheels wheels             # all parts; JSON to $OUT, or --out
     python scripts/bench_gpu.py --quick --device cpu        # tiny sizes: whether the script itself works
-    python scripts/bench_gpu.py --only cifar --extra "stacked + graphs:grid.stack=auto,grid.graphs=true"
+    python scripts/bench_gpu.py --only cifar --extra "stacks of 10:grid.stack=10"
 
 Parts, each in processes of its own, with a time limit each; one that fails is reported and the others go on:
 
 - card: name, memory, versions; what a product of large matrices reaches in fp32, tf32 and bf16 ("peak" below).
 - cifar: pfl's CIFAR10 job: 1,000 users of 50 images, cohort 50, batch 10, one local epoch, its simple CNN (two 3x3
   convolutions of 32 and 64 channels, max-pooling, 128 hidden units) without its dropout, expressed as a model of
-  fedlabel. s per round of a bare loop, of clients one by one, of stacked clients, of pfl itself.
+  fedlabel. s per round of a bare loop, of clients one by one and stacked, with CUDA graphs and without, of pfl itself.
 - fedlabel: FedLabel's setting: 100 clients, 10 a round, ResNet-18 with BatchNorm, 30 + 10 steps of 64, 20 % labels: s
-  per round in fp32, tf32 and bf16 (autocast around the run), and the share of the measured peak.
+  per round in fp32, tf32 and bf16, with CUDA graphs and without, and the share of the measured peak.
 - belief: belief propagation over a million samples in bags of 32, 256 and 2048 with five neighbours each, and the
   seconds of an iteration when bags are stacked as for a core's cache.
 - masked: steps that are taken and taken back on the device give the metrics of steps that are left out; stacked clients
-  give those of clients one by one.
+  those of clients one by one; captured steps those of others.
 - tests: the tests of inference that need a GPU.
 
 Images are made up: a pattern per class and noise. The machine needs Python 3.12 and torch; `--wheels` names a folder of
@@ -94,16 +94,11 @@ def wait(device: str) -> None:
 
 @contextlib.contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Computes in fp32, tf32 or bf16 (autocast of torch) inside the context.
-
-    Without autocast's cache, whose copies of the weights would outlive their steps.
-    """
+    """Allows TF32 inside the context, unless it is fp32."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.autocast(kind, torch.bfloat16, cache_enabled=False) if name == "bf16" else contextlib.nullcontext():
-        yield
+    yield
 
 
 def made_up(folder: Path, samples: int, side: int = 32) -> Path:
@@ -137,21 +132,19 @@ def common(data: Path, device: str, clients: int, cohort: int) -> list[str]:
     ]
 
 
-def stacking() -> bool:
-    from fedlabel.config import GridConfig
-
-    return hasattr(GridConfig(), "stack")
-
-
-def grids(extra: Sequence[str]) -> dict[str, list[str]]:
+def ways(extra: Sequence[str]) -> dict[str, list[str]]:
     """Returns the ways to run clients: name -> overrides."""
-    ways = {"one by one": ["grid.stack=off"] if stacking() else []}
-    if stacking():
-        ways["stacked"] = ["grid.stack=auto"]
+    graphs, eager = "grid.cuda_graphs=true", "grid.cuda_graphs=false"
+    found = {
+        "one by one": ["grid.stack=off", eager],
+        "one by one + graphs": ["grid.stack=off", graphs],
+        "stacked": ["grid.stack=auto", eager],
+        "stacked + graphs": ["grid.stack=auto", graphs],
+    }
     for each in extra:
         name, _, overrides = each.partition(":")
-        ways[name] = overrides.split(",")
-    return ways
+        found[name] = overrides.split(",")
+    return found
 
 
 def rounds_of(overrides: Sequence[str], rounds: int, device: str) -> dict[str, float]:
@@ -207,7 +200,7 @@ def cifar(device: str, quick: bool, way: str, extra: Sequence[str], folder: Path
 
         found = {"s per round": statistics.median(timed(BareLoop(load_config((), overrides)), rounds)[0])}
     else:
-        found = rounds_of([*overrides, *grids(extra)[way]], rounds, device)
+        found = rounds_of([*overrides, *ways(extra)[way]], rounds, device)
     torch.manual_seed(0)
     steps = cohort * -(-each // 10) * 10
     found["TFLOP per round"] = steps * flops(network(job, (3, 32, 32)), (3, 32, 32), backward=True) / 1e12
@@ -231,9 +224,10 @@ def fedlabel(device: str, quick: bool, way: str, extra: Sequence[str], folder: P
         "training.lr=0.01",
         f"model.name={model}",
         "model.norm=batch",
+        f"training.precision={'bfloat16' if kind == 'bf16' else 'float32'}",
     ]
     with precision(kind):
-        found: dict[str, Any] = rounds_of([*overrides, *grids(extra)[way]], 1 if quick else 4, device)
+        found: dict[str, Any] = rounds_of([*overrides, *ways(extra)[way]], 1 if quick else 4, device)
     net = build_model(ModelConfig(name=model, norm="batch"), (3, 32, 32), 10, seed=0)
     forward, both = (flops(net, (3, 32, 32), backward) for backward in (False, True))
     # Labels: a pass with gradient. Then student on two views, and both teachers on one.
@@ -330,9 +324,10 @@ def masked(device: str, quick: bool, folder: Path) -> dict[str, Any]:
         chosen = [f"method.name={name}", *METHODS[name]]
         if original is not None:
             found[f"{name}: masked - branch"] = apart(run(chosen, True), run(chosen, False))
-        if stacking():
-            one, many = (run([*chosen, f"grid.stack={way}"], None) for way in ("off", "2"))
-            found[f"{name}: stacked - one by one"] = apart(one, many)
+        one, many = (run([*chosen, f"grid.stack={way}"], None) for way in ("off", "2"))
+        found[f"{name}: stacked - one by one"] = apart(one, many)
+        captured, eager = (run([*chosen, f"grid.cuda_graphs={way}"], None) for way in ("true", "false"))
+        found[f"{name}: graphs - none"] = apart(captured, eager)
     return found
 
 
@@ -381,11 +376,12 @@ LIMITS = {"card": 40.0, "cifar": 60.0, "fedlabel": 70.0, "belief": 60.0, "masked
 
 
 def rows(part: str, extra: Sequence[str]) -> list[str]:
-    ways = list(grids(extra))
     if part == "cifar":
-        return [f"cifar/{way}" for way in (*ways, "pfl", "bare loop")]
+        return [f"cifar/{way}" for way in (*ways(extra), "pfl", "bare loop")]
     if part == "fedlabel":
-        return [f"fedlabel/{way}, {kind}" for way in ways for kind in ("tf32", "bf16", "fp32")]
+        alone = ["one by one + graphs, tf32", "one by one + graphs, bf16", "one by one, tf32", "one by one, fp32"]
+        further = [f"{way}, bf16" for way in list(ways(extra))[4:]]
+        return [f"fedlabel/{row}" for row in (*alone, *further)]
     return [f"belief/{size}" for size in (256, 32, 2048)] if part == "belief" else [part]
 
 

@@ -236,7 +236,7 @@ class Alone:
         }
         self._teachers = {name: counted(model, self._passes) for name, model in models.items()}
         self._steppers = [
-            Stepper.of(student, update, phase.proximal, self._received, config, self._passes, fixed or None)
+            Stepper.of(student, update, phase.proximal, self._received, config, self._passes, masked=fixed or None)
             for update in phase.updates
         ]
 
