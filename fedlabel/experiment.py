@@ -32,6 +32,7 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size, running_statistics
 from fedlabel.seeding import Draws, derive_seed
+from fedlabel.transfer import to_device
 
 logger = logging.getLogger("fedlabel")
 
@@ -201,16 +202,16 @@ class Experiment:
         return {name: value.clone() for name, value in state.items()}
 
     def client_data(self, client: int) -> ClientData:
-        """Returns the data of `client` that training may use, on the device."""
-        rows = torch.from_numpy(self.federation.parts[client]).to(self.device)
-        return ClientData(self.images[rows], self.federation.supervision(client).to(self.device))
+        """Returns the data of `client` that training may use."""
+        rows = to_device(torch.from_numpy(self.federation.parts[client]), self.device)
+        return ClientData(self.images[rows], self.federation.supervision(client))
 
     def server_data(self) -> ClientData | None:
         """Returns the server's labelled samples, on the device; None if it has none."""
         rows = torch.from_numpy(self.federation.server_rows).to(self.device)
         if len(rows) == 0:
             return None
-        return ClientData(self.images[rows], self.federation.server_supervision().to(self.device))
+        return ClientData(self.images[rows], self.federation.server_supervision())
 
     def train(
         self,

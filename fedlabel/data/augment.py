@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fedlabel.data.augment_tables import drop_features, jitter
 from fedlabel.seeding import Draws
+from fedlabel.transfer import to_device
 
 NUM_MAGNITUDE_BINS = 31
 """Magnitudes are 0 to 30, as in torchvision's `RandAugment`."""
@@ -142,10 +143,10 @@ def weak(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Ten
     rows = torch.arange(height, device=device).expand(batch, height)
     columns = torch.arange(width, device=device).expand(batch, width)
     if padding:
-        shift = draws.integers(-padding, padding + 1, (2, batch, 1), dim=1).to(device)
+        shift = to_device(draws.integers(-padding, padding + 1, (2, batch, 1), dim=1), device)
         rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
     if flip:
-        mirrored = (draws.uniform((batch, 1)) < 0.5).to(device)
+        mirrored = to_device(draws.uniform((batch, 1)) < 0.5, device)
         columns = torch.where(mirrored, columns.flip(1), columns)
     sources = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     return _take_pixels(images.flatten(2), sources).view_as(images)
@@ -193,7 +194,7 @@ def apply_operations(images: Tensor, codes: Tensor, magnitude: int) -> Tensor:
     height, width = images.shape[-2:]
     codes, order = codes.cpu().sort()
     start = torch.searchsorted(codes, torch.arange(NUM_CODES + 1)).tolist()  # where each code's samples begin
-    codes, order = codes.to(images.device), order.to(images.device)
+    codes, order = to_device(codes, images.device), to_device(order, images.device)
     images = images[order]
     result = torch.empty_like(images)
 
@@ -235,7 +236,7 @@ def _cutout(images: Tensor, draws: Draws, fraction: float) -> Tensor:
     side = round(fraction * min(height, width))
 
     def covered(size: int) -> Tensor:
-        first = draws.integers(0, size - side + 1, (batch, 1)).to(images.device)
+        first = to_device(draws.integers(0, size - side + 1, (batch, 1)), images.device)
         offset = torch.arange(size, device=images.device) - first
         return (offset >= 0) & (offset < side)
 

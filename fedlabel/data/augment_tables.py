@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedlabel.seeding import Draws
+from fedlabel.transfer import to_device
 
 
 def jitter(rows: Tensor, draws: Draws, sd: float) -> Tensor:
@@ -15,7 +16,7 @@ def jitter(rows: Tensor, draws: Draws, sd: float) -> Tensor:
         draws: source of the noise.
         sd: standard deviation of the noise.
     """
-    noise = draws.normal(rows.shape).to(rows.device, rows.dtype)
+    noise = to_device(draws.normal(rows.shape), rows.device).to(rows.dtype)
     return rows + sd * noise
 
 
@@ -30,5 +31,5 @@ def drop_features(rows: Tensor, draws: Draws, rate: float) -> Tensor:
         draws: source of the choice.
         rate: in [0, 1].
     """
-    dropped = (draws.uniform(rows.shape) < rate).to(rows.device)
+    dropped = to_device(draws.uniform(rows.shape) < rate, rows.device)
     return rows.masked_fill(dropped, 0.0)

@@ -14,6 +14,7 @@ from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Batch, Part, State
 from fedlabel.methods.recipe import ByBag, ByKnowledge, BySample, Draw, Views
 from fedlabel.seeding import Draws
+from fedlabel.transfer import to_device
 
 KINDS = ("labeled", "unlabeled", "mix")
 
@@ -24,6 +25,7 @@ class Samples(NamedTuple):
     images: Tensor
     """(n, ...) on the device."""
     supervision: Supervision
+    """On the CPU."""
     targets: Mapping[str, Tensor]
     """See `Prepared.targets`."""
     plan: Plan
@@ -36,7 +38,7 @@ class BatchMaker:
 
     Args:
         draw: the phase's.
-        clients: their samples; of several at least as many steps as are asked for.
+        clients: their samples; those with more steps come first.
         transform: makes views.
         stacked: whether all tensors of a batch get a first dimension, which counts the clients.
     """
@@ -55,46 +57,65 @@ class BatchMaker:
         sizes = torch.tensor([client.plan.sizes for client in clients], dtype=torch.float32)
         sizes = (sizes if stacked else sizes[0]).to(self._device)
         self._sizes = {kind: sizes[..., place] for place, kind in enumerate(KINDS)}
-        self._starts = torch.tensor([0, *(len(client.images) for client in clients[:-1])]).cumsum(0)
         together = (lambda values: values[0]) if len(clients) == 1 else torch.cat
-        self._images: Tensor = together([client.images for client in clients])
         records = [client.supervision for client in clients]
-        self._candidates: Tensor = together([record.candidates for record in records])
-        self._noisy: Tensor = together([record.noisy for record in records])
-        self._annotations: Tensor = together([record.annotations for record in records])
+        self._images: Tensor = together([client.images for client in clients])
+        self._candidates, self._noisy, self._annotations = (
+            to_device(together([getattr(record, name) for record in records]), self._device)
+            for name in ("candidates", "noisy", "annotations")
+        )
         self._targets = {name: together([c.targets[name] for c in clients]) for name in self._one.targets}
+        self._starts = torch.tensor([0, *(len(client.images) for client in clients[:-1])]).cumsum(0)
+        self._starts_there = to_device(self._starts, self._device)
+        self._rows = {kind: self._all_rows(kind) for kind in KINDS}
+        self._mixing = self._sent([torch.tensor([s.mixing for s in self._steps(p)]) for p in range(self._count)])
         self._empty: dict[str, Part] = {}
 
-    def make(self, place: int, memory: State, clients: int = 1) -> Batch:
+    @property
+    def _count(self) -> int:
+        return len(self._one.plan.steps)
+
+    def _steps(self, place: int) -> list[StepPlan]:
+        """Returns the plans of a step of the clients that take it; those with more steps come first."""
+        return [client.plan.steps[place] for client in self._clients if place < len(client.plan.steps)]
+
+    def _all_rows(self, kind: str) -> list[Tensor]:
+        """Returns the samples of each step, (clients * m,) positions among all clients' samples."""
+        found = []
+        for place in range(self._count):
+            rows: list[Tensor] = [getattr(step, kind) for step in self._steps(place)]
+            starts = self._starts[: len(rows)]
+            found.append(torch.cat([own + start for own, start in zip(rows, starts, strict=True)]))
+        return self._sent(found)
+
+    def _sent(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Returns tensors on the device, sent at once."""
+        if not values:
+            return []
+        return list(to_device(torch.cat(list(values)), self._device).split([len(each) for each in values]))
+
+    def make(self, place: int, memory: State) -> Batch:
         """Returns the batch of a step.
 
         Args:
             place: number of the step, from 0.
-            memory: of the client; of a stack with the first dimension.
-            clients: number of clients, counted from the first, that take part in it.
+            memory: of the client; of a stack with the first dimension, for the clients that take the step.
         """
-        steps = [client.plan.steps[place] for client in self._clients[:clients]]
-        draws = Draws(*(client.generator for client in self._clients[:clients]))
-        mixing = torch.tensor([step.mixing for step in steps], dtype=torch.float32)
+        steps = self._steps(place)
+        draws = Draws(*(client.generator for client in self._clients[: len(steps)]))
+        mixing = self._mixing[place]
         return Batch(
-            labeled=self._part("labeled", steps, draws),
-            unlabeled=self._part("unlabeled", steps, draws),
-            mix=self._part("mix", steps, draws),
-            mixing=(mixing if self._stacked else mixing[0]).to(self._device),
+            labeled=self._part("labeled", place, steps, draws),
+            unlabeled=self._part("unlabeled", place, steps, draws),
+            mix=self._part("mix", place, steps, draws),
+            mixing=mixing if self._stacked else mixing[0],
             memory=memory,
         )
 
-    def _part(self, kind: str, steps: Sequence[StepPlan], draws: Draws) -> Part:
-        if kind in self._empty and len(self._empty[kind].rows) == (len(steps) if self._stacked else 0):
+    def _part(self, kind: str, place: int, steps: Sequence[StepPlan], draws: Draws) -> Part:
+        if kind in self._empty and (not self._stacked or len(self._empty[kind].rows) == len(steps)):
             return self._empty[kind]
-        chosen: list[Tensor] = [getattr(step, kind) for step in steps]
-        size = self._sizes[kind]
-        if self._stacked:
-            local, size = torch.stack(chosen), size[: len(steps)]
-            everywhere = (local + self._starts[: len(steps), None]).flatten()
-        else:
-            local = everywhere = chosen[0]
-        rows = everywhere.to(self._device)
+        rows, size = self._rows[kind][place], self._sizes[kind]
         candidates, noisy, annotations = self._candidates[rows], self._noisy[rows], self._annotations[rows]
         if kind != "labeled":  # a labelled sample drawn as an unlabelled one keeps its label to itself
             hidden = torch.ones_like(noisy) if self._by_supervision else candidates.sum(1) == 1
@@ -103,16 +124,17 @@ class BatchMaker:
         views = self._transform.views(self._images[rows], self._views[kind], draws)
         targets = {name: values[rows] for name, values in self._targets.items()}
         members, counts = self._bags(steps if kind == "labeled" else ())
+        empty = not len(rows)
         if self._stacked:
-            shape = local.shape
+            shape, size = (len(steps), len(rows) // len(steps)), size[: len(steps)]
+            rows = rows.unflatten(0, shape) - self._starts_there[: len(steps), None]
             views = {name: values.unflatten(0, shape) for name, values in views.items()}
             targets = {name: values.unflatten(0, shape) for name, values in targets.items()}
             candidates, noisy, annotations = (v.unflatten(0, shape) for v in (candidates, noisy, annotations))
             if not len(members):
                 members, counts = (v.expand(len(steps), *v.shape) for v in (members, counts))
-        local = local.to(self._device) if self._stacked else rows
-        part = Part(views, candidates, targets, noisy, annotations, local, size, members, counts)
-        if not len(everywhere):  # so it is in every step
+        part = Part(views, candidates, targets, noisy, annotations, rows, size, members, counts)
+        if empty:  # so it is in every step
             self._empty[kind] = part
         return part
 
@@ -121,11 +143,11 @@ class BatchMaker:
         units = [step.units for step in steps if step.units is not None]
         if not units:
             nobody = torch.zeros(0, 0, dtype=torch.int64, device=self._device)
-            return nobody, self._one.supervision.bag_counts[:0]
+            return nobody, self._candidates[:0].long()
         rows, counts = torch.stack([unit.rows for unit in units]), torch.stack([unit.counts for unit in units])
         inside = rows >= 0
         order = torch.arange(int(inside[0].sum())).repeat(len(units))
         members = rows.masked_scatter(inside, order)
         if not self._stacked:
             members, counts = members[0], counts[0]
-        return members.to(self._device), counts.to(self._device)
+        return to_device(members, self._device), to_device(counts, self._device)

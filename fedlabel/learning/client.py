@@ -26,6 +26,7 @@ from fedlabel.methods.recipe import Phase, Recipe
 from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.metric_tags import Tag, client_tags
 from fedlabel.seeding import Draws, derive_seed, torch_generator
+from fedlabel.transfer import to_device
 
 SURVEY_BATCH = 500
 """Samples a model sees at once when a client's whole data are looked at."""
@@ -38,9 +39,9 @@ class ClientData:
     """The data of one client that training may use. Hidden labels are not included."""
 
     images: Tensor
-    """(n, channels, height, width) uint8."""
+    """(n, channels, height, width) uint8, on the device."""
     supervision: Supervision
-    """n rows."""
+    """n rows, on the CPU, where steps are planned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,8 @@ def train_clients(
     """
     runs = []
     for client in clients:
-        memory = {**recipe.memory.start(client.data.supervision.candidates), **client.memory}
+        candidates = to_device(client.data.supervision.candidates, client.data.images.device)
+        memory = {**recipe.memory.start(candidates), **client.memory}
         states = {"global": global_state, **recipe.memory.models(global_state, memory), **client.further}
         runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory))
     for phase in recipe.phases(round_number):
@@ -196,7 +198,7 @@ def train_server(recipe: Recipe, trainer: Trainer, global_state: StateDict, data
     )
     if trainer.config.server_steps is not None:
         config = replace(config, local_steps=trainer.config.server_steps, local_epochs=None)
-    memory = recipe.memory.start(data.supervision.candidates)
+    memory = recipe.memory.start(data.supervision.candidates.to(data.images.device))
     run = _Run(trainer, config, data, {"global": global_state}, seed, memory)
     for phase in recipe.server_phases:
         run_phase([run], phase)
@@ -259,7 +261,7 @@ def _take_steps(group: Sequence[_Ready], phase: Phase) -> None:
         for number in range(left, clients):  # they took their last step before
             group[number].run.memory = _of(memory, number)
         memory, clients = ({name: value[:left] for name, value in memory.items()} if stacked else memory), left
-        batch = batches.make(place, memory, clients)
+        batch = batches.make(place, memory)
         if students is None:
             students, graph = _students(group, phase, batch)
         for each in (graph if graph is not None and clients == len(group) else students).take(batch):
@@ -316,29 +318,41 @@ def _record(ready: _Ready, taken: Sequence[tuple[int, Taken]]) -> list[float]:
 def _record_stack(group: Sequence[_Ready], taken: Sequence[tuple[int, Taken]]) -> list[float]:
     """Records the steps of a stack; returns how many samples each client's used."""
     device = group[0].samples.images.device
-    examples, backward, sums = torch.zeros(len(group), dtype=torch.float64, device=device), [0] * len(group), {}
-    propagated = torch.zeros_like(examples)
-    for place, each in taken:
+    examples = torch.zeros(len(group), dtype=torch.float64, device=device)
+    backward, sums = torch.zeros_like(examples), dict[str, Tensor]()
+    for _, each in taken:
         clients = len(each.examples)
         examples[:clients] += each.examples
-        propagated[:clients] += each.backward
+        backward[:clients] += each.backward
         for name, pairs in each.metrics.items():
             if name not in sums:
                 sums[name] = torch.zeros(len(group), 2, dtype=torch.float64, device=device)
             sums[name][:clients] += pairs
-        labels = None if each.pseudo is None else PseudoLabels(*(values.cpu() for values in each.pseudo))
-        for number, ready in enumerate(group[:clients]):
-            ready.run.meter.forward += each.forward
-            if labels is not None:
-                drawn = ready.samples.plan.steps[place]
-                own = PseudoLabels(*(values[number] for values in labels))
-                ready.run.meter.add_pseudo(own, drawn.pseudo, drawn.guessed)
-    backward = propagated.tolist()
-    sums = {name: total.cpu() for name, total in sums.items()}
+    numbers = torch.stack([examples, backward, *(each for total in sums.values() for each in total.unbind(1))]).cpu()
+    used, propagated, *columns = numbers.unbind()
+    pairs_of = dict(zip(sums, zip(columns[::2], columns[1::2], strict=True), strict=True))
     for number, ready in enumerate(group):
-        ready.run.meter.add({name: total[number] for name, total in sums.items()})
-        ready.run.meter.backward += int(backward[number])
-    return examples.tolist()
+        meter = ready.run.meter
+        meter.add({name: torch.stack([total[number], count[number]]) for name, (total, count) in pairs_of.items()})
+        meter.forward += sum(each.forward for _, each in taken if number < len(each.examples))
+        meter.backward += int(propagated[number])
+    _record_pseudo(group, [(place, each.pseudo) for place, each in taken if each.pseudo is not None])
+    return used.tolist()
+
+
+def _record_pseudo(group: Sequence[_Ready], found: Sequence[tuple[int, PseudoLabels]]) -> None:
+    """Records a stack's pseudo-labels, each (clients, m), of the steps with these numbers."""
+    if not found:
+        return
+    sizes = [labels.label.numel() for _, labels in found]
+    fields = zip(*(labels for _, labels in found), strict=True)
+    flat = [torch.cat([values.flatten() for values in each]).cpu().split(sizes) for each in fields]
+    for (place, labels), *values in zip(found, *flat, strict=True):
+        of_clients = [part.view(labels.label.shape) for part in values]
+        for number, ready in enumerate(group[: len(labels.label)]):
+            drawn = ready.samples.plan.steps[place]
+            own = PseudoLabels(*(part[number] for part in of_clients))
+            ready.run.meter.add_pseudo(own, drawn.pseudo, drawn.guessed)
 
 
 class _Run:
@@ -407,7 +421,7 @@ class _Run:
         def inputs() -> Tensor:
             return transform.normalize(images)
 
-        prepared = phase.prepare(Survey(predict, self._data.supervision, self.memory, inputs))
+        prepared = phase.prepare(Survey(predict, self._data.supervision.to(images.device), self.memory, inputs))
         self.memory = prepared.memory or self.memory
         self.meter.pairs, self.meter.votes = prepared.pairs, prepared.votes
         self.meter.add(prepared.metrics)

@@ -256,7 +256,7 @@ class Alone:
         self, received: StateDict, starts: Sequence[StateDict], teachers: Mapping[str, Sequence[StateDict]]
     ) -> None:
         """Puts the weights of another client in place of these, in the same memory; momentum starts at 0."""
-        self._student.load_state_dict(starts[0])
+        copy_into(self._student.state_dict(), starts[0])
         copy_into(self._received, received)
         copy_into(self._states, {name: each[0] for name, each in teachers.items()})
         for stepper in self._steppers:
@@ -281,8 +281,10 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def copy_into(targets: Any, sources: Any) -> None:
     """Copies tensors into those of the same structure, see `tensors_in`."""
-    for target, source in zip(tensors_in(targets), tensors_in(sources), strict=True):
-        target.copy_(source)
+    pairs = list(zip(tensors_in(targets), tensors_in(sources), strict=True))
+    filled = [(target, source) for target, source in pairs if target.numel()]
+    if filled:  # in one launch
+        torch._foreach_copy_([target for target, _ in filled], [source for _, source in filled])
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
