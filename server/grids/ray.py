@@ -103,7 +103,7 @@ class RayGrid(ClientGrid):
             RunError: workers do not start.
         """
         number = order.invitation.round_number
-        packed = self._ray.put((self._text, pack_order(order)))
+        packed = self._ray.put(pack_order(order))
         whole = [_Piece(place, task, order.fold) for place, task in enumerate(tasks)]
         cost = [self._costs.predict(piece.clients, number) for piece in whole]
         queue = deque(sorted(whole, key=lambda piece: -cost[piece.place]))
@@ -201,7 +201,8 @@ class RayGrid(ClientGrid):
                 return [unpack_block(packed) for packed in self._ray.get(result)]
             except self._ray.exceptions.RayError as error:  # the object store lost it
                 result = f"AnswerLost: {type(error).__name__}"
-        return [BlockResult([], [Failure(f"client {c}", result) for c in block], None) for block in piece.task]
+        lost = [BlockResult([], [Failure(f"client {c}", result) for c in block], None) for block in piece.task]
+        return [folded(block) for block in lost] if piece.fold else lost
 
     def memory_of(self, cohort: Sequence[int]) -> MemoryOf:
         """See `ClientGrid`."""
@@ -226,7 +227,8 @@ class RayGrid(ClientGrid):
             self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             self._failed_starts += 1
-            fault = getattr(error, "actor_init_failed", False)  # it raised an error, and would again
+            raised = isinstance(error, self._ray.exceptions.RayTaskError)
+            fault = raised or getattr(error, "actor_init_failed", False)  # it raised an error, and would again
             if fault or self._failed_starts >= STARTS:
                 why = str(error).strip().splitlines()[-1].strip() if fault else "each was killed, or out of memory"
                 count = "A worker" if fault else f"{self._failed_starts} workers in a row"
@@ -241,7 +243,7 @@ class RayGrid(ClientGrid):
 
     def _start(self, actor: int) -> None:
         self._actors[actor] = self._new_actor()
-        self._starting[self._actors[actor].ping.remote()] = actor
+        self._starting[self._actors[actor].open.remote(self._text)] = actor
 
     def _replace(self, actor: int) -> None:
         self._ray.kill(self._actors[actor])

@@ -48,15 +48,17 @@ class Worker:
         self._round: tuple[str, Order] | None = None
         torch.set_num_threads(threads)
 
-    def ping(self) -> None:
-        """Returns when the worker is up."""
+    def open(self, text: str) -> None:
+        """Makes ready for the rounds of an experiment; text: its configuration as YAML."""
+        self._experiment = open_experiment(text)
+        self._schema = ResultSchema.of(self._experiment)
 
     def run(self, key: str, packed: list[Any], task: Sequence[Block], fold: bool, keeps: bool, *kept: Any) -> Any:
         """Trains the clients of a task.
 
         Args:
             key: of the round.
-            packed: the reference to its text and order.
+            packed: the reference to its order.
             task: the blocks.
             fold: see `Order`.
             keeps: whether clients keep something.
@@ -70,10 +72,7 @@ class Worker:
 
         started = time.perf_counter()
         if self._round is None or self._round[0] != key:  # one copy of the global model per worker and round
-            text, order = ray.get(packed[0])
-            self._experiment = open_experiment(text)
-            self._schema = ResultSchema.of(self._experiment)
-            self._round = (key, unpack_order(order, self._experiment.device))
+            self._round = (key, unpack_order(ray.get(packed[0]), self._experiment.device))
         memories = [{} if memory is None else unpack_own(memory) for memory in kept]
         order = self._round[1]._replace(fold=fold)
         done = run_task(self._train, self._experiment, self._schema, order, task, memories)

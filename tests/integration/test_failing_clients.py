@@ -23,6 +23,8 @@ from server.strategy import sample_cohort
 from tests.integration import cohorts
 from tests.integration.tiny import TINY, assert_same_run, assert_same_weights, final_weights, run_tiny
 
+KILLS = 4
+"""Workers that are killed, one a round."""
 ALL_TRAIN = ("fraction_train=1.0", "num_rounds=2")
 
 
@@ -95,6 +97,42 @@ def test_worker_that_dies_fails_its_client_only(shared_ray: None, tmp_path: Path
     # The others give what they give in one process.
     run_with("three_fail_alive", config, tmp_path / "alone")
     assert_same_run(tmp_path / "ray", tmp_path / "alone")
+
+
+MORTAL = """
+import os, signal
+from pathlib import Path
+from fedlabel.cohort import train_cohort
+
+marks = Path(__file__).parent / "marks"
+
+def train(experiment, invitation, clients, memories):
+    found = train_cohort(experiment, invitation, clients, memories)
+    mark = marks / str(invitation.round_number)
+    if invitation.round_number % 5 in clients and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_change_nothing(
+    shared_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in every round, when it has trained a client that remembers: no failed client, no other number."""
+    (tmp_path / "marks").mkdir()
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    monkeypatch.syspath_prepend(tmp_path)
+    known = [override for override in TINY if not override.startswith(("method.", "supervision."))]
+    noisy = ("supervision.kind=noisy", "supervision.noise_rate=0.3", "method.name=elr")
+    config = load_config([], [*known, *noisy, "fraction_train=1.0", f"num_rounds={KILLS}"])
+    with RayGrid(2, use_gpu=False, train="mortal:train") as grid:
+        run_federation(config, grid, tmp_path / "killed")
+    assert len(list((tmp_path / "marks").iterdir())) == KILLS
+    assert [row["system/failed_clients"] for row in read_metrics(tmp_path / "killed")] == [0] * KILLS
+    run_with("healthy", config, tmp_path / "alone")
+    assert_same_run(tmp_path / "killed", tmp_path / "alone")
 
 
 def test_all_failed_stops_the_run_with_its_checkpoint(kind: str, tmp_path: Path) -> None:

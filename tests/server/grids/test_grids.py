@@ -170,13 +170,13 @@ def test_the_object_store_does_not_grow(ray_grid: RayGrid) -> None:
 def test_late_client_fails_and_its_worker_is_replaced(ray_grid: RayGrid, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where others were in its task: these are tried again one by one."""
     before = processes(ask(ray_grid, each(0, 1, 2, 3, 4)))
-    monkeypatch.setattr(ray_grid, "_timeout", 4.0)
+    monkeypatch.setattr(ray_grid, "_timeout", 6.0)
     for tasks in (each(0, 1, 2, 3, 4), [[[0, 1]], [[2, 3], [4]]]):
         started = time.monotonic()
         blocks = ask(ray_grid, tasks, sleeps=3)
-        assert time.monotonic() - started < 50
+        assert time.monotonic() - started < 59  # it sleeps for 60
         assert list(calls(blocks)) == [0, 1, 2, 4]
-        assert reasons(blocks) == [("client 3", "TimeoutError: no answer within 4 s")]
+        assert reasons(blocks) == [("client 3", "TimeoutError: no answer within 6 s")]
     monkeypatch.setattr(ray_grid, "_timeout", 600.0)
 
     def a_new_process_takes_part() -> bool:

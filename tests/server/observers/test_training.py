@@ -32,7 +32,7 @@ def counted(passes: list[float], claimed: list[float] | None) -> RecordDict:
 def test_metrics_of_training_are_means_over_all_clients() -> None:
     """Sums 1 and 1 over 2 steps each, and 4 over 1: 6 / 5."""
     bodies = [content(), content(), content()]
-    bodies[2]["sums"]["train/loss"] = [4.0, 1.0]
+    bodies[2]["sums"]["train/loss"], bodies[2]["metrics"]["train_loss"] = [4.0, 1.0], 4.0
     tally, _ = tally_of([reply(node, body) for node, body in zip((11, 12, 13), bodies, strict=True)])
     assert TrainingObserver(NOTHING).after_round(seen(tally), STATE).metrics == {"train/loss": pytest.approx(6 / 5)}
 
