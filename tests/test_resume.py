@@ -216,9 +216,9 @@ def test_a_run_of_many_clients_says_which_are_shown_and_goes_on(
     (text,) = read.Tensors("clients/text_summary")[0].tensor_proto.string_val
     assert b"show 2 of 4 clients, evenly spaced (0, 2, ..., 2)" in text
     assert len(fedlabel.run([], ["num_rounds=4"], name="x", out=tmp_path, resume=True).metrics) == 4
+    written = json.loads((path / "partition.json").read_text())
+    (path / "partition.json").write_text(json.dumps({**written, "sha256": "0" * 64}))
     with pytest.raises(ValueError, match="changed: partition and supervision"):
-        written = json.loads((path / "partition.json").read_text())
-        (path / "partition.json").write_text(json.dumps({**written, "sha256": "0" * 64}))
         fedlabel.run([], ["num_rounds=5"], name="x", out=tmp_path, resume=True)
     for cached in (open_experiment, build_federation):  # the hash of what is in them is of many clients
         cached.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -88,7 +89,7 @@ class Ragged(Sequence[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         offsets = self.offsets.tolist()
-        return (self.rows[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True))
+        return (self.rows[start:stop] for start, stop in pairwise(offsets))
 
     @overload
     def __getitem__(self, index: int) -> np.ndarray: ...
