@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -89,7 +89,7 @@ class Ragged(Sequence[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         offsets = self.offsets.tolist()
-        return (self.rows[start:stop] for start, stop in itertools.pairwise(offsets))
+        return (self.rows[start:stop] for start, stop in pairwise(offsets))
 
     @overload
     def __getitem__(self, index: int) -> np.ndarray: ...

@@ -67,9 +67,8 @@ class Streams:
         drawing = np.flatnonzero(most)
         span = most[drawing].astype(np.uint64) + np.uint64(1)
         product = self._next32(of[drawing]) * span
-        rejected = (
-            np.uint64(1 << 32) - span
-        ) % span  # so many of the 2**32 values would be one too many for some results
+        # So many of the 2**32 values would be one too many for some of the results.
+        rejected = (np.uint64(1 << 32) - span) % span
         while len(again := np.flatnonzero((product & LOW) < rejected)):
             product[again] = self._next32(of[drawing[again]]) * span[again]
         drawn[drawing] = product >> HALF
