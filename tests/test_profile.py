@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message
 from typer.testing import CliRunner
 
 import fedlabel
+from clients.client_app import app as client_app
 from fedlabel.cli.main import app
-from fedlabel.config import keys_without_effect
+from fedlabel.config import keys_without_effect, load_config, parse_config
 from fedlabel.metric_tags import find_tag
 from fedlabel.record.json_files import read_metrics
+from server.grids.flower import FlowerGrid
+from server.server_app import run_federation
 from server.simulation import RunResult
+from tests.integration.local_nodes import LocalNodes
 from tests.integration.tiny import TINY
 
 RAY = ["grid.kind=ray", "grid.num_workers=2"]
@@ -77,6 +83,29 @@ def test_the_command_prints_the_table(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [*asked, "--resume"], env={"COLUMNS": "200"})
     assert again.exit_code == 0, again.output
     assert "forward and backward" not in again.output
+
+
+def test_of_nodes_only_the_server_is_measured(tmp_path: Path) -> None:
+    """Nobody would fetch what a node records."""
+    nodes = LocalNodes(client_app, 5)
+    sent: list[str] = []
+    push = nodes.push_messages
+
+    def watching(messages: Iterable[Message]) -> Iterable[str]:
+        told = list(messages)
+        sent.extend(
+            str(m.content.config_records["config"]["experiment"]) for m in told if m.metadata.message_type == "train"
+        )
+        return push(told)
+
+    nodes.push_messages = watching  # type: ignore[method-assign]
+    config = load_config([], [*TINY, "num_rounds=1", "grid.profile=true"])
+    run_federation(config, FlowerGrid(nodes), tmp_path / "a")
+    (row,) = read_metrics(tmp_path / "a")
+    assert {"system/seconds_wait", "system/seconds_transfer", "system/seconds_evaluate"} <= set(row)
+    assert "system/seconds_steps" not in row
+    assert len(sent) == 3
+    assert not any(parse_config(text).grid.profile for text in sent)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from rich.table import Table
 from fedlabel.cli.progress import make_table
 from fedlabel.spans import PARTS
 
-WHERE = {"server": "system/seconds_", "workers, added up": "system/worker_seconds_"}
-"""Process -> how the tags of its parts begin."""
+WHERE = {"server": "seconds", "workers, added up": "worker_seconds"}
+"""Process -> what the tags of its parts are called."""
 
 
 def profile_tables(rounds: Sequence[Mapping[str, Any]], clients: int) -> list[Table]:
@@ -23,11 +23,13 @@ def profile_tables(rounds: Sequence[Mapping[str, Any]], clients: int) -> list[Ta
             is left out if there are others.
         clients: how many train in a round.
     """
-    measured = [row for row in rounds if any(tag.startswith(WHERE["server"]) for tag in row)]
+    measured = [row for row in rounds if any(f"system/seconds_{part}" in row for part in PARTS)]
     rows = measured[1:] or measured
     tables = []
-    for where, prefix in WHERE.items():
-        found = {part: sum(row.get(prefix + part, 0.0) for row in rows) / len(rows) for part in PARTS if rows}
+    for where, called in WHERE.items():
+        found = {
+            part: sum(row.get(f"system/{called}_{part}", 0.0) for row in rows) / len(rows) for part in PARTS if rows
+        }
         spent = sorted(((seconds, part) for part, seconds in found.items() if seconds), reverse=True)
         total = sum(found.values())
         if not spent:
