@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fedlabel.record.trace import TraceFile
 from fedlabel.spans import Event, Recorded
 
@@ -56,12 +58,14 @@ def test_each_process_has_a_track_that_is_named_once(tmp_path: Path) -> None:
     assert [event["pid"] for event in spans(path) if event["name"] == "plan"] == [3, 2, 1, 3, 2, 1]
 
 
-def test_an_event_inside_another_stays_inside_when_times_are_rounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("outer", "inner"), [((1900, 2900), (2000, 2900)), ((1000, 2400), (1600, 2300))])
+def test_an_event_inside_another_stays_inside_when_times_are_rounded(
+    outer: tuple[int, int], inner: tuple[int, int], tmp_path: Path
+) -> None:
     trace = TraceFile(tmp_path / "trace.json")
-    trace.add(1, recorded(Event("inner", 1600, 2900, {}), Event("outer", 1500, 3000, {}), begin=1500, end=3000))
-    whole, inner, outer = spans(tmp_path / "trace.json")
-    for event in (inner, outer):
-        assert whole["ts"] <= event["ts"] <= event["ts"] + event["dur"] <= whole["ts"] + whole["dur"]
+    trace.add(1, recorded(Event("inner", *inner, {}), begin=outer[0], end=outer[1]))
+    whole, part = spans(tmp_path / "trace.json")
+    assert whole["ts"] <= part["ts"] <= part["ts"] + part["dur"] <= whole["ts"] + whole["dur"]
 
 
 def test_events_beyond_the_limit_are_left_out_and_the_file_says_so(tmp_path: Path) -> None:
