@@ -77,7 +77,9 @@ def train_cohort(
     stacks = max(1, len(clients) // stack)
     ends = [len(clients) * (number + 1) // stacks for number in range(stacks)]
     for start, end in zip([0, *ends], ends, strict=False):
-        results += _train(experiment, invitation, clients[start:end], memories[start:end])
+        together = clients[start:end]
+        with experiment.spans.part("other", "clients", clients=list(together)):
+            results += _train(experiment, invitation, together, memories[start:end])
     return results
 
 
@@ -112,6 +114,7 @@ def _round(experiment: Experiment, invitation: Invitation, client: int, memory: 
         experiment.client_seed(client, invitation.round_number),
         {**kept, **invitation.shared},
         {**further, **invitation.helpers.get(client, {})},
+        client,
     )
 
 
@@ -122,7 +125,8 @@ def _result(experiment: Experiment, invitation: Invitation, client: int, update:
         uploaded, received = next(iter(update.parts.values())).state, len(invitation.helpers.get(client, {}))
         received += bool(invitation.previous)
         counts["claimed_bytes"] = list(claimed_bytes(invitation.model, uploaded, received))
-    sums, audited = _audited(update, experiment, client, invitation.audit)
+    with experiment.spans.part("audit", client=client):
+        sums, audited = _audited(update, experiment, client, invitation.audit)
     return ClientResult(client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept)
 
 

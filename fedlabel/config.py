@@ -97,6 +97,10 @@ class GridConfig:
     """Whether local steps on a GPU are captured as CUDA graphs, where the method and the optimiser (sgd) allow it."""
     timeout: float = no_effect(3600.0)
     """Seconds after which a client that has not answered is counted as failed; no effect with in_process."""
+    profile: bool = no_effect(False)
+    """Whether to measure where a round's time goes: `system/seconds_*` in the metrics, and trace.json, for Perfetto. On
+    a GPU it waits for the device after each part of a step, which makes rounds slower. Of real nodes only the server is
+    measured."""
     connect_timeout: float = no_effect(120.0)
     """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
 

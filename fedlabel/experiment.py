@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size, running_statistics
 from fedlabel.seeding import Draws, derive_seed
+from fedlabel.spans import NoSpans, Recorder, Spans
 from fedlabel.transfer import to_device
 
 logger = logging.getLogger("fedlabel")
@@ -58,6 +59,7 @@ class Experiment:
         self.device = resolve_device(config.device)
         if self.device.type == "cuda":  # the same seed should give the same numbers on a GPU, too
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        self.spans = self._spans()
         self.federation: Federation = self._federation(config.evaluation.split)
         dataset, skew = self.federation.dataset, config.skew
         noisy = any(part.count_epsilon is not None for part in config.supervision.parts)
@@ -84,13 +86,22 @@ class Experiment:
         self.transform = replace(self.transform, channels_last=self.device.type == "cuda" and bool(self.running.means))
         self._check_strategy(student)
         graphs = Graphs(capture_on_cuda) if self.device.type == "cuda" and config.grid.cuda_graphs else None
-        self.trainer = Trainer(student, self.teacher, self.transform, config.training, config.method.metrics, graphs)
+        self.trainer = Trainer(
+            student, self.teacher, self.transform, config.training, config.method.metrics, graphs, self.spans
+        )
         self.stack = self._stack(student)
         """About how many clients in a row train as one stack; 1: none."""
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
         self._check_upload(frozenset(name for name, _ in student.named_parameters()))
+
+    def _spans(self) -> Spans:
+        if not self.config.grid.profile:
+            return NoSpans()
+        # Launches on a GPU return at once: without waiting, their time would be that of whatever waits first.
+        on_gpu = self.device.type == "cuda"
+        return Recorder(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
 
     def _federation(self, split: str) -> Federation:
         config = self.config

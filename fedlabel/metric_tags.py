@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlabel.data.labels.supervision import KIND_NAMES
+from fedlabel.spans import PARTS
 
 LARGEST_MEAN = 1e9
 """Of a metric without a narrower range: a loss per sample beyond +-this is of a training that diverged."""
@@ -281,6 +282,13 @@ TAGS: tuple[Tag, ...] = (
         ("train/backward_samples", "samples propagated back"),
     ),
     *_server(SYSTEM, "s", LOWER, ("system/round_seconds", "seconds of a round")),
+    *_server(
+        SYSTEM,
+        "s",
+        LOWER,
+        *((f"system/seconds_{part}", f"seconds: {title}") for part, title in PARTS.items()),
+        *((f"system/worker_seconds_{part}", f"seconds of workers: {title}") for part, title in PARTS.items()),
+    ),
     *_server(SYSTEM, "clients", LOWER, ("system/failed_clients", "failed clients")),
     *_server(SYSTEM, "replies", LOWER, ("system/refused_replies", "refused replies")),
     *_server(SYSTEM, FIGURE, NEITHER, ("config", "configuration"), ("clients", "which clients are shown")),

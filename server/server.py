@@ -68,6 +68,8 @@ class Server:
             folder.checkpoints, select_key(experiment), self.recipe, folder.read_metrics(), state.selected
         )
         self._result_bytes = ResultBytes(ResultSchema.of(experiment))
+        self._spans = experiment.spans
+        self._spans.take()  # of a run before, in this process
         self._memory_of: MemoryOf | None = None
         """What clients kept when the round began; None: not looked up, or only they know."""
 
@@ -108,7 +110,8 @@ class Server:
             blocks = self._pool.watch(blocks)
         unfit, model = "", None
         try:
-            model = combine(self._strategy, number, blocks, self._experiment.initial_state, self.config.seed)
+            with self._spans.part("reduce"):
+                model = combine(self._strategy, number, blocks, self._experiment.initial_state, self.config.seed)
         except CannotCombine as error:
             unfit = f"Strategy {error}"
         for failure in tally.failures:
@@ -159,7 +162,8 @@ class Server:
         Raises:
             RunError: clients could not go on from it.
         """
-        updated = self.recipe.shared.update(shared, tally.statistics(self._experiment.device))
+        with self._spans.part("reduce", "shared state"):
+            updated = self.recipe.shared.update(shared, tally.statistics(self._experiment.device))
         check_shared(self.config.method.name, self.recipe, updated, number)
         return updated
 
@@ -169,13 +173,24 @@ class Server:
         evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
         seen = Round(number, tally, self._memory_of, started, evaluated)
         report = Report()
-        for observer in self._observers.values():
-            report = report.add(observer.after_round(seen, state))
-        self._folder.log_round(number, **vars(report))
+        for name, observer in self._observers.items():
+            with self._spans.part("evaluate", name):
+                report = report.add(observer.after_round(seen, state))
+        recorded = self._spans.take()
+        with self._spans.part("write"):
+            if recorded is not None:
+                report = report.add(Report(recorded.metrics()))
+                self._folder.log_trace(number, recorded)
+            self._folder.log_round(number, **vars(report))
         return report.metrics
 
     def save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
         """Writes a checkpoint if one is due."""
+        with self._spans.part("write", "checkpoint"):
+            self._save(state, metrics)
+        self._on_round(state.round_number, metrics)
+
+    def _save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
         number, every = state.round_number, self.config.checkpoint.every
         self._selection.see(number, metrics, state.model)
         if number == self.config.num_rounds or number % every == 0:
@@ -189,7 +204,6 @@ class Server:
             )
             save_checkpoint(self._folder.checkpoints, complete, self.config.checkpoint.keep)
             self._selection.settle()
-        self._on_round(number, metrics)
 
 
 def _diverged(failure: str) -> bool:

@@ -70,14 +70,26 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     out: Annotated[Path, typer.Option(help="Where run folders are kept.")] = DEFAULT_OUT,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of run --name.")] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Measure where a round's time goes (grid.profile=true): a table at the end, system/seconds_* in the "
+            "metrics, and trace.json in the run's folder, which https://ui.perfetto.dev opens. It makes a run on a GPU "
+            "slower, as each part waits for the device.",
+        ),
+    ] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
-    from fedlabel.record.names import CONFIG_YAML
+    from fedlabel.cli.profile import profile_tables
+    from fedlabel.record.names import CONFIG_YAML, TRACE_JSON
     from fedlabel.record.results import name_mean
 
     configs, overrides = _split(items)
+    overrides += ["grid.profile=true"] * profile
     done: list[int] = []
     begun: list[Path] = []
+    experiments: list[Experiment] = []
 
     def how_to_go_on() -> str:
         if not begun or not (begun[0] / CONFIG_YAML).is_file():
@@ -91,6 +103,7 @@ def run(
 
         def begin(experiment: Experiment, path: Path) -> None:
             begun.append(path)
+            experiments.append(experiment)
             on_start(experiment, path)
 
         def note(round_number: int, metrics: Mapping[str, float]) -> None:
@@ -117,11 +130,16 @@ def run(
             values = result.summary[key]
             table.add_row(key, *(f"{values[column]:.4f}" if column in values else "" for column in columns))
     console.print(table)
+    rows = [row for row in result.metrics if row["round"] in done]
+    for profile_table in profile_tables(rows, experiments[0].config.cohort_size):
+        console.print(profile_table)
     say(
         console,
         f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s in rounds. Look closer:",
     )
     say(console, f"  tensorboard --logdir {result.path.parent}")
+    if experiments[0].config.grid.profile and done:
+        say(console, f"  https://ui.perfetto.dev, with {result.path / TRACE_JSON}")
 
 
 @app.command()

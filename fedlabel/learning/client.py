@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from fedlabel.methods.recipe import Phase, Recipe
 from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.metric_tags import Tag, client_tags
 from fedlabel.seeding import Draws, derive_seed, torch_generator
+from fedlabel.spans import NoSpans, Spans
 from fedlabel.transfer import to_device
 
 SURVEY_BATCH = 500
@@ -84,6 +85,8 @@ class Trainer:
     """See `Method.metrics`."""
     graphs: Graphs | None = None
     """Captures steps on a GPU; None: steps run one kernel after the other."""
+    spans: Spans = field(default_factory=NoSpans)
+    """Takes note of where the time goes."""
 
 
 class LocalRound(NamedTuple):
@@ -96,6 +99,8 @@ class LocalRound(NamedTuple):
     """What the client kept, and what the server shares."""
     further: Mapping[str, StateDict] = _NO_STATES
     """Further weights that came along ("previous", "helper0", ...)."""
+    client: int | None = None
+    """Its number, by which it is found in a trace; None: it has none."""
 
 
 def train_client(
@@ -149,11 +154,12 @@ def train_clients(
         candidates = to_device(client.data.supervision.candidates, client.data.images.device)
         memory = {**recipe.memory.start(candidates), **client.memory}
         states = {"global": global_state, **recipe.memory.models(global_state, memory), **client.further}
-        runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory))
+        runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory, client.client))
     for phase in recipe.phases(round_number):
         run_phase(runs, phase)
     parameters = frozenset(name for name, _ in trainer.student.named_parameters())
-    return [_update(recipe, run, global_state, parameters) for run in runs]
+    with trainer.spans.part("reduce", "upload"):
+        return [_update(recipe, run, global_state, parameters) for run in runs]
 
 
 def _update(recipe: Recipe, run: _Run, global_state: StateDict, parameters: frozenset[str]) -> ClientUpdate:
@@ -231,16 +237,19 @@ def run_phase(runs: Sequence[_Run], phase: Phase) -> None:
     """Runs a phase of several clients, of those that have samples and steps."""
     alike: dict[Hashable, list[_Ready]] = {}
     for run in runs:
-        ready = run.prepare(phase)
+        with run.trainer.spans.part("plan", phase=phase.name, client=run.client):
+            ready = run.prepare(phase)
         if ready is not None:
             alike.setdefault(ready.shapes, []).append(ready)
     for group in alike.values():
-        if len(group) == 1:
-            (ready,) = group
-            with _seeded(derive_seed(ready.run.seed, phase.name, "model"), ready.samples.images.device):
-                _take_steps(group, phase)
-        else:
-            _take_steps(sorted(group, key=lambda ready: -len(ready.samples.plan.steps)), phase)
+        clients = [ready.run.client for ready in group]
+        with group[0].run.trainer.spans.part("steps", phase=phase.name, clients=clients, stack=len(group)):
+            if len(group) == 1:
+                (ready,) = group
+                with _seeded(derive_seed(ready.run.seed, phase.name, "model"), ready.samples.images.device):
+                    _take_steps(group, phase)
+            else:
+                _take_steps(sorted(group, key=lambda ready: -len(ready.samples.plan.steps)), phase)
 
 
 def _take_steps(group: Sequence[_Ready], phase: Phase) -> None:
@@ -249,7 +258,9 @@ def _take_steps(group: Sequence[_Ready], phase: Phase) -> None:
     """
     run, stacked = group[0].run, len(group) > 1
     lengths = [len(ready.samples.plan.steps) for ready in group]
-    batches = BatchMaker(phase.draw, [ready.samples for ready in group], run.trainer.transform, stacked)
+    spans = run.trainer.spans
+    with spans.part("views"):
+        batches = BatchMaker(phase.draw, [ready.samples for ready in group], run.trainer.transform, stacked)
     memory = stack_states([ready.run.memory for ready in group]) if stacked else run.memory
     students: Students | None = None
     graph: Graph | None = None
@@ -261,7 +272,8 @@ def _take_steps(group: Sequence[_Ready], phase: Phase) -> None:
         for number in range(left, clients):  # they took their last step before
             group[number].run.memory = _of(memory, number)
         memory, clients = ({name: value[:left] for name, value in memory.items()} if stacked else memory), left
-        batch = batches.make(place, memory)
+        with spans.part("views", step=place):
+            batch = batches.make(place, memory)
         if students is None:
             students, graph = _students(group, phase, batch)
         for each in (graph if graph is not None and clients == len(group) else students).take(batch):
@@ -366,6 +378,7 @@ class _Run:
         states: dict[str, StateDict],
         seed: int,
         memory: State,
+        client: int | None = None,
     ) -> None:
         self.results: list[PhaseResult] = []
         self.memory = self.first_memory = memory
@@ -373,7 +386,7 @@ class _Run:
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         """Samples that a phase could draw."""
         self.trainer, self.config, self.states, self.seed = trainer, config, states, seed
-        self._data = data
+        self._data, self.client = data, client
 
     def prepare(self, phase: Phase) -> _Ready | None:
         """Runs the E step of a phase and draws its steps; returns None if it has none."""
@@ -421,7 +434,9 @@ class _Run:
         def inputs() -> Tensor:
             return transform.normalize(images)
 
-        prepared = phase.prepare(Survey(predict, self._data.supervision.to(images.device), self.memory, inputs))
+        with self.trainer.spans.part("e_step", phase=phase.name, client=self.client):
+            supervision = self._data.supervision.to(images.device)
+            prepared = phase.prepare(Survey(predict, supervision, self.memory, inputs))
         self.memory = prepared.memory or self.memory
         self.meter.pairs, self.meter.votes = prepared.pairs, prepared.votes
         self.meter.add(prepared.metrics)

@@ -7,6 +7,7 @@
       events.out.*        the same numbers, and figures, for TensorBoard
       failures.log        one entry per failed client, with its traceback
       checkpoints/        see server/checkpoint.py
+      trace.json          with grid.profile: where the time went, see `trace`
       summary.json        written when the run ends
 
 Small files are replaced as a whole (`write_atomic`); `metrics.jsonl` only grows, and a line counts once it is complete.
@@ -41,7 +42,10 @@ from fedlabel.record.names import (
     PARTITION_PNG,
     SUMMARY_JSON,
     SUPERVISION_JSON,
+    TRACE_JSON,
 )
+from fedlabel.record.trace import TraceFile
+from fedlabel.spans import Recorded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,6 +70,7 @@ class RunFolder:
             self._lock.close()
             raise
         self._failures: list[str] = []
+        self._trace: TraceFile | None = None
         self._next_round = purge_step or 1
 
     @classmethod
@@ -183,6 +188,11 @@ class RunFolder:
         return self.path / FAILURES_LOG
 
     @property
+    def trace_json(self) -> Path:
+        """Where the time went, see `TraceFile`; absent without `grid.profile`."""
+        return self.path / TRACE_JSON
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / CHECKPOINTS
@@ -249,6 +259,12 @@ class RunFolder:
         """Appends a client's failure to failures.log; its first line also shows in TensorBoard, with its round."""
         append(self.failures, text.rstrip("\n") + "\n")
         self._failures.append(text.partition("\n")[0])
+
+    def log_trace(self, round_number: int, recorded: Recorded) -> None:
+        """Adds a round to trace.json, which begins anew with the first one."""
+        if self._trace is None:
+            self._trace = TraceFile(self.trace_json)
+        self._trace.add(round_number, recorded)
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Writes summary.json and marks the run as finished in TensorBoard's HParams tab."""

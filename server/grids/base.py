@@ -100,18 +100,21 @@ def run_task(
         memories: what each client kept.
     """
     clients = [client for block in task for client in block]
+    spans = experiment.spans
     try:
         found = list(train(experiment, order.invitation, clients, memories))
     except Exception as error:
         found = [error] * len(clients)
     limits = schema.of_round(order.invitation, order.shared)
-    kept = {
-        result.client: {name: own(value) for name, value in result.kept.items()}
-        for result in found
-        if isinstance(result, ClientResult)
-    }
+    with spans.part("transfer", "keep"):
+        kept = {
+            result.client: {name: own(value) for name, value in result.kept.items()}
+            for result in found
+            if isinstance(result, ClientResult)
+        }
     results = iter(zip(clients, found, strict=True))
-    blocks = [check_block([next(results) for _ in block], limits, order.fold) for block in task]
+    with spans.part("reduce"):
+        blocks = [check_block([next(results) for _ in block], limits, order.fold) for block in task]
     return TaskResult(blocks, kept, any(isinstance(result, torch.OutOfMemoryError) for result in found))
 
 

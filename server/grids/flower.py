@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -35,15 +36,19 @@ class FlowerGrid(ClientGrid):
 
     def connect(self, experiment: Experiment) -> None:
         """See `ClientGrid`."""
-        self._config, self._schema = experiment.config, ResultSchema.of(experiment)
-        self._nodes = connect(self._grid, experiment.config, [len(rows) for rows in experiment.federation.parts])
+        self._spans, self._schema = experiment.spans, ResultSchema.of(experiment)
+        grid = replace(experiment.config.grid, profile=False)  # nobody would fetch what clients record
+        self._config = replace(experiment.config, grid=grid)
+        self._nodes = connect(self._grid, self._config, [len(rows) for rows in experiment.federation.parts])
 
     def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
         """See `ClientGrid`. A client without an answer after `grid.timeout` seconds has failed."""
         blocks = [block for task in tasks for block in task]
         cohort = [client for block in blocks for client in block]
-        messages = messages_to(cohort, self._nodes, order.invitation, to_yaml(self._config))
-        replies = replies_to(self._grid, messages, self._config.grid.timeout)
+        with self._spans.part("transfer"):
+            messages = messages_to(cohort, self._nodes, order.invitation, to_yaml(self._config))
+        with self._spans.part("wait"):
+            replies = replies_to(self._grid, messages, self._config.grid.timeout)
         reader = ReplyReader(self._schema.of_round(order.invitation, order.shared))
         yield from read_blocks(blocks, dict(zip(cohort, messages, strict=True)), replies, reader, order.fold)
 

@@ -88,6 +88,7 @@ class RayGrid(ClientGrid):
     def connect(self, experiment: Experiment) -> None:
         """See `ClientGrid`."""
         config, schema = experiment.config, ResultSchema.of(experiment)
+        self._spans = experiment.spans
         self._text, self._timeout, self._threads = to_yaml(config), config.grid.timeout, config.grid.threads_per_worker
         self._keeps = experiment.recipe.memory.keep is not Memory.keep
         self._costs = CostModel(lambda client, number: schema.limits(client, number).draws)
@@ -103,7 +104,8 @@ class RayGrid(ClientGrid):
             RunError: workers do not start.
         """
         number = order.invitation.round_number
-        packed = self._ray.put(pack_order(order))
+        with self._spans.part("transfer", "put"):
+            packed = self._ray.put(pack_order(order))
         whole = [_Piece(place, task, order.fold) for place, task in enumerate(tasks)]
         cost = [self._costs.predict(piece.clients, number) for piece in whole]
         queue = deque(sorted(whole, key=lambda piece: -cost[piece.place]))
@@ -126,7 +128,8 @@ class RayGrid(ClientGrid):
         """Waits until something happens, and deals with it."""
         soonest = min((task.deadline for task in running.values()), default=math.inf)
         wait = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
-        ready, _ = self._ray.wait([*running, *self._starting], num_returns=1, timeout=wait)
+        with self._spans.part("wait"):
+            ready, _ = self._ray.wait([*running, *self._starting], num_returns=1, timeout=wait)
         for reference in ready:
             if reference in self._starting:
                 self._started(reference)
@@ -143,14 +146,16 @@ class RayGrid(ClientGrid):
         actor, clients = self._idle.pop(), piece.clients
         kept = [self._memories.get(client) for client in clients]
         run = self._actors[actor].run.options(num_returns=2 + len(clients) * self._keeps)
-        about, result, *keeps = run.remote(packed.hex(), [packed], piece.task, piece.fold, self._keeps, *kept)
+        with self._spans.part("transfer", "send", worker=actor, clients=clients):
+            about, result, *keeps = run.remote(packed.hex(), [packed], piece.task, piece.fold, self._keeps, *kept)
         return _Running(about, result, keeps, piece, actor, time.monotonic() + self._timeout * len(clients))
 
     def _take(self, task: _Running, number: int, queue: deque[_Piece], finished: dict[int, _Finished]) -> None:
         """Deals with a worker that is ready with a task, or dead."""
         piece = task.piece
         try:
-            about = self._ray.get(task.about)
+            with self._spans.part("transfer", "fetch", worker=task.actor):
+                about = self._ray.get(task.about)
         except self._ray.exceptions.RayTaskError as error:
             self._idle.append(task.actor)
             finished[piece.place].results[piece] = describe(error)
@@ -164,6 +169,7 @@ class RayGrid(ClientGrid):
                 died = f"WorkerDied: {piece.deaths} workers died on it; out of memory?"
                 self._fail(piece, died, queue, finished)
             return
+        self._spans.add(task.actor, about.recorded)
         if about.out_of_memory and len(self._actors) > 1:
             self._retire(task.actor)
             queue.appendleft(piece)
@@ -198,7 +204,8 @@ class RayGrid(ClientGrid):
         result = done.results[piece]
         if not isinstance(result, str):
             try:
-                return [unpack_block(packed) for packed in self._ray.get(result)]
+                with self._spans.part("transfer", "fetch"):
+                    return [unpack_block(packed) for packed in self._ray.get(result)]
             except self._ray.exceptions.RayError as error:  # the object store lost it
                 result = f"AnswerLost: {type(error).__name__}"
         lost = [BlockResult([], [Failure(f"client {c}", result) for c in block], None) for block in piece.task]

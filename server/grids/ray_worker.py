@@ -16,6 +16,7 @@ from fedlabel.cohort import Invitation
 from fedlabel.experiment import open_experiment
 from fedlabel.methods.batch import State
 from fedlabel.methods.uploads import ModelPart
+from fedlabel.spans import Recorded
 from server.blocks import Block, BlockResult, WeightedSum
 from server.grids.base import Order, TrainCohort, run_task
 from server.schema import ResultSchema
@@ -32,6 +33,8 @@ class About(NamedTuple):
     """Whether a device was too small for a client."""
     kept: list[int]
     """Clients that keep something, other than before."""
+    recorded: Recorded | None = None
+    """Where the time went, if that is measured."""
 
 
 class Worker:
@@ -52,6 +55,7 @@ class Worker:
         """Makes ready for the rounds of an experiment; text: its configuration as YAML."""
         self._experiment = open_experiment(text)
         self._schema = ResultSchema.of(self._experiment)
+        self._spans = self._experiment.spans
 
     def run(self, key: str, packed: list[Any], task: Sequence[Block], fold: bool, keeps: bool, *kept: Any) -> Any:
         """Trains the clients of a task.
@@ -71,14 +75,18 @@ class Worker:
         import ray
 
         started = time.perf_counter()
-        if self._round is None or self._round[0] != key:  # one copy of the global model per worker and round
-            self._round = (key, unpack_order(ray.get(packed[0]), self._experiment.device))
-        memories = [{} if memory is None else unpack_own(memory) for memory in kept]
+        self._spans.take()  # the time between two tasks is not the worker's
+        with self._spans.part("transfer", "receive"):
+            if self._round is None or self._round[0] != key:  # one copy of the global model per worker and round
+                self._round = (key, unpack_order(ray.get(packed[0]), self._experiment.device))
+            memories = [{} if memory is None else unpack_own(memory) for memory in kept]
         order = self._round[1]._replace(fold=fold)
         done = run_task(self._train, self._experiment, self._schema, order, task, memories)
-        kept_now = {client: pack(memory) for client, memory in done.kept.items() if memory}
-        about = About(time.perf_counter() - started, done.out_of_memory, list(kept_now))
-        blocks = [pack_block(block) for block in done.blocks]
+        with self._spans.part("transfer", "send"):
+            kept_now = {client: pack(memory) for client, memory in done.kept.items() if memory}
+            blocks = [pack_block(block) for block in done.blocks]
+        seconds = time.perf_counter() - started
+        about = About(seconds, done.out_of_memory, list(kept_now), self._spans.take())
         if not keeps:
             return about, blocks
         clients = [client for block in task for client in block]
