@@ -90,7 +90,7 @@ class Experiment:
             student, self.teacher, self.transform, config.training, config.method.metrics, graphs, self.spans
         )
         self.stack = self._stack(student)
-        """About how many clients in a row train as one stack; 1: none."""
+        """About how many clients in a row train as one stack, at most; 1: none."""
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
@@ -154,6 +154,13 @@ class Experiment:
                 logger.warning("`grid.stack` (=%d) has no effect: %s. Clients train one by one.", asked, reason)
             return 1
         return automatic_size(student) if asked is None else asked
+
+    def stack_in(self, cohort: int) -> int:
+        """Returns about how many clients of a cohort train as one stack. On CPUs, if nobody said how many, a quarter of
+        them at most: several workers should find something to do, and how many there are must not matter.
+        """
+        automatic = self.config.grid.clients_in_stack is None and self.device.type == "cpu"
+        return min(self.stack, max(1, cohort // 4)) if automatic else self.stack
 
     def _check_strategy(self, model: nn.Module) -> None:
         """Checks the strategy's support of buffers: a server's optimiser or noise would treat them as weights."""

@@ -453,7 +453,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, help="folder of wheels that are put first on the path")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="where bench_gpu.json goes")
-    parser.add_argument("--only", action="append", choices=LIMITS, help="a part; may be given again")
+    parser.add_argument("--only", action="append", help="a part, or a row of one (cifar/pfl); may be given again")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu")
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything")
@@ -475,9 +475,10 @@ def main() -> None:
             unpack(arguments.wheels, site)
         path = os.pathsep.join(map(str, (site, ROOT, SCRIPTS)))
         sys.path[:0] = path.split(os.pathsep)
-        for part in arguments.only or LIMITS:
+        for chosen in arguments.only or LIMITS:
+            part = chosen.partition("/")[0]
             try:
-                wanted = rows(part, arguments.extra)
+                wanted = [row for row in rows(part, arguments.extra) if chosen in (part, row)]
             except Exception:  # the rest must not be lost
                 traceback.print_exc()
                 results[part] = {"failed": traceback.format_exc().strip().splitlines()[-1]}

@@ -105,7 +105,9 @@ class Server:
         begin_round(self._strategy, number, invitation.model, cohort)
         order = Order(invitation, state.shared, isinstance(self._strategy, WeightedMean) and not single)
         tally = RoundTally(invitation, cohort, self._result_bytes)
-        blocks = tally.watch(self._grid.train(order, cut_into_tasks(cut_into_blocks(cohort), self._experiment.stack)))
+        blocks = tally.watch(
+            self._grid.train(order, cut_into_tasks(cut_into_blocks(cohort), self._experiment.stack_in(len(cohort))))
+        )
         if self._pool is not None:
             blocks = self._pool.watch(blocks)
         unfit, model = "", None
