@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlabel.cohort import ClientResult
+import fedlabel.cohort
+import server.simulation
+from fedlabel.cohort import ClientResult, Invitation
 from fedlabel.experiment import Experiment
-from fedlabel.learning.client import ClientUpdate
-from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.batch import StateDict
 from fedlabel.methods.recipe import Helpers
 from fedlabel.methods.uploads import ModelPart
 from fedlabel.record.json_files import read_metrics
 from server.blocks import BlockResult
 from server.checkpoint import load_checkpoint, save_checkpoint
+from server.grids.in_process import InProcessGrid
 from server.helpers import HelperPool
 from server.simulation import simulate
 from server.state import ServerState
@@ -198,17 +200,21 @@ def test_in_a_run_helpers_are_what_the_others_sent_last(tmp_path: Path, monkeypa
     last: dict[int, StateDict] = {}
     pending: dict[int, StateDict] = {}
     sent: list[tuple[int, int]] = []
-    train = Experiment.train
+    train = fedlabel.cohort.train_cohort
 
     def watching(
-        self: Experiment,
-        client: int,
-        state: StateDict,
-        round_number: int,
-        memory: State | None = None,
-        helpers: Mapping[str, StateDict] | None = None,
-    ) -> ClientUpdate:
-        assert helpers is not None
+        experiment: Experiment, invitation: Invitation, clients: Sequence[int], memories: Sequence[State]
+    ) -> list[ClientResult | Exception]:
+        for client in clients:
+            check(client, invitation.round_number, invitation.helpers.get(client, {}))
+        results = train(experiment, invitation, clients, memories)
+        for result in results:
+            assert isinstance(result, ClientResult)
+            state = result.parts["model"].state
+            pending[result.client] = {n: v.clone() for n, v in state.items() if n.startswith("psi.")}
+        return results
+
+    def check(client: int, round_number: int, helpers: Mapping[str, StateDict]) -> None:
         known = set(last) - {client} if client in last and round_number % 2 == 0 else set()
         assert set(helpers) == {f"helper{i}" for i in range(min(2, len(known)))}, (round_number, client)
         for helper in helpers.values():
@@ -216,11 +222,8 @@ def test_in_a_run_helpers_are_what_the_others_sent_last(tmp_path: Path, monkeypa
             owners = [c for c in known if all(torch.equal(helper[name], last[c][name]) for name in helper)]
             assert len(owners) == 1
         sent.append((round_number, len(helpers)))
-        update = train(self, client, state, round_number, memory, helpers)
-        pending[client] = {n: v.clone() for n, v in update.parts["model"].state.items() if n.startswith("psi.")}
-        return update
 
-    monkeypatch.setattr(Experiment, "train", watching)
+    monkeypatch.setattr(server.simulation, "InProcessGrid", lambda: InProcessGrid(watching))
     options = [
         *("method.name=fedmatch", "method.helper_interval=2", "method.confidence_threshold=0", "model.name=mlp"),
         *("num_clients=5", "num_rounds=4", "fraction_train=0.6", "training.lr=0.01", "training.local_steps=1"),

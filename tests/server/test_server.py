@@ -184,7 +184,7 @@ def test_hidden_labels_are_for_simulations(simulated: bool, tmp_path: Path, monk
         return true(self, client)
 
     def watching(experiment: Experiment, invitation: Invitation, *others: Any) -> Any:
-        audits.append(invitation.audit)
+        audits.extend([invitation.audit] * len(others[0]))
         return train(experiment, invitation, *others)
 
     def observing(*arguments: Any) -> Any:
