@@ -15,7 +15,7 @@ import fedlabel.cohort
 import server.simulation
 from fedlabel.cohort import ClientResult, Invitation
 from fedlabel.experiment import Experiment
-from fedlabel.methods.batch import StateDict
+from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Helpers
 from fedlabel.methods.uploads import ModelPart
 from fedlabel.record.json_files import read_metrics
