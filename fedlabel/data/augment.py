@@ -140,11 +140,12 @@ def weak(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Ten
         return images.clone()
 
     batch, device = len(images), images.device
-    rows = torch.arange(height, device=device).expand(batch, height)
-    columns = torch.arange(width, device=device).expand(batch, width)
+    rows, columns = _places(height, 0, device), _places(width, 0, device)
     if padding:
-        shift = to_device(draws.integers(-padding, padding + 1, (2, batch, 1), dim=1), device)
-        rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
+        shift = to_device(draws.integers(0, 2 * padding + 1, (2, batch, 1), dim=1), device)
+        rows = _places(height, padding, device)[rows + shift[0]]
+        columns = _places(width, padding, device)[columns + shift[1]]
+    rows, columns = rows.expand(batch, height), columns.expand(batch, width)
     if flip:
         mirrored = to_device(draws.uniform((batch, 1)) < 0.5, device)
         columns = torch.where(mirrored, columns.flip(1), columns)
@@ -219,8 +220,13 @@ def _take_pixels(pixels: Tensor, sources: Tensor) -> Tensor:
     return pixels.gather(2, sources[:, None, :].expand(-1, pixels.shape[1], -1))
 
 
-def _reflect(position: Tensor, size: int) -> Tensor:
-    """Mirrors positions in (-size, 2 * size - 1) into [0, size) without repeating the edge pixel."""
+@lru_cache(maxsize=64)
+def _places(size: int, padding: int, device: torch.device) -> Tensor:
+    """The pixels along a side, with `padding` mirrored ones before and behind: (size + 2 * padding,) int64 in [0, size).
+
+    The edge pixel is not repeated.
+    """
+    position = torch.arange(-padding, size + padding, device=device)
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
 

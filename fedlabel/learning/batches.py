@@ -117,11 +117,14 @@ class BatchMaker:
             return self._empty[kind]
         rows, size = self._rows[kind][place], self._sizes[kind]
         candidates, noisy, annotations = self._candidates[rows], self._noisy[rows], self._annotations[rows]
-        if kind != "labeled":  # a labelled sample drawn as an unlabelled one keeps its label to itself
+        if (
+            kind != "labeled" and self._views[kind]
+        ):  # a labelled sample drawn as an unlabelled one keeps its label to itself
             hidden = torch.ones_like(noisy) if self._by_supervision else candidates.sum(1) == 1
             candidates, noisy = candidates | hidden[:, None], noisy & ~hidden
             annotations = torch.where(hidden[:, None], -1, annotations)
-        views = self._transform.views(self._images[rows], self._views[kind], draws)
+        names = self._views[kind]
+        views = self._transform.views(self._images[rows], names, draws) if names else {}
         targets = {name: values[rows] for name, values in self._targets.items()}
         members, counts = self._bags(steps if kind == "labeled" else ())
         empty = not len(rows)

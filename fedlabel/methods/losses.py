@@ -50,8 +50,8 @@ def label_step(values: Tensor, candidates: Tensor, memory: State | None = None) 
     """
     labeled = candidates.sum(-1) == 1
     values = torch.where(labeled, values, torch.zeros_like(values))
-    metrics = {"train/loss_supervised": mean_metric(values, labeled), "train/loss": mean_metric(values, labeled)}
-    count = labeled.sum()
+    pair, count = mean_metric(values, labeled), labeled.sum()
+    metrics = {"train/loss_supervised": pair, "train/loss": pair}
     return Step(values.sum() / count.clamp_min(1), metrics, count, memory=memory)
 
 
