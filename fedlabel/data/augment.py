@@ -222,7 +222,7 @@ def _take_pixels(pixels: Tensor, sources: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _places(size: int, padding: int, device: torch.device) -> Tensor:
-    """The pixels along a side, with `padding` mirrored ones before and behind: (size + 2 * padding,) int64 in [0, size).
+    """The pixels along a side with `padding` mirrored ones at both ends: (size + 2 * padding,) int64 in [0, size).
 
     The edge pixel is not repeated.
     """

@@ -123,7 +123,6 @@ class BatchMaker:
             hidden = torch.ones_like(noisy) if self._by_supervision else candidates.sum(1) == 1
             candidates, noisy = candidates | hidden[:, None], noisy & ~hidden
             annotations = torch.where(hidden[:, None], -1, annotations)
-        names = self._views[kind]
         views = self._transform.views(self._images[rows], names, draws) if names else {}
         targets = {name: values[rows] for name, values in self._targets.items()}
         members, counts = self._bags(steps if kind == "labeled" else ())
