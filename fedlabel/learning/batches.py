@@ -115,7 +115,7 @@ class BatchMaker:
     def _part(self, kind: str, place: int, steps: Sequence[StepPlan], draws: Draws) -> Part:
         if kind in self._empty and (not self._stacked or len(self._empty[kind].rows) == len(steps)):
             return self._empty[kind]
-        rows, size = self._rows[kind][place], self._sizes[kind]
+        rows, size, names = self._rows[kind][place], self._sizes[kind], self._views[kind]
         candidates, noisy, annotations = self._candidates[rows], self._noisy[rows], self._annotations[rows]
         if (
             kind != "labeled" and self._views[kind]
