@@ -85,8 +85,9 @@ class GridConfig:
 
     kind: str = no_effect("in_process")
     """in_process | ray. Under `flwr run` Flower's own grid is used and this key is ignored."""
-    num_workers: int = no_effect(2)
-    """Ray: number of worker processes."""
+    num_workers: int | None = no_effect(None)
+    """Ray: number of worker processes; null: one for each core that this process may use, on a GPU one. The results do
+    not depend on it."""
     threads_per_worker: int = 1
     """Torch threads that train one client, on every grid (results can depend on it in the last bit)."""
     stack: str = "auto"
@@ -106,7 +107,8 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "grid", kind=("in_process", "ray"))
-        within(self, "grid", 1, MAX_WORKERS, "num_workers", "threads_per_worker")
+        counts = ("threads_per_worker",) if self.num_workers is None else ("num_workers", "threads_per_worker")
+        within(self, "grid", 1, MAX_WORKERS, *counts)
         if self.stack not in ("auto", "off") and not (self.stack.isdecimal() and 1 <= int(self.stack) <= MAX_STACK):
             raise ValueError(
                 f"`grid.stack` (={self.stack}) must be auto, off, or a number of clients in [1, {MAX_STACK}]."

@@ -49,6 +49,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def usable_cores() -> int:
+    """Returns the number of cores that this process may be scheduled on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
     """Returns the hardware that timings depend on: CPU, cores, memory and, if `device` is CUDA, the GPU.
 
@@ -61,7 +66,7 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "logical_cores": logical,
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical,
+        "usable_cores": usable_cores(),
         "device": str(device),
     }
     if memory := memory_bytes():

@@ -15,6 +15,7 @@ from fedlabel.data.sets.config import SETS
 from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.errors import check_folder, naming
 from fedlabel.experiment import Experiment, open_experiment
+from fedlabel.hardware import usable_cores
 from fedlabel.record.json_files import read_metrics
 from fedlabel.record.names import CONFIG_YAML
 from server.grids.base import ClientGrid
@@ -91,7 +92,8 @@ def simulate(
 def open_grid(config: ExperimentConfig, use_gpu: bool) -> Iterator[ClientGrid]:
     """Opens the grid of simulated clients that `grid.kind` names."""
     if config.grid.kind == "ray":
-        with RayGrid(min(config.grid.num_workers, config.num_clients), use_gpu) as ray_grid:
+        workers = config.grid.num_workers or (1 if use_gpu else usable_cores())
+        with RayGrid(min(workers, config.num_clients), use_gpu) as ray_grid:
             yield ray_grid
     else:
         yield InProcessGrid()

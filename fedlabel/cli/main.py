@@ -396,15 +396,14 @@ def list_all(
 @app.command()
 def doctor() -> None:
     """Show versions, devices, memory and the device that a run would use."""
-    from fedlabel.config import ExperimentConfig
-    from fedlabel.hardware import describe_hardware, resolve_device, source_commit, versions
+    from fedlabel.hardware import describe_hardware, resolve_device, source_commit, usable_cores, versions
 
     table = make_table("what", "value")
     device = resolve_device("auto")
     for key, value in {**versions(), "commit": source_commit(), **describe_hardware(device)}.items():
         table.add_row(key, str(value))
     table.add_row("device=auto gives", str(device))
-    table.add_row("grid.num_workers (default)", str(ExperimentConfig().grid.num_workers))
+    table.add_row("grid.num_workers (default)", str(1 if device.type == "cuda" else usable_cores()))
     console.print(table)
 
 
