@@ -26,7 +26,7 @@ from fedlabel.metric_tags import LARGEST_MEAN
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import derive_seed, numpy_generator
 from server.blocks import BlockResult, WeightedSum
-from server.flower import as_record, as_reply
+from server.flower import as_record, as_reply, set_identity
 
 logger = logging.getLogger("fedlabel")
 
@@ -188,6 +188,7 @@ def begin_round(strategy: Strategy, round_number: int, model: StateDict, cohort:
     if isinstance(strategy, FedAvgM):  # it would go on from the model it made, though the server may have trained it
         strategy.current_arrays = arrays
     grid = cast(Grid, SimpleNamespace(get_node_ids=lambda: [client + 1 for client in cohort]))
+    set_identity()
     list(strategy.configure_train(round_number, arrays, ConfigRecord({}), grid))  # its messages are not sent
 
 

@@ -21,12 +21,13 @@ class LocalNodes(Grid):
     """Nodes 1..count are the clients 0..count-1 of an app; what a client remembers is in `states`."""
 
     run: Any = None
-    pull_interval = 0.0
+    pull_interval = 0.01
 
     def __init__(self, app: ClientApp, count: int) -> None:
         self.app, self.count = app, count
         self.states: dict[int, RecordDict] = {}
         self._sent: dict[str, Message] = {}
+        self._number = 0
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -43,13 +44,17 @@ class LocalNodes(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         keys = []
         for message in messages:
-            keys.append(f"{len(self._sent)} to {message.metadata.dst_node_id}")
+            self._number += 1
+            keys.append(f"{self._number} to {message.metadata.dst_node_id}")
             message.metadata.__dict__["_message_id"] = keys[-1]
             self._sent[keys[-1]] = message
         return keys
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self.answer(self._sent[key]) for key in message_ids]
+        replies = {key: self.answer(self._sent[key]) for key in message_ids if key in self._sent}
+        for key in replies:  # as a SuperLink, which gives each once
+            del self._sent[key]
+        return list(replies.values())
 
     def answer(self, message: Message) -> Message:
         """Returns a node's reply; a client that fails keeps the state it had."""

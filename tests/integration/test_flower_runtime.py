@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-import server.grids.flower
 from fedlabel.hardware import PACKAGE_ROOT
+from server.grids.in_process import InProcessGrid
 from tests.integration.processes import environment, free_ports, start, stop_marked, wait_until
 from tests.integration.tiny import TINY, comparable_metrics, final_weights, run_tiny
 
@@ -172,7 +172,7 @@ def test_superlink_with_two_supernodes(deployment: Flower, tmp_path: Path, monke
     output = deployment.run("loopback", overrides=" ".join([*TINY, *overrides]))
     folder = deployment.the_run(output)
     assert not any("pseudo/accuracy" in row for row in comparable_metrics(folder))
-    monkeypatch.setattr(server.grids.flower, "is_simulation", lambda grid: False)
+    monkeypatch.setattr(InProcessGrid, "simulated", False)
     assert_like_in_process(folder, tmp_path, *overrides)
 
 

@@ -107,7 +107,7 @@ def is_worker(pid: int) -> bool:
     except OSError:  # gone meanwhile
         return False
     starting = (b"default_worker.py", b"setup_worker.py")
-    return words[0].startswith((b"ray::ClientActor", b"ray::IDLE")) or any(w.endswith(starting) for w in words[1:2])
+    return words[0].startswith((b"ray::Worker", b"ray::IDLE")) or any(w.endswith(starting) for w in words[1:2])
 
 
 @pytest.mark.slow

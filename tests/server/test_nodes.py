@@ -44,7 +44,7 @@ class Nodes(LocalNodes):
 
 
 SIZES = [60, 60, 60]
-CONFIG = load_config([], ["num_clients=3", "grid.connect_timeout=0.7"])
+CONFIG = load_config([], ["num_clients=3", "grid.connect_timeout=0.7", "grid.timeout=0.5"])
 
 
 def test_clients_are_found_by_what_nodes_say() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAdam, Strategy
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedlabel.cohort import ClientResult
 from fedlabel.config import ConfigError, StrategyConfig
@@ -277,3 +278,10 @@ def test_momentum_starts_from_the_model_that_was_sent_even_if_the_server_trained
     assert one_round(1, 0.0, 1.0) == 1.0
     assert one_round(2, 3.0, 5.0) == 5.5
     assert one_round(3, 6.0, 6.0) == 7.25
+
+
+def test_flowers_strategies_work_in_a_process_without_a_superlink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only Flower's processes have the identity that its messages read."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, None)
+    begin_round(build_strategy(StrategyConfig("FedAdam")), 1, {"w": torch.zeros(2)}, [0, 3])
