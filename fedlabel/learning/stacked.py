@@ -63,6 +63,14 @@ def stack_states(states: Sequence[Mapping[str, Tensor]]) -> StateDict:
     return {name: torch.stack([state[name] for state in states]) for name in first}
 
 
+def _lay_out(stacked: StateDict) -> StateDict:
+    """Returns a stacked state whose matrices lie column by column in memory, as their gradients will.
+
+    Else the optimiser reads one of both across, and a step takes twice as long.
+    """
+    return {name: value.mT.contiguous().mT if value.dim() == 3 else value for name, value in stacked.items()}
+
+
 class Stack:
     """The students of several clients during a phase.
 
@@ -92,7 +100,7 @@ class Stack:
         self._fixed = fixed
         self._student, self._teacher, self._phase, self._config = student.train(), teacher.eval(), phase, config
         self._received = received
-        self.state = stack_states(starts)
+        self.state = _lay_out(stack_states(starts))
         """Name -> (clients, ...), of all clients."""
         self._parameters = [name for name, _ in student.named_parameters()]
         self._common = {name: each[0] for name, each in teachers.items() if all(state is each[0] for state in each)}
