@@ -191,6 +191,12 @@ class RayGrid(ClientGrid):
         if len(piece.clients) == 1:
             done.results[piece] = reason
             return
+        logger.warning(
+            "Clients %s of a task are tried one by one: %s. If they train as a stack otherwise, the last digits of their "
+            "results may differ from those of another run.",
+            ", ".join(map(str, piece.clients)),
+            reason,
+        )
         done.pieces = [_Piece(piece.place, [[client]], fold=False) for client in piece.clients]
         queue.extendleft(reversed(done.pieces))
 
