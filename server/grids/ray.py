@@ -192,8 +192,8 @@ class RayGrid(ClientGrid):
             done.results[piece] = reason
             return
         logger.warning(
-            "Clients %s of a task are tried one by one: %s. If they train as a stack otherwise, the last digits of their "
-            "results may differ from those of another run.",
+            "Clients %s of a task are tried one by one: %s. If they train as a stack otherwise, the last digits of "
+            "their results may differ from those of another run.",
             ", ".join(map(str, piece.clients)),
             reason,
         )
