@@ -87,23 +87,36 @@ def _train(
     experiment: Experiment, invitation: Invitation, clients: Sequence[int], memories: Sequence[State]
 ) -> list[ClientResult | Exception]:
     """Runs the round of clients together; if that fails, of each alone, as only one of them may be the cause."""
+    if len(clients) == 1 or not experiment.stacks:
+        return [_alone(experiment, invitation, *each) for each in zip(clients, memories, strict=True)]
     try:
-        rounds = [_round(experiment, invitation, *each) for each in zip(clients, memories, strict=True)]
-        updates = train_clients(
-            experiment.recipe, experiment.trainer, invitation.model, rounds, invitation.round_number
-        )
-        return [
-            _result(experiment, invitation, client, update) for client, update in zip(clients, updates, strict=True)
-        ]
+        return _together(experiment, invitation, clients, memories)
     except Exception as error:
-        if len(clients) == 1:
-            return [error]
-        logger.info("Clients %d to %d train one by one: %s", clients[0], clients[-1], error)
-    return [
-        result
-        for client, memory in zip(clients, memories, strict=True)
-        for result in _train(experiment, invitation, [client], [memory])
-    ]
+        failure = error
+    found = [_alone(experiment, invitation, *each) for each in zip(clients, memories, strict=True)]
+    if not any(isinstance(result, Exception) for result in found):
+        experiment.stacks = False
+        logger.warning(
+            "Clients cannot be stacked (%s: %s) and train one by one from now on; grid.stack=off says so beforehand.",
+            *(type(failure).__name__, str(failure).partition("\n")[0]),
+        )
+    return found
+
+
+def _alone(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> ClientResult | Exception:
+    try:
+        return _together(experiment, invitation, [client], [memory])[0]
+    except Exception as error:
+        return error
+
+
+def _together(
+    experiment: Experiment, invitation: Invitation, clients: Sequence[int], memories: Sequence[State]
+) -> list[ClientResult | Exception]:
+    rounds = [_round(experiment, invitation, *each) for each in zip(clients, memories, strict=True)]
+    updates = train_clients(experiment.recipe, experiment.trainer, invitation.model, rounds, invitation.round_number)
+    with_updates = zip(clients, updates, strict=True)
+    return [_result(experiment, invitation, client, update) for client, update in with_updates]
 
 
 def _round(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> LocalRound:

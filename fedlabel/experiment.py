@@ -91,6 +91,8 @@ class Experiment:
         )
         self.stack = self._stack(student)
         """About how many clients in a row train as one stack, at most; 1: none."""
+        self.stacks = self.stack > 1
+        """Whether stacks work; False once one has failed through no fault of its clients."""
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}

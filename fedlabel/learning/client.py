@@ -436,7 +436,8 @@ class _Run:
 
         with self.trainer.spans.part("e_step", phase=phase.name, client=self.client):
             supervision = self._data.supervision.to(images.device)
-            prepared = phase.prepare(Survey(predict, supervision, self.memory, inputs))
+            with _seeded(derive_seed(self.seed, phase.name, "prepare"), images.device):
+                prepared = phase.prepare(Survey(predict, supervision, self.memory, inputs))
         self.memory = prepared.memory or self.memory
         self.meter.pairs, self.meter.votes = prepared.pairs, prepared.votes
         self.meter.add(prepared.metrics)

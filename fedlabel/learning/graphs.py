@@ -73,6 +73,7 @@ class Graphs:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self._seen: OrderedDict[Hashable, tuple[Phase, Graph | None]] = OrderedDict()
+        self._refused: set[Hashable] = set()
 
     def find(
         self,
@@ -99,8 +100,16 @@ class Graphs:
             return None
         self._seen.move_to_end(place)
         graph = self._seen[place][1]
+        if place in self._refused:
+            return None
         if graph is None:
-            graph = Graph(build(), batch, self._capture)
+            try:
+                graph = Graph(build(), batch, self._capture)
+            except RuntimeError as error:  # a loss that waits for the device, say
+                self._refused.add(place)
+                reason = str(error).partition("\n")[0]
+                logger.warning("The steps of phase %s cannot be captured as a CUDA graph: %s", phase.name, reason)
+                return None
             self._seen[place] = (phase, graph)
         restart(graph.students)
         return graph

@@ -29,7 +29,8 @@ def why_not(module: nn.Module) -> str | None:
     ]
     if random:
         return f"layer {random[0]} draws random numbers, which must be each client's own"
-    return None
+    every, once = (len(list(module.named_parameters(remove_duplicate=each))) for each in (False, True))
+    return "layers share weights" if every > once else None
 
 
 IN_CACHE = 4 * 2**20
@@ -267,8 +268,8 @@ class StackedOptimizer:
             gradient = gradient + config.momentum * new if config.nesterov else new
         if active is None:
             weight.add_(gradient, alpha=-config.lr)
-        else:
-            weight.addcmul_(gradient, _per_client(active * -config.lr, gradient))
+        else:  # chosen, not multiplied by 0: the gradient of a loss without samples need not be finite
+            _keep(weight, weight.add(gradient, alpha=-config.lr), active)
 
     def _adamw(self, name: str, weight: Tensor, gradient: Tensor, active: Tensor | None) -> None:
         config, (first, second) = self._config, ADAM_BETAS
@@ -276,9 +277,10 @@ class StackedOptimizer:
         steps += 1 if active is None else active
         _keep(mean, mean.lerp(gradient, 1 - first), active)
         _keep(square, square * second + (1 - second) * gradient * gradient, active)
-        count = _per_client(steps.clamp_min(1), weight)
-        width = (square / (1 - second**count)).sqrt() + ADAM_EPSILON
-        new = weight * (1 - config.lr * config.weight_decay) - config.lr * (mean / (1 - first**count)) / width
+        count = steps.clamp_min(1)
+        of_mean, of_square = (_per_client((1 - beta**count).to(weight.dtype), weight) for beta in ADAM_BETAS)
+        width = (square / of_square).sqrt() + ADAM_EPSILON
+        new = weight * (1 - config.lr * config.weight_decay) - config.lr * (mean / of_mean) / width
         _keep(weight, new, active)
 
     def reset(self) -> None:
@@ -291,7 +293,8 @@ class StackedOptimizer:
         """Returns the moments of the clients of `weight`, and of AdamW their numbers of steps; views."""
         if name not in self._moments:
             moments = [torch.zeros_like(weight) for _ in range(number)]
-            steps = torch.zeros(len(weight), device=weight.device)
+            # In float32 the first steps' 1 - 0.999^n would be wrong in the fifth digit.
+            steps = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
             self._moments[name] = moments if number == 1 else [*moments, steps]
         return [moment[: len(weight)] for moment in self._moments[name]]
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fedlabel.config import to_yaml
 from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
@@ -157,6 +159,10 @@ class RayGrid(ClientGrid):
             with self._spans.part("transfer", "fetch", worker=task.actor):
                 about = self._ray.get(task.about)
         except self._ray.exceptions.RayTaskError as error:
+            if self._would_fit_with_fewer(error):  # outside a client's training: the model's way to the GPU, sums, ...
+                self._retire(task.actor)
+                queue.appendleft(piece)
+                return
             self._idle.append(task.actor)
             finished[piece.place].results[piece] = describe(error)
             return
@@ -185,6 +191,12 @@ class RayGrid(ClientGrid):
         if len(piece.clients) == 1:
             done.results[piece] = reason
             return
+        logger.warning(
+            "Clients %s of a task are tried one by one: %s. If they train as a stack otherwise, the last digits of "
+            "their results may differ from those of another run.",
+            ", ".join(map(str, piece.clients)),
+            reason,
+        )
         done.pieces = [_Piece(piece.place, [[client]], fold=False) for client in piece.clients]
         queue.extendleft(reversed(done.pieces))
 
@@ -233,6 +245,9 @@ class RayGrid(ClientGrid):
         try:
             self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
+            if self._would_fit_with_fewer(error):
+                self._retire(actor)
+                return
             self._failed_starts += 1
             raised = isinstance(error, self._ray.exceptions.RayTaskError)
             fault = raised or getattr(error, "actor_init_failed", False)  # it raised an error, and would again
@@ -256,8 +271,12 @@ class RayGrid(ClientGrid):
         self._ray.kill(self._actors[actor])
         self._start(actor)
 
+    def _would_fit_with_fewer(self, error: Exception) -> bool:
+        """Returns whether a GPU had no room for a worker, and fewer workers would leave it more."""
+        return isinstance(error, torch.OutOfMemoryError) and len(self._actors) > 1
+
     def _retire(self, actor: int) -> None:
-        """Stops a worker for whose clients the GPU had no room beside the others."""
+        """Stops a worker for which, or for whose clients, the GPU had no room beside the others."""
         self._ray.kill(self._actors.pop(actor))
         logger.warning("The GPU's memory was too small for its workers: the run goes on with %d.", len(self._actors))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,14 @@ from server.server_app import run_federation
 from tests.integration import cohorts
 from tests.integration.client_apps import always_raise, by_client
 from tests.integration.local_nodes import LocalNodes
-from tests.integration.tiny import TINY, assert_same_run, comparable_metrics, final_weights, run_tiny
+from tests.integration.tiny import (
+    TINY,
+    assert_same_run,
+    assert_same_weights,
+    comparable_metrics,
+    final_weights,
+    run_tiny,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +67,38 @@ def test_ray_gives_the_same_in_blocks(many: Path, num_workers: int, shared_ray: 
     with RayGrid(num_workers, use_gpu=False, train="tests.integration.cohorts:only_raises") as grid:
         run_federation(load_config([], MANY), grid, tmp_path / "run")
     assert_same_run(tmp_path / "run", many)
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained in stacks of ten and six."""
+    path = tmp_path_factory.mktemp("stacked") / "run"
+    run_federation(load_config([], MANY), InProcessGrid(), path)
+    return path
+
+
+def test_stacks_give_the_same_after_a_stop_and_other_bits_than_clients_alone(stacked: Path, tmp_path: Path) -> None:
+    def stop(done: int, metrics: Mapping[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_federation(load_config([], MANY), InProcessGrid(), tmp_path / "run", on_round=stop)
+    run_federation(load_config([], MANY), InProcessGrid(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", stacked)
+    alone = load_config([], [*MANY, "grid.stack=off"])
+    run_federation(alone, InProcessGrid(), tmp_path / "alone")
+    with pytest.raises(AssertionError):
+        assert_same_weights(final_weights(tmp_path / "alone"), final_weights(stacked))
+    run_federation(alone, FlowerGrid(LocalNodes(app, alone.num_clients)), tmp_path / "nodes")
+    assert_same_run(tmp_path / "nodes", tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_ray_gives_the_same_in_stacks(stacked: Path, num_workers: int, shared_ray: None, tmp_path: Path) -> None:
+    with RayGrid(num_workers, use_gpu=False) as grid:
+        run_federation(load_config([], MANY), grid, tmp_path / "run")
+    assert_same_run(tmp_path / "run", stacked)
 
 
 @pytest.mark.parametrize("name", ["FedAdam", "Krum"])

@@ -161,6 +161,47 @@ def test_optimisers_keep_each_clients_moments_where_a_client_has_no_sample(
         assert_close(found, expected)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_without_a_sample_moves_nothing_though_its_gradient_is_not_finite(
+    momentum: float, stacks: list[int]
+) -> None:
+    def undefined_where_unused(student: Model, teachers: object, batch: Batch) -> Step:
+        step = bright_only(student, teachers, batch)
+        return step._replace(loss=step.loss * torch.where(step.examples > 0, 1.0, torch.nan))
+
+    recipe = recipe_with(Phase("train", undefined_where_unused))
+    together, alone = both_ways(recipe, replace(CONFIG, momentum=momentum), three())
+    assert stacks == [3]
+    for found, expected in zip(together, alone, strict=True):
+        assert all(value.isfinite().all() for value in found.parts["model"].state.values())
+        assert_close(found, expected)
+
+
+def test_a_client_that_diverges_changes_no_other_of_its_stack(stacks: list[int]) -> None:
+    config = replace(CONFIG, momentum=0.9, max_grad_norm=0.1, prox_mu=0.1)
+    locals_ = [each._replace(data=replace(each.data, images=each.data.images.float())) for each in three()]
+    spoiled = replace(locals_[1].data, images=locals_[1].data.images * torch.nan)
+    recipe = recipe_with(Phase("train", labels_only))
+    expected, _ = both_ways(recipe, config, locals_)
+    found, _ = both_ways(recipe, config, [locals_[0], locals_[1]._replace(data=spoiled), locals_[2]])
+    assert stacks == [3, 3]
+    assert not found[1].parts["model"].state["1.weight"].isfinite().all()
+    for place in (0, 2):
+        assert found[place].sums == expected[place].sums
+        for name, value in found[place].parts["model"].state.items():
+            assert torch.equal(value, expected[place].parts["model"].state[name])
+
+
+def test_the_first_steps_of_adamw_are_corrected_in_double_precision() -> None:
+    """1 - 0.999 in float32 is off by 1e-5 of itself, and a first step, which is `lr`, by half of that."""
+    config = replace(CONFIG, optimizer="adamw", lr=1.0, local_steps=1)
+    together, alone = both_ways(recipe_with(Phase("train", labels_only)), config, three())
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(
+            found.parts["model"].state, expected.parts["model"].state, rtol=1e-6, atol=1e-6, check_stride=False
+        )
+
+
 def test_parts_that_are_trained_alone_penalties_and_further_updates(stacks: list[int]) -> None:
     last = Update(labels_only, trains=lambda names: names[-1:], penalty=lambda named: named["3.bias"].square().sum())
     phase = Phase("train", labels_only, trains=lambda names: names[:1], then=(last,), proximal=lambda p: 1 / p.numel())
@@ -239,6 +280,22 @@ def test_a_phase_that_is_new_in_every_round_is_never_captured() -> None:
 def test_networks_that_draw_random_numbers_are_not_stacked() -> None:
     assert "layer 0 draws random numbers" in str(why_not(nn.Sequential(nn.Dropout(0.5))))
     assert why_not(nn.Sequential(nn.Dropout(0.0), nn.BatchNorm1d(3))) is None
+    layer = nn.Linear(3, 3)
+    assert why_not(nn.Sequential(layer, layer)) == "layers share weights"
+
+
+def test_steps_that_cannot_be_captured_run_without_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    def capture(step: Callable[[], Any]) -> Callable[[], Any]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    recipe = recipe_with(Phase("train", labels_only))
+    alone = [train_clients(recipe, Trainer(net(), net(), TRANSFORM, CONFIG), net().state_dict(), three()[:1], 1)[0]]
+    trainer = Trainer(net(), net(), TRANSFORM, CONFIG, graphs=Graphs(capture))
+    with caplog.at_level("WARNING", "fedlabel"):
+        found = [train_clients(recipe, trainer, net().state_dict(), three()[:1], 1)[0] for _ in range(3)]
+    for each in found:
+        assert_close(each, alone[0])
+    assert caplog.text.count("cannot be captured as a CUDA graph: operation not permitted") == 1
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,41 @@ if deaths < {}:
 """
 
 
+FULL = """
+import torch
+import server.grids.ray_worker as worker
+usual = worker.{0}
+def full(*arguments):
+    try:
+        (marks / "first").mkdir()
+    except FileExistsError:
+        return usual(*arguments)
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+worker.{0} = full
+"""
+"""For the first worker that comes there, the GPU is full."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["open_experiment", "unpack_order"])
+def test_fewer_workers_share_a_gpu_that_is_full_before_or_between_clients(
+    where: str,
+    shared_ray: None,
+    experiment: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    train = fragile(tmp_path, FULL.format(where))
+    with RayGrid(2, use_gpu=False, train=train) as grid, caplog.at_level(logging.WARNING, "fedlabel"):
+        grid.connect(experiment)
+        blocks = ask(grid, each(0, 1, 2, 3))
+        assert (list(calls(blocks)), reasons(blocks)) == ([0, 1, 2, 3], [])
+        own = [record.message for record in caplog.records if record.name == "fedlabel"]  # Ray has words of its own
+        assert own == ["The GPU's memory was too small for its workers: the run goes on with 1."]
+
+
 @pytest.mark.slow
 def test_workers_that_die_while_they_start_are_started_again(
     shared_ray: None, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
