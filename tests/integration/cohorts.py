@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -89,10 +90,15 @@ def _statistics_of_many(experiment: Experiment, invitation: Invitation, client: 
 
 
 def _mark(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> ClientResult:
-    """Trains, and leaves a file named by the machine of the Ray cluster."""
+    """Trains, and leaves a file named by the machine of the Ray cluster; waits until another machine did, too, which may
+    have started later.
+    """
     import ray
 
-    (Path(os.environ["FEDLABEL_TEST_MARKS"]) / ray.get_runtime_context().get_node_id()).touch()
+    marks, deadline = Path(os.environ["FEDLABEL_TEST_MARKS"]), time.monotonic() + 120
+    (marks / ray.get_runtime_context().get_node_id()).touch()
+    while len(list(marks.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
     return _train(experiment, invitation, client, memory)
 
 
