@@ -90,8 +90,8 @@ def _statistics_of_many(experiment: Experiment, invitation: Invitation, client: 
 
 
 def _mark(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> ClientResult:
-    """Trains, and leaves a file named by the machine of the Ray cluster; waits until another machine did, too, which may
-    have started later.
+    """Leaves a file named by the machine of the Ray cluster, waits for that of another, which may start later, and
+    trains.
     """
     import ray
 
