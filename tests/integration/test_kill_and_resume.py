@@ -80,7 +80,7 @@ def test_kill_on_ray_where_clients_remember(shared_ray: None, tmp_path: Path) ->
 def test_workers_that_are_killed_change_nothing(tmp_path: Path) -> None:
     """Whether they train, wait or start; the clients that they had are asked again."""
     mark, path, random = uuid.uuid4().hex, tmp_path / "killed", Random(1)
-    overrides = ("num_rounds=16", "fraction_train=1.0")
+    overrides = ("num_rounds=10", "fraction_train=1.0")
     ray = ("grid.kind=ray", "grid.num_workers=2")
     command = fedlabel_command("run", *TINY, *overrides, *ray, "--name", "killed", "--out", str(tmp_path))
     process = start(command, tmp_path / "killed.log", tmp_path, environment(FEDLABEL_TEST=mark))
@@ -89,7 +89,7 @@ def test_workers_that_are_killed_change_nothing(tmp_path: Path) -> None:
         wait_until(lambda: rounds_in(path) >= 1 or process.poll() is not None, 200, "no rounds")
         while process.poll() is None:
             workers = sorted(worker for worker in marked("FEDLABEL_TEST", mark) if is_worker(worker))
-            if workers and kills < 7:
+            if workers and kills < 4:
                 os.kill(random.choice(workers), signal.SIGKILL)
                 kills += 1
             time.sleep(random.uniform(0.2, 1.0))
