@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from fedlabel.config import ExperimentConfig, load_config, to_yaml
 from fedlabel.data.augment import strong, weak
 from fedlabel.experiment import open_experiment
-from fedlabel.seeding import derive_seed, numpy_generator, torch_generator
+from fedlabel.seeding import Draws, derive_seed, numpy_generator, torch_generator
 
 Weights = dict[str, Tensor]
 
@@ -107,7 +107,7 @@ class BareLoop:
 
     def _on_labels(self, client: Client, seed: int) -> Trained:
         """Cross-entropy on labels."""
-        optimizer, augment = self._optimizer(), self._generator(seed, "supervised")
+        optimizer, augment = self._optimizer(), self._draws(seed, "supervised")
         labels = client.candidates.int().argmax(1)
         loss_sum, examples = torch.zeros(2, device=self.device), 0
         for rows in self._draws(client.labeled, self.config.training.batch_size, seed, "supervised", "labeled"):
@@ -128,7 +128,7 @@ class BareLoop:
         self._load(global_model, received)
         self._load(local_model, local)
         self._load(self.student, received)
-        optimizer, augment = self._optimizer(), self._generator(seed, "unlabeled")
+        optimizer, augment = self._optimizer(), self._draws(seed, "unlabeled")
         loss_sum, kept_samples = torch.zeros(2, device=self.device), torch.zeros((), device=self.device)
         for rows in self._draws(
             client.unlabeled, training.batch_size * training.unlabeled_ratio, seed, "unlabeled", "unlabeled"
@@ -160,7 +160,7 @@ class BareLoop:
         """Sohn et al., NeurIPS 2020, equations (3) and (4)."""
         method, training = self.config.method, self.config.training
         self._load(self.student, self.weights)
-        optimizer, augment = self._optimizer(), self._generator(seed, "train")
+        optimizer, augment = self._optimizer(), self._draws(seed, "train")
         labels = client.candidates.int().argmax(1)
         more = training.batch_size * training.unlabeled_ratio
         loss_sum, examples = torch.zeros(2, device=self.device), torch.zeros((), device=self.device)
@@ -186,7 +186,7 @@ class BareLoop:
     def _ill(self, client: Client, seed: int) -> tuple[Weights, Trained]:
         """Chen et al., NeurIPS 2024, for candidate sets: a label where one class is left, else EM."""
         self._load(self.student, self.weights)
-        optimizer, augment = self._optimizer(), self._generator(seed, "train")
+        optimizer, augment = self._optimizer(), self._draws(seed, "train")
         information = torch.where(client.candidates, 0.0, -torch.inf)
         loss_sum, examples = torch.zeros(2, device=self.device), 0
         for rows in self._draws(client.labeled, self.config.training.batch_size, seed, "train", "labeled"):
@@ -221,17 +221,17 @@ class BareLoop:
     def _optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.student.parameters(), self.config.training.lr)
 
-    def _generator(self, seed: int, phase: str) -> torch.Generator:
-        return torch_generator(seed, phase, "augment", device=self.device)
+    def _draws(self, seed: int, phase: str) -> Draws:
+        return Draws(torch_generator(seed, phase, "augment"))
 
     def _normalize(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - self._mean) / self._std
 
-    def _weak(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return self._normalize(weak(images, generator, self.config.augment, self._allow_flip))
+    def _weak(self, images: Tensor, draws: Draws) -> Tensor:
+        return self._normalize(weak(images, draws, self.config.augment, self._allow_flip))
 
-    def _strong(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return self._normalize(strong(images, generator, self.config.augment, self._allow_flip))
+    def _strong(self, images: Tensor, draws: Draws) -> Tensor:
+        return self._normalize(strong(images, draws, self.config.augment, self._allow_flip))
 
     @staticmethod
     def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
