@@ -107,7 +107,7 @@ class BareLoop:
 
     def _on_labels(self, client: Client, seed: int) -> Trained:
         """Cross-entropy on labels."""
-        optimizer, augment = self._optimizer(), self._draws(seed, "supervised")
+        optimizer, augment = self._optimizer(), self._chance(seed, "supervised")
         labels = client.candidates.int().argmax(1)
         loss_sum, examples = torch.zeros(2, device=self.device), 0
         for rows in self._draws(client.labeled, self.config.training.batch_size, seed, "supervised", "labeled"):
@@ -128,7 +128,7 @@ class BareLoop:
         self._load(global_model, received)
         self._load(local_model, local)
         self._load(self.student, received)
-        optimizer, augment = self._optimizer(), self._draws(seed, "unlabeled")
+        optimizer, augment = self._optimizer(), self._chance(seed, "unlabeled")
         loss_sum, kept_samples = torch.zeros(2, device=self.device), torch.zeros((), device=self.device)
         for rows in self._draws(
             client.unlabeled, training.batch_size * training.unlabeled_ratio, seed, "unlabeled", "unlabeled"
@@ -160,7 +160,7 @@ class BareLoop:
         """Sohn et al., NeurIPS 2020, equations (3) and (4)."""
         method, training = self.config.method, self.config.training
         self._load(self.student, self.weights)
-        optimizer, augment = self._optimizer(), self._draws(seed, "train")
+        optimizer, augment = self._optimizer(), self._chance(seed, "train")
         labels = client.candidates.int().argmax(1)
         more = training.batch_size * training.unlabeled_ratio
         loss_sum, examples = torch.zeros(2, device=self.device), torch.zeros((), device=self.device)
@@ -186,7 +186,7 @@ class BareLoop:
     def _ill(self, client: Client, seed: int) -> tuple[Weights, Trained]:
         """Chen et al., NeurIPS 2024, for candidate sets: a label where one class is left, else EM."""
         self._load(self.student, self.weights)
-        optimizer, augment = self._optimizer(), self._draws(seed, "train")
+        optimizer, augment = self._optimizer(), self._chance(seed, "train")
         information = torch.where(client.candidates, 0.0, -torch.inf)
         loss_sum, examples = torch.zeros(2, device=self.device), 0
         for rows in self._draws(client.labeled, self.config.training.batch_size, seed, "train", "labeled"):
@@ -221,7 +221,7 @@ class BareLoop:
     def _optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.student.parameters(), self.config.training.lr)
 
-    def _draws(self, seed: int, phase: str) -> Draws:
+    def _chance(self, seed: int, phase: str) -> Draws:
         return Draws(torch_generator(seed, phase, "augment"))
 
     def _normalize(self, images: Tensor) -> Tensor:
