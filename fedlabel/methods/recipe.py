@@ -162,16 +162,15 @@ class Stage:
     phases: tuple[Phase, ...] | Callable[[int], tuple[Phase, ...]]
     """Phases of every round; or the round in this stage (1-based) -> its phases."""
     rounds: int | None = None
-    """Number of rounds; None: to the end of the run (the last stage)."""
+    """Number of rounds, 0: the stage is left out; None: to the end of the run (the last stage)."""
     name: str = ""
     """Name in the terminal; empty: no name."""
     start: Start | Callable[[StateDict, StateDict], StateDict] = Start.CONTINUE
     """Or (the previous stage's final weights, fresh weights) -> weights. Not used in the first stage, which starts
     fresh."""
     averaging: float = 0.0
-    """Decay of a moving average of the global model over this stage's rounds, evaluated as "average"; the rounds
-    continue from the model itself. 0: none. A next stage with weights of its own gets the average as "previous". One
-    that CONTINUEs goes on with it, as with the model, if it has `averaging`, too; if not, the average ends."""
+    """Decay of a moving average of the global model over this stage's rounds, evaluated as "average"; 0: none. A next
+    stage with weights of its own gets it as "previous"; one that CONTINUEs goes on with it if it averages, too."""
     predict: Callable[[Mapping[str, Model], State], Model | None] = global_model
     """("model", the global one, and, if they exist, "average" and "previous"; the shared state) -> the evaluated
     function, images -> logits; None: nothing to evaluate."""
