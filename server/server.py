@@ -112,7 +112,7 @@ class Server:
             blocks = self._pool.watch(blocks)
         unfit, model = "", None
         try:
-            with self._spans.part("reduce", "round of the cohort"):
+            with self._spans.part("reduce", "cohort"):
                 model = combine(self._strategy, number, blocks, self._experiment.initial_state, self.config.seed)
         except CannotCombine as error:
             unfit = f"Strategy {error}"
