@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,16 @@ class Graph:
         return taken
 
 
+class _Seen(NamedTuple):
+    """A phase that was run with some shapes."""
+
+    phase: Phase
+    """Kept, so that no other phase gets its id."""
+    graph: Graph | None = None
+    refused: bool = False
+    """Whether its steps cannot be captured."""
+
+
 class Graphs:
     """Graphs by phase and shapes. A phase is captured when it comes a second time: where a recipe makes new phases in
     every round (say, with a weight that grows) there would be nothing to replay.
@@ -72,8 +82,7 @@ class Graphs:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self._seen: OrderedDict[Hashable, tuple[Phase, Graph | None]] = OrderedDict()
-        self._refused: set[Hashable] = set()
+        self._seen: OrderedDict[Hashable, _Seen] = OrderedDict()
 
     def find(
         self,
@@ -94,23 +103,23 @@ class Graphs:
         """
         place = (id(phase), key, tuple(sorted(batch.memory)), tuple((v.shape, v.dtype) for v in tensors_in(batch)))
         if place not in self._seen:
-            self._seen[place] = (phase, None)  # keeps the phase, so that no other gets its id
+            self._seen[place] = _Seen(phase)
             while len(self._seen) > KEPT:
                 self._seen.popitem(last=False)
             return None
         self._seen.move_to_end(place)
-        graph = self._seen[place][1]
-        if place in self._refused:
+        _, graph, refused = self._seen[place]
+        if refused:
             return None
         if graph is None:
             try:
                 graph = Graph(build(), batch, self._capture)
             except RuntimeError as error:  # a loss that waits for the device, say
-                self._refused.add(place)
+                self._seen[place] = _Seen(phase, refused=True)
                 reason = str(error).partition("\n")[0]
                 logger.warning("The steps of phase %s cannot be captured as a CUDA graph: %s", phase.name, reason)
                 return None
-            self._seen[place] = (phase, graph)
+            self._seen[place] = _Seen(phase, graph)
         restart(graph.students)
         return graph
 
