@@ -11,6 +11,9 @@ from torch import Tensor
 from fedlabel.methods.batch import PseudoLabels, Votes
 from fedlabel.metric_tags import Tag
 
+FROM_INPUTS = ((), ("all",), ("embed",), ("heads",))
+"""The parts of a network that begin with its inputs: a pass through the rest is not counted as another."""
+
 
 class Passes:
     """Counts samples that go through models."""
@@ -20,6 +23,12 @@ class Passes:
         """Samples sent through a model, student's and teachers' alike."""
         self.backward: int | Tensor = 0
         """Samples whose gradient was propagated back."""
+
+    def count(self, inputs: Tensor, part: tuple[str, ...], with_gradient: bool) -> None:
+        """Counts a pass through the part of a model that its other arguments name."""
+        count = len(inputs) if part in FROM_INPUTS else 0
+        self.forward += count
+        self.backward += count if with_gradient else 0
 
 
 class Meter(Passes):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_map
 
-from fedlabel.learning.step import FROM_INPUTS, Taken, copy_into, in_precision
+from fedlabel.learning.meter import Passes
+from fedlabel.learning.step import Taken, copy_into, in_precision
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Batch, Model, PseudoLabels, StateDict
 from fedlabel.methods.recipe import Phase, Update
@@ -144,7 +145,7 @@ class Stack:
         buffers = {name: value for name, value in current.items() if name not in weights}
         before = {name: value.clone() for name, value in buffers.items()}
         own = {name: {key: value[:clients] for key, value in state.items()} for name, state in self._own.items()}
-        passes = _Passes()
+        passes = Passes()
         found = vmap(self._loss(optimizer.update, passes))(weights, buffers, own, batch)
         active = found["examples"] > 0
         everyone = active.device.type == "cpu" and bool(active.all())  # elsewhere nobody waits for the device
@@ -163,10 +164,10 @@ class Stack:
             pseudo=PseudoLabels(*found["pseudo"]) if "pseudo" in found else None,
             memory=found.get("memory"),
             forward=passes.forward,
-            backward=passes.with_gradient * active,
+            backward=passes.backward * active,
         )
 
-    def _loss(self, update: Update, passes: _Passes) -> Callable[..., dict[str, Any]]:
+    def _loss(self, update: Update, passes: Passes) -> Callable[..., dict[str, Any]]:
         """Returns the loss of one client as a function of its tensors."""
 
         def loss(weights: StateDict, buffers: StateDict, own: dict[str, StateDict], batch: Batch) -> dict[str, Any]:
@@ -197,18 +198,6 @@ class Stack:
             return result
 
         return loss
-
-
-class _Passes:
-    """Counts one client's samples through models during a step."""
-
-    def __init__(self) -> None:
-        self.forward = self.with_gradient = 0
-
-    def count(self, inputs: Tensor, part: tuple[str, ...], with_gradient: bool) -> None:
-        count = len(inputs) if part in FROM_INPUTS else 0
-        self.forward += count
-        self.with_gradient += count if with_gradient else 0
 
 
 class StackedOptimizer:

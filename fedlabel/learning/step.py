@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fedlabel.learning.meter import Passes
+from fedlabel.learning.meter import FROM_INPUTS, Passes
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Batch, Model, PseudoLabels, State, StateDict, Step
 from fedlabel.methods.recipe import Phase, Update
-
-FROM_INPUTS = ((), ("all",), ("embed",), ("heads",))
-"""The parts of a network that begin with its inputs: a pass through the rest is not counted as another."""
 
 
 class Taken(NamedTuple):
@@ -68,7 +65,7 @@ def counted(model: Model, passes: Passes) -> Model:
     """Returns a teacher that counts its passes."""
 
     def count(inputs: Tensor, *part: str) -> Tensor:
-        passes.forward += len(inputs) if part in FROM_INPUTS else 0
+        passes.count(inputs, part, with_gradient=False)
         return model(inputs, *part)
 
     return count
