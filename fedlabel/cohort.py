@@ -32,6 +32,9 @@ class Invitation(NamedTuple):
     """The final model of the previous stage (see `Stage`); empty in the first."""
     helpers: Mapping[int, Mapping[str, StateDict]] = MappingProxyType({})
     """Client -> models of other clients, by name ("helper0", ...); clients without any are missing."""
+    work: Mapping[int, float] = MappingProxyType({})
+    """Client -> share of its local steps that it takes, rounded down, but at least one in each phase; clients that take
+    all are missing."""
     audit: bool = True
     """Whether the clients are simulated, so that their hidden labels may be compared with their pseudo-labels."""
 
@@ -128,11 +131,14 @@ def _round(experiment: Experiment, invitation: Invitation, client: int, memory: 
         {**kept, **invitation.shared},
         {**further, **invitation.helpers.get(client, {})},
         client,
+        invitation.work.get(client, 1.0),
     )
 
 
 def _result(experiment: Experiment, invitation: Invitation, client: int, update: ClientUpdate) -> ClientResult:
     counts: Counts = {"passes": [float(update.forward), float(update.backward)]}
+    if experiment.config.strategy.normalize_steps:
+        counts["steps"] = [float(update.steps)]
     claimed_bytes = experiment.recipe.upload.claimed_bytes
     if claimed_bytes is not None:
         uploaded, received = next(iter(update.parts.values())).state, len(invitation.helpers.get(client, {}))

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlabel.checks import at_least, no_effect, one_of, positive, within
+from fedlabel.checks import at_least, no_effect, one_of, within
 from fedlabel.config_names import unknown_key
 from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
 from fedlabel.config_text import (
@@ -39,6 +39,7 @@ from fedlabel.methods import METHODS, describe_error, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
+from fedlabel.server_config import TIERS, PacingConfig, SamplingConfig, StrategyConfig
 
 SELECT = {
     "bag_mae": "eval/bag_mae",
@@ -56,27 +57,6 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 def cohort_size(num_clients: int, fraction: float) -> int:
     """Returns the number of clients that train in a round."""
     return max(1, round(fraction * num_clients))
-
-
-@dataclass(frozen=True)
-class StrategyConfig:
-    """How the server combines the clients' models."""
-
-    name: str = "weighted_mean"
-    """weighted_mean, or a Flower strategy by class name: FedAdam, FedAvgM, FedTrimmedAvg, Krum, ..."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the Flower strategy, e.g. {eta: 0.01}."""
-    min_replies: int = no_effect(1)
-    """Replies that a round needs; with fewer usable replies the run stops, and can be resumed from its checkpoint."""
-    max_update_norm: float | None = None
-    """Largest Euclidean distance, over the trained weights, of a client's model from the one it was sent; models
-    further away are rejected. null: no limit. It bounds the effect of one client on the mean."""
-
-    def __post_init__(self) -> None:
-        at_least(self, "strategy", 1, "min_replies")
-        positive(self, "strategy", "max_update_norm", null=True)
-        if self.name == "weighted_mean" and self.args:
-            raise ValueError(f"`strategy.args` (={self.args}) must be empty for strategy.name=weighted_mean.")
 
 
 @dataclass(frozen=True)
@@ -189,6 +169,8 @@ class ExperimentConfig:
     method: Any = field(default_factory=FedLabel)
     """A method's dataclass: `method.name` picks it, the other keys are its fields."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    pacing: PacingConfig = field(default_factory=PacingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -204,6 +186,7 @@ class ExperimentConfig:
                 f"that train in a round: `fraction_train` (={self.fraction_train:g}) of `num_clients` "
                 f"(={self.num_clients})."
             )
+        self._check_server()
         self._check_labels()
         self.method.check_rounds(self.num_rounds)
 
@@ -211,6 +194,38 @@ class ExperimentConfig:
     def cohort_size(self) -> int:
         """The number of clients that train in a round."""
         return cohort_size(self.num_clients, self.fraction_train)
+
+    def _check_server(self) -> None:
+        pacing, sampling, size = self.pacing, self.sampling, self.cohort_size
+        if pacing.buffer is not None and pacing.buffer > size:
+            raise ValueError(
+                f"`pacing.buffer` (={pacing.buffer}) must be at most the {size} clients that train at a time: "
+                f"`fraction_train` (={self.fraction_train:g}) of `num_clients` (={self.num_clients})."
+            )
+        if pacing.kind == "tiers" and self.num_clients < size * (pacing.tiers or TIERS):
+            raise ValueError(
+                f"`pacing.tiers` (={pacing.tiers or TIERS}) groups of `num_clients` (={self.num_clients}) clients would "
+                f"have fewer than the {size} of a cohort: take fewer tiers, or a smaller fraction_train."
+            )
+        if pacing.kind == "tiers" and sampling.kind != "uniform":
+            raise ValueError(
+                f"`sampling.kind` (={sampling.kind}) must be uniform with pacing.kind=tiers, which draws from one tier."
+            )
+        if sampling.candidates is not None and not size <= sampling.candidates <= self.num_clients:
+            raise ValueError(
+                f"`sampling.candidates` (={sampling.candidates}) must lie between the cohort's {size} clients and "
+                f"`num_clients` (={self.num_clients})."
+            )
+        if pacing.kind == "fedasync" and self.strategy.name != "weighted_mean":
+            raise ValueError(
+                f"`strategy.name` (={self.strategy.name}) combines several models, and pacing.kind=fedasync takes one "
+                "after the other: take strategy.name=weighted_mean, or pacing.kind=fedbuff."
+            )
+        if pacing.is_asynchronous and self.strategy.normalize_steps:
+            raise ValueError(
+                "`strategy.normalize_steps` (=True) is for rounds in which all start from one model: not with "
+                f"pacing.kind={pacing.kind}."
+            )
 
     def _check_labels(self) -> None:
         supervision = self.supervision

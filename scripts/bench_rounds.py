@@ -41,7 +41,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedlabel.cohort import ClientResult, Invitation
-from fedlabel.config import StrategyConfig, load_config, to_yaml
+from fedlabel.config import load_config, to_yaml
+from fedlabel.server_config import StrategyConfig
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import describe_hardware, versions
 from fedlabel.methods.batch import State

@@ -23,7 +23,7 @@ from fedlabel.record.names import CONFIG_YAML
 from server.checkpoint_schema import complaints
 from server.state import ServerState
 
-FORMAT = 2
+FORMAT = 3
 """Of the files; it goes up when what is written cannot be read by versions before, or the other way round."""
 MAGIC = f"fedlabel-checkpoint-{FORMAT}\n".encode()
 

@@ -116,6 +116,7 @@ class ResultSchema:
         bounds: of weights and of the training loss, see `strategy.reply_bounds`.
         running: names in `model` of running statistics.
         metrics: see `Method.metrics`.
+        steps: whether clients send how many steps they took.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class ResultSchema:
         bounds: Bounds = ANY,
         running: RunningStatistics = NO_STATISTICS,
         metrics: Sequence[Tag] = (),
+        steps: bool = False,
     ) -> None:
         self.recipe = recipe
         self.num_classes = num_classes
@@ -153,7 +155,7 @@ class ResultSchema:
         """Whether all arrays are of one type and have one range."""
         self.parts = tuple(recipe.upload.send(self.model, [], parameters, 0.0))  # as of a client that did not train
         """Names of the models that a result holds."""
-        self.counts = _lengths(num_classes, functions, recipe.upload.claimed_bytes is not None)
+        self.counts = _lengths(num_classes, functions, recipe.upload.claimed_bytes is not None, steps)
         self._training = training
         self._size_of = size_of
         self._annotators = annotators
@@ -178,6 +180,7 @@ class ResultSchema:
             reply_bounds(config.strategy),
             experiment.running,
             config.method.metrics,
+            config.strategy.normalize_steps,
         )
 
     def of_round(self, invitation: Invitation, shared: State) -> RoundSchema:
@@ -294,6 +297,8 @@ class RoundSchema:
         forward, backward = counts["passes"]
         if not backward <= forward <= PER_DRAW * self.schema.recipe.network.count * (limits.draws + 1):
             raise Refused(f"BadReply: its count passes (={forward:g}, {backward:g}) is more than it can have")
+        if counts.get("steps", [0.0])[0] > limits.method.steps:
+            raise Refused(f"BadReply: its count steps (={counts['steps'][0]:g}) is more than it can have")
         if "drawn" in counts:
             _check_pseudo_labels(counts, limits.draws)
         if "function_votes" in counts:
@@ -402,7 +407,7 @@ def _not_finite(what: str, name: str, largest: float) -> str:
     return f"NotFinite: its {what} {name} holds NaN, infinity or a number beyond +-{largest:g}"
 
 
-def _lengths(classes: int, functions: int, claims: bool) -> tuple[Mapping[str, int], ...]:
+def _lengths(classes: int, functions: int, claims: bool, steps: bool) -> tuple[Mapping[str, int], ...]:
     """Returns groups of counts, name -> number of values; each group is complete or absent, "passes" always present."""
     per_class = dict.fromkeys(("drawn", "kept", "correct"), classes)
     per_expert = dict.fromkeys((f"{name}_by_expert" for name in per_class), 2)
@@ -413,6 +418,8 @@ def _lengths(classes: int, functions: int, claims: bool) -> tuple[Mapping[str, i
         {"passes": 2},
         {**per_class, **per_expert, **per_kind, **dict.fromkeys(rows, CALIBRATION_BINS), **beliefs},
     ]
+    if steps:
+        groups.append({"steps": 1})
     if claims:
         groups.append({"claimed_bytes": 2})
     if functions:

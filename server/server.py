@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fedlabel.cohort import Invitation
@@ -12,11 +12,13 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Start
 from fedlabel.record.results import is_evaluated
 from fedlabel.record.run_folder import RunFolder
-from server.blocks import cut_into_blocks, cut_into_tasks
+from server.asynchronous import Asynchronous
+from server.blocks import BlockResult, cut_into_blocks, cut_into_tasks
 from server.checkpoint import save_checkpoint
 from server.grids.base import ClientGrid, MemoryOf, Order
 from server.helpers import HelperPool
 from server.observers import Observer, Report, Round, observers_of
+from server.pacing import Pacing, Rounds
 from server.schema import ResultSchema
 from server.selection import Selection, select_key
 from server.state import ServerState, check_model, check_shared
@@ -26,8 +28,8 @@ from server.strategy import (
     begin_round,
     build_strategy,
     combine,
+    normalized,
     restore_strategy,
-    sample_cohort,
     strategy_state,
 )
 from server.tally import RoundTally
@@ -67,7 +69,12 @@ class Server:
         self._selection = Selection(
             folder.checkpoints, select_key(experiment), self.recipe, folder.read_metrics(), state.selected
         )
-        self._result_bytes = ResultBytes(ResultSchema.of(experiment))
+        schema = ResultSchema.of(experiment)
+        self._result_bytes = ResultBytes(schema)
+        kind = Asynchronous if self.config.pacing.is_asynchronous else Rounds
+        self._pacing: Pacing = kind(
+            experiment, self._result_bytes, lambda client, number: schema.limits(client, number).draws, state.pace
+        )
         self._spans = experiment.spans
         self._spans.take()  # of a run before, in this process
         self._memory_of: MemoryOf | None = None
@@ -75,6 +82,8 @@ class Server:
 
     def begin_stage(self, state: ServerState, number: int) -> ServerState:
         """Returns the initial state of a round: if a stage begins, with its initial weights and a fresh strategy."""
+        if self.recipe.place(number).number != self.recipe.place(number - 1).number:
+            self._pacing.begin_stage()
         if not self.recipe.begins(number):
             return state
         previous = self._selection.begin_stage() or state.average or state.model
@@ -85,8 +94,8 @@ class Server:
 
     def invite(self, state: ServerState, number: int) -> tuple[list[int], Invitation]:
         """Draws the cohort of a round and returns it, with what is sent to it."""
-        config, shared = self.config, self.recipe.shared.broadcast(state.shared)
-        cohort = sample_cohort(config.seed, number, config.num_clients, config.fraction_train)
+        shared = self.recipe.shared.broadcast(state.shared)
+        cohort = self._pacing.cohort(number)
         helpers = self._pool.helpers_of(cohort, number) if self._pool is not None else {}
         return cohort, Invitation(number, state.model, shared, state.previous, helpers, self._grid.simulated)
 
@@ -102,12 +111,18 @@ class Server:
         number, single = invitation.round_number, self._pool is not None
         wanted = any(observer.needs_memory(number) for observer in self._observers.values())
         self._memory_of = self._grid.memory_of(cohort) if wanted else None
-        begin_round(self._strategy, number, invitation.model, cohort)
-        order = Order(invitation, state.shared, isinstance(self._strategy, WeightedMean) and not single)
+        begin_round(self._strategy, number, invitation.model, cohort or [0])
+        normalize = self.config.strategy.normalize_steps
+        fold = isinstance(self._strategy, WeightedMean) and not (single or normalize or self._pacing.needs_models)
+
+        def train(clients: Sequence[int], work: Mapping[int, float]) -> Iterator[BlockResult]:
+            tasks = cut_into_tasks(cut_into_blocks(clients), self._experiment.stack_in(len(clients)))
+            return self._grid.train(Order(invitation._replace(work=work), state.shared, fold), tasks)
+
         tally = RoundTally(invitation, cohort, self._result_bytes)
-        blocks = tally.watch(
-            self._grid.train(order, cut_into_tasks(cut_into_blocks(cohort), self._experiment.stack_in(len(cohort))))
-        )
+        blocks = tally.watch(self._pacing.blocks(invitation, cohort, train, tally))
+        if normalize:
+            blocks = normalized(blocks, invitation.model, self._experiment.parameters)
         if self._pool is not None:
             blocks = self._pool.watch(blocks)
         unfit, model = "", None
@@ -118,9 +133,10 @@ class Server:
             unfit = f"Strategy {error}"
         for failure in tally.failures:
             self._folder.log_failure(failure)
-        if unfit or tally.num_usable < self.config.strategy.min_replies:
+        if unfit or tally.num_usable + tally.num_excused < self.config.strategy.min_replies:
             raise RunError(self._too_few(tally, unfit))
         if model is not None:
+            model = self._pacing.moved(invitation.model, model)
             variances = self._experiment.running.variances
             check_model(model, variances, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
         return tally, model
@@ -199,6 +215,7 @@ class Server:
             complete = replace(
                 state,
                 strategy=strategy_state(self._strategy),
+                pace=self._pacing.dump(),
                 clients=self._grid.dump_memories(),
                 helpers=self._pool.dump() if self._pool is not None else {},
                 observers={name: kept for name, each in self._observers.items() if (kept := each.dump())},

@@ -28,6 +28,8 @@ class ServerState:
     """Resolved configuration, YAML."""
     strategy: dict[str, Any] = field(default_factory=dict)
     """See `strategy.strategy_state`."""
+    pace: dict[str, Any] = field(default_factory=dict)
+    """See `Pacing.dump`."""
     clients: dict[int, bytes] = field(default_factory=dict)
     """Client -> what it keeps between rounds, serialised; only of simulated clients, only what is not empty."""
     shared: State = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -18,13 +18,16 @@ from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 from torch import Tensor
 
-from fedlabel.config import ConfigError, StrategyConfig, cohort_size
+from fedlabel.config import ConfigError
 from fedlabel.config_schema import LARGEST
 from fedlabel.config_text import as_yaml
+from fedlabel.cohort import ClientResult
 from fedlabel.methods.batch import StateDict
+from fedlabel.methods.uploads import ModelPart
 from fedlabel.metric_tags import LARGEST_MEAN
 from fedlabel.names import did_you_mean
-from fedlabel.seeding import derive_seed, numpy_generator
+from fedlabel.seeding import derive_seed
+from fedlabel.server_config import StrategyConfig
 from server.blocks import BlockResult, WeightedSum
 from server.flower import as_record, as_reply, set_identity
 
@@ -166,13 +169,6 @@ def _flower_strategies() -> dict[str, type[Strategy]]:
     return cast(dict[str, type[Strategy]], found)
 
 
-def sample_cohort(seed: int, round_number: int, num_clients: int, fraction: float) -> list[int]:
-    """Returns the clients of a round, sorted: a pure function of (seed, round), so a resumed run draws the same."""
-    size = cohort_size(num_clients, fraction)
-    rng = numpy_generator(seed, "cohort", round_number)
-    return sorted(int(client) for client in rng.choice(num_clients, size=size, replace=False))
-
-
 def begin_round(strategy: Strategy, round_number: int, model: StateDict, cohort: Sequence[int]) -> None:
     """Lets a strategy see the model that is sent in a round: some of Flower's compute with it afterwards.
 
@@ -233,6 +229,42 @@ def combine(
     if combined is None:
         return None
     return {name: _in_type(combined[name].numpy(), value) for name, value in like.items()}
+
+
+def normalized(
+    blocks: Iterable[BlockResult], model: StateDict, parameters: Collection[str]
+) -> Iterator[BlockResult]:
+    """Yields results whose updates are divided by their number of steps, times the cohort's mean number: FedNova (Wang
+    et al., NeurIPS 2020, equation 8 with plain SGD), whose mean is then any strategy's.
+
+    Args:
+        blocks: with single models, and with the count "steps".
+        model: the one that clients were sent.
+        parameters: names of what is trained in it; buffers stay as they are.
+    """
+    held = list(blocks)
+    weights = [(_weight(result), result.counts["steps"][0]) for block in held for result in block.results]
+    total = math.fsum(weight for weight, _ in weights)
+    mean = math.fsum(weight * steps for weight, steps in weights) / total if total > 0 else 0.0
+
+    def scaled(part: ModelPart, factor: float) -> ModelPart:
+        moved = {n: v + (factor - 1) * (v - model[n]) for n, v in part.state.items() if n in parameters}
+        return ModelPart({**part.state, **moved}, part.weight)
+
+    for block in held:
+        results = []
+        for result in block.results:
+            steps = result.counts["steps"][0]
+            parts = result.parts
+            if steps > 0 and steps != mean:
+                parts = {name: scaled(part, mean / steps) for name, part in parts.items()}
+            results.append(result._replace(parts=parts))
+        yield block._replace(results=results)
+
+
+def _weight(result: ClientResult) -> float:
+    """Returns a client's weight over all parts."""
+    return math.fsum(part.weight for part in result.parts.values())
 
 
 def _in_type(mean: np.ndarray, like: Tensor) -> Tensor:

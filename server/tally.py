@@ -28,7 +28,7 @@ class RoundTally:
     """
 
     def __init__(self, invitation: Invitation, cohort: Sequence[int], result_bytes: ResultBytes) -> None:
-        self.invitation, self.cohort = invitation, cohort
+        self.invitation, self.cohort = invitation, list(cohort)
         self.failures: list[str] = []
         """One text per failed client or refused reply: a line that says who and what, then a traceback, indented."""
         self.refused = 0
@@ -36,6 +36,10 @@ class RoundTally:
         self.sums: Counts = {}
         self.client_counts: dict[int, Counts] = {}
         """Of each client whose result is used."""
+        self.excused: set[int] = set()
+        """Clients without a result who are not counted as failed: late, dropped out, or still training."""
+        self.pace: dict[str, float] = {}
+        """Numbers of the simulated clock, see `Pacing`."""
         self.bytes_down = invitation_bytes(invitation, cohort)
         self.bytes_up = 0
         self._result_bytes = result_bytes
@@ -73,9 +77,27 @@ class RoundTally:
         return len(self.client_counts)
 
     @property
+    def num_excused(self) -> int:
+        """Number of clients of the cohort without one who did not fail."""
+        return len(self.excused & set(self.cohort) - self.client_counts.keys())
+
+    @property
     def num_failed(self) -> int:
-        """Number of clients of the cohort without one."""
-        return len(self.cohort) - self.num_usable
+        """Number of clients of the cohort without one who are not excused."""
+        return len(set(self.cohort) - self.excused - self.client_counts.keys())
+
+    def invite(self, clients: Sequence[int]) -> None:
+        """Adds clients to the cohort."""
+        self.cohort += clients
+        self.bytes_down += invitation_bytes(self.invitation, clients)
+
+    def unreached(self, clients: Sequence[int]) -> None:
+        """Takes note that clients of the cohort have received nothing."""
+        self.bytes_down -= invitation_bytes(self.invitation, clients)
+
+    def late(self, result: ClientResult) -> None:
+        """Takes note of a result that arrived too late."""
+        self.bytes_up += self._result_bytes.of(result)
 
     def _note(self, failure: Failure) -> None:
         """Records a failure; a client's text can neither control a terminal nor look like another's failure."""

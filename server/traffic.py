@@ -35,12 +35,13 @@ class ResultBytes:
         prefixes = [f"{part}/" if len(parts) > 1 else "" for part in parts]
         arrays = sum(model_bytes(schema.model, prefix) for prefix in prefixes)
         metrics = {"num-examples", "train_loss", *(weight_name(part, len(parts)) for part in parts)}
-        self._models = arrays + sum(len(name) + _NUMBER for name in metrics)
+        self.models = arrays + sum(len(name) + _NUMBER for name in metrics)
+        """Of models and weights alone, which is the same for all clients."""
 
     def of(self, result: ClientResult) -> int:
         """Returns the size of a result, whether or not its model is still in it."""
         numbers = _lists_bytes(result.sums) + _lists_bytes(result.counts)
-        return self._models + numbers + _statistics_bytes(result.statistics)
+        return self.models + numbers + _statistics_bytes(result.statistics)
 
 
 def model_bytes(model: StateDict, prefix: str = "") -> int:

@@ -65,6 +65,8 @@ class ClientUpdate:
     """Samples passed forward through a model, student's and teachers' alike; counted once for each of its networks."""
     backward: int
     """Samples in the backward pass."""
+    steps: int
+    """Batches that it trained on."""
     pairs: Tensor | None
     """See `Prepared.pairs`."""
     votes: Votes | None
@@ -101,6 +103,8 @@ class LocalRound(NamedTuple):
     """Further weights that came along ("previous", "helper0", ...)."""
     client: int | None = None
     """Its number, by which it is found in a trace; None: it has none."""
+    work: float = 1.0
+    """Share of the planned steps that it takes, see `Invitation.work`."""
 
 
 def train_client(
@@ -154,7 +158,7 @@ def train_clients(
         candidates = to_device(client.data.supervision.candidates, client.data.images.device)
         memory = {**recipe.memory.start(candidates), **client.memory}
         states = {"global": global_state, **recipe.memory.models(global_state, memory), **client.further}
-        runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory, client.client))
+        runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory, client.client, client.work))
     for phase in recipe.phases(round_number):
         run_phase(runs, phase)
     parameters = frozenset(name for name, _ in trainer.student.named_parameters())
@@ -181,6 +185,7 @@ def _update(recipe: Recipe, run: _Run, global_state: StateDict, parameters: froz
         pseudo=pseudo,
         forward=recipe.network.count * run.meter.forward,
         backward=recipe.network.count * int(run.meter.backward),
+        steps=run.steps,
         pairs=run.meter.pairs,
         votes=run.meter.votes,
     )
@@ -379,14 +384,17 @@ class _Run:
         seed: int,
         memory: State,
         client: int | None = None,
+        work: float = 1.0,
     ) -> None:
         self.results: list[PhaseResult] = []
+        self.steps = 0
+        """Batches so far."""
         self.memory = self.first_memory = memory
         self.meter = Meter(client_tags(trainer.metrics))
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         """Samples that a phase could draw."""
         self.trainer, self.config, self.states, self.seed = trainer, config, states, seed
-        self._data, self.client = data, client
+        self._data, self.client, self._work = data, client, work
 
     def prepare(self, phase: Phase) -> _Ready | None:
         """Runs the E step of a phase and draws its steps; returns None if it has none."""
@@ -403,6 +411,9 @@ class _Run:
         plan = plan_phase(phase, pool, prepared.draw, self._data.supervision, self.config, self.seed)
         if idle or sum(plan.sizes) == 0:
             return None
+        if self._work < 1:
+            plan = plan._replace(steps=plan.steps[: max(1, int(self._work * len(plan.steps)))])
+        self.steps += len(plan.steps)
         generator = torch_generator(self.seed, phase.name, "augment")
         samples = Samples(self._data.images, self._data.supervision, prepared.targets, plan, generator)
         return _Ready(self, samples, teachers)

@@ -33,6 +33,7 @@ class SystemObserver(Observer):
             "system/refused_replies": float(tally.refused),
             "system/round_seconds": time.perf_counter() - seen.started,
         }
+        metrics |= {f"system/{name}": value for name, value in tally.pace.items()}
         if "claimed_bytes" in counts:
             metrics["comm/claimed_bytes_up"], metrics["comm/claimed_bytes_down"] = counts["claimed_bytes"]
         return Report(metrics)

@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlabel.cohort import Invitation
-from fedlabel.config import StrategyConfig
+from fedlabel.server_config import StrategyConfig
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import State
 from fedlabel.methods.dp_ssl import DPSSL

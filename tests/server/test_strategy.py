@@ -15,7 +15,8 @@ from flwr.serverapp.strategy import FedAdam, Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlabel.cohort import ClientResult
-from fedlabel.config import ConfigError, StrategyConfig
+from fedlabel.config import ConfigError
+from fedlabel.server_config import StrategyConfig
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.uploads import ModelPart
 from server.blocks import BlockResult
