@@ -33,6 +33,7 @@ from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig, 
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
 from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
+from fedlabel.devices.config import DevicesConfig, PopulationPart
 from fedlabel.errors import is_file
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS, describe_error, method_class
@@ -172,6 +173,7 @@ class ExperimentConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     pacing: PacingConfig = field(default_factory=PacingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -391,6 +393,9 @@ def _resolved(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
         fill_amounts(supervision)
         if "mix" in supervision:
             supervision["mix"] = parts(tuple[MixPart, ...], supervision["mix"], "supervision.mix", unknown)
+    devices = user.get("devices")
+    if isinstance(devices, dict) and "population" in devices:
+        devices["population"] = parts(tuple[PopulationPart, ...], devices["population"], "devices.population", unknown)
     for law in (user.get("partition"), user.get("labeled_partition")):
         if isinstance(law, dict) and isinstance(law.get("partitioner_args"), dict):  # in YAML or on the command line
             law["partitioner_args"] = json.dumps(law["partitioner_args"])  # kept as JSON text

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from fedlabel.data.labels.bags import Bags
 from fedlabel.data.labels.label_card import label_card
 from fedlabel.data.sets.datasets import Split
 from fedlabel.data.skew import shift_features
+from fedlabel.devices.clock import Devices
 from fedlabel.hardware import memory_bytes, resolve_device
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.learning.evaluation import Evaluation, evaluate
@@ -97,6 +98,19 @@ class Experiment:
         self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
         self._check_upload(frozenset(name for name, _ in student.named_parameters()))
+
+    @cached_property
+    def devices(self) -> Devices | None:
+        """The clients' simulated devices; None for devices.kind=none.
+
+        Raises:
+            ValueError: the trace is missing or damaged, or rare classes are not the data set's.
+        """
+        config = self.config.devices
+        if config.kind == "none":
+            return None
+        rarity = self.federation.rarity(config.rare_classes) if config.correlation else None
+        return Devices.of(config, self.config.num_clients, self.config.seed, rarity)
 
     def _spans(self) -> Spans:
         if not self.config.grid.profile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -28,6 +29,7 @@ from fedlabel.data.partition import (
     split_like,
 )
 from fedlabel.data.ragged import Ragged
+from fedlabel.data.sets.class_names import find_classes
 from fedlabel.data.sets.config import DataConfig, DataError, data_root
 from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.fingerprint import fingerprint
@@ -199,6 +201,25 @@ class Federation:
         held, columns = self.parts.where(mask[self.parts.rows]), len(self.true_classes)
         place = held.part_of_row * columns + self._columns[held.rows]
         return np.bincount(place, minlength=len(held) * columns).reshape(-1, columns)
+
+    def rarity(self, rare_classes: Sequence[str] = ()) -> np.ndarray:
+        """Returns (clients,) float64, the share of each client's samples whose true class is rare; 0 without samples.
+        For the simulation of devices only: training code must not call this.
+
+        Args:
+            rare_classes: names; empty: the half of the classes (rounded down) of which clients hold the fewest samples,
+                among equal ones the first.
+
+        Raises:
+            ValueError: they are not the data set's classes, or all of them.
+        """
+        truth, names = self.dataset.train.labels.numpy()[self.parts.rows], self.dataset.class_names
+        if rare_classes:
+            rare = find_classes("devices.rare_classes", rare_classes, names, "no class to be frequent")
+        else:
+            counts = np.bincount(truth[truth >= 0], minlength=len(names))
+            rare = np.argsort(counts, kind="stable")[: len(names) // 2].tolist()
+        return self.parts.sums(np.isin(truth, rare)) / np.maximum(self.parts.lengths, 1)
 
     @property
     def _columns(self) -> np.ndarray:
