@@ -50,6 +50,7 @@ def train(message: Message, context: Context) -> Message:
         state_from_lists(shared, experiment.device),
         received.pop("previous", {}),
         {client: received},
+        {client: float(record.get("work", 1.0))},  # type: ignore[arg-type]
         audit=bool(record.get("audit", False)),
     )
     (result,) = train_cohort(experiment, invitation, [client], [memory])

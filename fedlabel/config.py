@@ -40,7 +40,7 @@ from fedlabel.methods import METHODS, describe_error, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
-from fedlabel.server_config import TIERS, PacingConfig, SamplingConfig, StrategyConfig
+from fedlabel.server_config import TIERS, TIMED, PacingConfig, SamplingConfig, StrategyConfig
 
 SELECT = {
     "bag_mae": "eval/bag_mae",
@@ -199,6 +199,12 @@ class ExperimentConfig:
 
     def _check_server(self) -> None:
         pacing, sampling, size = self.pacing, self.sampling, self.cohort_size
+        for key, kind, free in (("pacing", pacing.kind, "synchronous"), ("sampling", sampling.kind, "uniform")):
+            if self.devices.kind == "none" and kind in TIMED:
+                raise ValueError(
+                    f"`{key}.kind` (={kind}) goes by simulated devices, and `devices.kind` is none: describe them, "
+                    f"e.g. with configs/devices/phones.yaml, or take {key}.kind={free}."
+                )
         if pacing.buffer is not None and pacing.buffer > size:
             raise ValueError(
                 f"`pacing.buffer` (={pacing.buffer}) must be at most the {size} clients that train at a time: "
@@ -206,8 +212,8 @@ class ExperimentConfig:
             )
         if pacing.kind == "tiers" and self.num_clients < size * (pacing.tiers or TIERS):
             raise ValueError(
-                f"`pacing.tiers` (={pacing.tiers or TIERS}) groups of `num_clients` (={self.num_clients}) clients would "
-                f"have fewer than the {size} of a cohort: take fewer tiers, or a smaller fraction_train."
+                f"`pacing.tiers` (={pacing.tiers or TIERS}) groups of `num_clients` (={self.num_clients}) clients "
+                f"would have fewer than the {size} of a cohort: take fewer tiers, or a smaller fraction_train."
             )
         if pacing.kind == "tiers" and sampling.kind != "uniform":
             raise ValueError(

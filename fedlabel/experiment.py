@@ -97,7 +97,20 @@ class Experiment:
         # Fails here, before anything is started, if the augmentation does not fit the images.
         self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
-        self._check_upload(frozenset(name for name, _ in student.named_parameters()))
+        self.parameters = frozenset(name for name, _ in student.named_parameters())
+        """Names in a state that are trained; the others are buffers."""
+        self._check_upload(self.parameters)
+
+    @cached_property
+    def memory_needed(self) -> int:
+        """Bytes that training takes at a client, at least: the received model, the student with its gradient and the
+        optimiser's moments, and the teachers of a phase; activations come on top.
+        """
+        training = self.config.training
+        moments = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+        phases = [stage.phases(1) if callable(stage.phases) else stage.phases for stage in self.recipe.stages]
+        teachers = max((len(phase.teachers) for each in phases for phase in each), default=0)
+        return (3 + moments + teachers) * sum(value.nbytes for value in self.initial_state.values())
 
     @cached_property
     def devices(self) -> Devices | None:

@@ -10,6 +10,8 @@ from fedlabel.checks import at_least, finite, in_unit_interval, no_effect, one_o
 SAMPLINGS = ("uniform", "size", "available", "power_of_choice", "oort", "label_kinds")
 PACINGS = ("synchronous", "deadline", "over_selection", "tiers", "fedbuff", "fedasync")
 ASYNCHRONOUS = ("fedbuff", "fedasync")
+TIMED = (*PACINGS[1:], "available")
+"""Kinds of pacing and sampling that need devices."""
 TIERS = 5
 """Default of `pacing.tiers`."""
 
@@ -68,7 +70,8 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class PacingConfig:
     """When a round ends on the simulated clock, and whose results count (see server/pacing.py). All kinds but
-    synchronous need `devices`."""
+    synchronous need `devices`.
+    """
 
     kind: str = "synchronous"
     """synchronous: when all have replied; deadline: after `deadline` seconds; over_selection: when as many have replied

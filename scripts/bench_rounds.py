@@ -42,18 +42,20 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlabel.cohort import ClientResult, Invitation
 from fedlabel.config import load_config, to_yaml
-from fedlabel.server_config import StrategyConfig
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import describe_hardware, versions
 from fedlabel.methods.batch import State
 from fedlabel.methods.uploads import ModelPart
 from fedlabel.models import ModelConfig, build_model
+from fedlabel.seeding import numpy_generator
+from fedlabel.server_config import StrategyConfig
 from server.blocks import cut_into_blocks, cut_into_tasks
 from server.grids.base import ClientGrid, Order
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
+from server.sampling import History, Pool, uniform
 from server.schema import ResultSchema
-from server.strategy import build_strategy, combine, sample_cohort
+from server.strategy import build_strategy, combine
 from server.tally import RoundTally
 from server.traffic import ResultBytes
 
@@ -116,7 +118,7 @@ def our_rounds(grid: ClientGrid, experiment: Experiment, rounds: int) -> list[fl
     size = ResultBytes(ResultSchema.of(experiment))
     ends = []
     for round_number in range(1, rounds + 1):
-        cohort = sample_cohort(0, round_number, CLIENTS, COHORT / CLIENTS)
+        cohort = uniform(Pool(CLIENTS, History()), COHORT, numpy_generator(0, "cohort", round_number))
         invitation = Invitation(round_number, model, {}, {})
         tally = RoundTally(invitation, cohort, size)
         tasks = cut_into_tasks(cut_into_blocks(cohort), stack=1)

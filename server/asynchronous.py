@@ -176,7 +176,7 @@ class Asynchronous(Pacing):
         number, missing = invitation.round_number, set(waiting)
         for block in train(sorted(waiting), {}):
             for result in block.results:
-                least, start, is_lost = waiting[result.client]
+                _, start, is_lost = waiting[result.client]
                 missing.remove(result.client)
                 finish = self._finish(invitation, result, start)
                 if finish == math.inf:

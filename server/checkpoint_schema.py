@@ -19,6 +19,7 @@ from fedlabel.learning.metrics import COUNTED
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.shown import shown
 from server.flower import parse_memory
+from server.sampling import COLUMNS, REMEMBERING
 from server.state import ServerState
 from server.strategy import strategy_state
 
@@ -49,6 +50,7 @@ def complaints(checkpoint: ServerState, experiment: Experiment, strategy: Strate
     yield from _strategy(checkpoint.strategy, strategy, like)
     yield from _client_states(checkpoint.clients, experiment, shared)
     yield from _helpers(checkpoint.helpers, experiment)
+    yield from _pace(checkpoint.pace, experiment)
     if not isinstance(checkpoint.observers, dict) or checkpoint.observers.keys() - {"functions"}:
         yield "`observers` holds what no observer remembers"
     yield from _votes(checkpoint.observers.get("functions", {}), experiment)
@@ -175,6 +177,33 @@ def _helpers(saved: Any, experiment: Experiment) -> Iterator[str]:
         output = saved["outputs"][client]
         yield from _names(f"helpers: client {client}", output, {"output": None})
         yield from _array(f"helpers: client {client}: output", output["output"], (classes,), "float64")
+
+
+def _pace(saved: Any, experiment: Experiment) -> Iterator[str]:
+    """What `Pacing.dump` returns. Replies on their way are only looked at: they were checked before they were kept."""
+    config = experiment.config
+    remembers = experiment.devices is not None or config.sampling.kind in REMEMBERING
+    parts = {"seconds": config.pacing.kind, "history": None} if remembers else {}
+    parts |= {"passes": None} if config.pacing.partial_work else {}
+    parts |= {"flights": None} if config.pacing.is_asynchronous else {}
+    yield from _names("pace", saved, parts)
+    if not parts:
+        return
+    numbers = [saved["seconds"], *saved.get("passes", {}).values()]
+    if not all(type(each) is float and 0 <= each < math.inf for each in numbers):
+        yield "`pace` holds a time or a number of passes that is none"
+    yield from _names("pace: history", saved["history"], dict.fromkeys(("client", *COLUMNS)))
+    size = len(saved["history"]["client"])
+    for name, values in saved["history"].items():
+        if not isinstance(values, np.ndarray) or values.shape != (size,):
+            yield f"`pace: history` has no {size} numbers as {name}"
+    for client in saved["history"]["client"].tolist():
+        yield from _client("pace: history", client, experiment)
+    for flight in saved.get("flights", []):
+        yield from _names("pace: flights", flight, dict.fromkeys(("finish", "client", "start", "version", "result")))
+        yield from _client("pace: flights", flight["client"], experiment)
+        for part in (flight["result"] or {"parts": {}})["parts"].values():
+            yield from _tensors("pace: flights", part["state"], experiment.initial_state)
 
 
 def _votes(saved: Any, experiment: Experiment) -> Iterator[str]:

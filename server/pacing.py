@@ -21,7 +21,7 @@ from fedlabel.methods.batch import StateDict
 from fedlabel.seeding import numpy_generator
 from fedlabel.server_config import TIERS
 from server.blocks import BlockResult
-from server.sampling import History, Pool, sampler_of
+from server.sampling import REMEMBERING, History, Pool, sampler_of
 from server.tally import RoundTally
 from server.traffic import ResultBytes, invitation_bytes
 
@@ -100,7 +100,7 @@ class Pacing:
         self._draws = draws
         self._devices: Devices | None = experiment.devices
         self._sampler = sampler_of(self._config.sampling)
-        self._remembers = self._config.sampling.kind in ("power_of_choice", "oort")
+        self._remembers = self._config.sampling.kind in REMEMBERING
         self.history = History.load(saved["history"]) if saved else History()
         self.seconds: float = saved["seconds"] if saved else 0.0
         """Simulated time."""
@@ -264,7 +264,7 @@ class Rounds(Pacing):
             return block
 
         if not self.needs_models:
-            results = {}
+            results: dict[int, ClientResult] = {}
             for block in train(trained, work):
                 yield note(block)
                 results |= {result.client: result._replace(parts={}) for result in block.results}
@@ -301,7 +301,8 @@ class Rounds(Pacing):
 
     def _work(self, invitation: Invitation, clients: Sequence[int]) -> dict[int, float]:
         """Returns client -> share of its steps with which it should be in time, of those that would be late."""
-        assert self._devices is not None and self._config.pacing.deadline is not None
+        assert self._devices is not None
+        assert self._config.pacing.deadline is not None
         shares = {}
         for client in clients:
             draws = self._draws(client, invitation.round_number)

@@ -44,20 +44,23 @@ class History:
     def dump(self) -> dict[str, Any]:
         """Returns it as arrays, for a checkpoint."""
         clients = sorted(self.round)
-        columns = {name: [getattr(self, name).get(client, math.nan) for client in clients] for name in _COLUMNS}
+        columns = {name: [getattr(self, name).get(client, math.nan) for client in clients] for name in COLUMNS}
         return {"client": np.array(clients, np.int64), **{n: np.array(v, np.float64) for n, v in columns.items()}}
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> History:
         """Restores the result of `dump`."""
         history, clients = cls(), saved["client"].tolist()
-        for name in _COLUMNS:
+        for name in COLUMNS:
             kept = {c: v for c, v in zip(clients, saved[name].tolist(), strict=True) if not math.isnan(v)}
             setattr(history, name, {c: int(v) for c, v in kept.items()} if name == "round" else kept)
         return history
 
 
-_COLUMNS = ("loss", "samples", "seconds", "round")
+COLUMNS = ("loss", "samples", "seconds", "round")
+"""Of `History`, and of its arrays in a checkpoint."""
+REMEMBERING = ("power_of_choice", "oort")
+"""Kinds of sampling that go by how clients trained before."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Server:
         shared = self.recipe.shared.broadcast(state.shared)
         cohort = self._pacing.cohort(number)
         helpers = self._pool.helpers_of(cohort, number) if self._pool is not None else {}
-        return cohort, Invitation(number, state.model, shared, state.previous, helpers, self._grid.simulated)
+        return cohort, Invitation(number, state.model, shared, state.previous, helpers, audit=self._grid.simulated)
 
     def collect(
         self, cohort: Sequence[int], invitation: Invitation, state: ServerState

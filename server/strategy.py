@@ -18,10 +18,10 @@ from flwr.serverapp.exception import AppExitException
 from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
 from torch import Tensor
 
+from fedlabel.cohort import ClientResult
 from fedlabel.config import ConfigError
 from fedlabel.config_schema import LARGEST
 from fedlabel.config_text import as_yaml
-from fedlabel.cohort import ClientResult
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.uploads import ModelPart
 from fedlabel.metric_tags import LARGEST_MEAN
@@ -231,9 +231,7 @@ def combine(
     return {name: _in_type(combined[name].numpy(), value) for name, value in like.items()}
 
 
-def normalized(
-    blocks: Iterable[BlockResult], model: StateDict, parameters: Collection[str]
-) -> Iterator[BlockResult]:
+def normalized(blocks: Iterable[BlockResult], model: StateDict, parameters: Collection[str]) -> Iterator[BlockResult]:
     """Yields results whose updates are divided by their number of steps, times the cohort's mean number: FedNova (Wang
     et al., NeurIPS 2020, equation 8 with plain SGD), whose mean is then any strategy's.
 

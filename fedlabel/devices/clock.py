@@ -72,6 +72,10 @@ class Machines(Protocol):
     def next_available(self, clients: np.ndarray, time: float) -> float:
         """Returns the first time from `time` on at which one of the clients, of which there is one, is available."""
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether some device is not always available."""
+
     def summary(self) -> dict[str, Any]:
         """Returns what `Devices.summary` says of them besides the speeds."""
 
@@ -161,6 +165,11 @@ class Devices:
     def fits(self, clients: np.ndarray, bytes_needed: float) -> np.ndarray:
         """Returns (m,) bool, whose memory holds so many bytes; clients: (m,) integers. A trace has no limit."""
         return self._machines.memory(clients) >= bytes_needed
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether the reply of a client that was invited can fail to arrive."""
+        return any(self._dropout) or self._machines.may_leave
 
     def dropouts(self, round_number: int, clients: np.ndarray) -> dict[int, str]:
         """Returns who drops out of a round if invited, and when: client -> one of `DROPOUTS`.
@@ -278,6 +287,11 @@ class ProfiledMachines:
         """See `Machines`."""
         there = self.is_available(clients, time)
         return time if there.any() else float(self._begin(clients, self._cycle(clients, time) + 1).min())
+
+    @property
+    def may_leave(self) -> bool:
+        """See `Machines`."""
+        return bool((self._share < 1).any())
 
     def summary(self) -> dict[str, Any]:
         """See `Machines`."""

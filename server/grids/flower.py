@@ -77,6 +77,9 @@ def messages_to(
         client: RecordDict({**everybody, **{name: as_record(model) for name, model in helpers.items()}})
         for client, helpers in invitation.helpers.items()
     }
+    for client, share in invitation.work.items():
+        record = ConfigRecord({**config, "work": float(share)})  # type: ignore[dict-item]
+        own[client] = RecordDict({**own.get(client, everybody), "config": record})
     group = str(invitation.round_number)
     return [Message(own.get(client, everybody), nodes[client], "train", group_id=group) for client in cohort]
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlabel.cohort import Invitation
 from fedlabel.experiment import open_experiment
 from fedlabel.methods.batch import State
 from fedlabel.methods.uploads import ModelPart
@@ -125,6 +124,7 @@ def pack_order(order: Order) -> Order:
         shared=pack(sent.shared, seen),  # type: ignore[arg-type]
         previous=pack(sent.previous, seen),  # type: ignore[arg-type]
         helpers=helpers,  # type: ignore[arg-type]
+        work=dict(sent.work),
     )
     return Order(packed, pack(order.shared, seen), order.fold)  # type: ignore[arg-type]
 
@@ -136,13 +136,11 @@ def unpack_order(packed: Order, device: torch.device) -> Order:
         client: {name: unpack(model, device) for name, model in models.items()}
         for client, models in sent.helpers.items()
     }
-    received = Invitation(
-        sent.round_number,
-        unpack(sent.model, device),
-        unpack(sent.shared, device),
-        unpack(sent.previous, device),
-        helpers,
-        sent.audit,
+    received = sent._replace(
+        model=unpack(sent.model, device),
+        shared=unpack(sent.shared, device),
+        previous=unpack(sent.previous, device),
+        helpers=helpers,
     )
     return Order(received, unpack(packed.shared), packed.fold)  # type: ignore[arg-type]
 

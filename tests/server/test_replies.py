@@ -15,7 +15,6 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlabel.cohort import Invitation
-from fedlabel.server_config import StrategyConfig
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import State
 from fedlabel.methods.dp_ssl import DPSSL
@@ -32,6 +31,7 @@ from fedlabel.methods.shared import Limits
 from fedlabel.methods.supervised import Supervised
 from fedlabel.metric_tags import Tag
 from fedlabel.models import running_statistics
+from fedlabel.server_config import StrategyConfig
 from server.replies import ArrayForm, ReplyReader, read_identity
 from server.schema import Range, Refused, ResultSchema, extremes, harmless
 from server.strategy import reply_bounds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tracemalloc
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -16,9 +15,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlabel.cohort import ClientResult
 from fedlabel.config import ConfigError
-from fedlabel.server_config import StrategyConfig
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.uploads import ModelPart
+from fedlabel.server_config import StrategyConfig
 from server.blocks import BlockResult
 from server.strategy import (
     CannotCombine,
@@ -28,7 +27,6 @@ from server.strategy import (
     combine,
     reply_bounds,
     restore_strategy,
-    sample_cohort,
     strategy_names,
     strategy_state,
 )
@@ -112,29 +110,6 @@ def test_sums_are_in_double_precision() -> None:
     """10,001 values of 1e8 and 1 in turn: single precision would lose the ones."""
     values = [result(1.0, model(w=1e8 if i % 2 else 1.0)) for i in range(1001)]
     assert mean(values) == pytest.approx((500 * 1e8 + 501) / 1001, rel=1e-7)
-
-
-def test_cohort_is_a_function_of_seed_and_round() -> None:
-    assert sample_cohort(0, 3, 50, 0.2) == sample_cohort(0, 3, 50, 0.2)
-    assert sample_cohort(0, 3, 50, 0.2) != sample_cohort(0, 4, 50, 0.2)
-    assert sample_cohort(0, 3, 50, 0.2) != sample_cohort(1, 3, 50, 0.2)
-    assert sample_cohort(0, 1, 5, 1.0) == [0, 1, 2, 3, 4]
-    assert len(sample_cohort(0, 1, 5, 0.01)) == 1
-    drawn = np.bincount([client for r in range(2000) for client in sample_cohort(0, r, 10, 0.3)], minlength=10)
-    assert drawn.min() > 550  # 600 expected, sd 20
-    assert drawn.max() < 650
-
-
-def test_a_cohort_is_drawn_at_the_cost_of_the_cohort() -> None:
-    """Whatever the number of registered clients."""
-    tracemalloc.start()
-    try:
-        cohort = sample_cohort(0, 1, 10**9, 50 / 10**9)
-        assert tracemalloc.get_traced_memory()[1] < 10**6
-    finally:
-        tracemalloc.stop()
-    assert len(set(cohort)) == 50
-    assert cohort == sorted(cohort)
 
 
 FIVE = [result(1.0, model(w=float(v))) for v in (1, 2, 3, 4, 100)]
