@@ -7,10 +7,10 @@ from typing import Any
 
 from fedlabel.checks import at_least, finite, in_unit_interval, no_effect, one_of, positive
 
-SAMPLINGS = ("uniform", "size", "available", "power_of_choice", "oort", "label_kinds")
+SAMPLINGS = ("uniform", "size", "least_available", "power_of_choice", "oort", "label_kinds")
 PACINGS = ("synchronous", "deadline", "over_selection", "tiers", "fedbuff", "fedasync")
 ASYNCHRONOUS = ("fedbuff", "fedasync")
-TIMED = (*PACINGS[1:], "available")
+TIMED = (*PACINGS[1:], "least_available")
 """Kinds of pacing and sampling that need devices."""
 TIERS = 5
 """Default of `pacing.tiers`."""
@@ -43,12 +43,12 @@ class StrategyConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Who is invited to a round (see server/sampling.py)."""
+    """Who is invited to a round (see server/sampling.py), of the clients whose device is available."""
 
     kind: str = "uniform"
-    """uniform; size: with probability proportional to the number of samples; available: uniform among clients whose
-    device is available; power_of_choice: of some `candidates` those with the largest last loss; oort: by loss and
-    speed; label_kinds: clients with different kinds of label equally often."""
+    """uniform; size: with probability proportional to the number of samples; least_available: those whose
+    device is available least of the time; power_of_choice: of some `candidates` those with the largest last loss; oort:
+    by loss and speed; label_kinds: clients with different kinds of label equally often."""
     candidates: int | None = None
     """power_of_choice: clients that are drawn first; null: twice the cohort."""
     exploration: float | None = None

@@ -153,15 +153,21 @@ class Pacing:
             excluded | self._too_small,
             sizes=lambda: federation.parts.lengths,
             kinds=federation.kinds,
-            available=self._available,
+            connected=self._connected(),
+            availability=self._availability,
         )
 
-    def _available(self) -> np.ndarray:
-        """Returns the clients that are available; if nobody is, the clock moves to when somebody is."""
-        assert self._devices is not None, "checked with the configuration"
+    def _connected(self) -> np.ndarray | None:
+        """Returns the clients that are available; if nobody is, the clock moves to when somebody is. None: all are."""
+        if self._devices is None or not self._devices.may_leave:
+            return None
         clients = np.arange(self._config.num_clients)
         self.seconds = self._devices.next_available(clients, self.seconds)
         return clients[self._devices.is_available(clients, self.seconds)]
+
+    def _availability(self, clients: np.ndarray) -> np.ndarray:
+        assert self._devices is not None, "checked with the configuration"
+        return np.array([self._devices.profile(client).available for client in clients.tolist()])
 
     @cached_property
     def _too_small(self) -> frozenset[int]:
@@ -230,15 +236,14 @@ class Rounds(Pacing):
 
     def _draw_tier(self, number: int, size: int, tiers: int) -> list[int]:
         tier = int(numpy_generator(self._config.seed, "tier", number).integers(tiers))
-        members = tier_of(self._by_speed, tier, tiers)
-        rng = numpy_generator(self._config.seed, "cohort", number)
-        return sorted(rng.choice(members, min(size, len(members)), replace=False).tolist())
+        others = np.setdiff1d(self._by_speed, tier_of(self._by_speed, tier, tiers))
+        return self._draw(number, size, excluded=frozenset(others.tolist()))
 
     @cached_property
     def _by_speed(self) -> np.ndarray:
-        """Clients that can train, the fastest first; of equal ones the smaller number."""
+        """All clients, the fastest first; of equal ones the smaller number."""
         assert self._devices is not None
-        clients = self._pool().everybody()
+        clients = np.arange(self._config.num_clients)
         return clients[np.argsort(-self._devices.speed(clients), kind="stable")]
 
     def blocks(

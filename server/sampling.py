@@ -1,6 +1,7 @@
 """Draws the clients of a round: one function for each kind of sampling, pure in what it is given.
 
-All draw without replacement, from clients that are not excluded. Where fewer are left than wanted, all of them train.
+All draw without replacement, from clients that are connected and not excluded. Where fewer are left than wanted, all of
+them train.
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ class Pool:
     """() -> (clients,) samples of each client."""
     kinds: Callable[[], np.ndarray] = lambda: np.empty((0, 0))
     """() -> (clients, kinds) samples of each client by kind of label."""
-    available: Callable[[], np.ndarray] = lambda: np.empty(0, np.int64)
-    """() -> clients whose device is available at this moment."""
+    connected: np.ndarray | None = None
+    """Clients whose device is available at this moment; None: all."""
+    availability: Callable[[np.ndarray], np.ndarray] = lambda clients: np.ones(len(clients))
+    """Clients -> the share of the time that each one's device is available."""
 
     def of(self, clients: np.ndarray) -> np.ndarray:
         """Returns those of some clients that may be drawn."""
@@ -84,7 +87,7 @@ class Pool:
 
     def everybody(self) -> np.ndarray:
         """Returns all clients that may be drawn."""
-        return self.of(np.arange(self.num_clients))
+        return self.of(np.arange(self.num_clients) if self.connected is None else self.connected)
 
 
 Sampler = Callable[[Pool, int, np.random.Generator], list[int]]
@@ -98,11 +101,19 @@ def sampler_of(config: SamplingConfig) -> Sampler:
         exploration = EXPLORATION if config.exploration is None else config.exploration
         penalty = PENALTY if config.speed_exponent is None else config.speed_exponent
         return lambda pool, size, rng: oort(pool, size, rng, exploration, penalty)
-    return {"uniform": uniform, "size": by_size, "available": available, "label_kinds": label_kinds}[config.kind]
+    plain: dict[str, Sampler] = {
+        "uniform": uniform,
+        "size": by_size,
+        "least_available": least_available,
+        "label_kinds": label_kinds,
+    }
+    return plain[config.kind]
 
 
 def uniform(pool: Pool, size: int, rng: np.random.Generator) -> list[int]:
-    """Draws clients with equal probability; the time it takes does not depend on how many there are."""
+    """Draws clients with equal probability; if all are connected, at a cost that does not depend on their number."""
+    if pool.connected is not None:
+        return _uniform(pool.everybody(), size, rng)
     # In a random order, so that the first ones that are not excluded are a uniform draw, too.
     drawn = rng.choice(pool.num_clients, min(size + len(pool.excluded), pool.num_clients), replace=False)
     return sorted(pool.of(drawn)[:size].tolist())
@@ -115,9 +126,13 @@ def by_size(pool: Pool, size: int, rng: np.random.Generator) -> list[int]:
     return _weighted(clients, weights, size, rng)
 
 
-def available(pool: Pool, size: int, rng: np.random.Generator) -> list[int]:
-    """Draws clients with equal probability, of those whose device is available."""
-    return _uniform(pool.of(pool.available()), size, rng)
+def least_available(pool: Pool, size: int, rng: np.random.Generator) -> list[int]:
+    """Returns the clients that are available for the smallest share of the time, as others will be there later, too
+    (after Abdelmoniem et al., "REFL", EuroSys 2023, who predict it).
+    """
+    clients = rng.permutation(pool.everybody())  # among equals, chance decides
+    order = np.argsort(pool.availability(clients), kind="stable")
+    return sorted(clients[order[:size]].tolist())
 
 
 def power_of_choice(pool: Pool, size: int, rng: np.random.Generator, candidates: int | None = None) -> list[int]:

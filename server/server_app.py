@@ -18,7 +18,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlabel.config import ExperimentConfig, flatten, load_config, split_overrides, to_yaml
+from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, split_overrides, to_yaml
 from fedlabel.data.federation import Federation, shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
@@ -95,6 +95,11 @@ def run_federation(
     """
     strategy = build_strategy(config.strategy)
     commit = source_commit()  # now: files may change while the run goes on
+    if config.devices.kind != "none" and not grid.simulated:
+        raise ConfigError(
+            f"`devices.kind` (={config.devices.kind}) simulates devices, and these clients are real: set "
+            "devices.kind=none."
+        )
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
     federation = experiment.federation

@@ -169,7 +169,12 @@ class Devices:
     @property
     def may_lose(self) -> bool:
         """Whether the reply of a client that was invited can fail to arrive."""
-        return any(self._dropout) or self._machines.may_leave
+        return any(self._dropout) or self.may_leave
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether some device is not always available."""
+        return self._machines.may_leave
 
     def dropouts(self, round_number: int, clients: np.ndarray) -> dict[int, str]:
         """Returns who drops out of a round if invited, and when: client -> one of `DROPOUTS`.
