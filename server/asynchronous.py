@@ -202,7 +202,9 @@ class Asynchronous(Pacing):
                 if self._is_fedbuff:
                     moved = {name: self._moved(part, invitation.model, weight) for name, part in result.parts.items()}
                     result = result._replace(parts=moved)
-                statistics = {name: weight * value for name, value in result.statistics.items()}
+                statistics = {
+                    name: weight * value.double() for name, value in result.statistics.items()
+                }  # as they add up
                 result = result._replace(statistics=statistics)
             self._weight = weight * self._mixing
             results[flight.client] = result
