@@ -151,7 +151,7 @@ class ExperimentConfig:
     seed: int = 0
     """Root of all random numbers: partition, labels, initial weights, cohorts, batches, augmentation."""
     device: str = "auto"
-    """auto | cpu | cuda | cuda:N."""
+    """auto | cpu | cuda | cuda:N: where this machine computes. The clients' simulated devices are in `devices`."""
     num_clients: int = 20
     """Clients in the federation."""
     num_rounds: int = 40
@@ -391,6 +391,12 @@ def _resolved(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
     for key in user:
         if key not in kinds:
             raise ConfigError(unknown(ExperimentConfig, "", key))
+    if isinstance(user.get("device"), dict):
+        first = next(iter(user["device"]), "kind")
+        raise ConfigError(
+            f"`device` (={as_yaml(user['device'])}) is where this machine computes, e.g. cuda; the clients' simulated "
+            f"devices are in `devices`: write devices.{first}."
+        )
     # Giving one of two ways to say the same replaces the default of the other.
     training, supervision = user.get("training"), user.get("supervision")
     if isinstance(training, dict) and training.get("local_epochs") is not None:

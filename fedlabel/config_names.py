@@ -222,6 +222,18 @@ CALLED_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     "ema_momentum": ("method.mask.ema", "method.averaging_decay"),
     "transition_matrix": ("method.matrix",),
     "noise_matrix": ("method.matrix",),
+    # Devices.
+    "device_conf_file": ("devices.trace",),
+    "device_avail_file": ("devices.trace",),
+    "trace_file": ("devices.trace",),
+    "system_heterogeneity": ("devices.kind",),
+    "duration_distribution_generator": ("devices.kind",),
+    "stragglers": ("devices.kind",),
+    "device_profiles": ("devices.population",),
+    "availability": ("devices.available",),
+    "drop_percent": ("devices.dropout_during",),
+    "client_dropout": ("devices.dropout_during",),
+    "dropout_rate": ("devices.dropout_during",),
     # The rest.
     "aggregation": ("strategy.name",),
     "aggregator": ("strategy.name",),

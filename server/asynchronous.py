@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedlabel.cohort import ClientResult, Invitation
-from fedlabel.devices.clock import Work
+from fedlabel.devices.machines import Work
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.uploads import ModelPart
@@ -97,7 +97,8 @@ class Asynchronous(Pacing):
 
     def cohort(self, number: int) -> list[int]:
         """Returns the clients that start with the newest model, at once."""
-        return self._draw(number, self._at_a_time - len(self._flights), excluded=self._in_flight)
+        free = self._at_a_time - len(self._flights)
+        return self._draw(number, free, excluded=self._in_flight, wait=not self._flights)
 
     @property
     def _in_flight(self) -> frozenset[int]:
@@ -128,7 +129,8 @@ class Asynchronous(Pacing):
             if len(buffer) < self._size and not self._is_more_now(waiting):
                 draws += 1
                 free = self._at_a_time - len(self._flights) - len(waiting)
-                new = self._draw(number, free, draws, excluded=self._in_flight | started)
+                busy = bool(self._flights or waiting)
+                new = self._draw(number, free, draws, excluded=self._in_flight | started, wait=not busy)
                 started |= set(new)
                 tally.invite(new)
                 waiting |= self._start(invitation, new, tally)

@@ -12,7 +12,8 @@ import pytest
 import fedlabel.experiment
 from clients.client_app import app
 from fedlabel.config import load_config
-from fedlabel.devices.clock import Devices, ProfiledMachines
+from fedlabel.devices.clock import Devices
+from fedlabel.devices.machines import ProfiledMachines
 from fedlabel.devices.profiles import Profile
 from fedlabel.record.json_files import read_metrics
 from server.grids.flower import FlowerGrid

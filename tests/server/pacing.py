@@ -12,7 +12,8 @@ import torch
 
 from fedlabel.cohort import ClientResult, Invitation
 from fedlabel.config import load_config
-from fedlabel.devices.clock import Devices, ProfiledMachines
+from fedlabel.devices.clock import Devices
+from fedlabel.devices.machines import ProfiledMachines
 from fedlabel.devices.profiles import Profile
 from fedlabel.methods.uploads import ModelPart
 from server.asynchronous import Asynchronous
