@@ -260,6 +260,13 @@ def compare(
     column: Annotated[
         str, typer.Option(help="And at which round: last, mean_last_tenth or selected (see evaluation.select).")
     ] = "mean_last_tenth",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="What curves are drawn over: round, virtual_seconds (of simulated devices) or bytes_up.",
+            show_default="the sweep's compare.against, else round",
+        ),
+    ] = None,
 ) -> None:
     """Tables, tests, curves and a report page from finished runs."""
     from fedlabel.study.output import write_comparison
@@ -271,7 +278,7 @@ def compare(
         if all_pairs and baseline is not None:
             raise ConfigError(f"`--baseline` (={baseline}) has no meaning with --all-pairs: give one of them.")
         compare = CompareConfig(baseline, all_pairs) if all_pairs or baseline is not None else None
-        comparison = read_comparison(paths, keys, target or (), metric, column, compare)
+        comparison = read_comparison(paths, keys, target or (), metric, column, compare, against)
         folder = out or (paths[0] if (paths[0] / SWEEP_JSON).is_file() else Path("comparison"))
         written = write_comparison(comparison, folder)
     for warning in comparison.warnings:
