@@ -18,7 +18,7 @@ from fedlabel.config import ExperimentConfig, flatten, keys_without_effect, load
 from fedlabel.methods.supervised import Supervised
 from fedlabel.names import counted, did_you_mean
 from fedlabel.record.json_files import read_metrics, read_summary
-from fedlabel.record.names import CONFIG_YAML, METRICS_JSONL, SUMMARY_JSON
+from fedlabel.record.names import CONFIG_YAML, METRICS_JSONL, SECONDS, SUMMARY_JSON
 from fedlabel.record.results import averaged_rounds, name_mean
 from fedlabel.study.sweep import SWEEP_JSON, CompareConfig, SweepConfig, format_value, parse_sweep
 
@@ -26,7 +26,7 @@ ACCURACY, COLUMN = "eval/accuracy", "mean_last_tenth"
 """What rows are ranked and tested by where nothing else is asked for, of summary.json."""
 METRICS = {ACCURACY: "accuracy", "eval/auc": "AUC", "eval/balanced_accuracy": "balanced accuracy"}
 """What they may be ranked and tested by, and its name."""
-VIRTUAL, SIMULATED = "virtual_seconds", "system/virtual_seconds"
+VIRTUAL = "virtual_seconds"
 WHEN = {"last": "after the last round", COLUMN: "mean of last tenth", "selected": "at the selected round"}
 """And at which round: keys of a metric in summary.json."""
 AXES = {"round": "communication round", VIRTUAL: "simulated seconds", "bytes_up": "MB up, all clients"}
@@ -91,7 +91,7 @@ class Run:
     def _along(self, against: str) -> list[tuple[float, Mapping[str, Any]]]:
         """Returns the rounds with their place on one of `AXES`; none if the run has no simulated time."""
         if against == VIRTUAL:
-            return [(row[SIMULATED], row) for row in self.rounds if row.get(SIMULATED) is not None]
+            return [(row[SECONDS], row) for row in self.rounds if row.get(SECONDS) is not None]
         if against == "bytes_up":
             sizes = itertools.accumulate((row.get("comm/bytes_up") or 0.0) for row in self.rounds)
             return list(zip(sizes, self.rounds, strict=True))
