@@ -97,6 +97,7 @@ TAGS: tuple[Tag, ...] = (
         ("eval/balanced_accuracy", "balanced accuracy"),
         ("eval/auc", "area under the ROC curve"),
         ("eval/class_accuracy", "accuracy per class"),
+        ("eval/rare_class_accuracy", "mean accuracy of the rare classes"),
         ("interim/accuracy", "accuracy of what is no end model yet"),
         ("select/accuracy", "accuracy, validation split"),
         ("select/auc", "area under the ROC curve, validation split"),
@@ -300,7 +301,13 @@ TAGS: tuple[Tag, ...] = (
     ),
     *_server(SYSTEM, "clients", NEITHER, ("system/clients_in_flight", "clients that still train")),
     *_server(SYSTEM, "updates", LOWER, ("system/staleness", "updates since a reply's model")),
-    *_server(SYSTEM, "share", HIGHER, ("system/work_share", "share of their steps that clients take")),
+    *_server(
+        SYSTEM,
+        "share",
+        HIGHER,
+        ("system/work_share", "share of their steps that clients take"),
+        ("system/slow_half_share", "share of the replies that the slower half of the clients gave"),
+    ),
     *_server(SYSTEM, "replies", LOWER, ("system/refused_replies", "refused replies")),
     *_server(SYSTEM, FIGURE, NEITHER, ("config", "configuration"), ("clients", "which clients are shown")),
     *_server(

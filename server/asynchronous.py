@@ -141,8 +141,9 @@ class Asynchronous(Pacing):
         tally.excused |= {flight.client for flight in self._flights if flight.result is not None}
         if self._is_fedbuff:
             self._flights = [self._as_update(flight, invitation) for flight in self._flights]
+        kept = [flight.client for flight in buffer]
         mean = {"staleness": sum(stale) / len(stale)} if stale else {}
-        self._note(tally, dropped_clients=lost, clients_in_flight=len(self._flights), **mean)
+        self._note(tally, kept, dropped_clients=lost, clients_in_flight=len(self._flights), **mean)
 
     def _is_more_now(self, waiting: Mapping[int, Waiting]) -> bool:
         """Returns whether another reply can arrive at this very instant."""

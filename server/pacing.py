@@ -212,10 +212,19 @@ class Pacing:
             total, count = result.sums.get("train/loss", (0.0, 0.0))
             self.history.see(result.client, number, (total, count), seconds)
 
-    def _note(self, tally: RoundTally, **numbers: float) -> None:
-        """Hands the numbers of the clock to the tally, if there is a clock."""
-        if self._devices is not None:
-            tally.pace |= {"virtual_seconds": self.seconds, **numbers}
+    def _note(self, tally: RoundTally, kept: Iterable[int], **numbers: float) -> None:
+        """Hands the numbers of the clock to the tally, if there is a clock; kept: clients whose replies count."""
+        if self._devices is None:
+            return
+        speed = self._devices.speed(np.array(sorted(kept), np.int64))
+        tally.pace |= {"virtual_seconds": self.seconds, **numbers}
+        if len(speed):
+            tally.pace["slow_half_share"] = float((speed < self._median_speed).mean())
+
+    @cached_property
+    def _median_speed(self) -> float:
+        assert self._devices is not None
+        return float(np.median(self._devices.speed(np.arange(self._config.num_clients))))
 
 
 class Rounds(Pacing):
@@ -304,7 +313,7 @@ class Rounds(Pacing):
         tally.excused |= gone | set(late)
         tally.unreached([client for client, when in lost.items() if when == "before"])
         further = {"work_share": float(np.mean([work.get(c, 1.0) for c in trained]))} if work and trained else {}
-        self._note(tally, dropped_clients=len(gone), late_clients=len(late), **further)
+        self._note(tally, kept.clients, dropped_clients=len(gone), late_clients=len(late), **further)
         self._learn_passes(number, trained, work, results.values())
 
     def _kept(self, arrivals: Sequence[Arrival], missing: bool) -> Kept:

@@ -202,23 +202,29 @@ class Federation:
         place = held.part_of_row * columns + self._columns[held.rows]
         return np.bincount(place, minlength=len(held) * columns).reshape(-1, columns)
 
-    def rarity(self, rare_classes: Sequence[str] = ()) -> np.ndarray:
-        """Returns (clients,) float64, the share of each client's samples whose true class is rare; 0 without samples.
-        For the simulation of devices only: training code must not call this.
+    def rare_classes(self, names: Sequence[str] = ()) -> list[int]:
+        """Returns the numbers of the rare classes, for the simulation of devices and the evaluation.
 
         Args:
-            rare_classes: names; empty: the half of the classes (rounded down) of which clients hold the fewest samples,
+            names: of them; empty: the half of the classes (rounded down) of which clients hold the fewest samples,
                 among equal ones the first.
 
         Raises:
             ValueError: they are not the data set's classes, or all of them.
         """
-        truth, names = self.dataset.train.labels.numpy()[self.parts.rows], self.dataset.class_names
-        if rare_classes:
-            rare = find_classes("devices.rare_classes", rare_classes, names, "no class to be frequent")
-        else:
-            counts = np.bincount(truth[truth >= 0], minlength=len(names))
-            rare = np.argsort(counts, kind="stable")[: len(names) // 2].tolist()
+        truth, known = self.dataset.train.labels.numpy()[self.parts.rows], self.dataset.class_names
+        if names:
+            return find_classes("devices.rare_classes", names, known, "no class to be frequent")
+        counts = np.bincount(truth[truth >= 0], minlength=len(known))
+        return [int(each) for each in np.argsort(counts, kind="stable")[: len(known) // 2]]
+
+    def rarity(self, rare_classes: Sequence[str] = ()) -> np.ndarray:
+        """Returns (clients,) float64, the share of each client's samples whose true class is rare; 0 without samples.
+        For the simulation of devices only: training code must not call this. For the argument and errors see
+        `rare_classes`.
+        """
+        truth = self.dataset.train.labels.numpy()[self.parts.rows]
+        rare = self.rare_classes(rare_classes)
         return self.parts.sums(np.isin(truth, rare)) / np.maximum(self.parts.lengths, 1)
 
     @property

@@ -80,7 +80,8 @@ TABLES = {
     "cost": (
         "Cost",
         "MB: 10⁶ bytes over all clients; up to an accuracy: until the first evaluated round that reaches it, mean over "
-        "the seeds that do (how many); simulated s: on the clock of the clients' devices; forward, backward: thousand "
+        "the seeds that do (how many); slow half: % of the replies that count which the slower half of the clients "
+        "gave; simulated s: on the clock of their devices; forward, backward: thousand "
         "samples through the networks; failed: clients, summed over seeds.",
     ),
 }

@@ -23,7 +23,8 @@ def test_fedbuff_by_hand() -> None:
     paced = pacing("pacing.kind=fedbuff", "pacing.buffer=2")
     first = Played(paced, 1)
     assert (first.kept, first.seconds) == ([0, 1], 5)
-    assert first.tally.pace == {"virtual_seconds": 5, "dropped_clients": 0, "clients_in_flight": 1, "staleness": 0}
+    numbers = {"virtual_seconds": 5, "dropped_clients": 0, "clients_in_flight": 1, "staleness": 0}
+    assert first.tally.pace == {**numbers, "slow_half_share": 0}
     second = Played(paced, 2, {**MODEL, "w": torch.full((2,), 100.0)})
     assert (second.kept, second.seconds, second.trained) == ([0, 1], 10, [[0, 1]])
     third = Played(paced, 3, {"w": torch.full((2,), 1000.0), "mean": torch.full((2,), 3.0), "count": torch.tensor(9)})

@@ -22,6 +22,7 @@ def test_synchronous_rounds_last_as_long_as_the_slowest() -> None:
     first, second = Played(paced, 1), Played(paced, 2)
     assert (first.kept, seconds_of(first)) == ([0, 1, 2], 11)
     assert (second.kept, seconds_of(second)) == ([0, 1, 2], 22)
+    assert first.tally.pace["slow_half_share"] == pytest.approx(1 / 3)  # client 2 is slower than the median, client 1
     assert not paced.needs_models  # sums are folded where clients ran
 
 
