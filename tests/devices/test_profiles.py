@@ -90,6 +90,12 @@ def test_the_extremes_are_exact() -> None:
         assert all(correlation(wanted, seed, 500) == pytest.approx(wanted, abs=1e-12) for seed in range(5))
 
 
+def test_the_extremes_are_exact_where_neighbours_are_near() -> None:
+    rarity = np.random.default_rng(0).random(200_000)
+    device = assign(np.arange(200_000.0), rarity, 1.0, 0)
+    assert (np.diff(device[np.argsort(rarity)]) == -1).all()
+
+
 def test_more_correlation_is_more() -> None:
     found = [correlation(wanted) for wanted in np.linspace(-1, 1, 11).tolist()]
     assert (np.diff(found) > 0.1).all()
