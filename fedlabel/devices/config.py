@@ -69,12 +69,13 @@ class DevicesConfig:
     profiles of `population`. lognormal, zipf: also a factor of its own on all its speeds (samples and bytes per
     second). trace: speeds and times of availability from a file."""
     population: tuple[PopulationPart, ...] = ()
-    """For preset, lognormal and zipf: the profiles, each with a `share` of the clients, which sum to 1, e.g.
-    [{profile: phone, share: 0.8}, {profile: laptop, share: 0.2}]."""
+    """For preset, lognormal and zipf: the profiles, each with a `share` of the clients, which sum to 1, e.g. [{profile:
+    phone, share: 0.8}, {profile: laptop, share: 0.2}]; also with numbers of their own, as forward, down, up, memory in
+    docs/devices.md."""
     sigma: float = 1.0
     """For lognormal: standard deviation of the factor's logarithm; the median factor is 1."""
     exponent: float = 1.0
-    """For zipf: the r-th fastest of equal devices has the factor r^-exponent, r = 1 .. num_clients."""
+    """For zipf: the factors are r^-exponent, r = 1 .. num_clients, in random order."""
     trace: str | None = None
     """For trace: a CSV file with the columns client, start, end, speed, up, down (see docs/devices.md), relative to the
     working directory or to the project's `configs/`. Devices are drawn from it without repetition as long as there are

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +92,12 @@ def test_the_extremes_are_exact() -> None:
         assert all(correlation(wanted, seed, 500) == pytest.approx(wanted, abs=1e-12) for seed in range(5))
 
 
+def test_the_extremes_are_exact_where_neighbours_are_near() -> None:
+    rarity = np.random.default_rng(0).random(200_000)
+    device = assign(np.arange(200_000.0), rarity, 1.0, 0)
+    assert (np.diff(device[np.argsort(rarity)]) == -1).all()
+
+
 def test_more_correlation_is_more() -> None:
     found = [correlation(wanted) for wanted in np.linspace(-1, 1, 11).tolist()]
     assert (np.diff(found) > 0.1).all()
@@ -113,3 +121,13 @@ def test_a_correlation_changes_who_has_a_device_not_which_there_are() -> None:
     assert np.sort(free.speed(everyone)).tolist() == np.sort(bound.speed(everyone)).tolist()
     assert (np.diff(bound.speed(everyone)[np.argsort(rarity)]) < 0).all()
     assert math.isfinite(bound.speed(everyone).sum())
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "devices.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M
+    )
+    scale = np.array([1, 1, 1e6, 1e6, 1e9, 1])
+    written = {name: (np.array([float(cell.replace(",", "")) for cell in cells]) * scale) for name, *cells in rows}
+    assert {name: tuple(numbers.tolist()) for name, numbers in written.items()} == dict(PRESETS)

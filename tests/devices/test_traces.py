@@ -162,8 +162,26 @@ def test_against_a_slow_derivation_and_never_below_the_bound(seed: int) -> None:
         finite += math.isfinite(finish)
         then = found.next_available(np.array([client]), start)
         assert found.is_available(np.array([client]), then)[0]
+        between = [start + share * (then - start) for share in (0.01, 0.5, 0.99)]
+        assert then == start or not any(found.is_available(np.array([client]), time)[0] for time in between)
+        assert then >= start
         assert (then == start) == (found.stays(client, start) > 0)
     assert 30 < finite < 270
+
+
+def test_rounding_makes_nothing_earlier_than_its_start_or_later_than_its_row(tmp_path: Path) -> None:
+    rng, filled, last = np.random.default_rng(0), 0, 13
+    for _ in range(300):
+        first, second, start = (rng.random(3) * 10).tolist()
+        rows = f"a,0,10,{first!r},1,1\na,10,{last},{second!r},1,1\na,20,30,1,1,1\n"
+        machines = TracedMachines(read_trace(write(tmp_path, f"{HEADER}\n{rows}")), np.zeros(1, dtype=np.int64))
+        found = Devices(machines, 1, (0, 0, 0), 0)
+        assert found.finish(0, start, Work(1e-15, 0, 0, 0)) >= start
+        finish = found.finish(0, start, Work((10 - start) * first + (last - 10) * second, 0, 0, 0))
+        assert finish <= last or finish == math.inf
+        assert found.finish(0, 0.0, Work(10 * first + (last - 10) * second, 0, 0, 0)) <= last
+        filled += finish <= last
+    assert filled > 100
 
 
 def test_clients_get_the_devices_of_the_trace(tmp_path: Path) -> None:
