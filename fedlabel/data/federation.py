@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -100,12 +100,15 @@ class Federation:
     def _is_listed(self) -> bool:
         return len(self.parts) <= LISTED_CLIENTS
 
-    def to_json(self) -> str:
+    def to_json(self, further: Mapping[str, str] | None = None) -> str:
         """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON.
 
         Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all.
+
+        Args:
+            further: hashes of other files of the run, by name.
         """
-        found = {"sha256": self.sha256, "data": self.data_hashes, "dataset": self.dataset.name}
+        found = {"sha256": self.sha256, "data": {**self.data_hashes, **(further or {})}, "dataset": self.dataset.name}
         if self._is_listed:
             return json.dumps(found | self._holders(np.arange(len(self.parts))))
         shown = shown_clients(len(self.parts))

@@ -149,3 +149,19 @@ def test_steps_of_unequal_clients_are_normalized(tmp_path: Path) -> None:
     plain = run_tiny(tmp_path, "p").path
     normal = run_tiny(tmp_path, "n", "strategy.normalize_steps=true").path
     assert_same_weights(final_weights(plain), final_weights(normal))
+
+
+def test_a_changed_trace_is_noticed_on_resume(tmp_path: Path) -> None:
+    """And one that is missing before anything is written."""
+    trace = tmp_path / "trace.csv"
+    row = "client,start,end,speed,up,down\n0,0,100,{},1000000,1000000\n"
+    trace.write_text(row.format(500))
+    traced = ("devices.kind=trace", f"devices.trace={trace}", "evaluation.figures=false")
+    run_tiny(tmp_path, "run", *traced)
+    trace.write_text(row.format(400))
+    with pytest.raises(ValueError, match=r"changed: devices\.trace"):
+        run_tiny(tmp_path, "run", *traced, "num_rounds=4", resume=True)
+    trace.unlink()
+    with pytest.raises(ValueError, match=r"trace\.csv"):
+        run_tiny(tmp_path, "other", *traced)
+    assert not (tmp_path / "other").exists()
