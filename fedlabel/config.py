@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.checks import at_least, no_effect, one_of, positive, within
+from fedlabel.compression import CompressionConfig
 from fedlabel.config_names import unknown_key
 from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
 from fedlabel.config_text import (
@@ -190,6 +191,7 @@ class ExperimentConfig:
     """A method's dataclass: `method.name` picks it, the other keys are its fields."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlabel.compression import Codec
 from fedlabel.config import SELECT, ExperimentConfig, parse_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.bags import Bags
@@ -97,6 +98,12 @@ class Experiment:
         self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
         self._check_upload(frozenset(name for name, _ in student.named_parameters()))
+        weights = frozenset(name for name, _ in student.named_parameters(remove_duplicate=False))
+        compression = config.compression
+        self.uplink = Codec(compression.up, weights, 1.0 if compression.share is None else compression.share)
+        """How clients' updates travel."""
+        self.downlink = Codec(compression.down, weights)
+        """How the server's models travel."""
 
     def _spans(self) -> Spans:
         if not self.config.grid.profile:

@@ -125,6 +125,7 @@ def pack_order(order: Order) -> Order:
         shared=pack(sent.shared, seen),  # type: ignore[arg-type]
         previous=pack(sent.previous, seen),  # type: ignore[arg-type]
         helpers=helpers,  # type: ignore[arg-type]
+        encoded=None,
     )
     return Order(packed, pack(order.shared, seen), order.fold)  # type: ignore[arg-type]
 
