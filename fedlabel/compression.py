@@ -257,8 +257,8 @@ def _to_int8(values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     top = values.abs().amax() if values.numel() else values.new_zeros(())
     scale = top / LEVELS
     draws = to_device(torch.rand(values.shape, generator=generator), values.device)
-    codes = torch.where(scale > 0, values / scale, 0.0).add(draws).floor()
-    # 127 + 0.99999994 is 128 as a float32. A NaN has a scale that says so.
+    codes = (values / scale).add(draws).floor()
+    # 0 / 0 is 0; another NaN has a scale that says so. And 127 + 0.99999994 is 128 as a float32.
     return codes.nan_to_num(nan=0.0).clamp(-LEVELS, LEVELS).to(torch.int8), scale
 
 

@@ -117,6 +117,27 @@ def test_bytes_down_are_those_of_flowers_records(down: str, setting: str) -> Non
     assert saved > 0 if down != "none" else saved == 0
 
 
+def test_what_is_sent_is_rounded_by_seed_and_round() -> None:
+    """The previous stage's model, which stays, in each round alike; a helper of several clients once."""
+    experiment = small(*SETTINGS["one model"], "compression.down=int8")
+    model = experiment.initial_state
+    previous, helper = {n: v + 1 for n, v in model.items()}, {n: v + 2 for n, v in model.items()}
+
+    def sent(number: int, seed: int = 0) -> Invitation:
+        own = Invitation(number, model, {}, previous, {1: {"helper0": helper}, 2: {"helper0": helper}})
+        return compressed(own, experiment.downlink, seed)
+
+    first, again, other, another = sent(1), sent(1), sent(2), sent(1, seed=1)
+    assert_same_weights(first.model, again.model)
+    assert_same_weights(first.previous, other.previous)
+    assert first.helpers[1]["helper0"] is first.helpers[2]["helper0"]
+    for name in ("hidden.weight", "output.weight"):
+        assert not torch.equal(first.model[name], other.model[name])
+        assert not torch.equal(first.model[name], another.model[name])
+        assert not torch.equal(first.previous[name], another.previous[name])
+        assert not torch.equal(first.helpers[1]["helper0"][name], other.helpers[1]["helper0"][name])
+
+
 class CountingNodes(LocalNodes):
     """Counts the bytes of what travels while clients train."""
 
