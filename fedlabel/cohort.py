@@ -178,9 +178,9 @@ def _sent(experiment: Experiment, invitation: Invitation, result: ClientResult, 
         # What has no weight in the mean is lost, so nothing that is kept is sent with it.
         if experiment.config.compression.error_feedback and weight > 0:
             residual = kept.get(part, torch.zeros(experiment.uplink.numbers(invitation.model)))
-        sent = send_update(
-            experiment.uplink, model, invitation.model, torch_generator(seed, "compression", part), residual
-        )
+        generator = torch_generator(seed, "compression", part)
+        with experiment.spans.part("transfer", "compress", client=result.client):
+            sent = send_update(experiment.uplink, model, invitation.model, generator, residual)
         parts[part], encoded[part] = ModelPart(sent.model, weight), sent.arrays
         if sent.residual is not None:
             kept[part] = sent.residual
