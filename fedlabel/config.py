@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.checks import at_least, no_effect, one_of, within
+from fedlabel.compression import CompressionConfig
 from fedlabel.config_names import unknown_key
 from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
 from fedlabel.config_text import (
@@ -174,6 +175,7 @@ class ExperimentConfig:
     pacing: PacingConfig = field(default_factory=PacingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     devices: DevicesConfig = field(default_factory=DevicesConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -228,6 +230,12 @@ class ExperimentConfig:
             raise ValueError(
                 f"`strategy.name` (={self.strategy.name}) combines several models, and pacing.kind=fedasync takes one "
                 "after the other: take strategy.name=weighted_mean, or pacing.kind=fedbuff."
+            )
+        if self.compression.error_feedback and (pacing.kind not in ("synchronous", "tiers") or self.devices.may_lose):
+            raise ValueError(
+                "`compression.error_feedback` (=True) keeps what a reply left out, and a client cannot know whether "
+                f"its reply was used with `pacing.kind` (={pacing.kind}) and devices that may leave: take error_feedback="
+                "false, or pacing.kind=synchronous with devices.available=1 and without dropout."
             )
         if pacing.is_asynchronous and self.strategy.normalize_steps:
             raise ValueError(

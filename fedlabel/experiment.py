@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlabel.compression import Codec
 from fedlabel.config import SELECT, ExperimentConfig, parse_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.bags import Bags
@@ -100,6 +101,12 @@ class Experiment:
         self.parameters = frozenset(name for name, _ in student.named_parameters())
         """Names in a state that are trained; the others are buffers."""
         self._check_upload(self.parameters)
+        weights = frozenset(name for name, _ in student.named_parameters(remove_duplicate=False))
+        compression = config.compression
+        self.uplink = Codec(compression.up, weights, 1.0 if compression.share is None else compression.share)
+        """How clients' updates travel."""
+        self.downlink = Codec(compression.down, weights)
+        """How the server's models travel."""
 
     @cached_property
     def memory_needed(self) -> int:

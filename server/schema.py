@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.cohort import ClientResult, Invitation
+from fedlabel.compression import NO_COMPRESSION, Codec
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.experiment import Experiment
 from fedlabel.learning.client import weight_in_mean
@@ -117,6 +118,7 @@ class ResultSchema:
         running: names in `model` of running statistics.
         metrics: see `Method.metrics`.
         steps: whether clients send how many steps they took.
+        codec: of updates.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class ResultSchema:
         running: RunningStatistics = NO_STATISTICS,
         metrics: Sequence[Tag] = (),
         steps: bool = False,
+        codec: Codec = NO_COMPRESSION,
     ) -> None:
         self.recipe = recipe
         self.num_classes = num_classes
@@ -147,6 +150,9 @@ class ResultSchema:
         """Arrays of a model that count batches."""
         self.model = {name: value.cpu() for name, value in model.items()}
         """An example of a model."""
+        self.codec = codec
+        self.sent = codec.form(self.model)
+        """The arrays that travel of a model: names, types and shapes."""
         self.forms = [(name, value.shape, value.dtype) for name, value in model.items()]
         """Names, shapes and types of its arrays, in order."""
         not_negative = running.variances | running.counters
@@ -181,6 +187,7 @@ class ResultSchema:
             experiment.running,
             config.method.metrics,
             config.strategy.normalize_steps,
+            experiment.uplink,
         )
 
     def of_round(self, invitation: Invitation, shared: State) -> RoundSchema:
@@ -228,7 +235,7 @@ class RoundSchema:
 
     def __init__(self, schema: ResultSchema, invitation: Invitation, shared: State) -> None:
         self.schema, self.shared, self.round_number = schema, shared, invitation.round_number
-        self._sent = invitation.model
+        self.received = invitation.model
         self._counted = {name: float(invitation.model[name]) for name in schema.counters}
 
     def limits(self, client: int) -> ClientLimits:
@@ -340,7 +347,7 @@ class RoundSchema:
     def _check_distance(self, state: StateDict, most: float) -> None:
         moved = [
             float((state[name].cpu().double() - start.cpu().double()).square().sum())
-            for name, start in self._sent.items()
+            for name, start in self.received.items()
             if name in self.schema.parameters
         ]
         distance = math.sqrt(math.fsum(moved))

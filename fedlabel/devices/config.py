@@ -154,6 +154,13 @@ class DevicesConfig:
             )
 
     @property
+    def may_lose(self) -> bool:
+        """Whether the reply of a client that was invited can fail to arrive."""
+        if self.kind in ("none", "trace"):
+            return self.kind == "trace"
+        return any(self.dropout) or any(profile.available < 1 for profile in self.profiles)
+
+    @property
     def profiles(self) -> list[Profile]:
         """The profiles of `population`, with `available` in place of their own."""
         numbers = [part.numbers for part in self.population]

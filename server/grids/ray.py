@@ -92,7 +92,7 @@ class RayGrid(ClientGrid):
         config, schema = experiment.config, ResultSchema.of(experiment)
         self._spans = experiment.spans
         self._text, self._timeout, self._threads = to_yaml(config), config.grid.timeout, config.grid.threads_per_worker
-        self._keeps = experiment.recipe.memory.keep is not Memory.keep
+        self._keeps = experiment.recipe.memory.keep is not Memory.keep or config.compression.error_feedback
         self._costs = CostModel(lambda client, number: schema.limits(client, number).draws)
         for actor in range(len(self._actors), self._num_workers):
             self._start(actor)

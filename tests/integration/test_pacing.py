@@ -102,7 +102,9 @@ def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(config: object, clients: int, seed: int, rarity: object = None) -> Devices:
         zeros = np.zeros(clients)
         machines = ProfiledMachines([free], ["free"], zeros.astype(int), zeros + 1, 86400.0, zeros)
-        return Devices(machines, clients, (0.0, 0.0, 0.0), seed)
+        devices = Devices(machines, clients, (0.0, 0.0, 0.0), seed)
+        monkeypatch.setattr(devices, "summary", lambda: {})  # infinite speeds have no quantiles
+        return devices
 
     monkeypatch.setattr(fedlabel.experiment.Devices, "of", build)
     fedlabel.experiment.open_experiment.cache_clear()
@@ -165,3 +167,25 @@ def test_a_changed_trace_is_noticed_on_resume(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trace\.csv"):
         run_tiny(tmp_path, "other", *traced)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("pacing.kind=deadline", "pacing.deadline=1"), ("pacing.kind=fedbuff",), ("devices.dropout_after=0.1",)],
+    ids=["deadline", "fedbuff", "dropout"],
+)
+def test_error_feedback_needs_every_reply(more: tuple[str, ...]) -> None:
+    feedback = ("compression.up=top_k", "compression.share=0.1", "compression.error_feedback=true")
+    load_config([], [*DEVICES, *feedback])
+    with pytest.raises(ValueError, match=r"`compression\.error_feedback` \(=True\) keeps what a reply left out"):
+        load_config([], [*DEVICES, *feedback, *more])
+
+
+def test_compressed_updates_go_with_an_asynchronous_server(tmp_path: Path) -> None:
+    """The same on Flower's messages."""
+    compressed = ("compression.up=int8", "compression.down=float16")
+    found = (*TINY, *DEVICES, "pacing.kind=fedbuff", "pacing.buffer=2", *compressed)
+    run_federation(load_config([], found), InProcessGrid(), tmp_path / "run")
+    run_federation(load_config([], found), FlowerGrid(LocalNodes(app, 8)), tmp_path / "flower")
+    assert_same_run(tmp_path / "run", tmp_path / "flower")
+    assert clocked(tmp_path / "run") == clocked(tmp_path / "flower")
