@@ -234,8 +234,8 @@ class ExperimentConfig:
         if self.compression.error_feedback and (pacing.kind not in ("synchronous", "tiers") or self.devices.may_lose):
             raise ValueError(
                 "`compression.error_feedback` (=True) keeps what a reply left out, and a client cannot know whether "
-                f"its reply was used with `pacing.kind` (={pacing.kind}) and devices that may leave: take error_feedback="
-                "false, or pacing.kind=synchronous with devices.available=1 and without dropout."
+                f"its reply was used with `pacing.kind` (={pacing.kind}) and devices that may leave: take "
+                "error_feedback=false, or pacing.kind=synchronous with devices.available=1 and without dropout."
             )
         if pacing.is_asynchronous and self.strategy.normalize_steps:
             raise ValueError(

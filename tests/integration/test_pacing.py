@@ -177,7 +177,7 @@ def test_a_changed_trace_is_noticed_on_resume(tmp_path: Path) -> None:
 def test_error_feedback_needs_every_reply(more: tuple[str, ...]) -> None:
     feedback = ("compression.up=top_k", "compression.share=0.1", "compression.error_feedback=true")
     load_config([], [*DEVICES, *feedback])
-    with pytest.raises(ValueError, match=r"`compression\.error_feedback` \(=True\) keeps what a reply left out"):
+    with pytest.raises(ValueError, match=r"`compression\.error_feedback` \(=true\) keeps what a reply left out"):
         load_config([], [*DEVICES, *feedback, *more])
 
 
