@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -88,6 +89,16 @@ class Trainer:
     spans: Spans = field(default_factory=NoSpans)
     """Takes note of where the time goes."""
 
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of the student's parameters."""
+        return frozenset(name for name, _ in self.student.named_parameters())
+
+    @cached_property
+    def tags(self) -> Mapping[str, Tag]:
+        """Name -> tag of each metric that a client may send."""
+        return client_tags(self.metrics)
+
 
 class LocalRound(NamedTuple):
     """What a client's round starts from, besides the received weights."""
@@ -157,12 +168,11 @@ def train_clients(
         runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory, client.client))
     for phase in recipe.phases(round_number):
         run_phase(runs, phase)
-    parameters = frozenset(name for name, _ in trainer.student.named_parameters())
     with trainer.spans.part("reduce", "upload"):
-        return [_update(recipe, run, global_state, parameters) for run in runs]
+        return [_update(recipe, run, global_state) for run in runs]
 
 
-def _update(recipe: Recipe, run: _Run, global_state: StateDict, parameters: frozenset[str]) -> ClientUpdate:
+def _update(recipe: Recipe, run: _Run, global_state: StateDict) -> ClientUpdate:
     examples = sum(result.examples for result in run.results)
     weight = weight_in_mean(run.config, examples, int(run.drawn_from.sum()))
     rows, pseudo = run.meter.pseudo_labels()
@@ -173,7 +183,7 @@ def _update(recipe: Recipe, run: _Run, global_state: StateDict, parameters: froz
             "resumed: give `Memory` a function `like` that names it."
         )
     return ClientUpdate(
-        parts=recipe.upload.send(global_state, run.results, parameters, weight),
+        parts=recipe.upload.send(global_state, run.results, run.trainer.parameters, weight),
         sums=run.meter.sums(),
         statistics=recipe.shared.statistics(run.memory),
         kept=kept,
@@ -240,7 +250,7 @@ def run_phase(runs: Sequence[_Run], phase: Phase) -> None:
         with run.trainer.spans.part("plan", phase=phase.name, client=run.client):
             ready = run.prepare(phase)
         if ready is not None:
-            alike.setdefault(ready.shapes, []).append(ready)
+            alike.setdefault(ready.shapes if len(runs) > 1 else None, []).append(ready)
     for group in alike.values():
         clients = [ready.run.client for ready in group]
         with group[0].run.trainer.spans.part("steps", phase=phase.name, clients=clients, stack=len(group)):
@@ -277,7 +287,6 @@ def _take_steps(group: Sequence[_Ready], phase: Phase) -> None:
         if students is None:
             students, graph = _students(group, phase, batch)
         for each in (graph if graph is not None and clients == len(group) else students).take(batch):
-            run.meter.check(each.metrics)
             memory = each.memory if each.memory is not None else memory
             taken.append((place, each))
     assert students is not None, "a phase without steps is not run"
@@ -301,8 +310,12 @@ def _students(group: Sequence[_Ready], phase: Phase, batch: Batch) -> tuple[Stud
     teachers = {name: [ready.teachers[name] for ready in group] for name in group[0].teachers}
     weights = (run.states["global"], [ready.run.states[phase.start] for ready in group], teachers)
     graph = None
-    alike = len(group[0].steps) == 1 and run.config.optimizer == "sgd" and why_not(trainer.student) is None
-    if trainer.graphs is not None and alike:
+    if (
+        trainer.graphs is not None
+        and len(group[0].steps) == 1
+        and run.config.optimizer == "sgd"
+        and why_not(trainer.student) is None
+    ):
         common = tuple(all(state is each[0] for state in each) for each in teachers.values())
         key = (kind, run.config, tuple(teachers), common, tuple(len(each[0]) for each in teachers.values()))
         graph = trainer.graphs.find(
@@ -324,7 +337,7 @@ def _record(ready: _Ready, taken: Sequence[tuple[int, Taken]]) -> list[float]:
         meter.add_pseudo(each.pseudo, steps[place].pseudo, steps[place].guessed)
         meter.forward += each.forward
     meter.backward += int(sum(each.backward for _, each in taken))
-    return [float(sum(each.examples.double() for _, each in taken))]
+    return [float(sum(torch.stack([each.examples.double() for _, each in taken]).tolist()))]
 
 
 def _record_stack(group: Sequence[_Ready], taken: Sequence[tuple[int, Taken]]) -> list[float]:
@@ -382,7 +395,7 @@ class _Run:
     ) -> None:
         self.results: list[PhaseResult] = []
         self.memory = self.first_memory = memory
-        self.meter = Meter(client_tags(trainer.metrics))
+        self.meter = Meter(trainer.tags)
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         """Samples that a phase could draw."""
         self.trainer, self.config, self.states, self.seed = trainer, config, states, seed
