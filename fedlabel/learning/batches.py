@@ -115,21 +115,25 @@ class BatchMaker:
             if sum(sizes) >= AHEAD:
                 break
         where = to_device(torch.cat(rows), self._device)
-        candidates, noisy, annotations = self._candidates[where], self._noisy[where], self._annotations[where]
+
+        def take(values: Tensor) -> Tensor:
+            return values[where] if len(where) else values[:0]  # which takes less time
+
+        candidates, noisy, annotations = take(self._candidates), take(self._noisy), take(self._annotations)
         names = self._views[kind]
         if kind != "labeled" and names:  # a labelled sample drawn as an unlabelled one keeps its label to itself
             hidden = torch.ones_like(noisy) if self._by_supervision else candidates.sum(1) == 1
             candidates, noisy = candidates | hidden[:, None], noisy & ~hidden
             annotations = torch.where(hidden[:, None], -1, annotations)
         fixed = tuple(name for name in names if self._transform.fixed(self._images, name))
-        views = self._transform.views(self._images[where], fixed, Draws()) if fixed else {}
+        views = self._transform.views(take(self._images), fixed, Draws()) if fixed else {}
         return _Gathered(
             begin,
             where.split(sizes),
             candidates.split(sizes),
             noisy.split(sizes),
             annotations.split(sizes),
-            {name: values[where].split(sizes) for name, values in self._targets.items()},
+            {name: take(values).split(sizes) for name, values in self._targets.items()},
             {name: values.split(sizes) for name, values in views.items()},
         )
 

@@ -30,8 +30,8 @@ class ImageTransform:
 
         Rows of tables (float32) are not pixels of [0, 255]: of them only mean and std are taken.
         """
-        values = images if images.is_floating_point() else images.float() / 255
-        values = (values - self.mean) / self.std
+        values = images - self.mean if images.is_floating_point() else images.float().div_(255).sub_(self.mean)
+        values = values.div_(self.std)
         return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
 
     def fixed(self, images: Tensor, name: str) -> bool:
