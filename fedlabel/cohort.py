@@ -50,6 +50,8 @@ class ClientResult(NamedTuple):
     """See `Shared.statistics`."""
     kept: State
     """See `Memory.keep`: stays with the client."""
+    stacked: bool = False
+    """See `ClientUpdate.stacked`: known of simulated clients only."""
 
 
 def train_cohort(
@@ -140,7 +142,9 @@ def _result(experiment: Experiment, invitation: Invitation, client: int, update:
         counts["claimed_bytes"] = list(claimed_bytes(invitation.model, uploaded, received))
     with experiment.spans.part("audit", client=client):
         sums, audited = _audited(update, experiment, client, invitation.audit)
-    return ClientResult(client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept)
+    return ClientResult(
+        client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept, update.stacked
+    )
 
 
 def _audited(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:

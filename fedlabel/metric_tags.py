@@ -291,6 +291,7 @@ TAGS: tuple[Tag, ...] = (
     ),
     *_server(SYSTEM, "clients", LOWER, ("system/failed_clients", "failed clients")),
     *_server(SYSTEM, "replies", LOWER, ("system/refused_replies", "refused replies")),
+    *_server(SYSTEM, "clients", NEITHER, ("system/stacked_clients", "clients that trained in a stack of several")),
     *_server(SYSTEM, FIGURE, NEITHER, ("config", "configuration"), ("clients", "which clients are shown")),
     *_server(
         COMMUNICATION,

@@ -36,6 +36,8 @@ class RoundTally:
         self.sums: Counts = {}
         self.client_counts: dict[int, Counts] = {}
         """Of each client whose result is used."""
+        self.num_stacked = 0
+        """Clients whose result is used and who trained in a stack of several."""
         self.bytes_down = invitation_bytes(invitation, cohort)
         self.bytes_up = 0
         self._result_bytes = result_bytes
@@ -58,6 +60,7 @@ class RoundTally:
     def _add(self, result: ClientResult) -> None:
         self.bytes_up += self._result_bytes.of(result)
         self.client_counts[result.client] = result.counts
+        self.num_stacked += result.stacked
         self.sums = add_counts([self.sums, result.sums])
         for name, tensor in result.statistics.items():
             values = tensor.detach().cpu().double().numpy()

@@ -70,6 +70,8 @@ class ClientUpdate:
     """See `Prepared.pairs`."""
     votes: Votes | None
     """See `Prepared.votes`."""
+    stacked: bool = False
+    """Whether a phase or more ran in a stack of several clients."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +195,7 @@ def _update(recipe: Recipe, run: _Run, global_state: StateDict) -> ClientUpdate:
         backward=recipe.network.count * int(run.meter.backward),
         pairs=run.meter.pairs,
         votes=run.meter.votes,
+        stacked=run.stacked,
     )
 
 
@@ -259,6 +262,8 @@ def run_phase(runs: Sequence[_Run], phase: Phase) -> None:
                 with _seeded(derive_seed(ready.run.seed, phase.name, "model"), ready.samples.images.device):
                     _take_steps(group, phase)
             else:
+                for ready in group:
+                    ready.run.stacked = True
                 _take_steps(sorted(group, key=lambda ready: -len(ready.samples.plan.steps)), phase)
 
 
@@ -400,6 +405,7 @@ class _Run:
         """Samples that a phase could draw."""
         self.trainer, self.config, self.states, self.seed = trainer, config, states, seed
         self._data, self.client = data, client
+        self.stacked = False
 
     def prepare(self, phase: Phase) -> _Ready | None:
         """Runs the E step of a phase and draws its steps; returns None if it has none."""
