@@ -315,7 +315,6 @@ def test_workers_that_never_start_end_the_run_in_one_sentence(
     monkeypatch.setattr(server.grids.ray, "STARTS", 2)
     train = fragile(tmp_path, beginning)
     with RayGrid(1, use_gpu=False, train=train) as grid:
-        grid.connect(experiment)
         with pytest.raises(RunError, match=message) as caught:
-            ask(grid, each(0))
+            grid.connect(experiment)
     assert "\n" not in str(caught.value)
