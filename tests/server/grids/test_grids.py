@@ -314,7 +314,6 @@ def test_workers_that_never_start_end_the_run_in_one_sentence(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(server.grids.ray, "STARTS", 2)
     train = fragile(tmp_path, beginning)
-    with RayGrid(1, use_gpu=False, train=train) as grid:
-        with pytest.raises(RunError, match=message) as caught:
-            grid.connect(experiment)
+    with RayGrid(1, use_gpu=False, train=train) as grid, pytest.raises(RunError, match=message) as caught:
+        grid.connect(experiment)
     assert "\n" not in str(caught.value)
