@@ -64,6 +64,8 @@ class ClientResult(NamedTuple):
     """See `Memory.keep`, and the residuals of error feedback: stays with the client."""
     encoded: Mapping[str, StateDict] = MappingProxyType({})
     """Part -> the arrays that travel, if updates are compressed: the models in `parts` are the decoded ones."""
+    stacked: bool = False
+    """See `ClientUpdate.stacked`: known of simulated clients only."""
 
 
 def compressed(invitation: Invitation, codec: Codec, seed: int) -> Invitation:
@@ -216,7 +218,9 @@ def _result(experiment: Experiment, invitation: Invitation, client: int, update:
         counts["claimed_bytes"] = list(claimed_bytes(invitation.model, uploaded, received))
     with experiment.spans.part("audit", client=client):
         sums, audited = _audited(update, experiment, client, invitation.audit)
-    return ClientResult(client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept)
+    return ClientResult(
+        client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept, stacked=update.stacked
+    )
 
 
 def _audited(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:

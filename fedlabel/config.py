@@ -83,7 +83,7 @@ class GridConfig:
     profile: bool = no_effect(False)
     """Whether to measure where a round's time goes: `system/seconds_*` in the metrics, and trace.json, for Perfetto. On
     a GPU it waits for the device after each part of a step, which makes rounds slower. Of real nodes only the server is
-    measured."""
+    measured. Not kept in a run's config.yaml: a run is profiled, or resumed, with it or without."""
     connect_timeout: float = no_effect(120.0)
     """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
 

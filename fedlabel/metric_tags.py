@@ -309,6 +309,7 @@ TAGS: tuple[Tag, ...] = (
         ("system/slow_half_share", "share of the replies that the slower half of the clients gave"),
     ),
     *_server(SYSTEM, "replies", LOWER, ("system/refused_replies", "refused replies")),
+    *_server(SYSTEM, "clients", NEITHER, ("system/stacked_clients", "clients that trained in a stack of several")),
     *_server(SYSTEM, FIGURE, NEITHER, ("config", "configuration"), ("clients", "which clients are shown")),
     *_server(
         COMMUNICATION,

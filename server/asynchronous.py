@@ -269,7 +269,8 @@ class Asynchronous(Pacing):
             for name, part in found["parts"].items()
         }
         statistics = {name: value.to(device) for name, value in found["statistics"].items()}
-        result = ClientResult(saved["client"], parts, found["sums"], found["counts"], statistics, {})
+        sums, counts = found["sums"], found["counts"]
+        result = ClientResult(saved["client"], parts, sums, counts, statistics, {}, stacked=found["stacked"])
         return Flight(**{**saved, "result": result})
 
 
@@ -283,7 +284,7 @@ def _plain(flight: Flight) -> dict[str, Any]:
         for name, part in result.parts.items()
     }
     statistics = {name: value.cpu() for name, value in result.statistics.items()}
-    plain = {"parts": parts, "statistics": statistics}
+    plain = {"parts": parts, "statistics": statistics, "stacked": result.stacked}
     for field in ("sums", "counts"):
         plain[field] = {name: [float(each) for each in values] for name, values in getattr(result, field).items()}
     return {**flight._asdict(), "result": plain}

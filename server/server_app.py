@@ -140,7 +140,7 @@ def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[st
         return None
     try:
         saved, rows = read_summary(path), read_metrics(path)
-        same_keys = (path / CONFIG_YAML).read_text() == to_yaml(experiment.config)
+        same_keys = (path / CONFIG_YAML).read_text() == _saved_text(experiment.config)
     except (OSError, ValueError, RecursionError):
         return None
     made = as_json(summary(rows, experiment, ""))
@@ -152,7 +152,7 @@ def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[st
 
 def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFolder:
     """Creates the folder of a new run, or opens that of a resumed one after its completed rounds; None: a new one."""
-    text = to_yaml(experiment.config)
+    text = _saved_text(experiment.config)
     if done is not None:
         if done > 0:
             _check_same_data(path / PARTITION_JSON, experiment)
@@ -167,6 +167,13 @@ def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFold
         if not done:
             _describe(experiment, folder)
     return folder
+
+
+def _saved_text(config: ExperimentConfig) -> str:
+    """Returns the text of config.yaml, without `grid.profile`: whether somebody looked at the clock is no part of an
+    experiment, and who resumes the run would not expect to.
+    """
+    return to_yaml(replace(config, grid=replace(config.grid, profile=False)))
 
 
 def _describe(experiment: Experiment, folder: RunFolder) -> None:
