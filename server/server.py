@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from fedlabel.cohort import Invitation
 from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Start
+from fedlabel.privacy import private_mean
 from fedlabel.record.results import is_evaluated
 from fedlabel.record.run_folder import RunFolder
+from fedlabel.seeding import numpy_generator
 from server.asynchronous import Asynchronous
 from server.blocks import BlockResult, cut_into_blocks, cut_into_tasks
 from server.checkpoint import save_checkpoint
@@ -128,7 +132,7 @@ class Server:
         unfit, model = "", None
         try:
             with self._spans.part("reduce", "cohort"):
-                model = combine(self._strategy, number, blocks, self._experiment.initial_state, self.config.seed)
+                model = combine(self._strategy, number, blocks, self._experiment.initial_state)
         except CannotCombine as error:
             unfit = f"Strategy {error}"
         for failure in tally.failures:
@@ -136,10 +140,20 @@ class Server:
         if unfit or tally.num_usable + tally.num_excused < self.config.strategy.min_replies:
             raise RunError(self._too_few(tally, unfit))
         if model is not None:
+            if self.config.privacy.kind == "server":
+                model = self._private(invitation, model, tally)
             model = self._pacing.moved(invitation.model, model)
             variances = self._experiment.running.variances
             check_model(model, variances, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
         return tally, model
+
+    def _private(self, invitation: Invitation, mean: StateDict, tally: RoundTally) -> StateDict:
+        """Returns the mean of clipped models with noise, see `private_mean`."""
+        # Real clients know the seed, and could take noise off again that is drawn from it.
+        seeded = numpy_generator(self.config.seed, "privacy", invitation.round_number)
+        rng = seeded if self._grid.simulated else np.random.default_rng()
+        names, privacy = self._experiment.parameters, self.config.privacy
+        return private_mean(invitation.model, mean, names, tally.num_usable, len(tally.cohort), privacy, rng)
 
     def _too_few(self, tally: RoundTally, unfit: str) -> str:
         """Returns the message that too few replies end the run."""

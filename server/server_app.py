@@ -100,6 +100,11 @@ def run_federation(
             f"`devices.kind` (={config.devices.kind}) simulates devices, and these clients are real: set "
             "devices.kind=none."
         )
+    if config.attack.kind != "none" and not grid.simulated:
+        raise ConfigError(
+            f"`attack.kind` (={config.attack.kind}) makes simulated clients attack, and these are real: set "
+            "attack.kind=none and attack.share=0."
+        )
     experiment = open_experiment(to_yaml(config))
     torch.set_num_threads(config.grid.threads_per_worker)
     federation = experiment.federation

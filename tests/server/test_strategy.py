@@ -131,18 +131,8 @@ def test_flower_strategies_by_name(name: str, args: dict[str, float], expected: 
 
 
 def test_every_listed_strategy_aggregates_finite_weights() -> None:
-    args = {
-        "QFedAvg": {"client_learning_rate": 0.1},
-        "DifferentialPrivacyServerSideFixedClipping": {
-            "noise_multiplier": 0.0,
-            "clipping_norm": 10.0,
-            "num_sampled_clients": 5,
-        },
-        "DifferentialPrivacyServerSideAdaptiveClipping": {"noise_multiplier": 0.0, "num_sampled_clients": 5},
-    }
+    args = {"QFedAvg": {"client_learning_rate": 0.1}}
     for name in strategy_names():
-        if name == "DifferentialPrivacyServerSideAdaptiveClipping":
-            continue
         strategy = build_strategy(StrategyConfig(name, args.get(name, {})))
         begin_round(strategy, 1, model(w=0.5), range(5))
         found = combined(strategy, FIVE)
@@ -195,6 +185,8 @@ def test_strategy_errors_name_key_and_choices() -> None:
         build_strategy(StrategyConfig("FedAdams"))
     with pytest.raises(ConfigError, match="FedProx is a term of the local loss: set training.prox_mu"):
         build_strategy(StrategyConfig("FedProx"))
+    with pytest.raises(ConfigError, match="Differential privacy is not a strategy here: set privacy.kind=server"):
+        build_strategy(StrategyConfig("DifferentialPrivacyServerSideFixedClipping"))
     with pytest.raises(ConfigError, match="has weighted_by_key, which FedAdam does not take"):
         build_strategy(StrategyConfig("FedAdam", {"weighted_by_key": "x"}))
     with pytest.raises(ConfigError, match="has etaa, which FedAdam does not take; allowed: .*eta"):
