@@ -151,8 +151,8 @@ def _result(experiment: Experiment, invitation: Invitation, client: int, update:
 
 
 def _private(experiment: Experiment, invitation: Invitation, result: ClientResult) -> ClientResult:
-    """Returns what leaves a client under differential privacy: its clipped model. Metrics and counts stay behind, except
-    those for the evaluator of a simulation.
+    """Returns what leaves a client under differential privacy: its clipped model. Metrics and counts stay behind,
+    except those for the evaluator of a simulation.
     """
     # Everybody knows the seed: noise that is drawn from it could be taken off again. It serves simulations alone.
     seeded = numpy_generator(experiment.client_seed(result.client, invitation.round_number), "privacy")

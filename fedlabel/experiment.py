@@ -66,7 +66,10 @@ class Experiment:
         self.federation: Federation = self._federation(config.evaluation.split)
         dataset, skew = self.federation.dataset, config.skew
         noisy = any(part.count_epsilon is not None for part in config.supervision.parts)
-        self.labels = card = label_card(self.federation.record)._replace(noisy_counts=noisy)
+        responses = {part.label_epsilon for part in config.supervision.parts if part.has_noisy_labels}
+        epsilon = next(iter(responses)) if len(responses) == 1 else None
+        card = label_card(self.federation.record)._replace(noisy_counts=noisy, label_epsilon=epsilon)
+        self.labels = card
         self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
         check_recipe(config.method.name, self.recipe)
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
