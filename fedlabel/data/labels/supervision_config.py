@@ -60,8 +60,8 @@ class LabelKind:
     partial: the probability that a class outside the set replaces the true class in it."""
     label_epsilon: float | None = None
     """noise=randomized_response: each label is epsilon-differentially private by itself (Warner, 1965; Kairouz et al.,
-    "Extremal Mechanisms for Local Differential Privacy", NeurIPS 2014): of C classes it is the true one with probability
-    e^epsilon / (e^epsilon + C - 1), else one of the others. A simulation: the noise comes from `seed`."""
+    "Extremal Mechanisms for Local Differential Privacy", NeurIPS 2014): of C classes it is the true one with
+    probability e^epsilon / (e^epsilon + C - 1), else one of the others. A simulation: the noise comes from `seed`."""
     labels_file: str | None = None
     """noise=file: a .npz, .npy, CSV or Parquet file below `data.root` (data.name=npz or table: beside it), with labels
     in the order of the data set's training samples; of a table whose test set is split off: of all rows of its file, of
