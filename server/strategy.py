@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AppExitException
-from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedTrimmedAvg, MultiKrum, Strategy
 from torch import Tensor
 
 from fedlabel.cohort import ClientResult
@@ -118,6 +118,29 @@ def build_strategy(config: StrategyConfig) -> Strategy:
     return strategy_class(**sampling, **arguments)
 
 
+def check_cohort(config: StrategyConfig, cohort_size: int) -> None:
+    """Checks that a cohort is large enough for what a robust strategy promises; Flower's go on without a word, or make
+    no model.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    strategy = build_strategy(config)
+    if isinstance(strategy, FedTrimmedAvg) and 0 < strategy.beta * cohort_size < 1:
+        raise ConfigError(
+            f"`strategy.args.beta` (={strategy.beta:g}) of a cohort of {cohort_size} clients is less than one, so "
+            f"FedTrimmedAvg would trim nobody: take at least {1 / cohort_size:.3g}, or a larger fraction_train."
+        )
+    if isinstance(strategy, (Bulyan, MultiKrum)):
+        most = strategy.num_malicious_nodes
+        least = (4 if isinstance(strategy, Bulyan) else 2) * most + 3
+        if most > 0 and cohort_size < least:
+            raise ConfigError(
+                f"`strategy.args.num_malicious_nodes` (={most}) needs cohorts of at least {least} clients with "
+                f"{config.name}, and `fraction_train` gives {cohort_size}: take fewer, or a larger fraction_train."
+            )
+
+
 def _argument(name: str, value: object) -> int | float:
     """Returns an argument of a strategy, checked at once, as Flower would check it in a round, or never."""
     kind, allowed, words = _ARGUMENTS[name]
@@ -206,7 +229,10 @@ def combine(strategy: Strategy, round_number: int, blocks: Iterable[BlockResult]
             total.merge(WeightedSum.of(block.results) if block.total is None else block.total)
         return total.mean(like)
     results = [result for block in blocks for result in block.results]
-    weighted = [as_reply(result) for result in results if next(iter(result.parts.values())).weight > 0]
+    # These compute |x - y|^2 as |x|^2 + |y|^2 - 2 x y: in single precision that is noise where weights are far larger
+    # than updates.
+    double = isinstance(strategy, (Bulyan, MultiKrum))
+    weighted = [as_reply(result, double) for result in results if next(iter(result.parts.values())).weight > 0]
     if not weighted:
         return None
     try:

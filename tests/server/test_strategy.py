@@ -24,6 +24,7 @@ from server.strategy import (
     WeightedMean,
     begin_round,
     build_strategy,
+    check_cohort,
     combine,
     reply_bounds,
     restore_strategy,
@@ -128,6 +129,35 @@ def test_flower_strategies_by_name(name: str, args: dict[str, float], expected: 
     found = combined(build_strategy(StrategyConfig(name, args)), FIVE)
     assert found is not None
     assert float(found["w"]) == pytest.approx(expected)
+
+
+def test_krum_sees_small_updates_of_large_weights() -> None:
+    """Weights of 100, updates of .01: |x|^2 is 1e8 times |x - y|^2, which is lost in single precision. The fourth of
+    five clients is in the middle of the four honest ones."""
+    places = [(0.01, 0.0), (-0.01, 0.0), (0.0, 0.01), (0.0, 0.001), (0.5, 0.5)]
+    results = [result(1.0, model(w=np.concatenate([np.full(5000, 100.0), np.add(100.0, place)]))) for place in places]
+    found = combined(build_strategy(StrategyConfig("Krum", {"num_malicious_nodes": 1})), results)
+    assert found is not None
+    assert found["w"].dtype == torch.float32
+    assert torch.equal(found["w"], results[3].parts["model"].state["w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "cohort", "reason"),
+    [
+        ("FedTrimmedAvg", {"beta": 0.2}, 4, "of a cohort of 4 clients is less than one, .* take at least 0.25"),
+        ("Krum", {"num_malicious_nodes": 2}, 6, r"`strategy.args.num_malicious_nodes` \(=2\) needs .* at least 7"),
+        ("MultiKrum", {"num_malicious_nodes": 2}, 6, "cohorts of at least 7 clients with MultiKrum"),
+        ("Bulyan", {"num_malicious_nodes": 2}, 10, "cohorts of at least 11 clients with Bulyan"),
+    ],
+)
+def test_cohorts_too_small_for_a_robust_strategy_are_refused(
+    name: str, args: dict[str, float], cohort: int, reason: str
+) -> None:
+    config = StrategyConfig(name, args)
+    check_cohort(config, cohort + 1)
+    with pytest.raises(ConfigError, match=reason):
+        check_cohort(config, cohort)
 
 
 def test_every_listed_strategy_aggregates_finite_weights() -> None:
