@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fedlabel.experiment
-from clients.client_app import _reply
+from clients.client_app import _reply, app
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
@@ -30,8 +30,11 @@ from fedlabel.privacy import (
     private_upload,
 )
 from fedlabel.seeding import numpy_generator
+from server.grids.flower import FlowerGrid
 from server.sampling import History, Pool, uniform
 from server.schema import Refused, ResultSchema
+from server.server_app import run_federation
+from tests.integration.local_nodes import LocalNodes
 from tests.integration.tiny import assert_same_run, final_weights, run_tiny
 
 pytest.importorskip("dp_accounting", reason="an optional dependency")
@@ -226,6 +229,14 @@ def test_nothing_leaves_a_client_unclipped(method: str) -> None:
         assert all(result.sums and result.counts for result in plain)
 
 
+def test_statistics_stay_even_if_a_method_with_some_were_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Experiment, "_check_privacy", lambda self: None)
+    ill = ("method.name=ill", *RESPONSES, *NOISE)
+    for audit in (True, False):
+        _, _, found = results_of(*ill, "privacy.kind=server", audit=audit)
+        assert not any(result.statistics for result in found)
+
+
 def test_noise_of_real_clients_is_not_drawn_from_the_seed() -> None:
     """Everybody knows the seed. A simulation is repeatable, though."""
 
@@ -309,6 +320,21 @@ def test_noise_moves_the_model(tmp_path: Path) -> None:
     found, start = final_weights(result.path), experiment.initial_state
     numbers = sum(value.numel() for value in start.values())
     assert distance(found, start, start.keys()) == pytest.approx(math.sqrt(numbers) * 0.02 / 5, rel=0.1)
+
+
+def test_real_nodes_send_models_alone(tmp_path: Path) -> None:
+    """Over Flower's messages: no metric of a client is there, and who is drawn is known to all."""
+    keys = ("num_clients=4", "fraction_train=0.5", "num_rounds=2", "evaluation.panel_samples=0", "privacy.kind=server")
+    config = load_config([], [*TINY, "method.name=supervised", "supervision.label_rate=0.5", *NOISE, *keys])
+    grid = FlowerGrid(LocalNodes(app, 4))
+    grid.simulated = False
+    run_federation(config, grid, tmp_path / "x")
+    rows = rows_of(tmp_path / "x")
+    assert [row["privacy/epsilon"] for row in rows] == [epsilon(config.privacy, number) for number in (1, 2)]
+    for row in rows:
+        assert row["system/failed_clients"] == 0
+        assert row.keys() >= {"eval/accuracy", "comm/bytes_up"}
+        assert not [name for name in row if name.startswith(("train/", "pseudo/"))]
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
