@@ -31,7 +31,7 @@ class PrivacyObserver(Observer):
 
     def load(self, remembered: Mapping[int, int]) -> None:
         """Restores the result of `dump`."""
-        pass
+        self._uploads = dict(remembered)
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""
