@@ -63,8 +63,8 @@ OTHER_FORMS = {
 
 @pytest.mark.parametrize("name", [*METHODS, *OTHER_FORMS])
 def test_honest_clients_are_not_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And every metric that a run writes is declared, those as a client's that clients send and no others. No client can
-    make any of its statistics a million times as large: each shared state bounds them by what the client holds."""
+    """And every metric that a run writes is declared, those as a client's that clients send and no others. No client
+    can make any of its statistics a million times as large: each shared state bounds them by what the client holds."""
     check, sent = RoundSchema.check, set()
 
     def watching(self: RoundSchema, result: ClientResult) -> ClientResult:
