@@ -10,10 +10,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
+from fedlabel.compression import RESIDUAL, without_residuals
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
 from fedlabel.learning.metrics import means
-from fedlabel.methods.batch import StateDict
+from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
 
 app = ClientApp()
@@ -43,11 +44,14 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(experiment.config.grid.threads_per_worker)
     client = _client(context)
     round_number = int(record["server-round"])  # type: ignore[arg-type]
-    received = {name: _to_state(arrays, experiment) for name, arrays in message.content.array_records.items()}
+    encoded = {name: _to_state(arrays, experiment) for name, arrays in message.content.array_records.items()}
+    received = {name: experiment.downlink.decode(*each) for name, each in encoded.items()}
     state = received.pop("arrays")
     shared = cast(dict[str, list[float]], dict(message.content.config_records.get("shared", {})))
-    kept = context.state.array_records.get("memory", ArrayRecord({}))
-    memory = {name: torch.from_numpy(array.numpy().copy()).to(experiment.device) for name, array in kept.items()}
+    memory = _kept(context, "memory", experiment)
+    used, last = record.get("used-round"), context.state.config_records.get("last", ConfigRecord()).get("round")
+    if used is not None and last is not None and used != last:  # the server did not use the last reply
+        memory = {**without_residuals(memory), **_kept(context, "before", experiment)}
     invitation = Invitation(
         round_number,
         state,
@@ -64,18 +68,30 @@ def train(message: Message, context: Context) -> Message:
             raise RuntimeError("the client's round failed; its own log says why (privacy.kind)")
         raise result
     if result.kept:
-        context.state["memory"] = ArrayRecord({name: Array(t.cpu().numpy()) for name, t in result.kept.items()})
+        context.state["memory"] = _record(result.kept)
+    if experiment.config.compression.error_feedback:
+        context.state["before"] = _record({name: value for name, value in memory.items() if name.startswith(RESIDUAL)})
+        context.state["last"] = ConfigRecord({"round": round_number})
     return Message(_reply(result), reply_to=message)
 
 
-def _to_state(arrays: ArrayRecord, experiment: Experiment) -> StateDict:
-    """Returns received weights on the device, in the model's own types (integers come back as floats)."""
+def _kept(context: Context, name: str, experiment: Experiment) -> State:
+    """Returns tensors that the client has kept, on the device."""
+    found = context.state.array_records.get(name, ArrayRecord({}))
+    return {key: torch.from_numpy(array.numpy().copy()).to(experiment.device) for key, array in found.items()}
+
+
+def _record(state: State) -> ArrayRecord:
+    return ArrayRecord({name: Array(value.cpu().numpy()) for name, value in state.items()})
+
+
+def _to_state(arrays: ArrayRecord, experiment: Experiment) -> tuple[StateDict, StateDict]:
+    """Returns received arrays on the device, in the types in which they were sent, and an example of their model."""
     values = arrays.to_torch_state_dict()
-    return {
-        name: values[name].to(experiment.device, like.dtype)
-        for name, like in experiment.initial_state.items()  # in the model's order, whatever happened on the way
-        if name in values
-    }
+    # In the model's order, whatever happened on the way; a helper is a part of a model.
+    like = {name: value for name, value in experiment.initial_state.items() if name in values}
+    form = experiment.downlink.form(like)
+    return {name: values[name].to(experiment.device, sent.dtype) for name, sent in form.items()}, like
 
 
 def _reply(result: ClientResult) -> RecordDict:
@@ -86,7 +102,7 @@ def _reply(result: ClientResult) -> RecordDict:
     arrays = {
         name if single else f"{part}/{name}": value
         for part, model in result.parts.items()
-        for name, value in model.state.items()
+        for name, value in result.encoded.get(part, model.state).items()
     }
     # Flower's strategies average by num-examples; several parts have a weight each (see server/strategy.py).
     weights = {f"weight/{part}": float(model.weight) for part, model in result.parts.items()} if not single else {}

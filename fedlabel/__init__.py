@@ -33,6 +33,7 @@ def run(
     name: str | None = None,
     out: str | Path = "runs",
     resume: bool = False,
+    profile: bool = False,
 ) -> RunResult:
     """Runs an experiment on this machine; the same as `fedlabel run`, without its progress bar.
 
@@ -42,6 +43,7 @@ def run(
         name: the run's folder in `out`; default: method, data set, seed and time.
         out: where run folders are kept.
         resume: go on from the newest checkpoint of run `name`.
+        profile: measure where a round's time goes, as `fedlabel run --profile` does (grid.profile=true).
 
     Returns:
         `RunResult(path, summary, metrics)`: the folder, what is in `summary.json`, and one dictionary a round.
@@ -55,4 +57,5 @@ def run(
     claim_packages()
     from server.simulation import simulate
 
+    overrides = [*overrides, *["grid.profile=true"] * profile]
     return simulate(config, overrides, name=name, out=out, resume=resume)

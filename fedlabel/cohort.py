@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedlabel.attacks import attacked
+from fedlabel.compression import RESIDUAL, Codec, residuals, send_update, without_residuals
 from fedlabel.experiment import Experiment
 from fedlabel.learning.audit import against_truth, votes_against_truth
 from fedlabel.learning.client import ClientUpdate, LocalRound, train_clients
@@ -18,7 +19,7 @@ from fedlabel.learning.metrics import Counts
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.uploads import ModelPart
 from fedlabel.privacy import private_upload
-from fedlabel.seeding import numpy_generator
+from fedlabel.seeding import numpy_generator, torch_generator
 
 logger = logging.getLogger("fedlabel")
 
@@ -41,6 +42,13 @@ class Invitation(NamedTuple):
     all are missing."""
     audit: bool = True
     """Whether the clients are simulated, so that their hidden labels may be compared with their pseudo-labels."""
+    encoded: Invitation | None = None
+    """The same with models as the arrays that travel, if they are compressed; the models here are the decoded ones."""
+
+    @property
+    def on_the_way(self) -> Invitation:
+        """The invitation with its models as they travel."""
+        return self if self.encoded is None else self.encoded
 
 
 class ClientResult(NamedTuple):
@@ -56,7 +64,47 @@ class ClientResult(NamedTuple):
     statistics: State
     """See `Shared.statistics`."""
     kept: State
-    """See `Memory.keep`: stays with the client."""
+    """See `Memory.keep`, and the residuals of error feedback: stays with the client."""
+    encoded: Mapping[str, StateDict] = MappingProxyType({})
+    """Part -> the arrays that travel, if updates are compressed: the models in `parts` are the decoded ones."""
+    stacked: bool = False
+    """See `ClientUpdate.stacked`: known of simulated clients only."""
+
+
+def compressed(invitation: Invitation, codec: Codec, seed: int) -> Invitation:
+    """Returns an invitation as clients receive it.
+
+    Args:
+        invitation: with the server's own models.
+        codec: of models.
+        seed: of the run.
+    """
+    if codec.kind == "none":
+        return invitation
+    done: dict[int, tuple[StateDict, StateDict]] = {}
+
+    def both(model: StateDict, *scope: str | int) -> tuple[StateDict, StateDict]:
+        if id(model) not in done:  # several clients get one helper
+            arrays = codec.encode(model, torch_generator(seed, "compression", *scope))
+            done[id(model)] = arrays, codec.decode(arrays, model)
+        return done[id(model)]
+
+    number = invitation.round_number
+    models = [both(invitation.model, "model", number)]
+    models.append(both(invitation.previous, "previous"))  # in each round the same
+    helpers = {
+        client: {name: both(model, "helper", number, client, name) for name, model in own.items()}
+        for client, own in invitation.helpers.items()
+    }
+    encoded, decoded = (
+        invitation._replace(
+            model=models[0][side],
+            previous=models[1][side],
+            helpers={client: {name: pair[side] for name, pair in own.items()} for client, own in helpers.items()},
+        )
+        for side in range(2)
+    )
+    return decoded._replace(encoded=encoded)
 
 
 def train_cohort(
@@ -123,11 +171,34 @@ def _together(
     rounds = [_round(experiment, invitation, *each) for each in zip(clients, memories, strict=True)]
     updates = train_clients(experiment.recipe, experiment.trainer, invitation.model, rounds, invitation.round_number)
     with_updates = zip(clients, updates, strict=True)
-    return [_result(experiment, invitation, client, update) for client, update in with_updates]
+    results = [_result(experiment, invitation, client, update) for client, update in with_updates]
+    return [_sent(experiment, invitation, *each) for each in zip(results, memories, strict=True)]
+
+
+def _sent(experiment: Experiment, invitation: Invitation, result: ClientResult, memory: State) -> ClientResult:
+    """Returns a result with its models as the server will see them."""
+    if experiment.uplink.kind == "none":
+        return result
+    seed, kept = experiment.client_seed(result.client, invitation.round_number), residuals(memory)
+    parts, encoded = {}, {}
+    for part, (model, weight) in result.parts.items():
+        residual = None
+        # What has no weight in the mean is lost, so nothing that is kept is sent with it.
+        if experiment.config.compression.error_feedback and weight > 0:
+            residual = kept.get(part, torch.zeros(experiment.uplink.numbers(invitation.model)))
+        generator = torch_generator(seed, "compression", part)
+        with experiment.spans.part("transfer", "compress", client=result.client):
+            sent = send_update(experiment.uplink, model, invitation.model, generator, residual)
+        parts[part], encoded[part] = ModelPart(sent.model, weight), sent.arrays
+        if sent.residual is not None:
+            kept[part] = sent.residual
+    return result._replace(
+        parts=parts, encoded=encoded, kept={**result.kept, **{RESIDUAL + part: value for part, value in kept.items()}}
+    )
 
 
 def _round(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> LocalRound:
-    kept = {name: value.to(experiment.device) for name, value in memory.items()}
+    kept = {name: value.to(experiment.device) for name, value in without_residuals(memory).items()}
     further = {"previous": invitation.previous} if invitation.previous else {}
     return LocalRound(
         experiment.client_data(client),
@@ -159,7 +230,8 @@ def _private(experiment: Experiment, invitation: Invitation, result: ClientResul
     rng = seeded if invitation.audit else np.random.default_rng()
     parts = private_upload(result.parts, invitation.model, experiment.parameters, experiment.config.privacy, rng)
     evaluated = (result.sums, result.counts) if invitation.audit else ({}, {})
-    return ClientResult(result.client, parts, *evaluated, statistics={}, kept=result.kept)
+    stacked = invitation.audit and result.stacked
+    return ClientResult(result.client, parts, *evaluated, statistics={}, kept=result.kept, stacked=stacked)
 
 
 def _honest_result(experiment: Experiment, invitation: Invitation, client: int, update: ClientUpdate) -> ClientResult:
@@ -173,7 +245,9 @@ def _honest_result(experiment: Experiment, invitation: Invitation, client: int, 
         counts["claimed_bytes"] = list(claimed_bytes(invitation.model, uploaded, received))
     with experiment.spans.part("audit", client=client):
         sums, audited = _audited(update, experiment, client, invitation.audit)
-    return ClientResult(client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept)
+    return ClientResult(
+        client, update.parts, sums, {**audited, **counts}, update.statistics, update.kept, stacked=update.stacked
+    )
 
 
 def _audited(update: ClientUpdate, experiment: Experiment, client: int, audit: bool) -> tuple[Counts, Counts]:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedlabel.attacks import AttackConfig
 from fedlabel.checks import at_least, no_effect, one_of, within
+from fedlabel.compression import CompressionConfig
 from fedlabel.config_names import unknown_key
 from fedlabel.config_schema import HOLDS, Unknown, build, hints, parts, settled
 from fedlabel.config_text import (
@@ -84,7 +85,7 @@ class GridConfig:
     profile: bool = no_effect(False)
     """Whether to measure where a round's time goes: `system/seconds_*` in the metrics, and trace.json, for Perfetto. On
     a GPU it waits for the device after each part of a step, which makes rounds slower. Of real nodes only the server is
-    measured."""
+    measured. Not kept in a run's config.yaml: a run is profiled, or resumed, with it or without."""
     connect_timeout: float = no_effect(120.0)
     """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
 
@@ -153,7 +154,7 @@ class ExperimentConfig:
     seed: int = 0
     """Root of all random numbers: partition, labels, initial weights, cohorts, batches, augmentation."""
     device: str = "auto"
-    """auto | cpu | cuda | cuda:N."""
+    """auto | cpu | cuda | cuda:N: where this machine computes. The clients' simulated devices are in `devices`."""
     num_clients: int = 20
     """Clients in the federation."""
     num_rounds: int = 40
@@ -178,6 +179,7 @@ class ExperimentConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     devices: DevicesConfig = field(default_factory=DevicesConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -234,6 +236,12 @@ class ExperimentConfig:
                 f"`strategy.name` (={self.strategy.name}) combines several models, and pacing.kind=fedasync takes one "
                 "after the other: take strategy.name=weighted_mean, or pacing.kind=fedbuff."
             )
+        if self.compression.error_feedback and (pacing.kind not in ("synchronous", "tiers") or self.devices.may_lose):
+            raise ValueError(
+                "`compression.error_feedback` (=True) keeps what a reply left out, and a client cannot know whether "
+                f"its reply was used with `pacing.kind` (={pacing.kind}) and devices that may leave: take "
+                "error_feedback=false, or pacing.kind=synchronous with devices.available=1 and without dropout."
+            )
         if pacing.is_asynchronous and self.strategy.normalize_steps:
             raise ValueError(
                 "`strategy.normalize_steps` (=True) is for rounds in which all start from one model: not with "
@@ -260,6 +268,7 @@ class ExperimentConfig:
             ("sampling.kind", self.sampling.kind, "uniform", "epsilon is that of cohorts drawn uniformly"),
             ("pacing.kind", self.pacing.kind, "synchronous", "who is in time depends on how much data it has"),
             ("devices.kind", self.devices.kind, "none", "simulated time depends on how much data clients have"),
+            ("compression.up", self.compression.up, "none", "it would lengthen clipped updates"),
             ("strategy.normalize_steps", strategy.normalize_steps, False, "the number of steps depends on the data"),
             ("strategy.max_update_norm", strategy.max_update_norm, None, "privacy.clipping_norm bounds updates"),
             ("strategy.clip_update_norm", strategy.clip_update_norm, None, "privacy.clipping_norm bounds updates"),
@@ -436,6 +445,12 @@ def _resolved(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
     for key in user:
         if key not in kinds:
             raise ConfigError(unknown(ExperimentConfig, "", key))
+    if isinstance(user.get("device"), dict):
+        first = next(iter(user["device"]), "kind")
+        raise ConfigError(
+            f"`device` (={as_yaml(user['device'])}) is where this machine computes, e.g. cuda; the clients' simulated "
+            f"devices are in `devices`: write devices.{first}."
+        )
     # Giving one of two ways to say the same replaces the default of the other.
     training, supervision = user.get("training"), user.get("supervision")
     if isinstance(training, dict) and training.get("local_epochs") is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedlabel.attacks import attackers, flipped
+from fedlabel.compression import Codec
 from fedlabel.config import SELECT, ExperimentConfig, parse_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.bags import Bags
@@ -105,6 +106,12 @@ class Experiment:
         self.parameters = frozenset(name for name, _ in student.named_parameters())
         """Names in a state that are trained; the others are buffers."""
         self._check_upload(self.parameters)
+        weights = frozenset(name for name, _ in student.named_parameters(remove_duplicate=False))
+        compression = config.compression
+        self.uplink = Codec(compression.up, weights, 1.0 if compression.share is None else compression.share)
+        """How clients' updates travel."""
+        self.downlink = Codec(compression.down, weights)
+        """How the server's models travel."""
         if config.privacy.is_on:
             self._check_privacy()
 

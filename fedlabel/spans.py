@@ -76,7 +76,7 @@ class Spans(ABC):
 
         Args:
             part: one of `PARTS`.
-            name: of its event; None: the part's title.
+            name: what of it, for its event: "transfer: put"; None: no more than the part.
             args: see `Event.args`.
         """
 
@@ -168,7 +168,7 @@ class Recorder(Spans):
         """Ends a span."""
         _, now = self.switch(span.outer)
         if now - span.begin >= self._shortest:
-            name = PARTS[span.part] if span.name is None else span.name
+            name = span.part if span.name is None else f"{span.part}: {span.name}"
             self._keep(Event(name, span.begin + self._epoch, now + self._epoch, span.args))
 
     def _keep(self, event: Event) -> None:

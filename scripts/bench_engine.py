@@ -13,8 +13,8 @@ Rows, all on one CPU thread per process:
   sets, 0.3 of the wrong classes in each.
 - digits: fedlabel's default experiment, evaluation and files included, beside the same at `--base`.
 - empty, empty-million: nobody trains; 1,000 clients registered, or 1,000,000 of one sample each, and 50 a round.
-- kills: a worker of the Ray grid is killed in every round with SIGKILL; how many clients failed and whether the metrics
-  are those of a run in peace.
+- kills: a worker of the Ray grid is killed in every round with SIGKILL, in the middle of a task; how many clients
+  failed, and whether the metrics are those of a run in peace.
 
 Columns: the bare loop (bench_bare.py, one process), the in-process grid, stacked clients where the configuration knows
 `grid.stack`, the Ray grid with 2 workers, its ratio to the floor (half the bare loop's seconds: two processes can do no
@@ -41,7 +41,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,13 @@ ROWS = {
         rounds=15,
     ),
     "kills": Row(
-        "a worker killed in every round", 100, 6000, 10, overrides=CLEAN + EPOCH, runtimes=("peace", "kills"), rounds=20
+        "a worker killed in every round",
+        100,
+        60_000,
+        10,
+        overrides=CLEAN + EPOCH,
+        runtimes=("peace", "kills"),
+        rounds=20,
     ),
 }
 
@@ -186,7 +192,9 @@ def differences(values: Sequence[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(values)]
 
 
-def run_fedlabel(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
+def run_fedlabel(
+    overrides: Sequence[str], rounds: int, after_round: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Runs a configuration through the public entry point; one more round comes first."""
     import torch
 
@@ -204,6 +212,7 @@ def run_fedlabel(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
         seen.append(dict(metrics))
         if number > rounds:
             raise Enough
+        after_round()
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as out, contextlib.suppress(Enough):
@@ -217,16 +226,16 @@ def run_fedlabel(overrides: Sequence[str], rounds: int) -> dict[str, Any]:
     }
 
 
-def kill_workers(stop: threading.Event, killed: list[int]) -> None:
-    """Kills a worker process of this process's Ray now and then, as `kill -9` would."""
-    while not stop.wait(0.4):
-        workers = sorted(pid for pid in descendants(os.getpid()) if command(pid).startswith("ray::"))
-        if workers:
-            pid = workers[len(killed) % len(workers)]
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-            stop.wait(1.0)
+def kill_workers(stop: threading.Event, begun: threading.Event, killed: list[int]) -> None:
+    """Kills a worker process of this process's Ray in every round, in the middle of a task, as `kill -9` would."""
+    while not stop.is_set():
+        if not begun.wait(0.1):
+            continue
+        busy = [pid for pid in descendants(os.getpid()) if command(pid).startswith("ray::Worker.run")]
+        if busy:
+            os.kill(busy[0], signal.SIGKILL)
+            killed.append(busy[0])
+            begun.clear()
 
 
 def descendants(root: int) -> list[int]:
@@ -269,11 +278,11 @@ def measure(name: str, runtime: str, rounds: int, data: Path | None, further: Se
         found: dict[str, Any] = {"start": start, "rounds": wall, "cpu": cpu}
     else:
         overrides = overrides_of(row, data, runtime, further)
-        stop, killed = threading.Event(), list[int]()
-        killer = threading.Thread(target=kill_workers, args=(stop, killed), daemon=True)
+        stop, begun, killed = threading.Event(), threading.Event(), list[int]()
+        killer = threading.Thread(target=kill_workers, args=(stop, begun, killed), daemon=True)
         if runtime == "kills":
             killer.start()
-        found = run_fedlabel(overrides, rounds)
+        found = run_fedlabel(overrides, rounds, begun.set)
         stop.set()
         found["killed"] = len(killed)
         if name != "kills":

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedlabel.cohort import ClientResult, Invitation
-from fedlabel.devices.clock import Work
+from fedlabel.devices.machines import Work
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.uploads import ModelPart
@@ -97,7 +97,8 @@ class Asynchronous(Pacing):
 
     def cohort(self, number: int) -> list[int]:
         """Returns the clients that start with the newest model, at once."""
-        return self._draw(number, self._at_a_time - len(self._flights), excluded=self._in_flight)
+        free = self._at_a_time - len(self._flights)
+        return self._draw(number, free, excluded=self._in_flight, wait=not self._flights)
 
     @property
     def _in_flight(self) -> frozenset[int]:
@@ -128,7 +129,8 @@ class Asynchronous(Pacing):
             if len(buffer) < self._size and not self._is_more_now(waiting):
                 draws += 1
                 free = self._at_a_time - len(self._flights) - len(waiting)
-                new = self._draw(number, free, draws, excluded=self._in_flight | started)
+                busy = bool(self._flights or waiting)
+                new = self._draw(number, free, draws, excluded=self._in_flight | started, wait=not busy)
                 started |= set(new)
                 tally.invite(new)
                 waiting |= self._start(invitation, new, tally)
@@ -139,8 +141,9 @@ class Asynchronous(Pacing):
         tally.excused |= {flight.client for flight in self._flights if flight.result is not None}
         if self._is_fedbuff:
             self._flights = [self._as_update(flight, invitation) for flight in self._flights]
+        kept = [flight.client for flight in buffer]
         mean = {"staleness": sum(stale) / len(stale)} if stale else {}
-        self._note(tally, dropped_clients=lost, clients_in_flight=len(self._flights), **mean)
+        self._note(tally, kept, dropped_clients=lost, clients_in_flight=len(self._flights), **mean)
 
     def _is_more_now(self, waiting: Mapping[int, Waiting]) -> bool:
         """Returns whether another reply can arrive at this very instant."""
@@ -202,7 +205,9 @@ class Asynchronous(Pacing):
                 if self._is_fedbuff:
                     moved = {name: self._moved(part, invitation.model, weight) for name, part in result.parts.items()}
                     result = result._replace(parts=moved)
-                statistics = {name: weight * value for name, value in result.statistics.items()}
+                statistics = {
+                    name: weight * value.double() for name, value in result.statistics.items()
+                }  # as they add up
                 result = result._replace(statistics=statistics)
             self._weight = weight * self._mixing
             results[flight.client] = result
@@ -264,7 +269,8 @@ class Asynchronous(Pacing):
             for name, part in found["parts"].items()
         }
         statistics = {name: value.to(device) for name, value in found["statistics"].items()}
-        result = ClientResult(saved["client"], parts, found["sums"], found["counts"], statistics, {})
+        sums, counts = found["sums"], found["counts"]
+        result = ClientResult(saved["client"], parts, sums, counts, statistics, {}, stacked=found["stacked"])
         return Flight(**{**saved, "result": result})
 
 
@@ -278,7 +284,7 @@ def _plain(flight: Flight) -> dict[str, Any]:
         for name, part in result.parts.items()
     }
     statistics = {name: value.cpu() for name, value in result.statistics.items()}
-    plain = {"parts": parts, "statistics": statistics}
+    plain = {"parts": parts, "statistics": statistics, "stacked": result.stacked}
     for field in ("sums", "counts"):
         plain[field] = {name: [float(each) for each in values] for name, values in getattr(result, field).items()}
     return {**flight._asdict(), "result": plain}

@@ -79,19 +79,19 @@ class WeightedSum:
     @classmethod
     def of(cls, results: Iterable[ClientResult]) -> WeightedSum:
         """Returns the sum of some clients' models, added in the given order."""
-        total = cls()
+        models: dict[str, list[ModelPart]] = {}
         for result in results:
-            total.add(result.parts)
+            for name, part in result.parts.items():
+                models.setdefault(name, []).append(part)
+        total = cls()
+        for name, parts in models.items():
+            total._add(name, weighted_sum(parts), sum(float(weight) for _, weight in parts))
         return total
 
     def add(self, parts: Mapping[str, ModelPart]) -> None:
-        """Adds one client's models.
-
-        The product is rounded before it is added. `torch.add(..., alpha=weight)` would fuse both on some processors,
-        or in some part of a tensor only.
-        """
-        for name, (state, weight) in parts.items():
-            self._add(name, flat(state).mul_(weight), weight)
+        """Adds one client's models."""
+        for name, part in parts.items():
+            self._add(name, weighted_sum([part]), part.weight)
 
     def merge(self, other: WeightedSum) -> None:
         """Adds the sum of another block, which is not changed."""
@@ -117,15 +117,26 @@ class WeightedSum:
         return dict(_apart(mean / mean.new_tensor(len(means)), like))
 
 
-def flat(state: StateDict) -> Tensor:
-    """Returns all numbers of a model as a new (n,) float64 tensor; on the CPU where the device has no such numbers."""
-    arrays = [value.reshape(-1) for value in state.values()]
-    if arrays[0].device.type == "mps":
-        arrays = [value.cpu() for value in arrays]
-    if len({value.dtype for value in arrays}) > 1:
-        arrays = [value.double() for value in arrays]
-    joined = torch.cat(arrays)
-    return joined.double() if joined.dtype != torch.float64 else joined
+def weighted_sum(models: Sequence[ModelPart]) -> Tensor:
+    """Returns the sum of some models times their weights, added in the given order: all numbers of a model, one array
+    after the other, as a new (n,) float64 tensor; on the CPU where the device has no such numbers.
+
+    Each product is rounded before it is added. `torch.add(..., alpha=weight)` would fuse both on some processors, or in
+    some part of a tensor only. Arrays are added as they lie in memory, and put in order once.
+    """
+    sums: list[Tensor] = []
+    products: list[Tensor] = []
+    for state, weight in models:
+        arrays = [value.cpu() if value.device.type == "mps" else value for value in state.values() if value.numel()]
+        if not sums:
+            sums = [value.to(torch.float64, copy=True) for value in arrays]
+            torch._foreach_mul_(sums, float(weight))
+            continue
+        products = products or [torch.empty_like(value) for value in sums]
+        torch._foreach_copy_(products, arrays)
+        torch._foreach_mul_(products, float(weight))
+        torch._foreach_add_(sums, products)
+    return torch.cat([value.reshape(-1) for value in sums])
 
 
 def _apart(values: Tensor, like: StateDict) -> Iterator[tuple[str, Tensor]]:

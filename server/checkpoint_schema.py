@@ -14,12 +14,14 @@ import torch
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedYogi, Strategy
 from torch import Tensor
 
+from fedlabel.compression import RESIDUAL
 from fedlabel.experiment import Experiment
 from fedlabel.learning.metrics import COUNTED
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.shown import shown
 from server.flower import parse_memory
 from server.sampling import COLUMNS, REMEMBERING
+from server.schema import ResultSchema
 from server.state import ServerState
 from server.strategy import strategy_state
 
@@ -135,7 +137,10 @@ def _form(attribute: str, strategy: Strategy) -> str:
 def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterator[str]:
     if not isinstance(saved, dict):
         yield "`clients` is no mapping"
-    remembered = experiment.recipe.memory
+    remembered, residual_examples = experiment.recipe.memory, {}
+    if experiment.config.compression.error_feedback:
+        numbers = torch.zeros(experiment.uplink.numbers(experiment.initial_state))
+        residual_examples = {RESIDUAL + part: numbers for part in ResultSchema.of(experiment).parts}
     for client, data in saved.items():
         yield from _client("clients", client, experiment)
         what = f"clients: client {client}"
@@ -144,7 +149,7 @@ def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterato
             yield f"`{what}` cannot be read"
             return
         memory = remembered.start(experiment.federation.supervision(client).candidates)
-        examples = remembered.like({**memory, **shared}, experiment.initial_state)
+        examples = {**remembered.like({**memory, **shared}, experiment.initial_state), **residual_examples}
         if odd := sorted(map(shown, set(kept) - set(examples))):
             yield f"`{what}` has unexpected entries: {', '.join(odd[:3])}"
         for name, value in kept.items():
@@ -157,6 +162,8 @@ def _client_states(saved: Any, experiment: Experiment, shared: State) -> Iterato
                 yield f"`{what}` has {name} of {value.dtype.name}, not {_dtype(example)}"
             if np.isnan(value).any():
                 yield f"`{what}` holds NaN in {name}"
+            if name in residual_examples and not np.isfinite(value).all():
+                yield f"`{what}` holds infinity in {name}"
 
 
 def _helpers(saved: Any, experiment: Experiment) -> Iterator[str]:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedlabel.cohort import ClientResult, Invitation
-from fedlabel.devices.clock import Devices, Work
+from fedlabel.devices.clock import Devices
+from fedlabel.devices.machines import Work
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import StateDict
 from fedlabel.seeding import numpy_generator
@@ -140,12 +141,22 @@ class Pacing:
             return {}
         return {"seconds": self.seconds, "history": self.history.dump()}
 
-    def _draw(self, number: int, size: int, *scope: int, excluded: frozenset[int] = frozenset()) -> list[int]:
-        """Returns clients that are drawn at this moment of the simulated clock, sorted."""
-        rng = numpy_generator(self._config.seed, "cohort", number, *scope)
-        return self._sampler(self._pool(excluded), size, rng)
+    def _draw(
+        self, number: int, size: int, *scope: int, excluded: frozenset[int] = frozenset(), wait: bool = True
+    ) -> list[int]:
+        """Returns clients that are drawn at this moment of the simulated clock, sorted.
 
-    def _pool(self, excluded: frozenset[int] = frozenset()) -> Pool:
+        Args:
+            number: of the round.
+            size: how many are wanted.
+            scope: tells one draw of a round from another.
+            excluded: who may not be drawn.
+            wait: whether the clock moves to when a client is available, if none is.
+        """
+        rng = numpy_generator(self._config.seed, "cohort", number, *scope)
+        return self._sampler(self._pool(excluded, wait), size, rng)
+
+    def _pool(self, excluded: frozenset[int], wait: bool) -> Pool:
         federation = self._experiment.federation
         return Pool(
             self._config.num_clients,
@@ -153,16 +164,17 @@ class Pacing:
             excluded | self._too_small,
             sizes=lambda: federation.parts.lengths,
             kinds=federation.kinds,
-            connected=self._connected(),
+            connected=self._connected(wait),
             availability=self._availability,
         )
 
-    def _connected(self) -> np.ndarray | None:
-        """Returns the clients that are available; if nobody is, the clock moves to when somebody is. None: all are."""
+    def _connected(self, wait: bool) -> np.ndarray | None:
+        """Returns the clients that are available, see `_draw`; None: all are."""
         if self._devices is None or not self._devices.may_leave:
             return None
         clients = np.arange(self._config.num_clients)
-        self.seconds = self._devices.next_available(clients, self.seconds)
+        if wait:
+            self.seconds = self._devices.next_available(clients, self.seconds)
         return clients[self._devices.is_available(clients, self.seconds)]
 
     def _availability(self, clients: np.ndarray) -> np.ndarray:
@@ -200,10 +212,19 @@ class Pacing:
             total, count = result.sums.get("train/loss", (0.0, 0.0))
             self.history.see(result.client, number, (total, count), seconds)
 
-    def _note(self, tally: RoundTally, **numbers: float) -> None:
-        """Hands the numbers of the clock to the tally, if there is a clock."""
-        if self._devices is not None:
-            tally.pace |= {"virtual_seconds": self.seconds, **numbers}
+    def _note(self, tally: RoundTally, kept: Iterable[int], **numbers: float) -> None:
+        """Hands the numbers of the clock to the tally, if there is a clock; kept: clients whose replies count."""
+        if self._devices is None:
+            return
+        speed = self._devices.speed(np.array(sorted(kept), np.int64))
+        tally.pace |= {"virtual_seconds": self.seconds, **numbers}
+        if len(speed):
+            tally.pace["slow_half_share"] = float((speed < self._median_speed).mean())
+
+    @cached_property
+    def _median_speed(self) -> float:
+        assert self._devices is not None
+        return float(np.median(self._devices.speed(np.arange(self._config.num_clients))))
 
 
 class Rounds(Pacing):
@@ -292,7 +313,7 @@ class Rounds(Pacing):
         tally.excused |= gone | set(late)
         tally.unreached([client for client, when in lost.items() if when == "before"])
         further = {"work_share": float(np.mean([work.get(c, 1.0) for c in trained]))} if work and trained else {}
-        self._note(tally, dropped_clients=len(gone), late_clients=len(late), **further)
+        self._note(tally, kept.clients, dropped_clients=len(gone), late_clients=len(late), **further)
         self._learn_passes(number, trained, work, results.values())
 
     def _kept(self, arrivals: Sequence[Arrival], missing: bool) -> Kept:

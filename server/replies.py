@@ -21,8 +21,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlabel.cohort import ClientResult
+from fedlabel.compression import INDICES, LEVELS, SCALES, VALUES, Codec
 from fedlabel.learning.metrics import Counts
-from fedlabel.methods.batch import State
+from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.uploads import ModelPart
 from server.npy import npy_header
 from server.schema import Refused, RoundSchema, check_loss, harmless, listed, training_loss, weight_name
@@ -98,9 +99,11 @@ class ReplyReader:
         self._round, schema = round_schema, round_schema.schema
         self._parts = schema.parts
         self._prefixes = {part: f"{part}/" if len(self._parts) > 1 else "" for part in self._parts}
-        forms = {name: ArrayForm.like(value) for name, value in schema.model.items()}
+        forms = {name: ArrayForm.like(value) for name, value in schema.sent.items()}
         self._forms = {prefix + name: form for prefix in self._prefixes.values() for name, form in forms.items()}
         self._names = list(forms)
+        received = round_schema.received if schema.codec.kind != "none" else {}
+        self._received = {name: value.cpu() for name, value in received.items()}
         nobody = schema.recipe.memory.start(torch.ones(1, schema.num_classes, dtype=torch.bool))
         sample = schema.recipe.shared.statistics({**nobody, **round_schema.shared})
         self._statistics = {name: tuple(value.shape) for name, value in sample.items()}
@@ -118,15 +121,17 @@ class ReplyReader:
                 raise Refused(f"BadReply: it lacks the record `{name}`")
         if further := [name for name in content if name not in _RECORDS]:
             raise Refused(f"BadReply: it has records that were not requested, {listed(further)}")
+        schema = self._round.schema
         weights, loss = self._read_metrics(content["metrics"])  # type: ignore[arg-type]
         sums = self._read_sums(content["sums"])  # type: ignore[arg-type]
         counts = self._read_counts(content["counts"])  # type: ignore[arg-type]
         statistics = self._read_statistics(content["statistics"])  # type: ignore[arg-type]
         arrays = self._read_arrays(content["arrays"])  # type: ignore[arg-type]
-        parts = {
-            part: ModelPart({name: arrays[prefix + name] for name in self._names}, weights[part])
-            for part, prefix in self._prefixes.items()
-        }
+        parts = {}
+        for part, prefix in self._prefixes.items():
+            sent = {name: arrays[prefix + name] for name in self._names}
+            check_encoded(prefix, sent, schema.codec, schema.model)
+            parts[part] = ModelPart(schema.codec.model(sent, self._received), weights[part])
         result = ClientResult(client, parts, sums, counts, statistics, {})
         checked = self._round.check(result)
         if loss != training_loss(sums):
@@ -188,6 +193,37 @@ class ReplyReader:
             raise Refused(f"BadReply: its model has missing or unexpected arrays: {listed(wrong)}")
         with warnings.catch_warnings(action="ignore"):  # the bytes are read only, and nobody writes to them
             return {name: torch.from_numpy(form.read(name, record[name])) for name, form in self._forms.items()}
+
+
+def check_encoded(prefix: str, arrays: StateDict, codec: Codec, like: StateDict) -> None:
+    """Checks an encoded update whose arrays have the right types and shapes, so that it can be decoded.
+
+    Args:
+        prefix: of the arrays' names in messages.
+        arrays: the update's.
+        codec: that it is decoded with.
+        like: a model.
+
+    Raises:
+        Refused: no client encodes an update like this.
+    """
+    names = codec.names(like)
+    if codec.kind == "top_k" and names:
+        numbers, places = codec.numbers(like), arrays[INDICES].long()
+        if int(places[0]) < 0 or int(places[-1]) >= numbers:
+            raise Refused(f"BadReply: {prefix}{INDICES} of its model names a weight that is none of {numbers}")
+        if not (places.diff() > 0).all():
+            raise Refused(f"BadReply: {prefix}{INDICES} of its model does not rise")
+        if not arrays[VALUES].isfinite().all():
+            raise Refused(f"NotFinite: {prefix}{VALUES} of its model holds NaN or infinity")
+    if codec.kind == "int8" and names:
+        if not arrays[SCALES].isfinite().all():
+            raise Refused(f"NotFinite: {prefix}{SCALES} of its model holds NaN or infinity")
+        if (arrays[SCALES] < 0).any():
+            raise Refused(f"BadReply: {prefix}{SCALES} of its model holds a number below 0")
+        for name in names:
+            if (arrays[name] < -LEVELS).any():
+                raise Refused(f"BadReply: {prefix}{name} of its model holds a number below -{LEVELS}")
 
 
 def _numbers(what: str, name: str, value: object, length: int) -> list[float]:

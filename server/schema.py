@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.cohort import ClientResult, Invitation
+from fedlabel.compression import NO_COMPRESSION, Codec
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.experiment import Experiment
 from fedlabel.learning.client import weight_in_mean
@@ -120,6 +121,7 @@ class ResultSchema:
         steps: whether clients send how many steps they took.
         clip_update_norm: see `StrategyConfig`.
         privacy: see `PrivacyConfig`.
+        codec: of updates.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class ResultSchema:
         steps: bool = False,
         clip_update_norm: float | None = None,
         privacy: PrivacyConfig = NOT_PRIVATE,
+        codec: Codec = NO_COMPRESSION,
     ) -> None:
         self.recipe = recipe
         self.num_classes = num_classes
@@ -153,6 +156,9 @@ class ResultSchema:
         """Arrays of a model that count batches."""
         self.model = {name: value.cpu() for name, value in model.items()}
         """An example of a model."""
+        self.codec = codec
+        self.sent = codec.form(self.model)
+        """The arrays that travel of a model: names, types and shapes."""
         self.forms = [(name, value.shape, value.dtype) for name, value in model.items()]
         """Names, shapes and types of its arrays, in order."""
         not_negative = running.variances | running.counters
@@ -189,6 +195,7 @@ class ResultSchema:
             config.strategy.normalize_steps,
             config.strategy.clip_update_norm,
             config.privacy,
+            experiment.uplink,
         )
 
     def of_round(self, invitation: Invitation, shared: State) -> RoundSchema:
@@ -236,9 +243,9 @@ class RoundSchema:
 
     def __init__(self, schema: ResultSchema, invitation: Invitation, shared: State) -> None:
         self.schema, self.shared, self.round_number = schema, shared, invitation.round_number
-        self._sent = invitation.model
         self.is_silent = schema.privacy.is_on and not invitation.audit
         """Whether clients send nothing but their model."""
+        self.received = invitation.model
         self._counted = {name: float(invitation.model[name]) for name in schema.counters}
 
     def limits(self, client: int) -> ClientLimits:
@@ -273,7 +280,7 @@ class RoundSchema:
             parts[part] = ModelPart(self._in_order(prefix, state), weight)
             self._check_model(prefix, parts[part].state, limits.method.steps)
             if self.schema.clip_update_norm is not None:
-                short = clipped(parts[part].state, self._sent, self.schema.parameters, self.schema.clip_update_norm)
+                short = clipped(parts[part].state, self.received, self.schema.parameters, self.schema.clip_update_norm)
                 parts[part] = ModelPart(short, weight)
         return result._replace(parts=parts)
 
@@ -351,9 +358,12 @@ class RoundSchema:
         """Returns whether all numbers of a model are in range, by one look at all; False if that cannot tell."""
         if not self.schema.is_uniform:
             return False
-        ((least, largest),) = extremes([torch.cat([values.reshape(-1) for values in state.values()])])
+        arrays = [in_memory_order(values) for values in state.values()]
+        if any(values.device.type != "cpu" for values in arrays):  # few launches; elsewhere copying takes longer
+            arrays = [torch.cat(arrays)]
         allowed = next(iter(self.schema.ranges.values()))
-        return allowed.least <= least and largest <= allowed.largest
+        found = extremes(arrays)
+        return all(allowed.least <= least and largest <= allowed.largest for least, largest in found)
 
     def _check_arrays(self, prefix: str, state: StateDict, steps: int) -> None:
         for (name, values), (least, largest) in zip(state.items(), extremes(list(state.values())), strict=True):
@@ -363,7 +373,7 @@ class RoundSchema:
                 raise Refused(f"BadReply: {what} counts {largest:.0f} batches, more than it can have seen")
 
     def _check_distance(self, state: StateDict, key: str, most: float) -> None:
-        found = distance(state, self._sent, self.schema.parameters)
+        found = distance(state, self.received, self.schema.parameters)
         if found > most:
             raise Refused(f"TooFar: its model is {found:g} from the one it was sent, and `{key}` is {most:g}")
 
@@ -413,6 +423,13 @@ def check_loss(loss: float, bounds: Bounds) -> None:
             f"{kind}: `train_loss` (={listed([str(loss)])}) must be a number in [{bounds.least_loss:g}, "
             f"{bounds.largest_loss:g}]"
         )
+
+
+def in_memory_order(values: Tensor) -> Tensor:
+    """Returns all numbers of an array, (n,), in an order that needs no copy of a matrix whose columns lie in a row, as
+    those of stacked clients do.
+    """
+    return (values.mT if values.dim() == 2 and values.mT.is_contiguous() else values).reshape(-1)
 
 
 def extremes(arrays: Sequence[Tensor]) -> list[tuple[float, float]]:

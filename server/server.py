@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedlabel.cohort import Invitation
+from fedlabel.cohort import Invitation, compressed
+from fedlabel.compression import moved
 from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
@@ -101,7 +102,8 @@ class Server:
         shared = self.recipe.shared.broadcast(state.shared)
         cohort = self._pacing.cohort(number)
         helpers = self._pool.helpers_of(cohort, number) if self._pool is not None else {}
-        return cohort, Invitation(number, state.model, shared, state.previous, helpers, audit=self._grid.simulated)
+        own = Invitation(number, state.model, shared, state.previous, helpers, audit=self._grid.simulated)
+        return cohort, compressed(own, self._experiment.downlink, self.config.seed)
 
     def collect(
         self, cohort: Sequence[int], invitation: Invitation, state: ServerState
@@ -135,14 +137,17 @@ class Server:
                 model = combine(self._strategy, number, blocks, self._experiment.initial_state)
         except CannotCombine as error:
             unfit = f"Strategy {error}"
+        if model is not None:
+            if self.config.privacy.kind == "server":
+                model = self._private(invitation, model, tally)
+            model = self._pacing.moved(invitation.model, model)
+            if invitation.encoded is not None:
+                model = self._own(model, invitation.model, state.model)
         for failure in tally.failures:
             self._folder.log_failure(failure)
         if unfit or tally.num_usable + tally.num_excused < self.config.strategy.min_replies:
             raise RunError(self._too_few(tally, unfit))
         if model is not None:
-            if self.config.privacy.kind == "server":
-                model = self._private(invitation, model, tally)
-            model = self._pacing.moved(invitation.model, model)
             variances = self._experiment.running.variances
             check_model(model, variances, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
         return tally, model
@@ -154,6 +159,16 @@ class Server:
         rng = seeded if self._grid.simulated else np.random.default_rng()
         names, privacy = self._experiment.parameters, self.config.privacy
         return private_mean(invitation.model, mean, names, tally.num_usable, len(tally.cohort), privacy, rng)
+
+    def _own(self, combined: StateDict, received: StateDict, model: StateDict) -> StateDict:
+        """Returns the server's own model, moved as the strategy moved the one that clients received.
+
+        Otherwise each round would begin with a rounded model, and what is smaller than half of the last digit would
+        never add up.
+        """
+        names = self._experiment.downlink.names(model)
+        lost = {name: model[name] - received[name] if name in names else value for name, value in combined.items()}
+        return moved(combined, lost, names)
 
     def _too_few(self, tally: RoundTally, unfit: str) -> str:
         """Returns the message that too few replies end the run."""

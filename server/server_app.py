@@ -19,7 +19,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, split_overrides, to_yaml
-from fedlabel.data.federation import Federation, shown_clients
+from fedlabel.data.federation import shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
@@ -121,6 +121,7 @@ def run_federation(
             *(report.name, report.votes, report.abstained, report.asked, report.failed, report.invalid),
             report.seconds_per_1000,
         )
+    _ = experiment.devices  # a trace that cannot be read is refused before anything is written
     state = ServerState(0, experiment.initial_state, to_yaml(config), shared=experiment.recipe.shared.start())
     if resume:
         found = latest_checkpoint(path / CHECKPOINTS, experiment, strategy)
@@ -145,22 +146,22 @@ def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[st
         return None
     try:
         saved, rows = read_summary(path), read_metrics(path)
-        same_keys = (path / CONFIG_YAML).read_text() == to_yaml(experiment.config)
+        same_keys = (path / CONFIG_YAML).read_text() == _saved_text(experiment.config)
     except (OSError, ValueError, RecursionError):
         return None
     made = as_json(summary(rows, experiment, ""))
     if not same_keys or any(saved.get(key) != value for key, value in made.items() if key not in OF_THE_PROCESS):
         return None
-    _check_same_data(path / PARTITION_JSON, experiment.federation)
+    _check_same_data(path / PARTITION_JSON, experiment)
     return saved
 
 
 def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFolder:
     """Creates the folder of a new run, or opens that of a resumed one after its completed rounds; None: a new one."""
-    text = to_yaml(experiment.config)
+    text = _saved_text(experiment.config)
     if done is not None:
         if done > 0:
-            _check_same_data(path / PARTITION_JSON, experiment.federation)
+            _check_same_data(path / PARTITION_JSON, experiment)
         folder = RunFolder.resume(path, done)
     else:
         folder = RunFolder.create(path, text, flatten(experiment.config))
@@ -172,6 +173,13 @@ def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFold
         if not done:
             _describe(experiment, folder)
     return folder
+
+
+def _saved_text(config: ExperimentConfig) -> str:
+    """Returns the text of config.yaml, without `grid.profile`: whether somebody looked at the clock is no part of an
+    experiment, and who resumes the run would not expect to.
+    """
+    return to_yaml(replace(config, grid=replace(config.grid, profile=False)))
 
 
 def _describe(experiment: Experiment, folder: RunFolder) -> None:
@@ -186,7 +194,7 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
             "show clients that trained in the round, in their order. Metrics are of all clients."
         )
         folder.log_text("clients", text)
-    write_atomic(folder.partition_json, federation.to_json())
+    write_atomic(folder.partition_json, federation.to_json(_trace_hash(experiment)))
     write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.evaluation.figures:
         from fedlabel.record.figures import partition_figure, save_png  # here: matplotlib takes a while to import
@@ -198,8 +206,17 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
     folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")
 
 
-def _check_same_data(path: Path, federation: Federation) -> None:
-    """Raises a ValueError if the data, the partition or the supervision differ from those at the start of the run."""
+def _trace_hash(experiment: Experiment) -> dict[str, str]:
+    """Returns the hash of the file with the devices' trace, by its name in messages; empty without one."""
+    trace = experiment.devices.summary().get("trace") if experiment.devices is not None else None
+    return {"devices.trace": trace["sha256"]} if trace else {}
+
+
+def _check_same_data(path: Path, experiment: Experiment) -> None:
+    """Raises a ValueError if the data, the partition, the supervision or the devices' trace differ from those at the
+    start of the run.
+    """
+    federation = experiment.federation
     try:
         with naming(path):
             saved = json.loads(path.read_bytes())
@@ -209,7 +226,7 @@ def _check_same_data(path: Path, federation: Federation) -> None:
             f"{path} cannot be read ({type(error).__name__}), so it is unknown whether the data are those of the run. "
             "Put the file back, or begin a new run."
         ) from error
-    here = {"partition and supervision": federation.sha256, **federation.data_hashes}
+    here = {"partition and supervision": federation.sha256, **federation.data_hashes, **_trace_hash(experiment)}
     changed = [what for what, value in there.items() if here.get(what) != value]
     if changed:
         raise ValueError(

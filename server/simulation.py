@@ -78,7 +78,8 @@ def simulate(
         check_folder(path.parent)
     check_cohort(resolved.strategy, resolved.cohort_size)
     # The user's own files and functions may have been changed since this process read them.
-    if SETS[resolved.data.name].own or any(part.module or part.labels_file for part in resolved.supervision.parts):
+    own = SETS[resolved.data.name].own or resolved.devices.trace
+    if own or any(part.module or part.labels_file for part in resolved.supervision.parts):
         for cached in (open_experiment, build_federation, load_dataset):
             cached.cache_clear()
     experiment = open_experiment(to_yaml(resolved))

@@ -10,6 +10,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.learning.metrics import add_counts
 from fedlabel.privacy import PrivacyConfig
+from fedlabel.record.names import SECONDS
 from fedlabel.record.results import averaged_rounds, best_row, summarize
 from server.selection import select_key
 
@@ -46,6 +47,7 @@ def summary(rows: Sequence[Mapping[str, Any]], experiment: Experiment, commit: s
         "dataset": config.data.name,
         "evaluation_split": config.evaluation.split,
         **{key: int(total[key][0]) for key in _COUNTED},
+        **_simulated(rows, experiment),
         **{key: int(total[key][0]) for key in _CLAIMED if any(key in row for row in rows)},
         "commit": commit,
         "source_hash": source_hash(),
@@ -65,6 +67,15 @@ def _privacy(rows: Sequence[Mapping[str, Any]], config: PrivacyConfig) -> dict[s
         "clipping_norm": config.clipping_norm,
         "noise_multiplier": config.noise_multiplier,
     }
+
+
+def _simulated(rows: Sequence[Mapping[str, Any]], experiment: Experiment) -> dict[str, object]:
+    """Returns what a run says of its simulated devices; empty without any."""
+    if experiment.devices is None:
+        return {}
+    sums = {key: int(sum(row.get(f"system/{key}") or 0 for row in rows)) for key in ("late_clients", "dropped_clients")}
+    seconds = max((row[SECONDS] for row in rows), default=0.0)
+    return {"simulated": {"seconds": seconds, **sums, "devices": experiment.devices.summary()}}
 
 
 OF_THE_PROCESS = ("commit", "source_hash", "versions", "hardware", "command")

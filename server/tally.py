@@ -40,6 +40,8 @@ class RoundTally:
         """Clients without a result who are not counted as failed: late, dropped out, or still training."""
         self.pace: dict[str, float] = {}
         """Numbers of the simulated clock, see `Pacing`."""
+        self.num_stacked = 0
+        """Clients whose result is used and who trained in a stack of several."""
         self.bytes_down = invitation_bytes(invitation, cohort)
         self.bytes_up = 0
         self._result_bytes = result_bytes
@@ -62,6 +64,7 @@ class RoundTally:
     def _add(self, result: ClientResult) -> None:
         self.bytes_up += self._result_bytes.of(result)
         self.client_counts[result.client] = result.counts
+        self.num_stacked += result.stacked
         self.sums = add_counts([self.sums, result.sums])
         for name, tensor in result.statistics.items():
             values = tensor.detach().cpu().double().numpy()

@@ -22,8 +22,9 @@ _NUMBER = 8
 
 def invitation_bytes(invitation: Invitation, cohort: Sequence[int]) -> int:
     """Returns the size of what is sent to a cohort."""
-    everybody = model_bytes(invitation.model) + model_bytes(invitation.previous) + _statistics_bytes(invitation.shared)
-    own = sum(model_bytes(model) for client in cohort for model in invitation.helpers.get(client, {}).values())
+    sent = invitation.on_the_way
+    everybody = model_bytes(sent.model) + model_bytes(sent.previous) + _statistics_bytes(sent.shared)
+    own = sum(model_bytes(model) for client in cohort for model in sent.helpers.get(client, {}).values())
     return len(cohort) * everybody + own
 
 
@@ -34,7 +35,7 @@ class ResultBytes:
         self._only_models = schema.privacy.is_on
         parts = schema.parts
         prefixes = [f"{part}/" if len(parts) > 1 else "" for part in parts]
-        arrays = sum(model_bytes(schema.model, prefix) for prefix in prefixes)
+        arrays = sum(model_bytes(schema.sent, prefix) for prefix in prefixes)
         metrics = {"num-examples", "train_loss", *(weight_name(part, len(parts)) for part in parts)}
         self.models = arrays + sum(len(name) + _NUMBER for name in metrics)
         """Of models and weights alone, which is the same for all clients."""

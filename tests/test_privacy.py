@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,11 @@ def tensors_in(value: object) -> list[Tensor]:
     """Returns all tensors and numbers below a value."""
     if isinstance(value, Tensor):
         return [value]
+    if value is None or value is False:  # how a field stands that is not used
+        return []
     if isinstance(value, (float, int)):
         return [torch.tensor(value)]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return [each for inner in value.values() for each in tensors_in(inner)]
     if isinstance(value, (list, tuple)):
         return [each for inner in value for each in tensors_in(inner)]
@@ -362,6 +365,7 @@ def test_impossible_privacy_is_refused(keys: dict[str, Any], reason: str) -> Non
         ("training.weight_by=size", r"`training.weight_by` \(=size\) must be uniform .* how many samples"),
         ("sampling.kind=size", r"`sampling.kind` \(=size\) must be uniform"),
         ("strategy.normalize_steps=true", "`strategy.normalize_steps`"),
+        ("compression.up=int8", "`compression.up` .* lengthen clipped updates"),
         ("strategy.max_update_norm=1", "`strategy.max_update_norm` .* must be null"),
         ("strategy.clip_update_norm=1", "`strategy.clip_update_norm` .* must be null"),
         ("strategy.name=FedAdam", r"`strategy.name` \(=FedAdam\) must be weighted_mean"),

@@ -56,6 +56,14 @@ def test_parts_of_a_round_in_this_process(tmp_path: Path) -> None:
     assert "system/seconds_write" in found.metrics[1]
 
 
+def test_a_part_is_called_the_same_in_metrics_and_trace(tmp_path: Path) -> None:
+    found = fedlabel.run([], [*TINY, "num_rounds=1"], name="a", out=tmp_path, profile=True)
+    parts = {tag.removeprefix("system/seconds_") for row in found.metrics for tag in row}
+    named = {event["name"].partition(":")[0] for event in spans(found.path)} - {"round 1"}
+    assert named
+    assert named <= parts | {"write"}
+
+
 def test_results_are_those_of_a_run_without(tmp_path: Path) -> None:
     plain, profiled = run(tmp_path, "a", "num_rounds=2"), run(tmp_path, "b", "num_rounds=2", "grid.profile=true")
     assert results(plain.metrics) == results(profiled.metrics)
@@ -69,7 +77,7 @@ def test_a_run_may_be_resumed_with_and_without(tmp_path: Path) -> None:
     run(tmp_path, "a", "num_rounds=2", "grid.profile=true", resume=True)
     path = tmp_path / "a"
     assert [event["name"] for event in spans(path) if event["name"].startswith("round ")] == ["round 2"]
-    run(tmp_path, "a", "num_rounds=3", "grid.profile=false", resume=True)
+    run(tmp_path, "a", "num_rounds=3", resume=True)
     assert [any("seconds_steps" in tag for tag in row) for row in read_metrics(path)] == [False, True, False]
 
 
@@ -78,7 +86,7 @@ def test_the_command_prints_the_table(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, [*asked, "--profile"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
     assert "server: round 2" in shown.output
-    assert "forward and backward" in shown.output
+    assert "steps" in shown.output
     assert "https://ui.perfetto.dev, with " in shown.output
     again = CliRunner().invoke(app, [*asked, "--resume"], env={"COLUMNS": "200"})
     assert again.exit_code == 0, again.output
@@ -117,7 +125,7 @@ def test_workers_have_tracks_and_seconds_of_their_own(tmp_path: Path, shared_ray
     assert "system/seconds_steps" not in last
     events = spans(found.path)
     rounds = [event for event in events if event["name"].startswith("round ")]
-    clients = [event for event in events if event["name"] == "clients"]
+    clients = [event for event in events if event["name"] == "other: clients"]
     assert {event["pid"] for event in clients} <= {2, 3}
     assert all(event["args"]["clients"] for event in clients)
     begin, end = rounds[0]["ts"], rounds[-1]["ts"] + rounds[-1]["dur"]

@@ -53,9 +53,9 @@ def test_events_lie_inside_each_other_and_short_ones_are_none() -> None:
     found = recorder.take()
     events = [(e.name, (e.begin - found.begin) / MS, (e.end - found.begin) / MS, dict(e.args)) for e in found.events]
     assert events == [
-        ("beliefs", 8.5, 11.5, {"client": 3}),
-        ("forward and backward", 3.0, 11.5, {"stack": 7}),
-        ("sums and strategy", 1.0, 15.5, {}),
+        ("e_step: beliefs", 8.5, 11.5, {"client": 3}),
+        ("steps", 3.0, 11.5, {"stack": 7}),
+        ("reduce", 1.0, 15.5, {}),
     ]
 
 
@@ -69,7 +69,7 @@ def test_what_was_taken_is_forgotten_and_an_open_part_goes_on() -> None:
     assert first.seconds["write"] == pytest.approx(0.002)
     assert second.seconds == pytest.approx({"write": 0.003})
     assert second.begin == first.end
-    assert [event.name for event in second.events] == ["files"]
+    assert [event.name for event in second.events] == ["write"]
 
 
 def test_an_exception_ends_its_span() -> None:

@@ -58,6 +58,7 @@ def choices(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
         "supervision.kind": LABELS,
         "strategy.name": {strategies[0]: "weighted mean of the clients' models (default)"} | flower,
         "fedlabel run": shipped("experiment"),
+        "fedlabel run EXPERIMENT": shipped("devices"),
         "fedlabel sweep": shipped("sweep"),
     }
 

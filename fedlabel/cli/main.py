@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlabel.cli.progress import make_console, make_table, run_progress, say, sweep_progress
+from fedlabel.cli.progress import OutputClosed, make_console, make_table, run_progress, say, sweep_progress
 from fedlabel.config_text import ConfigError
 from fedlabel.errors import FULL, RunError, check_folder, file_error, is_file, make_folder
 from fedlabel.importing import add_working_directory, claim_packages
@@ -260,6 +261,13 @@ def compare(
     column: Annotated[
         str, typer.Option(help="And at which round: last, mean_last_tenth or selected (see evaluation.select).")
     ] = "mean_last_tenth",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="What curves are drawn over: round, virtual_seconds (of simulated devices) or bytes_up.",
+            show_default="the sweep's compare.against, else round",
+        ),
+    ] = None,
 ) -> None:
     """Tables, tests, curves and a report page from finished runs."""
     from fedlabel.study.output import write_comparison
@@ -271,7 +279,7 @@ def compare(
         if all_pairs and baseline is not None:
             raise ConfigError(f"`--baseline` (={baseline}) has no meaning with --all-pairs: give one of them.")
         compare = CompareConfig(baseline, all_pairs) if all_pairs or baseline is not None else None
-        comparison = read_comparison(paths, keys, target or (), metric, column, compare)
+        comparison = read_comparison(paths, keys, target or (), metric, column, compare, against)
         folder = out or (paths[0] if (paths[0] / SWEEP_JSON).is_file() else Path("comparison"))
         written = write_comparison(comparison, folder)
     for warning in comparison.warnings:
@@ -416,8 +424,8 @@ def _split(items: list[str] | None) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def _reported(again: Callable[[], str] = str) -> Iterator[None]:
-    """Turns a user's error into one message and status 2, a failed run into status 1; `again`: the hint after
-    Ctrl-C.
+    """Turns a user's error into one message and status 2, a failed run into status 1; `again`: the hint after Ctrl-C,
+    or where a pipe that reads the output was closed.
     """
     try:
         yield
@@ -433,6 +441,9 @@ def _reported(again: Callable[[], str] = str) -> Iterator[None]:
     except RunError as error:
         say(error_console, f"Stopped: {error}", "red")
         raise typer.Exit(1) from error
+    except OutputClosed as error:
+        say(error_console, f"Stopped: nobody reads the output any more (a pipe that was closed). {again()}".rstrip())
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         say(error_console, f"Interrupted. {again()}".rstrip())
         raise typer.Exit(130) from error
@@ -442,4 +453,7 @@ def main() -> None:
     """Entry point of the `fedlabel` command."""
     claim_packages()
     add_working_directory()  # a method of the user's own: method.name=my_module:MyMethod
-    app()
+    try:
+        app()
+    except OutputClosed:  # by `| head`, say, of a table
+        sys.exit(1)

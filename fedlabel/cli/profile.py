@@ -36,13 +36,13 @@ def profile_tables(rounds: Sequence[Mapping[str, Any]], clients: int) -> list[Ta
             continue
         first, last = rows[0]["round"], rows[-1]["round"]
         when = f"round {first}" if first == last else f"mean of rounds {first} to {last}"
-        table = make_table("part", "s per round", "share", "ms per client", title=f"{where}: {when}")
-        for column in table.columns[1:]:
+        table = make_table("part", "", "s per round", "share", "ms per client", title=f"{where}: {when}")
+        for column in table.columns[2:]:
             column.justify = "right"
         for seconds, part in spent:
-            table.add_row(PARTS[part], *_numbers(seconds, total, clients))
+            table.add_row(part, PARTS[part], *_numbers(seconds, total, clients))
         table.add_section()
-        table.add_row("together", *_numbers(total, total, clients))
+        table.add_row("together", "", *_numbers(total, total, clients))
         tables.append(table)
     return tables
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +26,21 @@ OnRound = Callable[[int, Mapping[str, float]], None]
 """Told of a round's number and metrics."""
 
 
+class OutputClosed(Exception):
+    """Nobody reads the output any more."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Has the program say so; rich would end it without a word."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if self.stderr else sys.stdout).fileno())
+        raise OutputClosed
+
+
 def make_console(stderr: bool = False) -> Console:
     """Returns the console for all output; a user's text, with [brackets] and :colons:, is printed unchanged."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -129,13 +129,12 @@ def weak(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Ten
         return jitter(images, draws, config.jitter)
     assert images.dtype == torch.uint8, images.dtype
     height, width = images.shape[-2:]
-    padding = min(height, width) // 8 if config.crop_padding is None else config.crop_padding
+    padding, flip = _crop_and_flip(images, config, flip)
     if padding >= min(height, width):
         raise ValueError(
             f"`augment.crop_padding` (={padding}) must be smaller than the image side (={min(height, width)}), "
             "since the padding mirrors the image."
         )
-    flip = flip if config.flip is None else config.flip
     if not padding and not flip:
         return images.clone()
 
@@ -151,6 +150,17 @@ def weak(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Ten
         columns = torch.where(mirrored, columns.flip(1), columns)
     sources = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     return _take_pixels(images.flatten(2), sources).view_as(images)
+
+
+def weak_draws(images: Tensor, config: AugmentConfig, flip: bool) -> bool:
+    """Returns whether `weak` draws random numbers."""
+    return images.is_floating_point() or any(_crop_and_flip(images, config, flip))
+
+
+def _crop_and_flip(images: Tensor, config: AugmentConfig, flip: bool) -> tuple[int, bool]:
+    """Returns the padding of a crop, 0 for none, and whether images are mirrored."""
+    padding = min(images.shape[-2:]) // 8 if config.crop_padding is None else config.crop_padding
+    return padding, flip if config.flip is None else config.flip
 
 
 def strong(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -100,12 +100,15 @@ class Federation:
     def _is_listed(self) -> bool:
         return len(self.parts) <= LISTED_CLIENTS
 
-    def to_json(self) -> str:
+    def to_json(self, further: Mapping[str, str] | None = None) -> str:
         """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON.
 
         Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all.
+
+        Args:
+            further: hashes of other files of the run, by name.
         """
-        found = {"sha256": self.sha256, "data": self.data_hashes, "dataset": self.dataset.name}
+        found = {"sha256": self.sha256, "data": {**self.data_hashes, **(further or {})}, "dataset": self.dataset.name}
         if self._is_listed:
             return json.dumps(found | self._holders(np.arange(len(self.parts))))
         shown = shown_clients(len(self.parts))
@@ -202,23 +205,29 @@ class Federation:
         place = held.part_of_row * columns + self._columns[held.rows]
         return np.bincount(place, minlength=len(held) * columns).reshape(-1, columns)
 
-    def rarity(self, rare_classes: Sequence[str] = ()) -> np.ndarray:
-        """Returns (clients,) float64, the share of each client's samples whose true class is rare; 0 without samples.
-        For the simulation of devices only: training code must not call this.
+    def rare_classes(self, names: Sequence[str] = ()) -> list[int]:
+        """Returns the numbers of the rare classes, for the simulation of devices and the evaluation.
 
         Args:
-            rare_classes: names; empty: the half of the classes (rounded down) of which clients hold the fewest samples,
+            names: of them; empty: the half of the classes (rounded down) of which clients hold the fewest samples,
                 among equal ones the first.
 
         Raises:
             ValueError: they are not the data set's classes, or all of them.
         """
-        truth, names = self.dataset.train.labels.numpy()[self.parts.rows], self.dataset.class_names
-        if rare_classes:
-            rare = find_classes("devices.rare_classes", rare_classes, names, "no class to be frequent")
-        else:
-            counts = np.bincount(truth[truth >= 0], minlength=len(names))
-            rare = np.argsort(counts, kind="stable")[: len(names) // 2].tolist()
+        truth, known = self.dataset.train.labels.numpy()[self.parts.rows], self.dataset.class_names
+        if names:
+            return find_classes("devices.rare_classes", names, known, "no class to be frequent")
+        counts = np.bincount(truth[truth >= 0], minlength=len(known))
+        return [int(each) for each in np.argsort(counts, kind="stable")[: len(known) // 2]]
+
+    def rarity(self, rare_classes: Sequence[str] = ()) -> np.ndarray:
+        """Returns (clients,) float64, the share of each client's samples whose true class is rare; 0 without samples.
+        For the simulation of devices only: training code must not call this. For the argument and errors see
+        `rare_classes`.
+        """
+        truth = self.dataset.train.labels.numpy()[self.parts.rows]
+        rare = self.rare_classes(rare_classes)
         return self.parts.sums(np.isin(truth, rare)) / np.maximum(self.parts.lengths, 1)
 
     @property

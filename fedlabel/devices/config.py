@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from fedlabel.checks import finite, in_unit_interval, one_of, positive, within
+from fedlabel.checks import in_unit_interval, one_of, within
 from fedlabel.devices.profiles import PRESETS, Profile
 from fedlabel.names import did_you_mean
 
 KINDS = ("none", "preset", "lognormal", "zipf", "trace")
 DROPOUTS = ("before", "during", "after")
 """When a client can drop out of a round."""
+NUMBERS = ("forward", "down", "up", "memory")
+"""What a part of the population may have in place of its profile's."""
 _ONLY_OF = {
     "population": ("preset", "lognormal", "zipf"),
     "sigma": ("lognormal",),
@@ -47,13 +49,14 @@ class PopulationPart:
                 f"`devices.population[].profile` (={self.profile}) must be one of {', '.join(PRESETS)}.{hint}"
             )
         within(self, "devices.population[]", 0, 1, "share", ends="(]")
-        positive(self, "devices.population[]", "forward", "down", "up", "memory", null=True)
+        given = [key for key in NUMBERS if getattr(self, key) is not None]
+        within(self, "devices.population[]", 0, 1e30, *given, ends="(]")
 
     @property
     def numbers(self) -> Profile:
         """The profile, with the numbers that are given here."""
-        given = {key: getattr(self, key) for key in ("forward", "down", "up", "memory")}
-        profile = PRESETS[self.profile]._replace(**{key: value for key, value in given.items() if value is not None})
+        given = {key: getattr(self, key) for key in NUMBERS if getattr(self, key) is not None}
+        profile = PRESETS[self.profile]._replace(**given)
         return profile if self.forward is None else profile._replace(backward=self.forward / 2)
 
 
@@ -66,12 +69,13 @@ class DevicesConfig:
     profiles of `population`. lognormal, zipf: also a factor of its own on all its speeds (samples and bytes per
     second). trace: speeds and times of availability from a file."""
     population: tuple[PopulationPart, ...] = ()
-    """For preset, lognormal and zipf: the profiles, each with a `share` of the clients, which sum to 1, e.g.
-    [{profile: phone, share: 0.8}, {profile: laptop, share: 0.2}]."""
+    """For preset, lognormal and zipf: the profiles, each with a `share` of the clients, which sum to 1, e.g. [{profile:
+    phone, share: 0.8}, {profile: laptop, share: 0.2}]; also with numbers of their own, as forward, down, up, memory in
+    docs/devices.md."""
     sigma: float = 1.0
     """For lognormal: standard deviation of the factor's logarithm; the median factor is 1."""
     exponent: float = 1.0
-    """For zipf: the r-th fastest of equal devices has the factor r^-exponent, r = 1 .. num_clients."""
+    """For zipf: the factors are r^-exponent, r = 1 .. num_clients, in random order."""
     trace: str | None = None
     """For trace: a CSV file with the columns client, start, end, speed, up, down (see docs/devices.md), relative to the
     working directory or to the project's `configs/`. Devices are drawn from it without repetition as long as there are
@@ -83,10 +87,10 @@ class DevicesConfig:
     """For correlation: names of the rare classes (or their numbers from 0, if they are not named by numbers). Empty:
     the half of the classes (rounded down) with the fewest samples; among equal ones the first."""
     available: float | None = None
-    """Share of the time that a client is available, in (0, 1], in place of its profile's. It is there once every
-    `period`, from a point in time of its own on that is drawn from the seed."""
+    """Share of the time that a client is available, in [0.001, 1]; null: its profile's. It is available once every
+    `period`, from a point in time of its own on, which is drawn from the seed."""
     period: float = 86_400.0
-    """Seconds of simulated time after which a client's availability repeats: a day."""
+    """Seconds of simulated time, in [1, 1e9], after which a client's availability repeats."""
     dropout_before: float = 0.0
     """Probability that a client that was chosen drops out of a round before it receives the model. At most one of the
     three happens: they sum to at most 1."""
@@ -104,14 +108,14 @@ class DevicesConfig:
             self._check_population()
         if self.kind == "trace" and not self.trace:
             raise ValueError(
-                f"`devices.trace` (={self.trace}) must be the path of a CSV file for devices.kind=trace, e.g. "
-                "devices/two_days.csv."
+                "`devices.kind` (=trace) needs `devices.trace`, the path of a CSV file, e.g. "
+                "devices.trace=devices/two_days.csv."
             )
-        positive(self, "devices", "sigma", "period", hint="for all alike take devices.kind=preset")
-        finite(self, "devices", "exponent")
+        within(self, "devices", 0, 10, "sigma", "exponent", ends="(]", hint="for equal ones take devices.kind=preset")
         within(self, "devices", -1, 1, "correlation")
+        within(self, "devices", 1, 1e9, "period", hint="it is in seconds")
         if self.available is not None:
-            within(self, "devices", 0, 1, "available", ends="(]")
+            within(self, "devices", 0.001, 1, "available")
         dropouts = [f"dropout_{each}" for each in DROPOUTS]
         in_unit_interval(self, "devices", *dropouts)
         total = sum(getattr(self, key) for key in dropouts)
@@ -148,6 +152,13 @@ class DevicesConfig:
                 f"`devices.period` (={self.period:g}) has no effect where all clients are always available: leave it "
                 "out, or set devices.available below 1."
             )
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether the reply of a client that was invited can fail to arrive."""
+        if self.kind in ("none", "trace"):
+            return self.kind == "trace"
+        return any(self.dropout) or any(profile.available < 1 for profile in self.profiles)
 
     @property
     def profiles(self) -> list[Profile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -71,6 +72,8 @@ class ClientUpdate:
     """See `Prepared.pairs`."""
     votes: Votes | None
     """See `Prepared.votes`."""
+    stacked: bool = False
+    """Whether a phase or more ran in a stack of several clients."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,16 @@ class Trainer:
     """Captures steps on a GPU; None: steps run one kernel after the other."""
     spans: Spans = field(default_factory=NoSpans)
     """Takes note of where the time goes."""
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of the student's parameters."""
+        return frozenset(name for name, _ in self.student.named_parameters())
+
+    @cached_property
+    def tags(self) -> Mapping[str, Tag]:
+        """Name -> tag of each metric that a client may send."""
+        return client_tags(self.metrics)
 
 
 class LocalRound(NamedTuple):
@@ -161,12 +174,11 @@ def train_clients(
         runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory, client.client, client.work))
     for phase in recipe.phases(round_number):
         run_phase(runs, phase)
-    parameters = frozenset(name for name, _ in trainer.student.named_parameters())
     with trainer.spans.part("reduce", "upload"):
-        return [_update(recipe, run, global_state, parameters) for run in runs]
+        return [_update(recipe, run, global_state) for run in runs]
 
 
-def _update(recipe: Recipe, run: _Run, global_state: StateDict, parameters: frozenset[str]) -> ClientUpdate:
+def _update(recipe: Recipe, run: _Run, global_state: StateDict) -> ClientUpdate:
     examples = sum(result.examples for result in run.results)
     weight = weight_in_mean(run.config, examples, int(run.drawn_from.sum()))
     rows, pseudo = run.meter.pseudo_labels()
@@ -177,7 +189,7 @@ def _update(recipe: Recipe, run: _Run, global_state: StateDict, parameters: froz
             "resumed: give `Memory` a function `like` that names it."
         )
     return ClientUpdate(
-        parts=recipe.upload.send(global_state, run.results, parameters, weight),
+        parts=recipe.upload.send(global_state, run.results, run.trainer.parameters, weight),
         sums=run.meter.sums(),
         statistics=recipe.shared.statistics(run.memory),
         kept=kept,
@@ -188,6 +200,7 @@ def _update(recipe: Recipe, run: _Run, global_state: StateDict, parameters: froz
         steps=run.steps,
         pairs=run.meter.pairs,
         votes=run.meter.votes,
+        stacked=run.stacked,
     )
 
 
@@ -245,7 +258,7 @@ def run_phase(runs: Sequence[_Run], phase: Phase) -> None:
         with run.trainer.spans.part("plan", phase=phase.name, client=run.client):
             ready = run.prepare(phase)
         if ready is not None:
-            alike.setdefault(ready.shapes, []).append(ready)
+            alike.setdefault(ready.shapes if len(runs) > 1 else None, []).append(ready)
     for group in alike.values():
         clients = [ready.run.client for ready in group]
         with group[0].run.trainer.spans.part("steps", phase=phase.name, clients=clients, stack=len(group)):
@@ -254,6 +267,8 @@ def run_phase(runs: Sequence[_Run], phase: Phase) -> None:
                 with _seeded(derive_seed(ready.run.seed, phase.name, "model"), ready.samples.images.device):
                     _take_steps(group, phase)
             else:
+                for ready in group:
+                    ready.run.stacked = True
                 _take_steps(sorted(group, key=lambda ready: -len(ready.samples.plan.steps)), phase)
 
 
@@ -282,7 +297,6 @@ def _take_steps(group: Sequence[_Ready], phase: Phase) -> None:
         if students is None:
             students, graph = _students(group, phase, batch)
         for each in (graph if graph is not None and clients == len(group) else students).take(batch):
-            run.meter.check(each.metrics)
             memory = each.memory if each.memory is not None else memory
             taken.append((place, each))
     assert students is not None, "a phase without steps is not run"
@@ -306,8 +320,12 @@ def _students(group: Sequence[_Ready], phase: Phase, batch: Batch) -> tuple[Stud
     teachers = {name: [ready.teachers[name] for ready in group] for name in group[0].teachers}
     weights = (run.states["global"], [ready.run.states[phase.start] for ready in group], teachers)
     graph = None
-    alike = len(group[0].steps) == 1 and run.config.optimizer == "sgd" and why_not(trainer.student) is None
-    if trainer.graphs is not None and alike:
+    if (
+        trainer.graphs is not None
+        and len(group[0].steps) == 1
+        and run.config.optimizer == "sgd"
+        and why_not(trainer.student) is None
+    ):
         common = tuple(all(state is each[0] for state in each) for each in teachers.values())
         key = (kind, run.config, tuple(teachers), common, tuple(len(each[0]) for each in teachers.values()))
         graph = trainer.graphs.find(
@@ -329,7 +347,7 @@ def _record(ready: _Ready, taken: Sequence[tuple[int, Taken]]) -> list[float]:
         meter.add_pseudo(each.pseudo, steps[place].pseudo, steps[place].guessed)
         meter.forward += each.forward
     meter.backward += int(sum(each.backward for _, each in taken))
-    return [float(sum(each.examples.double() for _, each in taken))]
+    return [float(sum(torch.stack([each.examples.double() for _, each in taken]).tolist()))]
 
 
 def _record_stack(group: Sequence[_Ready], taken: Sequence[tuple[int, Taken]]) -> list[float]:
@@ -390,11 +408,12 @@ class _Run:
         self.steps = 0
         """Batches so far."""
         self.memory = self.first_memory = memory
-        self.meter = Meter(client_tags(trainer.metrics))
+        self.meter = Meter(trainer.tags)
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         """Samples that a phase could draw."""
         self.trainer, self.config, self.states, self.seed = trainer, config, states, seed
         self._data, self.client, self._work = data, client, work
+        self.stacked = False
 
     def prepare(self, phase: Phase) -> _Ready | None:
         """Runs the E step of a phase and draws its steps; returns None if it has none."""

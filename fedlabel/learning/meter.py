@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,10 +80,15 @@ class Meter(Passes):
             return {}
         if len({pair.dtype for pair in pairs}) > 1:
             pairs = [pair.double() for pair in pairs]
-        numbers = torch.stack(pairs).detach().double().cpu().numpy()  # the only wait for the device
-        ends = np.cumsum([len(values) for values in self._pairs.values()])
-        parts = np.split(numbers, ends[:-1])
-        return {name: part.sum(0).tolist() for name, part in zip(self._pairs, parts, strict=True)}
+        numbers = iter(torch.stack(pairs).detach().tolist())  # the only wait for the device
+        found = {}
+        for name, values in self._pairs.items():
+            total, count = next(numbers)
+            for _ in values[1:]:
+                more, further = next(numbers)
+                total, count = total + more, count + further
+            found[name] = [total, count]
+        return found
 
     def add_pseudo(self, pseudo: PseudoLabels | None, rows: Tensor, guessed: Tensor) -> None:
         """Records pseudo-labels of samples `rows` (m,), positions in the client's data, where `guessed` (m,) bool."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,7 +120,7 @@ def plan_phase(
             steps = max(over_labeled, over_unlabeled)
     sources = {"labeled": (places, per_step), "unlabeled": (unlabeled, size), "mix": (mix, min(size, len(unlabeled)))}
     streams = [
-        draw_batches(rows, count, steps, torch_generator(seed, phase.name, kind))
+        draw_batches(rows, count, steps, torch_generator(seed, phase.name, kind)) if len(rows) else [rows] * steps
         for kind, (rows, count) in sources.items()
     ]
     make = _StepMaker(draw, pool.units, supervision)
@@ -142,11 +142,11 @@ class _StepMaker:
 
     def __init__(self, draw: Draw, units: Units | None, supervision: Supervision) -> None:
         self._by_knowledge, self._units = isinstance(draw, ByKnowledge), units
-        # Nothing is guessed where the label is certain, nor of a sample that is drawn without its supervision.
-        self._unsure, self._hidden = (
-            (~supervision.labeled | supervision.noisy).cpu(),
-            ~supervision.has_supervision.cpu(),
-        )
+        if self._by_knowledge or units is not None:
+            # Nothing is guessed where the label is certain, nor of a sample that is drawn without its supervision.
+            self._unsure = (~supervision.labeled | supervision.noisy).cpu()
+            self._hidden = ~supervision.has_supervision.cpu()
+        self._everyone = torch.ones(0, dtype=torch.bool)
 
     def __call__(self, places: Tensor, unlabeled: Tensor, mix: Tensor, share: float) -> StepPlan:
         if self._units is not None:
@@ -156,19 +156,19 @@ class _StepMaker:
         if self._by_knowledge:
             guessed = torch.cat([self._unsure[places], self._hidden[unlabeled]])
             return StepPlan(places, unlabeled, mix, share, None, torch.cat([places, unlabeled]), guessed)
-        everyone = torch.ones(len(unlabeled), dtype=torch.bool)
-        return StepPlan(places, unlabeled, mix, share, None, unlabeled, everyone)
+        if len(self._everyone) != len(unlabeled):
+            self._everyone = torch.ones(len(unlabeled), dtype=torch.bool)
+        return StepPlan(places, unlabeled, mix, share, None, unlabeled, self._everyone)
 
 
-def draw_batches(index: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yields `steps` batches of min(batch_size, n) positions: shuffled passes over `index` (n,), cut without a gap."""
+def draw_batches(index: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """Returns `steps` batches of min(batch_size, n) positions: shuffled passes over `index` (n,), cut without a gap."""
     size = min(batch_size, len(index))
-    order = index[:0]
-    for _ in range(steps):
-        while len(order) < size:
-            order = torch.cat([order, index[torch.randperm(len(index), generator=generator)]])
-        yield order[:size]
-        order = order[size:]
+    if not size * steps:
+        return [index[:0]] * steps
+    passes = [torch.randperm(len(index), generator=generator) for _ in range(-(-size * steps // len(index)))]
+    order = torch.cat(passes)[: size * steps] if len(passes) > 1 else passes[0][: size * steps]
+    return index[order].split(size)
 
 
 def count_steps(phase: Phase, config: TrainingConfig, num_samples: int, batch_size: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fedlabel.learning.meter import Passes
 from fedlabel.learning.step import Taken, copy_into, in_precision
@@ -57,20 +57,28 @@ def automatic_size(module: nn.Module) -> int:
     return LARGEST[device] if device == "cuda" else max(1, min(LARGEST[device], IN_CACHE // size))
 
 
-def stack_states(states: Sequence[Mapping[str, Tensor]]) -> StateDict:
-    """Returns states with the same names and shapes as one, with a first dimension, in memory of its own."""
-    first = states[0]
-    if all(state is first for state in states):
-        return {name: value.expand(len(states), *value.shape).clone() for name, value in first.items()}
-    return {name: torch.stack([state[name] for state in states]) for name in first}
+def stack_states(states: Sequence[Mapping[str, Tensor]], by_columns: bool = False) -> StateDict:
+    """Returns states with the same names and shapes as one, with a first dimension, in memory of its own.
 
-
-def _lay_out(stacked: StateDict) -> StateDict:
-    """Returns a stacked state whose matrices lie column by column in memory, as their gradients will.
-
-    Else the optimiser reads one of both across, and a step takes twice as long.
+    Args:
+        states: of the clients.
+        by_columns: whether matrices lie column by column in memory, as their gradients will. Else an optimiser reads
+            one of both across, and a step takes twice as long.
     """
-    return {name: value.mT.contiguous().mT if value.dim() == 3 else value for name, value in stacked.items()}
+
+    def together(values: Sequence[Tensor]) -> Tensor:
+        if not common:
+            return torch.stack(list(values))
+        return values[0].contiguous().expand(len(states), *values[0].shape).clone()
+
+    common = all(state is states[0] for state in states)
+    first = states[:1] if common else states
+    return {
+        name: together([state[name].mT for state in first]).mT
+        if by_columns and example.dim() == 2
+        else together([state[name] for state in first])
+        for name, example in states[0].items()
+    }
 
 
 class Stack:
@@ -102,7 +110,7 @@ class Stack:
         self._fixed = fixed
         self._student, self._teacher, self._phase, self._config = student.train(), teacher.eval(), phase, config
         self._received = received
-        self.state = _lay_out(stack_states(starts))
+        self.state = stack_states(starts, by_columns=True)
         """Name -> (clients, ...), of all clients."""
         self._parameters = [name for name, _ in student.named_parameters()]
         self._common = {name: each[0] for name, each in teachers.items() if all(state is each[0] for state in each)}
@@ -146,13 +154,15 @@ class Stack:
         before = {name: value.clone() for name, value in buffers.items()}
         own = {name: {key: value[:clients] for key, value in state.items()} for name, state in self._own.items()}
         passes = Passes()
-        found = vmap(self._loss(optimizer.update, passes))(weights, buffers, own, batch)
+        leaves, form = tree_flatten((weights, buffers, own, batch))
+        loss = self._loss(optimizer.update, passes)
+        # As one list: vmap goes through what it is given several times.
+        found = vmap(lambda given: loss(*tree_unflatten(given, form)))(leaves)
         active = found["examples"] > 0
         everyone = active.device.type == "cpu" and bool(active.all())  # elsewhere nobody waits for the device
         if found["loss"].requires_grad:
             moved = [name for name in self._parameters if name in optimizer.names]
-            leaves = [weights[name] for name in moved]
-            gradients = torch.autograd.grad(found["loss"].sum(), leaves, allow_unused=True)
+            gradients = torch.autograd.grad(found["loss"].sum(), [weights[name] for name in moved], allow_unused=True)
             with torch.no_grad():
                 of = {name: g for name, g in zip(moved, gradients, strict=True) if g is not None}
                 optimizer.move(weights, of, self._received, self._phase.proximal, None if everyone else active)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Taken(NamedTuple):
     memory: State | None
     forward: int
     """See `Passes`; of one client."""
-    backward: Tensor
+    backward: Tensor | int
     """()."""
 
 
@@ -82,7 +82,9 @@ class Stepper:
     update: Update
     names: frozenset[str]
     """Names of the parameters that it trains."""
-    optimizer: torch.optim.Optimizer
+    moved: list[nn.Parameter]
+    """The parameters of these names."""
+    optimizer: Sgd | AdamW
     config: TrainingConfig
     proximal: Callable[[Tensor], float] | None
     """See `Phase.proximal`."""
@@ -116,7 +118,8 @@ class Stepper:
             buffers=list(student.buffers()),
             update=update,
             names=names,
-            optimizer=_optimizer(moved, config),
+            moved=moved,
+            optimizer=AdamW(moved, config) if config.optimizer == "adamw" else Sgd(moved, config),
             config=config,
             proximal=proximal,
             received=received,
@@ -124,12 +127,17 @@ class Stepper:
             masked=masked,
         )
 
+    def begin(self) -> None:
+        """Has gradients flow to what it trains, and to nothing else; to be called before `step` whenever another one
+        may have taken a step of the same student.
+        """
+        for name, parameter in self.named.items():
+            parameter.requires_grad_(name in self.names)
+
     def step(self, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns the loss of a batch, after one step on it. A step that used no sample changes nothing: no parameter,
         momentum or running statistic of BatchNorm, and no penalty.
         """
-        for name, parameter in self.named.items():
-            parameter.requires_grad_(name in self.names)
         before = [buffer.clone() for buffer in self.buffers]
         with_gradient = 0
 
@@ -161,39 +169,39 @@ class Stepper:
 
     def _descend(self, loss: Tensor) -> None:
         """Takes one step of the optimiser."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.moved:
+            parameter.grad = None
         if self.update.penalty is not None:
             loss = loss + self.update.penalty(self.named)
         loss.backward()
-        self._pull_and_clip({n: p for n, p in self.named.items() if n in self.names and p.grad is not None})
+        self._pull_and_clip()
         self.optimizer.step()
 
     def _undo(self) -> Callable[[Tensor], None]:
-        """Remembers parameters and momentum; returns a function () bool -> nothing that puts them back where False."""
-        moved = [parameter for name, parameter in self.named.items() if name in self.names]
-        parameters = [parameter.detach().clone() for parameter in moved]
-        states = [dict(self.optimizer.state.get(parameter, {})) for parameter in moved]
-        kept = [{key: v.clone() for key, v in state.items() if isinstance(v, Tensor)} for state in states]
+        """Remembers parameters and moments; returns a function () bool -> nothing that puts them back where False."""
+        parameters = [parameter.detach().clone() for parameter in self.moved]
+        kept = {key: moment.clone() for key, moment in self.optimizer.moments().items()}
 
         def undo(active: Tensor) -> None:
             with torch.no_grad():
-                for parameter, value, old in zip(moved, parameters, kept, strict=True):
+                for parameter, value in zip(self.moved, parameters, strict=True):
                     parameter.copy_(torch.where(active, parameter, value))
-                    for key, state in self.optimizer.state.get(parameter, {}).items():
-                        if isinstance(state, Tensor):
-                            start = old.get(key, torch.zeros_like(state))  # as no step has been taken
-                            state.copy_(torch.where(active.to(state.device), state, start))
+                for key, moment in self.optimizer.moments().items():
+                    start = kept[key] if key in kept else torch.zeros_like(moment)  # as no step has been taken
+                    moment.copy_(torch.where(active.to(moment.device), moment, start))
 
         return undo
 
-    def _pull_and_clip(self, moved: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in moved.items():
-            pull = self.config.prox_mu + (self.proximal(parameter) if self.proximal is not None else 0.0)
-            if pull > 0:
-                assert parameter.grad is not None
-                parameter.grad.add_(parameter.detach() - self.received[name], alpha=pull)
+    def _pull_and_clip(self) -> None:
+        if self.config.prox_mu > 0 or self.proximal is not None:
+            for name, parameter in self.named.items():
+                if name not in self.names or parameter.grad is None:
+                    continue
+                pull = self.config.prox_mu + (self.proximal(parameter) if self.proximal is not None else 0.0)
+                if pull > 0:
+                    parameter.grad.add_(parameter.detach() - self.received[name], alpha=pull)
         if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(moved.values()), self.config.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.moved, self.config.max_grad_norm)
 
 
 class Alone:
@@ -223,7 +231,7 @@ class Alone:
         fixed: bool = False,
     ) -> None:
         self._student, self._passes = student.train(), Passes()
-        student.load_state_dict(starts[0])
+        copy_into(student.state_dict(), starts[0])
         self._received, self._states = received, {name: each[0] for name, each in teachers.items()}
         if fixed:
             self._received, self._states = tree_map(torch.clone, (self._received, self._states))
@@ -236,17 +244,20 @@ class Alone:
             Stepper.of(student, update, phase.proximal, self._received, config, self._passes, masked=fixed or None)
             for update in phase.updates
         ]
+        for stepper in self._steppers[:1]:
+            stepper.begin()
 
     def take(self, batch: Batch) -> list[Taken]:
         """Takes all optimiser steps on a batch."""
         taken, memory = [], batch.memory
         for stepper in self._steppers:
             self._passes.forward, self._passes.backward = 0, 0
-            step = stepper.step(self._teachers, batch._replace(memory=memory))
+            if len(self._steppers) > 1:
+                stepper.begin()
+            step = stepper.step(self._teachers, batch if memory is batch.memory else batch._replace(memory=memory))
             memory = step.memory if step.memory is not None else memory
-            backward = torch.as_tensor(self._passes.backward, device=step.examples.device)
-            examples = step.examples.detach()
-            taken.append(Taken(step.metrics, examples, step.pseudo, step.memory, self._passes.forward, backward))
+            passes, examples = self._passes, step.examples.detach()
+            taken.append(Taken(step.metrics, examples, step.pseudo, step.memory, passes.forward, passes.backward))
         return taken
 
     def restart(
@@ -257,10 +268,8 @@ class Alone:
         copy_into(self._received, received)
         copy_into(self._states, {name: each[0] for name, each in teachers.items()})
         for stepper in self._steppers:
-            for state in stepper.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
+            for moment in stepper.optimizer.moments().values():
+                moment.zero_()
 
     def results(self) -> list[StateDict]:
         """Returns the student's weights, in memory of their own."""
@@ -284,13 +293,64 @@ def copy_into(targets: Any, sources: Any) -> None:
         torch._foreach_copy_([target for target, _ in filled], [source for _, source in filled])
 
 
-def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters,
-        config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
+class Sgd:
+    """SGD, equal to `torch.optim.SGD` to the bit. That one spends longer on its hooks, checks and groups than on the
+    arithmetic of a small network.
+
+    Args:
+        parameters: what it moves.
+        config: how clients train.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], config: TrainingConfig) -> None:
+        self._parameters, self._config = parameters, config
+        self._momentum: dict[Hashable, Tensor] = {}
+        """Place of a parameter -> its momentum, from its first gradient on."""
+
+    def moments(self) -> dict[Hashable, Tensor]:
+        """Returns what it remembers from step to step, by a name for each tensor."""
+        return dict(self._momentum)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the parameters that have a gradient."""
+        config = self._config
+        places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
+        parameters = [self._parameters[place] for place in places]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        if config.weight_decay:
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=config.weight_decay))
+        if config.momentum:
+            begun = [(self._momentum[p], g) for p, g in zip(places, gradients, strict=True) if p in self._momentum]
+            if begun:
+                torch._foreach_mul_([momentum for momentum, _ in begun], config.momentum)
+                torch._foreach_add_([momentum for momentum, _ in begun], [gradient for _, gradient in begun])
+            for place, gradient in zip(places, gradients, strict=True):
+                if place not in self._momentum:
+                    self._momentum[place] = gradient.clone()
+            moved = [self._momentum[place] for place in places]
+            gradients = list(torch._foreach_add(gradients, moved, alpha=config.momentum)) if config.nesterov else moved
+        torch._foreach_add_(parameters, gradients, alpha=-config.lr)
+
+
+class AdamW:
+    """torch's AdamW, as `Sgd` is used.
+
+    Args:
+        parameters: what it moves.
+        config: how clients train.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> None:
+        self._of_torch = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+
+    def moments(self) -> dict[Hashable, Tensor]:
+        """See `Sgd`; the counter of steps is among them."""
+        states = self._of_torch.state.items()
+        return {(id(p), key): value for p, state in states for key, value in state.items() if isinstance(value, Tensor)}
+
+    def step(self) -> None:
+        """Moves the parameters that have a gradient."""
+        self._of_torch.step()

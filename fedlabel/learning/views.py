@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlabel.data.augment import AugmentConfig, strong, weak
+from fedlabel.data.augment import AugmentConfig, strong, weak, weak_draws
 from fedlabel.seeding import Draws
 
 
@@ -30,9 +30,15 @@ class ImageTransform:
 
         Rows of tables (float32) are not pixels of [0, 255]: of them only mean and std are taken.
         """
-        values = images if images.is_floating_point() else images.float() / 255
-        values = (values - self.mean) / self.std
+        values = images - self.mean if images.is_floating_point() else images.float().div_(255).sub_(self.mean)
+        values = values.div_(self.std)
         return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
+
+    def fixed(self, images: Tensor, name: str) -> bool:
+        """Returns whether a view of images is the same whenever it is made, and no random number is drawn for it."""
+        if name == "weak":
+            return not self.augment.weak_as_strong and not weak_draws(images, self.augment, self.allow_flip)
+        return name == "clean"
 
     def views(self, images: Tensor, names: tuple[str, ...], draws: Draws) -> dict[str, Tensor]:
         """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn independently."""

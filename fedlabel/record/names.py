@@ -1,4 +1,4 @@
-"""Names of the files in a run's folder, see `run_folder`."""
+"""Names of the files in a run's folder, see `run_folder`, and of what is read out of them by name."""
 
 CONFIG_YAML = "config.yaml"
 METRICS_JSONL = "metrics.jsonl"
@@ -10,3 +10,6 @@ SUPERVISION_JSON = "supervision.json"
 SUMMARY_JSON = "summary.json"
 TRACE_JSON = "trace.json"
 FUNCTIONS_CSV = "labeling_functions.csv"
+BY_SECONDS = "by_simulated_seconds"
+SECONDS = "system/virtual_seconds"
+"""The metric of the simulated clock."""

@@ -5,6 +5,7 @@
       partition.json/.png who holds what
       metrics.jsonl       one JSON object a line and a round
       events.out.*        the same numbers, and figures, for TensorBoard
+      by_simulated_seconds/ with devices: accuracy and loss over simulated time, for TensorBoard
       failures.log        one entry per failed client, with its traceback
       checkpoints/        see server/checkpoint.py
       trace.json          with grid.profile: where the time went, see `trace`
@@ -16,6 +17,7 @@ Small files are replaced as a whole (`write_atomic`); `metrics.jsonl` only grows
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +35,7 @@ from fedlabel.record.event_file import EventFile, wait_for_later_name
 from fedlabel.record.files import TEMPORARY, FolderLock, append, sync_folder, temporary_name, write_atomic
 from fedlabel.record.json_files import as_json, json_line, read_metrics
 from fedlabel.record.names import (
+    BY_SECONDS,
     CHECKPOINTS,
     CONFIG_YAML,
     FAILURES_LOG,
@@ -40,6 +43,7 @@ from fedlabel.record.names import (
     METRICS_JSONL,
     PARTITION_JSON,
     PARTITION_PNG,
+    SECONDS,
     SUMMARY_JSON,
     SUPERVISION_JSON,
     TRACE_JSON,
@@ -72,6 +76,9 @@ class RunFolder:
         self._failures: list[str] = []
         self._trace: TraceFile | None = None
         self._next_round = purge_step or 1
+        self._by_seconds: EventFile | None = None
+        self._last_second: int | None = None
+        """Simulated second up to which a resumed run is done."""
 
     @classmethod
     def create(cls, path: Path, config_yaml: str, hparams: Mapping[str, Hparam]) -> RunFolder:
@@ -148,6 +155,8 @@ class RunFolder:
         write_atomic(path / METRICS_JSONL, "".join(json_line(row) for row in rows))
         wait_for_later_name(path)
         folder = cls(path, purge_step=completed_round + 1)
+        seconds = rows[-1].get(SECONDS) if rows else None
+        folder._last_second = None if seconds is None else math.floor(seconds)
         with folder.closed_on_error():
             folder._events.flush()
         return folder
@@ -231,6 +240,8 @@ class RunFolder:
         scalars = {tag: float(value) for tag, value in metrics.items()}
         for tag, value in scalars.items():
             self._events.add_scalar(tag, value, round_number)
+        if SECONDS in scalars:
+            self._log_by_seconds(scalars)
         for tag, values in rows.items():
             self._events.add_histogram(tag, values, round_number)
         for tag, counts in bins.items():
@@ -244,6 +255,20 @@ class RunFolder:
         self._next_round = round_number + 1
         self._events.flush()
         append(self.metrics_jsonl, json_line({"round": round_number, **scalars, **rows}))
+
+    def _log_by_seconds(self, scalars: Mapping[str, float]) -> None:
+        """Writes the results of a round once more, with the simulated second as TensorBoard's step: to a folder of its
+        own, which TensorBoard shows as a run, as the steps of one run are either rounds or seconds.
+        """
+        if self._by_seconds is None:
+            purge = None if self._last_second is None else self._last_second + 1
+            make_folder(self.path / BY_SECONDS)
+            wait_for_later_name(self.path / BY_SECONDS)
+            self._by_seconds = EventFile(self.path / BY_SECONDS, purge)
+        for tag, value in scalars.items():
+            if tag.startswith("eval/"):
+                self._by_seconds.add_scalar(tag, value, math.floor(scalars[SECONDS]))
+        self._by_seconds.flush()
 
     def log_figure(self, tag: str, figure: Figure, round_number: int = 0) -> None:
         """Shows a figure in TensorBoard."""
@@ -282,6 +307,8 @@ class RunFolder:
         try:
             self._flush_failures()
             self._events.close()
+            if self._by_seconds is not None:
+                self._by_seconds.close()
         finally:
             self._lock.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import csv
 import io
 import math
@@ -13,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
@@ -20,7 +22,7 @@ from fedlabel.config import flatten, load_config
 from fedlabel.errors import make_folder
 from fedlabel.record.figures import curves_figure, save_png, svg_bytes
 from fedlabel.record.files import write_atomic
-from fedlabel.study.runs import ACCURACY, COLUMN, METRICS, Comparison, Run, differing_keys, plain
+from fedlabel.study.runs import ACCURACY, AXES, COLUMN, METRICS, VIRTUAL, Comparison, Run, differing_keys, plain
 from fedlabel.study.statistics import (
     NOT_TESTED,
     Column,
@@ -78,8 +80,9 @@ TABLES = {
     "cost": (
         "Cost",
         "MB: 10⁶ bytes over all clients; up to an accuracy: until the first evaluated round that reaches it, mean over "
-        "the seeds that do (how many); forward, backward: thousand samples through the networks; failed: clients, "
-        "summed over seeds.",
+        "the seeds that do (how many); slow half: % of the replies that count which the slower half of the clients "
+        "gave; simulated s: on the clock of their devices; forward, backward: thousand "
+        "samples through the networks; failed: clients, summed over seeds.",
     ),
 }
 """Kind -> title and how to read it."""
@@ -174,6 +177,8 @@ def tables(comparison: Comparison, name: str, tests: SectionTests, shown: Sequen
             places = [header.index(column.title) for column in used if column.key == key]
             best = (max(ranked, key=scores.__getitem__), places[0]) if ranked and places else None
         found.append(Table(title, header, rows, best))
+        if kind == "accuracy" and comparison.against == VIRTUAL:
+            found.append(time_table(comparison, name))
         if kind == "accuracy" and not tests.baseline and len(tests.pairs) > 2:
             found.append(_pairs_table(tests))
     return found
@@ -190,14 +195,64 @@ def _pairs_table(tests: SectionTests) -> Table:
 
 def curves(comparison: Comparison, name: str) -> Figure:
     """Returns the ranking metric over rounds, by default accuracy, mean and standard deviation over the seeds."""
+    against = comparison.against
     runs = {
-        row: [run.curve(comparison.metric) for run in members] for row, members in comparison.sections[name].items()
+        row: [run.curve(comparison.metric, against) for run in members]
+        for row, members in comparison.sections[name].items()
     }
-    percent = {row: [(rounds, [100 * a for a in values]) for rounds, values in seeds] for row, seeds in runs.items()}
+    if against != "round":
+        runs = {row: on_one_axis(seeds) for row, seeds in runs.items()}
+    unit = 1e-6 if against == "bytes_up" else 1
+    percent = {
+        row: [([unit * place for place in places], [100 * a for a in values]) for places, values in seeds]
+        for row, seeds in runs.items()
+    }
     split = _distinct(run.config.evaluation.split for run in comparison.runs)
     return curves_figure(
-        percent, title=_heading(comparison, name), y_label=f"{split[0]} {METRICS[comparison.metric]} (%)", band="sd"
+        percent,
+        title=_heading(comparison, name),
+        y_label=f"{split[0]} {METRICS[comparison.metric]} (%)",
+        x_label=AXES[against],
+        band="sd",
     )
+
+
+Curve = tuple[list[float], list[float]]
+POINTS = 100
+"""Of a curve over an axis on which the seeds' evaluations do not lie at the same places."""
+
+
+def on_one_axis(seeds: Sequence[Curve]) -> list[Curve]:
+    """Returns the curves of some seeds at common places: at each the value of the last evaluation until there.
+
+    They begin where the last seed has its first evaluation, and end where the first one has its last.
+    """
+    first, last = max(places[0] for places, _ in seeds), min(places[-1] for places, _ in seeds)
+    common = np.linspace(first, max(first, last), POINTS).tolist() if last > first else [first]
+    return [(common, [value_at(curve, place) for place in common]) for curve in seeds]
+
+
+def value_at(curve: Curve, place: float) -> float:
+    """Returns the last value of a curve until a place on its axis; NaN before the first."""
+    places, values = curve
+    found = bisect.bisect_right(places, place)
+    return values[found - 1] if found else math.nan
+
+
+def time_table(comparison: Comparison, name: str) -> Table:
+    """Returns the ranking metric of a section's rows at quarters of the simulated time that all its runs have."""
+    section = comparison.sections[name]
+    end = min(run.simulated_seconds for runs in section.values() for run in runs)
+    times = [end * quarter / 4 for quarter in range(1, 5)]
+    rows = []
+    for row, runs in section.items():
+        curves = [run.curve(comparison.metric, VIRTUAL) for run in runs]
+        stats = [over_seeds([100 * value_at(curve, time) for curve in curves]) for time in times]
+        rows.append(
+            [row, *(f"{stat.mean:.1f} ± {stat.sd:.1f}" if stat.count > 1 else f"{stat.mean:.1f}" for stat in stats)]
+        )
+    metric = METRICS[comparison.metric]
+    return Table("By simulated time", ["method", *(f"{metric} after {time:,.0f} s" for time in times)], rows)
 
 
 def row_table(
@@ -287,6 +342,11 @@ def remarks(comparison: Comparison, parts: Sequence[Part]) -> list[str]:
         *_about_tests(comparison),
         *(f"{title}: {note}" for title, note in TABLES.values() if title in there),
     ]
+    if comparison.against != "round":
+        texts.append(
+            f"Curves are drawn over {AXES[comparison.against]}: at each place the last evaluation until there, of each "
+            "seed; they end where the first seed does."
+        )
     if bounds:
         texts.append(f"Upper bounds, which see every label and are neither ranked nor tested: {', '.join(bounds)}.")
     if comparison.published:
@@ -330,11 +390,12 @@ def markdown(comparison: Comparison, parts: Sequence[Part]) -> str:
         lines.append(f"- {label}: " + "; ".join(f"`{value}`" if code else _escape(value) for value in values))
     lines += [f"- **warning:** {_escape(warning)}" for warning in comparison.warnings]
     lines += ["", *(f"{_escape(remark)}\n" for remark in remarks(comparison, parts))]
+    over = "rounds" if comparison.against == "round" else AXES[comparison.against]
     for part in parts:
         lines += [
             f"## {_escape(_heading(comparison, part.name))}",
             "",
-            f"![{METRICS[comparison.metric]} over rounds]({part.file}.png)",
+            f"![{METRICS[comparison.metric]} over {over}]({part.file}.png)",
             "",
         ]
         for table in part.tables:

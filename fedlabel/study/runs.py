@@ -18,7 +18,7 @@ from fedlabel.config import ExperimentConfig, flatten, keys_without_effect, load
 from fedlabel.methods.supervised import Supervised
 from fedlabel.names import counted, did_you_mean
 from fedlabel.record.json_files import read_metrics, read_summary
-from fedlabel.record.names import CONFIG_YAML, METRICS_JSONL, SUMMARY_JSON
+from fedlabel.record.names import CONFIG_YAML, METRICS_JSONL, SECONDS, SUMMARY_JSON
 from fedlabel.record.results import averaged_rounds, name_mean
 from fedlabel.study.sweep import SWEEP_JSON, CompareConfig, SweepConfig, format_value, parse_sweep
 
@@ -26,9 +26,15 @@ ACCURACY, COLUMN = "eval/accuracy", "mean_last_tenth"
 """What rows are ranked and tested by where nothing else is asked for, of summary.json."""
 METRICS = {ACCURACY: "accuracy", "eval/auc": "AUC", "eval/balanced_accuracy": "balanced accuracy"}
 """What they may be ranked and tested by, and its name."""
+VIRTUAL = "virtual_seconds"
 WHEN = {"last": "after the last round", COLUMN: "mean of last tenth", "selected": "at the selected round"}
 """And at which round: keys of a metric in summary.json."""
-ROW_KEYS = ("method.", "training.lr", "training.prox_mu", "training.max_grad_norm", "strategy.")
+AXES = {"round": "communication round", VIRTUAL: "simulated seconds", "bytes_up": "MB up, all clients"}
+"""What curves may be drawn over, and the name of that axis."""
+ROW_KEYS = (
+    *("method.", "training.lr", "training.prox_mu", "training.max_grad_norm", "strategy."),
+    *("pacing.", "sampling."),
+)
 """Keys (or groups of them) that make a row."""
 MACHINE_KEYS = ("seed", "device", "grid.threads_per_worker")
 """Keys in which the runs of a row may differ, besides those without effect."""
@@ -65,23 +71,36 @@ class Run:
         found = [row[metric] for row in self.rounds if row.get(metric) is not None]
         return math.fsum(found) / len(found) if found else math.nan
 
-    def curve(self, metric: str = ACCURACY) -> tuple[list[int], list[float]]:
-        """Returns the evaluated rounds and their accuracy, or another metric."""
-        found = [(row["round"], row[metric]) for row in self.rounds if row.get(metric) is not None]
+    def curve(self, metric: str = ACCURACY, against: str = "round") -> tuple[list[float], list[float]]:
+        """Returns the evaluated rounds and their accuracy, or another metric.
+
+        Args:
+            metric: in metrics.jsonl.
+            against: one of `AXES`, in place of the rounds.
+        """
+        found = [(place, row[metric]) for place, row in self._along(against) if row.get(metric) is not None]
         return [each for each, _ in found], [value for _, value in found]
 
-    def until(self, target: float) -> tuple[float, float]:
-        """Returns the first evaluated round with an accuracy of at least `target`, and the bytes uploaded until then.
-
-        (NaN, NaN) if there is none.
+    def until(self, target: float, against: str) -> float:
+        """Returns where on one of `AXES` an evaluation has an accuracy of at least `target` for the first time; NaN if
+        none has.
         """
-        uploaded = 0.0
-        for row in self.rounds:
-            uploaded += row.get("comm/bytes_up") or 0.0
-            accuracy = row.get(ACCURACY)
-            if accuracy is not None and accuracy >= target:
-                return float(row["round"]), uploaded
-        return math.nan, math.nan
+        reached = (place for place, row in self._along(against) if (row.get(ACCURACY) or -math.inf) >= target)
+        return next(reached, math.nan)
+
+    def _along(self, against: str) -> list[tuple[float, Mapping[str, Any]]]:
+        """Returns the rounds with their place on one of `AXES`; none if the run has no simulated time."""
+        if against == VIRTUAL:
+            return [(row[SECONDS], row) for row in self.rounds if row.get(SECONDS) is not None]
+        if against == "bytes_up":
+            sizes = itertools.accumulate((row.get("comm/bytes_up") or 0.0) for row in self.rounds)
+            return list(zip(sizes, self.rounds, strict=True))
+        return [(float(row["round"]), row) for row in self.rounds]
+
+    @property
+    def simulated_seconds(self) -> float:
+        """Returns the simulated time of the last round; NaN without a clock."""
+        return max((place for place, _ in self._along(VIRTUAL)), default=math.nan)
 
 
 Section = dict[str, list[Run]]
@@ -111,6 +130,8 @@ class Comparison:
     """One of `WHEN`."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     """Baseline of the tests, as requested."""
+    against: str = "round"
+    """What curves are drawn over, one of `AXES`."""
     asked_by: str = ""
     """Who chose the baseline; "" for the default."""
 
@@ -149,6 +170,7 @@ def read_comparison(
     metric: str = ACCURACY,
     column: str = COLUMN,
     compare: CompareConfig | None = None,
+    against: str | None = None,
 ) -> Comparison:
     """Returns the comparison of a sweep's folder, or of run folders and folders of them.
 
@@ -159,6 +181,7 @@ def read_comparison(
         metric: what rows are ranked and tested by, one of `METRICS`.
         column: of that metric, one of `WHEN`.
         compare: what rows are tested against, in place of what the sweep's file says.
+        against: what curves are drawn over, one of `AXES`; None: what the sweep's file says.
 
     Raises:
         ValueError: there is no finished run, a run is damaged, runs are not comparable, or no row is called as the
@@ -174,7 +197,15 @@ def read_comparison(
         raise ValueError(f"`--metric` (={metric}) must be one of {', '.join(METRICS)}.")
     if column not in WHEN:
         raise ValueError(f"`--column` (={column}) must be one of {', '.join(WHEN)}.")
-    comparison = replace(_read(paths, by, targets), metric=metric, column=column)
+    if against is not None and against not in AXES:
+        raise ValueError(f"`--against` (={against}) must be one of {', '.join(AXES)}.")
+    comparison = _read(paths, by, targets)
+    comparison = replace(comparison, metric=metric, column=column, against=against or comparison.compare.against)
+    if comparison.against == VIRTUAL and any(math.isnan(run.simulated_seconds) for run in comparison.runs):
+        raise ValueError(
+            f"`--against` (={VIRTUAL}) needs runs with a simulated clock, and some have none: set devices.kind "
+            "(docs/devices.md), or take --against round."
+        )
     if compare is not None:
         _check_row(comparison, compare.baseline)
         comparison = replace(comparison, compare=compare, asked_by="--baseline")
@@ -406,7 +437,7 @@ def _read_sweep(out: Path, targets: Sequence[float]) -> Comparison:
         rows={method: " ".join(row) or "the configuration as it is" for method, row in sweep.methods.items()},
         protocol=_protocol(sweep),
         compare=sweep.compare,
-        asked_by="" if sweep.compare == CompareConfig() else "compare.baseline",
+        asked_by="" if replace(sweep.compare, against="round") == CompareConfig() else "compare.baseline",
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
-from fedlabel.study.runs import ACCURACY, COLUMN, Run, Section
+from fedlabel.study.runs import ACCURACY, COLUMN, VIRTUAL, Run, Section
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
     def percent(key: str, title: str, table: str, metric: str, column: str = COLUMN) -> Column:
         return Column(key, title, table, lambda run: run.value(metric, column), scale=100)
 
-    def until(target: float, place: int) -> Callable[[Run], float]:
-        return lambda run: run.until(target)[place]
+    def until(target: float, against: str) -> Callable[[Run], float]:
+        return lambda run: run.until(target, against)
 
     def mean(key: str, title: str, metric: str, scale: float, digits: int) -> Column:
         return Column(key, title, "cost", lambda run: run.value(metric), scale, digits, spread=False)
@@ -190,14 +190,23 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
     for target in targets:
         name, shown = f"{target:g}", f"{100 * target:g} %"
         to_target += [
-            Column(f"rounds_to_{name}", f"rounds to {shown}", "cost", until(target, 0), digits=0, spread=False),
-            Column(f"bytes_up_to_{name}", f"MB up to {shown}", "cost", until(target, 1), 1e-6, spread=False),
+            Column(f"rounds_to_{name}", f"rounds to {shown}", "cost", until(target, "round"), digits=0, spread=False),
+            Column(f"bytes_up_to_{name}", f"MB up to {shown}", "cost", until(target, "bytes_up"), 1e-6, spread=False),
+            Column(
+                f"virtual_seconds_to_{name}",
+                f"simulated s to {shown}",
+                "cost",
+                until(target, VIRTUAL),
+                digits=0,
+                spread=False,
+            ),
         ]
     return [
         percent("accuracy_last", "last", "accuracy", ACCURACY, "last"),
         percent("accuracy_mean_last_tenth", "mean of last tenth", "accuracy", ACCURACY),
         percent("accuracy_best", "best", "accuracy", ACCURACY, "best"),
         percent("accuracy_selected", "selected", "accuracy", ACCURACY, "selected"),
+        percent("rare_class_accuracy", "rare classes", "accuracy", "eval/rare_class_accuracy"),
         percent("balanced_accuracy", "balanced", "accuracy", "eval/balanced_accuracy"),
         percent("auc", "AUC", "accuracy", "eval/auc"),
         percent("auc_selected", "AUC, selected", "accuracy", "eval/auc", "selected"),
@@ -232,6 +241,8 @@ def columns(targets: Sequence[float] = ()) -> list[Column]:
         mean("bytes_down", "MB down", "comm/bytes_down", 1e-6, 1),
         mean("claimed_bytes_up", "MB up, claimed", "comm/claimed_bytes_up", 1e-6, 1),
         mean("claimed_bytes_down", "MB down, claimed", "comm/claimed_bytes_down", 1e-6, 1),
+        Column("slow_half_share", "slow half", "cost", lambda run: run.mean("system/slow_half_share"), scale=100),
+        Column("virtual_seconds", "simulated s", "cost", lambda run: run.simulated_seconds, digits=0),
         Column("seconds", "seconds", "cost", lambda run: run.value("seconds"), digits=0),
         mean("forward_samples", "forward (k)", "train/forward_samples", 1e-3, 0),
         mean("backward_samples", "backward (k)", "train/backward_samples", 1e-3, 0),

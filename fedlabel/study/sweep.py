@@ -70,8 +70,11 @@ class CompareConfig:
     supervised, without oracle_labels)."""
     all_pairs: bool = False
     """Whether every row is tested against every other one instead, with a correction for that many tests."""
+    against: str = "round"
+    """What curves are drawn over: round, virtual_seconds (see `devices`) or bytes_up."""
 
     def __post_init__(self) -> None:
+        one_of(self, "compare", against=("round", "virtual_seconds", "bytes_up"))
         if self.all_pairs and self.baseline is not None:
             raise ValueError(
                 f"`compare.baseline` (={self.baseline}) has no meaning with `compare.all_pairs` (=true): give one of "

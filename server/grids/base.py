@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.cohort import ClientResult, Invitation
+from fedlabel.compression import RESIDUAL, residuals, without_residuals
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State
 from server.blocks import Block, BlockResult, Failure, WeightedSum
@@ -115,6 +116,11 @@ def run_task(
     results = iter(zip(clients, found, strict=True))
     with spans.part("reduce"):
         blocks = [check_block([next(results) for _ in block], limits, order.fold) for block in task]
+    used = {result.client for block in blocks for result in block.results}
+    for client, memory in zip(clients, memories, strict=True):
+        if client in kept and client not in used:  # nothing of its update arrived
+            before = {RESIDUAL + part: value for part, value in residuals(memory).items()}
+            kept[client] = {**without_residuals(kept[client]), **before}
     return TaskResult(blocks, kept, any(isinstance(result, torch.OutOfMemoryError) for result in found))
 
 
@@ -129,7 +135,7 @@ def check_block(found: Sequence[tuple[int, ClientResult | Exception]], limits: R
             if isinstance(result, Exception):
                 failures.append(Failure(f"client {client}", describe(result)))
             else:
-                results.append(limits.check(result)._replace(kept={}))
+                results.append(limits.check(result)._replace(kept={}, encoded={}))
         except Refused as refusal:
             failures.append(Failure(f"client {client}", str(refusal), refused=True))
     return folded(BlockResult(results, failures, None)) if fold else BlockResult(results, failures, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -33,6 +34,8 @@ class FlowerGrid(ClientGrid):
         self.simulated = is_simulation(grid)
         self._nodes: Mapping[int, int] = {}
         """Client -> node id."""
+        self._used: dict[int, int] = {}
+        """Client that was asked -> the last round in which its reply was used, 0: none."""
 
     def connect(self, experiment: Experiment) -> None:
         """See `ClientGrid`."""
@@ -45,40 +48,54 @@ class FlowerGrid(ClientGrid):
         """See `ClientGrid`. A client without an answer after `grid.timeout` seconds has failed."""
         blocks = [block for task in tasks for block in task]
         cohort = [client for block in blocks for client in block]
+        used = self._used if self._config.compression.error_feedback else {}
         with self._spans.part("transfer"):
-            messages = messages_to(cohort, self._nodes, order.invitation, to_yaml(self._config))
+            messages = messages_to(cohort, self._nodes, order.invitation, to_yaml(self._config), used)
+        for client in cohort:
+            self._used.setdefault(client, 0)
         with self._spans.part("wait"):
             replies = replies_to(self._grid, messages, self._config.grid.timeout)
         reader = ReplyReader(self._schema.of_round(order.invitation, order.shared))
-        yield from read_blocks(blocks, dict(zip(cohort, messages, strict=True)), replies, reader, order.fold)
+        for block in read_blocks(blocks, dict(zip(cohort, messages, strict=True)), replies, reader, order.fold):
+            self._used |= {result.client: order.invitation.round_number for result in block.results}
+            yield block
 
 
 def messages_to(
-    cohort: Sequence[int], nodes: Mapping[int, int], invitation: Invitation, experiment: str
+    cohort: Sequence[int],
+    nodes: Mapping[int, int],
+    invitation: Invitation,
+    experiment: str,
+    used: Mapping[int, int] = MappingProxyType({}),
 ) -> list[Message]:
-    """Returns the messages of a round, in client order; all but those with helpers have one content.
+    """Returns the messages of a round, in client order; most have one content.
 
     Args:
         cohort: clients that train.
         nodes: client -> node id.
         invitation: what is sent to them.
         experiment: the configuration as YAML.
+        used: client -> the last round in which its reply was used, 0: none; clients that need not know are missing.
     """
+    sent = invitation.on_the_way
     config = {"experiment": experiment, "audit": invitation.audit, "server-round": invitation.round_number}
     records = {
-        "arrays": as_record(invitation.model),
+        "arrays": as_record(sent.model),
         "config": ConfigRecord(config),  # type: ignore[arg-type]
-        "shared": ConfigRecord(dict(state_to_lists(invitation.shared))),
+        "shared": ConfigRecord(dict(state_to_lists(sent.shared))),
     }
-    if invitation.previous:
-        records["previous"] = as_record(invitation.previous)
+    if sent.previous:
+        records["previous"] = as_record(sent.previous)
     everybody = RecordDict(records)  # type: ignore[arg-type]
     own = {
         client: RecordDict({**everybody, **{name: as_record(model) for name, model in helpers.items()}})
-        for client, helpers in invitation.helpers.items()
+        for client, helpers in sent.helpers.items()
     }
-    for client, share in invitation.work.items():
-        record = ConfigRecord({**config, "work": float(share)})  # type: ignore[dict-item]
+    told: dict[int, dict[str, float]] = {client: {"work": float(share)} for client, share in invitation.work.items()}
+    for client in used.keys() & set(cohort):
+        told[client] = {**told.get(client, {}), "used-round": used[client]}
+    for client, more in told.items():
+        record = ConfigRecord({**config, **more})  # type: ignore[dict-item]
         own[client] = RecordDict({**own.get(client, everybody), "config": record})
     group = str(invitation.round_number)
     return [Message(own.get(client, everybody), nodes[client], "train", group_id=group) for client in cohort]

@@ -92,10 +92,24 @@ class RayGrid(ClientGrid):
         config, schema = experiment.config, ResultSchema.of(experiment)
         self._spans = experiment.spans
         self._text, self._timeout, self._threads = to_yaml(config), config.grid.timeout, config.grid.threads_per_worker
-        self._keeps = experiment.recipe.memory.keep is not Memory.keep
+        self._keeps = experiment.recipe.memory.keep is not Memory.keep or config.compression.error_feedback
         self._costs = CostModel(lambda client, number: schema.limits(client, number).draws)
         for actor in range(len(self._actors), self._num_workers):
             self._start(actor)
+        self._await_start()
+
+    def _await_start(self) -> None:
+        """Waits for the workers, so that their start is no part of the first round. From when one of them is up, for as
+        long again at most: a cluster may have no room for more.
+        """
+        begun, limit = time.monotonic(), math.inf
+        while self._starting and time.monotonic() - begun < limit:
+            rest = None if limit == math.inf else max(0.0, limit - (time.monotonic() - begun))
+            ready, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=rest)
+            for reference in ready:
+                self._started(reference)
+            if self._idle and limit == math.inf:
+                limit = 2 * (time.monotonic() - begun)
 
     def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
         """See `ClientGrid`. A task that takes longer than `grid.timeout` seconds per client is stopped with its worker,

@@ -125,6 +125,7 @@ def pack_order(order: Order) -> Order:
         previous=pack(sent.previous, seen),  # type: ignore[arg-type]
         helpers=helpers,  # type: ignore[arg-type]
         work=dict(sent.work),
+        encoded=None,
     )
     return Order(packed, pack(order.shared, seen), order.fold)  # type: ignore[arg-type]
 

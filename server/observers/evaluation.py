@@ -29,6 +29,9 @@ class EvaluationObserver(Observer):
         metrics = evaluation.metrics()
         if not experiment.recipe.place(number).stage.final:
             return Report({"interim/accuracy": metrics["eval/accuracy"]})
+        if experiment.config.devices.correlation:
+            rare = experiment.federation.rare_classes(experiment.config.devices.rare_classes)
+            metrics["eval/rare_class_accuracy"] = float(np.nanmean(evaluation.class_accuracy[rare]))
         accuracy = evaluation.client_accuracy
         lists: dict[str, np.ndarray] = {
             "eval/class_accuracy": evaluation.class_accuracy,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedlabel.compression import without_residuals
 from fedlabel.experiment import Experiment
 from fedlabel.record.results import is_evaluated
 from server.observers.base import Observer, Report, Round
@@ -45,7 +46,7 @@ def pseudo_panel(experiment: Experiment, seen: Round) -> Figure | None:
     if size == 0 or client is None:
         return None
     remembered = {} if seen.memory_of is None else seen.memory_of(client)
-    kept = {name: value.to(experiment.device) for name, value in remembered.items()}
+    kept = {name: value.to(experiment.device) for name, value in without_residuals(remembered).items()}
     previous = {"previous": invitation.previous} if invitation.previous else {}
     further = {**previous, **invitation.helpers.get(client, {})}
     memory = {**kept, **invitation.shared}

@@ -28,6 +28,7 @@ class SystemObserver(Observer):
             "comm/bytes_down": float(tally.bytes_down),
             "system/failed_clients": float(tally.num_failed),
             "system/refused_replies": float(tally.refused),
+            "system/stacked_clients": float(tally.num_stacked),
             "system/round_seconds": time.perf_counter() - seen.started,
         }
         metrics |= {f"system/{name}": value for name, value in tally.pace.items()}

@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -471,3 +472,15 @@ def test_partition_prints_what_a_loader_has_to_say(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.count("note: ") == 1
     assert f"note: {tmp_path / 'set.npz'}: weights of it is used only where a key names it" in result.output
+
+
+def test_a_run_whose_output_nobody_reads_says_that_it_stops_and_how_to_go_on(tmp_path: Path) -> None:
+    """As by `fedlabel run | head`, whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = fedlabel_command("run", *SMALL, "--name", "a", "--out", str(tmp_path))
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
+    os.close(writer)
+    assert ended.returncode == 1
+    assert "nobody reads the output" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -78,6 +78,39 @@ def test_json_lists_everyone_and_its_hash_tells_federations_apart() -> None:
     assert sum(len(c["labeled"]) + len(c["unlabeled"]) for c in first["clients"]) == 1294
 
 
+def test_rarity_counts_true_classes_of_everyones_samples() -> None:
+    federation = build()
+    rare = [3, 8]
+    by_hand = []
+    for client in range(8):
+        truth = federation.hidden_labels(client)
+        by_hand.append(sum(int(label) in rare for label in truth) / len(truth))
+    assert federation.rarity(("3", "8")).tolist() == pytest.approx(by_hand)
+    with pytest.raises(ValueError, match=r"`devices.rare_classes` \(=\[3, x\]\): x is none of the classes"):
+        federation.rarity(("3", "x"))
+
+
+def test_rare_classes_are_the_half_with_the_fewest_samples() -> None:
+    """Of 10 digits 5; by a tail that halves each next class the last ones, whatever class has how many by nature."""
+    federation = build(skew=SkewConfig(labeled_imbalance=500, unlabeled_imbalance=500))
+    assert federation.rarity().tolist() == federation.rarity(tuple("56789")).tolist()
+    train = federation.dataset.train
+    even = torch.arange(len(train.labels)) % 10  # up to three samples of each class more
+    counts = np.bincount(even[federation.parts.rows].numpy(), minlength=10)
+    tied = replace(federation, dataset=replace(federation.dataset, train=Split(train.images, even)))
+    first = np.sort(np.argsort(counts, kind="stable")[:5])
+    assert tied.rarity().tolist() == tied.rarity(tuple(map(str, first))).tolist()
+
+
+def test_samples_without_a_label_are_not_rare_and_nothing_is_no_share() -> None:
+    federation = build()
+    train = federation.dataset.train
+    unknown = replace(federation, dataset=replace(federation.dataset, train=Split(train.images, train.labels * 0 - 1)))
+    assert unknown.rarity(("1",)).tolist() == [0] * 8
+    empty = replace(federation, parts=Ragged.of([*list(federation.parts)[:7], np.zeros(0, dtype=np.int64)]))
+    assert empty.rarity()[7] == 0
+
+
 def test_federation_without_a_label_is_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"leaves no label at any of `num_clients` \(=8\).*raise supervision.label_rate"

@@ -15,11 +15,12 @@ from fedlabel.experiment import open_experiment
 from fedlabel.methods.batch import State
 from fedlabel.methods.federated_transition import FederatedTransition
 from fedlabel.record.json_files import read_metrics
+from fedlabel.seeding import numpy_generator
 from server.checkpoint import load_checkpoint
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
+from server.sampling import History, Pool, uniform
 from server.server_app import RunError, run_federation
-from server.strategy import sample_cohort
 from tests.integration import cohorts
 from tests.integration.tiny import TINY, assert_same_run, assert_same_weights, final_weights, run_tiny
 
@@ -232,7 +233,8 @@ def test_round_without_usable_samples_keeps_the_model(tmp_path: Path) -> None:
     few = ["method.name=supervised", "supervision.labels_total=1", "seed=1", "fraction_train=0.2", "num_rounds=1"]
     config = load_config([], [*text, *few])
     federation = open_experiment(to_yaml(config)).federation
-    (client,) = sample_cohort(config.seed, 1, config.num_clients, config.fraction_train)
+    rng = numpy_generator(config.seed, "cohort", 1)
+    (client,) = uniform(Pool(config.num_clients, History()), 1, rng)
     assert not federation.labeled[federation.parts[client]].any()
     run_with("healthy", config, tmp_path / "run")
     assert_same_weights(final_weights(tmp_path / "run"), open_experiment(to_yaml(config)).initial_state)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fedlabel.data.labels.supervision import Supervision
+from fedlabel.learning import batches
 from fedlabel.learning.client import ClientData
+from fedlabel.learning.step import tensors_in
 from fedlabel.methods.batch import Batch, Model, Prepared, Step, Survey
 from fedlabel.methods.losses import cross_entropy_on_labels
 from fedlabel.methods.recipe import BySample, Phase
@@ -45,6 +47,22 @@ def test_labelled_samples_are_drawn_as_unlabelled_ones_without_their_label(inclu
     labeled = [row for batch in seen for row in rows_of(batch.labeled.views["weak"], data)]
     assert set(labeled) == set(range(10))
     assert all((batch.labeled.candidates.sum(1) == 1).all() for batch in seen)
+
+
+def test_batches_do_not_depend_on_how_many_are_looked_up_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weak views, for which nothing is drawn, and the other fields of 5 steps of 6 samples, in three kinds."""
+    data, _ = client()
+    found: list[list[Batch]] = []
+    for ahead in (1, 7, 512):
+        monkeypatch.setattr(batches, "AHEAD", ahead)
+        loss, seen = noted(to_class(0))
+        train(Made(made=(Phase("train", loss, draw=MIXED),)), data, replace(CONFIG, batch_size=6))
+        found.append(seen)
+    assert len(found[0]) == 5
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            for here, there in zip(tensors_in(one), tensors_in(two), strict=True):
+                assert torch.equal(here, there)
 
 
 def test_a_loss_that_looks_for_labels_among_unlabelled_samples_finds_none() -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fedlabel.data.labels.supervision import reveal_labels
 from fedlabel.learning.client import ClientData, Trainer, train_client
-from fedlabel.learning.meter import Meter
+from fedlabel.learning.meter import Meter, Passes
 from fedlabel.learning.plan import draw_batches
-from fedlabel.learning.step import counted, frozen_model
+from fedlabel.learning.step import Stepper, counted, frozen_model
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS
 from fedlabel.methods.batch import Batch, Model, Step
@@ -83,6 +83,61 @@ def test_nesterov_is_torchs() -> None:
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(model(update)[name], value, atol=1e-7, rtol=1e-6)
     assert not same(model(update), model(train(Supervised(), data, config)))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize(("clip", "prox"), [(None, 0.0), (0.5, 0.0), (None, 0.3), (0.5, 0.3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sgd_is_torchs_to_the_bit(
+    momentum: float, nesterov: bool, weight_decay: float, clip: float | None, prox: float, masked: bool
+) -> None:
+    """Seven steps, beside torch.optim.SGD on the same gradients. The third uses no sample; one layer has no gradient in
+    the first two, so that its momentum starts later.
+    """
+    config = TrainingConfig(
+        lr=0.07,
+        local_steps=7,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        max_grad_norm=clip,
+        prox_mu=prox,
+    )
+    own, reference = (nn.Sequential(nn.Linear(5, 70), nn.Linear(70, 3)) for _ in range(2))
+    reference.load_state_dict(own.state_dict())
+    received = {name: value.clone() for name, value in own.state_dict().items()}
+    optimizer = torch.optim.SGD(reference.parameters(), 0.07, momentum, 0.0, weight_decay, nesterov)
+    generator = torch.Generator().manual_seed(0)
+
+    def value(layers: Model, inputs: Tensor, number: int) -> Tensor:
+        return layers(inputs[:, :70] if number < 2 else inputs[:, :5]).tanh().sum()
+
+    for number in range(7):
+        inputs = torch.randn(4, 70, generator=generator)
+
+        def loss(
+            student: Model, teachers: Mapping[str, Model], batch: Batch, x: Tensor = inputs, n: int = number
+        ) -> Step:
+            found = value(own[1] if n < 2 else own, x, n)
+            return Step(found, {}, torch.tensor(0.0 if n == 2 else 4.0))
+
+        if number == 0:
+            update = Update(loss)
+            stepper = Stepper.of(own, update, None, received, config, Passes(), masked)
+            stepper.begin()
+        stepper = replace(stepper, update=Update(loss))
+        stepper.step({}, None)  # type: ignore[arg-type]
+        if number != 2:
+            optimizer.zero_grad()
+            value(reference[1] if number < 2 else reference, inputs, number).backward()
+            for name, parameter in reference.named_parameters():
+                if parameter.grad is not None and prox:
+                    parameter.grad.add_(parameter.detach() - received[name], alpha=prox)
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(reference.parameters(), clip)
+            optimizer.step()
+        assert same(own.state_dict(), reference.state_dict()), number
 
 
 def test_gradient_norm_is_cut_over_all_parameters_together() -> None:

@@ -289,3 +289,23 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     first.close()
     RunFolder.resume(tmp_path / "run", 1).close()
     assert [row["round"] for row in read_metrics(tmp_path / "run")] == [1]
+
+
+def test_results_over_simulated_time_are_a_run_of_their_own(tmp_path: Path) -> None:
+    """Rounds of 2.5 s; the third is lost, and made again."""
+    path = tmp_path / "a"
+    opened = RunFolder.create(path, "seed: 0\n", HPARAMS)
+    for number in (1, 2, 3):
+        opened.log_round(number, {"eval/accuracy": number / 10, "x/y": 1.0, "system/virtual_seconds": 2.5 * number})
+    opened.close()
+    again = RunFolder.resume(path, 2)
+    again.log_round(3, {"eval/accuracy": 0.9, "system/virtual_seconds": 7.5})
+    again.close()
+    assert scalars(path / "by_simulated_seconds", "eval/accuracy") == [(2, 0.1), (5, 0.2), (7, 0.9)]
+    assert events(path / "by_simulated_seconds").Tags()["scalars"] == ["eval/accuracy"]
+    assert scalars(path, "eval/accuracy") == [(1, 0.1), (2, 0.2), (3, 0.9)]
+
+
+def test_without_a_clock_there_is_no_folder_for_it(folder: RunFolder) -> None:
+    rounds(folder, range(1, 3))
+    assert not (folder.path / "by_simulated_seconds").exists()

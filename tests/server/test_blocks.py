@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedlabel.methods.uploads import ModelPart
-from server.blocks import WeightedSum, cut_into_blocks, cut_into_tasks, flat
+from server.blocks import WeightedSum, cut_into_blocks, cut_into_tasks, weighted_sum
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,21 @@ def test_products_are_rounded_before_they_are_added() -> None:
     total.add({"model": ModelPart({"w": torch.full((9,), -1.0, dtype=torch.float64)}, 1.0)})
     total.add({"model": ModelPart({"w": torch.full((9,), 1 + 2**-40, dtype=torch.float64)}, 1 - 2**-40)})
     assert torch.equal(total.totals["model"], torch.zeros(9, dtype=torch.float64))
+
+
+def test_a_blocks_models_are_added_in_their_order_to_the_bit_however_they_lie_in_memory() -> None:
+    """Beside the same additions of rows, written out."""
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(5, 33, 7, generator=generator)
+    weights = (3.0, 0.1, 7.0, 1 / 3, 11.0)
+    laid_out = stack.mT.contiguous().mT
+    expected = torch.zeros(33 * 7, dtype=torch.float64)
+    for value, weight in zip(stack, weights, strict=True):
+        expected = expected + value.flatten().double() * weight
+    for values in (stack, laid_out):
+        models = [ModelPart({"w": value}, weight) for value, weight in zip(values, weights, strict=True)]
+        assert torch.equal(weighted_sum(models), expected)
+        assert torch.equal(laid_out, stack)  # a client's model is not changed
 
 
 def test_sums_of_blocks_are_added_in_the_order_of_the_blocks() -> None:
@@ -113,7 +128,7 @@ def test_arrays_of_any_type_and_layout_come_back_in_their_own() -> None:
         "empty": torch.zeros(0, 5),
         "d": torch.tensor([0.1], dtype=torch.float64),
     }
-    assert flat(model).dtype == torch.float64
+    assert weighted_sum([ModelPart(model, 1.0)]).dtype == torch.float64
     total = WeightedSum()
     total.add({"model": ModelPart(model, 3.0)})
     total.add({"model": ModelPart(model, 7.0)})

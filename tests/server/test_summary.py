@@ -10,6 +10,7 @@ import torch
 from server.summary import OF_THE_PROCESS, summary
 
 EXPERIMENT: Any = SimpleNamespace(
+    devices=None,
     config=SimpleNamespace(
         seed=5,
         method=SimpleNamespace(name="m", metrics=()),

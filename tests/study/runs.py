@@ -16,8 +16,11 @@ def make_run(
     accuracy: Sequence[float | None] = (0.5,),
     finished: bool = True,
     auc: Sequence[float] = (),
+    round_takes: float | None = None,
 ) -> Path:
-    """Makes a run of one round per entry of `accuracy`; None: not evaluated. Every round uploads 1,000,000 bytes."""
+    """Makes a run of one round per entry of `accuracy`; None: not evaluated. Every round uploads 1,000,000 bytes, and
+    takes `round_takes` simulated seconds; None: there is no clock.
+    """
     config = load_config([], overrides)
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(config))
@@ -25,6 +28,8 @@ def make_run(
         {"round": number, "comm/bytes_up": 1e6} | ({} if value is None else {"eval/accuracy": value})
         for number, value in enumerate(accuracy, start=1)
     ]
+    for row in rows if round_takes is not None else ():
+        row["system/virtual_seconds"] = row["round"] * round_takes
     for row, value in zip(rows, auc, strict=False):
         row["eval/auc"] = value
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

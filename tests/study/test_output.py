@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from fedlabel.cli.main import app
-from fedlabel.study.output import curves, write_comparison
+from fedlabel.study.output import curves, on_one_axis, value_at, write_comparison
 from fedlabel.study.runs import read_comparison
 from tests.study.runs import make_run, make_sweep
 
@@ -308,3 +309,46 @@ def test_a_metric_that_runs_lack_is_refused(tmp_path: Path) -> None:
     column = call(tmp_path / "runs", "--column", "first")
     assert column.exit_code == 2
     assert "`--column` (=first) must be one of last, mean_last_tenth, selected" in " ".join(column.output.split())
+
+
+def test_curves_and_accuracy_by_simulated_time(tmp_path: Path) -> None:
+    """A slow row takes 10 s a round, a fast one 4: 16 s is all that both have. By then the slow one has its first
+    evaluation (after 10 s), the fast one its fourth.
+    """
+    for seed in (0, 1):
+        common = (f"seed={seed}", "devices.kind=preset", "devices.population=[{profile: laptop}]")
+        slow = (*common, "pacing.kind=synchronous")
+        fast = (*common, "pacing.kind=fedbuff")
+        make_run(tmp_path / f"slow{seed}", *slow, accuracy=[0.5, 0.6, 0.7, 0.8], round_takes=10)
+        make_run(tmp_path / f"fast{seed}", *fast, accuracy=[0.2, 0.3, 0.4, 0.5], round_takes=4)
+    result = call(tmp_path, "--out", tmp_path / "out", "--against", "virtual_seconds")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "| method | accuracy after 4 s | accuracy after 8 s | accuracy after 12 s | accuracy after 16 s |" in text
+    cells = {line.split(" | ")[1] + line.split(" | ")[-1] for line in text.splitlines() if "± 0.0 |" in line}
+    assert any("20.0 ± 0.0" in cell and "50.0 ± 0.0" in cell for cell in cells)
+    assert "Curves are drawn over simulated seconds" in text
+    assert "simulated s" in text
+    (axis,) = curves(read_comparison([tmp_path], against="virtual_seconds"), "all").axes
+    assert axis.get_xlabel() == "simulated seconds"
+    assert max(line.get_xdata().max() for line in axis.lines) == 40
+
+
+def test_simulated_time_needs_a_clock(tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    result = call(tmp_path, "--out", tmp_path / "out", "--against", "virtual_seconds")
+    assert result.exit_code != 0
+    assert "needs runs with a simulated clock" in " ".join(result.output.split())
+    assert "must be one of round, virtual_seconds, bytes_up" in " ".join(
+        call(tmp_path, "--against", "x").output.split()
+    )
+
+
+def test_value_of_a_curve_is_that_of_the_last_evaluation() -> None:
+    curve = ([2.0, 5.0], [0.1, 0.2])
+    assert [value_at(curve, place) for place in (2, 4.9, 5, 9)] == [0.1, 0.1, 0.2, 0.2]
+    assert math.isnan(value_at(curve, 1.9))
+    both = on_one_axis([curve, ([3.0, 7.0], [0.5, 0.6])])
+    assert both[0][0] == both[1][0]
+    assert (both[0][0][0], both[0][0][-1]) == (3.0, 5.0)
+    assert (both[0][1][0], both[0][1][-1], both[1][1][-1]) == (0.1, 0.2, 0.5)

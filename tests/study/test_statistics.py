@@ -209,8 +209,10 @@ def test_rounds_and_bytes_to_a_target(tmp_path: Path) -> None:
     """Evaluated in rounds 2 and 4 with 0.3 and 0.6; a megabyte a round. 0.3 is reached in 2, 0.6 in 4, 0.7 never."""
     run = read_run(make_run(tmp_path / "a", accuracy=[None, 0.3, None, 0.6]))
     assert run is not None
-    assert [run.until(target) for target in (0.3, 0.6)] == [(2, 2e6), (4, 4e6)]
-    assert all(map(math.isnan, run.until(0.7)))
+    assert [run.until(target, "round") for target in (0.3, 0.6)] == [2, 4]
+    assert [run.until(target, "bytes_up") for target in (0.3, 0.6)] == [2e6, 4e6]
+    assert math.isnan(run.until(0.7, "round"))
+    assert math.isnan(run.until(0.3, "virtual_seconds"))  # no clock
     by_key = {each.key: each for each in columns([0.3])}
     assert by_key["rounds_to_0.3"].read(run) == 2
     assert by_key["bytes_up_to_0.3"].read(run) == 2e6

@@ -78,6 +78,13 @@ TINY = (
 )
 
 
+@pytest.mark.parametrize(("stack", "stacked"), [("off", 0), ("3", 3)])
+def test_clients_that_trained_in_a_stack_are_counted(tmp_path: Path, stack: str, stacked: int) -> None:
+    options = ("method.name=supervised", "supervision.kind=full", "supervision.label_rate=null", f"grid.stack={stack}")
+    result = fedlabel.run([], [*TINY, *options, "num_rounds=1"], name="x", out=tmp_path)
+    assert result.metrics[0]["system/stacked_clients"] == stacked
+
+
 def test_a_run_counts_passes_and_claims_as_worked_out(tmp_path: Path) -> None:
     """FedMatch, 3 clients, 2 steps of 8 labelled and 8 unlabelled samples, helpers in round 2.
 
