@@ -13,6 +13,7 @@ from clients.client_app import app
 from fedlabel.config import load_config, to_yaml
 from fedlabel.data.federation import Federation
 from fedlabel.experiment import open_experiment
+from fedlabel.hardware import source_hash
 from fedlabel.learning.metrics import COUNTED
 from fedlabel.methods.shared import state_to_lists
 from tests.integration.local_nodes import LocalNodes
@@ -49,7 +50,7 @@ def answer(method: str, **flags: bool) -> RecordDict:
     """Returns the reply of client 0 in a round; flags: what the server says beside the configuration."""
     text = to_yaml(load_config([], [*TINY, *SETTINGS[method]]))
     experiment = open_experiment(text)
-    config = ConfigRecord({"experiment": text, "server-round": ROUND[method], **flags})
+    config = ConfigRecord({"experiment": text, "source-hash": source_hash(), "server-round": ROUND[method], **flags})
     shared = ConfigRecord(dict(state_to_lists(experiment.recipe.shared.start())))
     records = {"arrays": ArrayRecord(experiment.initial_state), "config": config, "shared": shared}
     if experiment.recipe.place(ROUND[method]).number:
