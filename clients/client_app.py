@@ -8,7 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.trust import Refusal, allowed_by, check_request, error_reply, is_simulation_worker, may_audit
+from clients.trust import Refusal, allowed_by, check_request, error_reply, is_simulation_worker, may_audit, min_count_of
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
 from fedlabel.experiment import Experiment, open_experiment
@@ -74,6 +74,7 @@ def _round(message: Message, context: Context) -> Message:
         {client: received},
         {client: float(record.get("work", 1.0))},  # type: ignore[arg-type]
         audit=may_audit(context, record.get("audit")),
+        min_count=min_count_of(context),
     )
     (result,) = train_cohort(experiment, invitation, [client], [memory])
     if isinstance(result, Exception):

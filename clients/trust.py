@@ -164,6 +164,18 @@ def _refusal(key: str, value: Any) -> Refusal:
     )
 
 
+def min_count_of(context: Context) -> int:
+    """Returns the node's own `privacy.min_count`, `min-count` in its `--node-config`; by default 1.
+
+    Raises:
+        Refusal: it is no number of at least 1.
+    """
+    found = context.node_config.get("min-count", 1)
+    if type(found) is not int or found < 1:
+        raise Refusal("this node's own `min-count` must be a whole number of at least 1: its operator changes it")
+    return found
+
+
 def may_audit(context: Context, asked: object) -> bool:
     """Returns whether pseudo-labels may be compared with hidden labels: only at a simulated client. What the server
     asks for does not count alone: it needs `audit=true` in the node's own `--node-config`, or a worker of Flower's

@@ -41,6 +41,7 @@ from fedlabel.methods import METHODS, describe_error, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
+from fedlabel.privacy import PrivacyConfig
 from fedlabel.server_config import TIERS, TIMED, PacingConfig, SamplingConfig, StrategyConfig
 
 SELECT = {
@@ -174,6 +175,7 @@ class ExperimentConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     pacing: PacingConfig = field(default_factory=PacingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     grid: GridConfig = field(default_factory=GridConfig)
@@ -192,6 +194,11 @@ class ExperimentConfig:
             )
         self._check_server()
         self._check_labels()
+        if self.privacy.min_count > 1 and self.strategy.name == "QFedAvg":
+            raise ValueError(
+                f"`strategy.name` (=QFedAvg) goes by clients' losses, which `privacy.min_count` "
+                f"(={self.privacy.min_count}) may leave out: take another strategy."
+            )
         self.method.check_rounds(self.num_rounds)
 
     @property
