@@ -9,6 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.trust import Refusal, allowed_by, check_request, error_reply, is_simulation_worker, may_audit, min_count_of
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
 from fedlabel.experiment import Experiment, open_experiment
@@ -16,6 +17,7 @@ from fedlabel.hardware import source_hash
 from fedlabel.learning.metrics import means
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
+from fedlabel.shown import shown
 
 app = ClientApp()
 logger = logging.getLogger("fedlabel")
@@ -26,10 +28,17 @@ def query(message: Message, context: Context) -> Message:
     """Answers the server's query: the client's id, the hash of its code and, if that equals the server's, its number of
     samples.
     """
+    try:
+        return _identity(message, context)
+    except Exception as error:
+        return error_reply(message, error)
+
+
+def _identity(message: Message, context: Context) -> Message:
     client, asked = _client(context), message.content.config_records["ask"]
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
     if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
-        experiment = open_experiment(str(asked["experiment"]))
+        experiment = _open(asked, context)
         parts = experiment.federation.parts
         if not experiment.config.privacy.is_on:
             answer["num-samples"] = len(parts[client]) if client < len(parts) else 0
@@ -38,9 +47,18 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Runs one local round and returns the model, its weight and counts; never samples, labels or posteriors."""
+    """Runs one local round and returns the model, its weight and counts; never samples, labels or posteriors. What is
+    in a reply is listed in docs/trust.md.
+    """
+    try:
+        return _round(message, context)
+    except Exception as error:
+        return error_reply(message, error)
+
+
+def _round(message: Message, context: Context) -> Message:
     record = message.content.config_records["config"]
-    experiment = open_experiment(str(record["experiment"]))
+    experiment = _open(record, context)
     torch.set_num_threads(experiment.config.grid.threads_per_worker)
     client = _client(context)
     round_number = int(record["server-round"])  # type: ignore[arg-type]
@@ -59,7 +77,8 @@ def train(message: Message, context: Context) -> Message:
         received.pop("previous", {}),
         {client: received},
         {client: float(record.get("work", 1.0))},  # type: ignore[arg-type]
-        audit=bool(record.get("audit", False)),
+        audit=may_audit(context, record.get("audit")),
+        min_count=min_count_of(context),
     )
     (result,) = train_cohort(experiment, invitation, [client], [memory])
     if isinstance(result, Exception):
@@ -73,6 +92,23 @@ def train(message: Message, context: Context) -> Message:
         context.state["before"] = _record({name: value for name, value in memory.items() if name.startswith(RESIDUAL)})
         context.state["last"] = ConfigRecord({"round": round_number})
     return Message(_reply(result), reply_to=message)
+
+
+def _open(record: ConfigRecord, context: Context) -> Experiment:
+    """Returns the experiment that a message is about.
+
+    Raises:
+        Refusal: the server has other code, or its configuration names what this node does not allow.
+    """
+    text, code = str(record["experiment"]), record.get("source-hash")
+    if code != source_hash():
+        raise Refusal(
+            f"the server runs other code (hash {shown(str(code), 64)}, at this node {source_hash()}): install the same "
+            "version of fedlabel on both"
+        )
+    if not is_simulation_worker():
+        check_request(text, allowed_by(context))
+    return open_experiment(text)
 
 
 def _kept(context: Context, name: str, experiment: Experiment) -> State:
@@ -121,7 +157,7 @@ def _reply(result: ClientResult) -> RecordDict:
 
 def _client(context: Context) -> int:
     if "partition-id" not in context.node_config:
-        raise ValueError(
+        raise Refusal(
             "This node has no `partition-id`: start the SuperNode with "
             '--node-config "partition-id=0" (0, 1, ... below num_clients, each once).'
         )

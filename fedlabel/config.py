@@ -197,6 +197,11 @@ class ExperimentConfig:
         self._check_server()
         self._check_privacy()
         self._check_labels()
+        if self.privacy.min_count > 1 and self.strategy.name == "QFedAvg":
+            raise ValueError(
+                f"`strategy.name` (=QFedAvg) goes by clients' losses, which `privacy.min_count` "
+                f"(={self.privacy.min_count}) may leave out: take another strategy."
+            )
         self.method.check_rounds(self.num_rounds)
 
     @property

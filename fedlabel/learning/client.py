@@ -72,6 +72,8 @@ class ClientUpdate:
     """See `Prepared.pairs`."""
     votes: Votes | None
     """See `Prepared.votes`."""
+    times: int = 0
+    """How often one sample can have been counted by a metric: how often one was drawn or looked at, at most."""
     stacked: bool = False
     """Whether a phase or more ran in a stack of several clients."""
 
@@ -200,6 +202,7 @@ def _update(recipe: Recipe, run: _Run, global_state: StateDict) -> ClientUpdate:
         steps=run.steps,
         pairs=run.meter.pairs,
         votes=run.meter.votes,
+        times=recipe.network.count * run.times,
         stacked=run.stacked,
     )
 
@@ -407,6 +410,8 @@ class _Run:
         self.results: list[PhaseResult] = []
         self.steps = 0
         """Batches so far."""
+        self.times = 0
+        """How often one sample was looked at so far, at most."""
         self.memory = self.first_memory = memory
         self.meter = Meter(trainer.tags)
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
@@ -427,12 +432,14 @@ class _Run:
         present = [name for name in phase.teachers if name in self.states or not name.startswith("helper")]
         teachers = {name: self.states[name] for name in present}
         prepared = self._prepared(phase, teachers, pool)
+        self.times += phase.prepare is not None
         plan = plan_phase(phase, pool, prepared.draw, self._data.supervision, self.config, self.seed)
         if idle or sum(plan.sizes) == 0:
             return None
         if self._work < 1:
             plan = plan._replace(steps=plan.steps[: max(1, int(self._work * len(plan.steps)))])
         self.steps += len(plan.steps)
+        self.times += len(phase.updates) * plan.most_drawn
         generator = torch_generator(self.seed, phase.name, "augment")
         samples = Samples(self._data.images, self._data.supervision, prepared.targets, plan, generator)
         return _Ready(self, samples, teachers)

@@ -71,6 +71,16 @@ class Plan(NamedTuple):
     sizes: tuple[int, int, int]
     """Sizes of the pools of samples (units) that the labelled, the unlabelled and the mixed part are drawn from."""
 
+    @property
+    def most_drawn(self) -> int:
+        """How often one sample (unit) is in a step, at most: all are drawn once before one is drawn again."""
+        drawn = (
+            sum(len(step.labeled if step.units is None else step.units.rows) for step in self.steps),
+            sum(len(step.unlabeled) for step in self.steps),
+            sum(len(step.mix) for step in self.steps),
+        )
+        return sum(-(-number // size) for number, size in zip(drawn, self.sizes, strict=True) if size)
+
 
 def sample_pool(draw: Draw, supervision: Supervision, config: TrainingConfig) -> Pool:
     """Returns the samples that a phase draws from."""

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedlabel.cohort import ClientResult, Invitation
 from fedlabel.config import to_yaml
 from fedlabel.experiment import Experiment
+from fedlabel.hardware import source_hash
 from fedlabel.methods.shared import state_to_lists
 from server.blocks import Block, BlockResult, Failure
 from server.exchange import BAD_REPLY, Asked, replies_to
@@ -78,7 +79,9 @@ def messages_to(
         used: client -> the last round in which its reply was used, 0: none; clients that need not know are missing.
     """
     sent = invitation.on_the_way
-    config = {"experiment": experiment, "audit": invitation.audit, "server-round": invitation.round_number}
+    config = {"experiment": experiment, "source-hash": source_hash(), "server-round": invitation.round_number}
+    if invitation.audit:  # real nodes are not asked, and would not do it
+        config["audit"] = True
     records = {
         "arrays": as_record(sent.model),
         "config": ConfigRecord(config),  # type: ignore[arg-type]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -18,13 +19,22 @@ set_identity()
 
 
 class LocalNodes(Grid):
-    """Nodes 1..count are the clients 0..count-1 of an app; what a client remembers is in `states`."""
+    """Nodes 1..count are the clients 0..count-1 of an app; what a client remembers is in `states`.
+
+    Args:
+        app: the clients'.
+        count: how many there are.
+        further: what is in all nodes' `--node-config` besides their number; by default they say that they are
+            simulated.
+    """
 
     run: Any = None
     pull_interval = 0.01
 
-    def __init__(self, app: ClientApp, count: int) -> None:
-        self.app, self.count = app, count
+    def __init__(
+        self, app: ClientApp, count: int, further: Mapping[str, Any] = MappingProxyType({"audit": True})
+    ) -> None:
+        self.app, self.count, self.further = app, count, dict(further)
         self.states: dict[int, RecordDict] = {}
         self._sent: dict[str, Message] = {}
         self._number = 0
@@ -59,7 +69,7 @@ class LocalNodes(Grid):
     def answer(self, message: Message) -> Message:
         """Returns a node's reply; a client that fails keeps the state it had."""
         client = message.metadata.dst_node_id - 1
-        node: Any = {"partition-id": client, "num-partitions": self.count}
+        node: Any = {"partition-id": client, "num-partitions": self.count, **self.further}
         context = Context(
             run_id=1,
             node_id=client + 1,
@@ -68,9 +78,10 @@ class LocalNodes(Grid):
             run_config={},
         )
         try:
-            content = self.app(message, context).content
+            reply = self.app(message, context)
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
-        self.states[client] = context.state
-        return Message(content, reply_to=message)
+        if not reply.has_error():
+            self.states[client] = context.state
+        return reply

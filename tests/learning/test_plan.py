@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedlabel.data.labels.supervision import Supervision, reveal_labels
-from fedlabel.learning.plan import Units, bag_units, draw_batches, most_drawn
+from fedlabel.learning.plan import Plan, StepPlan, Units, bag_units, draw_batches, most_drawn
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Prepared, PseudoLabels, Survey
 from fedlabel.methods.fedlabel import FedLabel
@@ -226,3 +226,14 @@ def test_a_client_whose_labels_are_all_certain_has_no_pseudo_labels() -> None:
     update = train(Made(made=(phase,)), data)
     assert len(update.pseudo_index) == 0
     assert update.pseudo is None or len(update.pseudo.label) == 0
+
+
+def test_how_often_one_sample_is_drawn() -> None:
+    """Seven draws of three labelled samples take one of them three times, four of four others each once."""
+    none, few = torch.zeros(0, dtype=torch.int64), torch.arange(3)
+    streams = (few.repeat(3)[:7].split([4, 3]), torch.arange(3, 7).split([2, 2]))
+    steps = tuple(StepPlan(a, b, none, 1.0, None, none, none.bool()) for a, b in zip(*streams, strict=True))
+    assert Plan(steps, (3, 4, 0)).most_drawn == 3 + 1
+    bags = Units(torch.tensor([[0, 1], [2, -1]]), torch.zeros(2, 3, dtype=torch.int64))
+    of_bags = tuple(step._replace(units=bags, unlabeled=none) for step in steps)
+    assert Plan(of_bags, (2, 0, 0)).most_drawn == 2
