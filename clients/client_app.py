@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import cast
 
 import torch
@@ -20,7 +19,6 @@ from fedlabel.methods.shared import state_from_lists, state_to_lists
 from fedlabel.shown import shown
 
 app = ClientApp()
-logger = logging.getLogger("fedlabel")
 
 
 @app.query()
@@ -82,9 +80,6 @@ def _round(message: Message, context: Context) -> Message:
     )
     (result,) = train_cohort(experiment, invitation, [client], [memory])
     if isinstance(result, Exception):
-        if experiment.config.privacy.is_on:  # a traceback may hold data, and Flower sends it
-            logger.error("The round failed", exc_info=result)
-            raise RuntimeError("the client's round failed; its own log says why (privacy.kind)")
         raise result
     if result.kept:
         context.state["memory"] = _record(result.kept)
