@@ -23,8 +23,8 @@ BAD_REPLY = 1000
 """Code of the error in place of a reply that cannot be read; Flower's own codes are below 10."""
 TRIES = 3
 """How often a reply is pulled in vain before it is refused: an error of the SuperLink's own may pass."""
-PAUSE = 3.0
-"""Seconds between two rounds of pulling, as in Flower's own loop."""
+SHORTEST, LONGEST = 0.1, 3.0
+"""Seconds between two rounds of pulling; in Flower's own loop always the second."""
 _GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """Codes of the SuperLink's errors where it has deleted a message or its reply, as it does when a reply was pulled."""
 
@@ -59,7 +59,8 @@ def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> list[
         RunError: the SuperLink cannot be reached, or it refuses all messages.
     """
     sent = _push(grid, messages)
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
+    deadline = began + timeout
     waiting = {message.metadata.message_id: message for message in messages if message.metadata.message_id in sent}
     unsent = Error(ErrorCode.MESSAGE_UNAVAILABLE, "NotSent: the SuperLink did not take the message to this client")
     replies = [Message(unsent, reply_to=m) for m in messages if m.metadata.message_id not in sent]
@@ -68,6 +69,7 @@ def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> list[
     # A small request per missing reply, never two at once, then a pause. The deadline is looked at only after all were
     # asked for: while one client's upload stops half-way, pulling its reply can take minutes.
     while waiting:
+        pulling = time.monotonic()
         for key, message in list(waiting.items()):
             try:
                 pulled = list(grid.pull_messages([key]))
@@ -84,11 +86,19 @@ def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> list[
             replies += pulled
             if answers:
                 del waiting[key]
-        left = deadline - time.monotonic()
+        now = time.monotonic()
+        left = deadline - now
         if not waiting or left <= 0:
             break
-        time.sleep(min(left, getattr(grid, "pull_interval", PAUSE)))  # Flower's grid of a simulation has a shorter one
+        time.sleep(min(left, getattr(grid, "pull_interval", pause(now - began, now - pulling))))
     return replies + [_refused(message, faults[key]) for key, message in waiting.items() if key in faults]
+
+
+def pause(waited: float, pulling: float) -> float:
+    """Returns the seconds until replies are pulled again: a tenth of the time that the messages are under way, so that
+    no round takes a tenth longer for it, and as long as pulling takes, so that the SuperLink has half of its time.
+    """
+    return min(LONGEST, max(SHORTEST, waited / 10, pulling))
 
 
 def _push(grid: Grid, messages: Sequence[Message]) -> set[str]:
