@@ -8,6 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.mods import remembering, told
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
 from fedlabel.experiment import Experiment, open_experiment
@@ -16,7 +17,7 @@ from fedlabel.learning.metrics import means
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
 
-app = ClientApp()
+app = ClientApp(mods=[told, remembering])
 
 
 @app.query()

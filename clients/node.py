@@ -4,9 +4,10 @@ Usage: python -m clients.node OPTIONS, with the options of `flower-supernode`.
 
 `flower-supernode` by itself starts a process for every message, which imports torch, reads the data, builds the model,
 and runs the code that `flwr run` sent. Here a worker (see `worker.py`) does this once, and with the code that is
-installed at the node: what `flwr run` sent is neither unpacked nor run (the SuperNode reads pyproject.toml out of it). Two more things differ. A SuperNode asks for
-messages every 3 s, this one sooner where the last one is not long ago. And what clients remember may be put into a
-folder (`--node-config 'memory="FOLDER"'`, see `memory.py`), which one node at a time can use.
+installed at the node: what `flwr run` sent is neither unpacked nor run (the SuperNode reads its pyproject.toml). Two
+more things differ. A SuperNode asks for messages every 3 s, this one sooner where the last one is not long ago. And
+what clients remember may be put into a folder (`--node-config 'memory="FOLDER"'`, see `mods.py`), which one node at a
+time can use.
 
 All that is known here of Flower beyond its documentation was checked with flwr 1.41.
 """
@@ -185,7 +186,7 @@ class Executor:
             reply, context = self._worker.handle(message, context)
             push_message(client, reply, context)
             status = SubStatus.FAILED if reply.has_error() else SubStatus.COMPLETED
-            push_task_output(client, context, status, reply.error.reason if reply.has_error() else "")
+            push_task_output(client, context, status, str(reply.error.reason) if reply.has_error() else "")
         finally:
             heartbeat.stop()
             client.close()
@@ -200,7 +201,7 @@ def _poll_sooner() -> None:
             patience.found()
         time.sleep(min(seconds, patience.seconds()))
 
-    start_client_internal.time = SimpleNamespace(sleep=sleep)  # type: ignore[attr-defined]
+    start_client_internal.time = SimpleNamespace(sleep=sleep)  # type: ignore[assignment]
 
 
 def _memory_folder(node_config: str) -> Path | None:
@@ -264,7 +265,12 @@ def main() -> None:
         _poll_sooner()
         own = ["--isolation", "process", "--superexec-auth-secret-file", str(secret_file)]
         own += ["--host", asked.host, "--port", str(port)]
-        sys.argv = ["flower-supernode", *others, *own, *(["--node-config", asked.node_config] * bool(asked.node_config))]
+        sys.argv = [
+            "flower-supernode",
+            *others,
+            *own,
+            *(["--node-config", asked.node_config] * bool(asked.node_config)),
+        ]
         try:
             flower_supernode()
         finally:

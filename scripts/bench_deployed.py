@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +42,7 @@ def measure(machine: Loopback, nodes: int, rounds: int, options: list[str]) -> t
     assert file is not None
     inside = [json.loads(line)["system/round_seconds"] for line in file.read_text().splitlines()]
     print(f"  by the server's clock: {' '.join(f'{each:.1f}' for each in inside)}", flush=True)
-    return ends[0] - started, [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return ends[0] - started, [after - before for before, after in pairwise(ends)]
 
 
 def main() -> None:

@@ -70,9 +70,7 @@ class Loopback:
         own = [sys.executable, "-m", "clients.node"] if self.resident else ["flower-supernode"]
         connection = ["--insecure", "--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1"]
         config = " ".join([f"partition-id={client}", *settings])
-        return self.start(
-            f"node{client}", *own, *connection, "--port", str(free_ports(1)[0]), "--node-config", config
-        )
+        return self.start(f"node{client}", *own, *connection, "--port", str(free_ports(1)[0]), "--node-config", config)
 
     def run(self, overrides: str, **run_config: str) -> Process:
         """Starts `flwr run`; it ends when the run does."""

@@ -9,7 +9,7 @@ already been told that the replies are received: all of them are lost. So replie
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import httpx  # Flower's grid talks to the SuperLink with it
 from flwr.app import Error, Message
@@ -93,7 +93,7 @@ class Exchange:
             try:
                 pulled = list(self._grid.pull_messages([key]))
             except httpx.RequestError as error:
-                raise RunError(_unreachable(error)) from error
+                raise RunError(unreachable(error)) from error
             except Exception as error:
                 # Asked for again: the SuperLink may hand out another message with the reply, and that be the bad one.
                 faults.setdefault(key, _fault(error))
@@ -133,20 +133,14 @@ def replies_to(grid: Grid, messages: Sequence[Message], timeout: float) -> list[
     Raises:
         RunError: the SuperLink cannot be reached, or it refuses all messages.
     """
-    return list(arriving(grid, messages, timeout))
-
-
-def arriving(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator[Message]:
-    """Yields what `replies_to` returns as it arrives."""
-    exchange, deadline = Exchange(grid), time.monotonic() + timeout
+    exchange, deadline, replies = Exchange(grid), time.monotonic() + timeout, []
     exchange.send(messages)
     while True:
-        yield from exchange.pull()
+        replies += exchange.pull()
         left = deadline - time.monotonic()
         if not exchange.waiting or left <= 0:
-            break
+            return replies + exchange.unread()
         exchange.sleep(left)
-    yield from exchange.unread()
 
 
 def pause(waited: float, pulling: float) -> float:
@@ -168,10 +162,10 @@ def _push(grid: Grid, messages: Sequence[Message]) -> set[str]:
             "Checkpoints stay."
         ) from error
     except httpx.RequestError as error:
-        raise RunError(_unreachable(error)) from error
+        raise RunError(unreachable(error)) from error
 
 
-def _unreachable(error: httpx.RequestError) -> str:
+def unreachable(error: httpx.RequestError) -> str:
     """Returns the message for an unreachable SuperLink. Flower itself retries refused and broken connections endlessly;
     this handles the errors on which it gives up.
     """
