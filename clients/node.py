@@ -1,6 +1,6 @@
 """A node as one command: Flower's SuperNode beside one process that keeps model and data between messages.
 
-Usage: python -m clients.node OPTIONS, with the options of `flower-supernode`.
+Usage: fedlabel-node OPTIONS (or python -m clients.node OPTIONS), with the options of `flower-supernode`.
 
 `flower-supernode` by itself starts a process for every message, which imports torch, reads the data, builds the model,
 and runs the code that `flwr run` sent. Here a worker (see `worker.py`) does this once, and with the code that is
@@ -22,11 +22,10 @@ import secrets
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,10 +184,13 @@ class Executor:
             message, context, _run, _code = pull_task_input(client)
             reply, context = self._worker.handle(message, context)
             push_message(client, reply, context)
+            if heartbeat.is_running:  # one after the end of the task would fail
+                heartbeat.stop()
             status = SubStatus.FAILED if reply.has_error() else SubStatus.COMPLETED
             push_task_output(client, context, status, str(reply.error.reason) if reply.has_error() else "")
         finally:
-            heartbeat.stop()
+            if heartbeat.is_running:
+                heartbeat.stop()
             client.close()
 
 
@@ -218,67 +220,69 @@ def _free_port(host: str) -> int:
         return int(each.getsockname()[1])
 
 
+def _in_memory(content: bytes) -> str:
+    """Returns a path from which this process can read some bytes, once: they are in no file."""
+    reader, writer = os.pipe()
+    with open(writer, "wb") as file:
+        file.write(content)  # few: a pipe holds 64 kB
+    return f"/dev/fd/{reader}"
+
+
+def _run_until_it_fails(executor: Executor) -> None:
+    """Runs an executor; a node without one would be connected and deaf, so it ends with it."""
+    try:
+        executor.run()
+    except BaseException:
+        logger.exception("The node ends: messages can be handled no more.")
+        os._exit(1)
+
+
 def main() -> None:
     """Runs a node until it is stopped."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s : %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())
     parser = argparse.ArgumentParser(
-        prog="python -m clients.node",
+        prog="fedlabel-node",
         description="Starts a node that keeps model and data between messages. All other options are handed on to "
         "flower-supernode (see flower-supernode --help); --isolation and --superexec-auth-secret-file are set here.",
         allow_abbrev=False,
     )
-    parser.add_argument("--host", default="127.0.0.1", help="of the local API between this process and the worker's")
-    parser.add_argument("--port", type=int, help="of the same; default: a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="of the API inside the node (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="of the same (default: a free one)")
     parser.add_argument("--node-config", default="", help="the node's configuration, as flower-supernode takes it")
     asked, others = parser.parse_known_args()
-    for name in ("--isolation", "--superexec-auth-secret-file", "--ssl-certfile", "--clientappio-api-address"):
+    for name in ("--isolation", "--superexec-auth-secret-file", "--ssl-certfile"):
         if any(other.partition("=")[0] == name for other in others):
-            parser.error(f"leave out {name}: the SuperNode and its worker are on this machine, and talk by themselves")
+            parser.error(f"leave out {name}: it is about the API inside the node, which is set up here")
     folder = _memory_folder(asked.node_config)
-    lock = None
     if folder is None:
         logger.warning(
             "What this node's client remembers is lost when the node stops: give it a folder with "
             "--node-config 'memory=\"FOLDER\"'."
         )
     else:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = FolderLock(folder)
-        except ValueError as error:
-            parser.error(f"a node is running with this memory already. {error}")
-    port = asked.port or _free_port(asked.host)
-    secret = secrets.token_bytes(32)
-    with tempfile.TemporaryDirectory(prefix="fedlabel-node-") as private:  # of this user alone (mode 0700)
-        secret_file = Path(private) / "secret"
-        secret_file.write_bytes(secret)
-        address = f"[{asked.host}]:{port}" if ":" in asked.host else f"{asked.host}:{port}"
+        except (OSError, ValueError) as error:
+            parser.error(f"`memory` of the node's configuration cannot be used. {error}")
+    port, secret = asked.port or _free_port(asked.host), secrets.token_bytes(32)
+    address = f"[{asked.host}]:{port}" if ":" in asked.host else f"{asked.host}:{port}"
 
-        def connect(interceptor: ProtobufClientInterceptor) -> RuntimeHttpClient:
-            named = RuntimeVersionHttpInterceptor(component_name="fedlabel node")
-            return RuntimeHttpClient.from_server_address(address, True, None, interceptors=[named, interceptor])
+    def connect(interceptor: ProtobufClientInterceptor) -> RuntimeHttpClient:
+        named = RuntimeVersionHttpInterceptor(component_name="fedlabel node")
+        return RuntimeHttpClient.from_server_address(address, True, None, interceptors=[named, interceptor])
 
-        worker = Worker([sys.executable, "-m", "clients.worker", str(os.getpid())])
-        executor = Executor(connect, secret, worker)
-        threading.Thread(target=executor.run, daemon=True, name="executor").start()
-        _poll_sooner()
-        own = ["--isolation", "process", "--superexec-auth-secret-file", str(secret_file)]
-        own += ["--host", asked.host, "--port", str(port)]
-        sys.argv = [
-            "flower-supernode",
-            *others,
-            *own,
-            *(["--node-config", asked.node_config] * bool(asked.node_config)),
-        ]
-        try:
-            flower_supernode()
-        finally:
-            worker.stop()
-            with suppress(OSError):
-                secret_file.unlink()
-            if lock is not None:
-                lock.close()
+    worker = Worker([sys.executable, "-m", "clients.worker", str(os.getpid())])
+    executor = Executor(connect, secret, worker)
+    threading.Thread(target=_run_until_it_fails, args=(executor,), daemon=True, name="executor").start()
+    _poll_sooner()
+    own = ["--isolation", "process", "--superexec-auth-secret-file", _in_memory(secret)]
+    own += ["--host", asked.host, "--port", str(port)]
+    sys.argv = ["flower-supernode", *others, *own, *(["--node-config", asked.node_config] * bool(asked.node_config))]
+    flower_supernode()
+    if folder is not None:
+        lock.close()  # else Python would close it, and with it unlock the folder, when nothing refers to it
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -62,7 +63,9 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Serves the node that started this process."""
     parent, descriptor = int(sys.argv[1]), int(sys.argv[2])
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s : %(message)s")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the node, and the worker ends with it
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from clients.client_app import app  # here: it takes seconds, in which the parent may end
 

@@ -1,12 +1,13 @@
 """Kills processes of a federation on real nodes at random, and compares its run with one that nothing happened to.
 
-Usage: python scripts/kill_nodes.py [--kills 20] [--rounds 8] [--seed 0] [METHOD ...]
+Usage: python scripts/kill_nodes.py [--kills 20] [--rounds 8] [--seed 0] [--kinds KIND ...] [METHOD ...]
 
 METHOD: names in `kill_runs.METHODS` (default: proden and ill in turn; their clients remember something). SuperLink, two
-nodes and `flwr run` are processes on loopback, and each that ends is started again, as systemd would: nodes and SuperLink
-as they were, `flwr run` with resume=true. Every few seconds SIGKILL hits the SuperLink, a node, or the ServerApp. All
-metrics but timings and the final weights are compared, bit by bit, with those of an undisturbed run, and every client
-must have counted in every round, once. Prints a line per kill and per run; exit status 1 if any differs.
+nodes and `flwr run` are processes on loopback, and each that ends is started again, as systemd would: nodes and
+SuperLink as they were, `flwr run` with resume=true. Every few seconds SIGKILL hits the SuperLink, a node, or the
+ServerApp. All metrics but timings and the final weights are compared, bit by bit, with those of an undisturbed run,
+and every client must have counted in every round, once. Prints a line per kill and per run; exit status 1 if any
+differs.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Federation:
 
 
 def disturbed(
-    folder: Path, overrides: str, rounds: int, kills: int, rng: random.Random, most: float
+    folder: Path, overrides: str, kinds: list[str], kills: int, rng: random.Random, most: float
 ) -> tuple[Path, int]:
     """Runs to the end with up to `kills` kills; returns the run's folder and how many there were."""
     done = 0
@@ -128,7 +129,7 @@ def disturbed(
             progress = rounds_in(federation.path)
             # After a kill, a round has to end before the next one: else nothing would ever be done.
             if done < kills and time.monotonic() > next_kill and (progress > before or not done):
-                kind = rng.choice(KINDS)
+                kind = rng.choice(kinds)
                 if federation.kill(kind, rng):
                     done += 1
                     print(f"  {time.monotonic() - started:.0f} s: {kind} killed after round {progress}", flush=True)
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is killed")
     parser.add_argument("--most", type=float, default=1200, help="seconds that a run may take")
     asked = parser.parse_args()
     methods, rng = asked.methods or ["proden", "ill"], random.Random(asked.seed)
@@ -180,7 +182,7 @@ def main() -> None:
             overrides = options(method, asked.rounds)
             whole = undisturbed(Path(folder), overrides)
             limit = min(asked.rounds - 1, asked.kills - kills)
-            killed, done = disturbed(Path(folder), overrides, asked.rounds, limit, rng, asked.most)
+            killed, done = disturbed(Path(folder), overrides, asked.kinds, limit, rng, asked.most)
             wrong = difference(killed, whole, asked.rounds)
         kills, runs, different = kills + done, runs + 1, different + bool(wrong)
         print(f"{method}: {done} kills: {'DIFFERENT: ' + wrong if wrong else 'the same'}", flush=True)

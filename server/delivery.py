@@ -128,7 +128,9 @@ class Delivery:
                 self._missing[client] = time.monotonic()
 
     def _worth_waiting(self) -> bool:
-        """Returns whether the round waits for a client without a message under way."""
+        """Returns whether the round goes on for a client without a message under way."""
+        if any(client in self._nodes.of and self._tries[client] < TRIES for client in self._missing):
+            return True
         if len(self._nodes.of) >= self._nodes.enough:
             return False
         patience = time.monotonic() - self._config.connect_timeout
