@@ -87,12 +87,18 @@ class GridConfig:
     a GPU it waits for the device after each part of a step, which makes rounds slower. Of real nodes only the server is
     measured. Not kept in a run's config.yaml: a run is profiled, or resumed, with it or without."""
     connect_timeout: float = no_effect(120.0)
-    """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
+    """Seconds that the server waits until nodes are connected: at the start until `num_clients` are there, or when the
+    time is up `min_nodes`; in a round, if there are fewer than `min_nodes`, until clients return whose node was lost
+    (Flower's grid)."""
+    min_nodes: int | None = no_effect(None)
+    """Real nodes without which a run does not start, and for whose return a round waits; null: `num_clients`. As long
+    as so many are there, rounds go on with those, and nodes join and return at any time."""
 
     def __post_init__(self) -> None:
         one_of(self, "grid", kind=("in_process", "ray"))
         counts = ("threads_per_worker",) if self.num_workers is None else ("num_workers", "threads_per_worker")
         within(self, "grid", 1, MAX_WORKERS, *counts)
+        at_least(self, "grid", 1, "min_nodes", null=True)
         if self.stack not in ("auto", "off") and not (self.stack.isdecimal() and 1 <= int(self.stack) <= MAX_STACK):
             raise ValueError(
                 f"`grid.stack` (={self.stack}) must be auto, off, or a number of clients in [1, {MAX_STACK}]."

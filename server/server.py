@@ -19,7 +19,7 @@ from fedlabel.record.run_folder import RunFolder
 from fedlabel.seeding import numpy_generator
 from server.asynchronous import Asynchronous
 from server.blocks import BlockResult, cut_into_blocks, cut_into_tasks
-from server.checkpoint import save_checkpoint
+from server.checkpoint import oldest_round, save_checkpoint
 from server.grids.base import ClientGrid, MemoryOf, Order
 from server.helpers import HelperPool
 from server.observers import Observer, Report, Round, observers_of
@@ -82,6 +82,7 @@ class Server:
         )
         self._spans = experiment.spans
         self._spans.take()  # of a run before, in this process
+        self._saved = oldest_round(folder.checkpoints)
         self._memory_of: MemoryOf | None = None
         """What clients kept when the round began; None: not looked up, or only they know."""
 
@@ -121,9 +122,13 @@ class Server:
         normalize = self.config.strategy.normalize_steps
         fold = isinstance(self._strategy, WeightedMean) and not (single or normalize or self._pacing.needs_models)
 
+        memory: dict[str, str | int] = {}
+        if not self._grid.simulated:
+            memory = {"run": self._folder.key, "saved-round": self._saved}
+
         def train(clients: Sequence[int], work: Mapping[int, float]) -> Iterator[BlockResult]:
             tasks = cut_into_tasks(cut_into_blocks(clients), self._experiment.stack_in(len(clients)))
-            return self._grid.train(Order(invitation._replace(work=work), state.shared, fold), tasks)
+            return self._grid.train(Order(invitation._replace(work=work), state.shared, fold, memory), tasks)
 
         tally = RoundTally(invitation, cohort, self._result_bytes)
         blocks = tally.watch(self._pacing.blocks(invitation, cohort, train, tally))
@@ -251,6 +256,7 @@ class Server:
                 selected=self._selection.stage_model,
             )
             save_checkpoint(self._folder.checkpoints, complete, self.config.checkpoint.keep)
+            self._saved = oldest_round(self._folder.checkpoints)
             self._selection.settle()
 
 

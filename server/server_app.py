@@ -11,14 +11,13 @@ import logging
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, split_overrides, to_yaml
+from fedlabel.config import ConfigError, ExperimentConfig, flatten, split_overrides, to_yaml
 from fedlabel.data.federation import shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.errors import RunError, naming
@@ -32,6 +31,7 @@ from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import latest_checkpoint
 from server.grids.base import ClientGrid
 from server.grids.flower import FlowerGrid
+from server.request import check_name, default_name, resolve
 from server.rounds import run_rounds
 from server.server import OnRound, Server
 from server.state import ServerState
@@ -44,7 +44,9 @@ logger = logging.getLogger("fedlabel")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs an experiment on the grid Flower gives; `run_config` holds `configs` (comma separated) and `overrides`."""
+    """Runs an experiment on the grid Flower gives; see `[tool.flwr.app.config]` in pyproject.toml for its
+    configuration.
+    """
     logger.setLevel(logging.INFO)  # `flwr run --stream` and `flwr log` show what is written to stderr
     logger.addHandler(logging.StreamHandler())
     try:
@@ -59,18 +61,20 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run_here(grid: Grid, context: Context) -> Path:
-    configs = [path.strip() for path in str(context.run_config.get("configs", "")).split(",") if path.strip()]
-    config = load_config(configs, split_overrides(str(context.run_config.get("overrides", ""))))
-    path = (Path("runs") / default_name(config)).absolute()
+    asked = context.run_config
+    configs = [path.strip() for path in str(asked.get("configs", "")).split(",") if path.strip()]
+    name, resume = str(asked.get("name", "")) or None, asked.get("resume", False)
+    if type(resume) is not bool:
+        raise ConfigError(f"`resume` (={resume}) must be true or false.")
+    check_name(name, resume, option="")
+    saved = Path("runs") / name / CONFIG_YAML if resume and name else None
+    config = resolve(configs, split_overrides(str(asked.get("overrides", ""))), saved)
+    path = (Path("runs") / (name or default_name(config))).absolute()
+    if not resume and path.exists():
+        raise ConfigError(f"{path} exists: give another name, or resume=true to go on with it.")
     logger.info("Results go to %s", path)  # below the directory where the SuperLink was started
-    run_federation(config, FlowerGrid(grid), path, on_round=_log_line)
+    run_federation(config, FlowerGrid(grid), path, resume, on_round=_log_line)
     return path
-
-
-def default_name(config: ExperimentConfig) -> str:
-    """Returns method-dataset-seed-time, e.g. "fedlabel-digits-seed0-20260131-235959"."""
-    method = config.method.name.rpartition(":")[2]
-    return f"{method}-{config.data.name}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def run_federation(

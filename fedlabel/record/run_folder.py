@@ -9,6 +9,7 @@
       failures.log        one entry per failed client, with its traceback
       checkpoints/        see server/checkpoint.py
       trace.json          with grid.profile: where the time went, see `trace`
+      run_key             with real nodes: what they know the run by
       summary.json        written when the run ends
 
 Small files are replaced as a whole (`write_atomic`); `metrics.jsonl` only grows, and a line counts once it is complete.
@@ -18,9 +19,11 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +46,7 @@ from fedlabel.record.names import (
     METRICS_JSONL,
     PARTITION_JSON,
     PARTITION_PNG,
+    RUN_KEY,
     SECONDS,
     SUMMARY_JSON,
     SUPERVISION_JSON,
@@ -200,6 +204,17 @@ class RunFolder:
     def trace_json(self) -> Path:
         """Where the time went, see `TraceFile`; absent without `grid.profile`."""
         return self.path / TRACE_JSON
+
+    @cached_property
+    def key(self) -> str:
+        """32 hexadecimal digits by which real clients know the run, whatever the folder is called and however often the
+        run is resumed; made when first asked for.
+        """
+        path = self.path / RUN_KEY
+        with naming(path):
+            if not path.exists():
+                write_atomic(path, secrets.token_hex(16))
+            return path.read_text().strip()
 
     @property
     def checkpoints(self) -> Path:

@@ -13,7 +13,8 @@ from fedlabel.config import load_config
 from fedlabel.errors import RunError
 from server import server_app
 from server.grids.flower import FlowerGrid
-from server.server_app import _log_line, default_name, run_federation
+from server.request import default_name
+from server.server_app import _log_line, run_federation
 from tests.integration.local_nodes import LocalNodes
 from tests.server.test_nodes import CONFIG, Nodes
 
