@@ -37,6 +37,7 @@ from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.devices.config import DevicesConfig, PopulationPart
 from fedlabel.errors import is_file
+from fedlabel.learning.prior import PriorConfig
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS, describe_error, method_class
 from fedlabel.methods.fedlabel import FedLabel
@@ -179,6 +180,7 @@ class ExperimentConfig:
     method: Any = field(default_factory=FedLabel)
     """A method's dataclass: `method.name` picks it, the other keys are its fields."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     pacing: PacingConfig = field(default_factory=PacingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

@@ -94,7 +94,14 @@ class Experiment:
         self._check_strategy(student)
         graphs = Graphs(capture_on_cuda) if self.device.type == "cuda" and config.grid.cuda_graphs else None
         self.trainer = Trainer(
-            student, self.teacher, self.transform, config.training, config.method.metrics, graphs, self.spans
+            student,
+            self.teacher,
+            self.transform,
+            config.training,
+            config.method.metrics,
+            graphs,
+            self.spans,
+            config.prior,
         )
         self.stack = self._stack(student)
         """About how many clients in a row train as one stack, at most; 1: none."""
