@@ -42,7 +42,7 @@ CHOICES = frozenset(
         *("supervision.kind", "supervision.candidates", "supervision.noise", "supervision.on_error"),
         *("supervision.labels_at", "supervision.mix_over", "skew.feature_shift", "model.name", "model.norm"),
         *("training.optimizer", "training.weight_by", "training.precision", "sampling.kind", "pacing.kind"),
-        *("privacy.kind", "attack.kind"),
+        *("privacy.kind", "attack.kind", "prior.kind"),
         *("devices.kind", "devices.profile", "compression.up", "compression.down"),
         *("grid.kind", "grid.stack", "evaluation.split", "evaluation.select"),
     }
