@@ -119,6 +119,7 @@ class Worker:
         """
         self.start()
         assert self._connection is not None
+        started = time.monotonic()
         try:
             self._connection.send_bytes(message_to_proto(message).SerializeToString())
             self._connection.send_bytes(context_to_proto(context).SerializeToString())
@@ -130,6 +131,7 @@ class Worker:
             return Message(Error(ErrorCode.CLIENT_APP_CRASHED, CRASHED), reply_to=message), context
         finally:
             self._used = time.monotonic()
+        logger.info("Handled a %s message in %.2f s", message.metadata.message_type, self._used - started)
         return reply, context
 
 

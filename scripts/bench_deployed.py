@@ -5,13 +5,15 @@ Usage: python scripts/bench_deployed.py [--rounds 5] [--nodes 2] [--runs 1] [--k
 kinds: flower: nodes started with `flower-supernode`, which starts a process for every message; resident: with
 `python -m clients.node`, which keeps one. Where several are given, their runs take turns. Prints, for each run, the
 seconds from its start to the end of round 1 and those of the later rounds, in which clients take 3 steps on digits
-("empty"); at last the medians.
+("empty"; with --overrides training.local_steps=3000 they have something to do), what of it is the slowest node's
+training, where nodes log it, and the server's own clock; at last the medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -40,6 +42,11 @@ def measure(machine: Loopback, nodes: int, rounds: int, options: list[str]) -> t
     if len(ends) < rounds or code or any(process.poll() is not None for process in processes):
         raise SystemExit(machine.logs())
     assert file is not None
+    taken = [
+        re.findall(r"Handled a train message in ([\d.]+) s", log.read_text()) for log in machine.work.glob("*-node*")
+    ]
+    if slowest := [max(map(float, each)) for each in zip(*taken, strict=True)]:
+        print(f"  the slowest node, with its worker: {' '.join(f'{each:.2f}' for each in slowest)}")
     inside = [json.loads(line)["system/round_seconds"] for line in file.read_text().splitlines()]
     print(f"  by the server's clock: {' '.join(f'{each:.1f}' for each in inside)}", flush=True)
     return ends[0] - started, [after - before for before, after in pairwise(ends)]

@@ -61,6 +61,7 @@ class Loopback:
     def superlink(self) -> Process:
         """Starts the SuperLink and waits until it answers."""
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--database", str(self.work / "state.db")]  # a SuperLink that is started again knows its nodes
         process = self.start("superlink", *command, "--disable-runtime-dependency-installation")
         wait_until(lambda: self.answers() or process.poll() is not None, 120, "no SuperLink", every=0.1)
         return process
