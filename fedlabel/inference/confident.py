@@ -9,8 +9,8 @@ Federated, in three exchanges, each of sums over clients; the server never sees 
 
 1. `self_confidence` of every client -> t.
 2. `confident_counts` of every client -> C -> the joint Q.
-3. Only for `prune_by_class` and `prune_by_noise_rate`, which remove as many samples as Q says, the worst first: how many
-   samples lie above a cut (`class_counts`, `pair_counts`), until each cut leaves the right number (`cuts_for`).
+3. Only for `prune_by_class` and `prune_by_noise_rate`, which remove as many samples as Q says, the worst first: how
+   many samples reach a cut (`class_counts`, `pair_counts`), until each cut leaves the right number (`cuts_for`).
 
 Clients then decide alone. So every rule gives what it would give on the union of the data: exactly for
 `off_diagonal`, and for the other two where no two samples tie at a cut (tied samples are all suspects; a sort takes
@@ -38,8 +38,8 @@ MAX_EXCHANGES = 60
 """Of `cuts_for`: an interval of length 2 is then below 2e-18."""
 
 RULES = ("confident", "prune_by_class", "prune_by_noise_rate", "both")
-"""Which samples are suspects. confident: those off the diagonal of C. prune_by_class: of each class as many as Q has off
-its diagonal, those least probably of it. prune_by_noise_rate: of each pair of classes as many as Q has, by their
+"""Which samples are suspects. confident: those off the diagonal of C. prune_by_class: of each class as many as Q has
+off its diagonal, those least probably of it. prune_by_noise_rate: of each pair of classes as many as Q has, by their
 margins. both: those of both prunings."""
 
 

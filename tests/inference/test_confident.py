@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def split(data: Data, clients: int) -> list[Data]:
     probabilities, labels = data
     order = labels.argsort(stable=True)
     ends = (len(labels) * torch.linspace(0, 1, clients) ** 2).long().tolist()
-    parts = [order[begin:end] for begin, end in zip(ends, ends[1:], strict=False)] + [order[:0]]
+    parts = [order[begin:end] for begin, end in pairwise(ends)] + [order[:0]]
     assert sum(map(len, parts)) == len(labels)
     return [(probabilities[rows], labels[rows]) for rows in parts]
 
@@ -164,9 +165,7 @@ def test_prunings_take_as_many_as_the_joint_says() -> None:
                 margin = p[rows, j] - p[rows, i]
                 by_pair.update(rows[np.argsort(-margin)][: int(pruned[i, j])].tolist())
     likely = set((~differs(probabilities, labels)).nonzero()[:, 0].tolist())
-    found = {
-        rule: set(suspects([(probabilities, labels)], rule)[0].nonzero()[:, 0].tolist()) for rule in RULES
-    }
+    found = {rule: set(suspects([(probabilities, labels)], rule)[0].nonzero()[:, 0].tolist()) for rule in RULES}
     assert found["prune_by_class"] == by_class - likely
     assert found["prune_by_noise_rate"] == by_pair - likely
     assert found["both"] == (by_class & by_pair) - likely
