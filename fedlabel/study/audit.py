@@ -119,6 +119,10 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
             f"{run} has trained on labels that an audit had changed or withheld (supervision.audit, "
             "supervision.folds): audit the run from which they came."
         )
+    if config.method.oracle_labels:
+        raise ConfigError(
+            f"{run} has trained on the true labels of all samples (method.oracle_labels): nothing to audit."
+        )
     federation = open_experiment(text).federation
     with naming(run / PARTITION_JSON):
         try:
@@ -128,10 +132,6 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     if there != federation.sha256:
         raise ConfigError(
             f"The data, partition or labels are no longer those of {run}: put the data back as they were."
-        )
-    if config.method.oracle_labels:
-        raise ConfigError(
-            f"{run} has trained on the true labels of all samples (method.oracle_labels): nothing to audit."
         )
     changed = parse_config(to_yaml(replace(config, method=Supervised())), overrides)
     for key in ("seed", "num_clients", "data", "partition", "labeled_partition", "supervision", "skew"):
