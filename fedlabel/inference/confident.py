@@ -159,7 +159,7 @@ def cuts_for(count_over: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
     Args:
         count_over: cuts of the shape of `wanted` -> how many values reach each of them, summed over clients; one call
             is one exchange, and there are `MAX_EXCHANGES` at most.
-        wanted: int64; 0: a cut that nothing reaches.
+        wanted: int64; 0: a cut that nothing reaches, as that of a class with itself.
     """
     low, high = torch.full(wanted.shape, -1.0, dtype=torch.float64), torch.full(wanted.shape, 1.0, dtype=torch.float64)
     low, done = torch.where(wanted > 0, low, NEVER), wanted <= 0
@@ -195,7 +195,6 @@ def _doubt(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def _margins(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Returns p(j) - p(given), (n, classes); -1 for the given class, which no cut is for."""
+    """Returns p(j) - p(given), (n, classes)."""
     probabilities = probabilities.double()
-    own = labels[:, None]
-    return (probabilities - probabilities.gather(1, own)).scatter(1, own, -1.0)
+    return probabilities - probabilities.gather(1, labels[:, None])

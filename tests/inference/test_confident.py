@@ -110,6 +110,9 @@ def test_several_confident_classes_and_none() -> None:
     thresholds = torch.tensor([0.6, 0.25, 0.15])
     probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.2, 0.3], [0.58, 0.24, 0.1]])
     assert confident_class(probabilities, thresholds).tolist() == [1, 2, -1]
+    # Whose label is the most probable class of all is no suspect, though C counts it off its diagonal.
+    assert confident_counts(probabilities, torch.zeros(3, dtype=torch.int64), thresholds)[0].tolist() == [0, 1, 1]
+    assert off_diagonal(probabilities, torch.tensor([0, 1, 1]), thresholds).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("seed", range(3))

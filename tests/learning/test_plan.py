@@ -59,12 +59,16 @@ def test_a_weight_is_the_share_of_the_passes_that_have_a_sample() -> None:
 
 @pytest.mark.parametrize("draw", [BySample(labeled=("weak",)), ByBag(labeled=("weak",), singles=True)])
 def test_a_plan_draws_labels_by_their_weights(draw: BySample | ByBag) -> None:
-    known = reveal_labels(torch.zeros(20, dtype=torch.int64), torch.ones(20, dtype=torch.bool), 3)
-    known = replace(known, weight=torch.where(torch.arange(20) < 10, 0.1, 1.0))
+    """Of 20 labelled samples; four more are in a bag, which a step by bags draws, too."""
+    place = torch.arange(24)
+    known = reveal_labels(torch.zeros(24, dtype=torch.int64), place < 20, 3)
+    bag = torch.where(place < 20, -1, 0)
+    known = replace(known, bag=bag, bag_counts=torch.tensor([[4, 0, 0]]), weight=torch.where(place < 10, 0.1, 1.0))
     phase = Phase("x", labels_loss, draw=draw)
     config = TrainingConfig(local_steps=200, batch_size=4)
     plan = plan_phase(phase, sample_pool(draw, known, config), None, known, config, 0)
     drawn = torch.cat([step.labeled for step in plan.steps])
+    drawn = drawn[drawn < 20]
     assert len(plan.steps) == 200
     assert 0.05 < float((drawn < 10).double().mean()) < 0.13  # 1 / 11
 
