@@ -32,7 +32,7 @@ from fedlabel.learning.stacked import automatic_size, why_not
 from fedlabel.learning.step import frozen_model
 from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
-from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.batch import Model, State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size, running_statistics
 from fedlabel.seeding import Draws, derive_seed
@@ -361,6 +361,11 @@ class Experiment:
         """
         return self._evaluate(round_number, states, shared, self.evaluates_on)
 
+    def predictor(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> Model | None:
+        """Returns the function that `evaluate` evaluates, images -> logits; None where the stage has none as yet."""
+        models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
+        return self.recipe.place(round_number).stage.predict(models, shared)
+
     def selection_score(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> float | None:
         """Returns the metric of `evaluation.select` for the same model on the validation split; None without a
         selection, or if the metric is not a number.
@@ -373,8 +378,7 @@ class Experiment:
     def _evaluate(
         self, round_number: int, states: Mapping[str, StateDict], shared: State, on: EvaluationData
     ) -> Evaluation | None:
-        models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
-        predict = self.recipe.place(round_number).stage.predict(models, shared)
+        predict = self.predictor(round_number, states, shared)
         if predict is None:
             return None
         return evaluate(predict, on.split, self.transform, self.federation.dataset.num_classes, on.parts, on.bags)

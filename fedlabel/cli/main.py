@@ -234,6 +234,40 @@ def run_cell(job: tuple[ExperimentConfig, Path, bool], tell: Tell) -> None:
 
 
 @app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="Of the folds' trainings only.", show_default=False),
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Trainings, each without one fold of every client's labels.")] = 4,
+    method: Annotated[
+        str,
+        typer.Option(help="confident, prune_by_class, prune_by_noise_rate, both (of the two), or prototypes."),
+    ] = "confident",
+    out: Annotated[Path | None, typer.Option(help="Folder for what is written.", show_default="RUN/audit")] = None,
+    then: Annotated[
+        str | None,
+        typer.Option(
+            help="Train RUN's configuration again, into RUN-ACTION, with the suspects' labels changed: drop, relabel, "
+            "weight or candidates (see supervision.audit_action)."
+        ),
+    ] = None,
+) -> None:
+    """Find labels that are probably wrong, by models trained without them; each client's suspects go to its own file.
+
+    The folds are trained by method supervised and otherwise as RUN was; key=value changes that.
+    """
+    from fedlabel.cli.audit import audit_run
+
+    given, overrides = _split(items)
+    with _reported(lambda: "The same command goes on from the last checkpoint."):
+        if given:
+            raise ConfigError(f"`{given[0]}` must have the form key=value; an audit is of one run.")
+        audit_run(console, _simulate(), run, overrides, out or run / "audit", folds, method, then)
+
+
+@app.command()
 def compare(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="A sweep's folder, or folders that hold runs at any depth.")
