@@ -132,6 +132,24 @@ class EvaluationConfig:
         within(self, "evaluation", 0, 32, "panel_samples")
 
 
+LEVELS = ("off", "basic", "full")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What a run writes for TensorBoard; metrics.jsonl and summary.json are always written."""
+
+    level: str = no_effect("basic")
+    """off | basic | full. off: nothing, and no figures. basic: all metrics on the pages of the Custom Scalars tab, with
+    texts, and the figures that take little time. full: also clients and classes over the rounds, panels of samples by
+    what is remarkable of them, and the embeddings of a fixed sample for the projector (the last three know the truth,
+    so only in a simulation). Pictures are made at the last and each 10 * `evaluation.every`-th round;
+    evaluation.figures=false leaves all of them out."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "tracking", level=LEVELS)
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written, and how many are kept."""
@@ -178,6 +196,7 @@ class ExperimentConfig:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -198,6 +217,11 @@ class ExperimentConfig:
     def cohort_size(self) -> int:
         """The number of clients that train in a round."""
         return cohort_size(self.num_clients, self.fraction_train)
+
+    @property
+    def draws_figures(self) -> bool:
+        """Whether figures are drawn."""
+        return self.evaluation.figures and self.tracking.level != "off"
 
     def _check_server(self) -> None:
         pacing, sampling, size = self.pacing, self.sampling, self.cohort_size

@@ -74,6 +74,17 @@ def worst_share_mean(values: np.ndarray, share: float = 0.1) -> float:
     return float(np.sort(values)[:count].mean())
 
 
+def best_share_mean(values: np.ndarray, share: float = 0.1) -> float:
+    """Returns the mean of the highest `share` of the values, of at least one of them."""
+    return -worst_share_mean(-values, share)
+
+
+def tenths(values: np.ndarray) -> tuple[float, float]:
+    """Returns the means of the lowest and of the highest tenth of the finite ones among (n,) values; NaN of none."""
+    finite = values[np.isfinite(values)]
+    return (worst_share_mean(finite), best_share_mean(finite)) if len(finite) else (math.nan, math.nan)
+
+
 RATES = ("coverage", "overlap", "conflict", "accuracy")
 OF_SAMPLES = ("voted", "majority_accuracy", "normalized_vote_accuracy")
 COUNTED = ("function_votes", "function_counts", "function_samples")

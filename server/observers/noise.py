@@ -57,7 +57,7 @@ class NoiseObserver(Observer):
     def _figures(self, matrices: Tensor, truths: Sequence[np.ndarray | None], number: int) -> dict[str, Figure]:
         """Returns a figure per matrix in about ten rounds of a run, the last one included."""
         config = self.experiment.config
-        if not config.evaluation.figures or not (self.is_last(number) or number % max(1, config.num_rounds // 10) == 0):
+        if not config.draws_figures or not (self.is_last(number) or number % max(1, config.num_rounds // 10) == 0):
             return {}
         from fedlabel.record.figures import transition_figure  # here: matplotlib takes a while to import
 

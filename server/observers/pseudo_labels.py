@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedlabel.data.federation import SHOWN_CLIENTS
-from fedlabel.learning.metrics import bins_of, pseudo_label_metrics, ratio
+from fedlabel.learning.metrics import bins_of, pseudo_label_metrics, ratio, tenths
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 
@@ -18,16 +17,17 @@ class PseudoLabelObserver(Observer):
         counts = seen.counts
         if "drawn" not in counts:
             return Report()
-        of_clients, number = seen.tally.client_counts, self.experiment.config.num_clients
-        # Of many clients a fixed choice would hardly ever have trained: then those are shown that have, in their order.
-        shown = range(number) if number <= SHOWN_CLIENTS else sorted(of_clients)[:SHOWN_CLIENTS]
-        clients = [of_clients.get(client, {}) for client in shown]
-        drawn, kept, correct = ([sum(c.get(key, [0.0])) for c in clients] for key in ("drawn", "kept", "correct"))
+        of_clients = seen.tally.client_counts
+        clients = sorted(of_clients)
+        drawn, kept, correct = (
+            [sum(of_clients[client].get(key, [0.0])) for client in clients] for key in ("drawn", "kept", "correct")
+        )
+        coverage, accuracy = ratio(kept, drawn), ratio(correct, kept)
         lists = {
             "pseudo/class_coverage": ratio(counts["kept"], counts["drawn"]),
             "pseudo/class_accuracy": ratio(counts["correct"], counts["kept"]),
-            "pseudo/client_coverage": ratio(kept, drawn),  # NaN for clients that did not train this round
-            "pseudo/client_accuracy": ratio(correct, kept),
+            "pseudo/client_coverage": self.of_trained(dict(zip(clients, coverage, strict=True))),
+            "pseudo/client_accuracy": self.of_trained(dict(zip(clients, accuracy, strict=True))),
         }
         bins = {"pseudo/confidences": bins_of(counts)[0]}
         if "beliefs" in counts:
@@ -38,4 +38,8 @@ class PseudoLabelObserver(Observer):
             from fedlabel.record.figures import reliability_figure  # here: matplotlib takes a while to import
 
             figures["pseudo/reliability"] = reliability_figure(bins_of(counts), f"Pseudo-labels of round {seen.number}")
-        return Report(pseudo_label_metrics(counts), lists, bins, figures)
+        metrics = pseudo_label_metrics(counts)
+        if np.isfinite(accuracy).any():
+            tags = ("pseudo/lowest_10pct_client_accuracy", "pseudo/highest_10pct_client_accuracy")
+            metrics |= dict(zip(tags, tenths(accuracy), strict=True))
+        return Report(metrics, lists, bins, figures)
