@@ -167,6 +167,8 @@ def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFold
             write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
             with naming(folder.summary_json):
                 folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
+        if len(experiment.recipe.stages) > 1:
+            write_atomic(folder.stages_json, json.dumps(_stages(experiment)) + "\n")
         if not done:
             _describe(experiment, folder)
     return folder
@@ -204,6 +206,16 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
     folder.log_text("label_card", _label_card(experiment))
     for page, text in HOW_TO_READ.items():
         folder.log_text(f"how_to_read/{page.lower()}", text)
+
+
+def _stages(experiment: Experiment) -> list[dict[str, object]]:
+    """Returns name, first and last round of each stage."""
+    found: dict[int, dict[str, object]] = {}
+    for number in range(1, experiment.config.num_rounds + 1):
+        place = experiment.recipe.place(number)
+        name = place.stage.name or f"stage {place.number + 1}"
+        found.setdefault(place.number, {"name": name, "first": number})["last"] = number
+    return list(found.values())
 
 
 def _label_card(experiment: Experiment) -> str:

@@ -6,6 +6,7 @@
       metrics.jsonl       one JSON object a line and a round
       events.out.*        the same numbers, and figures, for TensorBoard
       by_simulated_seconds/ with devices: accuracy and loss over simulated time, for TensorBoard
+      stages.json         first and last round of each stage, if the method has several
       failures.log        one entry per failed client, with its traceback
       checkpoints/        see server/checkpoint.py
       trace.json          with grid.profile: where the time went, see `trace`
@@ -46,6 +47,7 @@ from fedlabel.record.names import (
     PARTITION_JSON,
     PARTITION_PNG,
     SECONDS,
+    STAGES_JSON,
     SUMMARY_JSON,
     SUPERVISION_JSON,
     TRACE_JSON,
@@ -230,6 +232,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / CHECKPOINTS
+
+    @property
+    def stages_json(self) -> Path:
+        """First and last round of each stage, by name; absent if the method has only one."""
+        return self.path / STAGES_JSON
 
     @property
     def summary_json(self) -> Path:
