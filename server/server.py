@@ -19,6 +19,8 @@ from server.checkpoint import save_checkpoint
 from server.grids.base import ClientGrid, MemoryOf, Order
 from server.helpers import HelperPool
 from server.observers import Observer, Report, Round, observers_of
+from server.observers.base import has_figures
+from server.observers.over_rounds import figures_over_rounds
 from server.pacing import Pacing, Rounds
 from server.schema import ResultSchema
 from server.selection import Selection, select_key
@@ -209,6 +211,11 @@ class Server:
         for name, observer in self._observers.items():
             with self._spans.part("evaluate", name):
                 report = report.add(observer.after_round(seen, state))
+        if evaluated and self.config.tracking.level == "full" and has_figures(self.config, number):
+            with self._spans.part("evaluate", "over rounds"):
+                rows = [*self._folder.read_metrics(), {"round": number, **report.metrics, **report.lists}]
+                names = self._experiment.federation.dataset.class_names
+                report = report.add(Report(figures=figures_over_rounds(self.config, names, rows)))
         recorded = self._spans.take()
         with self._spans.part("write"):
             if recorded is not None:

@@ -131,6 +131,7 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
 
     Returns:
         "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global);
+        "kept_by_both", "correct_by_both" per class and expert, (classes, 2) flattened;
         "drawn_by_kind", "correct_by_kind", where a label counts as correct whether or not it was kept;
         `calibration_bins` of all draws and of the kept ones, a list per row (see `bins_of`); of two classes "beliefs",
         how many draws have p(class 1) in each of `BELIEF_BINS` equal parts of [0, 1]; empty without true labels.
@@ -147,6 +148,10 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
     def per_expert(mask: Tensor) -> list[float]:
         return torch.bincount(pseudo.from_global[mask].long(), minlength=2).double().tolist()
 
+    def per_both(mask: Tensor) -> list[float]:
+        place = 2 * truth[mask] + pseudo.from_global[mask].long()
+        return torch.bincount(place, minlength=2 * num_classes).double().tolist()
+
     return {
         "drawn": per_class(torch.ones_like(pseudo.keep)),
         "kept": per_class(pseudo.keep),
@@ -154,6 +159,8 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
         "drawn_by_expert": per_expert(torch.ones_like(pseudo.keep)),
         "kept_by_expert": per_expert(pseudo.keep),
         "correct_by_expert": per_expert(correct),
+        "kept_by_both": per_both(pseudo.keep),
+        "correct_by_both": per_both(correct),
         "drawn_by_kind": torch.bincount(kind, minlength=len(KIND_NAMES)).double().tolist(),
         "correct_by_kind": torch.bincount(kind[pseudo.label == truth], minlength=len(KIND_NAMES)).double().tolist(),
         **({"beliefs": _belief_bins(pseudo)} if num_classes == 2 else {}),

@@ -97,6 +97,11 @@ class Observer:
         """Returns whether a round is the run's last."""
         return number == self.experiment.config.num_rounds
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all is recorded that there is."""
+        return self.experiment.config.tracking.level == "full"
+
     def has_figures(self, number: int) -> bool:
         """Returns whether an evaluated round is one of those with figures of the evaluation."""
         return has_figures(self.experiment.config, number)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from fedlabel.learning.metrics import bins_of, pseudo_label_metrics, ratio, tenths
+from fedlabel.learning.metrics import Counts, bins_of, pseudo_label_metrics, ratio, tenths
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class PseudoLabelObserver(Observer):
@@ -32,14 +37,25 @@ class PseudoLabelObserver(Observer):
         bins = {"pseudo/confidences": bins_of(counts)[0]}
         if "beliefs" in counts:
             bins["pseudo/beliefs"] = np.array(counts["beliefs"])
-        figures = {}
+        figures: dict[str, Figure] = {}
         final = self.experiment.recipe.place(seen.number).stage.final
         if seen.is_evaluated and final and self.has_figures(seen.number):
-            from fedlabel.record.figures import reliability_figure  # here: matplotlib takes a while to import
-
-            figures["pseudo/reliability"] = reliability_figure(bins_of(counts), f"Pseudo-labels of round {seen.number}")
+            figures = self._figures(counts, seen.number)
         metrics = pseudo_label_metrics(counts)
         if np.isfinite(accuracy).any():
             tags = ("pseudo/lowest_10pct_client_accuracy", "pseudo/highest_10pct_client_accuracy")
             metrics |= dict(zip(tags, tenths(accuracy), strict=True))
         return Report(metrics, lists, bins, figures)
+
+    def _figures(self, counts: Counts, number: int) -> dict[str, Figure]:
+        from fedlabel.record.figures import reliability_figure  # here: matplotlib takes a while to import
+        from fedlabel.record.figures_pseudo import experts_figure, precision_coverage_figure
+
+        bins, names = bins_of(counts), self.experiment.federation.dataset.class_names
+        drawn, kept, correct = (np.array(counts[name]) for name in ("drawn", "kept_by_both", "correct_by_both"))
+        by_model = kept.reshape(-1, 2), correct.reshape(-1, 2)
+        return {
+            "pseudo/reliability": reliability_figure(bins, f"Pseudo-labels of round {number}"),
+            "pseudo/precision_coverage": precision_coverage_figure(bins, float(kept.sum()), float(correct.sum())),
+            "pseudo/experts": experts_figure(drawn, *by_model, names),
+        }
