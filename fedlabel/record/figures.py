@@ -290,7 +290,7 @@ def pseudo_label_panel(
     if compared:
         right = sum(true_names[i] == pseudo_names[i] for i in compared)
         title += f", {right} of {'them' if len(compared) == len(used) else f'{len(compared)} of known class'} right"
-    figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=11)
+    figure.suptitle(textwrap.fill(title, int(13.5 * figure.get_figwidth())), fontsize=11)
     return figure
 
 

@@ -31,16 +31,16 @@ class Margin(NamedTuple):
     upper: str
 
 
-def _of(*groups: str) -> tuple[str, ...]:
-    """Returns the table's tags whose name begins with one of `groups`, in its order."""
-    return tuple(tag.name for tag in TAGS if tag.name.startswith(groups))
+def _of(group: str, start: str) -> tuple[str, ...]:
+    """Returns the table's tags of a group whose name begins with `start`, in the table's order."""
+    return tuple(tag.name for tag in TAGS if tag.name.startswith(f"{group}/{start}"))
 
 
 CHARTS: Mapping[str, Mapping[str, Sequence[str] | Margin]] = {
     LEARNING: {
         "accuracy": ("eval/accuracy", "eval/balanced_accuracy", "interim/accuracy", "eval/rare_class_accuracy"),
         "loss: evaluation and training (nats)": ("eval/loss", "train/loss"),
-        "parts of the training loss (nats)": _of("train/loss_"),
+        "parts of the training loss (nats)": _of("train", "loss_"),
         "validation split": ("select/accuracy", "select/auc", "select/bag_mae"),
     },
     PSEUDO_LABELS: {
@@ -70,7 +70,7 @@ CHARTS: Mapping[str, Mapping[str, Sequence[str] | Margin]] = {
         ),
     },
     SUPERVISION: {
-        "accuracy of labels by their kind": _of("posterior/accuracy_"),
+        "accuracy of labels by their kind": _of("posterior", "accuracy_"),
         "what the posterior leaves (classes)": ("posterior/candidates", "posterior/effective_classes"),
         "noise matrix T: diagonal": ("transition/smallest_diagonal", "transition/own_dominant"),
         "noise matrix T: error": ("transition/largest_error", "transition/mean_error"),
@@ -87,8 +87,8 @@ CHARTS: Mapping[str, Mapping[str, Sequence[str] | Margin]] = {
         ),
     },
     SYSTEM: {
-        "seconds of a round, by part": ("system/round_seconds", *_of("system/seconds_")),
-        "seconds of the workers, by part": _of("system/worker_seconds_"),
+        "seconds of a round, by part": ("system/round_seconds", *_of("system", "seconds_")),
+        "seconds of the workers, by part": _of("system", "worker_seconds_"),
         "clients that gave no result": ("system/failed_clients", "system/late_clients", "system/dropped_clients"),
         "samples sent through a model": ("train/forward_samples", "train/backward_samples"),
     },
