@@ -103,7 +103,7 @@ HOW_TO_READ: Mapping[str, str] = {
         "**Is it learning?** `eval/accuracy` is of the global model on the evaluation split. A flat curve beside a "
         "falling `train/loss`: clients fit their own labels and their models do not add up (partition, learning rate, "
         "local steps). Accuracy above balanced accuracy: rare classes are left behind; Images → `eval/classes` says "
-        "which, `eval/confusion` what they are taken for. `interim/accuracy` is of a model that is no end model yet. "
+        "which, `eval/confusion` what they are taken for (click on a picture to see it in full size). `interim/accuracy` is of a model that is no end model yet. "
         "`eval/ece`: how far confidence is from accuracy; compare it with `pseudo/ece`."
     ),
     PSEUDO_LABELS: (
@@ -154,15 +154,23 @@ def layout(present: Collection[str], own: Sequence[Tag] = ()) -> Summary:
 def _page(page: str, present: Collection[str], own: Sequence[Tag]) -> dict[str, list[object]]:
     charts: dict[str, list[object]] = {}
     for title, names in CHARTS[page].items():
-        if isinstance(names, Margin):
-            if all(name in present for name in names):
-                charts[title] = ["Margin", list(names)]
-        elif any(name in present for name in names):
-            charts[title] = ["Multiline", [f"{re.escape(name)}$" for name in names]]
-    shown = {name for title, names in CHARTS[page].items() if title in charts for name in names}
-    for name in sorted(present):
+        if _is_shown(names, present):
+            of_band = isinstance(names, Margin)
+            charts[title] = ["Margin", list(names)] if of_band else ["Multiline", [_only(name) for name in names]]
+    shown = {name for page in PAGES for names in CHARTS[page].values() if _is_shown(names, present) for name in names}
+    for name in sorted(set(present) - shown):
         tag = find_tag(name, own)
-        if tag is not None and tag.page == page and name not in shown:
+        if tag is not None and tag.page == page:
             title = tag.title if tag.unit in ("share", "index") else f"{tag.title} ({tag.unit})"
-            charts.setdefault(title, ["Multiline", [f"{re.escape(name)}$"]])
+            charts.setdefault(title, ["Multiline", [_only(name)]])
     return charts
+
+
+def _is_shown(names: Sequence[str] | Margin, present: Collection[str]) -> bool:
+    """Returns whether a chart has something to show: a band needs all three of its metrics."""
+    return (all if isinstance(names, Margin) else any)(name in present for name in names)
+
+
+def _only(name: str) -> str:
+    """Returns the regular expression of one tag."""
+    return f"{re.escape(name)}$"
