@@ -122,8 +122,7 @@ class EvaluationConfig:
     """Whether figures are drawn (partition.png and TensorBoard's images): about a second per run. For sweeps of
     hundreds of short runs: false."""
     panel_samples: int = no_effect(16)
-    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last and each 10 * `every`-th round;
-    0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; clients
+    """Unlabelled samples shown with pseudo-label and expert in TensorBoard with the figures; 0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; clients
     receive no request."""
 
     def __post_init__(self) -> None:
@@ -143,8 +142,8 @@ class TrackingConfig:
     """off | basic | full. off: nothing, and no figures. basic: all metrics on the pages of the Custom Scalars tab, with
     texts, and the figures that take little time. full: also clients and classes over the rounds, panels of samples by
     what is remarkable of them, and the embeddings of a fixed sample for the projector (the last three know the truth,
-    so only in a simulation). Pictures are made at the last and each 10 * `evaluation.every`-th round;
-    evaluation.figures=false leaves all of them out."""
+    so only in a simulation). Pictures are made at the last round, and at each 10 * `evaluation.every`-th one as long as
+    they take at most 2 % of the run's time; evaluation.figures=false leaves all of them out."""
 
     def __post_init__(self) -> None:
         one_of(self, "tracking", level=LEVELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from server.grids.base import ClientGrid, MemoryOf, Order
 from server.helpers import HelperPool
 from server.observers import Observer, Report, Round, observers_of
 from server.observers.base import has_figures
+from server.observers.budget import DrawingBudget
 from server.observers.over_rounds import figures_over_rounds
 from server.pacing import Pacing, Rounds
 from server.schema import ResultSchema
@@ -78,6 +80,7 @@ class Server:
         self._pacing: Pacing = kind(
             experiment, self._result_bytes, lambda client, number: schema.limits(client, number).draws, state.pace
         )
+        self._budget, self._may_draw = DrawingBudget(time.perf_counter()), True
         self._spans = experiment.spans
         self._spans.take()  # of a run before, in this process
         self._memory_of: MemoryOf | None = None
@@ -113,7 +116,8 @@ class Server:
             RunError: too few results are usable, the strategy cannot combine them, or no client can be reached.
         """
         number, single = invitation.round_number, self._pool is not None
-        wanted = any(observer.needs_memory(number) for observer in self._observers.values())
+        self._may_draw = number == self.config.num_rounds or self._budget.allows(time.perf_counter())
+        wanted = self._may_draw and any(observer.needs_memory(number) for observer in self._observers.values())
         self._memory_of = self._grid.memory_of(cohort) if wanted else None
         begin_round(self._strategy, number, invitation.model, cohort or [0])
         normalize = self.config.strategy.normalize_steps
@@ -206,12 +210,14 @@ class Server:
         """Runs the observers on a round, writes their reports, and returns the metrics."""
         number, evaluation = state.round_number, self.config.evaluation
         evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
-        seen = Round(number, tally, self._memory_of, started, evaluated)
+        seen = Round(number, tally, self._memory_of, started, evaluated, self._may_draw)
+        began = time.perf_counter()
         report = Report()
         for name, observer in self._observers.items():
             with self._spans.part("evaluate", name):
                 report = report.add(observer.after_round(seen, state))
-        if evaluated and self.config.tracking.level == "full" and has_figures(self.config, number):
+        draws = evaluated and self._may_draw and has_figures(self.config, number)
+        if draws and self.config.tracking.level == "full":
             with self._spans.part("evaluate", "over rounds"):
                 rows = [*self._folder.read_metrics(), {"round": number, **report.metrics, **report.lists}]
                 names = self._experiment.federation.dataset.class_names
@@ -222,6 +228,8 @@ class Server:
                 report = report.add(Report(recorded.metrics()))
                 self._folder.log_trace(number, recorded)
             self._folder.log_round(number, **vars(report))
+        if evaluated:
+            self._budget.add(time.perf_counter() - began, draws)
         return report.metrics
 
     def save(self, state: ServerState, metrics: Mapping[str, float]) -> None:

@@ -103,7 +103,8 @@ HOW_TO_READ: Mapping[str, str] = {
         "**Is it learning?** `eval/accuracy` is of the global model on the evaluation split. A flat curve beside a "
         "falling `train/loss`: clients fit their own labels and their models do not add up (partition, learning rate, "
         "local steps). Accuracy above balanced accuracy: rare classes are left behind; Images → `eval/classes` says "
-        "which, `eval/confusion` what they are taken for (click on a picture to see it in full size). `interim/accuracy` is of a model that is no end model yet. "
+        "which, `eval/confusion` what they are taken for (a click on a picture shows it in full size). "
+        "`interim/accuracy` is of a model that is no end model yet. "
         "`eval/ece`: how far confidence is from accuracy; compare it with `pseudo/ece`."
     ),
     PSEUDO_LABELS: (

@@ -35,6 +35,8 @@ class Round:
     started: float
     """`time.perf_counter()` at its start."""
     is_evaluated: bool
+    may_draw: bool = True
+    """Whether there is time for figures, see `DrawingBudget`."""
 
     @cached_property
     def counts(self) -> Counts:

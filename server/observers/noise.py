@@ -46,7 +46,8 @@ class NoiseObserver(Observer):
         if errors:
             largest, mean = zip(*errors, strict=True)
             metrics |= {"transition/largest_error": max(largest), "transition/mean_error": float(np.mean(mean))}
-        return Report(metrics, figures=self._figures(matrices, truths, seen.number))
+        figures = self._figures(matrices, truths, seen.number) if seen.may_draw else {}
+        return Report(metrics, figures=figures)
 
     def truths(self, matrices: int) -> Sequence[np.ndarray | None]:
         """Returns the true matrices, (classes, classes) with NaN in the rows of classes without a noisy label; None

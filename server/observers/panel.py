@@ -25,7 +25,7 @@ class PanelObserver(Observer):
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""
-        if not self.needs_memory(seen.number):
+        if not (seen.may_draw and self.needs_memory(seen.number)):
             return Report()
         return Report(figures=pseudo_panels(self.experiment, seen, self.is_full))
 

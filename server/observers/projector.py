@@ -7,7 +7,6 @@ import torch
 
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.record.projector import projector_files
-from fedlabel.record.results import is_evaluated
 from fedlabel.seeding import numpy_generator
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
@@ -23,7 +22,7 @@ class ProjectorObserver(Observer):
         """See `Observer`."""
         experiment, number = self.experiment, seen.number
         config, federation = experiment.config, experiment.federation
-        due = is_evaluated(number, config.num_rounds, config.evaluation.every) and self.has_figures(number)
+        due = seen.is_evaluated and seen.may_draw and self.has_figures(number)
         predict = experiment.predictor(number, state.models, state.shared) if due and self.is_full else None
         if predict is None:
             return Report()

@@ -39,7 +39,7 @@ class PseudoLabelObserver(Observer):
             bins["pseudo/beliefs"] = np.array(counts["beliefs"])
         figures: dict[str, Figure] = {}
         final = self.experiment.recipe.place(seen.number).stage.final
-        if seen.is_evaluated and final and self.has_figures(seen.number):
+        if seen.is_evaluated and seen.may_draw and final and self.has_figures(seen.number):
             figures = self._figures(counts, seen.number)
         metrics = pseudo_label_metrics(counts)
         if np.isfinite(accuracy).any():
