@@ -122,8 +122,8 @@ class EvaluationConfig:
     """Whether figures are drawn (partition.png and TensorBoard's images): about a second per run. For sweeps of
     hundreds of short runs: false."""
     panel_samples: int = no_effect(16)
-    """Unlabelled samples shown with pseudo-label and expert in TensorBoard with the figures; 0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; clients
-    receive no request."""
+    """Unlabelled samples shown with pseudo-label and expert in TensorBoard, with the figures; 0 = no panel (tables have
+    none). Made in the server's process from its own copy of a simulated client; clients receive no request."""
 
     def __post_init__(self) -> None:
         at_least(self, "evaluation", 1, "every")

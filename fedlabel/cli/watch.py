@@ -160,8 +160,8 @@ def frame(seen: Watched, width: int, height: int, plain: bool = False) -> Group:
         height: its lines.
         plain: whether to draw with ASCII characters only.
     """
-    lines: list[Text | Table] = [_head(seen, width), _progress(seen, width, plain)]
-    notes = _notes(seen, width)
+    lines: list[Text | Table] = [_head(seen, width, plain), _progress(seen, width, plain)]
+    notes = _notes(seen, width, plain)
     curves = [(title, seen.series(tag)) for tag, title in CURVES.items()]
     curves = [each for each in curves if each[1][1]][: max(1, width // 75)]
     clients = seen.clients()
@@ -171,7 +171,7 @@ def frame(seen: Watched, width: int, height: int, plain: bool = False) -> Group:
     if curves:
         lines.append(_side_by_side(curves, width, tall, plain))
     if rows:
-        lines.append(_client_table(clients, rows, width))
+        lines.append(_client_table(clients, rows, width, plain))
     return Group(*lines, *notes)
 
 
@@ -206,13 +206,13 @@ def watch(path: Path, console: Console, once: bool = False) -> None:
     console.print(picture(console.height))
 
 
-def _head(seen: Watched, width: int) -> Text:
+def _head(seen: Watched, width: int, plain: bool) -> Text:
     config = seen.config
     method, data = shown(config["method.name"]), shown(config["data.name"])
     style = {RUNNING: "green", STOPPED: "bold red", FINISHED: "bold"}[seen.state]
     what = f"  {method} on {data}, {counted(seen.num_clients, 'client')}, seed {shown(config['seed'])}"
     text = Text.assemble((shown(seen.path.name, 60), "bold"), what, "  ", (seen.state, style))
-    text.truncate(width, overflow="ellipsis")
+    text.truncate(width, overflow="crop" if plain else "ellipsis")
     return text
 
 
@@ -236,17 +236,17 @@ def _progress(seen: Watched, width: int, plain: bool) -> Text:
         full = round(room * done / max(1, total))
         text = f"[{('#' if plain else '█') * full}{('.' if plain else '░') * (room - full)}]  {text}"
     result = Text(text)
-    result.truncate(width, overflow="ellipsis")
+    result.truncate(width, overflow="crop" if plain else "ellipsis")
     return result
 
 
-def _notes(seen: Watched, width: int) -> list[Text]:
+def _notes(seen: Watched, width: int, plain: bool) -> list[Text]:
     notes = []
     failed = int(sum(row.get("system/failed_clients") or 0 for row in seen.metrics.rows))
     if failed or seen.failures:
         last = f", the last: {shown(seen.failures[-1], 300)}" if seen.failures else ""
         note = Text(f"{max(failed, len(seen.failures))} failures of clients ({FAILURES_LOG}){last}", style="red")
-        note.truncate(width, overflow="ellipsis")
+        note.truncate(width, overflow="crop" if plain else "ellipsis")
         notes.append(note)
     if seen.state == STOPPED:
         out = "" if seen.path.parent == Path("runs") else f" --out {shlex.quote(str(seen.path.parent))}"
@@ -270,7 +270,9 @@ def _side_by_side(
     return grid
 
 
-def _client_table(clients: Sequence[tuple[int, Mapping[str, float | None]]], rows: int, width: int) -> Table:
+def _client_table(
+    clients: Sequence[tuple[int, Mapping[str, float | None]]], rows: int, width: int, plain: bool
+) -> Table:
     """Returns the worst and the best clients."""
     tags = list(clients[0][1])
     table = Table(box=None, padding=(0, 2, 0, 0), title=None, show_edge=False)
@@ -285,7 +287,9 @@ def _client_table(clients: Sequence[tuple[int, Mapping[str, float | None]]], row
 
     def add(client: int, numbers: Mapping[str, float | None]) -> None:
         texts = ["" if value is None else f"{value:.3f}" for value in numbers.values()]
-        table.add_row(str(client), *texts, "▪" * round(bar * (numbers["eval/client_accuracy"] or 0.0)))
+        table.add_row(
+            str(client), *texts, ("=" if plain else "▪") * round(bar * (numbers["eval/client_accuracy"] or 0.0))
+        )
 
     for each in clients[:worst]:
         add(*each)
