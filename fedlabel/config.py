@@ -131,14 +131,31 @@ class EvaluationConfig:
     """Whether figures are drawn (partition.png and TensorBoard's images): about a second per run. For sweeps of
     hundreds of short runs: false."""
     panel_samples: int = no_effect(16)
-    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last and each 10 * `every`-th round;
-    0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; clients
-    receive no request."""
+    """Unlabelled samples shown with pseudo-label and expert in TensorBoard, with the figures; 0 = no panel (tables have
+    none). Made in the server's process from its own copy of a simulated client; clients receive no request."""
 
     def __post_init__(self) -> None:
         at_least(self, "evaluation", 1, "every")
         one_of(self, "evaluation", split=("test", "validation"), select=(None, *SELECT))
         within(self, "evaluation", 0, 32, "panel_samples")
+
+
+LEVELS = ("off", "basic", "full")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What a run writes for TensorBoard; metrics.jsonl and summary.json are always written."""
+
+    level: str = no_effect("basic")
+    """off | basic | full. off: nothing, and no figures. basic: all metrics on the pages of the Custom Scalars tab, with
+    texts, and the figures that take little time. full: also clients and classes over the rounds, panels of samples by
+    what is remarkable of them, and the embeddings of a fixed sample for the projector (the last three know the truth,
+    so only in a simulation). Pictures are made at the last round, and at each 10 * `evaluation.every`-th one as long as
+    they take at most 2 % of the run's time; evaluation.figures=false leaves all of them out."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "tracking", level=LEVELS)
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,7 @@ class ExperimentConfig:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -216,6 +234,11 @@ class ExperimentConfig:
     def cohort_size(self) -> int:
         """The number of clients that train in a round."""
         return cohort_size(self.num_clients, self.fraction_train)
+
+    @property
+    def draws_figures(self) -> bool:
+        """Whether figures are drawn."""
+        return self.evaluation.figures and self.tracking.level != "off"
 
     def _check_server(self) -> None:
         pacing, sampling, size = self.pacing, self.sampling, self.cohort_size

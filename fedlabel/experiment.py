@@ -35,6 +35,7 @@ from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Model, State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size, running_statistics
+from fedlabel.models.twins import Twins
 from fedlabel.seeding import Draws, derive_seed
 from fedlabel.spans import NoSpans, Recorder, Spans
 from fedlabel.transfer import to_device
@@ -362,9 +363,22 @@ class Experiment:
         return self._evaluate(round_number, states, shared, self.evaluates_on)
 
     def predictor(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> Model | None:
-        """Returns the function that `evaluate` evaluates, images -> logits; None where the stage has none as yet."""
+        """Returns the global model as the method defines it, for normalised images; None where there is none as yet.
+
+        Args:
+            round_number: see `evaluate`.
+            states: see there.
+            shared: see there.
+        """
         models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
         return self.recipe.place(round_number).stage.predict(models, shared)
+
+    def embedder(self, state: StateDict) -> Model | None:
+        """Returns the embeddings of normalised images by the weights `state`; None of a network without any."""
+        if isinstance(self.teacher, Twins) or not any(isinstance(module, Net) for module in self.teacher.modules()):
+            return None
+        model = frozen_model(self.teacher, state)
+        return lambda inputs: model(inputs, "embed")
 
     def selection_score(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> float | None:
         """Returns the metric of `evaluation.select` for the same model on the validation split; None without a

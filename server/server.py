@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,9 @@ from server.checkpoint import oldest_round, save_checkpoint
 from server.grids.base import ClientGrid, MemoryOf, Order
 from server.helpers import HelperPool
 from server.observers import Observer, Report, Round, observers_of
+from server.observers.base import has_figures
+from server.observers.budget import DrawingBudget
+from server.observers.over_rounds import figures_over_rounds
 from server.pacing import Pacing, Rounds
 from server.schema import ResultSchema
 from server.selection import Selection, select_key
@@ -80,6 +84,7 @@ class Server:
         self._pacing: Pacing = kind(
             experiment, self._result_bytes, lambda client, number: schema.limits(client, number).draws, state.pace
         )
+        self._budget, self._may_draw = DrawingBudget(time.perf_counter()), True
         self._spans = experiment.spans
         self._spans.take()  # of a run before, in this process
         self._saved = oldest_round(folder.checkpoints)
@@ -116,7 +121,8 @@ class Server:
             RunError: too few results are usable, the strategy cannot combine them, or no client can be reached.
         """
         number, single = invitation.round_number, self._pool is not None
-        wanted = any(observer.needs_memory(number) for observer in self._observers.values())
+        self._may_draw = number == self.config.num_rounds or self._budget.allows(time.perf_counter())
+        wanted = self._may_draw and any(observer.needs_memory(number) for observer in self._observers.values())
         self._memory_of = self._grid.memory_of(cohort) if wanted else None
         begin_round(self._strategy, number, invitation.model, cohort or [0])
         normalize = self.config.strategy.normalize_steps
@@ -223,17 +229,26 @@ class Server:
         """Runs the observers on a round, writes their reports, and returns the metrics."""
         number, evaluation = state.round_number, self.config.evaluation
         evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
-        seen = Round(number, tally, self._memory_of, started, evaluated)
+        seen = Round(number, tally, self._memory_of, started, evaluated, self._may_draw)
+        began = time.perf_counter()
         report = Report()
         for name, observer in self._observers.items():
             with self._spans.part("evaluate", name):
                 report = report.add(observer.after_round(seen, state))
+        draws = evaluated and self._may_draw and has_figures(self.config, number)
+        if draws and self.config.tracking.level == "full":
+            with self._spans.part("evaluate", "over rounds"):
+                rows = [*self._folder.read_metrics(), {"round": number, **report.metrics, **report.lists}]
+                names = self._experiment.federation.dataset.class_names
+                report = report.add(Report(figures=figures_over_rounds(self.config, names, rows)))
         recorded = self._spans.take()
         with self._spans.part("write"):
             if recorded is not None:
                 report = report.add(Report(recorded.metrics()))
                 self._folder.log_trace(number, recorded)
             self._folder.log_round(number, **vars(report))
+        if evaluated:
+            self._budget.add(time.perf_counter() - began, draws)
         return report.metrics
 
     def save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
