@@ -18,7 +18,7 @@ import pytest
 
 from fedlabel.hardware import PACKAGE_ROOT
 from tests.integration.markdown import Shell, blocks
-from tests.integration.processes import environment, free_ports, stop_marked, wait_until
+from tests.integration.processes import environment, free_ports, start, stop_marked, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -192,9 +192,10 @@ def supernode(federation: Federation, *changed: str) -> str:
     """Starts a SuperNode in the foreground, otherwise than the page says; it must end, and its output is returned."""
     command = ["flower-supernode", "--superlink", f"localhost:{federation.door}", "--max-retries", "1"]
     command += ["--host", "127.0.0.1", "--port", str(free_ports(1)[0]), *changed]
-    done = subprocess.run(command, env=federation.env, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode != 0
-    return done.stdout + done.stderr
+    log = federation.root / "refused.log"
+    assert start(command, log, federation.root, federation.env).wait(timeout=150) != 0
+    print("=====", changed, log.read_text())
+    return log.read_text()
 
 
 def test_who_does_not_get_in(federation: Federation, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from fedlabel.data.labels.supervision import Supervision, reveal_labels
 from fedlabel.learning.client import ClientData, ClientUpdate
 from fedlabel.learning.suppression import fewest, without_few, without_tiny
 from fedlabel.methods.batch import Votes
-from fedlabel.methods.dp_ssl import DPSSL
 from fedlabel.methods.uploads import ModelPart
 from fedlabel.metric_tags import client_tags
 from tests.methods.recipes import recipe_of
@@ -78,5 +77,4 @@ def test_pairs_and_functions_count_a_sample_several_times() -> None:
     pairs = next(tag for tag in TAGS.values() if tag.of_pairs)
     assert fewest(pairs, 5, 2, 0) == 50
     assert fewest(TAGS["train/loss"], 5, 2, 7) == 10
-    of_functions = next(tag for tag in DPSSL.metrics if tag.name.startswith("functions/"))
-    assert fewest(of_functions, 5, 2, 7) == 70
+    assert fewest(TAGS["functions/kept"], 5, 2, 7) == 70
