@@ -8,6 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.mods import remembering, told
 from clients.trust import Refusal, allowed_by, check_request, error_reply, is_simulation_worker, may_audit, min_count_of
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
@@ -18,7 +19,7 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
 from fedlabel.shown import shown
 
-app = ClientApp()
+app = ClientApp(mods=[told, remembering])
 
 
 @app.query()
@@ -36,8 +37,10 @@ def _identity(message: Message, context: Context) -> Message:
     client, asked = _client(context), message.content.config_records["ask"]
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
     if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
-        federation = _open(asked, context).federation
-        answer["num-samples"] = len(federation.parts[client]) if client < len(federation.parts) else 0
+        experiment = _open(asked, context)
+        parts = experiment.federation.parts
+        if not experiment.config.privacy.is_on:
+            answer["num-samples"] = len(parts[client]) if client < len(parts) else 0
     return Message(RecordDict({"identity": answer}), reply_to=message)
 
 

@@ -42,6 +42,7 @@ CHOICES = frozenset(
         *("supervision.kind", "supervision.candidates", "supervision.noise", "supervision.on_error"),
         *("supervision.labels_at", "supervision.mix_over", "skew.feature_shift", "model.name", "model.norm"),
         *("training.optimizer", "training.weight_by", "training.precision", "sampling.kind", "pacing.kind"),
+        *("privacy.kind", "attack.kind", "prior.kind", "supervision.audit_action", "tracking.level"),
         *("devices.kind", "devices.profile", "compression.up", "compression.down"),
         *("grid.kind", "grid.stack", "evaluation.split", "evaluation.select"),
     }
@@ -50,7 +51,7 @@ CHOICES = frozenset(
 GUARDED = frozenset(
     {
         *("data.root", "data.test_file", "data.download", "method.name", "devices.trace"),
-        *("supervision.labels_file", "supervision.bags_file", "supervision.module"),
+        *("supervision.labels_file", "supervision.bags_file", "supervision.module", "supervision.audit"),
         *("partition.partitioner_args", "labeled_partition.partitioner_args"),
     }
 )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlabel.attacks import attackers, flipped
 from fedlabel.compression import Codec
 from fedlabel.config import SELECT, ExperimentConfig, parse_config
 from fedlabel.data.federation import Federation, build_federation
@@ -30,9 +32,10 @@ from fedlabel.learning.stacked import automatic_size, why_not
 from fedlabel.learning.step import frozen_model
 from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
-from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.batch import Model, State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size, running_statistics
+from fedlabel.models.twins import Twins
 from fedlabel.seeding import Draws, derive_seed
 from fedlabel.spans import NoSpans, Recorder, Spans
 from fedlabel.transfer import to_device
@@ -65,7 +68,10 @@ class Experiment:
         self.federation: Federation = self._federation(config.evaluation.split)
         dataset, skew = self.federation.dataset, config.skew
         noisy = any(part.count_epsilon is not None for part in config.supervision.parts)
-        self.labels = card = label_card(self.federation.record)._replace(noisy_counts=noisy)
+        responses = {part.label_epsilon for part in config.supervision.parts if part.has_noisy_labels}
+        epsilon = next(iter(responses)) if len(responses) == 1 else None
+        card = label_card(self.federation.record)._replace(noisy_counts=noisy, label_epsilon=epsilon)
+        self.labels = card
         self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
         check_recipe(config.method.name, self.recipe)
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
@@ -89,7 +95,14 @@ class Experiment:
         self._check_strategy(student)
         graphs = Graphs(capture_on_cuda) if self.device.type == "cuda" and config.grid.cuda_graphs else None
         self.trainer = Trainer(
-            student, self.teacher, self.transform, config.training, config.method.metrics, graphs, self.spans
+            student,
+            self.teacher,
+            self.transform,
+            config.training,
+            config.method.metrics,
+            graphs,
+            self.spans,
+            config.prior,
         )
         self.stack = self._stack(student)
         """About how many clients in a row train as one stack, at most; 1: none."""
@@ -107,6 +120,40 @@ class Experiment:
         """How clients' updates travel."""
         self.downlink = Codec(compression.down, weights)
         """How the server's models travel."""
+        if config.privacy.is_on:
+            self._check_privacy()
+
+    @cached_property
+    def attackers(self) -> frozenset[int]:
+        """The simulated clients that attack."""
+        return attackers(self.config.attack, self.config.num_clients, self.config.seed)
+
+    def _check_privacy(self) -> None:
+        """Checks that all that clients would send is a model that can be clipped."""
+        kind, method, recipe = self.config.privacy.kind, self.config.method.name, self.recipe
+        nobody = recipe.memory.start(torch.ones(1, self.federation.dataset.num_classes, dtype=torch.bool))
+        if statistics := sorted(recipe.shared.statistics({**nobody, **recipe.shared.start()})):
+            raise ValueError(
+                f"`privacy.kind` (={kind}) covers models, and method {method} also sends statistics of its shared "
+                f"state ({', '.join(statistics)}): take another method, or keys with which it has none (of ill: "
+                "method.noise.form=fixed or known, and method.alignment=false)."
+            )
+        if recipe.helpers is not None:
+            raise ValueError(
+                f"`privacy.kind` (={kind}) protects what is made of all clients' models, and method {method} sends "
+                "single models to other clients: take another method."
+            )
+        if buffers := sorted(self.initial_state.keys() - self.parameters):
+            raise ValueError(
+                f"`privacy.kind` (={kind}) covers trained weights, and `model.name` (={self.config.model.name}) has "
+                f"further arrays, e.g. BatchNorm's running statistics: {', '.join(buffers[:3])} ({len(buffers)} in "
+                "all). Take a network without, e.g. model.name=cnn with model.norm=group."
+            )
+        if find_spec("dp_accounting") is None:
+            raise ValueError(
+                f"`privacy.kind` (={kind}) needs the package dp-accounting, which computes epsilon: pip install "
+                "'fedlabel[privacy]'."
+            )
 
     @cached_property
     def memory_needed(self) -> int:
@@ -214,12 +261,18 @@ class Experiment:
         """Looks at how many models a client uploads: Flower's strategies combine one. parameters: what is trained."""
         name, method = self.config.strategy.name, self.config.method.name
         parts = self.recipe.upload.send(self.initial_state, [], parameters, 0.0)  # as of a client that did not train
-        if len(parts) > 1 and name != "weighted_mean":
+        if len(parts) == 1:
+            return
+        several = (
+            f"`method.name` (={method}) sends {len(parts)} models with separate weights ({', '.join(parts)}), which"
+        )
+        one = "keys of the method with which it sends one (of fedlabel: method.merge=sum)."
+        if name != "weighted_mean":
             raise ValueError(
-                f"`method.name` (={method}) sends {len(parts)} models with separate weights ({', '.join(parts)}), "
-                f"which `strategy.name` (={name}) cannot combine; use strategy.name=weighted_mean, or keys of the "
-                "method with which it sends one (of fedlabel: method.merge=sum)."
+                f"{several} `strategy.name` (={name}) cannot combine; use strategy.name=weighted_mean, or {one}"
             )
+        if self.config.privacy.is_on:
+            raise ValueError(f"{several} `privacy.kind` (={self.config.privacy.kind}) cannot clip as one; use {one}")
 
     def _build_model(self, seed: int) -> nn.Module:
         model = self._network(seed).to(self.device)
@@ -258,7 +311,10 @@ class Experiment:
     def client_data(self, client: int) -> ClientData:
         """Returns the data of `client` that training may use."""
         rows = to_device(torch.from_numpy(self.federation.parts[client]), self.device)
-        return ClientData(self.images[rows], self.federation.supervision(client))
+        supervision = self.federation.supervision(client)
+        if self.config.attack.kind == "label_flip" and client in self.attackers:
+            supervision = flipped(supervision)
+        return ClientData(self.images[rows], supervision)
 
     def server_data(self) -> ClientData | None:
         """Returns the server's labelled samples, on the device; None if it has none."""
@@ -306,6 +362,24 @@ class Experiment:
         """
         return self._evaluate(round_number, states, shared, self.evaluates_on)
 
+    def predictor(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> Model | None:
+        """Returns the global model as the method defines it, for normalised images; None where there is none as yet.
+
+        Args:
+            round_number: see `evaluate`.
+            states: see there.
+            shared: see there.
+        """
+        models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
+        return self.recipe.place(round_number).stage.predict(models, shared)
+
+    def embedder(self, state: StateDict) -> Model | None:
+        """Returns the embeddings of normalised images by the weights `state`; None of a network without any."""
+        if isinstance(self.teacher, Twins) or not any(isinstance(module, Net) for module in self.teacher.modules()):
+            return None
+        model = frozen_model(self.teacher, state)
+        return lambda inputs: model(inputs, "embed")
+
     def selection_score(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> float | None:
         """Returns the metric of `evaluation.select` for the same model on the validation split; None without a
         selection, or if the metric is not a number.
@@ -318,8 +392,7 @@ class Experiment:
     def _evaluate(
         self, round_number: int, states: Mapping[str, StateDict], shared: State, on: EvaluationData
     ) -> Evaluation | None:
-        models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
-        predict = self.recipe.place(round_number).stage.predict(models, shared)
+        predict = self.predictor(round_number, states, shared)
         if predict is None:
             return None
         return evaluate(predict, on.split, self.transform, self.federation.dataset.num_classes, on.parts, on.bags)

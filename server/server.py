@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from fedlabel.cohort import Invitation, compressed
 from fedlabel.compression import moved
@@ -11,14 +14,19 @@ from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Start
+from fedlabel.privacy import private_mean
 from fedlabel.record.results import is_evaluated
 from fedlabel.record.run_folder import RunFolder
+from fedlabel.seeding import numpy_generator
 from server.asynchronous import Asynchronous
 from server.blocks import BlockResult, cut_into_blocks, cut_into_tasks
-from server.checkpoint import save_checkpoint
+from server.checkpoint import oldest_round, save_checkpoint
 from server.grids.base import ClientGrid, MemoryOf, Order
 from server.helpers import HelperPool
 from server.observers import Observer, Report, Round, observers_of
+from server.observers.base import has_figures
+from server.observers.budget import DrawingBudget
+from server.observers.over_rounds import figures_over_rounds
 from server.pacing import Pacing, Rounds
 from server.schema import ResultSchema
 from server.selection import Selection, select_key
@@ -76,8 +84,10 @@ class Server:
         self._pacing: Pacing = kind(
             experiment, self._result_bytes, lambda client, number: schema.limits(client, number).draws, state.pace
         )
+        self._budget, self._may_draw = DrawingBudget(time.perf_counter()), True
         self._spans = experiment.spans
         self._spans.take()  # of a run before, in this process
+        self._saved = oldest_round(folder.checkpoints)
         self._memory_of: MemoryOf | None = None
         """What clients kept when the round began; None: not looked up, or only they know."""
 
@@ -111,15 +121,20 @@ class Server:
             RunError: too few results are usable, the strategy cannot combine them, or no client can be reached.
         """
         number, single = invitation.round_number, self._pool is not None
-        wanted = any(observer.needs_memory(number) for observer in self._observers.values())
+        self._may_draw = number == self.config.num_rounds or self._budget.allows(time.perf_counter())
+        wanted = self._may_draw and any(observer.needs_memory(number) for observer in self._observers.values())
         self._memory_of = self._grid.memory_of(cohort) if wanted else None
         begin_round(self._strategy, number, invitation.model, cohort or [0])
         normalize = self.config.strategy.normalize_steps
         fold = isinstance(self._strategy, WeightedMean) and not (single or normalize or self._pacing.needs_models)
 
+        memory: dict[str, str | int] = {}
+        if not self._grid.simulated:
+            memory = {"run": self._folder.key, "saved-round": self._saved}
+
         def train(clients: Sequence[int], work: Mapping[int, float]) -> Iterator[BlockResult]:
             tasks = cut_into_tasks(cut_into_blocks(clients), self._experiment.stack_in(len(clients)))
-            return self._grid.train(Order(invitation._replace(work=work), state.shared, fold), tasks)
+            return self._grid.train(Order(invitation._replace(work=work), state.shared, fold, memory), tasks)
 
         tally = RoundTally(invitation, cohort, self._result_bytes)
         blocks = tally.watch(self._pacing.blocks(invitation, cohort, train, tally))
@@ -130,10 +145,12 @@ class Server:
         unfit, model = "", None
         try:
             with self._spans.part("reduce", "cohort"):
-                model = combine(self._strategy, number, blocks, self._experiment.initial_state, self.config.seed)
+                model = combine(self._strategy, number, blocks, self._experiment.initial_state)
         except CannotCombine as error:
             unfit = f"Strategy {error}"
         if model is not None:
+            if self.config.privacy.kind == "server":
+                model = self._private(invitation, model, tally)
             model = self._pacing.moved(invitation.model, model)
             if invitation.encoded is not None:
                 model = self._own(model, invitation.model, state.model)
@@ -145,6 +162,14 @@ class Server:
             variances = self._experiment.running.variances
             check_model(model, variances, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
         return tally, model
+
+    def _private(self, invitation: Invitation, mean: StateDict, tally: RoundTally) -> StateDict:
+        """Returns the mean of clipped models with noise, see `private_mean`."""
+        # Real clients know the seed, and could take noise off again that is drawn from it.
+        seeded = numpy_generator(self.config.seed, "privacy", invitation.round_number)
+        rng = seeded if self._grid.simulated else np.random.default_rng()
+        names, privacy = self._experiment.parameters, self.config.privacy
+        return private_mean(invitation.model, mean, names, tally.num_usable, len(tally.cohort), privacy, rng)
 
     def _own(self, combined: StateDict, received: StateDict, model: StateDict) -> StateDict:
         """Returns the server's own model, moved as the strategy moved the one that clients received.
@@ -204,17 +229,26 @@ class Server:
         """Runs the observers on a round, writes their reports, and returns the metrics."""
         number, evaluation = state.round_number, self.config.evaluation
         evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
-        seen = Round(number, tally, self._memory_of, started, evaluated)
+        seen = Round(number, tally, self._memory_of, started, evaluated, self._may_draw)
+        began = time.perf_counter()
         report = Report()
         for name, observer in self._observers.items():
             with self._spans.part("evaluate", name):
                 report = report.add(observer.after_round(seen, state))
+        draws = evaluated and self._may_draw and has_figures(self.config, number)
+        if draws and self.config.tracking.level == "full":
+            with self._spans.part("evaluate", "over rounds"):
+                rows = [*self._folder.read_metrics(), {"round": number, **report.metrics, **report.lists}]
+                names = self._experiment.federation.dataset.class_names
+                report = report.add(Report(figures=figures_over_rounds(self.config, names, rows)))
         recorded = self._spans.take()
         with self._spans.part("write"):
             if recorded is not None:
                 report = report.add(Report(recorded.metrics()))
                 self._folder.log_trace(number, recorded)
             self._folder.log_round(number, **vars(report))
+        if evaluated:
+            self._budget.add(time.perf_counter() - began, draws)
         return report.metrics
 
     def save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
@@ -237,6 +271,7 @@ class Server:
                 selected=self._selection.stage_model,
             )
             save_checkpoint(self._folder.checkpoints, complete, self.config.checkpoint.keep)
+            self._saved = oldest_round(self._folder.checkpoints)
             self._selection.settle()
 
 

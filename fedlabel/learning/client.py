@@ -17,6 +17,7 @@ from fedlabel.learning.batches import BatchMaker, Samples
 from fedlabel.learning.graphs import Graph, Graphs, Students
 from fedlabel.learning.meter import Meter
 from fedlabel.learning.plan import Pool, count_steps, plan_phase, sample_pool
+from fedlabel.learning.prior import NO_PRIOR, PriorConfig, all_with_prior, client_prior
 from fedlabel.learning.stacked import Stack, stack_states, why_not
 from fedlabel.learning.step import Alone, Taken, counted, frozen_model
 from fedlabel.learning.training_config import TrainingConfig
@@ -94,6 +95,8 @@ class Trainer:
     """Captures steps on a GPU; None: steps run one kernel after the other."""
     spans: Spans = field(default_factory=NoSpans)
     """Takes note of where the time goes."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """How clients' class priors are estimated."""
 
     @cached_property
     def parameters(self) -> frozenset[str]:
@@ -174,6 +177,10 @@ def train_clients(
         memory = {**recipe.memory.start(candidates), **client.memory}
         states = {"global": global_state, **recipe.memory.models(global_state, memory), **client.further}
         runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory, client.client, client.work))
+    if trainer.prior.kind != "none":
+        for run in runs:
+            with trainer.spans.part("e_step", "prior", client=run.client):
+                run.estimate_prior(trainer.prior, round_number)
     for phase in recipe.phases(round_number):
         run_phase(runs, phase)
     with trainer.spans.part("reduce", "upload"):
@@ -418,7 +425,18 @@ class _Run:
         """Samples that a phase could draw."""
         self.trainer, self.config, self.states, self.seed = trainer, config, states, seed
         self._data, self.client, self._work = data, client, work
+        self._log_prior = NO_PRIOR
         self.stacked = False
+
+    def estimate_prior(self, config: PriorConfig, round_number: int) -> None:
+        """Estimates the client's class prior, which all phases of the round use."""
+        logits = None
+        if config.kind == "em" and round_number > config.warmup_rounds and len(self._data.images):
+            model, transform = self.model(self.states["global"]), self.trainer.transform
+            chunks = self._data.images.split(SURVEY_BATCH)
+            logits = torch.cat([model(transform.normalize(chunk)) for chunk in chunks])
+        prior = client_prior(config, self._data.supervision, logits)
+        self._log_prior = config.strength * prior.log().to(self._data.images.device)
 
     def prepare(self, phase: Phase) -> _Ready | None:
         """Runs the E step of a phase and draws its steps; returns None if it has none."""
@@ -441,7 +459,8 @@ class _Run:
         self.steps += len(plan.steps)
         self.times += len(phase.updates) * plan.most_drawn
         generator = torch_generator(self.seed, phase.name, "augment")
-        samples = Samples(self._data.images, self._data.supervision, prepared.targets, plan, generator)
+        data = self._data
+        samples = Samples(data.images, data.supervision, prepared.targets, plan, generator, self._log_prior)
         return _Ready(self, samples, teachers)
 
     def finish(self, phase: Phase, state: StateDict, examples: float) -> None:
@@ -461,7 +480,7 @@ class _Run:
             return Prepared({})
         images, transform = self._data.images, self.trainer.transform
         self.trainer.student.load_state_dict(self.states[phase.start])
-        teachers = {name: self.model(state) for name, state in states.items()}
+        teachers = all_with_prior({name: self.model(state) for name, state in states.items()}, self._log_prior)
 
         def predict(teacher: str, view: str, *part: str) -> Tensor:
             draws = Draws(torch_generator(self.seed, phase.name, "prepare", teacher, view))

@@ -16,6 +16,7 @@ from fedlabel.data.sets.datasets import Split
 from fedlabel.inference.sums import add_at
 from fedlabel.learning.metrics import (
     area_under_curve,
+    best_share_mean,
     calibration_bins,
     calibration_error,
     confusion_matrix,
@@ -64,6 +65,7 @@ class Evaluation:
             "eval/mean_client_accuracy": float(clients.mean()),
             "eval/worst_client_accuracy": float(clients.min()),
             "eval/worst_10pct_client_accuracy": worst_share_mean(clients),
+            "eval/best_10pct_client_accuracy": best_share_mean(clients),
             "eval/jain_index": jain_index(clients),
             "eval/client_accuracy_sd": float(clients.std()),
             "eval/ece": calibration_error(self.calibration),

@@ -15,10 +15,11 @@ from fedlabel.experiment import Experiment
 from fedlabel.hardware import source_hash
 from fedlabel.methods.shared import state_to_lists
 from server.blocks import Block, BlockResult, Failure
-from server.exchange import BAD_REPLY, Asked, replies_to
+from server.delivery import Delivery
+from server.exchange import BAD_REPLY, Asked
 from server.flower import as_record
 from server.grids.base import ClientGrid, Order, folded
-from server.nodes import connect, is_simulation
+from server.nodes import Nodes, is_simulation
 from server.replies import ReplyReader
 from server.schema import Refused, ResultSchema
 
@@ -33,8 +34,6 @@ class FlowerGrid(ClientGrid):
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.simulated = is_simulation(grid)
-        self._nodes: Mapping[int, int] = {}
-        """Client -> node id."""
         self._used: dict[int, int] = {}
         """Client that was asked -> the last round in which its reply was used, 0: none."""
 
@@ -43,21 +42,25 @@ class FlowerGrid(ClientGrid):
         self._spans, self._schema = experiment.spans, ResultSchema.of(experiment)
         grid = replace(experiment.config.grid, profile=False)  # nobody would fetch what clients record
         self._config = replace(experiment.config, grid=grid)
-        self._nodes = connect(self._grid, self._config, [len(rows) for rows in experiment.federation.parts])
+        self._nodes = Nodes(self._grid, self._config, [len(rows) for rows in experiment.federation.parts])
+        self._nodes.connect()
 
     def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
         """See `ClientGrid`. A client without an answer after `grid.timeout` seconds has failed."""
         blocks = [block for task in tasks for block in task]
         cohort = [client for block in blocks for client in block]
-        used = self._used if self._config.compression.error_feedback else {}
-        with self._spans.part("transfer"):
-            messages = messages_to(cohort, self._nodes, order.invitation, to_yaml(self._config), used)
+        used, text = self._used if self._config.compression.error_feedback else {}, to_yaml(self._config)
+
+        def make(clients: Sequence[int]) -> list[Message]:
+            with self._spans.part("transfer"):
+                return messages_to(clients, self._nodes.of, order.invitation, text, used, order.memory)
+
+        with self._spans.part("wait"):
+            messages, replies = Delivery(self._grid, self._nodes, self._config.grid, cohort, make).run()
         for client in cohort:
             self._used.setdefault(client, 0)
-        with self._spans.part("wait"):
-            replies = replies_to(self._grid, messages, self._config.grid.timeout)
         reader = ReplyReader(self._schema.of_round(order.invitation, order.shared))
-        for block in read_blocks(blocks, dict(zip(cohort, messages, strict=True)), replies, reader, order.fold):
+        for block in read_blocks(blocks, messages, replies, reader, order.fold):
             self._used |= {result.client: order.invitation.round_number for result in block.results}
             yield block
 
@@ -68,6 +71,7 @@ def messages_to(
     invitation: Invitation,
     experiment: str,
     used: Mapping[int, int] = MappingProxyType({}),
+    memory: Mapping[str, str | int] = MappingProxyType({}),
 ) -> list[Message]:
     """Returns the messages of a round, in client order; most have one content.
 
@@ -77,9 +81,10 @@ def messages_to(
         invitation: what is sent to them.
         experiment: the configuration as YAML.
         used: client -> the last round in which its reply was used, 0: none; clients that need not know are missing.
+        memory: see `Order.memory`.
     """
     sent = invitation.on_the_way
-    config = {"experiment": experiment, "source-hash": source_hash(), "server-round": invitation.round_number}
+    config = {"experiment": experiment, "source-hash": source_hash(), "server-round": invitation.round_number, **memory}
     if invitation.audit:  # real nodes are not asked, and would not do it
         config["audit"] = True
     records = {
@@ -98,7 +103,7 @@ def messages_to(
     for client in used.keys() & set(cohort):
         told[client] = {**told.get(client, {}), "used-round": used[client]}
     for client, more in told.items():
-        record = ConfigRecord({**config, **more})  # type: ignore[dict-item]
+        record = ConfigRecord({**config, **more})
         own[client] = RecordDict({**own.get(client, everybody), "config": record})
     group = str(invitation.round_number)
     return [Message(own.get(client, everybody), nodes[client], "train", group_id=group) for client in cohort]
@@ -115,7 +120,7 @@ def read_blocks(
 
     Args:
         blocks: of the cohort.
-        messages: client -> what was sent to it.
+        messages: client -> what was sent to it; clients that are not connected are missing.
         replies: in any order.
         reader: reads one.
         fold: see `Order`.
@@ -137,7 +142,9 @@ def read_blocks(
             who = f"client {client}"
             first, *more = found.pop(client, [None])
             try:
-                if first is None:
+                if client not in messages:
+                    failures.append(Failure(who, "NotConnected: no node of this client is connected"))
+                elif first is None:
                     failures.append(Failure(who, "NoAnswer: the client did not answer in time"))
                 elif first.has_error() and first.error.code != BAD_REPLY:
                     failures.append(Failure(who, str(first.error.reason)))

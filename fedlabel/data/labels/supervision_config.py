@@ -13,7 +13,8 @@ COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
 HOLDERS = ("clients", "server", "some_clients")
 CANDIDATES = ("uniform", "similar", "instance")
 ON_ERROR = ("abstain", "stop")
-NOISE = ("symmetric", "asymmetric", "pair_flip", "instance", "file")
+AUDIT_ACTIONS = ("drop", "relabel", "weight", "candidates")
+NOISE = ("symmetric", "asymmetric", "pair_flip", "instance", "randomized_response", "file")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ class LabelKind:
     noise: str = "symmetric"
     """Kinds with noisy labels. symmetric: a class drawn from all, the true one among them. asymmetric: a fixed similar
     class, defined for MNIST, digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance (our own noise, not
-    that of Xia et al., 2020): a wrong class that a small network predicts, for the samples that it finds hard. file:
-    from `labels_file`."""
+    that of Xia et al., 2020): a wrong class that a small network predicts, for the samples that it finds hard.
+    randomized_response: by `label_epsilon`. file: from `labels_file`."""
     noise_rate: float = 0.0
     """noisy: the share of samples whose label is redrawn (symmetric: from all classes, so that of 10 classes a rate of
     .4 leaves .64 of the labels right), exact per federation (symmetric, instance) or class (asymmetric, pair_flip).
     partial: the probability that a class outside the set replaces the true class in it."""
+    label_epsilon: float | None = None
+    """noise=randomized_response: each label is epsilon-differentially private by itself (Warner, 1965; Kairouz et al.,
+    "Extremal Mechanisms for Local Differential Privacy", NeurIPS 2014): of C classes it is the true one with
+    probability e^epsilon / (e^epsilon + C - 1), else one of the others. A simulation: the noise comes from `seed`."""
     labels_file: str | None = None
     """noise=file: a .npz, .npy, CSV or Parquet file below `data.root` (data.name=npz or table: beside it), with labels
     in the order of the data set's training samples; of a table whose test set is split off: of all rows of its file, of
@@ -170,7 +175,18 @@ class LabelKind:
             )
 
     def _check_noise(self) -> None:
-        from_file = self.noise == "file"
+        from_file, responds = self.noise == "file", self.noise == "randomized_response"
+        positive(self, "supervision", "label_epsilon", null=True)
+        if responds != (self.label_epsilon is not None):
+            raise ValueError(
+                f"`supervision.noise` (={self.noise}) and `supervision.label_epsilon` (={self.label_epsilon}) belong "
+                "together: give both (noise=randomized_response, and its epsilon), or none."
+            )
+        if responds and self.kind == "partial_and_noisy":
+            raise ValueError(
+                "`supervision.noise` (=randomized_response) protects labels, and the candidate sets of "
+                "supervision.kind=partial_and_noisy contain the true class: take supervision.kind=noisy."
+            )
         if from_file != (self.labels_file is not None):
             raise ValueError(
                 f"`supervision.noise` (={self.noise}) and `supervision.labels_file` (={self.labels_file}) belong "
@@ -183,10 +199,11 @@ class LabelKind:
                     "supervision.labels_file, or leave it out."
                 )
         if self.has_noisy_labels:
-            if from_file == (self.noise_rate > 0):
+            if (from_file or responds) == (self.noise_rate > 0):
                 raise ValueError(
                     f"`supervision.noise_rate` (={self.noise_rate}) must be above 0 for supervision.kind={self.kind}, "
-                    "and is not given for supervision.noise=file, where the file has the noise."
+                    "and is not given for supervision.noise=file, where the file has the noise, and "
+                    "randomized_response, where it follows from supervision.label_epsilon."
                 )
         elif self.noise != "symmetric" or (self.noise_rate > 0 and self.kind != "partial"):
             raise ValueError(
@@ -284,6 +301,20 @@ class SupervisionConfig(LabelKind):
     to at most 1; the remaining samples have no label."""
     mix_over: str = "clients"
     """clients: every client has one kind of label; samples: every client has all kinds, assigned at random."""
+    folds: int | None = None
+    """Cross-validation: each client's samples with a single label are split into so many folds, and those of
+    `withheld_fold` lose it, so that training cannot see it. What `fedlabel audit` trains with."""
+    withheld_fold: int | None = None
+    """Number of the fold, from 0."""
+    audit: str | None = None
+    """Folder of suspected label errors that `fedlabel audit` wrote for a run of the same data, partition, labels and
+    seed; what is done with these labels is `audit_action`."""
+    audit_action: str = "drop"
+    """drop: suspects lose their label. relabel: they get the suggested one. weight: their labels are drawn less often,
+    see `audit_weight`. candidates: the given and the suggested class are candidates, for methods that learn from
+    candidate sets."""
+    audit_weight: float = 0.25
+    """audit_action=weight: the share of the passes over a client's labels that a suspect is in, in [0.01, 1)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mix", tuple(self.mix))
@@ -293,6 +324,7 @@ class SupervisionConfig(LabelKind):
         else:
             super().__post_init__()
         self._check_holder()
+        self._check_audit()
 
     def _all_without_amount(self) -> bool:
         return self.labels_at == "some_clients"
@@ -357,6 +389,33 @@ class SupervisionConfig(LabelKind):
                     f"`supervision.labels_per_client` (={self.labels_per_client}) cannot be combined with "
                     "supervision.labels_at=server, where no client has a label: take labels_per_class or labels_total."
                 )
+
+    def _check_audit(self) -> None:
+        one_of(self, "supervision", audit_action=AUDIT_ACTIONS)
+        within(self, "supervision", 0.01, 1, "audit_weight", ends="[)")
+        if self.audit_weight != SupervisionConfig.audit_weight and self.audit_action != "weight":
+            raise ValueError(
+                f"`supervision.audit_weight` (={self.audit_weight:g}) is for supervision.audit_action=weight, "
+                f"which is {self.audit_action}: take weight, or leave it out."
+            )
+        if (self.folds is None) != (self.withheld_fold is None):
+            raise ValueError(
+                f"`supervision.folds` (={self.folds}) and `supervision.withheld_fold` (={self.withheld_fold}) belong "
+                "together: give both, or none."
+            )
+        if self.folds is not None and self.withheld_fold is not None:
+            at_least(self, "supervision", 2, "folds")
+            within(self, "supervision", 0, self.folds - 1, "withheld_fold", hint="folds are numbered from 0")
+            if self.labels_at == "server":
+                raise ValueError(
+                    f"`supervision.folds` (={self.folds}) are of the clients' labels, and with supervision.labels_at="
+                    "server they have none."
+                )
+        if self.audit is None and self.audit_action != "drop":
+            raise ValueError(
+                f"`supervision.audit_action` (={self.audit_action}) needs supervision.audit, the folder of an audit: "
+                "give it, or leave this out."
+            )
 
     @property
     def parts(self) -> Sequence[LabelKind]:

@@ -29,7 +29,10 @@ def report_of(
     """Of a run of 10 rounds of which every fourth is evaluated, without figures."""
     experiment: Any = SimpleNamespace(
         config=SimpleNamespace(
-            num_rounds=10, evaluation=SimpleNamespace(every=4, figures=False, select=select, panel_samples=0)
+            num_rounds=10,
+            evaluation=SimpleNamespace(every=4, figures=False, select=select, panel_samples=0),
+            draws_figures=False,
+            devices=SimpleNamespace(correlation=0.0),
         ),
         recipe=Recipe((Stage((), final=final),), LabelKinds.TRUE),
         evaluate=lambda *arguments: asked.append(arguments) or found,
