@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -144,7 +146,7 @@ def test_the_settings_are_those_of_the_page() -> None:
 
 
 def run_folders(federation: Federation) -> list[Path]:
-    return sorted((federation.root / "federation/server/runs").iterdir(), key=lambda path: path.stat().st_mtime)
+    return list((federation.root / "federation/server").glob("runs/*"))
 
 
 def test_a_run(federation: Federation) -> None:
@@ -182,33 +184,58 @@ def test_others_see_nothing_but_the_way_of_nodes(federation: Federation) -> None
     assert federation.url(door, "/v1/fleet/activate-node") not in (0, 403)
 
 
-def supernode(federation: Federation, *changed: str) -> str:
+def supernode(federation: Federation, *changed: str, port: int = 0) -> str:
     """Starts a SuperNode in the foreground, otherwise than the page says; it must end, and its output is returned."""
-    command = ["flower-supernode", "--superlink", f"localhost:{federation.door}", "--max-retries", "1"]
+    command = ["flower-supernode", "--superlink", f"localhost:{port or federation.door}", "--max-retries", "1"]
     command += ["--host", "127.0.0.1", "--port", str(free_ports(1)[0]), *changed]
     log = federation.root / "refused.log"
-    assert start(command, log, federation.root, federation.env).wait(timeout=150) != 0
+    process = start(command, log, federation.root, federation.env)
+    try:
+        assert process.wait(timeout=150) != 0
+    finally:
+        process.kill()
+        process.wait()
     return log.read_text()
+
+
+@contextmanager
+def tampered_door(federation: Federation) -> Iterator[int]:
+    """A second door whose certificate has another signature than the authority's; gives its port."""
+    certificates, port = federation.root / "federation/certificates", free_ports(1)[0]
+    changed = bytearray(ssl.PEM_cert_to_DER_cert((certificates / "server.crt").read_text()))
+    changed[-1] ^= 1
+    (federation.root / "tampered.crt").write_text(ssl.DER_cert_to_PEM_cert(bytes(changed)))
+    command = [sys.executable, str(DEPLOY / "door.py"), "--port", str(port), "--superlink", "https://127.0.0.1:1"]
+    command += ["--ca", str(certificates / "ca.crt"), "--key", str(certificates / "server.key")]
+    command += ["--certificate", str(federation.root / "tampered.crt")]
+    process = start(command, federation.root / "tampered.log", federation.root, federation.env)
+
+    def listens() -> bool:
+        with socket.socket() as each:
+            return each.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        wait_until(listens, 60, "no second door", every=0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
 
 
 def test_who_does_not_get_in(federation: Federation, tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", tmp_path / "key"], check=True)
     subprocess.run([DEPLOY / "certificates.sh", tmp_path / "other", "localhost"], check=True, capture_output=True)
-    authority = str(federation.root / "federation/certificates/ca.crt")
-    registered = str(federation.root / "node0/key")
-    tampered = tmp_path / "tampered.crt"
-    pem = Path(authority).read_text().splitlines()
-    tampered.write_text("\n".join([pem[0], pem[1][::-1], *pem[2:]]))
     before = federation.online()
-    wrong, other = str(tmp_path / "key"), str(tmp_path / "other/ca.crt")
-    for reason, changed in {
-        "All SuperNodes must be registered": ("--root-certificates", authority),
-        "Failed to activate SuperNode": ("--root-certificates", authority, "--auth-supernode-private-key", wrong),
-        "Server disconnected": ("--insecure",),
-        "certificate verify failed": ("--root-certificates", other, "--auth-supernode-private-key", registered),
-        "": ("--root-certificates", str(tampered), "--auth-supernode-private-key", registered),
-    }.items():
-        assert reason in supernode(federation, *changed)
+    trusting = ("--root-certificates", str(federation.root / "federation/certificates/ca.crt"))
+    registered = ("--auth-supernode-private-key", str(federation.root / "node0/key"))
+    unknown = ("--auth-supernode-private-key", str(tmp_path / "key"))
+    assert "All SuperNodes must be registered" in supernode(federation, *trusting)
+    assert "Failed to activate SuperNode" in supernode(federation, *trusting, *unknown)
+    assert "Server disconnected" in supernode(federation, "--insecure")
+    other = ("--root-certificates", str(tmp_path / "other/ca.crt"))
+    assert "certificate verify failed" in supernode(federation, *other, *registered)
+    with tampered_door(federation) as port:
+        assert "certificate signature failure" in supernode(federation, *trusting, *registered, port=port)
     assert federation.online() == before == 2
 
 
