@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from clients.mods import remembering, told
-from clients.trust import Refusal, allowed_by, check_request, error_reply, is_simulation_worker, may_audit, min_count_of
+from clients.trust import Refusal, allowed_by, check_request, discreet, is_simulation_worker, may_audit, min_count_of
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
 from fedlabel.experiment import Experiment, open_experiment
@@ -19,7 +19,7 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
 from fedlabel.shown import shown
 
-app = ClientApp(mods=[told, remembering])
+app = ClientApp(mods=[discreet, told, remembering])
 
 
 @app.query()
@@ -27,13 +27,6 @@ def query(message: Message, context: Context) -> Message:
     """Answers the server's query: the client's id, the hash of its code and, if that equals the server's, its number of
     samples.
     """
-    try:
-        return _identity(message, context)
-    except Exception as error:
-        return error_reply(message, error)
-
-
-def _identity(message: Message, context: Context) -> Message:
     client, asked = _client(context), message.content.config_records["ask"]
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
     if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
@@ -49,13 +42,6 @@ def train(message: Message, context: Context) -> Message:
     """Runs one local round and returns the model, its weight and counts; never samples, labels or posteriors. What is
     in a reply is listed in docs/trust.md.
     """
-    try:
-        return _round(message, context)
-    except Exception as error:
-        return error_reply(message, error)
-
-
-def _round(message: Message, context: Context) -> Message:
     record = message.content.config_records["config"]
     experiment = _open(record, context)
     torch.set_num_threads(experiment.config.grid.threads_per_worker)

@@ -92,7 +92,7 @@ def test_the_worker_hands_messages_to_the_app() -> None:
     thread = threading.Thread(target=serve, args=(theirs, app))
     thread.start()
     kept = context()
-    for text, error in (("good", ""), ("bad", "ValueError: no")):
+    for text, error in (("good", ""), ("bad", "ValueError: the client failed; the node's own log says why")):
         ours.send_bytes(message_to_proto(message(text)).SerializeToString())
         ours.send_bytes(context_to_proto(kept).SerializeToString())
         reply = message_from_proto(ProtoMessage.FromString(ours.recv_bytes()))
