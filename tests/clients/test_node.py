@@ -92,7 +92,7 @@ def test_the_worker_hands_messages_to_the_app() -> None:
         return Message(RecordDict({}), reply_to=message)
 
     ours, theirs = Pipe()
-    thread = threading.Thread(target=serve, args=(theirs, app))
+    thread = threading.Thread(target=serve, args=(theirs, app), daemon=True)
     thread.start()
     kept = context()
     for text, error in (("good", ""), ("bad", "ValueError: no")):

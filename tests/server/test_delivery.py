@@ -25,8 +25,8 @@ LOST = Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable")
 class Link(LocalNodes):
     """A grid that says when its nodes were activated; each answers with its number, or as `steps` say.
 
-    steps: node -> what becomes of its training messages, one after the other: an error, "late" (nothing yet), "gone" (the node
-    leaves, and an error comes), "restarts" (it is activated anew, and nothing comes), or "answer".
+    steps: node -> what becomes of its training messages, one after the other: an error, "late" (nothing yet), "gone"
+    (the node leaves, and an error comes), "restarts" (it is activated anew, and nothing comes), or "answer".
     """
 
     def __init__(self, clients: dict[int, int], steps: dict[int, list[Any]] | None = None) -> None:
