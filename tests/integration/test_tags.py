@@ -90,8 +90,8 @@ def test_all_that_these_methods_can_make_is_shown(tags: dict[str, set[str]]) -> 
     assert sorted(table - shown - ELSEWHERE) == []
     assert sorted(ELSEWHERE & shown) == []
     everywhere = set.intersection(*tags.values())
-    assert {tag.name for tag in TAGS if tag.name.startswith("how_to_read/")} <= everywhere
-    assert {"eval/clients_over_rounds", "eval/classes", "pseudo/experts", "label_card", "config"} <= everywhere
+    assert {tag.name for tag in TAGS if tag.name.startswith("about/how_to_read_")} <= everywhere
+    assert {"eval/clients_over_rounds", "eval/classes", "pseudo/experts", "about/label_card", "config"} <= everywhere
     assert all(find_tag(name).unit != FIGURE for name in ELSEWHERE if "/" in name and "{" not in name)  # type: ignore[union-attr]
 
 
