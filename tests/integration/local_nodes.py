@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import copy
 import traceback
-<<<<<<< HEAD
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType, SimpleNamespace
-=======
-from collections.abc import Iterable
-from types import SimpleNamespace
->>>>>>> life
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -57,10 +52,7 @@ class LocalNodes(Grid):
         return range(1, self.count + 1)
 
     def get_nodes(self) -> Iterable[Any]:
-<<<<<<< HEAD
         """Real nodes with the time since when they are there, as only the grid of a SuperLink has them."""
-=======
->>>>>>> life
         return [SimpleNamespace(node_id=node, last_activated_at="") for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
