@@ -8,6 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.own_data import evaluate_own, holding_record, open_own, refuse_folder
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
 from fedlabel.experiment import Experiment, open_experiment
@@ -24,7 +25,13 @@ def query(message: Message, context: Context) -> Message:
     """Answers the server's query: the client's id, the hash of its code and, if that equals the server's, its number of
     samples.
     """
-    client, asked = _client(context), message.content.config_records["ask"]
+    asked = message.content.config_records["ask"]
+    if "schema" in asked:  # a run of nodes with data of their own
+        answer = ConfigRecord({"source-hash": source_hash()})
+        if asked["source-hash"] == source_hash():
+            answer.update(holding_record(context, str(asked["schema"])))
+        return Message(RecordDict({"identity": answer}), reply_to=message)
+    client = _client(context)
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
     if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
         federation = open_experiment(str(asked["experiment"])).federation
@@ -36,9 +43,8 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Runs one local round and returns the model, its weight and counts; never samples, labels or posteriors."""
     record = message.content.config_records["config"]
-    experiment = open_experiment(str(record["experiment"]))
+    experiment, client = _open(context, record)
     torch.set_num_threads(experiment.config.grid.threads_per_worker)
-    client = _client(context)
     round_number = int(record["server-round"])  # type: ignore[arg-type]
     encoded = {name: _to_state(arrays, experiment) for name, arrays in message.content.array_records.items()}
     received = {name: experiment.downlink.decode(*each) for name, each in encoded.items()}
@@ -66,6 +72,29 @@ def train(message: Message, context: Context) -> Message:
         context.state["before"] = _record({name: value for name, value in memory.items() if name.startswith(RESIDUAL)})
         context.state["last"] = ConfigRecord({"round": round_number})
     return Message(_reply(result), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluates the global model on the node's own held-out samples and returns sums; see `EvaluationSums`."""
+    record = message.content.config_records["config"]
+    experiment, _ = open_own(context, record)
+    torch.set_num_threads(experiment.config.grid.threads_per_worker)
+    models = {}
+    for name, arrays in message.content.array_records.items():
+        values = arrays.to_torch_state_dict()
+        models[name] = {key: values[key].to(experiment.device) for key in experiment.initial_state if key in values}
+    shared = cast(dict[str, list[float]], dict(message.content.config_records.get("shared", {})))
+    number = int(record["server-round"])  # type: ignore[arg-type]
+    sums = evaluate_own(experiment, number, models, state_from_lists(shared, experiment.device))
+    return Message(sums, reply_to=message)
+
+
+def _open(context: Context, record: ConfigRecord) -> tuple[Experiment, int]:
+    """Returns the experiment of a message, and the node's client number in it."""
+    if "agreement" in record:
+        return open_own(context, record)
+    return open_experiment(str(record["experiment"])), _client(context)
 
 
 def _kept(context: Context, name: str, experiment: Experiment) -> State:
@@ -113,6 +142,7 @@ def _reply(result: ClientResult) -> RecordDict:
 
 
 def _client(context: Context) -> int:
+    refuse_folder(context)
     if "partition-id" not in context.node_config:
         raise ValueError(
             "This node has no `partition-id`: start the SuperNode with "

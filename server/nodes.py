@@ -39,6 +39,24 @@ def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[
         RunError: too few nodes in `grid.connect_timeout`, two nodes with one partition-id, a node with other code or
             data, or a SuperLink that cannot be reached.
     """
+    nodes, refusals = _identify(grid, config, wait_for_nodes(grid, config), sizes)
+    missing = sorted(set(range(config.num_clients)) - set(nodes))
+    if missing:
+        raise RunError(
+            f"No node has partition-id {missing[0]} ({len(missing)} of {config.num_clients} are missing). "
+            + " ".join(refusals[:3])
+        )
+    for refusal in refusals:
+        logger.warning("Left out: %s", refusal)
+    return nodes
+
+
+def wait_for_nodes(grid: Grid, config: ExperimentConfig) -> list[int]:
+    """Waits until `num_clients` nodes are connected; returns the ids of all.
+
+    Raises:
+        RunError: too few in `grid.connect_timeout`.
+    """
     deadline = time.monotonic() + config.grid.connect_timeout
     connected = -1
     while len(ids := list(grid.get_node_ids())) < config.num_clients:
@@ -52,16 +70,7 @@ def connect(grid: Grid, config: ExperimentConfig, sizes: Sequence[int]) -> dict[
                 "num_clients."
             )
         time.sleep(0.5)
-    nodes, refusals = _identify(grid, config, ids, sizes)
-    missing = sorted(set(range(config.num_clients)) - set(nodes))
-    if missing:
-        raise RunError(
-            f"No node has partition-id {missing[0]} ({len(missing)} of {config.num_clients} are missing). "
-            + " ".join(refusals[:3])
-        )
-    for refusal in refusals:
-        logger.warning("Left out: %s", refusal)
-    return nodes
+    return ids
 
 
 def _identify(

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlabel.cohort import ClientResult, Invitation
-from fedlabel.config import to_yaml
+from fedlabel.config import ExperimentConfig, to_yaml
+from fedlabel.data.nodes.federation import Holding, ServerFederation
+from fedlabel.data.nodes.schema import load_schema
 from fedlabel.experiment import Experiment
+from fedlabel.learning.evaluation import Evaluation, add_evaluations
 from fedlabel.methods.shared import state_to_lists
 from server.blocks import Block, BlockResult, Failure
 from server.exchange import BAD_REPLY, Asked, replies_to
 from server.flower import as_record
 from server.grids.base import ClientGrid, Order, folded
 from server.nodes import connect, is_simulation
+from server.own_data import evaluation_messages, meet, on_the_way, read_evaluations
 from server.replies import ReplyReader
 from server.schema import Refused, ResultSchema
+from server.state import ServerState
+
+logger = logging.getLogger("fedlabel")
 
 
 class FlowerGrid(ClientGrid):
@@ -34,15 +43,46 @@ class FlowerGrid(ClientGrid):
         self.simulated = is_simulation(grid)
         self._nodes: Mapping[int, int] = {}
         """Client -> node id."""
+        self._agreement = ""
+        """See `messages_to`."""
+        self._shared: frozenset[int] = frozenset()
+        """Clients whose own accuracy may be shown."""
+        self._held_out: dict[int, int] = {}
+        """Client -> the number of samples that it holds out for evaluation."""
         self._used: dict[int, int] = {}
         """Client that was asked -> the last round in which its reply was used, 0: none."""
 
     def connect(self, experiment: Experiment) -> None:
         """See `ClientGrid`."""
         self._spans, self._schema = experiment.spans, ResultSchema.of(experiment)
-        grid = replace(experiment.config.grid, profile=False)  # nobody would fetch what clients record
-        self._config = replace(experiment.config, grid=grid)
-        self._nodes = connect(self._grid, self._config, [len(rows) for rows in experiment.federation.parts])
+        federation, config = experiment.federation, experiment.config
+        grid = replace(config.grid, profile=False)  # nobody would fetch what clients record
+        self._config = replace(config, grid=grid)
+        if isinstance(federation, ServerFederation):
+            self._config = on_the_way(self._config)
+            assert federation.agreement is not None
+            self._agreement = federation.agreement.text
+        else:
+            self._nodes = connect(self._grid, self._config, [len(rows) for rows in federation.parts])
+
+    def holdings(self, config: ExperimentConfig) -> tuple[Holding, ...]:
+        """See `ClientGrid`."""
+        assert config.data.schema is not None
+        met = meet(self._grid, config, load_schema(Path(config.data.schema)))
+        self._nodes, self._shared = met.nodes, met.shared
+        self._held_out = {client: holding.held_out for client, holding in enumerate(met.holdings)}
+        return met.holdings
+
+    def evaluate(self, state: ServerState) -> Evaluation | None:
+        """See `ClientGrid`. Nodes without an answer are left out, which is warned of."""
+        asked = [client for client, samples in self._held_out.items() if samples]
+        shared = self._schema.recipe.shared.broadcast(state.shared)
+        messages = evaluation_messages(asked, self._nodes, state, shared, to_yaml(self._config), self._agreement)
+        replies = replies_to(self._grid, list(messages.values()), self._config.grid.timeout)
+        found, failures = read_evaluations(messages, replies, self._schema.num_classes, self._held_out)
+        for failure in failures:
+            logger.warning("Round %d, evaluation: %s", state.round_number, failure)
+        return add_evaluations(found, self._shared, self._config.num_clients)
 
     def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
         """See `ClientGrid`. A client without an answer after `grid.timeout` seconds has failed."""
@@ -50,7 +90,8 @@ class FlowerGrid(ClientGrid):
         cohort = [client for block in blocks for client in block]
         used = self._used if self._config.compression.error_feedback else {}
         with self._spans.part("transfer"):
-            messages = messages_to(cohort, self._nodes, order.invitation, to_yaml(self._config), used)
+            text, agreement = to_yaml(self._config), self._agreement
+            messages = messages_to(cohort, self._nodes, order.invitation, text, used, agreement)
         for client in cohort:
             self._used.setdefault(client, 0)
         with self._spans.part("wait"):
@@ -67,6 +108,7 @@ def messages_to(
     invitation: Invitation,
     experiment: str,
     used: Mapping[int, int] = MappingProxyType({}),
+    agreement: str = "",
 ) -> list[Message]:
     """Returns the messages of a round, in client order; most have one content.
 
@@ -76,6 +118,7 @@ def messages_to(
         invitation: what is sent to them.
         experiment: the configuration as YAML.
         used: client -> the last round in which its reply was used, 0: none; clients that need not know are missing.
+        agreement: with nodes that have data of their own, see `Agreement`; "": with others.
     """
     sent = invitation.on_the_way
     config = {"experiment": experiment, "audit": invitation.audit, "server-round": invitation.round_number}
@@ -91,7 +134,10 @@ def messages_to(
         client: RecordDict({**everybody, **{name: as_record(model) for name, model in helpers.items()}})
         for client, helpers in sent.helpers.items()
     }
-    told: dict[int, dict[str, float]] = {client: {"work": float(share)} for client, share in invitation.work.items()}
+    told: dict[int, dict[str, float | str]] = {c: {"work": float(share)} for c, share in invitation.work.items()}
+    if agreement:  # they do not know their number
+        for client in cohort:
+            told[client] = {**told.get(client, {}), "agreement": agreement, "client": client}
     for client in used.keys() & set(cohort):
         told[client] = {**told.get(client, {}), "used-round": used[client]}
     for client, more in told.items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlabel.experiment import Experiment
+from fedlabel.learning.evaluation import Evaluation
 from fedlabel.learning.metrics import Counts, add_counts
 from fedlabel.methods.batch import State
 from server.state import ServerState
@@ -32,6 +33,8 @@ class Round:
     started: float
     """`time.perf_counter()` at its start."""
     is_evaluated: bool
+    evaluate: Callable[[], Evaluation | None] | None = None
+    """Has the model evaluated where the samples are; None: they are here."""
 
     @cached_property
     def counts(self) -> Counts:

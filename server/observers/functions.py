@@ -29,7 +29,8 @@ class FunctionObserver(Observer):
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
         modules = [part.module for part in experiment.config.supervision.parts if part.module is not None]
-        self._names = [function_name(function) for module in modules for function in load_functions(module)]
+        written = [function_name(function) for module in modules for function in load_functions(module)]
+        self._names = written or list(experiment.federation.function_names)
         """Of written functions; grown ones have numbers."""
         self._clients: dict[int, Counts] = {}
         self._shown = False

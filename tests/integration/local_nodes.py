@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -18,13 +18,20 @@ set_identity()
 
 
 class LocalNodes(Grid):
-    """Nodes 1..count are the clients 0..count-1 of an app; what a client remembers is in `states`."""
+    """Nodes 1..count are the clients 0..count-1 of an app; what a client remembers is in `states`.
+
+    Args:
+        app: of the clients.
+        count: how many nodes there are.
+        node_configs: what each was started with (`--node-config`); None: its number.
+    """
 
     run: Any = None
     pull_interval = 0.01
 
-    def __init__(self, app: ClientApp, count: int) -> None:
+    def __init__(self, app: ClientApp, count: int, node_configs: Sequence[dict[str, Any]] | None = None) -> None:
         self.app, self.count = app, count
+        self.node_configs = node_configs
         self.states: dict[int, RecordDict] = {}
         self._sent: dict[str, Message] = {}
         self._number = 0
@@ -59,7 +66,8 @@ class LocalNodes(Grid):
     def answer(self, message: Message) -> Message:
         """Returns a node's reply; a client that fails keeps the state it had."""
         client = message.metadata.dst_node_id - 1
-        node: Any = {"partition-id": client, "num-partitions": self.count}
+        numbered = {"partition-id": client, "num-partitions": self.count}
+        node: Any = numbered if self.node_configs is None else self.node_configs[client]
         context = Context(
             run_id=1,
             node_id=client + 1,
