@@ -32,8 +32,8 @@ FOUR_KINDS = (
     "num_rounds=3",
     "fraction_train=1.0",
     "partition.kind=iid",
-    "supervision.mix=[{share: 0.25, kind: few_labels, label_rate: 0.2}, {share: 0.25, kind: partial, partial_ratio: 0.3}, "
-    "{share: 0.25, kind: noisy, noise_rate: 0.3}, {share: 0.25, kind: bags, bag_size: 8}]",
+    "supervision.mix=[{share: 0.25, kind: few_labels, label_rate: 0.2}, {share: 0.25, kind: noisy, noise_rate: 0.3}, "
+    "{share: 0.25, kind: partial, partial_ratio: 0.3}, {share: 0.25, kind: bags, bag_size: 8}]",
     "model.name=mlp",
     "training.local_steps=3",
     "training.batch_size=8",
@@ -124,11 +124,10 @@ def test_a_run_is_resumed_on_the_same_nodes(held_out: Exported) -> None:
     path = held_out.run("resumed", "num_rounds=2")
     run_federation(held_out.config("num_rounds=3"), held_out.grid(), path, resume=True)
     assert [row["round"] for row in comparable_metrics(path)] == [1, 2, 3]
+    grid = held_out.grid()  # two clients change places: what they hold is no longer what it was
+    configs = grid._grid.node_configs  # type: ignore[attr-defined]
+    configs[0]["client"], configs[1]["client"] = configs[1]["client"], configs[0]["client"]
     with pytest.raises(ValueError, match="changed: partition and supervision"):
-        # Two clients have changed places: what they hold is no longer what it was.
-        grid = held_out.grid()
-        configs = grid._grid.node_configs  # type: ignore[attr-defined]
-        configs[0]["client"], configs[1]["client"] = configs[1]["client"], configs[0]["client"]
         run_federation(held_out.config("num_rounds=4"), grid, path, resume=True)
 
 
