@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
 
 app = ClientApp()
+logger = logging.getLogger("fedlabel")
 
 
 @app.query()
@@ -34,8 +36,10 @@ def query(message: Message, context: Context) -> Message:
     client = _client(context)
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
     if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
-        federation = open_experiment(str(asked["experiment"])).federation
-        answer["num-samples"] = len(federation.parts[client]) if client < len(federation.parts) else 0
+        experiment = open_experiment(str(asked["experiment"]))
+        parts = experiment.federation.parts
+        if not experiment.config.privacy.is_on:
+            answer["num-samples"] = len(parts[client]) if client < len(parts) else 0
     return Message(RecordDict({"identity": answer}), reply_to=message)
 
 
@@ -65,6 +69,9 @@ def train(message: Message, context: Context) -> Message:
     )
     (result,) = train_cohort(experiment, invitation, [client], [memory])
     if isinstance(result, Exception):
+        if experiment.config.privacy.is_on:  # a traceback may hold data, and Flower sends it
+            logger.error("The round failed", exc_info=result)
+            raise RuntimeError("the client's round failed; its own log says why (privacy.kind)")
         raise result
     if result.kept:
         context.state["memory"] = _record(result.kept)

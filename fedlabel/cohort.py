@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from fedlabel.attacks import attacked
 from fedlabel.compression import RESIDUAL, Codec, residuals, send_update, without_residuals
 from fedlabel.experiment import Experiment
 from fedlabel.learning.audit import against_truth, votes_against_truth
@@ -16,7 +18,8 @@ from fedlabel.learning.client import ClientUpdate, LocalRound, train_clients
 from fedlabel.learning.metrics import Counts
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.uploads import ModelPart
-from fedlabel.seeding import torch_generator
+from fedlabel.privacy import private_upload
+from fedlabel.seeding import numpy_generator, torch_generator
 
 logger = logging.getLogger("fedlabel")
 
@@ -208,6 +211,30 @@ def _round(experiment: Experiment, invitation: Invitation, client: int, memory: 
 
 
 def _result(experiment: Experiment, invitation: Invitation, client: int, update: ClientUpdate) -> ClientResult:
+    result = _honest_result(experiment, invitation, client, update)
+    if experiment.config.privacy.is_on:
+        result = _private(experiment, invitation, result)
+    if client in experiment.attackers:
+        attack, names = experiment.config.attack, experiment.parameters
+        parts, statistics = attacked(attack, result.parts, result.statistics, invitation.model, names)
+        result = result._replace(parts=parts, statistics=statistics)
+    return result
+
+
+def _private(experiment: Experiment, invitation: Invitation, result: ClientResult) -> ClientResult:
+    """Returns what leaves a client under differential privacy: its clipped model. Metrics and counts stay behind,
+    except those for the evaluator of a simulation.
+    """
+    # Everybody knows the seed: noise that is drawn from it could be taken off again. It serves simulations alone.
+    seeded = numpy_generator(experiment.client_seed(result.client, invitation.round_number), "privacy")
+    rng = seeded if invitation.audit else np.random.default_rng()
+    parts = private_upload(result.parts, invitation.model, experiment.parameters, experiment.config.privacy, rng)
+    evaluated = (result.sums, result.counts) if invitation.audit else ({}, {})
+    stacked = invitation.audit and result.stacked
+    return ClientResult(result.client, parts, *evaluated, statistics={}, kept=result.kept, stacked=stacked)
+
+
+def _honest_result(experiment: Experiment, invitation: Invitation, client: int, update: ClientUpdate) -> ClientResult:
     counts: Counts = {"passes": [float(update.forward), float(update.backward)]}
     if experiment.config.strategy.normalize_steps:
         counts["steps"] = [float(update.steps)]

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedlabel.attacks import AttackConfig
 from fedlabel.checks import at_least, no_effect, one_of, within
 from fedlabel.compression import CompressionConfig
 from fedlabel.config_names import unknown_key
@@ -41,6 +42,7 @@ from fedlabel.methods import METHODS, describe_error, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
+from fedlabel.privacy import PrivacyConfig
 from fedlabel.server_config import TIERS, TIMED, PacingConfig, SamplingConfig, StrategyConfig
 
 SELECT = {
@@ -178,6 +180,8 @@ class ExperimentConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     pacing: PacingConfig = field(default_factory=PacingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     grid: GridConfig = field(default_factory=GridConfig)
@@ -195,6 +199,7 @@ class ExperimentConfig:
                 f"(={self.num_clients})."
             )
         self._check_server()
+        self._check_privacy()
         self._check_labels()
         self._check_nodes()
         self.method.check_rounds(self.num_rounds)
@@ -248,6 +253,47 @@ class ExperimentConfig:
                 f"pacing.kind={pacing.kind}."
             )
 
+    def _check_privacy(self) -> None:
+        """Refuses what would make results, or who gives them, depend on data in a way that epsilon does not cover."""
+        privacy, strategy = self.privacy, self.strategy
+        if not privacy.is_on:
+            return
+        if privacy.spent_at >= 1 / self.num_clients:
+            raise ValueError(
+                f"`privacy.delta` (={privacy.spent_at:g}) must be below 1 / `num_clients` (={self.num_clients}): at "
+                "that delta one client could be published as it is."
+            )
+        for key, value, needed, why in (
+            (
+                "training.weight_by",
+                self.training.weight_by,
+                "uniform",
+                "weights would tell how many samples clients hold",
+            ),
+            ("sampling.kind", self.sampling.kind, "uniform", "epsilon is that of cohorts drawn uniformly"),
+            ("pacing.kind", self.pacing.kind, "synchronous", "who is in time depends on how much data it has"),
+            ("devices.kind", self.devices.kind, "none", "simulated time depends on how much data clients have"),
+            ("compression.up", self.compression.up, "none", "it would lengthen clipped updates"),
+            ("strategy.normalize_steps", strategy.normalize_steps, False, "the number of steps depends on the data"),
+            ("strategy.max_update_norm", strategy.max_update_norm, None, "privacy.clipping_norm bounds updates"),
+            ("strategy.clip_update_norm", strategy.clip_update_norm, None, "privacy.clipping_norm bounds updates"),
+        ):
+            if value != needed:
+                raise ValueError(
+                    f"`{key}` (={value}) must be {'null' if needed is None else needed} with "
+                    f"privacy.kind={privacy.kind}: {why}."
+                )
+        if privacy.kind == "server" and strategy.name != "weighted_mean":
+            raise ValueError(
+                f"`strategy.name` (={strategy.name}) must be weighted_mean with privacy.kind=server, whose noise is "
+                "made for a mean."
+            )
+        if strategy.name == "QFedAvg":
+            raise ValueError(
+                f"`strategy.name` (=QFedAvg) goes by clients' losses, which are not sent with privacy.kind="
+                f"{privacy.kind}: take strategy.name=weighted_mean."
+            )
+
     def _check_nodes(self) -> None:
         """Checks that keys of a simulated federation are not given beside real nodes' own data, nor the other way."""
         if self.data.name != NODES:
@@ -274,6 +320,12 @@ class ExperimentConfig:
                     f"`{key}`{given} describes a simulated federation; with data.name=nodes samples and labels are "
                     "what the nodes' folders hold: leave it out."
                 )
+        if self.privacy.is_on:
+            raise ValueError(
+                f"`privacy.kind` (={self.privacy.kind}) does not cover the counts of labels that nodes with data of "
+                "their own send before the first round, see docs/data.md: set privacy.kind=none, or take a named data "
+                "set."
+            )
         if self.method.oracle_labels:
             raise ValueError(
                 f"`method.name` (={self.method.name}) learns from all true labels, which real nodes have not: take "

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlabel.attacks import attackers, flipped
 from fedlabel.compression import Codec
 from fedlabel.config import SELECT, ExperimentConfig, parse_config
 from fedlabel.data.federation import Federation, build_federation
@@ -72,9 +74,11 @@ class Experiment:
         self.federation: Federation = self._federation(config.evaluation.split)
         dataset, skew = self.federation.dataset, config.skew
         noisy = any(part.count_epsilon is not None for part in config.supervision.parts)
+        responses = {part.label_epsilon for part in config.supervision.parts if part.has_noisy_labels}
         self.labels = card = self.federation.card
-        if noisy:
-            self.labels = card = card._replace(noisy_counts=True)
+        if self._nodes is None:
+            epsilon = next(iter(responses)) if len(responses) == 1 else None
+            self.labels = card = card._replace(noisy_counts=noisy, label_epsilon=epsilon)
         self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
         check_recipe(config.method.name, self.recipe)
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
@@ -117,6 +121,40 @@ class Experiment:
         """How clients' updates travel."""
         self.downlink = Codec(compression.down, weights)
         """How the server's models travel."""
+        if config.privacy.is_on:
+            self._check_privacy()
+
+    @cached_property
+    def attackers(self) -> frozenset[int]:
+        """The simulated clients that attack."""
+        return attackers(self.config.attack, self.config.num_clients, self.config.seed)
+
+    def _check_privacy(self) -> None:
+        """Checks that all that clients would send is a model that can be clipped."""
+        kind, method, recipe = self.config.privacy.kind, self.config.method.name, self.recipe
+        nobody = recipe.memory.start(torch.ones(1, self.federation.dataset.num_classes, dtype=torch.bool))
+        if statistics := sorted(recipe.shared.statistics({**nobody, **recipe.shared.start()})):
+            raise ValueError(
+                f"`privacy.kind` (={kind}) covers models, and method {method} also sends statistics of its shared "
+                f"state ({', '.join(statistics)}): take another method, or keys with which it has none (of ill: "
+                "method.noise.form=fixed or known, and method.alignment=false)."
+            )
+        if recipe.helpers is not None:
+            raise ValueError(
+                f"`privacy.kind` (={kind}) protects what is made of all clients' models, and method {method} sends "
+                "single models to other clients: take another method."
+            )
+        if buffers := sorted(self.initial_state.keys() - self.parameters):
+            raise ValueError(
+                f"`privacy.kind` (={kind}) covers trained weights, and `model.name` (={self.config.model.name}) has "
+                f"further arrays, e.g. BatchNorm's running statistics: {', '.join(buffers[:3])} ({len(buffers)} in "
+                "all). Take a network without, e.g. model.name=cnn with model.norm=group."
+            )
+        if find_spec("dp_accounting") is None:
+            raise ValueError(
+                f"`privacy.kind` (={kind}) needs the package dp-accounting, which computes epsilon: pip install "
+                "'fedlabel[privacy]'."
+            )
 
     @cached_property
     def memory_needed(self) -> int:
@@ -226,12 +264,18 @@ class Experiment:
         """Looks at how many models a client uploads: Flower's strategies combine one. parameters: what is trained."""
         name, method = self.config.strategy.name, self.config.method.name
         parts = self.recipe.upload.send(self.initial_state, [], parameters, 0.0)  # as of a client that did not train
-        if len(parts) > 1 and name != "weighted_mean":
+        if len(parts) == 1:
+            return
+        several = (
+            f"`method.name` (={method}) sends {len(parts)} models with separate weights ({', '.join(parts)}), which"
+        )
+        one = "keys of the method with which it sends one (of fedlabel: method.merge=sum)."
+        if name != "weighted_mean":
             raise ValueError(
-                f"`method.name` (={method}) sends {len(parts)} models with separate weights ({', '.join(parts)}), "
-                f"which `strategy.name` (={name}) cannot combine; use strategy.name=weighted_mean, or keys of the "
-                "method with which it sends one (of fedlabel: method.merge=sum)."
+                f"{several} `strategy.name` (={name}) cannot combine; use strategy.name=weighted_mean, or {one}"
             )
+        if self.config.privacy.is_on:
+            raise ValueError(f"{several} `privacy.kind` (={self.config.privacy.kind}) cannot clip as one; use {one}")
 
     def _build_model(self, seed: int) -> nn.Module:
         model = self._network(seed).to(self.device)
@@ -270,7 +314,10 @@ class Experiment:
     def client_data(self, client: int) -> ClientData:
         """Returns the data of `client` that training may use."""
         rows = to_device(torch.from_numpy(self.federation.parts[client]), self.device)
-        return ClientData(self.images[rows], self.federation.supervision(client))
+        supervision = self.federation.supervision(client)
+        if self.config.attack.kind == "label_flip" and client in self.attackers:
+            supervision = flipped(supervision)
+        return ClientData(self.images[rows], supervision)
 
     def units(self, client: int, singles: bool) -> Units:
         """Returns what a phase by bags draws at a client, see `bag_units`; of a real node with its numbers and sizes

@@ -24,7 +24,7 @@ DIRECTIONS = (HIGHER, LOWER, NEITHER)
 FIGURE = "figure"
 """The unit of what is no number: figures, histograms and tables in TensorBoard."""
 _NAME = re.compile(r"[a-z]+/[A-Za-z][A-Za-z0-9_]{0,39}")
-_SERVERS_GROUPS = ("comm/", "eval/", "interim/", "select/", "system/")
+_SERVERS_GROUPS = ("comm/", "eval/", "interim/", "privacy/", "select/", "system/")
 _PLACE = re.compile(r"\{[a-z]+\}")
 
 
@@ -290,6 +290,7 @@ TAGS: tuple[Tag, ...] = (
         *((f"system/seconds_{part}", f"seconds: {title}") for part, title in PARTS.items()),
         *((f"system/worker_seconds_{part}", f"seconds of workers: {title}") for part, title in PARTS.items()),
     ),
+    *_server(SYSTEM, "nats", LOWER, ("privacy/epsilon", "epsilon of differential privacy")),
     *_server(SYSTEM, "s", LOWER, ("system/virtual_seconds", "simulated time")),
     *_server(
         SYSTEM,

@@ -30,13 +30,21 @@ class StrategyConfig:
     max_update_norm: float | None = None
     """Largest Euclidean distance, over the trained weights, of a client's model from the one it was sent; models
     further away are rejected. null: no limit. It bounds the effect of one client on the mean."""
+    clip_update_norm: float | None = None
+    """As `max_update_norm`, but models further away are moved back to this distance (norm bounding; Sun et al., "Can
+    You Really Backdoor Federated Learning?", 2019). null: no limit."""
     normalize_steps: bool = False
     """FedNova (Wang et al., NeurIPS 2020): each client's update is divided by its number of local steps, and their mean
     multiplied by the mean number, so that clients with more steps do not pull harder."""
 
     def __post_init__(self) -> None:
         at_least(self, "strategy", 1, "min_replies")
-        positive(self, "strategy", "max_update_norm", null=True)
+        positive(self, "strategy", "max_update_norm", "clip_update_norm", null=True)
+        if self.max_update_norm is not None and self.clip_update_norm is not None:
+            raise ValueError(
+                f"`strategy.max_update_norm` (={self.max_update_norm:g}) and `strategy.clip_update_norm` "
+                f"(={self.clip_update_norm:g}) exclude each other: give one of them."
+            )
         if self.name == "weighted_mean" and self.args:
             raise ValueError(f"`strategy.args` (={self.args}) must be empty for strategy.name=weighted_mean.")
 

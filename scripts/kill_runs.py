@@ -32,6 +32,15 @@ METHODS = {
     "elr": [*NOISY],
     "freematch": ["strategy.name=FedAdam", "strategy.args.eta=0.01"],
     "ill": [*NOISY, "method.noise.scope=client"],
+    "ill, fedbuff": [
+        *NOISY,
+        "pacing.kind=fedbuff",
+        "pacing.buffer=1",
+        "sampling.kind=oort",
+        "devices.kind=lognormal",
+        "devices.population=[{profile: phone}]",
+        "devices.dropout_during=0.1",
+    ],
     "proden": ["supervision.kind=partial", "supervision.label_rate=null", "supervision.partial_ratio=0.3"],
     "fedmatch": ["method.helper_interval=1", "method.lambda_i=1"],
     "llp_bp": [
@@ -41,12 +50,18 @@ METHODS = {
         "supervision.bag_size=5",
     ],
 }
-"""Method -> options under which clients, server or strategy remember something."""
+"""Method, and what else is told apart -> options under which clients, server, strategy or clock remember something."""
 
 
 def options(method: str) -> list[str]:
     shared = [option for option in TINY if not option.startswith(("method.", "num_rounds"))]
-    return [*shared, f"num_rounds={ROUNDS}", "evaluation.figures=false", f"method.name={method}", *METHODS[method]]
+    return [
+        *shared,
+        f"num_rounds={ROUNDS}",
+        "evaluation.figures=false",
+        f"method.name={method.partition(',')[0]}",
+        *METHODS[method],
+    ]
 
 
 def rounds_in(path: Path) -> int:

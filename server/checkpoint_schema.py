@@ -25,8 +25,6 @@ from server.schema import ResultSchema
 from server.state import ServerState
 from server.strategy import strategy_state
 
-MOVING = ("clipping_norm",)
-"""Numbers among a strategy's attributes that change from round to round; all others are the configuration's."""
 _FORMS = {"m_t": "arrays", "v_t": "arrays", "momentum_vector": "list"}
 """Attribute of a strategy -> its form in `strategy_state`; see also `_form`."""
 
@@ -53,9 +51,10 @@ def complaints(checkpoint: ServerState, experiment: Experiment, strategy: Strate
     yield from _client_states(checkpoint.clients, experiment, shared)
     yield from _helpers(checkpoint.helpers, experiment)
     yield from _pace(checkpoint.pace, experiment)
-    if not isinstance(checkpoint.observers, dict) or checkpoint.observers.keys() - {"functions"}:
+    if not isinstance(checkpoint.observers, dict) or checkpoint.observers.keys() - {"functions", "privacy"}:
         yield "`observers` holds what no observer remembers"
     yield from _votes(checkpoint.observers.get("functions", {}), experiment)
+    yield from _uploads(checkpoint.observers.get("privacy", {}), experiment, done)
 
 
 def _tensors(what: str, found: Any, like: State | StateDict, finite: bool = True) -> Iterator[str]:
@@ -110,13 +109,12 @@ def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
     if odd := sorted(map(shown, (saved.keys() - fresh.keys()) | (needed - saved.keys()))):
         yield f"`strategy` has missing or unexpected entries: {', '.join(odd[:3])}"
     for name, value in saved.items():
-        start, attribute = fresh[name], name.rpartition(".")[2]
+        start = fresh[name]
         if isinstance(start, (bool, int, float)):
-            moved = attribute in MOVING and type(value) is float and math.isfinite(value)
-            if type(value) is not type(start) or not (value == start or moved):
+            if type(value) is not type(start) or value != start:
                 yield f"`strategy`: {name} (={shown(value, 40)}) is not what the configuration says (={start})"
         elif value is not None and value != start:
-            form = _form(attribute, strategy)
+            form = _form(name, strategy)
             if not isinstance(value, dict) or list(value) != [form]:
                 yield f"`strategy`: {name} does not hold {form}"
             arrays = value[form]
@@ -124,7 +122,7 @@ def _strategy(saved: Any, strategy: Strategy, like: StateDict) -> Iterator[str]:
                 if not isinstance(arrays, list) or len(arrays) != len(like):
                     yield f"`strategy`: {name} is no list of {len(like)} arrays"
                 arrays = dict(zip(like, arrays, strict=True))
-            elif attribute == "current_arrays" and arrays == {}:  # QFedAvg's, which it uses up
+            elif name == "current_arrays" and arrays == {}:  # QFedAvg's, which it uses up
                 continue
             yield from _arrays(f"strategy: {name}", arrays, like, dtypes=False)
 
@@ -230,6 +228,15 @@ def _votes(saved: Any, experiment: Experiment) -> Iterator[str]:
         sizes = {"function_votes": functions * classes, "function_counts": functions * 4, "function_samples": 5}
         if any(len(counts[name]) != size for name, size in sizes.items()):
             yield f"`{what}` does not fit {functions} functions and {classes} classes"
+
+
+def _uploads(saved: Any, experiment: Experiment, done: int) -> Iterator[str]:
+    if not isinstance(saved, dict):
+        yield "`uploads` is no mapping"
+    for client, times in saved.items():
+        yield from _client("uploads", client, experiment)
+        if type(times) is not int or not 1 <= times <= done:
+            yield f"`uploads: client {shown(client, 40)}` (={shown(times, 40)}) is no number of rounds up to {done}"
 
 
 def _client(what: str, client: object, experiment: Experiment) -> Iterator[str]:

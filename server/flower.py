@@ -29,12 +29,14 @@ def as_record(model: StateDict) -> ArrayRecord:
     return ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in model.items()})
 
 
-def as_reply(result: ClientResult) -> Message:
+def as_reply(result: ClientResult, double: bool = False) -> Message:
     """Returns the result of a simulated client as the reply that Flower's strategies expect of a node.
 
-    They combine one model.
+    They combine one model. double: give its weights in double precision.
     """
     ((state, weight),) = result.parts.values()
+    if double:
+        state = {name: value.cpu().double() for name, value in state.items()}
     content = RecordDict(
         {
             "arrays": as_record(state),

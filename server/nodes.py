@@ -114,7 +114,8 @@ def _identify(
         if found.client >= len(sizes):
             refusals.append(f"Node {node} has partition-id {found.client}, and `num_clients` is {len(sizes)}.")
             continue
-        if found.samples != sizes[found.client]:
+        # Under `privacy` clients do not say how many samples they hold.
+        if found.samples != (None if config.privacy.is_on else sizes[found.client]):
             raise RunError(
                 f"Node {node} (partition-id {found.client}) holds {found.samples} samples, and by the configuration "
                 f"{sizes[found.client]}: its data are not those of the server."

@@ -133,10 +133,10 @@ class ReplyReader:
             check_encoded(prefix, sent, schema.codec, schema.model)
             parts[part] = ModelPart(schema.codec.model(sent, self._received), weights[part])
         result = ClientResult(client, parts, sums, counts, statistics, {})
-        self._round.check(result)
+        checked = self._round.check(result)
         if loss != training_loss(sums):
             raise Refused(f"BadReply: `train_loss` (={loss:g}) is not the mean of its metric train/loss")
-        return result
+        return checked
 
     def _read_metrics(self, record: MetricRecord) -> tuple[dict[str, float], float]:
         """Returns the weights of the parts and the training loss."""
@@ -168,7 +168,8 @@ class ReplyReader:
             raise Refused(f"BadReply: its counts have entries that were not requested, {listed(further)}")
         for group in self._round.schema.counts:
             missing = [name for name in group if name not in record]
-            if missing and (len(missing) < len(group) or "passes" in group):
+            needed = "passes" in group and not self._round.is_silent
+            if missing and (len(missing) < len(group) or needed):
                 raise Refused(f"BadReply: its counts lack {missing[0]}")
         return {name: _numbers("count", name, values, self._counts[name]) for name, values in record.items()}
 

@@ -8,7 +8,6 @@ the method could give (see `strategy.max_update_norm`, and Flower's robust strat
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -31,6 +30,7 @@ from fedlabel.methods.shared import Limits
 from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.metric_tags import LARGEST_MEAN, Tag, client_tags
 from fedlabel.models import NO_STATISTICS, RunningStatistics
+from fedlabel.privacy import PrivacyConfig, clipped, distance
 from fedlabel.shown import shown
 from server.strategy import LARGEST_WEIGHT, Bounds, reply_bounds
 
@@ -41,6 +41,7 @@ PER_DRAW = 100
 _ROUNDING = 1e-3
 """Relative error of sums that were made in float32."""
 ANY = Bounds()
+NOT_PRIVATE = PrivacyConfig()
 
 
 class Refused(ValueError):
@@ -118,6 +119,8 @@ class ResultSchema:
         running: names in `model` of running statistics.
         metrics: see `Method.metrics`.
         steps: whether clients send how many steps they took.
+        clip_update_norm: see `StrategyConfig`.
+        privacy: see `PrivacyConfig`.
         codec: of updates.
     """
 
@@ -137,11 +140,14 @@ class ResultSchema:
         running: RunningStatistics = NO_STATISTICS,
         metrics: Sequence[Tag] = (),
         steps: bool = False,
+        clip_update_norm: float | None = None,
+        privacy: PrivacyConfig = NOT_PRIVATE,
         codec: Codec = NO_COMPRESSION,
     ) -> None:
         self.recipe = recipe
         self.num_classes = num_classes
-        self.max_update_norm = max_update_norm
+        self.max_update_norm, self.clip_update_norm = max_update_norm, clip_update_norm
+        self.privacy = privacy
         self.bounds = bounds
         self.tags = client_tags(metrics)
         """Name -> tag of each metric that a client may send."""
@@ -187,6 +193,8 @@ class ResultSchema:
             experiment.running,
             config.method.metrics,
             config.strategy.normalize_steps,
+            config.strategy.clip_update_norm,
+            config.privacy,
             experiment.uplink,
         )
 
@@ -235,6 +243,8 @@ class RoundSchema:
 
     def __init__(self, schema: ResultSchema, invitation: Invitation, shared: State) -> None:
         self.schema, self.shared, self.round_number = schema, shared, invitation.round_number
+        self.is_silent = schema.privacy.is_on and not invitation.audit
+        """Whether clients send nothing but their model."""
         self.received = invitation.model
         self._counted = {name: float(invitation.model[name]) for name in schema.counters}
 
@@ -249,16 +259,29 @@ class RoundSchema:
             Refused: they are not what a client that follows the method can have.
         """
         limits = self.limits(result.client)
-        check_weights(result.parts, limits.weights)
+        if self.schema.privacy.is_on:
+            check_private_weights(result.parts)
+        else:
+            check_weights(result.parts, limits.weights)
+        if self.is_silent:
+            if result.sums or result.counts or result.statistics:
+                raise Refused("BadReply: it holds more than a model, which `privacy.kind` forbids")
+            return self._with_checked_models(result, limits)
         self._check_sums(result.sums, limits)
         check_loss(training_loss(result.sums), self.schema.bounds)
         self._check_counts(result.counts, limits)
         self._check_statistics(result.statistics, limits.method)
+        return self._with_checked_models(result, limits)
+
+    def _with_checked_models(self, result: ClientResult, limits: ClientLimits) -> ClientResult:
         parts: dict[str, ModelPart] = {}
         for part, (state, weight) in result.parts.items():
             prefix = f"{part}/" if len(result.parts) > 1 else ""
             parts[part] = ModelPart(self._in_order(prefix, state), weight)
             self._check_model(prefix, parts[part].state, limits.method.steps)
+            if self.schema.clip_update_norm is not None:
+                short = clipped(parts[part].state, self.received, self.schema.parameters, self.schema.clip_update_norm)
+                parts[part] = ModelPart(short, weight)
         return result._replace(parts=parts)
 
     def _in_order(self, prefix: str, state: StateDict) -> StateDict:
@@ -327,7 +350,9 @@ class RoundSchema:
         if not self._is_in_range(state):
             self._check_arrays(prefix, state, steps)
         if self.schema.max_update_norm is not None:
-            self._check_distance(state, self.schema.max_update_norm)
+            self._check_distance(state, "strategy.max_update_norm", self.schema.max_update_norm)
+        if self.schema.privacy.kind == "server":  # with client, the noise is on it
+            self._check_distance(state, "privacy.clipping_norm", self.schema.privacy.limit)
 
     def _is_in_range(self, state: StateDict) -> bool:
         """Returns whether all numbers of a model are in range, by one look at all; False if that cannot tell."""
@@ -347,18 +372,10 @@ class RoundSchema:
             if name in self._counted and largest > self._counted[name] + PER_DRAW * steps:
                 raise Refused(f"BadReply: {what} counts {largest:.0f} batches, more than it can have seen")
 
-    def _check_distance(self, state: StateDict, most: float) -> None:
-        moved = [
-            float((state[name].cpu().double() - start.cpu().double()).square().sum())
-            for name, start in self.received.items()
-            if name in self.schema.parameters
-        ]
-        distance = math.sqrt(math.fsum(moved))
-        if distance > most:
-            raise Refused(
-                f"TooFar: its model is {distance:g} from the one it was sent, and `strategy.max_update_norm` is "
-                f"{most:g}"
-            )
+    def _check_distance(self, state: StateDict, key: str, most: float) -> None:
+        found = distance(state, self.received, self.schema.parameters)
+        if found > most:
+            raise Refused(f"TooFar: its model is {found:g} from the one it was sent, and `{key}` is {most:g}")
 
 
 def training_loss(sums: Counts) -> float:
@@ -376,6 +393,17 @@ def check_weights(parts: Mapping[str, ModelPart], most: Mapping[str, float]) -> 
         if not 0 <= weight <= most[part] * (1 + 1e-9):
             name = weight_name(part, len(parts))
             raise Refused(f"BadReply: `{name}` (={weight}) must lie in [0, {most[part]:g}], as what it holds allows")
+
+
+def check_private_weights(parts: Mapping[str, ModelPart]) -> None:
+    """Checks that a weight tells nothing of a client's data, see `fedlabel.privacy.private_upload`.
+
+    Raises:
+        Refused: it is not 1.
+    """
+    for part, (_, weight) in parts.items():
+        if weight != 1:
+            raise Refused(f"BadReply: `{weight_name(part, len(parts))}` (={weight}) must be 1 with `privacy.kind`")
 
 
 def weight_name(part: str, parts: int) -> str:

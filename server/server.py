@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from fedlabel.cohort import Invitation, compressed
 from fedlabel.compression import moved
 from fedlabel.data.sets.config import NODES
@@ -13,8 +15,10 @@ from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import Start
+from fedlabel.privacy import private_mean
 from fedlabel.record.results import is_evaluated
 from fedlabel.record.run_folder import RunFolder
+from fedlabel.seeding import numpy_generator
 from server.asynchronous import Asynchronous
 from server.blocks import BlockResult, cut_into_blocks, cut_into_tasks
 from server.checkpoint import save_checkpoint
@@ -134,10 +138,12 @@ class Server:
         unfit, model = "", None
         try:
             with self._spans.part("reduce", "cohort"):
-                model = combine(self._strategy, number, blocks, self._experiment.initial_state, self.config.seed)
+                model = combine(self._strategy, number, blocks, self._experiment.initial_state)
         except CannotCombine as error:
             unfit = f"Strategy {error}"
         if model is not None:
+            if self.config.privacy.kind == "server":
+                model = self._private(invitation, model, tally)
             model = self._pacing.moved(invitation.model, model)
             if invitation.encoded is not None:
                 model = self._own(model, invitation.model, state.model)
@@ -149,6 +155,14 @@ class Server:
             variances = self._experiment.running.variances
             check_model(model, variances, f"Strategy {self.config.strategy.name} made", number, "step in strategy.args")
         return tally, model
+
+    def _private(self, invitation: Invitation, mean: StateDict, tally: RoundTally) -> StateDict:
+        """Returns the mean of clipped models with noise, see `private_mean`."""
+        # Real clients know the seed, and could take noise off again that is drawn from it.
+        seeded = numpy_generator(self.config.seed, "privacy", invitation.round_number)
+        rng = seeded if self._grid.simulated else np.random.default_rng()
+        names, privacy = self._experiment.parameters, self.config.privacy
+        return private_mean(invitation.model, mean, names, tally.num_usable, len(tally.cohort), privacy, rng)
 
     def _own(self, combined: StateDict, received: StateDict, model: StateDict) -> StateDict:
         """Returns the server's own model, moved as the strategy moved the one that clients received.

@@ -38,7 +38,7 @@ from server.grids.flower import FlowerGrid
 from server.rounds import run_rounds
 from server.server import OnRound, Server
 from server.state import ServerState
-from server.strategy import build_strategy
+from server.strategy import build_strategy, check_cohort
 from server.summary import OF_THE_PROCESS, summary
 
 app = ServerApp()
@@ -97,11 +97,17 @@ def run_federation(
         RunError: too few nodes, nodes with other code, or a round in which every client failed.
     """
     strategy = build_strategy(config.strategy)
+    check_cohort(config.strategy, config.cohort_size)
     commit = source_commit()  # now: files may change while the run goes on
     if config.devices.kind != "none" and not grid.simulated:
         raise ConfigError(
             f"`devices.kind` (={config.devices.kind}) simulates devices, and these clients are real: set "
             "devices.kind=none."
+        )
+    if config.attack.kind != "none" and not grid.simulated:
+        raise ConfigError(
+            f"`attack.kind` (={config.attack.kind}) makes simulated clients attack, and these are real: set "
+            "attack.kind=none and attack.share=0."
         )
     experiment = open_on(grid, config)
     torch.set_num_threads(config.grid.threads_per_worker)

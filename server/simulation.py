@@ -23,7 +23,7 @@ from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
 from server.server import OnRound
 from server.server_app import default_name, run_federation
-from server.strategy import build_strategy
+from server.strategy import check_cohort
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def simulate(
             )
     if not resume:
         check_folder(path.parent)
-    build_strategy(resolved.strategy)
+    check_cohort(resolved.strategy, resolved.cohort_size)
     # The user's own files and functions may have been changed since this process read them.
     own = SETS[resolved.data.name].own or resolved.devices.trace
     if own or any(part.module or part.labels_file for part in resolved.supervision.parts):

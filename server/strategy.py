@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AppExitException
-from flwr.serverapp.strategy import FedAvg, FedAvgM, Strategy
+from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedTrimmedAvg, MultiKrum, Strategy
 from torch import Tensor
 
 from fedlabel.cohort import ClientResult
@@ -26,7 +26,6 @@ from fedlabel.methods.batch import StateDict
 from fedlabel.methods.uploads import ModelPart
 from fedlabel.metric_tags import LARGEST_MEAN
 from fedlabel.names import did_you_mean
-from fedlabel.seeding import derive_seed
 from fedlabel.server_config import StrategyConfig
 from server.blocks import BlockResult, WeightedSum
 from server.flower import as_record, as_reply, set_identity
@@ -96,6 +95,8 @@ def build_strategy(config: StrategyConfig) -> Strategy:
     available = _flower_strategies()
     if config.name not in available:
         hint = " FedProx is a term of the local loss: set training.prox_mu." if config.name == "FedProx" else ""
+        if config.name.startswith(_PRIVATE):
+            hint = " Differential privacy is not a strategy here: set privacy.kind=server or client."
         hint = hint or did_you_mean(config.name, strategy_names())
         raise ConfigError(f"`strategy.name` (={config.name}) must be one of {', '.join(strategy_names())}.{hint}")
     strategy_class = available[config.name]
@@ -114,9 +115,30 @@ def build_strategy(config: StrategyConfig) -> Strategy:
             f"`strategy.name` (={config.name}) needs {' and '.join(f'strategy.args.{name}' for name in missing)}: "
             f"{_ARGUMENTS[missing[0]][2]}."
         )
-    if issubclass(strategy_class, FedAvg):
-        return strategy_class(**sampling, **arguments)
-    return cast(Any, strategy_class)(FedAvg(**sampling), **arguments)
+    return strategy_class(**sampling, **arguments)
+
+
+def check_cohort(config: StrategyConfig, cohort_size: int) -> None:
+    """Checks that a cohort is large enough for what a robust strategy promises; Flower's go on without a word, or make
+    no model.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    strategy = build_strategy(config)
+    if isinstance(strategy, FedTrimmedAvg) and 0 < strategy.beta * cohort_size < 1:
+        raise ConfigError(
+            f"`strategy.args.beta` (={strategy.beta:g}) of a cohort of {cohort_size} clients is less than one, so "
+            f"FedTrimmedAvg would trim nobody: take at least {1 / cohort_size:.3g}, or a larger fraction_train."
+        )
+    if isinstance(strategy, (Bulyan, MultiKrum)):
+        most = strategy.num_malicious_nodes
+        least = (4 if isinstance(strategy, Bulyan) else 2) * most + 3
+        if most > 0 and cohort_size < least:
+            raise ConfigError(
+                f"`strategy.args.num_malicious_nodes` (={most}) needs cohorts of at least {least} clients with "
+                f"{config.name}, and `fraction_train` gives {cohort_size}: take fewer, or a larger fraction_train."
+            )
 
 
 def _argument(name: str, value: object) -> int | float:
@@ -132,14 +154,11 @@ _COUNT = (int, lambda value: 0 <= value <= LARGEST, "a whole number of at least 
 _AT_LEAST_ONE = (int, lambda value: 1 <= value <= LARGEST, "a whole number of at least 1")
 _POSITIVE = (float, lambda value: 0 < value < math.inf, "a positive number")
 _SHARE = (float, lambda value: 0 <= value < 1, "a number in [0, 1)")
-_NOT_NEGATIVE = (float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 
 _ARGUMENTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("eta", "eta_l", "tau", "server_learning_rate", "clipping_norm"), _POSITIVE),
-    **dict.fromkeys(("initial_clipping_norm", "clip_norm_lr"), _POSITIVE),
-    **dict.fromkeys(("beta_1", "beta_2", "server_momentum", "target_clipped_quantile"), _SHARE),
-    **dict.fromkeys(("noise_multiplier", "clipped_count_stddev"), _NOT_NEGATIVE),
-    **dict.fromkeys(("num_sampled_clients", "num_nodes_to_select"), _AT_LEAST_ONE),
+    **dict.fromkeys(("eta", "eta_l", "tau", "server_learning_rate"), _POSITIVE),
+    **dict.fromkeys(("beta_1", "beta_2", "server_momentum"), _SHARE),
+    "num_nodes_to_select": _AT_LEAST_ONE,
     "num_malicious_nodes": _COUNT,
     "q": (float, lambda value: 0 <= value <= 10, "a number in [0, 10]"),
     "client_learning_rate": (float, lambda value: 1e-6 <= value <= 1e6, "a number in [0.000001, 1000000]"),
@@ -149,24 +168,26 @@ _ARGUMENTS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 
 
 _FIXED = (
-    {"self", "strategy", "fraction_evaluate", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"}
+    {"self", "fraction_evaluate", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"}
     | {f"{what}_key" for what in ("arrayrecord", "configrecord")}
-    | {"weighted_by_key", "train_loss_key", "selection_rule", "accountant"}
+    | {"weighted_by_key", "train_loss_key", "selection_rule"}
 )
 """Arguments of Flower's strategies that the round loop decides, or that are no numbers."""
 
 _LEFT_OUT = ("Strategy", "Result", "FedProx")
 """FedProx acts on the client: `training.prox_mu`."""
+_PRIVATE = "DifferentialPrivacy"
+"""Flower's wrappers for differential privacy, in whose place stands `privacy` (see docs/decisions/0010-privacy.md)."""
 
 
-def _flower_strategies() -> dict[str, type[Strategy]]:
+def _flower_strategies() -> dict[str, type[FedAvg]]:
     """Returns Flower's strategies that aggregate model weights and need no special clients."""
     found = {
         name: getattr(flower_strategies, name)
         for name in flower_strategies.__all__
-        if name not in _LEFT_OUT and "Xgb" not in name and "ClientSide" not in name
+        if name not in _LEFT_OUT and "Xgb" not in name and not name.startswith(_PRIVATE)
     }
-    return cast(dict[str, type[Strategy]], found)
+    return cast(dict[str, type[FedAvg]], found)
 
 
 def begin_round(strategy: Strategy, round_number: int, model: StateDict, cohort: Sequence[int]) -> None:
@@ -188,20 +209,16 @@ def begin_round(strategy: Strategy, round_number: int, model: StateDict, cohort:
     list(strategy.configure_train(round_number, arrays, ConfigRecord({}), grid))  # its messages are not sent
 
 
-def combine(
-    strategy: Strategy, round_number: int, blocks: Iterable[BlockResult], like: StateDict, seed: int = 0
-) -> StateDict | None:
+def combine(strategy: Strategy, round_number: int, blocks: Iterable[BlockResult], like: StateDict) -> StateDict | None:
     """Returns the strategy's new global model, or None if no result has a positive weight.
 
-    Only `WeightedMean` can work on a stream; Flower's strategies want a list, and divide by the sum of weights. Those
-    that add noise draw it from numpy's global generator, which is a function of (seed, round) while they do.
+    Only `WeightedMean` can work on a stream; Flower's strategies want a list, and divide by the sum of weights.
 
     Args:
         strategy: any.
         round_number: 1-based.
         blocks: the clients' results, in client order.
         like: a model with the names, types and device of the new one.
-        seed: of the run.
 
     Raises:
         CannotCombine: Flower's strategy does not work with these results (too few for it, say).
@@ -212,11 +229,12 @@ def combine(
             total.merge(WeightedSum.of(block.results) if block.total is None else block.total)
         return total.mean(like)
     results = [result for block in blocks for result in block.results]
-    weighted = [as_reply(result) for result in results if next(iter(result.parts.values())).weight > 0]
+    # These compute |x - y|^2 as |x|^2 + |y|^2 - 2 x y: in single precision that is noise where weights are far larger
+    # than updates.
+    double = isinstance(strategy, (Bulyan, MultiKrum))
+    weighted = [as_reply(result, double) for result in results if next(iter(result.parts.values())).weight > 0]
     if not weighted:
         return None
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(derive_seed(seed, "strategy", round_number) % 2**32)  # noqa: NPY002
     try:
         with np.errstate(all="ignore"):  # what is not finite is looked for in the result
             combined = strategy.aggregate_train(round_number, weighted)[0]
@@ -224,8 +242,6 @@ def combine(
         logger.debug("Strategy %s failed", type(strategy).__name__, exc_info=True)  # where: the round has its own error
         reason = f"{type(error).__name__}: {error}"
         raise CannotCombine(f"{type(strategy).__name__} cannot combine {len(weighted)} replies ({reason})") from error
-    finally:
-        np.random.set_state(before)  # noqa: NPY002
     if combined is None:
         return None
     return {name: _in_type(combined[name].numpy(), value) for name, value in like.items()}
@@ -276,25 +292,23 @@ def _in_type(mean: np.ndarray, like: Tensor) -> Tensor:
 def strategy_state(strategy: Strategy) -> dict[str, Any]:
     """Returns a strategy's state between rounds (momentum, ...): numbers and arrays, for a checkpoint."""
     state: dict[str, Any] = {}
-    for owner, prefix in ((strategy, ""), (getattr(strategy, "strategy", None), "strategy.")):
-        for name, value in vars(owner).items() if owner is not None else ():
-            if isinstance(value, (int, float)) or value is None:
-                state[prefix + name] = value
-            elif isinstance(value, ArrayRecord):
-                state[prefix + name] = {"record": {key: array.numpy() for key, array in value.items()}}
-            elif isinstance(value, dict) and all(isinstance(item, (np.ndarray, np.generic)) for item in value.values()):
-                state[prefix + name] = {"arrays": {key: np.array(item) for key, item in value.items()}}
-            elif isinstance(value, list) and value and all(isinstance(item, np.ndarray) for item in value):
-                state[prefix + name] = {"list": list(value)}
+    for name, value in vars(strategy).items():
+        if isinstance(value, (int, float)) or value is None:
+            state[name] = value
+        elif isinstance(value, ArrayRecord):
+            state[name] = {"record": {key: array.numpy() for key, array in value.items()}}
+        elif isinstance(value, dict) and all(isinstance(item, (np.ndarray, np.generic)) for item in value.values()):
+            state[name] = {"arrays": {key: np.array(item) for key, item in value.items()}}
+        elif isinstance(value, list) and value and all(isinstance(item, np.ndarray) for item in value):
+            state[name] = {"list": list(value)}
     return state
 
 
 def restore_strategy(strategy: Strategy, state: Mapping[str, Any]) -> None:
     """Restores the result of `strategy_state`."""
     for name, value in state.items():
-        owner = cast(Any, strategy).strategy if name.startswith("strategy.") else strategy
         if isinstance(value, dict) and "record" in value:
             value = ArrayRecord({key: Array(item) for key, item in value["record"].items()})
         elif isinstance(value, dict):
             value = value.get("arrays", value.get("list"))
-        setattr(owner, name.removeprefix("strategy."), value)
+        setattr(strategy, name, value)

@@ -9,6 +9,7 @@ from typing import Any
 from fedlabel.experiment import Experiment
 from fedlabel.hardware import describe_hardware, source_hash, versions
 from fedlabel.learning.metrics import add_counts
+from fedlabel.privacy import PrivacyConfig
 from fedlabel.record.names import SECONDS
 from fedlabel.record.results import averaged_rounds, best_row, summarize
 from server.selection import select_key
@@ -37,6 +38,7 @@ def summary(rows: Sequence[Mapping[str, Any]], experiment: Experiment, commit: s
     return {
         **results,
         **({"selected_round": chosen["round"]} if chosen is not None else {}),
+        **({"privacy": _privacy(rows, config.privacy)} if config.privacy.is_on else {}),
         "rounds": len(rows),
         "last_tenth": averaged_rounds(rows),
         "seed": config.seed,
@@ -52,6 +54,18 @@ def summary(rows: Sequence[Mapping[str, Any]], experiment: Experiment, commit: s
         "versions": versions(),
         "hardware": describe_hardware(experiment.device),
         "command": sys.argv,
+    }
+
+
+def _privacy(rows: Sequence[Mapping[str, Any]], config: PrivacyConfig) -> dict[str, object]:
+    """Returns the guarantee of a run, see docs/privacy.md."""
+    return {
+        "epsilon": rows[-1]["privacy/epsilon"] if rows else 0.0,
+        "delta": config.spent_at,
+        "neighbours": "all data of one client replaced",
+        "noise_at": config.kind,
+        "clipping_norm": config.clipping_norm,
+        "noise_multiplier": config.noise_multiplier,
     }
 
 

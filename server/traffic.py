@@ -32,6 +32,7 @@ class ResultBytes:
     """The size of results; their models are all of one size."""
 
     def __init__(self, schema: ResultSchema) -> None:
+        self._only_models = schema.privacy.is_on
         parts = schema.parts
         prefixes = [f"{part}/" if len(parts) > 1 else "" for part in parts]
         arrays = sum(model_bytes(schema.sent, prefix) for prefix in prefixes)
@@ -40,7 +41,11 @@ class ResultBytes:
         """Of models and weights alone, which is the same for all clients."""
 
     def of(self, result: ClientResult) -> int:
-        """Returns the size of a result, whether or not its model is still in it."""
+        """Returns the size of a result, whether or not its model is still in it. Under `privacy` a client sends no more
+        than its model; what else is there is the evaluator's.
+        """
+        if self._only_models:
+            return self.models
         numbers = _lists_bytes(result.sums) + _lists_bytes(result.counts)
         return self.models + numbers + _statistics_bytes(result.statistics)
 

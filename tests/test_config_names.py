@@ -66,7 +66,7 @@ def test_a_key_with_a_dot_in_a_file(tmp_path) -> None:
 
 def test_all_that_is_suggested_exists() -> None:
     known = {key for method in METHODS.values() for key in all_keys(ExperimentConfig, method)}
-    known |= {"strategy.args.eta", "strategy.args.server_learning_rate"}
+    known |= {"strategy.args.eta", "strategy.args.server_learning_rate", "strategy.args.num_malicious_nodes"}
     assert {key for keys in CALLED_ELSEWHERE.values() for key in keys} <= known
 
 

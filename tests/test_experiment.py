@@ -12,7 +12,6 @@ def experiment(*overrides: str) -> Experiment:
 
 
 BATCH_CNN = ["model.name=cnn", "model.norm=batch"]
-CLIPPED = [f"strategy.args.{key}=1" for key in ("noise_multiplier", "clipping_norm", "num_sampled_clients")]
 
 
 @pytest.mark.parametrize(
@@ -21,7 +20,6 @@ CLIPPED = [f"strategy.args.{key}=1" for key in ("noise_multiplier", "clipping_no
         ("FedAdam", BATCH_CNN, "running_mean"),
         ("FedAvgM", BATCH_CNN, "running_mean"),
         ("QFedAvg", [*BATCH_CNN, "strategy.args.client_learning_rate=0.1"], "running_mean"),
-        ("DifferentialPrivacyServerSideFixedClipping", [*BATCH_CNN, *CLIPPED], "running_mean"),
         (
             "FedAdam",
             ["model.name=torchvision:resnet18"],

@@ -88,7 +88,8 @@ def export_experiment(experiment: Experiment, path: Path, held_out: bool) -> Non
     deployed = deployed_config(config, path, held_out)  # refuses what cannot be deployed before anything is written
     budgets = [part.count_epsilon for part in config.supervision.parts if part.count_epsilon is not None]
     images, test = experiment.images, experiment.evaluates_on.split.images
-    export_federation(experiment.federation, images, test, path, held_out, min(budgets, default=None))
+    own, epsilon = experiment.federation, experiment.labels.label_epsilon
+    export_federation(own, images, test, path, held_out, min(budgets, default=None), epsilon)
     with naming(path):
         (path / CONFIG_YAML).write_text(to_yaml(deployed), encoding="utf-8")
         (path / README).write_text(_readme(config, path, held_out), encoding="utf-8")

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from fedlabel.checks import at_least, finite, in_unit_interval, one_of, positive, within
+from fedlabel.data.labels.imprecision import response_error
 from fedlabel.inference.transition import diagonal_transition, from_counts, gradient_step
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import SLACK, Limits, Shared, check_counts, check_shares, nothing_shared
 from fedlabel.methods.uploads import PhaseResult
 
+NOT_LEARNED = ("fixed", "known")
+"""Values of `NoiseMatrix.form` with which T stays as it is."""
 MAX_ANNOTATORS = 1000
 """Each has a matrix of its own."""
 
@@ -132,7 +135,8 @@ class NoiseMatrix:
 
     form: str = "closed"
     """closed: from expected counts over all of a client's samples, once a round. gradient: a step of gradient descent
-    with every batch. fixed: the initial T."""
+    with every batch. fixed: the initial T. known: the T of the randomised response that the labels are from
+    (`supervision.label_epsilon`), which is not learned."""
     scope: str = "global"
     """global: one T for the federation. client: each client has its own, which never leaves it. prior (form=closed):
     a client's T is its own counts plus `strength` counts per class of the global T, for annotators who differ."""
@@ -155,7 +159,7 @@ class NoiseMatrix:
 
     def __post_init__(self) -> None:
         section = "method.noise"
-        one_of(self, section, form=("closed", "gradient", "fixed"), scope=("global", "client", "prior"))
+        one_of(self, section, form=("closed", "gradient", *NOT_LEARNED), scope=("global", "client", "prior"))
         if self.scope == "prior" and self.form != "closed":
             raise ValueError(
                 f"`method.noise.scope` (=prior) adds up counts, which `method.noise.form` (={self.form}) does not "
@@ -171,7 +175,7 @@ class NoiseMatrix:
     @property
     def own(self) -> bool:
         """Whether each client learns its own T."""
-        return self.scope != "global" and self.form != "fixed"
+        return self.scope != "global" and self.form not in NOT_LEARNED
 
     def initial(self, num_classes: int) -> Tensor:
         """Returns the start, (matrices, classes, classes).
@@ -186,12 +190,26 @@ class NoiseMatrix:
             )
         return diagonal_transition(num_classes, self.start).expand(self.annotators, -1, -1).clone()
 
-    def shared(self, num_classes: int, labels_of_set: int) -> Shared:
-        """Returns the state that the server shares; labels_of_set: see `FederatedTransition`.
+    def shared(self, num_classes: int, labels_of_set: int, label_epsilon: float | None) -> Shared:
+        """Returns the state that the server shares.
+
+        Args:
+            num_classes: how many classes.
+            labels_of_set: see `FederatedTransition`.
+            label_epsilon: see `LabelCard`.
 
         Raises:
-            ValueError: see `initial`.
+            ValueError: see `initial`; or T is to be known and is not.
         """
+        if self.form == "known":
+            if label_epsilon is None:
+                raise ValueError(
+                    "`method.noise.form` (=known) needs noisy labels that all come from one "
+                    "supervision.noise=randomized_response: take method.noise.form=closed, or fixed with "
+                    "method.noise.start."
+                )
+            known = diagonal_transition(num_classes, response_error(label_epsilon, num_classes))
+            return FixedTransition(known.expand(self.annotators, -1, -1).clone())
         initial = self.initial(num_classes)
         if self.form == "gradient":
             return nothing_shared if self.scope == "client" else AveragedLogits(initial, self.lr, labels_of_set)
@@ -210,7 +228,7 @@ class NoiseMatrix:
         classes, device = candidates.shape[-1], candidates.device
         if self.form == "closed":
             return {"expected_counts": torch.zeros(self.annotators, classes, classes, device=device)}
-        if self.form == "fixed":
+        if self.form in NOT_LEARNED:
             return {}
         own = {"own_logits": self.initial(classes).log().to(device)} if self.own else {}
         return {**own, "noisy_samples": torch.zeros((), device=device)}

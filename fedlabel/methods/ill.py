@@ -196,7 +196,8 @@ class ILL(Method):
                 f"`method.noise.annotators` (={self.noise.annotators}) must be 1, one matrix for all, or as many as "
                 f"the data have: {task.labels.annotators}."
             )
-        matrix = self.noise.shared(task.num_classes, task.num_classes if self.set_likelihood.kind == "product" else 1)
+        labels_of_set = task.num_classes if self.set_likelihood.kind == "product" else 1
+        matrix = self.noise.shared(task.num_classes, labels_of_set, task.labels.label_epsilon)
         kinds = LabelKinds
         return Recipe(
             stages=(

@@ -14,6 +14,7 @@ from server.observers.evaluation import EvaluationObserver
 from server.observers.functions import FunctionObserver
 from server.observers.noise import NoiseErrorObserver, NoiseObserver
 from server.observers.panel import PanelObserver
+from server.observers.privacy import PrivacyObserver
 from server.observers.pseudo_labels import PseudoLabelObserver
 from server.observers.training import SystemObserver, TrainingObserver
 
@@ -37,6 +38,8 @@ TRUTH: dict[str, Callable[[Experiment], Observer]] = {
 def observers_of(experiment: Experiment, remembered: Mapping[str, Any], simulated: bool) -> dict[str, Observer]:
     """Returns a run's observers by name; remembered: the results of `Observer.dump` in a checkpoint."""
     made = {name: make(experiment) for name, make in {**EVERYWHERE, **(TRUTH if simulated else {})}.items()}
+    if experiment.config.privacy.is_on:
+        made["privacy"] = PrivacyObserver(experiment, simulated)
     for name, kept in remembered.items():
         if name in made:
             made[name].load(kept)

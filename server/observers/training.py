@@ -23,18 +23,17 @@ class SystemObserver(Observer):
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""
         tally, counts = seen.tally, seen.counts
-        forward, backward = counts.get("passes", [0.0, 0.0])
         metrics = {
             "comm/bytes_up": float(tally.bytes_up),
             "comm/bytes_down": float(tally.bytes_down),
-            "train/forward_samples": forward,
-            "train/backward_samples": backward,
             "system/failed_clients": float(tally.num_failed),
             "system/refused_replies": float(tally.refused),
             "system/stacked_clients": float(tally.num_stacked),
             "system/round_seconds": time.perf_counter() - seen.started,
         }
         metrics |= {f"system/{name}": value for name, value in tally.pace.items()}
+        if "passes" in counts:  # real clients under `privacy` send none
+            metrics["train/forward_samples"], metrics["train/backward_samples"] = counts["passes"]
         if "claimed_bytes" in counts:
             metrics["comm/claimed_bytes_up"], metrics["comm/claimed_bytes_down"] = counts["claimed_bytes"]
         return Report(metrics)

@@ -13,6 +13,7 @@ from clients.client_app import app
 from fedlabel.config import load_config, to_yaml
 from fedlabel.data.federation import Federation
 from fedlabel.experiment import open_experiment
+from fedlabel.hardware import source_hash
 from fedlabel.learning.metrics import COUNTED
 from fedlabel.methods.shared import state_to_lists
 from tests.integration.local_nodes import LocalNodes
@@ -102,6 +103,40 @@ def test_a_real_client_does_not_look_at_hidden_labels(
         votes = torch.tensor(counts["function_counts"]).view(-1, 4)
         assert not votes[:, 2:].any()  # none is known to be right, or wrong
         assert float(torch.tensor(counts["function_votes"]).sum()) > 0
+
+
+PRIVATE = (
+    *("method.name=supervised", "training.weight_by=uniform", "privacy.kind=server", "privacy.clipping_norm=0.1"),
+    *("privacy.noise_multiplier=1", "supervision.label_rate=0.3"),
+)
+
+
+def test_a_private_client_does_not_send_its_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A traceback may hold data; it stays in the client's own log."""
+    pytest.importorskip("dp_accounting", reason="an optional dependency")
+
+    def fail(self: object, client: int) -> None:
+        raise ValueError("the label of Alice is 7")
+
+    monkeypatch.setitem(SETTINGS, "supervised", PRIVATE)
+    monkeypatch.setitem(ROUND, "supervised", 1)
+    monkeypatch.setattr(fedlabel.experiment.Experiment, "client_data", fail)
+    with pytest.raises(AssertionError, match="its own log says why") as caught, caplog.at_level("ERROR", "fedlabel"):
+        answer("supervised")
+    assert "Alice" not in str(caught.value)
+    assert "Alice" in caplog.text
+
+
+def test_a_private_client_does_not_say_how_many_samples_it_holds() -> None:
+    pytest.importorskip("dp_accounting", reason="an optional dependency")
+    for keys, said in ((PRIVATE, False), (PRIVATE[:1], True)):
+        record = ConfigRecord({"experiment": to_yaml(load_config([], [*TINY, *keys])), "source-hash": source_hash()})
+        message = Message(RecordDict({"ask": record}), 1, "query")
+        message.metadata.__dict__["_message_id"] = "asked"
+        reply = LocalNodes(app, 2).answer(message)
+        assert ("num-samples" in reply.content["identity"]) is said
 
 
 @pytest.mark.parametrize("method", SETTINGS)

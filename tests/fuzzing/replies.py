@@ -150,7 +150,7 @@ class Honest:
         if recipe.helpers is not None:
             pool = HelperPool(self.experiment, recipe.helpers)
             blocks = pool.watch(blocks)
-        made = combine(strategy, number, blocks, self.experiment.initial_state, config.seed)
+        made = combine(strategy, number, blocks, self.experiment.initial_state)
         assert all(line.startswith(("Round ", "    ")) for text in tally.failures for line in text.split("\n"))
         assert all(text.replace("\n", "").isprintable() for text in tally.failures)
         shared = recipe.shared.update(self.order.shared, tally.statistics(torch.device("cpu")))

@@ -41,7 +41,7 @@ FORMS = {
 def test_what_is_shared_sent_kept_and_shown(form: str, scope: str) -> None:
     """After a round in which a client learnt, from one sample with label 1 that is certainly of class 0."""
     noise, names = NoiseMatrix(form=form, scope=scope), FORMS[form, scope]
-    closed_form = noise.shared(3, 1)
+    closed_form = noise.shared(3, 1, None)
     shared = closed_form.start()
     sent = closed_form.broadcast(shared)
     assert (shared.keys(), sent.keys()) == (names.shared, names.broadcast)
@@ -69,7 +69,7 @@ def test_what_is_shared_sent_kept_and_shown(form: str, scope: str) -> None:
 
 @pytest.mark.parametrize(("form", "scope"), [("closed", "global"), ("closed", "client"), ("fixed", "global")])
 def test_rows_that_are_no_distributions_are_refused(form: str, scope: str) -> None:
-    closed_form = NoiseMatrix(form=form, scope=scope).shared(3, 1)
+    closed_form = NoiseMatrix(form=form, scope=scope).shared(3, 1, None)
     with pytest.raises(ValueError, match="transition must be probabilities"):
         closed_form.check({**closed_form.start(), "transition": 2 * START[None]})
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fedlabel
 from fedlabel.data.labels.supervision import Supervision
 from fedlabel.inference.imprecise import (
     SetLikelihood,
@@ -375,7 +377,7 @@ def test_annotators_have_matrices_of_their_own() -> None:
 def test_warm_up_and_decay() -> None:
     """Clients of rounds 1 and 2 have the start; then the counts are those of the round plus half of what was there,
     without the first round's, and a class without counts keeps its row."""
-    closed_form = NoiseMatrix(warmup_rounds=2, decay=0.5, smoothing=2.0).shared(CLASSES, 1)
+    closed_form = NoiseMatrix(warmup_rounds=2, decay=0.5, smoothing=2.0).shared(CLASSES, 1, None)
     start = closed_form.start()
     counts = torch.tensor([[[5.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]])
     shared = closed_form.update(start, {"counts": 7 * counts})
@@ -498,7 +500,7 @@ def test_set_of_all_and_nothing_known_are_one_loss() -> None:
         (partial(ILL, lambda_u=-1), r"`method.lambda_u` \(=-1\) must be a finite number of at least 0"),
         (partial(ILL, top_k=0), r"`method.top_k` \(=0\) must be at least 1"),
         (partial(ILL, alignment_ema=1.0), r"`method.alignment_ema` \(=1.0\) must lie in \[0, 1\)"),
-        (partial(NoiseMatrix, form="em"), r"`method.noise.form` \(=em\) must be one of closed, gradient, fixed"),
+        (partial(NoiseMatrix, form="em"), r"`method.noise.form` \(=em\) must be one of closed, gradient, fixed, known"),
         (partial(NoiseMatrix, scope="x"), r"`method.noise.scope` \(=x\) must be one of global, client, prior"),
         (partial(NoiseMatrix, form="gradient", scope="prior"), r"scope` \(=prior\) adds up counts.*form=closed"),
         (partial(NoiseMatrix, start=1.0), r"`method.noise.start` \(=1.0\) must lie in \(0, 1\)"),
@@ -517,6 +519,38 @@ def test_set_of_all_and_nothing_known_are_one_loss() -> None:
 def test_errors(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_known_matrix_is_that_of_the_randomised_response_and_stays() -> None:
+    """Epsilon ln 6 of 3 classes: 6 / 8 on the diagonal, 1 / 8 beside it. No statistic of it leaves a client."""
+    method = ILL(noise=NoiseMatrix(form="known"))
+    recipe = method.recipe(task(label_epsilon=math.log(6)))
+    shared = recipe.shared.start()
+    expected = torch.full((3, 3), 1 / 8) + torch.eye(3) * 5 / 8
+    torch.testing.assert_close(recipe.inspect(shared)["noise_matrix"], expected[None])
+    assert recipe.shared.statistics({**recipe.memory.start(torch.ones(1, 3, dtype=torch.bool)), **shared}) == {}
+    assert recipe.shared.update(shared, {}) is shared
+    with pytest.raises(ValueError, match=r"`method.noise.form` \(=known\) needs noisy labels that all come from one"):
+        method.recipe(task())
+
+
+def test_known_matrix_beats_cross_entropy_on_randomised_responses(tmp_path: Path) -> None:
+    """Epsilon 1.5 leaves 33 % of the labels of digits right, the other classes have 7 % each. After 80 passes over
+    them, ILL with the known T has .897, .861 (seeds 0, 1), cross-entropy .656, .683."""
+    quick = ("evaluation.figures=false", "evaluation.every=8", "device=cpu")
+    plain = (
+        *("method.name=supervised", "num_clients=5", "fraction_train=1.0", "num_rounds=8", "partition.kind=iid"),
+        *("supervision.kind=noisy", "supervision.noise=randomized_response", "supervision.label_epsilon=1.5"),
+        *("training.local_epochs=10", "training.batch_size=32", "training.momentum=0.9", "training.weight_by=size"),
+        *("model.name=mlp", "evaluation.panel_samples=0", "data.name=digits"),
+    )
+    runs = {"known": ("experiment/randomized_response_digits.yaml", ()), "plain": ((), plain)}
+    found = {
+        name: fedlabel.run(file, overrides=[*keys, *quick], name=name, out=tmp_path).summary["eval/accuracy"]["last"]
+        for name, (file, keys) in runs.items()
+    }
+    assert found["known"] > 0.8
+    assert found["known"] > found["plain"] + 0.1
 
 
 def test_wrong_number_of_annotators_is_named() -> None:

@@ -258,12 +258,7 @@ def state_of(**arrays: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize("name", strategy_names())
 def test_what_any_strategy_remembers_is_accepted(name: str, tmp_path: Path) -> None:
-    clips = {"noise_multiplier": 0.1, "num_sampled_clients": 3}
-    arguments = {
-        "DifferentialPrivacyServerSideAdaptiveClipping": clips,
-        "DifferentialPrivacyServerSideFixedClipping": {**clips, "clipping_norm": 1.0},
-        "QFedAvg": {"client_learning_rate": 0.03},
-    }.get(name, {})
+    arguments = {"QFedAvg": {"client_learning_rate": 0.03}, "FedTrimmedAvg": {"beta": 0.4}}.get(name, {})
     args = [f"strategy.args.{key}={value}" for key, value in arguments.items()]
     quick = ("evaluation.figures=false", "num_rounds=2", "training.local_steps=1")
     run = run_tiny(tmp_path, "x", *quick, f"strategy.name={name}", *args).path

@@ -10,7 +10,7 @@ import fedlabel
 from fedlabel.cohort import ClientResult
 from fedlabel.methods import METHODS
 from fedlabel.metric_tags import client_tags, find_tag
-from server.schema import RoundSchema
+from server.schema import Refused, RoundSchema
 
 TINY = (
     *("num_clients=3", "fraction_train=1.0", "partition.kind=dirichlet", "data.train_samples=150", "model.name=mlp"),
@@ -63,11 +63,17 @@ OTHER_FORMS = {
 
 @pytest.mark.parametrize("name", [*METHODS, *OTHER_FORMS])
 def test_honest_clients_are_not_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And every metric that a run writes is declared, those as a client's that clients send and no others."""
+    """And every metric that a run writes is declared, those as a client's that clients send and no others. No client
+    can make any of its statistics a million times as large: each shared state bounds them by what the client holds."""
     check, sent = RoundSchema.check, set()
 
     def watching(self: RoundSchema, result: ClientResult) -> ClientResult:
         sent.update(result.sums)
+        for statistic, value in result.statistics.items():
+            if value.any():
+                exaggerated = {**result.statistics, statistic: 1e6 * value}
+                with pytest.raises(Refused, match="statistic|class_mean|class_share|anchor"):
+                    check(self, result._replace(statistics=exaggerated))
         return check(self, result)
 
     monkeypatch.setattr(RoundSchema, "check", watching)

@@ -24,6 +24,7 @@ from server.strategy import (
     WeightedMean,
     begin_round,
     build_strategy,
+    check_cohort,
     combine,
     reply_bounds,
     restore_strategy,
@@ -130,19 +131,38 @@ def test_flower_strategies_by_name(name: str, args: dict[str, float], expected: 
     assert float(found["w"]) == pytest.approx(expected)
 
 
+def test_krum_sees_small_updates_of_large_weights() -> None:
+    """Weights of 100, updates of .01: |x|^2 is 1e8 times |x - y|^2, which is lost in single precision. The fourth of
+    five clients is in the middle of the four honest ones."""
+    places = [(0.01, 0.0), (-0.01, 0.0), (0.0, 0.01), (0.0, 0.001), (0.5, 0.5)]
+    results = [result(1.0, model(w=np.concatenate([np.full(5000, 100.0), np.add(100.0, place)]))) for place in places]
+    found = combined(build_strategy(StrategyConfig("Krum", {"num_malicious_nodes": 1})), results)
+    assert found is not None
+    assert found["w"].dtype == torch.float32
+    assert torch.equal(found["w"], results[3].parts["model"].state["w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "cohort", "reason"),
+    [
+        ("FedTrimmedAvg", {"beta": 0.2}, 4, "of a cohort of 4 clients is less than one, .* take at least 0.25"),
+        ("Krum", {"num_malicious_nodes": 2}, 6, r"`strategy.args.num_malicious_nodes` \(=2\) needs .* at least 7"),
+        ("MultiKrum", {"num_malicious_nodes": 2}, 6, "cohorts of at least 7 clients with MultiKrum"),
+        ("Bulyan", {"num_malicious_nodes": 2}, 10, "cohorts of at least 11 clients with Bulyan"),
+    ],
+)
+def test_cohorts_too_small_for_a_robust_strategy_are_refused(
+    name: str, args: dict[str, float], cohort: int, reason: str
+) -> None:
+    config = StrategyConfig(name, args)
+    check_cohort(config, cohort + 1)
+    with pytest.raises(ConfigError, match=reason):
+        check_cohort(config, cohort)
+
+
 def test_every_listed_strategy_aggregates_finite_weights() -> None:
-    args = {
-        "QFedAvg": {"client_learning_rate": 0.1},
-        "DifferentialPrivacyServerSideFixedClipping": {
-            "noise_multiplier": 0.0,
-            "clipping_norm": 10.0,
-            "num_sampled_clients": 5,
-        },
-        "DifferentialPrivacyServerSideAdaptiveClipping": {"noise_multiplier": 0.0, "num_sampled_clients": 5},
-    }
+    args = {"QFedAvg": {"client_learning_rate": 0.1}}
     for name in strategy_names():
-        if name == "DifferentialPrivacyServerSideAdaptiveClipping":
-            continue
         strategy = build_strategy(StrategyConfig(name, args.get(name, {})))
         begin_round(strategy, 1, model(w=0.5), range(5))
         found = combined(strategy, FIVE)
@@ -195,6 +215,8 @@ def test_strategy_errors_name_key_and_choices() -> None:
         build_strategy(StrategyConfig("FedAdams"))
     with pytest.raises(ConfigError, match="FedProx is a term of the local loss: set training.prox_mu"):
         build_strategy(StrategyConfig("FedProx"))
+    with pytest.raises(ConfigError, match="Differential privacy is not a strategy here: set privacy.kind=server"):
+        build_strategy(StrategyConfig("DifferentialPrivacyServerSideFixedClipping"))
     with pytest.raises(ConfigError, match="has weighted_by_key, which FedAdam does not take"):
         build_strategy(StrategyConfig("FedAdam", {"weighted_by_key": "x"}))
     with pytest.raises(ConfigError, match="has etaa, which FedAdam does not take; allowed: .*eta"):

@@ -17,6 +17,7 @@ scaled so that sets have the size that `partial_ratio` asks for.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,8 @@ from fedlabel.seeding import derive_seed, torch_generator
 HIDDEN, EPOCHS, STEPS, BATCH = 64, 3, 150, 128
 """The small network: its hidden layer, and how it is trained (Adam, learning rate .001): for so many epochs, and where
 these are fewer steps (few samples, of which it would have learnt nothing), for so many steps at least."""
+_LARGEST_EXPONENT = 700.0
+"""Beyond it e^x is no float64."""
 MNIST_PAIRS = {7: 1, 2: 7, 5: 6, 6: 5, 3: 8}
 ASYMMETRIC = {
     "cifar10": {9: 1, 2: 0, 3: 5, 5: 3, 4: 7},  # truck, bird, cat, dog, deer
@@ -226,6 +229,11 @@ def swap_truth(candidates: np.ndarray, truth: np.ndarray, noise_rate: float, rng
     return swapped
 
 
+def response_error(epsilon: float, num_classes: int) -> float:
+    """Returns the probability with which randomised response gives a wrong class, see `LabelKind.label_epsilon`."""
+    return (num_classes - 1) / (math.exp(epsilon) + num_classes - 1) if epsilon < _LARGEST_EXPONENT else 0.0
+
+
 def draw_noisy_labels(
     truth: np.ndarray,
     rows: np.ndarray,
@@ -242,6 +250,11 @@ def draw_noisy_labels(
     if part.noise == "symmetric":
         hit = rng.permutation(len(truth))[: round(part.noise_rate * len(truth))]
         noisy[hit] = rng.integers(num_classes, size=len(hit))
+    elif part.noise == "randomized_response":
+        assert part.label_epsilon is not None
+        # Each label by itself: an exact number of wrong ones would tell of the last from the others.
+        hit = np.flatnonzero(rng.random(len(truth)) < response_error(part.label_epsilon, num_classes))
+        noisy[hit] = (truth[hit] + rng.integers(1, num_classes, size=len(hit))) % num_classes
     elif part.noise == "instance":
         weights = sources.probabilities[rows].copy() + 1e-4
         doubt = 1 - weights[np.arange(len(truth)), truth]

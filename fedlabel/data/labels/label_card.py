@@ -32,6 +32,8 @@ class LabelCard(NamedTuple):
     noisy_counts: bool = False
     """Whether the counts of some bags have noise (`supervision.count_epsilon`). A supervision record does not contain
     it; `Experiment` sets it from the configuration."""
+    label_epsilon: float | None = None
+    """`supervision.label_epsilon`, if all noisy labels are randomised responses with this one; set likewise."""
 
     @property
     def functions(self) -> int:

@@ -13,7 +13,7 @@ COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
 HOLDERS = ("clients", "server", "some_clients")
 CANDIDATES = ("uniform", "similar", "instance")
 ON_ERROR = ("abstain", "stop")
-NOISE = ("symmetric", "asymmetric", "pair_flip", "instance", "file")
+NOISE = ("symmetric", "asymmetric", "pair_flip", "instance", "randomized_response", "file")
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,16 @@ class LabelKind:
     noise: str = "symmetric"
     """Kinds with noisy labels. symmetric: a class drawn from all, the true one among them. asymmetric: a fixed similar
     class, defined for MNIST, digits, Fashion-MNIST and CIFAR. pair_flip: the next class. instance (our own noise, not
-    that of Xia et al., 2020): a wrong class that a small network predicts, for the samples that it finds hard. file:
-    from `labels_file`."""
+    that of Xia et al., 2020): a wrong class that a small network predicts, for the samples that it finds hard.
+    randomized_response: by `label_epsilon`. file: from `labels_file`."""
     noise_rate: float = 0.0
     """noisy: the share of samples whose label is redrawn (symmetric: from all classes, so that of 10 classes a rate of
     .4 leaves .64 of the labels right), exact per federation (symmetric, instance) or class (asymmetric, pair_flip).
     partial: the probability that a class outside the set replaces the true class in it."""
+    label_epsilon: float | None = None
+    """noise=randomized_response: each label is epsilon-differentially private by itself (Warner, 1965; Kairouz et al.,
+    "Extremal Mechanisms for Local Differential Privacy", NeurIPS 2014): of C classes it is the true one with
+    probability e^epsilon / (e^epsilon + C - 1), else one of the others. A simulation: the noise comes from `seed`."""
     labels_file: str | None = None
     """noise=file: a .npz, .npy, CSV or Parquet file below `data.root` (data.name=npz or table: beside it), with labels
     in the order of the data set's training samples; of a table whose test set is split off: of all rows of its file, of
@@ -170,7 +174,18 @@ class LabelKind:
             )
 
     def _check_noise(self) -> None:
-        from_file = self.noise == "file"
+        from_file, responds = self.noise == "file", self.noise == "randomized_response"
+        positive(self, "supervision", "label_epsilon", null=True)
+        if responds != (self.label_epsilon is not None):
+            raise ValueError(
+                f"`supervision.noise` (={self.noise}) and `supervision.label_epsilon` (={self.label_epsilon}) belong "
+                "together: give both (noise=randomized_response, and its epsilon), or none."
+            )
+        if responds and self.kind == "partial_and_noisy":
+            raise ValueError(
+                "`supervision.noise` (=randomized_response) protects labels, and the candidate sets of "
+                "supervision.kind=partial_and_noisy contain the true class: take supervision.kind=noisy."
+            )
         if from_file != (self.labels_file is not None):
             raise ValueError(
                 f"`supervision.noise` (={self.noise}) and `supervision.labels_file` (={self.labels_file}) belong "
@@ -183,10 +198,11 @@ class LabelKind:
                     "supervision.labels_file, or leave it out."
                 )
         if self.has_noisy_labels:
-            if from_file == (self.noise_rate > 0):
+            if (from_file or responds) == (self.noise_rate > 0):
                 raise ValueError(
                     f"`supervision.noise_rate` (={self.noise_rate}) must be above 0 for supervision.kind={self.kind}, "
-                    "and is not given for supervision.noise=file, where the file has the noise."
+                    "and is not given for supervision.noise=file, where the file has the noise, and "
+                    "randomized_response, where it follows from supervision.label_epsilon."
                 )
         elif self.noise != "symmetric" or (self.noise_rate > 0 and self.kind != "partial"):
             raise ValueError(

@@ -50,8 +50,10 @@ def client_folder(client: int) -> str:
     return f"client-{client:03d}"
 
 
-def federation_schema(federation: Federation) -> Schema:
-    """Returns the schema of a simulated federation, with the normalisation of its own training set."""
+def federation_schema(federation: Federation, label_epsilon: float | None = None) -> Schema:
+    """Returns the schema of a simulated federation, with the normalisation of its own training set; label_epsilon: see
+    `Schema`.
+    """
     dataset = federation.dataset
     columns: tuple[Column, ...] = ()
     if dataset.tabular:
@@ -74,12 +76,19 @@ def federation_schema(federation: Federation) -> Schema:
         columns=columns,
         annotators=tuple(f"annotator {place + 1}" for place in range(record.annotations.shape[1])),
         functions=tuple(report.name for report in federation.functions),
+        label_epsilon=label_epsilon,
     )
     return parse_schema(schema.text, "The schema of this federation")  # its checks are those of every schema
 
 
 def export_federation(
-    federation: Federation, train: Tensor, test: Tensor, path: Path, held_out: bool, epsilon: float | None = None
+    federation: Federation,
+    train: Tensor,
+    test: Tensor,
+    path: Path,
+    held_out: bool,
+    count_epsilon: float | None = None,
+    label_epsilon: float | None = None,
 ) -> Schema:
     """Writes a folder for each client, the schema, and the server's test set, and returns the schema.
 
@@ -89,7 +98,8 @@ def export_federation(
         test: likewise of the evaluation split.
         path: a new or empty folder.
         held_out: whether each client gets its share of the evaluation split as held-out samples, and the server none.
-        epsilon: privacy budget of the counts of bags; None: they have no noise.
+        count_epsilon: privacy budget of the counts of bags; None: they have no noise.
+        label_epsilon: see `Schema`.
 
     Raises:
         ValueError: the server holds labels, a name cannot be written, or there is something in the folder.
@@ -100,7 +110,7 @@ def export_federation(
             f"The server holds {counted(len(federation.server_rows), 'labelled sample')}, for which a deployment has "
             "no place: take supervision.labels_at=clients."
         )
-    schema = federation_schema(federation)
+    schema = federation_schema(federation, label_epsilon)
     make_folder(path)
     with naming(path):
         if any(path.iterdir()):
@@ -113,7 +123,7 @@ def export_federation(
         inputs = [(train, "train", own), (test, "test", tested)]
         folder = path / client_folder(client)
         _write_inputs(folder, inputs, tables)
-        _write_labels(folder, federation.record.rows(own), schema, labels[tested].tolist(), epsilon)
+        _write_labels(folder, federation.record.rows(own), schema, labels[tested].tolist(), count_epsilon)
     if not held_out:
         everything = torch.arange(len(labels))
         _write_inputs(path / TEST_FOLDER, [(test, "test", everything)], tables)

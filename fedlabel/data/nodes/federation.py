@@ -81,8 +81,10 @@ class Holding(NamedTuple):
             raise ValueError("its annotators or labelling functions are not those of the schema")
         if any(len(votes) != classes or sum(votes) > card.asked for votes in card.votes):
             raise ValueError("its votes are more than its samples, or for other classes than the schema's")
-        if type(card.noisy_counts) is not bool:
-            raise ValueError("whether its counts of bags have noise must be true or false")
+        if type(card.noisy_counts) is not bool or card.label_epsilon is not None:
+            raise ValueError(
+                "whether its counts of bags have noise must be true or false, and no label_epsilon be given"
+            )
 
 
 def sum_cards(cards: Sequence[LabelCard]) -> LabelCard:
@@ -117,12 +119,13 @@ def parse_agreement(text: str) -> Agreement:
         content = json.loads(text)
         card = content["card"]
         votes = tuple(tuple(int(count) for count in row) for row in card.pop("votes"))
-        noisy_counts = bool(card.pop("noisy_counts"))
+        noisy_counts, schema_text = bool(card.pop("noisy_counts")), str(content["schema"])
+        del card["label_epsilon"]  # it is the schema's
         found = LabelCard(**{key: int(count) for key, count in card.items()}, votes=votes, noisy_counts=noisy_counts)
-        schema_text = str(content["schema"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"The server's agreement cannot be read ({type(error).__name__}).") from error
-    return Agreement(parse_schema(schema_text, "The server's schema"), found)
+    schema = parse_schema(schema_text, "The server's schema")
+    return Agreement(schema, found._replace(label_epsilon=schema.label_epsilon))
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +243,7 @@ def server_federation(schema: Schema, holdings: Sequence[Holding], test: Path | 
     Raises:
         DataError: the test set cannot be read.
     """
-    nothing = _nothing(schema)
+    nothing, card = _nothing(schema), sum_cards([holding.card for holding in holdings])
     sizes = np.array([holding.card.samples for holding in holdings], dtype=np.int64)
     classes, annotators, functions = len(schema.classes), len(schema.annotators), len(schema.functions)
     record = Supervision(
@@ -259,7 +262,7 @@ def server_federation(schema: Schema, holdings: Sequence[Holding], test: Path | 
         in_sets=np.zeros(0, dtype=bool),
         server_rows=NOTHING,
         test_bags=None,
-        agreement=Agreement(schema, sum_cards([holding.card for holding in holdings])),
+        agreement=Agreement(schema, card._replace(label_epsilon=schema.label_epsilon)),
         holdings=tuple(holdings),
     )
 

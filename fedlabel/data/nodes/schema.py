@@ -72,6 +72,8 @@ class Schema:
     """Who may have given noisy labels, besides the columns `noisy_label` and `noisy_candidates`."""
     functions: tuple[str, ...] = ()
     """Labelling functions whose votes a node may hold."""
+    label_epsilon: float | None = None
+    """Privacy budget of the noisy labels, if all are randomised responses with this one."""
 
     @property
     def tabular(self) -> bool:
@@ -88,6 +90,7 @@ class Schema:
             found |= {"shape": list(self.shape), "mean": list(self.mean), "std": list(self.std)}
             found |= {"allow_flip": self.allow_flip}
         found |= {name: list(value) for name in ("annotators", "functions") if (value := getattr(self, name))}
+        found |= {"label_epsilon": self.label_epsilon} if self.label_epsilon is not None else {}
         return str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=120))
 
     @property
@@ -193,6 +196,7 @@ def _read(content: object) -> Schema:
         columns=columns,
         annotators=_names(content, "annotators"),
         functions=_names(content, "functions"),
+        label_epsilon=_number(content, "label_epsilon") if "label_epsilon" in content else None,
     )
 
 
@@ -214,6 +218,8 @@ def _checked(schema: Schema) -> Schema:
     for key in ("classes", "annotators", "functions"):
         _check_names(key, getattr(schema, key))
     _check_names("columns", [column.name for column in schema.columns])
+    if schema.label_epsilon is not None and schema.label_epsilon <= 0:
+        raise _Wrong(f"`label_epsilon` (={schema.label_epsilon}) must be above 0.")
     if len(schema.classes) < 2:
         raise _Wrong(f"`classes` (={list(schema.classes)}) must name at least 2 classes.")
     if apart := [name for name in schema.classes if SEPARATOR in name]:

@@ -19,6 +19,7 @@ from fedlabel.data.labels.imprecision import (
     draw_candidates,
     draw_noisy_labels,
     majority,
+    response_error,
     scale_to_mean,
     swap_truth,
 )
@@ -27,6 +28,7 @@ from fedlabel.data.labels.supervision_config import LabelKind
 from fedlabel.data.sets.config import DataConfig, DataError
 from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.loaders import Split
+from fedlabel.inference.transition import diagonal_transition
 
 K = 10
 N = 20_000
@@ -155,6 +157,57 @@ def test_at_noise_rate_one_exactly_one_swap_unless_the_set_is_everything() -> No
     shares = np.bincount(newcomer, minlength=K) / 9000
     assert np.abs(shares - [0, *[1 / 9] * 9]).max() < 4 * math.sqrt(1 / 9 * 8 / 9 / 9000)
     assert (swap_truth(before, truth, 0.0, rng(1)) == before).all()
+
+
+# ------------------------------------------------------------------------------------------------ randomised response
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_randomised_response_has_the_matrix_that_is_known(epsilon: float, classes: int) -> None:
+    """T[y, y] = e^epsilon / (e^epsilon + C - 1), the rest evenly; so no label is more than e^epsilon times as probable
+    under one class as under another. Each entry within 4 standard deviations."""
+    part = LabelKind(kind="noisy", noise="randomized_response", label_epsilon=epsilon, label_rate=None)
+    truth = np.arange(classes).repeat(20_000)
+    given = draw_noisy_labels(truth, np.arange(len(truth)), classes, part, sources(blank(classes=classes)), rng())[:, 0]
+    found = np.stack([np.bincount(given[truth == label], minlength=classes) / 20_000 for label in range(classes)])
+    right = math.exp(epsilon) / (math.exp(epsilon) + classes - 1)
+    known = diagonal_transition(classes, response_error(epsilon, classes)).numpy()
+    np.testing.assert_allclose(known.diagonal(), right, rtol=1e-6)
+    np.testing.assert_allclose(known.sum(1), 1, rtol=1e-6)
+    assert known.max() / known.min() == pytest.approx(math.exp(epsilon), rel=1e-5)
+    assert (np.abs(found - known) < 4 * np.sqrt(known * (1 - known) / 20_000)).all()
+
+
+def test_the_number_of_wrong_responses_is_chance() -> None:
+    """An exact number would tell of the last label from all others."""
+    part = LabelKind(kind="noisy", noise="randomized_response", label_epsilon=1.0, label_rate=None)
+    truth, like = truths(500), sources(blank())
+    wrong = {int((labels_of(truth, part, like, seed=seed) != truth).sum()) for seed in range(8)}
+    assert len(wrong) > 3
+
+
+def test_a_huge_epsilon_is_no_noise() -> None:
+    assert response_error(1e6, 10) == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"noise": "randomized_response"}, r"`supervision.label_epsilon` \(=None\) belong together"),
+        ({"label_epsilon": 1.0, "noise_rate": 0.3}, r"`supervision.noise` \(=symmetric\) and `supervision.label_eps"),
+        (
+            {"noise": "randomized_response", "label_epsilon": 1.0, "noise_rate": 0.1},
+            "follows from supervision.label_eps",
+        ),
+        ({"noise": "randomized_response", "label_epsilon": 0.0}, "must be a positive number"),
+    ],
+)
+def test_impossible_randomised_responses_are_refused(keys: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        LabelKind(kind="noisy", label_rate=None, **keys)
+    with pytest.raises(ValueError, match="candidate sets of .* contain the true class"):
+        LabelKind(kind="partial_and_noisy", partial_ratio=0.3, noise="randomized_response", label_epsilon=1.0)
 
 
 # ------------------------------------------------------------------------------------------------------ scale_to_mean

@@ -221,7 +221,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         match=r"`data.name` \(=cifar_10\) must be one of digits, .*npz, .*table, nodes\. Did you mean cifar10\?",
     ):
         DataConfig(name="cifar_10")
-    with pytest.raises(DataError, match=r"`data.name` \(=zzz\) must be one of digits, .*npz, .*table\.$"):
+    with pytest.raises(DataError, match=r"`data.name` \(=zzz\) must be one of digits, .*npz, .*table, nodes\.$"):
         DataConfig(name="zzz")
 
 
