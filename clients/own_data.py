@@ -19,10 +19,13 @@ from fedlabel.data.nodes.federation import Holding, as_json, node_federation, pa
 from fedlabel.data.nodes.files import FolderError
 from fedlabel.data.nodes.folder import NodeData, read_node_folder
 from fedlabel.data.nodes.schema import Schema, parse_schema
+from fedlabel.data.sets.config import DataError
+from fedlabel.errors import FileError, file_error
 from fedlabel.experiment import Experiment
 from fedlabel.learning.evaluation import EvaluationSums
 from fedlabel.learning.metrics import CALIBRATION_BINS
 from fedlabel.methods.batch import State, StateDict
+from fedlabel.names import counted
 
 logger = logging.getLogger("fedlabel")
 DATA, CLIENT, SHARE = "data", "client", "share-evaluation"
@@ -102,12 +105,14 @@ def evaluate_own(experiment: Experiment, round_number: int, models: dict[str, St
 def _folder(folder: Path, schema: Schema) -> NodeData:
     try:
         return _read(folder, schema, _stamp(folder))
-    except FolderError as error:  # the cells of a folder are not the server's affair
+    except (DataError, FileError) as error:  # paths and cells of a folder are not the server's affair
         logger.error("%s", error)
-        count = len(error.defects)
+        found = (
+            counted(len(error.defects), "defect") if isinstance(error, FolderError) else "a file that cannot be read"
+        )
         raise ValueError(
-            f"The node's folder has {count} {'defect' if count == 1 else 'defects'}; its log names them, and so does "
-            "`fedlabel data check` there."
+            f"The node's folder has {found}, or does not fit the schema; its log says more, and so does `fedlabel data "
+            "check` there."
         ) from None
 
 
@@ -120,7 +125,8 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
             for status in [path.stat()]
         )
     except OSError as error:
-        raise ValueError("The node's folder (`data` in --node-config) cannot be read: its log says why.") from error
+        logger.error("%s", file_error(error, folder))
+        raise ValueError("The node's folder (`data` in --node-config) cannot be read: its log says why.") from None
 
 
 @lru_cache(maxsize=FOLDERS)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,6 +142,28 @@ def test_nodes_without_a_number_are_numbered_by_the_server(held_out: Exported) -
     assert_same_weights(final_weights(path), final_weights(expected))
 
 
+def test_rows_of_a_table_are_deployed_like_images(tmp_path: Path) -> None:
+    """With missing numbers and categories, of which some nodes lack one."""
+    rng = np.random.default_rng(0)
+    job, label = rng.choice(["nurse", "cook", "a, quoted"], 120), rng.integers(0, 2, 120)
+    age = [f"{40 + 20 * rng.normal():.3f}" if rng.random() < 0.9 else "" for _ in range(120)]
+    rows = [f'{a},"{j}",{n}' for a, j, n in zip(age, job, np.where(label, "yes", "no"), strict=True)]
+    (tmp_path / "table.csv").write_text("\n".join(["age,job,bought", *rows, '1,"seldom",yes']) + "\n")
+    options = ["data.name=table", f"data.root={tmp_path / 'table.csv'}", "data.label_column=bought"]
+    options += ["method.name=supervised", "supervision.label_rate=0.8"]
+    exported = Exported(tmp_path, [*(o for o in FOUR_KINDS if not o.startswith("supervision")), *options], True)
+    deployed = exported.run("deployed")
+    assert_same_weights(final_weights(deployed), final_weights(exported.simulated))
+    row, there = comparable_metrics(deployed)[-1], comparable_metrics(exported.simulated)[-1]
+    assert row["eval/accuracy"] == there["eval/accuracy"]
+    assert "eval/auc" in there
+    assert "eval/auc" not in row  # it does not add up
+    schema = load_schema(exported.path / "schema.yaml")
+    for client in range(4):
+        data = read_node_folder(exported.path / client_folder(client), schema)
+        assert torch.equal(data.inputs, exported.experiment.client_data(client).images)
+
+
 def test_what_the_server_writes_and_gets_has_no_sample(held_out: Exported) -> None:
     path = held_out.run("written", "num_rounds=1")
     written = json.loads((path / "partition.json").read_text())
@@ -177,7 +200,9 @@ def test_defects_of_a_folder_stay_at_the_node(
         file.write("secret" + "," * (folder / "labels.csv").read_text().split("\n")[0].count(",") + "\n")
     grid = held_out.grid()
     grid._grid.node_configs[1]["data"] = str(folder)  # type: ignore[attr-defined]
-    with pytest.raises(RunError, match="The node's folder has . defects?; its log names them") as caught:
+    with pytest.raises(
+        RunError, match="The node's folder has 1 defect, or does not fit the schema; its log says more"
+    ) as caught:
         open_on(grid, held_out.config())
     assert "secret" not in str(caught.value)
     assert "secret" in caplog.text

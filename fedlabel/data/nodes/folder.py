@@ -112,12 +112,12 @@ class _Reading:
     def held_out(self) -> Split:
         """Returns the samples of the split test, each with its label."""
         rows, found = self.raw.labels, np.full(self.raw.size, NO_CLASS)
-        for row, text in self._cells(rows, LABEL):
+        for row, text in self._cells(rows, LABEL, test=True):
             found[rows.samples[row]] = self._class(rows.file, row, LABEL, text)
         others = [name for name in rows.columns if name not in (LABEL, SPLIT)]
         for name in others:
-            for row, text in self._cells(rows, name):
-                if text and self.raw.is_test[rows.samples[row]]:
+            for row, text in self._cells(rows, name, test=True):
+                if text:
                     self.defects.add(rows.file, row, f"a sample of the split test has a `label`, and no {shown(name)}.")
         without = np.flatnonzero(self.raw.is_test & (found < 0))
         if len(without) and not self.defects.found:
@@ -169,10 +169,10 @@ class _Reading:
             numbers.append(read.values)
         return self.schema.features(numbers, categories)
 
-    def _cells(self, rows: Rows, name: str) -> Iterator[tuple[int, str]]:
-        """Yields row and text of a column, of the rows that belong to a sample."""
-        there = rows.samples.tolist()
-        return ((row, text) for row, text in enumerate(rows.columns.get(name, [])) if there[row] >= 0)
+    def _cells(self, rows: Rows, name: str, test: bool = False) -> Iterator[tuple[int, str]]:
+        """Yields row and text of a column, of the rows of training samples; test: of the held-out ones."""
+        wanted = ((rows.samples >= 0) & (self.raw.is_test[rows.samples] == test)).tolist()
+        return ((row, text) for row, text in enumerate(rows.columns.get(name, [])) if wanted[row])
 
     def _class(self, file: str, row: int, column: str, text: str) -> int:
         """Returns the number of a class, -1 for an empty cell or a defect."""
