@@ -328,8 +328,8 @@ class ExperimentConfig:
             )
         if self.method.oracle_labels:
             raise ValueError(
-                f"`method.name` (={self.method.name}) learns from all true labels, which real nodes have not: take "
-                "method.name=supervised, which learns from those that there are."
+                "`method.oracle_labels` (=True) reveals all true labels, which real nodes have not: take "
+                "method.oracle_labels=false, to learn from those that there are."
             )
 
     def _check_labels(self) -> None:

@@ -70,8 +70,8 @@ def test_images_are_named_by_their_path(tmp_path: Path) -> None:
     assert data.names == ("a.png", "b/1.png", "b/2.png")
     assert data.inputs[:, 0, 0, 0].tolist() == [100, 0, 200]
     assert data.record.label.tolist() == [-1, -1, 2]
+    Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "a" / "images" / "a.png")
     with pytest.raises(DataError, match=r"images are \[3, 4, 5\] .* and by the schema \[1, 4, 5\]"):
-        Image.new("RGB", (5, 4), (1, 2, 3)).save(tmp_path / "a" / "images" / "a.png")
         read_node_folder(tmp_path / "a", IMAGES)
 
 
@@ -189,9 +189,10 @@ def test_a_folder_without_inputs_or_with_two_kinds_is_refused(tmp_path: Path) ->
         read_node_folder(folder, IMAGES)
     with pytest.raises(DataError, match="holds images, and by the schema the inputs are a table"):
         read_node_folder(write(tmp_path / "images"), TABLE)
+    rows = "\n".join(f"{n},cat,test" for n in range(8))
+    tests = write(tmp_path / "tests", labels=f"sample,label,split\n{rows}")
     with pytest.raises(DataError, match="all are of the split test"):
-        rows = "\n".join(f"{n},cat,test" for n in range(8))
-        read_node_folder(write(tmp_path / "tests", labels=f"sample,label,split\n{rows}"), IMAGES)
+        read_node_folder(tests, IMAGES)
 
 
 def test_a_test_folder_is_its_split_or_all_of_it(tmp_path: Path) -> None:
