@@ -108,7 +108,9 @@ def test_evaluation_on_what_nodes_hold_out_equals_that_of_all_in_one_place(held_
 
 
 def test_a_node_that_agrees_has_its_own_accuracy_shown(held_out: Exported) -> None:
-    deployed = held_out.run("shared", "num_rounds=1", **{"share-evaluation": True})
+    """Nothing else of a simulation is shown, such as a panel of samples."""
+    overrides = ("num_rounds=1", "evaluation.panel_samples=4", "evaluation.figures=true")
+    deployed = held_out.run("shared", *overrides, **{"share-evaluation": True})
     row, there = comparable_metrics(deployed)[0], comparable_metrics(held_out.simulated)[0]
     assert row["eval/client_accuracy"] == there["eval/client_accuracy"]
     assert row["eval/worst_client_accuracy"] == there["eval/worst_client_accuracy"]
