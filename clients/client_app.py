@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import cast
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.mods import remembering, told
 from clients.own_data import evaluate_own, holding_record, open_own, refuse_folder
+from clients.trust import Refusal, allowed_by, check_request, error_reply, is_simulation_worker, may_audit, min_count_of
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
 from fedlabel.experiment import Experiment, open_experiment
@@ -17,9 +18,9 @@ from fedlabel.hardware import source_hash
 from fedlabel.learning.metrics import means
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
+from fedlabel.shown import shown
 
-app = ClientApp()
-logger = logging.getLogger("fedlabel")
+app = ClientApp(mods=[told, remembering])
 
 
 @app.query()
@@ -27,16 +28,24 @@ def query(message: Message, context: Context) -> Message:
     """Answers the server's query: the client's id, the hash of its code and, if that equals the server's, its number of
     samples.
     """
+    try:
+        return _identity(message, context)
+    except Exception as error:
+        return error_reply(message, error)
+
+
+def _identity(message: Message, context: Context) -> Message:
     asked = message.content.config_records["ask"]
     if "schema" in asked:  # a run of nodes with data of their own
         answer = ConfigRecord({"source-hash": source_hash()})
-        if asked["source-hash"] == source_hash():
+        if asked.get("source-hash") == source_hash():
+            _check(asked, context)
             answer.update(holding_record(context, str(asked["schema"])))
         return Message(RecordDict({"identity": answer}), reply_to=message)
     client = _client(context)
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
     if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
-        experiment = open_experiment(str(asked["experiment"]))
+        experiment = _open(asked, context)
         parts = experiment.federation.parts
         if not experiment.config.privacy.is_on:
             answer["num-samples"] = len(parts[client]) if client < len(parts) else 0
@@ -45,9 +54,18 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Runs one local round and returns the model, its weight and counts; never samples, labels or posteriors."""
+    """Runs one local round and returns the model, its weight and counts; never samples, labels or posteriors. What is
+    in a reply is listed in docs/trust.md.
+    """
+    try:
+        return _round(message, context)
+    except Exception as error:
+        return error_reply(message, error)
+
+
+def _round(message: Message, context: Context) -> Message:
     record = message.content.config_records["config"]
-    experiment, client = _open(context, record)
+    experiment, client = _open_with_client(record, context)
     torch.set_num_threads(experiment.config.grid.threads_per_worker)
     round_number = int(record["server-round"])  # type: ignore[arg-type]
     encoded = {name: _to_state(arrays, experiment) for name, arrays in message.content.array_records.items()}
@@ -65,13 +83,11 @@ def train(message: Message, context: Context) -> Message:
         received.pop("previous", {}),
         {client: received},
         {client: float(record.get("work", 1.0))},  # type: ignore[arg-type]
-        audit=bool(record.get("audit", False)),
+        audit=may_audit(context, record.get("audit")),
+        min_count=min_count_of(context),
     )
     (result,) = train_cohort(experiment, invitation, [client], [memory])
     if isinstance(result, Exception):
-        if experiment.config.privacy.is_on:  # a traceback may hold data, and Flower sends it
-            logger.error("The round failed", exc_info=result)
-            raise RuntimeError("the client's round failed; its own log says why (privacy.kind)")
         raise result
     if result.kept:
         context.state["memory"] = _record(result.kept)
@@ -83,8 +99,16 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluates the global model on the node's own held-out samples and returns sums; see `EvaluationSums`."""
+    """Evaluates the global model on the samples that a node with data of its own holds out; returns sums."""
+    try:
+        return _evaluation(message, context)
+    except Exception as error:
+        return error_reply(message, error)
+
+
+def _evaluation(message: Message, context: Context) -> Message:
     record = message.content.config_records["config"]
+    _check(record, context)
     experiment, _ = open_own(context, record)
     torch.set_num_threads(experiment.config.grid.threads_per_worker)
     models = {}
@@ -97,11 +121,34 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(sums, reply_to=message)
 
 
-def _open(context: Context, record: ConfigRecord) -> tuple[Experiment, int]:
-    """Returns the experiment of a message, and the node's client number in it."""
+def _open_with_client(record: ConfigRecord, context: Context) -> tuple[Experiment, int]:
+    """Returns the experiment that a message is about, and the number of the node's client in it; see `_check`."""
     if "agreement" in record:
+        _check(record, context)
         return open_own(context, record)
-    return open_experiment(str(record["experiment"])), _client(context)
+    return _open(record, context), _client(context)
+
+
+def _open(record: ConfigRecord, context: Context) -> Experiment:
+    """Returns the experiment that a message is about; see `_check`."""
+    _check(record, context)
+    return open_experiment(str(record["experiment"]))
+
+
+def _check(record: ConfigRecord, context: Context) -> None:
+    """Checks what a server asks for.
+
+    Raises:
+        Refusal: the server has other code, or its configuration names what this node does not allow.
+    """
+    text, code = str(record["experiment"]), record.get("source-hash")
+    if code != source_hash():
+        raise Refusal(
+            f"the server runs other code (hash {shown(str(code), 64)}, at this node {source_hash()}): install the same "
+            "version of fedlabel on both"
+        )
+    if not is_simulation_worker():
+        check_request(text, allowed_by(context))
 
 
 def _kept(context: Context, name: str, experiment: Experiment) -> State:
@@ -151,7 +198,7 @@ def _reply(result: ClientResult) -> RecordDict:
 def _client(context: Context) -> int:
     refuse_folder(context)
     if "partition-id" not in context.node_config:
-        raise ValueError(
+        raise Refusal(
             "This node has no `partition-id`: start the SuperNode with "
             '--node-config "partition-id=0" (0, 1, ... below num_clients, each once).'
         )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Context, RecordDict
 
+from clients.trust import Refusal
 from fedlabel.config import parse_config
 from fedlabel.data.nodes.federation import Holding, as_json, node_federation, parse_agreement
 from fedlabel.data.nodes.files import FolderError
@@ -39,10 +40,10 @@ def node_folder(context: Context) -> Path:
     """Returns the folder that the node was started with.
 
     Raises:
-        ValueError: it was started without one.
+        Refusal: it was started without one.
     """
     if DATA not in context.node_config:
-        raise ValueError(
+        raise Refusal(
             "The run is of nodes with data of their own (data.name=nodes), and this node was started without: give "
             """the SuperNode --node-config 'data="FOLDER"' (see docs/data.md)."""
         )
@@ -50,9 +51,9 @@ def node_folder(context: Context) -> Path:
 
 
 def refuse_folder(context: Context) -> None:
-    """Raises a ValueError if the node was started with a folder, for a run that would not read it."""
+    """Raises a Refusal if the node was started with a folder, for a run that would not read it."""
     if DATA in context.node_config:
-        raise ValueError(
+        raise Refusal(
             "This node was started with data of its own (`data` in --node-config), and the run takes the clients' "
             "samples from a named data set: run it with data.name=nodes, or start the node without `data`."
         )
@@ -62,7 +63,7 @@ def holding_record(context: Context, schema_text: str) -> ConfigRecord:
     """Returns what the node tells of its data.
 
     Raises:
-        ValueError: its folder cannot be used.
+        Refusal: its folder cannot be used.
     """
     schema = parse_schema(schema_text, "The server's schema")
     record = ConfigRecord({"holding": as_json(Holding.of(_folder(node_folder(context), schema)))})
@@ -110,9 +111,9 @@ def _folder(folder: Path, schema: Schema) -> NodeData:
         found = (
             counted(len(error.defects), "defect") if isinstance(error, FolderError) else "a file that cannot be read"
         )
-        raise ValueError(
-            f"The node's folder has {found}, or does not fit the schema; its log says more, and so does `fedlabel data "
-            "check` there."
+        raise Refusal(
+            f"the node's folder has {found}, or does not fit the schema; its log says more, and so does `fedlabel data "
+            "check` there"
         ) from None
 
 
@@ -126,7 +127,7 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
         )
     except OSError as error:
         logger.error("%s", file_error(error, folder))
-        raise ValueError("The node's folder (`data` in --node-config) cannot be read: its log says why.") from None
+        raise Refusal("the node's folder (`data` in --node-config) cannot be read; its log says why") from None
 
 
 @lru_cache(maxsize=FOLDERS)

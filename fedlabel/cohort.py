@@ -16,6 +16,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.learning.audit import against_truth, votes_against_truth
 from fedlabel.learning.client import ClientUpdate, LocalRound, train_clients
 from fedlabel.learning.metrics import Counts
+from fedlabel.learning.suppression import without_few, without_tiny
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.uploads import ModelPart
 from fedlabel.privacy import private_upload
@@ -42,6 +43,8 @@ class Invitation(NamedTuple):
     all are missing."""
     audit: bool = True
     """Whether the clients are simulated, so that their hidden labels may be compared with their pseudo-labels."""
+    min_count: int = 1
+    """A real node's own `privacy.min_count`, which is not sent; the larger one counts."""
     encoded: Invitation | None = None
     """The same with models as the arrays that travel, if they are compressed; the models here are the decoded ones."""
 
@@ -198,16 +201,22 @@ def _sent(experiment: Experiment, invitation: Invitation, result: ClientResult, 
 
 
 def _round(experiment: Experiment, invitation: Invitation, client: int, memory: State) -> LocalRound:
-    kept = {name: value.to(experiment.device) for name, value in without_residuals(memory).items()}
+    data = without_tiny(experiment.client_data(client), _least(experiment, invitation))
+    known = without_residuals(memory) if len(data.images) else {}
+    kept = {name: value.to(experiment.device) for name, value in known.items()}
     further = {"previous": invitation.previous} if invitation.previous else {}
     return LocalRound(
-        experiment.client_data(client),
+        data,
         experiment.client_seed(client, invitation.round_number),
         {**kept, **invitation.shared},
         {**further, **invitation.helpers.get(client, {})},
         client,
         invitation.work.get(client, 1.0),
     )
+
+
+def _least(experiment: Experiment, invitation: Invitation) -> int:
+    return max(experiment.config.privacy.min_count, invitation.min_count)
 
 
 def _result(experiment: Experiment, invitation: Invitation, client: int, update: ClientUpdate) -> ClientResult:
@@ -235,6 +244,10 @@ def _private(experiment: Experiment, invitation: Invitation, result: ClientResul
 
 
 def _honest_result(experiment: Experiment, invitation: Invitation, client: int, update: ClientUpdate) -> ClientResult:
+    if (least := _least(experiment, invitation)) > 1:
+        supervision, tags = experiment.federation.supervision(client), experiment.trainer.tags
+        arguments = (supervision, experiment.recipe, invitation.shared, tags, least, invitation.audit)
+        update = without_few(update, *arguments)
     counts: Counts = {"passes": [float(update.forward), float(update.backward)]}
     if experiment.config.strategy.normalize_steps:
         counts["steps"] = [float(update.steps)]

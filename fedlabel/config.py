@@ -37,6 +37,7 @@ from fedlabel.data.sets.config import NODES, DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.devices.config import DevicesConfig, PopulationPart
 from fedlabel.errors import is_file
+from fedlabel.learning.prior import PriorConfig
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS, describe_error, method_class
 from fedlabel.methods.fedlabel import FedLabel
@@ -87,12 +88,18 @@ class GridConfig:
     a GPU it waits for the device after each part of a step, which makes rounds slower. Of real nodes only the server is
     measured. Not kept in a run's config.yaml: a run is profiled, or resumed, with it or without."""
     connect_timeout: float = no_effect(120.0)
-    """Seconds that the server waits at the start until `num_clients` nodes are connected (Flower's grid)."""
+    """Seconds that the server waits until nodes are connected: at the start until `num_clients` are there, or when the
+    time is up `min_nodes`; in a round, if there are fewer than `min_nodes`, until clients return whose node was lost
+    (Flower's grid)."""
+    min_nodes: int | None = no_effect(None)
+    """Real nodes without which a run does not start, and for whose return a round waits; null: `num_clients`. As long
+    as so many are there, rounds go on with those, and nodes join and return at any time."""
 
     def __post_init__(self) -> None:
         one_of(self, "grid", kind=("in_process", "ray"))
         counts = ("threads_per_worker",) if self.num_workers is None else ("num_workers", "threads_per_worker")
         within(self, "grid", 1, MAX_WORKERS, *counts)
+        at_least(self, "grid", 1, "min_nodes", null=True)
         if self.stack not in ("auto", "off") and not (self.stack.isdecimal() and 1 <= int(self.stack) <= MAX_STACK):
             raise ValueError(
                 f"`grid.stack` (={self.stack}) must be auto, off, or a number of clients in [1, {MAX_STACK}]."
@@ -128,14 +135,31 @@ class EvaluationConfig:
     """Whether figures are drawn (partition.png and TensorBoard's images): about a second per run. For sweeps of
     hundreds of short runs: false."""
     panel_samples: int = no_effect(16)
-    """Unlabelled samples shown with pseudo-label and expert in TensorBoard at the last and each 10 * `every`-th round;
-    0 = no panel (tables have none). Made in the server's process from its own copy of a simulated client; clients
-    receive no request."""
+    """Unlabelled samples shown with pseudo-label and expert in TensorBoard, with the figures; 0 = no panel (tables have
+    none). Made in the server's process from its own copy of a simulated client; clients receive no request."""
 
     def __post_init__(self) -> None:
         at_least(self, "evaluation", 1, "every")
         one_of(self, "evaluation", split=("test", "validation"), select=(None, *SELECT), at=("server", "nodes", "none"))
         within(self, "evaluation", 0, 32, "panel_samples")
+
+
+LEVELS = ("off", "basic", "full")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What a run writes for TensorBoard; metrics.jsonl and summary.json are always written."""
+
+    level: str = no_effect("basic")
+    """off | basic | full. off: nothing, and no figures. basic: all metrics on the pages of the Custom Scalars tab, with
+    texts, and the figures that take little time. full: also clients and classes over the rounds, panels of samples by
+    what is remarkable of them, and the embeddings of a fixed sample for the projector (the last three know the truth,
+    so only in a simulation). Pictures are made at the last round, and at each 10 * `evaluation.every`-th one as long as
+    they take at most 2 % of the run's time; evaluation.figures=false leaves all of them out."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "tracking", level=LEVELS)
 
 
 @dataclass(frozen=True)
@@ -177,6 +201,7 @@ class ExperimentConfig:
     method: Any = field(default_factory=FedLabel)
     """A method's dataclass: `method.name` picks it, the other keys are its fields."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     pacing: PacingConfig = field(default_factory=PacingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -186,6 +211,7 @@ class ExperimentConfig:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -202,12 +228,22 @@ class ExperimentConfig:
         self._check_privacy()
         self._check_labels()
         self._check_nodes()
+        if self.privacy.min_count > 1 and self.strategy.name == "QFedAvg":
+            raise ValueError(
+                f"`strategy.name` (=QFedAvg) goes by clients' losses, which `privacy.min_count` "
+                f"(={self.privacy.min_count}) may leave out: take another strategy."
+            )
         self.method.check_rounds(self.num_rounds)
 
     @property
     def cohort_size(self) -> int:
         """The number of clients that train in a round."""
         return cohort_size(self.num_clients, self.fraction_train)
+
+    @property
+    def draws_figures(self) -> bool:
+        """Whether figures are drawn."""
+        return self.evaluation.figures and self.tracking.level != "off"
 
     def _check_server(self) -> None:
         pacing, sampling, size = self.pacing, self.sampling, self.cohort_size

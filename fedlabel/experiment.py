@@ -33,9 +33,10 @@ from fedlabel.learning.stacked import automatic_size, why_not
 from fedlabel.learning.step import frozen_model
 from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
-from fedlabel.methods.batch import State, StateDict
+from fedlabel.methods.batch import Model, State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import Net, build_model, check_size, running_statistics
+from fedlabel.models.twins import Twins
 from fedlabel.seeding import Draws, derive_seed
 from fedlabel.spans import NoSpans, Recorder, Spans
 from fedlabel.transfer import to_device
@@ -102,7 +103,14 @@ class Experiment:
         self._check_strategy(student)
         graphs = Graphs(capture_on_cuda) if self.device.type == "cuda" and config.grid.cuda_graphs else None
         self.trainer = Trainer(
-            student, self.teacher, self.transform, config.training, config.method.metrics, graphs, self.spans
+            student,
+            self.teacher,
+            self.transform,
+            config.training,
+            config.method.metrics,
+            graphs,
+            self.spans,
+            config.prior,
         )
         self.stack = self._stack(student)
         """About how many clients in a row train as one stack, at most; 1: none."""
@@ -377,6 +385,24 @@ class Experiment:
         """
         return self._evaluate(round_number, states, shared, self.evaluates_on)
 
+    def predictor(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> Model | None:
+        """Returns the global model as the method defines it, for normalised images; None where there is none as yet.
+
+        Args:
+            round_number: see `evaluate`.
+            states: see there.
+            shared: see there.
+        """
+        models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
+        return self.recipe.place(round_number).stage.predict(models, shared)
+
+    def embedder(self, state: StateDict) -> Model | None:
+        """Returns the embeddings of normalised images by the weights `state`; None of a network without any."""
+        if isinstance(self.teacher, Twins) or not any(isinstance(module, Net) for module in self.teacher.modules()):
+            return None
+        model = frozen_model(self.teacher, state)
+        return lambda inputs: model(inputs, "embed")
+
     def selection_score(self, round_number: int, states: Mapping[str, StateDict], shared: State) -> float | None:
         """Returns the metric of `evaluation.select` for the same model on the validation split; None without a
         selection, or if the metric is not a number.
@@ -389,8 +415,7 @@ class Experiment:
     def _evaluate(
         self, round_number: int, states: Mapping[str, StateDict], shared: State, on: EvaluationData
     ) -> Evaluation | None:
-        models = {name: frozen_model(self.teacher, state) for name, state in states.items()}
-        predict = self.recipe.place(round_number).stage.predict(models, shared)
+        predict = self.predictor(round_number, states, shared)
         if predict is None:
             return None
         return evaluate(predict, on.split, self.transform, self.federation.dataset.num_classes, on.parts, on.bags)

@@ -111,7 +111,9 @@ TAGS: tuple[Tag, ...] = (
         ("select/bag_mae", "error of the bags' shares, validation split"),
     ),
     *_server(LEARNING, "nats", LOWER, ("eval/loss", "loss"), ("select/loss", "loss, validation split")),
-    *_server(LEARNING, FIGURE, NEITHER, ("eval/confusion", "confusion matrix")),
+    *_server(
+        LEARNING, FIGURE, NEITHER, ("eval/confusion", "confusion matrix"), ("eval/classes", "classes over the rounds")
+    ),
     # what clients' training says
     *_losses(
         ("loss", "training loss"),
@@ -137,12 +139,38 @@ TAGS: tuple[Tag, ...] = (
         ("eval/mean_client_accuracy", "mean accuracy of clients"),
         ("eval/worst_client_accuracy", "accuracy of the worst client"),
         ("eval/worst_10pct_client_accuracy", "accuracy of the worst 10 % of clients"),
+        ("eval/best_10pct_client_accuracy", "accuracy of the best 10 % of clients"),
         ("pseudo/client_accuracy", "accuracy of pseudo-labels per client"),
+        ("pseudo/lowest_10pct_client_accuracy", "accuracy of pseudo-labels, lowest 10 % of clients"),
+        ("pseudo/highest_10pct_client_accuracy", "accuracy of pseudo-labels, highest 10 % of clients"),
     ),
-    *_server(CLIENTS, "share", NEITHER, ("pseudo/client_coverage", "coverage of pseudo-labels per client")),
+    *_server(
+        CLIENTS,
+        "share",
+        NEITHER,
+        ("pseudo/client_coverage", "coverage of pseudo-labels per client"),
+        ("pseudo/lowest_10pct_client_coverage", "coverage of pseudo-labels, lowest 10 % of clients"),
+        ("pseudo/highest_10pct_client_coverage", "coverage of pseudo-labels, highest 10 % of clients"),
+        ("pseudo/client_from_global", "pseudo-labels from the global model per client"),
+    ),
+    *_server(
+        CLIENTS,
+        "nats",
+        LOWER,
+        ("train/client_loss", "training loss per client"),
+        ("train/lowest_10pct_client_loss", "training loss, lowest 10 % of clients"),
+        ("train/highest_10pct_client_loss", "training loss, highest 10 % of clients"),
+    ),
     *_server(CLIENTS, "share", LOWER, ("eval/client_accuracy_sd", "spread of accuracy over clients")),
     *_server(CLIENTS, "index", HIGHER, ("eval/jain_index", "Jain's fairness index")),
-    *_server(CLIENTS, FIGURE, NEITHER, ("eval/clients", "accuracy of clients"), ("partition", "who holds what")),
+    *_server(
+        CLIENTS,
+        FIGURE,
+        NEITHER,
+        ("eval/clients", "accuracy of clients"),
+        ("eval/clients_over_rounds", "clients over the rounds"),
+        ("partition", "who holds what"),
+    ),
     # pseudo-labels: what clients see of them, and what the evaluator does
     *_shares(
         PSEUDO_LABELS,
@@ -185,7 +213,13 @@ TAGS: tuple[Tag, ...] = (
         ("pseudo/confidences", "confidences of pseudo-labels"),
         ("pseudo/beliefs", "beliefs in class 1"),
         ("pseudo/reliability", "reliability of pseudo-labels"),
+        ("pseudo/precision_coverage", "precision of pseudo-labels against their coverage"),
+        ("pseudo/experts", "which model labels which class"),
         ("pseudo/samples", "pseudo-labelled samples"),
+        ("pseudo/samples_wrong", "pseudo-labels that are wrong, most confident first"),
+        ("pseudo/samples_newly_kept", "samples that were dropped and then kept"),
+        ("pseudo/samples_dropped", "samples that are dropped, most confident first"),
+        ("pseudo/samples_disputed", "samples on which local and global model disagree"),
     ),
     # imprecise and noisy labels
     Tag(
@@ -311,7 +345,16 @@ TAGS: tuple[Tag, ...] = (
     ),
     *_server(SYSTEM, "replies", LOWER, ("system/refused_replies", "refused replies")),
     *_server(SYSTEM, "clients", NEITHER, ("system/stacked_clients", "clients that trained in a stack of several")),
-    *_server(SYSTEM, FIGURE, NEITHER, ("config", "configuration"), ("clients", "which clients are shown")),
+    *_server(
+        SYSTEM,
+        FIGURE,
+        NEITHER,
+        ("config", "configuration"),
+        ("clients", "which clients are shown"),
+        ("failures", "failed clients"),
+    ),
+    *_server(SUPERVISION, FIGURE, NEITHER, ("label_card", "labels of the federation")),
+    *(Tag(f"how_to_read/{page.lower()}", f"how to read: {page}", FIGURE, page) for page in PAGES),
     *_server(
         COMMUNICATION,
         "bytes",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlabel.checks import one_of, positive, within
+from fedlabel.checks import at_least, one_of, positive, within
 from fedlabel.methods.batch import StateDict
 from fedlabel.methods.uploads import ModelPart
 
@@ -34,7 +34,7 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Differential privacy of the clients (see docs/privacy.md)."""
+    """Protection of the clients: differential privacy (see docs/privacy.md), and the fewest samples of a number."""
 
     kind: str = "none"
     """none. server: clients clip their updates, and the server, which is trusted, adds noise to their sum. client:
@@ -46,8 +46,13 @@ class PrivacyConfig:
     update (client)."""
     delta: float | None = None
     """Probability in (0, 1 / num_clients) with which `privacy/epsilon` need not hold; null: 0.00001."""
+    min_count: int = 1
+    """Fewest samples that anything but a model may be made of: a client with fewer samples takes no part; one with
+    fewer samples of some kind of label, or fewer bags, sends its model without statistics and metrics; and a metric of
+    fewer samples is left out (see docs/trust.md). A node may have a larger one of its own. 1: nothing is left out."""
 
     def __post_init__(self) -> None:
+        at_least(self, "privacy", 1, "min_count")
         one_of(self, "privacy", kind=KINDS)
         given = [key for key in ("clipping_norm", "noise_multiplier", "delta") if getattr(self, key) is not None]
         if self.kind == "none":

@@ -31,4 +31,4 @@ for name in ("labelled-only", "fedlabel", "fully-labelled"):
 Console().print(table)
 PY
 echo "One seed and a small set: FedLabel may well end below labelled-only here; docs/results.md says where methods gain and why."
-echo "Look inside:  .venv/bin/tensorboard --logdir $out"
+echo "Look inside:  .venv/bin/fedlabel tensorboard $out"

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
-setup_venv "[dev,crosscheck]"
+setup_venv "[dev,crosscheck,privacy]"
 
 echo "== ruff";        ruff format --check . && ruff check .
 echo "== mypy";        mypy

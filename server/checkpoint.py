@@ -82,6 +82,12 @@ def file_name(round_number: int) -> str:
     return f"round_{round_number:06d}.ckpt"
 
 
+def oldest_round(folder: Path) -> int:
+    """Returns the earliest round that has a checkpoint; 0 if none has."""
+    files = _newest_first(folder)
+    return int(files[-1].stem.partition("_")[2]) if files else 0
+
+
 def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) -> ServerState:
     """Returns the newest checkpoint in `folder`, checked against the state that the resuming run would create.
 

@@ -7,7 +7,8 @@ by the number that a node was started with (`client`), all others in the order o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedlabel.config import ExperimentConfig, to_yaml
+from fedlabel.config import ExperimentConfig
 from fedlabel.data.nodes.federation import Holding, parse_holding
 from fedlabel.data.nodes.schema import Schema
 from fedlabel.errors import RunError
@@ -24,9 +25,9 @@ from fedlabel.learning.evaluation import EvaluationSums
 from fedlabel.learning.metrics import CALIBRATION_BINS
 from fedlabel.methods.batch import State
 from fedlabel.methods.shared import state_to_lists
-from server.exchange import Asked, replies_to
+from server.exchange import Asked
 from server.flower import as_record
-from server.nodes import logger, wait_for_nodes
+from server.nodes import Nodes, logger
 from server.schema import Refused, harmless, listed
 from server.state import ServerState
 
@@ -37,26 +38,13 @@ _ROUNDING = 1e-6
 
 
 class Answer(NamedTuple):
-    """A node's answer to the query."""
+    """The answer of a node with the server's code to the query."""
 
-    source_hash: str
-    holding: Holding | None
-    """None if its code differs from the server's."""
+    holding: Holding
     client: int | None
     """The number that it was started with; None: any."""
     shares: bool
     """Whether the accuracy on its own held-out samples may be shown."""
-
-
-class Met(NamedTuple):
-    """The nodes of a run."""
-
-    nodes: dict[int, int]
-    """Client -> node id."""
-    holdings: tuple[Holding, ...]
-    """Of each client."""
-    shared: frozenset[int]
-    """Clients whose own accuracy may be shown."""
 
 
 def on_the_way(config: ExperimentConfig) -> ExperimentConfig:
@@ -64,46 +52,107 @@ def on_the_way(config: ExperimentConfig) -> ExperimentConfig:
     return replace(config, data=replace(config.data, schema=None, test=None))
 
 
-def meet(grid: Grid, config: ExperimentConfig, schema: Schema) -> Met:
-    """Waits for the nodes and asks each what it holds.
+class OwnNodes(Nodes):
+    """Nodes with data of their own. The first round needs all clients, as what they hold together decides how a method
+    is built; later ones go on with `grid.min_nodes`.
 
-    Raises:
-        RunError: too few nodes in `grid.connect_timeout`, a node with other code, two with one number.
+    Args:
+        grid: carries the messages.
+        config: the run's.
+        schema: of the nodes' data.
     """
-    ask = ConfigRecord({"experiment": to_yaml(on_the_way(config)), "source-hash": source_hash(), "schema": schema.text})
-    queries = [Message(RecordDict({"ask": ask}), node, "query") for node in wait_for_nodes(grid, config)]
-    replies, asked = replies_to(grid, queries, config.grid.timeout), Asked(queries)
-    found: dict[int, Answer] = {}
-    refusals: list[str] = []
-    for reply in replies:
-        query = asked.of(reply)
-        if query is None:
-            refusals.append(f"Node {reply.metadata.src_node_id} sent an unrequested reply.")
-            continue
-        node = query.metadata.dst_node_id
-        if reply.has_error():
-            refusals.append(f"Node {node} does not answer: {harmless(str(reply.error.reason).partition(chr(10))[0])}")
-            continue
+
+    def __init__(self, grid: Grid, config: ExperimentConfig, schema: Schema) -> None:
+        super().__init__(grid, on_the_way(config), [])
+        self._schema = schema
+        self._answers: dict[int, Answer] = {}
+        """Node -> its answer, before clients are numbered."""
+        self._numbers: dict[int, int] = {}
+        """Node -> its client, of all that ever had one."""
+        self.holdings: tuple[Holding, ...] = ()
+        """Of each client; empty before clients are numbered."""
+        self.shared: frozenset[int] = frozenset()
+        """Clients whose own accuracy may be shown."""
+
+    def connect(self) -> None:
+        """Waits until there is a node for each client, and numbers the clients.
+
+        Raises:
+            RunError: there are fewer in `grid.connect_timeout`, two have one number, or the SuperLink cannot be
+                reached.
+        """
+        timeout, clients = self._config.grid.connect_timeout, self._config.num_clients
+        deadline, connected = time.monotonic() + timeout, -1
+        while True:
+            self.refresh()
+            if len(self._answers) >= clients or (len(self.activated) >= clients and not self._queries):
+                break
+            if len(self.activated) != connected:
+                connected = len(self.activated)
+                logger.info("Waiting for nodes: %d of num_clients=%d are connected", connected, clients)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._exchange.sleep(left)
+        refusals = list(self._refusals.values()) + [f"Node {node} does not answer." for node in self._queries]
         try:
-            answer = read_answer(reply.content if reply.has_content() else RecordDict(), schema)
-        except Refused as error:
-            refusals.append(f"Node {node} cannot take part: {error}.")
-            continue
-        if answer.source_hash != source_hash():
-            raise RunError(
-                f"Node {node} runs other code (hash {answer.source_hash}, here {source_hash()}): "
+            self.of = number_clients({node: each.client for node, each in self._answers.items()}, clients, refusals)
+        except RunError:
+            self._finish_telling()
+            raise
+        found = [self._answers[node] for _, node in sorted(self.of.items())]
+        self.holdings = tuple(answer.holding for answer in found)
+        self.shared = frozenset(client for client, answer in enumerate(found) if answer.shares)
+        self._numbers = {node: client for client, node in self.of.items()}
+        for node in self._answers.keys() - self._numbers.keys():
+            self._refusals[node] = f"Node {node} is not needed: `num_clients` is {clients}."
+            logger.warning("Left out: %s", self._refusals[node])
+        self._answers = {}
+
+    def _question(self) -> ConfigRecord:
+        """See `Nodes`."""
+        asked = super()._question()
+        asked["schema"] = self._schema.text
+        return asked
+
+    def _waiting(self, there: Collection[int]) -> set[int]:
+        """See `Nodes`."""
+        self._answers = {node: answer for node, answer in self._answers.items() if node in there}
+        return set(self._answers)
+
+    def _take(self, node: int, content: RecordDict) -> str | None:
+        """See `Nodes`."""
+        answer = read_answer(content, self._schema)
+        if isinstance(answer, str):
+            return (
+                f"Node {node} runs other code (hash {answer}, here {source_hash()}): "
                 "install the same version of fedlabel on server and clients."
             )
-        found[node] = answer
-    nodes = number_clients({node: answer.client for node, answer in found.items()}, config.num_clients, refusals)
-    for refusal in refusals:
-        logger.warning("Left out: %s", refusal)
-    holdings = []
-    for client in range(config.num_clients):
-        holding = found[nodes[client]].holding
-        assert holding is not None, "its code is the server's"
-        holdings.append(holding)
-    return Met(nodes, tuple(holdings), frozenset(client for client, node in nodes.items() if found[node].shares))
+        if not self.holdings:
+            self._answers[node] = answer
+            return None
+        client = self._number(node, answer)
+        if client is None:
+            return f"Node {node} is not needed, or holds other data than any client that is missing."
+        if client in self.of:
+            self._rivals[node] = rival = self.of[client]
+            return f"Nodes {rival} and {node} are both client {client}."
+        if answer.holding != self.holdings[client]:
+            return f"Node {node} (client {client}) holds other data than when the run began."
+        self.of[client] = node
+        self._numbers[node] = client
+        self.given_up.discard(client)
+        return None
+
+    def _number(self, node: int, answer: Answer) -> int | None:
+        """Returns the client of a node that comes, or comes back, when clients are numbered: its own number, the one
+        that it had, or that of the first missing client that held as much of everything; None: there is none.
+        """
+        if answer.client is not None:
+            return answer.client if answer.client < len(self.holdings) else None
+        if node in self._numbers:
+            return self._numbers[node]
+        return next((c for c, held in enumerate(self.holdings) if c not in self.of and held == answer.holding), None)
 
 
 def number_clients(asked: Mapping[int, int | None], num_clients: int, refusals: list[str]) -> dict[int, int]:
@@ -138,8 +187,8 @@ def number_clients(asked: Mapping[int, int | None], num_clients: int, refusals: 
     return dict(sorted(nodes.items()))
 
 
-def read_answer(content: RecordDict, schema: Schema) -> Answer:
-    """Returns a node's answer to the query, checked.
+def read_answer(content: RecordDict, schema: Schema) -> Answer | str:
+    """Returns a node's answer to the query, checked; the hash of its code, if that differs from the server's.
 
     Raises:
         Refused: it says nothing that makes sense.
@@ -152,13 +201,13 @@ def read_answer(content: RecordDict, schema: Schema) -> Answer:
     if type(code) is not str:
         raise Refused("its answer lacks `source-hash`")
     if code != source_hash():
-        return Answer(harmless(code, 64), None, None, False)
+        return harmless(code, 64)
     if client is not None and (type(client) is not int or client < 0):
         raise Refused(f"its client (={listed([str(client)])}) is no number of at least 0")
     if type(text) is not str or type(shares) is not bool:
         raise Refused("its answer lacks `holding`: was it started with a folder, `data` in --node-config?")
     try:
-        return Answer(code, parse_holding(text, schema), client, shares)
+        return Answer(parse_holding(text, schema), client, shares)
     except ValueError as error:
         raise Refused(f"it does not say what it holds: {error}") from error
 
@@ -170,8 +219,8 @@ def evaluation_messages(
     shared: State,
     experiment: str,
     agreement: str,
-) -> dict[int, Message]:
-    """Returns client -> the message that asks for an evaluation of the global model.
+) -> list[Message]:
+    """Returns the messages that ask for an evaluation of the global model, in client order.
 
     Args:
         clients: who is asked.
@@ -183,17 +232,18 @@ def evaluation_messages(
     """
     same = {name: as_record(model) for name, model in state.models.items()}
     lists = ConfigRecord(dict(state_to_lists(shared)))
-    config = {"experiment": experiment, "agreement": agreement, "server-round": state.round_number}
+    config: dict[str, str | int] = {"experiment": experiment, "agreement": agreement, "source-hash": source_hash()}
+    config["server-round"] = state.round_number
     group = str(state.round_number)
-    return {
-        client: Message(
-            RecordDict({**same, "shared": lists, "config": ConfigRecord({**config, "client": client})}),  # type: ignore[dict-item]
+    return [
+        Message(
+            RecordDict({**same, "shared": lists, "config": ConfigRecord({**config, "client": client})}),
             nodes[client],
             "evaluate",
             group_id=group,
         )
         for client in clients
-    }
+    ]
 
 
 def read_evaluations(
@@ -202,7 +252,7 @@ def read_evaluations(
     """Returns client -> its sums, and why those of others are missing.
 
     Args:
-        messages: client -> what was sent to it.
+        messages: client -> what was sent to it; clients that are not connected are missing.
         replies: in any order.
         num_classes: of the labels.
         held_out: client -> the number of samples that it holds out.
@@ -224,8 +274,8 @@ def read_evaluations(
             except Refused as refusal:
                 failures.append(f"client {client}: {refusal}")
     there = {failure.partition(":")[0] for failure in failures}
-    silent = [client for client in messages if client not in found and f"client {client}" not in there]
-    return found, failures + [f"client {client}: it did not answer in time" for client in silent]
+    silent = [client for client in held_out if client not in found and f"client {client}" not in there]
+    return found, failures + [f"client {client}: it did not answer in time, or is not connected" for client in silent]
 
 
 def read_evaluation(content: RecordDict, num_classes: int, held_out: int) -> EvaluationSums:

@@ -456,12 +456,13 @@ def _lengths(classes: int, functions: int, claims: bool, steps: bool) -> tuple[M
     """Returns groups of counts, name -> number of values; each group is complete or absent, "passes" always present."""
     per_class = dict.fromkeys(("drawn", "kept", "correct"), classes)
     per_expert = dict.fromkeys((f"{name}_by_expert" for name in per_class), 2)
+    per_both = dict.fromkeys(("kept_by_both", "correct_by_both"), 2 * classes)
     per_kind = dict.fromkeys(("drawn_by_kind", "correct_by_kind"), len(KIND_NAMES))
     rows = [f"{bins}_{row}" for bins in ("bins", "kept_bins") for row in ("count", "confidence", "correct")]
     beliefs = {"beliefs": BELIEF_BINS} if classes == 2 else {}
     groups: list[Mapping[str, int]] = [
         {"passes": 2},
-        {**per_class, **per_expert, **per_kind, **dict.fromkeys(rows, CALIBRATION_BINS), **beliefs},
+        {**per_class, **per_expert, **per_both, **per_kind, **dict.fromkeys(rows, CALIBRATION_BINS), **beliefs},
     ]
     if steps:
         groups.append({"steps": 1})
@@ -477,6 +478,7 @@ _PARTS = (
     *(
         ("kept_by_expert", "drawn_by_expert"),
         ("correct_by_expert", "kept_by_expert"),
+        ("correct_by_both", "kept_by_both"),
         ("kept_bins_count", "bins_count"),
     ),
     *((f"{bins}_{row}", f"{bins}_count") for bins in ("bins", "kept_bins") for row in ("correct", "confidence")),
@@ -498,6 +500,8 @@ def _check_pseudo_labels(counts: Counts, most: int) -> None:
     for name in same:
         if sum(counts[name]) != total:
             raise Refused(f"BadReply: its count {name} is of other samples than drawn")
+    if sum(counts["kept_by_both"]) != sum(counts["kept"]):
+        raise Refused("BadReply: its count kept_by_both is of other samples than kept")
     if total > most:
         raise Refused(f"BadReply: its count drawn (={total:g} samples) is more than it can have, {most}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,10 +22,13 @@ from fedlabel.record.run_folder import RunFolder
 from fedlabel.seeding import numpy_generator
 from server.asynchronous import Asynchronous
 from server.blocks import BlockResult, cut_into_blocks, cut_into_tasks
-from server.checkpoint import save_checkpoint
+from server.checkpoint import oldest_round, save_checkpoint
 from server.grids.base import ClientGrid, MemoryOf, Order
 from server.helpers import HelperPool
 from server.observers import Observer, Report, Round, observers_of
+from server.observers.base import has_figures
+from server.observers.budget import DrawingBudget
+from server.observers.over_rounds import figures_over_rounds
 from server.pacing import Pacing, Rounds
 from server.schema import ResultSchema
 from server.selection import Selection, select_key
@@ -84,8 +88,10 @@ class Server:
         self._pacing: Pacing = kind(
             experiment, self._result_bytes, lambda client, number: schema.limits(client, number).draws, state.pace
         )
+        self._budget, self._may_draw = DrawingBudget(time.perf_counter()), True
         self._spans = experiment.spans
         self._spans.take()  # of a run before, in this process
+        self._saved = oldest_round(folder.checkpoints)
         self._memory_of: MemoryOf | None = None
         """What clients kept when the round began; None: not looked up, or only they know."""
 
@@ -119,15 +125,20 @@ class Server:
             RunError: too few results are usable, the strategy cannot combine them, or no client can be reached.
         """
         number, single = invitation.round_number, self._pool is not None
-        wanted = any(observer.needs_memory(number) for observer in self._observers.values())
+        self._may_draw = number == self.config.num_rounds or self._budget.allows(time.perf_counter())
+        wanted = self._may_draw and any(observer.needs_memory(number) for observer in self._observers.values())
         self._memory_of = self._grid.memory_of(cohort) if wanted else None
         begin_round(self._strategy, number, invitation.model, cohort or [0])
         normalize = self.config.strategy.normalize_steps
         fold = isinstance(self._strategy, WeightedMean) and not (single or normalize or self._pacing.needs_models)
 
+        memory: dict[str, str | int] = {}
+        if not self._grid.simulated:
+            memory = {"run": self._folder.key, "saved-round": self._saved}
+
         def train(clients: Sequence[int], work: Mapping[int, float]) -> Iterator[BlockResult]:
             tasks = cut_into_tasks(cut_into_blocks(clients), self._experiment.stack_in(len(clients)))
-            return self._grid.train(Order(invitation._replace(work=work), state.shared, fold), tasks)
+            return self._grid.train(Order(invitation._replace(work=work), state.shared, fold, memory), tasks)
 
         tally = RoundTally(invitation, cohort, self._result_bytes)
         blocks = tally.watch(self._pacing.blocks(invitation, cohort, train, tally))
@@ -224,17 +235,27 @@ class Server:
         evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
         place = self.config.evaluation.at
         elsewhere = partial(self._grid.evaluate, state) if place == "nodes" else None
-        seen = Round(number, tally, self._memory_of, started, evaluated and place != "none", elsewhere)
+        shown = evaluated and place != "none"
+        seen = Round(number, tally, self._memory_of, started, shown, self._may_draw, elsewhere)
+        began = time.perf_counter()
         report = Report()
         for name, observer in self._observers.items():
             with self._spans.part("evaluate", name):
                 report = report.add(observer.after_round(seen, state))
+        draws = evaluated and self._may_draw and has_figures(self.config, number)
+        if draws and self.config.tracking.level == "full":
+            with self._spans.part("evaluate", "over rounds"):
+                rows = [*self._folder.read_metrics(), {"round": number, **report.metrics, **report.lists}]
+                names = self._experiment.federation.dataset.class_names
+                report = report.add(Report(figures=figures_over_rounds(self.config, names, rows)))
         recorded = self._spans.take()
         with self._spans.part("write"):
             if recorded is not None:
                 report = report.add(Report(recorded.metrics()))
                 self._folder.log_trace(number, recorded)
             self._folder.log_round(number, **vars(report))
+        if evaluated:
+            self._budget.add(time.perf_counter() - began, draws)
         return report.metrics
 
     def save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
@@ -257,6 +278,7 @@ class Server:
                 selected=self._selection.stage_model,
             )
             save_checkpoint(self._folder.checkpoints, complete, self.config.checkpoint.keep)
+            self._saved = oldest_round(self._folder.checkpoints)
             self._selection.settle()
 
 

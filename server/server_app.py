@@ -11,14 +11,13 @@ import logging
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, split_overrides, to_yaml
+from fedlabel.config import ConfigError, ExperimentConfig, flatten, split_overrides, to_yaml
 from fedlabel.data.federation import shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.data.nodes.federation import server_federation
@@ -30,11 +29,14 @@ from fedlabel.hardware import source_commit
 from fedlabel.learning.task import label_warnings
 from fedlabel.record.files import write_atomic
 from fedlabel.record.json_files import as_json, read_metrics, read_summary
+from fedlabel.record.layout import HOW_TO_READ
 from fedlabel.record.names import CHECKPOINTS, CONFIG_YAML, PARTITION_JSON
 from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import latest_checkpoint
 from server.grids.base import ClientGrid
 from server.grids.flower import FlowerGrid
+from server.observers.functions import markdown
+from server.request import check_name, default_name, resolve
 from server.rounds import run_rounds
 from server.server import OnRound, Server
 from server.state import ServerState
@@ -47,7 +49,9 @@ logger = logging.getLogger("fedlabel")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs an experiment on the grid Flower gives; `run_config` holds `configs` (comma separated) and `overrides`."""
+    """Runs an experiment on the grid Flower gives; see `[tool.flwr.app.config]` in pyproject.toml for its
+    configuration.
+    """
     logger.setLevel(logging.INFO)  # `flwr run --stream` and `flwr log` show what is written to stderr
     logger.addHandler(logging.StreamHandler())
     try:
@@ -62,18 +66,20 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run_here(grid: Grid, context: Context) -> Path:
-    configs = [path.strip() for path in str(context.run_config.get("configs", "")).split(",") if path.strip()]
-    config = load_config(configs, split_overrides(str(context.run_config.get("overrides", ""))))
-    path = (Path("runs") / default_name(config)).absolute()
+    asked = context.run_config
+    configs = [path.strip() for path in str(asked.get("configs", "")).split(",") if path.strip()]
+    name, resume = str(asked.get("name", "")) or None, asked.get("resume", False)
+    if type(resume) is not bool:
+        raise ConfigError(f"`resume` (={resume}) must be true or false.")
+    check_name(name, resume, option="")
+    saved = Path("runs") / name / CONFIG_YAML if resume and name else None
+    config = resolve(configs, split_overrides(str(asked.get("overrides", ""))), saved)
+    path = (Path("runs") / (name or default_name(config))).absolute()
+    if not resume and path.exists():
+        raise ConfigError(f"{path} exists: give another name, or resume=true to go on with it.")
     logger.info("Results go to %s", path)  # below the directory where the SuperLink was started
-    run_federation(config, FlowerGrid(grid), path, on_round=_log_line)
+    run_federation(config, FlowerGrid(grid), path, resume, on_round=_log_line)
     return path
-
-
-def default_name(config: ExperimentConfig) -> str:
-    """Returns method-dataset-seed-time, e.g. "fedlabel-digits-seed0-20260131-235959"."""
-    method = config.method.name.rpartition(":")[2]
-    return f"{method}-{config.data.name}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def run_federation(
@@ -185,18 +191,21 @@ def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[st
 
 def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFolder:
     """Creates the folder of a new run, or opens that of a resumed one after its completed rounds; None: a new one."""
-    text = _saved_text(experiment.config)
+    text, config = _saved_text(experiment.config), experiment.config
+    events, own = config.tracking.level != "off", config.method.metrics
     if done is not None:
         if done > 0:
             _check_same_data(path / PARTITION_JSON, experiment)
-        folder = RunFolder.resume(path, done)
+        folder = RunFolder.resume(path, done, events, own)
     else:
-        folder = RunFolder.create(path, text, flatten(experiment.config))
+        folder = RunFolder.create(path, text, flatten(config), events, own)
     with folder.closed_on_error():
         if done is not None:
             write_atomic(folder.config_yaml, text)  # keys that may change, such as num_rounds
             with naming(folder.summary_json):
                 folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
+        if len(experiment.recipe.stages) > 1:
+            write_atomic(folder.stages_json, json.dumps(_stages(experiment)) + "\n")
         if not done:
             _describe(experiment, folder)
     return folder
@@ -223,7 +232,7 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
         folder.log_text("clients", text)
     write_atomic(folder.partition_json, federation.to_json(_trace_hash(experiment)))
     write_atomic(folder.supervision_json, federation.audit_json())
-    if experiment.config.evaluation.figures:
+    if experiment.config.draws_figures:
         from fedlabel.record.figures import partition_figure, save_png  # here: matplotlib takes a while to import
 
         histograms = federation.histograms(shown)
@@ -231,6 +240,45 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")
+    folder.log_text("label_card", _label_card(experiment))
+    for page, text in HOW_TO_READ.items():
+        folder.log_text(f"how_to_read/{page.lower()}", text)
+
+
+def _stages(experiment: Experiment) -> list[dict[str, object]]:
+    """Returns name, first and last round of each stage."""
+    found: dict[int, dict[str, object]] = {}
+    for number in range(1, experiment.config.num_rounds + 1):
+        place = experiment.recipe.place(number)
+        name = place.stage.name or f"stage {place.number + 1}"
+        found.setdefault(place.number, {"name": name, "first": number})["last"] = number
+    return list(found.values())
+
+
+def _label_card(experiment: Experiment) -> str:
+    """Returns which kinds of label the federation holds, as Markdown."""
+    card, kinds, clients = experiment.labels, experiment.federation.kinds(), experiment.config.num_clients
+    rows: list[dict[str, object]] = [
+        {
+            "kind of label": name,
+            "samples": int(held.sum()),
+            "share": float(held.sum() / max(1, kinds.sum())),
+            "clients that have it": int((held > 0).sum()),
+            "per client: least": int(held.min()),
+            "mean": float(held.mean()),
+            "most": int(held.max()),
+        }
+        for name, held in zip(KIND_NAMES, kinds.T, strict=True)
+        if held.any()
+    ]
+    further = {
+        "at the server": len(experiment.federation.server_rows),
+        "bags": card.bags,
+        "annotators of a sample, at most": card.annotators,
+        "labelling functions": card.functions,
+    }
+    notes = [f"- {what}: {number:,}" for what, number in further.items() if number]
+    return "\n".join([f"**{kinds.sum():,} samples at {clients:,} clients**", "", markdown(rows), "", *notes])
 
 
 def _trace_hash(experiment: Experiment) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
+from fedlabel.config import ConfigError, ExperimentConfig, to_yaml
 from fedlabel.data.federation import build_federation
 from fedlabel.data.sets.config import SETS
 from fedlabel.data.sets.datasets import load_dataset
@@ -21,8 +21,9 @@ from fedlabel.record.names import CONFIG_YAML
 from server.grids.base import ClientGrid
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
+from server.request import check_name, default_name, resolve
 from server.server import OnRound
-from server.server_app import default_name, run_federation
+from server.server_app import run_federation
 from server.strategy import check_cohort
 
 
@@ -60,13 +61,8 @@ def simulate(
         on_round: called after every round with its metrics.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resolved = _resolve(config, overrides, Path(out) / name / CONFIG_YAML if resume and name else None)
-    if resume and name is None:
-        raise ConfigError("--resume needs --name: which run folder to go on with.")
-    if name is not None and (not name or Path(name).name != name):
-        raise ConfigError(
-            f"--name (={name}) must be the name of one folder, without a slash; --out says where it goes."
-        )
+    resolved = resolve(config, overrides, Path(out) / name / CONFIG_YAML if resume and name else None)
+    check_name(name, resume)
     path = Path(out) / (name or default_name(resolved))
     with naming(path):
         if not resume and path.exists():
@@ -78,7 +74,7 @@ def simulate(
         check_folder(path.parent)
     check_cohort(resolved.strategy, resolved.cohort_size)
     # The user's own files and functions may have been changed since this process read them.
-    own = SETS[resolved.data.name].own or resolved.devices.trace
+    own = SETS[resolved.data.name].own or resolved.devices.trace or resolved.supervision.audit
     if own or any(part.module or part.labels_file for part in resolved.supervision.parts):
         for cached in (open_experiment, build_federation, load_dataset):
             cached.cache_clear()
@@ -98,28 +94,3 @@ def open_grid(config: ExperimentConfig, use_gpu: bool) -> Iterator[ClientGrid]:
             yield ray_grid
     else:
         yield InProcessGrid()
-
-
-def _resolve(
-    config: ExperimentConfig | str | Path | Sequence[str | Path], overrides: Sequence[str], saved: Path | None
-) -> ExperimentConfig:
-    if isinstance(config, ExperimentConfig):
-        return parse_config(to_yaml(config), overrides)
-    paths = [config] if isinstance(config, (str, Path)) else list(config)
-    if saved is None:
-        return load_config(paths, overrides)
-    with naming(saved):
-        if not saved.is_file():
-            raise ConfigError(f"{saved} does not exist: there is no such run to resume. Check --name and --out.")
-    try:
-        found = load_config([saved])
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{saved} is damaged: {reason} Put it back as it was, or begin a new run.") from error
-    if not paths and not overrides:
-        return found
-    method, saved_method = load_config(paths, overrides).method.name, found.method.name
-    named = any(override.startswith("method.name=") for override in overrides) or paths
-    if named and method != saved_method:
-        raise ConfigError(f"`method.name` (={method}) differs from the run's ({saved_method}); resume it as it was.")
-    return load_config([saved, *paths], overrides)

@@ -28,8 +28,6 @@ class ServerState:
     """Resolved configuration, YAML."""
     strategy: dict[str, Any] = field(default_factory=dict)
     """See `strategy.strategy_state`."""
-    pace: dict[str, Any] = field(default_factory=dict)
-    """See `Pacing.dump`."""
     clients: dict[int, bytes] = field(default_factory=dict)
     """Client -> what it keeps between rounds, serialised; only of simulated clients, only what is not empty."""
     shared: State = field(default_factory=dict)
@@ -44,6 +42,8 @@ class ServerState:
     """Name of an observer -> its state."""
     selected: StateDict = field(default_factory=dict)
     """The stage's best weights so far (see `evaluation.select`); empty if no round was scored."""
+    pace: dict[str, Any] = field(default_factory=dict)
+    """See `Pacing.dump`."""
 
     def to(self, device: torch.device) -> ServerState:
         """Returns the state with its tensors on a device."""

@@ -36,6 +36,8 @@ class RoundTally:
         self.sums: Counts = {}
         self.client_counts: dict[int, Counts] = {}
         """Of each client whose result is used."""
+        self.client_sums: dict[int, Counts] = {}
+        """Likewise: the metrics of its training, (sum, count) each."""
         self.excused: set[int] = set()
         """Clients without a result who are not counted as failed: late, dropped out, or still training."""
         self.pace: dict[str, float] = {}
@@ -64,6 +66,7 @@ class RoundTally:
     def _add(self, result: ClientResult) -> None:
         self.bytes_up += self._result_bytes.of(result)
         self.client_counts[result.client] = result.counts
+        self.client_sums[result.client] = result.sums
         self.num_stacked += result.stacked
         self.sums = add_counts([self.sums, result.sums])
         for name, tensor in result.statistics.items():

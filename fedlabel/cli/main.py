@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,9 +141,44 @@ def run(
         console,
         f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s in rounds. Look closer:",
     )
-    say(console, f"  tensorboard --logdir {result.path.parent}")
+    say(console, f"  fedlabel tensorboard {shlex.quote(str(result.path.parent))}")
     if experiments[0].config.grid.profile and done:
         say(console, f"  https://ui.perfetto.dev, with {result.path / TRACE_JSON}")
+
+
+@app.command()
+def watch(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, e.g. runs/NAME.")],
+    once: Annotated[bool, typer.Option("--once", help="Print one picture of it and exit.")] = False,
+) -> None:
+    """See a run in the terminal: curve, clients, stage, time left, failures; while it runs or after its end."""
+    from fedlabel.cli.watch import watch as show
+
+    with _reported():
+        show(path, console, once)
+
+
+@app.command()
+def tensorboard(
+    runs: Annotated[
+        Path, typer.Argument(metavar="[RUNS]", help="A run's folder, or one that holds runs.")
+    ] = DEFAULT_OUT,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of this machine; if taken, another one.")] = 6006,
+) -> None:
+    """Start TensorBoard on runs and print its address; Ctrl-C ends it."""
+    from fedlabel.cli.tensorboard import open_tensorboard
+
+    with _reported():
+        url, note = open_tensorboard(runs, port)
+    if note:
+        say(console, note, "yellow")
+    say(console, f"TensorBoard shows {runs} at {url}  (Ctrl-C ends it)")
+    say(
+        console,
+        "Over ssh: forward the port, e.g. ssh -L 6006:localhost:" + f"{url.rstrip('/').rpartition(':')[2]} HOST",
+    )
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
 
 
 @app.command()
@@ -233,6 +269,40 @@ def run_cell(job: tuple[ExperimentConfig, Path, bool], tell: Tell) -> None:
         resume=resume,
         on_round=lambda round_number, metrics: tell((round_number, config.num_rounds)),
     )
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="Of the folds' trainings only.", show_default=False),
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Trainings, each without one fold of every client's labels.")] = 4,
+    method: Annotated[
+        str,
+        typer.Option(help="confident, prune_by_class, prune_by_noise_rate, both (of the two), or prototypes."),
+    ] = "confident",
+    out: Annotated[Path | None, typer.Option(help="Folder for what is written.", show_default="RUN/audit")] = None,
+    then: Annotated[
+        str | None,
+        typer.Option(
+            help="Train RUN's configuration again, into RUN-ACTION, with the suspects' labels changed: drop, relabel, "
+            "weight or candidates (see supervision.audit_action)."
+        ),
+    ] = None,
+) -> None:
+    """Find labels that are probably wrong, by models trained without them; each client's suspects go to its own file.
+
+    The folds are trained by method supervised and otherwise as RUN was; key=value changes that.
+    """
+    from fedlabel.cli.audit import audit_run
+
+    given, overrides = _split(items)
+    with _reported(lambda: "The same command goes on from the last checkpoint."):
+        if given:
+            raise ConfigError(f"`{given[0]}` must have the form key=value; an audit is of one run.")
+        audit_run(console, _simulate(), run, overrides, out or run / "audit", folds, method, then)
 
 
 @app.command()

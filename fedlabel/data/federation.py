@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ import torch
 
 from fedlabel.data.labels.bag_files import as_counted, bags_of_column, published_bags
 from fedlabel.data.labels.bags import Bags, draw_bags
+from fedlabel.data.labels.folds import fold_of_samples, without_labels
 from fedlabel.data.labels.hand_out import HandOut
 from fedlabel.data.labels.imprecision import LabelSources
 from fedlabel.data.labels.label_card import LabelCard, label_card
 from fedlabel.data.labels.labeling_functions import FunctionReport
 from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, build_supervision, reveal_labels
 from fedlabel.data.labels.supervision_config import SupervisionConfig
+from fedlabel.data.labels.suspects import revised
 from fedlabel.data.own_columns import own_column, own_rows, with_columns_aside
 from fedlabel.data.partition import (
     COLUMN,
@@ -176,6 +179,8 @@ class Federation:
             record = (*record, self.record.bag, self.record.bag_counts)
         if self.record.votes.shape[1]:
             record = (*record, self.record.votes)
+        if self.record.weight is not None:
+            record = (*record, self.record.weight)
         for values in record:
             found.update(values.contiguous().numpy().tobytes())
         return found.hexdigest()
@@ -398,6 +403,11 @@ def build_federation(
     """
     dataset, own = _load(data, partition_config, labeled_partition, supervision, seed)
     labels, classes = dataset.train.labels.numpy(), dataset.num_classes
+    if all_labels and supervision.folds is not None:
+        raise ValueError(
+            f"`supervision.folds` (={supervision.folds}) withhold labels, and method.oracle_labels gives all of them "
+            "to the clients: leave one of the two out."
+        )
     if num_clients > len(labels):
         raise ValueError(
             f"`num_clients` (={num_clients}) must not exceed the number of training samples (={len(labels)})."
@@ -433,6 +443,7 @@ def build_federation(
         cast = ask_functions(kinds, supervision.parts, dataset, parts)
         if cast is not None:
             record, functions = replace(record, votes=torch.from_numpy(cast.votes)), cast.reports
+        record = _revised(record, parts, supervision, dataset.class_names, seed)
     if not (record.has_supervision | record.voted_on).any() and len(record.bag_counts) == 0:
         raise ValueError(
             f"`supervision` leaves no label at any of `num_clients` (={num_clients}) clients of "
@@ -465,6 +476,19 @@ def build_federation(
             test_bags = draw_bags(split.labels.numpy(), test_parts, classes, part, feature, scope)
     in_sets = np.isin(kinds, with_sets)
     return Federation(dataset, parts, record, test_parts, in_sets, server_rows, test_bags, functions, client_names)
+
+
+def _revised(
+    record: Supervision, parts: Ragged, supervision: SupervisionConfig, class_names: Sequence[str], seed: int
+) -> Supervision:
+    """Returns the record after an audit, and without the labels of the fold that is withheld."""
+    if supervision.audit is not None:
+        action, weight = supervision.audit_action, supervision.audit_weight
+        record = revised(record, parts, Path(supervision.audit), action, class_names, weight)
+    if supervision.folds is None:
+        return record
+    fold = fold_of_samples(record.label.numpy(), parts, supervision.folds, seed)
+    return without_labels(record, fold == supervision.withheld_fold)
 
 
 def _load(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.plan import Plan, StepPlan
+from fedlabel.learning.prior import NO_PRIOR
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Batch, Part, State
 from fedlabel.methods.recipe import ByBag, ByKnowledge, BySample, Draw, Views
@@ -35,6 +36,8 @@ class Samples(NamedTuple):
     plan: Plan
     generator: torch.Generator
     """Of the augmentation, on the CPU."""
+    log_prior: Tensor = NO_PRIOR
+    """See `Batch.log_prior`."""
 
 
 class _Gathered(NamedTuple):
@@ -83,6 +86,8 @@ class BatchMaker:
             to_device(together([getattr(record, name) for record in records]), self._device)
             for name in ("candidates", "noisy", "annotations")
         )
+        priors = torch.stack([client.log_prior for client in clients])
+        self._log_prior = to_device(priors if stacked else priors[0], self._device)
         self._targets = {name: together([c.targets[name] for c in clients]) for name in self._one.targets}
         self._starts = [0, *itertools.accumulate(len(client.images) for client in clients[:-1])]
         """Where each client's samples begin among those of all."""
@@ -153,6 +158,7 @@ class BatchMaker:
             mix=self._part("mix", place, steps, draws),
             mixing=mixing if self._stacked else mixing[0],
             memory=memory,
+            log_prior=self._log_prior[: len(steps)] if self._stacked else self._log_prior,
         )
 
     def _part(self, kind: str, place: int, steps: Sequence[StepPlan], draws: Draws) -> Part:

@@ -17,6 +17,7 @@ from fedlabel.learning.batches import BatchMaker, Samples
 from fedlabel.learning.graphs import Graph, Graphs, Students
 from fedlabel.learning.meter import Meter
 from fedlabel.learning.plan import Pool, count_steps, plan_phase, sample_pool
+from fedlabel.learning.prior import NO_PRIOR, PriorConfig, all_with_prior, client_prior
 from fedlabel.learning.stacked import Stack, stack_states, why_not
 from fedlabel.learning.step import Alone, Taken, counted, frozen_model
 from fedlabel.learning.training_config import TrainingConfig
@@ -72,6 +73,8 @@ class ClientUpdate:
     """See `Prepared.pairs`."""
     votes: Votes | None
     """See `Prepared.votes`."""
+    times: int = 0
+    """How often one sample can have been counted by a metric: how often one was drawn or looked at, at most."""
     stacked: bool = False
     """Whether a phase or more ran in a stack of several clients."""
 
@@ -92,6 +95,8 @@ class Trainer:
     """Captures steps on a GPU; None: steps run one kernel after the other."""
     spans: Spans = field(default_factory=NoSpans)
     """Takes note of where the time goes."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """How clients' class priors are estimated."""
 
     @cached_property
     def parameters(self) -> frozenset[str]:
@@ -172,6 +177,10 @@ def train_clients(
         memory = {**recipe.memory.start(candidates), **client.memory}
         states = {"global": global_state, **recipe.memory.models(global_state, memory), **client.further}
         runs.append(_Run(trainer, trainer.config, client.data, states, client.seed, memory, client.client, client.work))
+    if trainer.prior.kind != "none":
+        for run in runs:
+            with trainer.spans.part("e_step", "prior", client=run.client):
+                run.estimate_prior(trainer.prior, round_number)
     for phase in recipe.phases(round_number):
         run_phase(runs, phase)
     with trainer.spans.part("reduce", "upload"):
@@ -200,6 +209,7 @@ def _update(recipe: Recipe, run: _Run, global_state: StateDict) -> ClientUpdate:
         steps=run.steps,
         pairs=run.meter.pairs,
         votes=run.meter.votes,
+        times=recipe.network.count * run.times,
         stacked=run.stacked,
     )
 
@@ -407,13 +417,26 @@ class _Run:
         self.results: list[PhaseResult] = []
         self.steps = 0
         """Batches so far."""
+        self.times = 0
+        """How often one sample was looked at so far, at most."""
         self.memory = self.first_memory = memory
         self.meter = Meter(trainer.tags)
         self.drawn_from = torch.zeros(len(data.images), dtype=torch.bool)
         """Samples that a phase could draw."""
         self.trainer, self.config, self.states, self.seed = trainer, config, states, seed
         self._data, self.client, self._work = data, client, work
+        self._log_prior = NO_PRIOR
         self.stacked = False
+
+    def estimate_prior(self, config: PriorConfig, round_number: int) -> None:
+        """Estimates the client's class prior, which all phases of the round use."""
+        logits = None
+        if config.kind == "em" and round_number > config.warmup_rounds and len(self._data.images):
+            model, transform = self.model(self.states["global"]), self.trainer.transform
+            chunks = self._data.images.split(SURVEY_BATCH)
+            logits = torch.cat([model(transform.normalize(chunk)) for chunk in chunks])
+        prior = client_prior(config, self._data.supervision, logits)
+        self._log_prior = config.strength * prior.log().to(self._data.images.device)
 
     def prepare(self, phase: Phase) -> _Ready | None:
         """Runs the E step of a phase and draws its steps; returns None if it has none."""
@@ -427,14 +450,17 @@ class _Run:
         present = [name for name in phase.teachers if name in self.states or not name.startswith("helper")]
         teachers = {name: self.states[name] for name in present}
         prepared = self._prepared(phase, teachers, pool)
+        self.times += phase.prepare is not None
         plan = plan_phase(phase, pool, prepared.draw, self._data.supervision, self.config, self.seed)
         if idle or sum(plan.sizes) == 0:
             return None
         if self._work < 1:
             plan = plan._replace(steps=plan.steps[: max(1, int(self._work * len(plan.steps)))])
         self.steps += len(plan.steps)
+        self.times += len(phase.updates) * plan.most_drawn
         generator = torch_generator(self.seed, phase.name, "augment")
-        samples = Samples(self._data.images, self._data.supervision, prepared.targets, plan, generator)
+        data = self._data
+        samples = Samples(data.images, data.supervision, prepared.targets, plan, generator, self._log_prior)
         return _Ready(self, samples, teachers)
 
     def finish(self, phase: Phase, state: StateDict, examples: float) -> None:
@@ -454,7 +480,7 @@ class _Run:
             return Prepared({})
         images, transform = self._data.images, self.trainer.transform
         self.trainer.student.load_state_dict(self.states[phase.start])
-        teachers = {name: self.model(state) for name, state in states.items()}
+        teachers = all_with_prior({name: self.model(state) for name, state in states.items()}, self._log_prior)
 
         def predict(teacher: str, view: str, *part: str) -> Tensor:
             draws = Draws(torch_generator(self.seed, phase.name, "prepare", teacher, view))

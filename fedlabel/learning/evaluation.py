@@ -17,6 +17,7 @@ from fedlabel.data.sets.datasets import Split
 from fedlabel.inference.sums import add_at
 from fedlabel.learning.metrics import (
     area_under_curve,
+    best_share_mean,
     calibration_bins,
     calibration_error,
     confusion_matrix,
@@ -73,6 +74,7 @@ def _of_clients(accuracy: np.ndarray) -> dict[str, float]:
         "eval/mean_client_accuracy": float(accuracy.mean()),
         "eval/worst_client_accuracy": float(accuracy.min()),
         "eval/worst_10pct_client_accuracy": worst_share_mean(accuracy),
+        "eval/best_10pct_client_accuracy": best_share_mean(accuracy),
         "eval/jain_index": jain_index(accuracy),
         "eval/client_accuracy_sd": float(accuracy.std()),
     }

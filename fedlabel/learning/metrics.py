@@ -74,6 +74,17 @@ def worst_share_mean(values: np.ndarray, share: float = 0.1) -> float:
     return float(np.sort(values)[:count].mean())
 
 
+def best_share_mean(values: np.ndarray, share: float = 0.1) -> float:
+    """Returns the mean of the highest `share` of the values, of at least one of them."""
+    return -worst_share_mean(-values, share)
+
+
+def tenths(values: np.ndarray) -> tuple[float, float]:
+    """Returns the means of the lowest and of the highest tenth of the finite ones among (n,) values; NaN of none."""
+    finite = values[np.isfinite(values)]
+    return (worst_share_mean(finite), best_share_mean(finite)) if len(finite) else (math.nan, math.nan)
+
+
 RATES = ("coverage", "overlap", "conflict", "accuracy")
 OF_SAMPLES = ("voted", "majority_accuracy", "normalized_vote_accuracy")
 COUNTED = ("function_votes", "function_counts", "function_samples")
@@ -120,6 +131,7 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
 
     Returns:
         "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global);
+        "kept_by_both", "correct_by_both" per class and expert, (classes, 2) flattened;
         "drawn_by_kind", "correct_by_kind", where a label counts as correct whether or not it was kept;
         `calibration_bins` of all draws and of the kept ones, a list per row (see `bins_of`); of two classes "beliefs",
         how many draws have p(class 1) in each of `BELIEF_BINS` equal parts of [0, 1]; empty without true labels.
@@ -136,6 +148,10 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
     def per_expert(mask: Tensor) -> list[float]:
         return torch.bincount(pseudo.from_global[mask].long(), minlength=2).double().tolist()
 
+    def per_both(mask: Tensor) -> list[float]:
+        place = 2 * truth[mask] + pseudo.from_global[mask].long()
+        return torch.bincount(place, minlength=2 * num_classes).double().tolist()
+
     return {
         "drawn": per_class(torch.ones_like(pseudo.keep)),
         "kept": per_class(pseudo.keep),
@@ -143,6 +159,8 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
         "drawn_by_expert": per_expert(torch.ones_like(pseudo.keep)),
         "kept_by_expert": per_expert(pseudo.keep),
         "correct_by_expert": per_expert(correct),
+        "kept_by_both": per_both(pseudo.keep),
+        "correct_by_both": per_both(correct),
         "drawn_by_kind": torch.bincount(kind, minlength=len(KIND_NAMES)).double().tolist(),
         "correct_by_kind": torch.bincount(kind[pseudo.label == truth], minlength=len(KIND_NAMES)).double().tolist(),
         **({"beliefs": _belief_bins(pseudo)} if num_classes == 2 else {}),

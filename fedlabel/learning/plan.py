@@ -71,6 +71,16 @@ class Plan(NamedTuple):
     sizes: tuple[int, int, int]
     """Sizes of the pools of samples (units) that the labelled, the unlabelled and the mixed part are drawn from."""
 
+    @property
+    def most_drawn(self) -> int:
+        """How often one sample (unit) is in a step, at most: all are drawn once before one is drawn again."""
+        drawn = (
+            sum(len(step.labeled if step.units is None else step.units.rows) for step in self.steps),
+            sum(len(step.unlabeled) for step in self.steps),
+            sum(len(step.mix) for step in self.steps),
+        )
+        return sum(-(-number // size) for number, size in zip(drawn, self.sizes, strict=True) if size)
+
 
 def sample_pool(draw: Draw, supervision: Supervision, config: TrainingConfig) -> Pool:
     """Returns the samples that a phase draws from."""
@@ -119,8 +129,13 @@ def plan_phase(
         if isinstance(draw, ByKnowledge):  # a single unlabelled sample must not end the epoch after a step
             steps = max(over_labeled, over_unlabeled)
     sources = {"labeled": (places, per_step), "unlabeled": (unlabeled, size), "mix": (mix, min(size, len(unlabeled)))}
+    weight = supervision.weight
+    if weight is not None:  # of a bag that of its first sample: no sample in a bag has another one
+        weight = weight.cpu()[labeled if pool.units is None else pool.units.rows[:, 0]]
     streams = [
-        draw_batches(rows, count, steps, torch_generator(seed, phase.name, kind)) if len(rows) else [rows] * steps
+        draw_batches(rows, count, steps, torch_generator(seed, phase.name, kind), weight if kind == "labeled" else None)
+        if len(rows)
+        else [rows] * steps
         for kind, (rows, count) in sources.items()
     ]
     make = _StepMaker(draw, pool.units, supervision)
@@ -161,12 +176,29 @@ class _StepMaker:
         return StepPlan(places, unlabeled, mix, share, None, unlabeled, self._everyone)
 
 
-def draw_batches(index: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """Returns `steps` batches of min(batch_size, n) positions: shuffled passes over `index` (n,), cut without a gap."""
+def draw_batches(
+    index: Tensor, batch_size: int, steps: int, generator: torch.Generator, weight: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Returns `steps` batches of min(batch_size, n) positions: shuffled passes over `index` (n,), cut without a gap.
+
+    Args:
+        index: the positions.
+        batch_size: of a batch, at most.
+        steps: number of batches.
+        generator: of the passes.
+        weight: (n,) in (0, 1], the probability that a pass has a position; None: it has all.
+    """
     size = min(batch_size, len(index))
     if not size * steps:
         return [index[:0]] * steps
-    passes = [torch.randperm(len(index), generator=generator) for _ in range(-(-size * steps // len(index)))]
+    if weight is None:
+        passes = [torch.randperm(len(index), generator=generator) for _ in range(-(-size * steps // len(index)))]
+    else:
+        passes, drawn = [], 0
+        while drawn < size * steps:
+            order = torch.randperm(len(index), generator=generator)
+            passes.append(order[torch.rand(len(index), generator=generator) < weight[order]])
+            drawn += len(passes[-1])
     order = torch.cat(passes)[: size * steps] if len(passes) > 1 else passes[0][: size * steps]
     return index[order].split(size)
 

@@ -14,6 +14,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fedlabel.learning.meter import Passes
+from fedlabel.learning.prior import all_with_prior, with_prior
 from fedlabel.learning.step import Taken, copy_into, in_precision
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Batch, Model, PseudoLabels, StateDict
@@ -198,7 +199,8 @@ class Stack:
                 return model
 
             states = {**self._common, **own}
-            found = update.loss(student, {name: frozen(states[name]) for name in self._teachers}, batch)
+            teachers, log_prior = {name: frozen(states[name]) for name in self._teachers}, batch.log_prior
+            found = update.loss(with_prior(student, log_prior), all_with_prior(teachers, log_prior), batch)
             value = found.loss if update.penalty is None else found.loss + update.penalty(weights)
             result = {"loss": value, "examples": found.examples, "metrics": found.metrics}
             if found.pseudo is not None:

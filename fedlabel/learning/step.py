@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fedlabel.learning.meter import FROM_INPUTS, Passes
+from fedlabel.learning.prior import all_with_prior, with_prior
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Batch, Model, PseudoLabels, State, StateDict, Step
 from fedlabel.methods.recipe import Phase, Update
@@ -150,7 +151,8 @@ class Stepper:
                 outputs: Tensor = self.student(inputs, *part)
             return outputs if self.config.precision == "float32" else outputs.float()
 
-        found = self.update.loss(student, teachers, batch)
+        log_prior = batch.log_prior
+        found = self.update.loss(with_prior(student, log_prior), all_with_prior(teachers, log_prior), batch)
         if not isinstance(found.examples, Tensor):
             raise ValueError(
                 f"`Step.examples` (={found.examples}) must be a tensor on the device of the loss: "

@@ -57,6 +57,9 @@ class Batch(NamedTuple):
     """() float in [0, 1], this batch's draw from Beta(mix_alpha, mix_alpha) of `BySample`; 1 without `mix`."""
     memory: State
     """The client's memory from step to step: see `Memory`."""
+    log_prior: Tensor = torch.zeros(0)
+    """(classes,) what is added to the logits of all models before a loss sees them (fedlabel/learning/prior.py); (0,):
+    nothing."""
 
 
 class PseudoLabels(NamedTuple):

@@ -195,7 +195,10 @@ class FedLabel(Method):
             proximal=self._proximal if self.prox_mu > 0 else None,
         )
         return Recipe(
-            stages=(Stage((supervised,), rounds=self.burn_in_rounds), Stage((supervised, unlabeled))),
+            stages=(
+                Stage((supervised,), rounds=self.burn_in_rounds, name="burn-in"),
+                Stage((supervised, unlabeled), name="pseudo-labels"),
+            ),
             uses=LabelKinds.SINGLE,
             upload=Upload(send_both) if self.merge == "mean" else sum_of_updates,
         )

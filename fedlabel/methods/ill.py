@@ -201,8 +201,8 @@ class ILL(Method):
         kinds = LabelKinds
         return Recipe(
             stages=(
-                Stage((self._phase(learn=False),), rounds=self.noise.warmup_rounds),
-                Stage((self._phase(learn=True),)),
+                Stage((self._phase(learn=False),), rounds=self.noise.warmup_rounds, name="warm-up"),
+                Stage((self._phase(learn=True),), name="learning"),
             ),
             uses=kinds.TRUE | kinds.NOISY | kinds.SETS | kinds.ANNOTATIONS | kinds.AT_SERVER,
             memory=Memory(self._first_memory, self.noise.keep, like=self.noise.like),

@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, which stay apart for colour-blind readers; what a c
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,17 +67,17 @@ def partition_figure(
     shown = [1, 0] if labels_alone else [kind for kind in [*range(1, len(kinds)), 0] if counts[kind].any()]
     height = 1.4 + float(np.clip(0.24 * clients, 1.8, 9.0)) + 0.25 * (len(shown) > 2)
     panel = float(np.clip(0.34 * classes, 3.2, 7.0))
-    figure = _figure(2 * panel + 3.2, height)
+    figure = new_figure(2 * panel + 3.2, height)
     axes = figure.subplots(1, 3, sharey=True, width_ratios=[panel, panel, 2.4])
     numbered = clients <= 40 and classes <= 12
     titles = ("Labelled", "Unlabelled") if labels_alone else ("With supervision", "Without supervision")
     for axis, held, title in zip(axes[:2], (counts[1:].sum(0), counts[0]), titles, strict=True):
         # Square root: client sizes are skewed, and one large cell would leave all others equally pale.
         shades = PowerNorm(0.5, vmin=0, vmax=max(1, held.max()))
-        image = axis.imshow(np.where(held > 0, held, np.nan), cmap=_sequential(), norm=shades, aspect="auto")
+        image = axis.imshow(np.where(held > 0, held, np.nan), cmap=sequential(), norm=shades, aspect="auto")
         axis.set_title(f"{title}: {held.sum():,} samples")
         axis.set_xlabel("true class")
-        _class_ticks(axis, "x", class_names, panel)
+        class_ticks(axis, "x", class_names, panel)
         if numbered:
             _write_cells(axis, held, np.asarray(shades(held)), [[str(n) for n in row] for row in held])
         else:
@@ -127,17 +128,17 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figur
     totals = confusion.sum(1, keepdims=True)
     share = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
     side = float(np.clip(0.46 * classes, 3.6, 8.5))
-    figure = _figure(side + 2.4, side + 1.4)
+    figure = new_figure(side + 2.4, side + 1.4)
     axis = figure.subplots()
     shown = np.where(confusion > 0, 100 * share, np.nan)
-    image = axis.imshow(shown, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
+    image = axis.imshow(shown, cmap=sequential(), vmin=0, vmax=100, aspect="auto")
     for row in np.flatnonzero(totals == 0).tolist() if classes <= NUMBERED_CLASSES else ():
         axis.text((classes - 1) / 2, row, "no samples", ha="center", va="center", fontsize=8, color=GREY)
     if classes <= NUMBERED_CLASSES:
         _write_cells(axis, confusion, share, [[_percent(cell) for cell in row] for row in share])
     _grid_between([axis], classes, classes)
-    _class_ticks(axis, "x", class_names, side)
-    _class_ticks(axis, "y", class_names, side)
+    class_ticks(axis, "x", class_names, side)
+    class_ticks(axis, "y", class_names, side)
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
     accuracy = np.trace(confusion) / max(1, confusion.sum())
@@ -157,19 +158,19 @@ def transition_figure(transition: np.ndarray, truth: np.ndarray | None, class_na
     classes = len(transition)
     panels = {"learnt": transition, **({"true": truth} if truth is not None else {})}
     side = float(np.clip(0.46 * classes, 3.6, 8.5))
-    figure = _figure(side * len(panels) + 2.6, side + 1.6)
+    figure = new_figure(side * len(panels) + 2.6, side + 1.6)
     axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True)).tolist()
     for axis, (name, matrix) in zip(axes, panels.items(), strict=True):
-        image = axis.imshow(100 * matrix, cmap=_sequential(), vmin=0, vmax=100, aspect="auto")
+        image = axis.imshow(100 * matrix, cmap=sequential(), vmin=0, vmax=100, aspect="auto")
         if classes <= NUMBERED_CLASSES:
             texts = [[_percent(cell) for cell in row] for row in matrix]
             shares = np.nan_to_num(matrix)  # of an unknown row nothing is written
             _write_cells(axis, np.rint(1000 * shares), shares, texts)
-        _class_ticks(axis, "x", class_names, side)
+        class_ticks(axis, "x", class_names, side)
         axis.set_xlabel("noisy label")
         axis.set_title(f"Noise matrix, {name}, %")
     _grid_between(axes, classes, classes)
-    _class_ticks(axes[0], "y", class_names, side)
+    class_ticks(axes[0], "y", class_names, side)
     axes[0].set_ylabel("true class")
     figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04, aspect=30).set_label("% of the true class")
     return figure
@@ -186,7 +187,7 @@ def reliability_figure(bins: np.ndarray, title: str) -> Figure:
     used = count > 0
     width = 100 / len(count)
     places = width * (np.arange(len(count)) + 0.5)
-    figure = _figure(4.6, 4.8)
+    figure = new_figure(4.6, 4.8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     accuracy = np.divide(100 * correct, count, out=np.zeros(len(count)), where=used)
     expected = np.divide(100 * confidence, count, out=np.zeros(len(count)), where=used)
@@ -203,7 +204,7 @@ def reliability_figure(bins: np.ndarray, title: str) -> Figure:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     error = f"ECE {100 * np.abs(correct - confidence).sum() / total:.1f} %" if total else "no samples"
-    upper.set_title(f"{_plain(title)}: {error}")
+    upper.set_title(f"{plain(title)}: {error}")
     return figure
 
 
@@ -215,12 +216,12 @@ def functions_figure(coverage: np.ndarray, accuracy: np.ndarray, estimated: np.n
         accuracy: (functions,) share of its votes that are right, NaN where not known.
         estimated: (functions,) the label model's estimate; NaN where there is none.
     """
-    figure = _figure(4.8, 4.4)
+    figure = new_figure(4.8, 4.4)
     axis = figure.subplots()
     axis.plot([0, 100], [0, 100], "--", color="black", linewidth=1, zorder=3)
     shown = np.isfinite(accuracy) & np.isfinite(estimated)
     points = axis.scatter(
-        100 * estimated[shown], 100 * accuracy[shown], c=100 * coverage[shown], cmap=_sequential(), zorder=4, s=28
+        100 * estimated[shown], 100 * accuracy[shown], c=100 * coverage[shown], cmap=sequential(), zorder=4, s=28
     )
     points.set_clim(0, None)
     points.set_edgecolor("black")
@@ -241,6 +242,8 @@ def pseudo_label_panel(
     experts: Sequence[str],
     confidences: Sequence[float],
     kept: Sequence[bool],
+    title: str = "Pseudo-labels",
+    notes: Sequence[str] = (),
 ) -> Figure:
     """Shows unlabelled samples with pseudo-label, the expert it comes from, its confidence, and whether it is used.
 
@@ -251,11 +254,13 @@ def pseudo_label_panel(
         experts: "local" or "global", the model each pseudo-label comes from.
         confidences: the expert's confidence in each, in [0, 1].
         kept: whether each passed the confidence threshold.
+        title: over the pictures; how many are kept and right is added.
+        notes: a further line below each; empty: none.
     """
     shown = min(len(images), MAX_SAMPLES)
     columns = max(1, min(8, shown))
     rows = max(1, -(-shown // columns))
-    figure = _figure(max(5.5, 1.5 * columns), 2.15 * rows + 0.6)
+    figure = new_figure(max(5.5, 1.5 * columns), (2.4 if notes else 2.15) * rows + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[shown:]:
         axis.set_axis_off()
@@ -275,16 +280,17 @@ def pseudo_label_panel(
             color=RED if wrong else "black",
             pad=4,
         )
-        axis.set_xlabel(f"{experts[i]} {confidences[i]:.2f}\n{'kept' if kept[i] else 'dropped'}", fontsize=9)
+        note = f"\n{plain(notes[i])}" if notes else ""
+        axis.set_xlabel(f"{experts[i]} {confidences[i]:.2f}\n{'kept' if kept[i] else 'dropped'}{note}", fontsize=9)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color=color, linewidth=2.5 if kept[i] else 1.0, linestyle="-" if kept[i] else ":")
     used = [i for i in range(shown) if kept[i]]
-    title = f"Pseudo-labels (expert, its confidence): {len(used)} of {shown} kept"
+    title = f"{plain(title)} (expert, its confidence): {len(used)} of {shown} kept"
     compared = [i for i in used if true_names[i] is not None]
     if compared:
         right = sum(true_names[i] == pseudo_names[i] for i in compared)
         title += f", {right} of {'them' if len(compared) == len(used) else f'{len(compared)} of known class'} right"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, int(13.5 * figure.get_figwidth())), fontsize=11)
     return figure
 
 
@@ -302,7 +308,7 @@ def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
     if len(order) > MAX_BARS:  # from the worst client to the best
         order = order[np.arange(MAX_BARS) * (len(order) - 1) // (MAX_BARS - 1)]
     values = 100 * accuracy[order]
-    figure = _figure(float(np.clip(0.22 * len(values), 5.5, 9.0)), 3.6)
+    figure = new_figure(float(np.clip(0.22 * len(values), 5.5, 9.0)), 3.6)
     axis = figure.subplots()
     missing = len(accuracy) - len(evaluated)
     axis.set_title("Accuracy per client" + (f" (left out: {missing} without samples)" if missing else ""))
@@ -363,7 +369,7 @@ def curves_figure(
     if band not in ("minmax", "sd"):
         raise ValueError(f"`band` (={band}) must be one of minmax, sd.")
     below = len(runs) > 4  # a long legend would hide the lines
-    figure = _figure(6.8, 4.2 + 0.2 * -(-len(runs) // 2) * below)
+    figure = new_figure(6.8, 4.2 + 0.2 * -(-len(runs) // 2) * below)
     axis = figure.subplots()
     for place, (label, seeds) in enumerate(runs.items()):
         tables = [dict(zip(rounds, values, strict=True)) for rounds, values in seeds]
@@ -373,7 +379,7 @@ def curves_figure(
         values = np.array([[table[x] for x in common] for table in tables], dtype=np.float64)
         mean = values.mean(0)
         color, line = CYCLE[place % len(CYCLE)], LINES[place // len(CYCLE) % len(LINES)]
-        text = f"{_plain(label)} (n={len(values)})"
+        text = f"{plain(label)} (n={len(values)})"
         axis.plot(common, mean, line, color=color, linewidth=1.8, label=text, marker="o" if len(common) == 1 else None)
         if len(values) > 1:
             spread = values.std(0, ddof=1)
@@ -381,10 +387,10 @@ def curves_figure(
             axis.fill_between(common, low, high, color=color, alpha=0.18, linewidth=0)
     shown = "band: lowest to highest seed" if band == "minmax" else "band: mean ± sd over seeds"
     several = any(len(seeds) > 1 for seeds in runs.values())
-    axis.set_title(_plain(title))
+    axis.set_title(plain(title))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel(_plain(x_label))
-    axis.set_ylabel(_plain(y_label))
+    axis.set_xlabel(plain(x_label))
+    axis.set_ylabel(plain(y_label))
     axis.grid(True, color="#E5E5E5")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -410,11 +416,12 @@ def svg_bytes(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of a size in inches."""
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def _sequential() -> Colormap:
+def sequential() -> Colormap:
     """White to dark blue without the palest part, so that one sample is distinguishable from none (white)."""
     return LinearSegmentedColormap.from_list("blues", colormaps["Blues"](np.linspace(0.18, 1.0, 256)))
 
@@ -437,7 +444,7 @@ def _grid_between(axes: Sequence[Axes], rows: int, columns: int) -> None:
             axis.tick_params(which="minor", length=0)
 
 
-def _class_ticks(axis: Axes, side: str, class_names: Sequence[str], inches: float) -> None:
+def class_ticks(axis: Axes, side: str, class_names: Sequence[str], inches: float) -> None:
     """Labels the classes along an axis, every one of them if they fit, else every second, third, ..."""
     step = max(1, int(np.ceil(len(class_names) * 0.15 / inches)))
     places = range(0, len(class_names), step)
@@ -456,9 +463,9 @@ def _percent(share: float) -> str:
 
 def _name(text: str) -> str:
     """Shortens a class name to fit next to a picture or under a column; names often differ at their end."""
-    return _plain(text if len(text) <= 14 else f"{text[:8]}…{text[-5:]}")
+    return plain(text if len(text) <= 14 else f"{text[:8]}…{text[-5:]}")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Escapes dollar signs, which matplotlib reads as mathematics."""
     return text.replace("$", r"\$")

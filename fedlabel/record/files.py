@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,19 +34,40 @@ class FolderLock:
             return
         with naming(path):
             self._folder = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._folder)
-            raise ValueError(
-                f"Another process is writing into {path}: wait until it has finished, or stop it first."
-            ) from None
+        if not _flock(self._folder, fcntl.LOCK_EX):
+            time.sleep(0.05)  # `is_locked` of somebody who watches may have it for a moment
+            if not _flock(self._folder, fcntl.LOCK_EX):
+                os.close(self._folder)
+                raise ValueError(
+                    f"Another process is writing into {path}: wait until it has finished, or stop it first."
+                )
 
     def close(self) -> None:
         """Releases the lock; a second call does nothing."""
         if self._folder >= 0:
             os.close(self._folder)
             self._folder = -1
+
+
+def is_locked(path: Path) -> bool | None:
+    """Returns whether some process writes into a folder (see `FolderLock`); None where folders are not locked."""
+    if fcntl is None:
+        return None
+    with naming(path):
+        folder = os.open(path, os.O_RDONLY)
+    try:
+        return not _flock(folder, fcntl.LOCK_SH)
+    finally:
+        os.close(folder)
+
+
+def _flock(folder: int, kind: int) -> bool:
+    """Takes a lock and returns True, or returns False if another one is in its way."""
+    try:
+        fcntl.flock(folder, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_atomic(path: Path, *data: bytes | memoryview | str) -> None:

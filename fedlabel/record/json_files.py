@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,61 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not file.is_file():
             raise ValueError(f"{file} does not exist: {path} is not the folder of a run.")
         lines = file.read_bytes().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line, parse_constant=_no_number)
-        except (ValueError, RecursionError):
-            row = None
-        if not _is_round(row):
-            raise ValueError(
-                f"{file}, line {number} is damaged: {line[:80]!r}. Put it back as it was, or remove it if it is the "
-                "last."
-            )
-        rows.append(row)
-    return rows
+    return [_read_round(file, number, line) for number, line in enumerate(lines, start=1)]
+
+
+class MetricsFollower:
+    """Reads a metrics.jsonl that grows, each line once.
+
+    Args:
+        path: the run folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._read, self._inode = path / METRICS_JSONL, 0, 0
+        self.rows: list[dict[str, Any]] = []
+        """The rounds so far, without their lists."""
+        self.written = 0.0
+        """When the file was changed last, in seconds since 1970."""
+        self.lists: dict[str, list[float | None]] = {}
+        """Tag -> the last number that there was at each place of the lists, e.g. of each client."""
+
+    def read(self) -> None:
+        """Adds the rounds that have been written since the last call.
+
+        Raises:
+            ValueError: see `read_metrics`.
+        """
+        with naming(self._file), open(self._file, "rb") as file:
+            status = os.fstat(file.fileno())
+            inode, self.written = status.st_ino, status.st_mtime
+            if inode != self._inode:  # resuming a run replaces the file
+                self.rows, self.lists, self._read, self._inode = [], {}, 0, inode
+            file.seek(self._read)
+            text = file.read()
+        complete = text[: text.rfind(b"\n") + 1]
+        self._read += len(complete)
+        for line in complete.splitlines():
+            row = _read_round(self._file, len(self.rows) + 1, line)
+            for tag in [tag for tag, value in row.items() if type(value) is list]:
+                new, old = row.pop(tag), self.lists.get(tag, [])
+                old = old if len(old) == len(new) else new
+                self.lists[tag] = [was if value is None else value for value, was in zip(new, old, strict=True)]
+            self.rows.append(row)
+
+
+def _read_round(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    """Returns the round in a line of metrics.jsonl."""
+    try:
+        row = json.loads(line, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        row = None
+    if not _is_round(row):
+        raise ValueError(
+            f"{file}, line {number} is damaged: {line[:80]!r}. Put it back as it was, or remove it if it is the last."
+        )
+    assert isinstance(row, dict)
+    return row
 
 
 def _no_number(text: str) -> None:

@@ -6,9 +6,11 @@
       metrics.jsonl       one JSON object a line and a round
       events.out.*        the same numbers, and figures, for TensorBoard
       by_simulated_seconds/ with devices: accuracy and loss over simulated time, for TensorBoard
+      stages.json         first and last round of each stage, if the method has several
       failures.log        one entry per failed client, with its traceback
       checkpoints/        see server/checkpoint.py
       trace.json          with grid.profile: where the time went, see `trace`
+      run_key             with real nodes: what they know the run by
       summary.json        written when the run ends
 
 Small files are replaced as a whole (`write_atomic`); `metrics.jsonl` only grows, and a line counts once it is complete.
@@ -18,9 +20,11 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -31,9 +35,11 @@ from torch import Tensor
 from torch.utils.tensorboard import summary as summaries
 
 from fedlabel.errors import make_folder, naming
-from fedlabel.record.event_file import EventFile, wait_for_later_name
+from fedlabel.metric_tags import Tag
+from fedlabel.record.event_file import EventFile, NoEvents, wait_for_later_name
 from fedlabel.record.files import TEMPORARY, FolderLock, append, sync_folder, temporary_name, write_atomic
 from fedlabel.record.json_files import as_json, json_line, read_metrics
+from fedlabel.record.layout import layout
 from fedlabel.record.names import (
     BY_SECONDS,
     CHECKPOINTS,
@@ -43,7 +49,9 @@ from fedlabel.record.names import (
     METRICS_JSONL,
     PARTITION_JSON,
     PARTITION_PNG,
+    RUN_KEY,
     SECONDS,
+    STAGES_JSON,
     SUMMARY_JSON,
     SUPERVISION_JSON,
     TRACE_JSON,
@@ -64,12 +72,15 @@ class RunFolder:
     All its methods raise a `FileError` where the system does not let them write.
     """
 
-    def __init__(self, path: Path, purge_step: int | None = None) -> None:
+    def __init__(self, path: Path, purge_step: int | None = None, events: bool = True, own: Sequence[Tag] = ()) -> None:
         """Opens a new event file in an existing folder; not for callers, see `create` and `resume`."""
         self.path = path
         self._lock = FolderLock(path)
+        self._own = own
+        self._shown: set[str] = set()
+        """Metrics that TensorBoard's pages have, see `layout`."""
         try:
-            self._events = EventFile(path, purge_step)
+            self._events = EventFile(path, purge_step) if events else NoEvents()
         except BaseException:
             self._lock.close()
             raise
@@ -81,13 +92,22 @@ class RunFolder:
         """Simulated second up to which a resumed run is done."""
 
     @classmethod
-    def create(cls, path: Path, config_yaml: str, hparams: Mapping[str, Hparam]) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        config_yaml: str,
+        hparams: Mapping[str, Hparam],
+        events: bool = True,
+        own: Sequence[Tag] = (),
+    ) -> RunFolder:
         """Makes a new run folder, all or nothing.
 
         Args:
             path: the folder; its parents are made as needed.
             config_yaml: the resolved configuration, kept as config.yaml.
             hparams: dotted key -> value, shown by TensorBoard's HParams tab.
+            events: whether anything is written for TensorBoard.
+            own: metrics that the run's method declares, see `Method.metrics`.
 
         Raises:
             ValueError: the folder exists and is not empty; nothing is touched.
@@ -111,7 +131,7 @@ class RunFolder:
             raise
         with naming(path.parent):
             sync_folder(path.parent)
-        folder = cls(path)
+        folder = cls(path, events=events, own=own)
         # Without the "experiment" record: TensorBoard takes its columns from the first such record it meets, and runs
         # of other methods beside it would lose theirs. Lacking one it gathers the columns from all runs.
         # (TensorBoard 2.21 then lists metrics beside them only for --logdir on the folder that holds the runs.)
@@ -122,10 +142,16 @@ class RunFolder:
         return folder
 
     @classmethod
-    def resume(cls, path: Path, completed_round: int) -> RunFolder:
+    def resume(cls, path: Path, completed_round: int, events: bool = True, own: Sequence[Tag] = ()) -> RunFolder:
         """Opens the folder of an earlier run and discards what it logged after `completed_round`.
 
         Later lines of metrics.jsonl are dropped, with a torn last one; TensorBoard is told to hide later events.
+
+        Args:
+            path: the folder.
+            completed_round: the last round that counts.
+            events: see `create`.
+            own: see `create`.
 
         Raises:
             ValueError: there is no run in `path`, another process writes it, or its metrics.jsonl is damaged or lacks
@@ -153,11 +179,16 @@ class RunFolder:
             for leftover in path.rglob(f".*{TEMPORARY}"):  # of a write that was killed
                 leftover.unlink()
         write_atomic(path / METRICS_JSONL, "".join(json_line(row) for row in rows))
-        wait_for_later_name(path)
-        folder = cls(path, purge_step=completed_round + 1)
+        if events:
+            wait_for_later_name(path)
+        folder = cls(path, completed_round + 1, events, own)
         seconds = rows[-1].get(SECONDS) if rows else None
         folder._last_second = None if seconds is None else math.floor(seconds)
+        folder._shown = {
+            tag for row in rows for tag, value in row.items() if tag != "round" and type(value) is not list
+        }
         with folder.closed_on_error():
+            folder._events.add(layout(folder._shown, own), completed_round)
             folder._events.flush()
         return folder
 
@@ -201,10 +232,26 @@ class RunFolder:
         """Where the time went, see `TraceFile`; absent without `grid.profile`."""
         return self.path / TRACE_JSON
 
+    @cached_property
+    def key(self) -> str:
+        """32 hexadecimal digits by which real clients know the run, whatever the folder is called and however often the
+        run is resumed; made when first asked for.
+        """
+        path = self.path / RUN_KEY
+        with naming(path):
+            if not path.exists():
+                write_atomic(path, secrets.token_hex(16))
+            return path.read_text().strip()
+
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / CHECKPOINTS
+
+    @property
+    def stages_json(self) -> Path:
+        """First and last round of each stage, by name; absent if the method has only one."""
+        return self.path / STAGES_JSON
 
     @property
     def summary_json(self) -> Path:
@@ -220,7 +267,7 @@ class RunFolder:
         bins: Mapping[str, np.ndarray] = _NOTHING,
         figures: Mapping[str, Figure] = _NOTHING,
         texts: Mapping[str, str] = _NOTHING,
-        files: Mapping[str, str] = _NOTHING,
+        files: Mapping[str, str | bytes] = _NOTHING,
     ) -> None:
         """Writes one round to TensorBoard and then to metrics.jsonl, whose line commits the round.
 
@@ -232,15 +279,19 @@ class RunFolder:
             bins: tag -> (n,) how many values are in each of n equal parts of [0, 1]: a histogram in TensorBoard only.
             figures: tag -> figure; TensorBoard only.
             texts: tag -> Markdown; TensorBoard only.
-            files: name of a file in the folder -> its whole text.
+            files: name of a file in the folder -> its whole content.
         """
-        for name, text in files.items():
-            write_atomic(self.path / name, text)
+        for name, content in files.items():
+            make_folder((self.path / name).parent)
+            write_atomic(self.path / name, content)
         rows = {tag: _as_array(values) for tag, values in lists.items()}
         scalars = {tag: float(value) for tag, value in metrics.items()}
         for tag, value in scalars.items():
             self._events.add_scalar(tag, value, round_number)
-        if SECONDS in scalars:
+        if not scalars.keys() <= self._shown:
+            self._shown |= scalars.keys()
+            self._events.add(layout(self._shown, self._own), round_number)
+        if SECONDS in scalars and not isinstance(self._events, NoEvents):
             self._log_by_seconds(scalars)
         for tag, values in rows.items():
             self._events.add_histogram(tag, values, round_number)

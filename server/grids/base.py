@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,9 @@ class Order(NamedTuple):
     """The shared state as the server has it."""
     fold: bool
     """Whether the server needs the weighted sums of blocks only, not the single models."""
+    memory: Mapping[str, str | int] = MappingProxyType({})
+    """Which memory real clients take up, see `clients/mods.py`: `run`, 32 hexadecimal digits that stay the same when a
+    run is resumed, and `saved-round`, the earliest round from which it can be."""
 
 
 class ClientGrid(ABC):

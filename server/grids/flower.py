@@ -16,14 +16,16 @@ from fedlabel.config import ExperimentConfig, to_yaml
 from fedlabel.data.nodes.federation import Holding, ServerFederation
 from fedlabel.data.nodes.schema import load_schema
 from fedlabel.experiment import Experiment
+from fedlabel.hardware import source_hash
 from fedlabel.learning.evaluation import Evaluation, add_evaluations
 from fedlabel.methods.shared import state_to_lists
 from server.blocks import Block, BlockResult, Failure
-from server.exchange import BAD_REPLY, Asked, replies_to
+from server.delivery import Delivery
+from server.exchange import BAD_REPLY, Asked
 from server.flower import as_record
 from server.grids.base import ClientGrid, Order, folded
-from server.nodes import connect, is_simulation
-from server.own_data import evaluation_messages, meet, on_the_way, read_evaluations
+from server.nodes import Nodes, is_simulation
+from server.own_data import OwnNodes, evaluation_messages, on_the_way, read_evaluations
 from server.replies import ReplyReader
 from server.schema import Refused, ResultSchema
 from server.state import ServerState
@@ -41,14 +43,8 @@ class FlowerGrid(ClientGrid):
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.simulated = is_simulation(grid)
-        self._nodes: Mapping[int, int] = {}
-        """Client -> node id."""
         self._agreement = ""
         """See `messages_to`."""
-        self._shared: frozenset[int] = frozenset()
-        """Clients whose own accuracy may be shown."""
-        self._held_out: dict[int, int] = {}
-        """Client -> the number of samples that it holds out for evaluation."""
         self._used: dict[int, int] = {}
         """Client that was asked -> the last round in which its reply was used, 0: none."""
 
@@ -63,41 +59,50 @@ class FlowerGrid(ClientGrid):
             assert federation.agreement is not None
             self._agreement = federation.agreement.text
         else:
-            self._nodes = connect(self._grid, self._config, [len(rows) for rows in federation.parts])
+            self._nodes = Nodes(self._grid, self._config, [len(rows) for rows in federation.parts])
+            self._nodes.connect()
 
     def holdings(self, config: ExperimentConfig) -> tuple[Holding, ...]:
         """See `ClientGrid`."""
         assert config.data.schema is not None
-        met = meet(self._grid, config, load_schema(Path(config.data.schema)))
-        self._nodes, self._shared = met.nodes, met.shared
-        self._held_out = {client: holding.held_out for client, holding in enumerate(met.holdings)}
-        return met.holdings
+        nodes = OwnNodes(self._grid, config, load_schema(Path(config.data.schema)))
+        nodes.connect()
+        self._nodes = nodes
+        return nodes.holdings
 
     def evaluate(self, state: ServerState) -> Evaluation | None:
         """See `ClientGrid`. Nodes without an answer are left out, which is warned of."""
-        asked = [client for client, samples in self._held_out.items() if samples]
+        nodes = self._nodes
+        assert isinstance(nodes, OwnNodes)
+        held_out = {client: holding.held_out for client, holding in enumerate(nodes.holdings) if holding.held_out}
         shared = self._schema.recipe.shared.broadcast(state.shared)
-        messages = evaluation_messages(asked, self._nodes, state, shared, to_yaml(self._config), self._agreement)
-        replies = replies_to(self._grid, list(messages.values()), self._config.grid.timeout)
-        found, failures = read_evaluations(messages, replies, self._schema.num_classes, self._held_out)
+
+        def make(clients: Sequence[int]) -> list[Message]:
+            return evaluation_messages(clients, nodes.of, state, shared, to_yaml(self._config), self._agreement)
+
+        messages, replies = Delivery(self._grid, nodes, self._config.grid, list(held_out), make).run()
+        found, failures = read_evaluations(messages, replies, self._schema.num_classes, held_out)
         for failure in failures:
             logger.warning("Round %d, evaluation: %s", state.round_number, failure)
-        return add_evaluations(found, self._shared, self._config.num_clients)
+        return add_evaluations(found, nodes.shared, self._config.num_clients)
 
     def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
         """See `ClientGrid`. A client without an answer after `grid.timeout` seconds has failed."""
         blocks = [block for task in tasks for block in task]
         cohort = [client for block in blocks for client in block]
-        used = self._used if self._config.compression.error_feedback else {}
-        with self._spans.part("transfer"):
-            text, agreement = to_yaml(self._config), self._agreement
-            messages = messages_to(cohort, self._nodes, order.invitation, text, used, agreement)
+        used, text = self._used if self._config.compression.error_feedback else {}, to_yaml(self._config)
+
+        def make(clients: Sequence[int]) -> list[Message]:
+            with self._spans.part("transfer"):
+                of = self._nodes.of
+                return messages_to(clients, of, order.invitation, text, used, order.memory, self._agreement)
+
+        with self._spans.part("wait"):
+            messages, replies = Delivery(self._grid, self._nodes, self._config.grid, cohort, make).run()
         for client in cohort:
             self._used.setdefault(client, 0)
-        with self._spans.part("wait"):
-            replies = replies_to(self._grid, messages, self._config.grid.timeout)
         reader = ReplyReader(self._schema.of_round(order.invitation, order.shared))
-        for block in read_blocks(blocks, dict(zip(cohort, messages, strict=True)), replies, reader, order.fold):
+        for block in read_blocks(blocks, messages, replies, reader, order.fold):
             self._used |= {result.client: order.invitation.round_number for result in block.results}
             yield block
 
@@ -108,6 +113,7 @@ def messages_to(
     invitation: Invitation,
     experiment: str,
     used: Mapping[int, int] = MappingProxyType({}),
+    memory: Mapping[str, str | int] = MappingProxyType({}),
     agreement: str = "",
 ) -> list[Message]:
     """Returns the messages of a round, in client order; most have one content.
@@ -118,10 +124,13 @@ def messages_to(
         invitation: what is sent to them.
         experiment: the configuration as YAML.
         used: client -> the last round in which its reply was used, 0: none; clients that need not know are missing.
+        memory: see `Order.memory`.
         agreement: with nodes that have data of their own, see `Agreement`; "": with others.
     """
     sent = invitation.on_the_way
-    config = {"experiment": experiment, "audit": invitation.audit, "server-round": invitation.round_number}
+    config = {"experiment": experiment, "source-hash": source_hash(), "server-round": invitation.round_number, **memory}
+    if invitation.audit:  # real nodes are not asked, and would not do it
+        config["audit"] = True
     records = {
         "arrays": as_record(sent.model),
         "config": ConfigRecord(config),  # type: ignore[arg-type]
@@ -141,7 +150,7 @@ def messages_to(
     for client in used.keys() & set(cohort):
         told[client] = {**told.get(client, {}), "used-round": used[client]}
     for client, more in told.items():
-        record = ConfigRecord({**config, **more})  # type: ignore[dict-item]
+        record = ConfigRecord({**config, **more})
         own[client] = RecordDict({**own.get(client, everybody), "config": record})
     group = str(invitation.round_number)
     return [Message(own.get(client, everybody), nodes[client], "train", group_id=group) for client in cohort]
@@ -158,7 +167,7 @@ def read_blocks(
 
     Args:
         blocks: of the cohort.
-        messages: client -> what was sent to it.
+        messages: client -> what was sent to it; clients that are not connected are missing.
         replies: in any order.
         reader: reads one.
         fold: see `Order`.
@@ -180,7 +189,9 @@ def read_blocks(
             who = f"client {client}"
             first, *more = found.pop(client, [None])
             try:
-                if first is None:
+                if client not in messages:
+                    failures.append(Failure(who, "NotConnected: no node of this client is connected"))
+                elif first is None:
                     failures.append(Failure(who, "NoAnswer: the client did not answer in time"))
                 elif first.has_error() and first.error.code != BAD_REPLY:
                     failures.append(Failure(who, str(first.error.reason)))

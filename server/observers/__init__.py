@@ -15,6 +15,7 @@ from server.observers.functions import FunctionObserver
 from server.observers.noise import NoiseErrorObserver, NoiseObserver
 from server.observers.panel import PanelObserver
 from server.observers.privacy import PrivacyObserver
+from server.observers.projector import ProjectorObserver
 from server.observers.pseudo_labels import PseudoLabelObserver
 from server.observers.training import SystemObserver, TrainingObserver
 
@@ -31,6 +32,7 @@ TRUTH: dict[str, Callable[[Experiment], Observer]] = {
     "pseudo_labels": PseudoLabelObserver,
     "noise": NoiseErrorObserver,
     "panel": PanelObserver,
+    "projector": ProjectorObserver,
 }
 """In a simulation only: they compute with hidden labels. One of a name above takes its place."""
 

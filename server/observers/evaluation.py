@@ -43,7 +43,7 @@ class EvaluationObserver(Observer):
         if is_by_client:
             lists["eval/client_accuracy"] = accuracy[shown_clients(len(accuracy))]
         figures: dict[str, Figure] = {}
-        if self.has_figures(number):
+        if seen.may_draw and self.has_figures(number):
             from fedlabel.record.figures import client_accuracy_figure, confusion_figure  # matplotlib takes a while
 
             names = experiment.federation.dataset.class_names

@@ -69,7 +69,7 @@ class FunctionObserver(Observer):
         table = markdown(self._rows(total, guess, True))
         texts = {"functions": table, "functions/clients": markdown(self._client_rows())}
         figures = {}
-        if self.experiment.config.evaluation.figures:
+        if self.experiment.config.draws_figures:
             from fedlabel.record.figures import functions_figure  # here: matplotlib takes a while to import
 
             rates = self._rates(total)

@@ -46,7 +46,8 @@ class NoiseObserver(Observer):
         if errors:
             largest, mean = zip(*errors, strict=True)
             metrics |= {"transition/largest_error": max(largest), "transition/mean_error": float(np.mean(mean))}
-        return Report(metrics, figures=self._figures(matrices, truths, seen.number))
+        figures = self._figures(matrices, truths, seen.number) if seen.may_draw else {}
+        return Report(metrics, figures=figures)
 
     def truths(self, matrices: int) -> Sequence[np.ndarray | None]:
         """Returns the true matrices, (classes, classes) with NaN in the rows of classes without a noisy label; None
@@ -57,7 +58,7 @@ class NoiseObserver(Observer):
     def _figures(self, matrices: Tensor, truths: Sequence[np.ndarray | None], number: int) -> dict[str, Figure]:
         """Returns a figure per matrix in about ten rounds of a run, the last one included."""
         config = self.experiment.config
-        if not config.evaluation.figures or not (self.is_last(number) or number % max(1, config.num_rounds // 10) == 0):
+        if not config.draws_figures or not (self.is_last(number) or number % max(1, config.num_rounds // 10) == 0):
             return {}
         from fedlabel.record.figures import transition_figure  # here: matplotlib takes a while to import
 

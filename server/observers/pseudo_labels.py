@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from fedlabel.data.federation import SHOWN_CLIENTS
-from fedlabel.learning.metrics import bins_of, pseudo_label_metrics, ratio
+from fedlabel.learning.metrics import Counts, bins_of, pseudo_label_metrics, ratio, tenths
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class PseudoLabelObserver(Observer):
@@ -18,24 +22,40 @@ class PseudoLabelObserver(Observer):
         counts = seen.counts
         if "drawn" not in counts:
             return Report()
-        of_clients, number = seen.tally.client_counts, self.experiment.config.num_clients
-        # Of many clients a fixed choice would hardly ever have trained: then those are shown that have, in their order.
-        shown = range(number) if number <= SHOWN_CLIENTS else sorted(of_clients)[:SHOWN_CLIENTS]
-        clients = [of_clients.get(client, {}) for client in shown]
-        drawn, kept, correct = ([sum(c.get(key, [0.0])) for c in clients] for key in ("drawn", "kept", "correct"))
+        of_clients = seen.tally.client_counts
+        clients = sorted(of_clients)
+        drawn, kept, correct = (
+            [sum(of_clients[client].get(key, [0.0])) for client in clients] for key in ("drawn", "kept", "correct")
+        )
+        coverage, accuracy = ratio(kept, drawn), ratio(correct, kept)
         lists = {
             "pseudo/class_coverage": ratio(counts["kept"], counts["drawn"]),
             "pseudo/class_accuracy": ratio(counts["correct"], counts["kept"]),
-            "pseudo/client_coverage": ratio(kept, drawn),  # NaN for clients that did not train this round
-            "pseudo/client_accuracy": ratio(correct, kept),
+            "pseudo/client_coverage": self.of_trained(dict(zip(clients, coverage, strict=True))),
+            "pseudo/client_accuracy": self.of_trained(dict(zip(clients, accuracy, strict=True))),
         }
         bins = {"pseudo/confidences": bins_of(counts)[0]}
         if "beliefs" in counts:
             bins["pseudo/beliefs"] = np.array(counts["beliefs"])
-        figures = {}
+        figures: dict[str, Figure] = {}
         final = self.experiment.recipe.place(seen.number).stage.final
-        if seen.is_evaluated and final and self.has_figures(seen.number):
-            from fedlabel.record.figures import reliability_figure  # here: matplotlib takes a while to import
+        if seen.is_evaluated and seen.may_draw and final and self.has_figures(seen.number):
+            figures = self._figures(counts, seen.number)
+        metrics = pseudo_label_metrics(counts)
+        if np.isfinite(accuracy).any():
+            tags = ("pseudo/lowest_10pct_client_accuracy", "pseudo/highest_10pct_client_accuracy")
+            metrics |= dict(zip(tags, tenths(accuracy), strict=True))
+        return Report(metrics, lists, bins, figures)
 
-            figures["pseudo/reliability"] = reliability_figure(bins_of(counts), f"Pseudo-labels of round {seen.number}")
-        return Report(pseudo_label_metrics(counts), lists, bins, figures)
+    def _figures(self, counts: Counts, number: int) -> dict[str, Figure]:
+        from fedlabel.record.figures import reliability_figure  # here: matplotlib takes a while to import
+        from fedlabel.record.figures_pseudo import experts_figure, precision_coverage_figure
+
+        bins, names = bins_of(counts), self.experiment.federation.dataset.class_names
+        drawn, kept, correct = (np.array(counts[name]) for name in ("drawn", "kept_by_both", "correct_by_both"))
+        by_model = kept.reshape(-1, 2), correct.reshape(-1, 2)
+        return {
+            "pseudo/reliability": reliability_figure(bins, f"Pseudo-labels of round {number}"),
+            "pseudo/precision_coverage": precision_coverage_figure(bins, float(kept.sum()), float(correct.sum())),
+            "pseudo/experts": experts_figure(drawn, *by_model, names),
+        }

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import time
 
-from fedlabel.learning.metrics import means
+import numpy as np
+
+from fedlabel.learning.metrics import means, tenths
 from server.observers.base import Observer, Report, Round
 from server.state import ServerState
 
+OF_CLIENTS = {
+    "train/loss": ("train/client_loss", "train/lowest_10pct_client_loss", "train/highest_10pct_client_loss"),
+    "pseudo/coverage": (None, "pseudo/lowest_10pct_client_coverage", "pseudo/highest_10pct_client_coverage"),
+    "pseudo/from_global": ("pseudo/client_from_global", None, None),
+}
+"""Metric -> what is reported of the clients that trained: a list, and means of the lowest and the highest tenth."""
+
 
 class TrainingObserver(Observer):
-    """Means of the methods' metrics."""
+    """Means of the methods' metrics, and how some of them differ between clients."""
 
     def after_round(self, seen: Round, state: ServerState) -> Report:
         """See `Observer`."""
-        return Report(metrics=means(seen.tally.sums))
+        report = Report(metrics=means(seen.tally.sums))
+        clients = {client: means(sums) for client, sums in sorted(seen.tally.client_sums.items())}
+        for name, (of_each, *bounds) in OF_CLIENTS.items():
+            found = {client: metrics[name] for client, metrics in clients.items() if name in metrics}
+            if not found:
+                continue
+            if of_each is not None:
+                report.lists[of_each] = self.of_trained(found)
+            values = tenths(np.array(list(found.values())))
+            report.metrics.update({tag: value for tag, value in zip(bounds, values, strict=True) if tag is not None})
+        return report
 
 
 class SystemObserver(Observer):

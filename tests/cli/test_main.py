@@ -125,7 +125,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "round 2/2  accuracy 0." in result.output  # line-wise: this is no terminal
     assert "finished before" not in result.output
     assert "selected" not in result.output
-    assert f"tensorboard --logdir {out}" in result.output
+    assert f"fedlabel tensorboard {out}" in result.output
     return out / "done"
 
 

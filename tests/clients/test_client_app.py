@@ -50,7 +50,7 @@ def answer(method: str, **flags: bool) -> RecordDict:
     """Returns the reply of client 0 in a round; flags: what the server says beside the configuration."""
     text = to_yaml(load_config([], [*TINY, *SETTINGS[method]]))
     experiment = open_experiment(text)
-    config = ConfigRecord({"experiment": text, "server-round": ROUND[method], **flags})
+    config = ConfigRecord({"experiment": text, "source-hash": source_hash(), "server-round": ROUND[method], **flags})
     shared = ConfigRecord(dict(state_to_lists(experiment.recipe.shared.start())))
     records = {"arrays": ArrayRecord(experiment.initial_state), "config": config, "shared": shared}
     if experiment.recipe.place(ROUND[method]).number:
@@ -123,7 +123,7 @@ def test_a_private_client_does_not_send_its_error(
     monkeypatch.setitem(SETTINGS, "supervised", PRIVATE)
     monkeypatch.setitem(ROUND, "supervised", 1)
     monkeypatch.setattr(fedlabel.experiment.Experiment, "client_data", fail)
-    with pytest.raises(AssertionError, match="its own log says why") as caught, caplog.at_level("ERROR", "fedlabel"):
+    with pytest.raises(AssertionError, match="own log says why") as caught, caplog.at_level("ERROR", "fedlabel"):
         answer("supervised")
     assert "Alice" not in str(caught.value)
     assert "Alice" in caplog.text

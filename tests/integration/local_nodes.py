@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -21,17 +22,24 @@ class LocalNodes(Grid):
     """Nodes 1..count are the clients 0..count-1 of an app; what a client remembers is in `states`.
 
     Args:
-        app: of the clients.
-        count: how many nodes there are.
-        node_configs: what each was started with (`--node-config`); None: its number.
+        app: the clients'.
+        count: how many there are.
+        further: what is in all nodes' `--node-config` besides their number; by default they say that they are
+            simulated.
+        node_configs: all of what each was started with, instead.
     """
 
     run: Any = None
     pull_interval = 0.01
 
-    def __init__(self, app: ClientApp, count: int, node_configs: Sequence[dict[str, Any]] | None = None) -> None:
-        self.app, self.count = app, count
-        self.node_configs = node_configs
+    def __init__(
+        self,
+        app: ClientApp,
+        count: int,
+        further: Mapping[str, Any] = MappingProxyType({"audit": True}),
+        node_configs: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        self.app, self.count, self.further, self.node_configs = app, count, dict(further), node_configs
         self.states: dict[int, RecordDict] = {}
         self._sent: dict[str, Message] = {}
         self._number = 0
@@ -66,7 +74,7 @@ class LocalNodes(Grid):
     def answer(self, message: Message) -> Message:
         """Returns a node's reply; a client that fails keeps the state it had."""
         client = message.metadata.dst_node_id - 1
-        numbered = {"partition-id": client, "num-partitions": self.count}
+        numbered = {"partition-id": client, "num-partitions": self.count, **self.further}
         node: Any = numbered if self.node_configs is None else self.node_configs[client]
         context = Context(
             run_id=1,
@@ -76,9 +84,10 @@ class LocalNodes(Grid):
             run_config={},
         )
         try:
-            content = self.app(message, context).content
+            reply = self.app(message, context)
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
-        self.states[client] = context.state
-        return Message(content, reply_to=message)
+        if not reply.has_error():
+            self.states[client] = context.state
+        return reply

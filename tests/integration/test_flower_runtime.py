@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedlabel
 from fedlabel.hardware import PACKAGE_ROOT
 from server.grids.in_process import InProcessGrid
 from tests.integration.processes import environment, free_ports, start, stop_marked, wait_until
@@ -87,6 +89,12 @@ class Flower:
         except (urllib.error.URLError, OSError):
             return False
 
+    def node(self, name: str, node_config: str) -> subprocess.Popen[bytes]:
+        """Starts a node that keeps its process; it runs the code that is installed, here the checkout."""
+        command = [sys.executable, "-m", "clients.node", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
+        env = {**self.env, "PYTHONPATH": str(self.checkout)}
+        return start([*command, "--node-config", node_config], self.work / f"{name}.log", self.work, env)
+
     def supernode(self, name: str, node_config: str) -> subprocess.Popen[bytes]:
         """Starts a SuperNode."""
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
@@ -143,8 +151,10 @@ def test_simulation_runtime(tmp_path: Path) -> None:
 
 
 @contextmanager
-def deployed(root: Path) -> Iterator[tuple[Flower, list[subprocess.Popen[bytes]]]]:
-    """A SuperLink on loopback with two SuperNodes, clients 0 and 1; gives their processes, the SuperLink's first."""
+def deployed(root: Path, resident: bool = False) -> Iterator[tuple[Flower, list[subprocess.Popen[bytes]]]]:
+    """A SuperLink on loopback with two SuperNodes, clients 0 and 1, or nodes that keep their process and their memory;
+    gives the processes, the SuperLink's first.
+    """
     with flower(root) as machine:
         connection = f'[superlink.loopback]\naddress = "127.0.0.1:{machine.port}"\ninsecure = true\n'
         (machine.home / "config.toml").write_text(connection)
@@ -152,7 +162,12 @@ def deployed(root: Path) -> Iterator[tuple[Flower, list[subprocess.Popen[bytes]]
         superlink = machine.start("superlink", *command, "--disable-runtime-dependency-installation")
         wait_until(lambda: machine.answers() or superlink.poll() is not None, 60, "no SuperLink", every=0.2)
         processes = [superlink]
-        processes += [machine.supernode(f"node{i}", f"partition-id={i} num-partitions=2") for i in range(2)]
+        for i in range(2):
+            memory = f'memory="{machine.work / f"memory{i}"}"'
+            if resident:
+                processes.append(machine.node(f"node{i}", f"partition-id={i} {memory}"))
+            else:
+                processes.append(machine.supernode(f"node{i}", f"partition-id={i} num-partitions=2"))
         yield machine, processes
     for process in processes:
         process.wait(timeout=10)
@@ -190,9 +205,35 @@ def test_supernode_without_partition_id_is_named(deployment: Flower) -> None:
     )
 
 
+def test_nodes_that_keep_their_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run no code that was sent, remember on their disk, and give the same result."""
+    overrides = (
+        "num_clients=2",
+        "num_rounds=2",
+        "fraction_train=1.0",
+        "method.name=proden",
+        "supervision.kind=partial",
+    )
+    overrides = (*overrides, "supervision.label_rate=null", "supervision.partial_ratio=0.3", "grid.timeout=120")
+    settings = [each for each in TINY if not each.startswith("method.")]
+    with deployed(tmp_path / "flower", resident=True) as (machine, processes):
+        folder = machine.the_run(machine.run("loopback", overrides=" ".join([*settings, *overrides])))
+        assert [process.poll() for process in processes] == [None] * 3
+        key = (folder / "run_key").read_text()
+        for client in range(2):
+            kept = sorted(path.name for path in (machine.work / f"memory{client}" / key).iterdir())
+            assert kept == [f"client{client}-00000{number}.memory" for number in (1, 2)]
+    monkeypatch.setattr(InProcessGrid, "simulated", False)
+    expected = fedlabel.run(overrides=[*settings, *overrides], name="expected", out=tmp_path).path
+    for name, value in final_weights(folder).items():
+        torch.testing.assert_close(value, final_weights(expected)[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_lost_node_fails_its_client_and_the_run_goes_on(tmp_path: Path) -> None:
     """Killed after the first round. Flower's SuperLink then answers in its place, with an id that is no client's."""
-    overrides = " ".join([*TINY, "num_clients=2", "num_rounds=3", "fraction_train=1.0", "grid.timeout=200"])
+    overrides = " ".join(
+        [*TINY, "num_clients=2", "num_rounds=3", "fraction_train=1.0", "grid.timeout=200", "grid.min_nodes=1"]
+    )
     with deployed(tmp_path / "flower") as (machine, processes), ThreadPoolExecutor(1) as background:
         running = background.submit(machine.run, "loopback", overrides=overrides)
         metrics = "runs/*/metrics.jsonl"

@@ -61,7 +61,7 @@ class Exported:
     def grid(self, order: Sequence[int] = (2, 0, 3, 1), **more: Any) -> FlowerGrid:
         """Nodes 1 to 4 with the folders of these clients."""
         nodes = [{"data": str(self.path / client_folder(client)), "client": client, **more} for client in order]
-        return FlowerGrid(LocalNodes(app, 4, nodes))
+        return FlowerGrid(LocalNodes(app, 4, node_configs=nodes))
 
     def run(self, name: str, *overrides: str, **more: Any) -> Path:
         run_federation(self.config(*overrides), self.grid(**more), self.root / name)
@@ -137,7 +137,7 @@ def test_a_run_is_resumed_on_the_same_nodes(held_out: Exported) -> None:
 def test_nodes_without_a_number_are_numbered_by_the_server(held_out: Exported) -> None:
     nodes = [{"data": str(held_out.path / client_folder(client))} for client in range(4)]
     path = held_out.root / "numbered"
-    run_federation(held_out.config("num_rounds=1"), FlowerGrid(LocalNodes(app, 4, nodes)), path)
+    run_federation(held_out.config("num_rounds=1"), FlowerGrid(LocalNodes(app, 4, node_configs=nodes)), path)
     (first, *_), number = json.loads((path / "partition.json").read_text())["clients"], 0
     assert first["card"]["samples"] == len(held_out.experiment.federation.parts[number])
     expected = held_out.run("by_client", "num_rounds=1")
@@ -180,7 +180,11 @@ def test_what_the_server_writes_and_gets_has_no_sample(held_out: Exported) -> No
 REFUSED = {
     "a node without a folder": (lambda nodes: nodes[1].pop("data"), RunError, "this node was started without: give"),
     "two with one number": (lambda nodes: nodes[1].update(client=2), RunError, "both started with client=2"),
-    "a folder that is gone": (lambda nodes: nodes[1].update(data="/nowhere"), RunError, "cannot be read: its log says"),
+    "a folder that is gone": (
+        lambda nodes: nodes[1].update(data="/nowhere"),
+        RunError,
+        "cannot be read; its log says why",
+    ),
 }
 
 
@@ -203,7 +207,7 @@ def test_defects_of_a_folder_stay_at_the_node(
     grid = held_out.grid()
     grid._grid.node_configs[1]["data"] = str(folder)  # type: ignore[attr-defined]
     with pytest.raises(
-        RunError, match="The node's folder has 1 defect, or does not fit the schema; its log says more"
+        RunError, match="the node's folder has 1 defect, or does not fit the schema; its log says more"
     ) as caught:
         open_on(grid, held_out.config())
     assert "secret" not in str(caught.value)

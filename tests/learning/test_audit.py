@@ -17,7 +17,7 @@ TRUTH = torch.tensor([0, 1, 1, 0, -1])
 
 
 def update(**fields: Any) -> ClientUpdate:
-    nothing = ClientUpdate({}, {}, {}, {}, torch.zeros(0, dtype=torch.int64), None, 0, 0, None, None)
+    nothing = ClientUpdate({}, {}, {}, {}, torch.zeros(0, dtype=torch.int64), None, 0, 0, 0, None, None)
     return replace(nothing, **fields)
 
 

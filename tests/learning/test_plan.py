@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedlabel.data.labels.supervision import Supervision, reveal_labels
-from fedlabel.learning.plan import Units, bag_units, draw_batches, most_drawn
+from fedlabel.learning.plan import Plan, StepPlan, Units, bag_units, draw_batches, most_drawn, plan_phase, sample_pool
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import Prepared, PseudoLabels, Survey
 from fedlabel.methods.fedlabel import FedLabel
@@ -42,6 +42,35 @@ def test_batches_are_shuffled_passes_without_a_gap() -> None:
     assert flat[:10].tolist() != list(range(5, 15))
     assert [len(b) for b in draw_batches(torch.arange(3), 4, 2, torch_generator(0, "x"))] == [3, 3]
     assert [len(b) for b in draw_batches(torch.arange(0), 4, 2, torch_generator(0, "x"))] == [0, 0]
+
+
+def test_a_weight_is_the_share_of_the_passes_that_have_a_sample() -> None:
+    """1,000 passes over 10 samples, of which four have weight .25: standard error of their share .014."""
+    weight = torch.ones(10)
+    weight[:4] = 0.25
+    batches = draw_batches(torch.arange(5, 15), 7, 1000, torch_generator(0, "x"), weight)
+    assert [len(batch) for batch in batches] == [7] * 1000
+    times = torch.bincount(torch.cat(list(batches)), minlength=15)[5:].double()
+    assert torch.allclose(times[:4] / times[4:].mean(), torch.full((4,), 0.25, dtype=torch.float64), atol=0.05)
+    assert (times[4:] / times[4:].mean() - 1).abs().max() < 0.01
+    same = draw_batches(torch.arange(5, 15), 7, 3, torch_generator(0, "x"), torch.ones(10))
+    assert sorted(torch.cat(list(same))[:10].tolist()) == list(range(5, 15))
+
+
+@pytest.mark.parametrize("draw", [BySample(labeled=("weak",)), ByBag(labeled=("weak",), singles=True)])
+def test_a_plan_draws_labels_by_their_weights(draw: BySample | ByBag) -> None:
+    """Of 20 labelled samples; four more are in a bag, which a step by bags draws, too."""
+    place = torch.arange(24)
+    known = reveal_labels(torch.zeros(24, dtype=torch.int64), place < 20, 3)
+    bag = torch.where(place < 20, -1, 0)
+    known = replace(known, bag=bag, bag_counts=torch.tensor([[4, 0, 0]]), weight=torch.where(place < 10, 0.1, 1.0))
+    phase = Phase("x", labels_loss, draw=draw)
+    config = TrainingConfig(local_steps=200, batch_size=4)
+    plan = plan_phase(phase, sample_pool(draw, known, config), None, known, config, 0)
+    drawn = torch.cat([step.labeled for step in plan.steps])
+    drawn = drawn[drawn < 20]
+    assert len(plan.steps) == 200
+    assert 0.05 < float((drawn < 10).double().mean()) < 0.13  # 1 / 11
 
 
 def test_units_of_a_client() -> None:
@@ -226,3 +255,14 @@ def test_a_client_whose_labels_are_all_certain_has_no_pseudo_labels() -> None:
     update = train(Made(made=(phase,)), data)
     assert len(update.pseudo_index) == 0
     assert update.pseudo is None or len(update.pseudo.label) == 0
+
+
+def test_how_often_one_sample_is_drawn() -> None:
+    """Seven draws of three labelled samples take one of them three times, four of four others each once."""
+    none, few = torch.zeros(0, dtype=torch.int64), torch.arange(3)
+    streams = (few.repeat(3)[:7].split([4, 3]), torch.arange(3, 7).split([2, 2]))
+    steps = tuple(StepPlan(a, b, none, 1.0, None, none, none.bool()) for a, b in zip(*streams, strict=True))
+    assert Plan(steps, (3, 4, 0)).most_drawn == 3 + 1
+    bags = Units(torch.tensor([[0, 1], [2, -1]]), torch.zeros(2, 3, dtype=torch.int64))
+    of_bags = tuple(step._replace(units=bags, unlabeled=none) for step in steps)
+    assert Plan(of_bags, (2, 0, 0)).most_drawn == 2

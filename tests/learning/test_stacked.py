@@ -15,6 +15,7 @@ from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.labels.supervision import Supervision, reveal_labels
 from fedlabel.learning.client import ClientData, ClientUpdate, LocalRound, Trainer, train_clients
 from fedlabel.learning.graphs import Graphs
+from fedlabel.learning.prior import PriorConfig
 from fedlabel.learning.stacked import IN_CACHE, Stack, automatic_size, why_not
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
@@ -79,14 +80,19 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["stack", "stack and graphs"])
+@pytest.mark.parametrize(
+    ("graphs", "prior"),
+    [(False, "none"), (True, "none"), (True, "em")],
+    ids=["stack", "stack and graphs", "stack and graphs with client priors"],
+)
 @pytest.mark.parametrize(("name", "round_number"), rounds())
 def test_a_round_of_a_stack_is_that_of_each_client(
-    name: str, round_number: int, graphs: bool, stacks: list[int]
+    name: str, round_number: int, graphs: bool, prior: str, stacks: list[int]
 ) -> None:
     recipe, state = recipe_of(name), make_student(name).state_dict()
     config = TrainingConfig(local_steps=3, batch_size=4, momentum=0.5, weight_decay=0.01, max_grad_norm=1.0)
     trainer = Trainer(make_student(name, 5), make_student(name, 6), STRONG, config, METHODS[name].metrics)
+    trainer = replace(trainer, prior=PriorConfig(prior))
     locals_ = clients_of(name, recipe, state, round_number)
     alone = [train_clients(recipe, trainer, state, [each], round_number)[0] for each in locals_]
     assert stacks == []

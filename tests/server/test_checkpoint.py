@@ -119,10 +119,10 @@ def test_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
 def test_a_checkpoint_of_an_older_version_is_refused_as_what_it_is(run: Path) -> None:
     """Not as damaged: to delete it, as is advised then, would throw away a run that its own version can go on with."""
     content = file(run, 3).read_bytes()
-    assert content.startswith(b"fedlabel-checkpoint-2\n")
-    file(run, 3).write_bytes(content.replace(b"checkpoint-2", b"checkpoint-1", 1))
+    assert content.startswith(b"fedlabel-checkpoint-3\n")
+    file(run, 3).write_bytes(content.replace(b"checkpoint-3", b"checkpoint-2", 1))
     said = (
-        rf"^Checkpoint {file(run, 3)} is of another version of fedlabel \(its format is 1, this version's is 2\): "
+        rf"^Checkpoint {file(run, 3)} is of another version of fedlabel \(its format is 2, this version's is 3\): "
         "resume with the version that wrote it, or start a new run under another --name.$"
     )
     for read in (lambda: load_checkpoint(file(run, 3)), lambda: opened(run)):

@@ -32,7 +32,7 @@ from fedlabel.experiment import Experiment
 from fedlabel.record.json_files import read_metrics
 from server.exchange import TRIES, replies_to
 from server.grids.flower import FlowerGrid
-from server.nodes import connect
+from server.nodes import Nodes
 from server.server_app import run_federation
 from server.tally import RoundTally
 from tests.integration.client_apps import always_raise, by_client
@@ -134,13 +134,16 @@ def test_an_undecodable_identity_leaves_its_node_out(error: Exception, caplog: p
     grid = Wire(clients(by_client({}), 3), {3: [error]}, kind="query")
     grid.nodes = (1, 2, 3)
     with caplog.at_level("WARNING", "fedlabel"):
-        assert connect(grid, config, sizes) == {0: 1, 1: 2}
+        nodes = Nodes(grid, config, sizes)
+        nodes.connect()
+        nodes.refresh()  # nobody waits for one that is not needed
+        assert nodes.of == {0: 1, 1: 2}
     said = f"Node 3 does not answer: BadReply: it cannot be decoded ({type(error).__name__}: "
     assert said in caplog.text
     grid = Wire(clients(by_client({}), 3), {2: [error]}, kind="query")
     grid.nodes = (1, 2)
     with pytest.raises(RunError, match=r"No node has partition-id 1 .* BadReply: it cannot be decoded"):
-        connect(grid, config, sizes)
+        Nodes(grid, config, sizes).connect()
 
 
 # ------------------------------------------------------------------------------------------------------ one round

@@ -9,10 +9,10 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlabel.config import load_config
+from fedlabel.config import ExperimentConfig, load_config
 from fedlabel.errors import RunError
 from fedlabel.hardware import source_hash
-from server.nodes import connect
+from server.nodes import Nodes as Connected
 from tests.integration.local_nodes import LocalNodes
 
 
@@ -25,6 +25,7 @@ class Nodes(LocalNodes):
         self.partition_of = dict(zip(self.node_ids, partition_ids, strict=True))
         self.source = source or source_hash()
         self.samples = 60
+        self.told: dict[int, str] = {}
         self.absent_at_first = 0
 
     def get_node_ids(self) -> Iterable[int]:
@@ -33,6 +34,9 @@ class Nodes(LocalNodes):
 
     def answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
+        if "refused" in message.content["ask"]:
+            self.told[node] = str(message.content["ask"]["refused"])
+            return Message(RecordDict({}), reply_to=message)
         assert message.content["ask"]["source-hash"] == source_hash()
         answer = {"partition-id": self.partition_of[node], "source-hash": self.source, "num-samples": self.samples}
         reply = Message(RecordDict({"identity": ConfigRecord(answer)}), reply_to=message)
@@ -44,6 +48,14 @@ class Nodes(LocalNodes):
 
 
 SIZES = [60, 60, 60]
+
+
+def connect(grid: Nodes, config: ExperimentConfig, sizes: Sequence[int]) -> dict[int, int]:
+    connected = Connected(grid, config, sizes)
+    connected.connect()
+    return connected.of
+
+
 CONFIG = load_config([], ["num_clients=3", "grid.connect_timeout=0.7", "grid.timeout=0.5"])
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedlabel.config import load_config
 from fedlabel.data.labels.label_card import LabelCard
@@ -16,9 +18,10 @@ from fedlabel.hardware import source_hash
 from fedlabel.learning.evaluation import add_evaluations
 from fedlabel.learning.metrics import CALIBRATION_BINS
 from server.flower import set_identity
-from server.own_data import number_clients, on_the_way, read_answer, read_evaluation, read_evaluations
+from server.own_data import Answer, OwnNodes, number_clients, on_the_way, read_answer, read_evaluation, read_evaluations
 from server.schema import Refused
 from tests.data.nodes.folders import TABLE
+from tests.integration.local_nodes import LocalNodes
 
 HOLDING = Holding(LabelCard(5, 2, 0, 0, 0, 0, 0, 0, 0, ()), (3, 2, 0, 0, 0, 0, 0, 0, 0), 4, 0, 0, 2)
 ANSWER = {"source-hash": source_hash(), "holding": as_json(HOLDING), "share-evaluation": False}
@@ -55,7 +58,7 @@ def test_two_nodes_with_one_number_and_too_few_are_refused() -> None:
 )
 def test_an_odd_answer_is_refused(change: dict[str, Any], message: str) -> None:
     found = read_answer(RecordDict({"identity": ConfigRecord({**ANSWER, "client": 3})}), TABLE)  # type: ignore[dict-item]
-    assert (found.holding, found.client, found.shares) == (HOLDING, 3, False)
+    assert found == Answer(HOLDING, 3, False)
     with pytest.raises(Refused, match=message):
         read_answer(RecordDict({"identity": ConfigRecord({**ANSWER, **change})}), TABLE)
     with pytest.raises(Refused, match="lacks the record `identity`"):
@@ -63,8 +66,7 @@ def test_an_odd_answer_is_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_node_with_other_code_need_not_say_what_it_holds() -> None:
-    answer = read_answer(RecordDict({"identity": ConfigRecord({"source-hash": "other"})}), TABLE)
-    assert (answer.source_hash, answer.holding) == ("other", None)
+    assert read_answer(RecordDict({"identity": ConfigRecord({"source-hash": "other"})}), TABLE) == "other"
 
 
 def test_nodes_get_no_path_of_the_server() -> None:
@@ -129,10 +131,82 @@ def test_who_does_not_evaluate_is_left_out_and_named() -> None:
     assert set(found) == {0, 2}
     assert [failure.partition(":")[0] for failure in failures[:2]] == ["client 1", "client 3"]
     assert "Traceback" not in failures[1]
-    assert failures[2:] == ["node 10 sent a reply that nobody waits for", "client 4: it did not answer in time"]
+    assert failures[2:] == [
+        "node 10 sent a reply that nobody waits for",
+        "client 4: it did not answer in time, or is not connected",
+    ]
     total = add_evaluations(found, [2, 4], 5)
     assert total is not None
     assert total.loss == 0.5
     assert total.metrics()["eval/accuracy"] == 0.75
     np.testing.assert_array_equal(total.client_accuracy, [np.nan, np.nan, 0.75, np.nan, np.nan])
     assert add_evaluations({}, [], 5) is None
+
+
+class Folders(LocalNodes):
+    """Nodes of which each answers with what it holds."""
+
+    def __init__(self, *held: int, **clients: int) -> None:
+        super().__init__(ClientApp(), len(held))
+        self.held, self.asked = dict(enumerate(held, 1)), clients
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.held)
+
+    def answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        if "refused" in message.content["ask"]:
+            return Message(RecordDict({}), reply_to=message)
+        number = {"client": self.asked[f"node{node}"]} if f"node{node}" in self.asked else {}
+        answer = {**ANSWER, "holding": as_json(HOLDING._replace(held_out=self.held[node])), **number}
+        return Message(RecordDict({"identity": ConfigRecord(answer)}), reply_to=message)  # type: ignore[arg-type]
+
+
+def met(grid: Folders) -> OwnNodes:
+    options = ["data.name=nodes", "num_clients=3", "grid.connect_timeout=0.5", "grid.timeout=0.5"]
+    nodes = OwnNodes(grid, load_config([], options), TABLE)
+    nodes.connect()
+    return nodes
+
+
+def seen(nodes: OwnNodes) -> dict[int, int]:
+    """Client -> node, after two looks: one asks, one reads."""
+    nodes.refresh()
+    nodes.refresh()
+    return dict(sorted(nodes.of.items()))
+
+
+def test_nodes_come_back_as_the_client_they_were() -> None:
+    grid = Folders(5, 6, 7, node2=0)
+    nodes = met(grid)
+    assert seen(nodes) == {0: 2, 1: 1, 2: 3}
+    assert [holding.held_out for holding in nodes.holdings] == [6, 5, 7]
+    del grid.held[3]
+    assert seen(nodes) == {0: 2, 1: 1}
+    grid.held[3] = 7
+    assert seen(nodes) == {0: 2, 1: 1, 2: 3}
+    del grid.held[3]
+    seen(nodes)
+    grid.held[9] = 7  # without a key of its own it has another id, and holds as much as it did
+    assert seen(nodes) == {0: 2, 1: 1, 2: 9}
+
+
+def test_a_node_with_other_data_takes_no_place(caplog: pytest.LogCaptureFixture) -> None:
+    grid = Folders(5, 6, 7)
+    nodes = met(grid)
+    del grid.held[3]
+    seen(nodes)
+    grid.held |= {3: 8, 4: 8}
+    assert seen(nodes) == {0: 1, 1: 2}
+    assert "Node 3 (client 2) holds other data than when the run began" in caplog.text
+    assert "Node 4 is not needed, or holds other data than any client that is missing" in caplog.text
+    grid.held[5], grid.asked["node5"] = 5, 0
+    assert seen(nodes) == {0: 1, 1: 2}
+    assert "Nodes 1 and 5 are both client 0" in caplog.text
+
+
+def test_too_few_and_too_many_nodes_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RunError, match=r"Only 2 of `num_clients` \(=3\) nodes can take part"):
+        met(Folders(5, 6))
+    assert met(Folders(5, 6, 7, 8)).of == {0: 1, 1: 2, 2: 3}
+    assert "Node 4 is not needed: `num_clients` is 3" in caplog.text

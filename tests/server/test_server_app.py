@@ -6,15 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlabel.config import load_config
+from clients.client_app import app
+from fedlabel.config import ConfigError, load_config
 from fedlabel.errors import RunError
 from server import server_app
 from server.grids.flower import FlowerGrid
-from server.server_app import _log_line, default_name, run_federation
+from server.request import default_name
+from server.server_app import _log_line, _run_here, run_federation
 from tests.integration.local_nodes import LocalNodes
+from tests.integration.tiny import TINY, assert_same_run
 from tests.server.test_nodes import CONFIG, Nodes
 
 
@@ -57,3 +60,48 @@ def test_a_deployed_round_is_one_short_line(caplog: pytest.LogCaptureFixture) ->
         "Round 3: loss 0.5123, accuracy 0.8000, 3.2 s",
         "Round 4: failed clients 2, 3.0 s",
     ]
+
+
+def run_config(**asked: str | bool) -> Context:
+    return Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(asked))
+
+
+def test_flwr_run_resumes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after round 2 of 3: what was begun as a second run goes on as the first would have."""
+    monkeypatch.chdir(tmp_path)
+    overrides = " ".join([*TINY, "num_clients=2", "num_rounds=3"])
+    whole = _run_here(LocalNodes(app, 2), run_config(name="whole", overrides=overrides))
+    nodes = LocalNodes(app, 2)
+
+    def stop(message: Message) -> Message:
+        if message.metadata.group_id == "3":
+            raise KeyboardInterrupt
+        return LocalNodes.answer(nodes, message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes, "answer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            _run_here(nodes, run_config(name="killed", overrides=overrides))
+    with pytest.raises(ConfigError, match=r"runs/killed exists: give another name, or resume=true to go on with it"):
+        _run_here(nodes, run_config(name="killed", overrides=overrides))
+    killed = _run_here(nodes, run_config(name="killed", resume=True))
+    assert (killed, whole) == (tmp_path / "runs" / "killed", tmp_path / "runs" / "whole")
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"resume": True}, "^resume needs name: which run folder to go on with"),
+        ({"name": "none", "resume": True}, r"none/config.yaml does not exist: there is no such run to resume"),
+        ({"name": "../out"}, r"^name \(=../out\) must be the name of one folder, without a slash\.$"),
+        ({"name": "new", "resume": "yes"}, r"^`resume` \(=yes\) must be true or false"),
+    ],
+)
+def test_what_flwr_run_cannot_resume_is_said(
+    asked: dict[str, str | bool], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        _run_here(LocalNodes(app, 2), run_config(**asked))
+    assert not (tmp_path / "runs").exists()

@@ -47,6 +47,8 @@ class Supervision:
     """(bags, classes) int64, number of samples of each class in each bag; a row sums to the bag's size."""
     votes: Tensor
     """(n, functions) int64, votes of written labelling functions, -1 = abstain; -2 = not applied to this sample."""
+    weight: Tensor | None = None
+    """(n,) float in (0, 1], how often a sample's label is drawn in training, relative to others; None: all alike."""
 
     def __post_init__(self) -> None:
         shape, dtype = tuple(self.candidates.shape), self.candidates.dtype
@@ -80,6 +82,8 @@ class Supervision:
             raise ValueError(
                 f"`votes` ({votes.dtype} of shape {tuple(votes.shape)}) must be int64 of shape ({shape[0]}, functions)."
             )
+        if self.weight is not None and self.weight.shape != shape[:1]:
+            raise ValueError(f"`weight` (of shape {tuple(self.weight.shape)}) must be of shape ({shape[0]},).")
         self._check_bags()
 
     def _check_bags(self) -> None:
@@ -174,6 +178,7 @@ class Supervision:
             bag,
             self.bag_counts[kept],
             self.votes[index],
+            None if self.weight is None else self.weight[index],
         )
 
     def to(self, device: torch.device) -> Supervision:
@@ -184,7 +189,8 @@ class Supervision:
         """Returns a record made from this one by a change of each field that needs no new check."""
         record = object.__new__(Supervision)
         for field in fields(self):
-            object.__setattr__(record, field.name, change(field.name, getattr(self, field.name)))
+            values = getattr(self, field.name)
+            object.__setattr__(record, field.name, None if values is None else change(field.name, values))
         return record
 
 

@@ -13,6 +13,7 @@ COUNTS = ("labels_per_class", "labels_per_client", "labels_total")
 HOLDERS = ("clients", "server", "some_clients")
 CANDIDATES = ("uniform", "similar", "instance")
 ON_ERROR = ("abstain", "stop")
+AUDIT_ACTIONS = ("drop", "relabel", "weight", "candidates")
 NOISE = ("symmetric", "asymmetric", "pair_flip", "instance", "randomized_response", "file")
 
 
@@ -300,6 +301,20 @@ class SupervisionConfig(LabelKind):
     to at most 1; the remaining samples have no label."""
     mix_over: str = "clients"
     """clients: every client has one kind of label; samples: every client has all kinds, assigned at random."""
+    folds: int | None = None
+    """Cross-validation: each client's samples with a single label are split into so many folds, and those of
+    `withheld_fold` lose it, so that training cannot see it. What `fedlabel audit` trains with."""
+    withheld_fold: int | None = None
+    """Number of the fold, from 0."""
+    audit: str | None = None
+    """Folder of suspected label errors that `fedlabel audit` wrote for a run of the same data, partition, labels and
+    seed; what is done with these labels is `audit_action`."""
+    audit_action: str = "drop"
+    """drop: suspects lose their label. relabel: they get the suggested one. weight: their labels are drawn less often,
+    see `audit_weight`. candidates: the given and the suggested class are candidates, for methods that learn from
+    candidate sets."""
+    audit_weight: float = 0.25
+    """audit_action=weight: the share of the passes over a client's labels that a suspect is in, in [0.01, 1)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mix", tuple(self.mix))
@@ -309,6 +324,7 @@ class SupervisionConfig(LabelKind):
         else:
             super().__post_init__()
         self._check_holder()
+        self._check_audit()
 
     def _all_without_amount(self) -> bool:
         return self.labels_at == "some_clients"
@@ -373,6 +389,33 @@ class SupervisionConfig(LabelKind):
                     f"`supervision.labels_per_client` (={self.labels_per_client}) cannot be combined with "
                     "supervision.labels_at=server, where no client has a label: take labels_per_class or labels_total."
                 )
+
+    def _check_audit(self) -> None:
+        one_of(self, "supervision", audit_action=AUDIT_ACTIONS)
+        within(self, "supervision", 0.01, 1, "audit_weight", ends="[)")
+        if self.audit_weight != SupervisionConfig.audit_weight and self.audit_action != "weight":
+            raise ValueError(
+                f"`supervision.audit_weight` (={self.audit_weight:g}) is for supervision.audit_action=weight, "
+                f"which is {self.audit_action}: take weight, or leave it out."
+            )
+        if (self.folds is None) != (self.withheld_fold is None):
+            raise ValueError(
+                f"`supervision.folds` (={self.folds}) and `supervision.withheld_fold` (={self.withheld_fold}) belong "
+                "together: give both, or none."
+            )
+        if self.folds is not None and self.withheld_fold is not None:
+            at_least(self, "supervision", 2, "folds")
+            within(self, "supervision", 0, self.folds - 1, "withheld_fold", hint="folds are numbered from 0")
+            if self.labels_at == "server":
+                raise ValueError(
+                    f"`supervision.folds` (={self.folds}) are of the clients' labels, and with supervision.labels_at="
+                    "server they have none."
+                )
+        if self.audit is None and self.audit_action != "drop":
+            raise ValueError(
+                f"`supervision.audit_action` (={self.audit_action}) needs supervision.audit, the folder of an audit: "
+                "give it, or leave this out."
+            )
 
     @property
     def parts(self) -> Sequence[LabelKind]:

@@ -31,6 +31,7 @@ def report_of(
         config=SimpleNamespace(
             num_rounds=10,
             evaluation=SimpleNamespace(every=4, figures=False, select=select, panel_samples=0),
+            draws_figures=False,
             devices=SimpleNamespace(correlation=0.0),
         ),
         recipe=Recipe((Stage((), final=final),), LabelKinds.TRUE),
@@ -78,11 +79,3 @@ def test_only_rounds_that_any_longer_run_evaluates_may_be_selected(number: int, 
     assert EVALUATION.metrics().items() <= metrics.items()
     assert "select/accuracy" not in report_of(number).metrics
     assert "select/accuracy" not in report_of(number, select="instance_accuracy", score=None).metrics
-
-
-def test_without_a_client_that_shows_its_accuracy_there_is_no_list_of_clients() -> None:
-    found = Evaluation(0.5, np.array([[3, 1], [2, 4]]), np.full(3, np.nan), np.zeros((3, 1)))
-    report = report_of(4, found=found)
-    assert "eval/client_accuracy" not in report.lists
-    assert "eval/accuracy" in report.metrics
-    assert not [name for name in report.metrics if "client" in name]

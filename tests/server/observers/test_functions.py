@@ -77,9 +77,7 @@ class Watch:
 
     def __init__(self, rounds: int = 5, functions: Sequence[FunctionReport] = (), figures: bool = True) -> None:
         experiment: Any = SimpleNamespace(
-            config=SimpleNamespace(
-                num_rounds=rounds, supervision=SimpleNamespace(parts=[]), evaluation=SimpleNamespace(figures=figures)
-            ),
+            config=SimpleNamespace(num_rounds=rounds, supervision=SimpleNamespace(parts=[]), draws_figures=figures),
             recipe=SimpleNamespace(
                 inspect=lambda shared: {"function_accuracy": shared["estimates"]} if "estimates" in shared else {}
             ),

@@ -40,7 +40,7 @@ def watch(*counts: list[list[int]], rounds: int = 9, figures: bool = False, trut
         return table if annotators > 1 else table.sum(0, keepdims=True)
 
     experiment: Any = SimpleNamespace(
-        config=SimpleNamespace(num_rounds=rounds, evaluation=SimpleNamespace(figures=figures)),
+        config=SimpleNamespace(num_rounds=rounds, draws_figures=figures),
         recipe=SimpleNamespace(
             inspect=lambda shared: {"noise_matrix": shared["matrices"]} if "matrices" in shared else {}
         ),

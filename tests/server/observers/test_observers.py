@@ -13,10 +13,14 @@ from server.observers.training import SystemObserver
 
 
 def experiment(figures: bool = True) -> Any:
-    evaluation = SimpleNamespace(every=2, figures=figures)
+    evaluation = SimpleNamespace(every=2)
     return SimpleNamespace(
         config=SimpleNamespace(
-            num_clients=3, num_rounds=30, supervision=SimpleNamespace(parts=[]), evaluation=evaluation
+            num_clients=3,
+            num_rounds=30,
+            supervision=SimpleNamespace(parts=[]),
+            evaluation=evaluation,
+            draws_figures=figures,
         )
     )
 

@@ -21,8 +21,9 @@ STATE = ServerState(4, {}, "")
 def observer(final: bool = True, figures: bool = False, num_clients: int = 3) -> PseudoLabelObserver:
     experiment: Any = SimpleNamespace(
         config=SimpleNamespace(
-            num_clients=num_clients, num_rounds=4, evaluation=SimpleNamespace(every=1, figures=figures)
+            num_clients=num_clients, num_rounds=4, evaluation=SimpleNamespace(every=1), draws_figures=figures
         ),
+        federation=SimpleNamespace(dataset=SimpleNamespace(class_names=("a", "b", "c"))),
         recipe=Recipe((Stage((), final=final),), LabelKinds.TRUE),
     )
     return PseudoLabelObserver(experiment)
@@ -44,7 +45,8 @@ def test_rates_by_class_and_by_client() -> None:
     """Clients 0 and 2 drew 4, 2 and 2 of each class, kept 3, 2, 0, of which 3, 1 are right; client 1 is silent."""
     report = report_of(observer(), PSEUDO, {}, PSEUDO)
     both = {name: [2 * value for value in values] for name, values in PSEUDO.items()}
-    assert report.metrics == pseudo_label_metrics(both)
+    tenths = dict.fromkeys(("pseudo/lowest_10pct_client_accuracy", "pseudo/highest_10pct_client_accuracy"), 4 / 5)
+    assert report.metrics == {**pseudo_label_metrics(both), **tenths}
     assert report.metrics["pseudo/accuracy"] == 4 / 5
     nan = float("nan")
     expected = {
@@ -71,4 +73,4 @@ def test_nothing_is_said_where_nothing_was_counted() -> None:
 )
 def test_the_figure_comes_with_those_of_an_evaluation(final: bool, figures: bool, evaluated: bool, shown: bool) -> None:
     report = report_of(observer(final, figures), PSEUDO, is_evaluated=evaluated)
-    assert list(report.figures) == ["pseudo/reliability"] * shown
+    assert list(report.figures) == ["pseudo/reliability", "pseudo/precision_coverage", "pseudo/experts"] * shown

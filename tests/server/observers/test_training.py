@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Error, RecordDict
 
@@ -18,7 +20,8 @@ from server.state import ServerState
 from tests.server.rounds import content, reply, round_of, schema_of, seen, tally_of
 
 NOTHING: Any = None
-"""Neither observer looks at the experiment."""
+"""The system's observer does not look at the experiment."""
+FOUR_CLIENTS: Any = SimpleNamespace(config=SimpleNamespace(num_clients=4))
 STATE = ServerState(4, {}, "")
 CLAIMING = round_of(schema_of(FedMatch(variant="inter_client")))
 
@@ -34,7 +37,14 @@ def test_metrics_of_training_are_means_over_all_clients() -> None:
     bodies = [content(), content(), content()]
     bodies[2]["sums"]["train/loss"], bodies[2]["metrics"]["train_loss"] = [4.0, 1.0], 4.0
     tally, _ = tally_of([reply(node, body) for node, body in zip((11, 12, 13), bodies, strict=True)])
-    assert TrainingObserver(NOTHING).after_round(seen(tally), STATE).metrics == {"train/loss": pytest.approx(6 / 5)}
+    report = TrainingObserver(FOUR_CLIENTS).after_round(seen(tally), STATE)
+    assert report.metrics == {
+        "train/loss": pytest.approx(6 / 5),
+        "train/lowest_10pct_client_loss": 1 / 2,
+        "train/highest_10pct_client_loss": 4,
+    }
+    assert report.lists.keys() == {"train/client_loss"}
+    np.testing.assert_array_equal(report.lists["train/client_loss"], [1 / 2, 1 / 2, 4, np.nan])
 
 
 def test_passes_and_claimed_bytes_are_summed_over_clients() -> None:
