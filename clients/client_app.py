@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from clients.mods import remembering, told
+from clients.own_data import evaluate_own, holding_record, open_own, refuse_folder
 from clients.trust import Refusal, allowed_by, check_request, discreet, is_simulation_worker, may_audit, min_count_of
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
@@ -27,7 +28,14 @@ def query(message: Message, context: Context) -> Message:
     """Answers the server's query: the client's id, the hash of its code and, if that equals the server's, its number of
     samples.
     """
-    client, asked = _client(context), message.content.config_records["ask"]
+    asked = message.content.config_records["ask"]
+    if "schema" in asked:  # a run of nodes with data of their own
+        answer = ConfigRecord({"source-hash": source_hash()})
+        if asked.get("source-hash") == source_hash():
+            _check(asked, context)
+            answer.update(holding_record(context, str(asked["schema"])))
+        return Message(RecordDict({"identity": answer}), reply_to=message)
+    client = _client(context)
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})
     if asked.get("source-hash") == source_hash():  # other code may not know what is in the configuration
         experiment = _open(asked, context)
@@ -43,9 +51,8 @@ def train(message: Message, context: Context) -> Message:
     in a reply is listed in docs/trust.md.
     """
     record = message.content.config_records["config"]
-    experiment = _open(record, context)
+    experiment, client = _open_with_client(record, context)
     torch.set_num_threads(experiment.config.grid.threads_per_worker)
-    client = _client(context)
     round_number = int(record["server-round"])  # type: ignore[arg-type]
     encoded = {name: _to_state(arrays, experiment) for name, arrays in message.content.array_records.items()}
     received = {name: experiment.downlink.decode(*each) for name, each in encoded.items()}
@@ -76,8 +83,40 @@ def train(message: Message, context: Context) -> Message:
     return Message(_reply(result), reply_to=message)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluates the global model on the samples that a node with data of its own holds out; returns sums."""
+    record = message.content.config_records["config"]
+    _check(record, context)
+    experiment, _ = open_own(context, record)
+    torch.set_num_threads(experiment.config.grid.threads_per_worker)
+    models = {}
+    for name, arrays in message.content.array_records.items():
+        values = arrays.to_torch_state_dict()
+        models[name] = {key: values[key].to(experiment.device) for key in experiment.initial_state if key in values}
+    shared = cast(dict[str, list[float]], dict(message.content.config_records.get("shared", {})))
+    number = int(record["server-round"])  # type: ignore[arg-type]
+    least = max(experiment.config.privacy.min_count, min_count_of(context))
+    sums = evaluate_own(experiment, number, models, state_from_lists(shared, experiment.device), least)
+    return Message(sums, reply_to=message)
+
+
+def _open_with_client(record: ConfigRecord, context: Context) -> tuple[Experiment, int]:
+    """Returns the experiment that a message is about, and the number of the node's client in it; see `_check`."""
+    if "agreement" in record:
+        _check(record, context)
+        return open_own(context, record)
+    return _open(record, context), _client(context)
+
+
 def _open(record: ConfigRecord, context: Context) -> Experiment:
-    """Returns the experiment that a message is about.
+    """Returns the experiment that a message is about; see `_check`."""
+    _check(record, context)
+    return open_experiment(str(record["experiment"]))
+
+
+def _check(record: ConfigRecord, context: Context) -> None:
+    """Checks what a server asks for.
 
     Raises:
         Refusal: the server has other code, or its configuration names what this node does not allow.
@@ -90,7 +129,6 @@ def _open(record: ConfigRecord, context: Context) -> Experiment:
         )
     if not is_simulation_worker():
         check_request(text, allowed_by(context))
-    return open_experiment(text)
 
 
 def _kept(context: Context, name: str, experiment: Experiment) -> State:
@@ -138,6 +176,7 @@ def _reply(result: ClientResult) -> RecordDict:
 
 
 def _client(context: Context) -> int:
+    refuse_folder(context)
     if "partition-id" not in context.node_config:
         raise Refusal(
             "This node has no `partition-id`: start the SuperNode with "

@@ -22,7 +22,7 @@ from flwr.common.constant import ErrorCode
 from fedlabel.config import ExperimentConfig, parse_config
 from fedlabel.config_schema import default_of
 from fedlabel.config_text import ConfigError, Plain, as_yaml, parse_yaml
-from fedlabel.data.sets.config import SETS
+from fedlabel.data.sets.config import NODES, SETS
 from fedlabel.methods import METHODS
 from fedlabel.shown import shown
 
@@ -44,13 +44,13 @@ CHOICES = frozenset(
         *("training.optimizer", "training.weight_by", "training.precision", "sampling.kind", "pacing.kind"),
         *("privacy.kind", "attack.kind", "prior.kind", "supervision.audit_action", "tracking.level"),
         *("devices.kind", "devices.profile", "compression.up", "compression.down"),
-        *("grid.kind", "grid.stack", "evaluation.split", "evaluation.select"),
+        *("grid.kind", "grid.stack", "evaluation.at", "evaluation.split", "evaluation.select"),
     }
 )
 """Keys with a fixed set of values, checked when the configuration is read; those of our own methods are such, too."""
 GUARDED = frozenset(
     {
-        *("data.root", "data.test_file", "data.download", "method.name", "devices.trace"),
+        *("data.root", "data.test_file", "data.download", "data.schema", "data.test", "method.name", "devices.trace"),
         *("supervision.labels_file", "supervision.bags_file", "supervision.module", "supervision.audit"),
         *("partition.partitioner_args", "labeled_partition.partitioner_args"),
     }
@@ -141,7 +141,7 @@ def _opens(key: str, value: Any, default: Any, config: ExperimentConfig) -> bool
     own_method = config.method.name not in METHODS
     if key == "method.name":
         return own_method
-    if key == "data.root" and SETS[config.data.name].own:
+    if key == "data.root" and SETS[config.data.name].own and config.data.name != NODES:
         return True  # the default, too, is a folder of whoever started the node
     harmless = key in NAMES or key in CHOICES or (key.startswith("method.") and not own_method)
     return value != default and (key in GUARDED or (_has_text(value) and not harmless))

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fedlabel.config_text import (
 from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig, fill_amounts
 from fedlabel.data.partition import LabeledPartitionConfig, PartitionConfig
-from fedlabel.data.sets.config import DataConfig
+from fedlabel.data.sets.config import NODES, DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.devices.config import DevicesConfig, PopulationPart
 from fedlabel.errors import is_file
@@ -119,6 +119,10 @@ class EvaluationConfig:
     every: int = 1
     """Rounds between evaluations. Over the last tenth of the rounds (at least 5) each one is evaluated, as results are
     averaged over these."""
+    at: str = "server"
+    """server | nodes | none: who evaluates. With data.name=nodes, server needs a labelled folder of its own
+    (`data.test`); nodes: each on its held-out samples, whose confusion counts, losses and calibration bins the server
+    adds up; none: nobody."""
     split: str = "test"
     """test | validation: use validation to choose hyper-parameters, test only to report."""
     select: str | None = None
@@ -136,7 +140,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "evaluation", 1, "every")
-        one_of(self, "evaluation", split=("test", "validation"), select=(None, *SELECT))
+        one_of(self, "evaluation", split=("test", "validation"), select=(None, *SELECT), at=("server", "nodes", "none"))
         within(self, "evaluation", 0, 32, "panel_samples")
 
 
@@ -223,6 +227,7 @@ class ExperimentConfig:
         self._check_server()
         self._check_privacy()
         self._check_labels()
+        self._check_nodes()
         if self.privacy.min_count > 1 and self.strategy.name == "QFedAvg":
             raise ValueError(
                 f"`strategy.name` (=QFedAvg) goes by clients' losses, which `privacy.min_count` "
@@ -323,6 +328,49 @@ class ExperimentConfig:
             raise ValueError(
                 f"`strategy.name` (=QFedAvg) goes by clients' losses, which are not sent with privacy.kind="
                 f"{privacy.kind}: take strategy.name=weighted_mean."
+            )
+
+    def _check_nodes(self) -> None:
+        """Checks that keys of a simulated federation are not given beside real nodes' own data, nor the other way."""
+        if self.data.name != NODES:
+            if self.evaluation.at != "server":
+                raise ValueError(
+                    f"`evaluation.at` (={self.evaluation.at}) is for data.name=nodes; the test set of "
+                    f"`data.name` (={self.data.name}) is at the server: take evaluation.at=server."
+                )
+            return
+        if self.privacy.is_on:
+            raise ValueError(
+                f"`privacy.kind` (={self.privacy.kind}) covers models alone, and with data.name=nodes clients also say how "
+                "many labels of which kind they hold: take privacy.kind=none, or a named data set."
+            )
+        simulated = (
+            *(("partition", PartitionConfig()), ("supervision", SupervisionConfig()), ("skew", SkewConfig())),
+            *((f"data.{key}", getattr(DataConfig, key)) for key in ("train_samples", "positive_classes", "root")),
+            *(
+                (f"data.{key}", getattr(DataConfig, key))
+                for key in ("validation_fraction", "test_fraction", "download")
+            ),
+            *(("labeled_partition", None), ("evaluation.split", "test"), ("evaluation.select", None)),
+        )
+        for key, default in simulated:
+            value = reduce(getattr, key.split("."), self)
+            if value != default:
+                given = f" (={value})" if isinstance(value, (str, int, float)) else ""
+                raise ValueError(
+                    f"`{key}`{given} describes a simulated federation; with data.name=nodes samples and labels are "
+                    "what the nodes' folders hold: leave it out."
+                )
+        if self.privacy.is_on:
+            raise ValueError(
+                f"`privacy.kind` (={self.privacy.kind}) does not cover the counts of labels that nodes with data of "
+                "their own send before the first round, see docs/data.md: set privacy.kind=none, or take a named data "
+                "set."
+            )
+        if self.method.oracle_labels:
+            raise ValueError(
+                "`method.oracle_labels` (=True) reveals all true labels, which real nodes have not: take "
+                "method.oracle_labels=false, to learn from those that there are."
             )
 
     def _check_labels(self) -> None:

@@ -20,7 +20,7 @@ from fedlabel.compression import Codec
 from fedlabel.config import SELECT, ExperimentConfig, parse_config
 from fedlabel.data.federation import Federation, build_federation
 from fedlabel.data.labels.bags import Bags
-from fedlabel.data.labels.label_card import label_card
+from fedlabel.data.nodes.federation import NodesFederation, ServerFederation
 from fedlabel.data.sets.datasets import Split
 from fedlabel.data.skew import shift_features
 from fedlabel.devices.clock import Devices
@@ -28,6 +28,7 @@ from fedlabel.hardware import memory_bytes, resolve_device
 from fedlabel.learning.client import ClientData, ClientUpdate, Trainer, train_client, train_server
 from fedlabel.learning.evaluation import Evaluation, evaluate
 from fedlabel.learning.graphs import Graphs, capture_on_cuda
+from fedlabel.learning.plan import Units, bag_units
 from fedlabel.learning.stacked import automatic_size, why_not
 from fedlabel.learning.step import frozen_model
 from fedlabel.learning.task import check_labels, check_recipe
@@ -57,10 +58,16 @@ class EvaluationData(NamedTuple):
 
 
 class Experiment:
-    """Data on the device, two resident modules (student and teacher), and the steps of a run."""
+    """Data on the device, two resident modules (student and teacher), and the steps of a run.
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    Args:
+        config: of the run.
+        nodes: the federation of real nodes with data of their own; None: one that `config` describes.
+    """
+
+    def __init__(self, config: ExperimentConfig, nodes: NodesFederation | None = None) -> None:
         self.config = config
+        self._nodes = nodes
         self.device = resolve_device(config.device)
         if self.device.type == "cuda":  # the same seed should give the same numbers on a GPU, too
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -69,9 +76,10 @@ class Experiment:
         dataset, skew = self.federation.dataset, config.skew
         noisy = any(part.count_epsilon is not None for part in config.supervision.parts)
         responses = {part.label_epsilon for part in config.supervision.parts if part.has_noisy_labels}
-        epsilon = next(iter(responses)) if len(responses) == 1 else None
-        card = label_card(self.federation.record)._replace(noisy_counts=noisy, label_epsilon=epsilon)
-        self.labels = card
+        self.labels = card = self.federation.card
+        if self._nodes is None:
+            epsilon = next(iter(responses)) if len(responses) == 1 else None
+            self.labels = card = card._replace(noisy_counts=noisy, label_epsilon=epsilon)
         self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
         check_recipe(config.method.name, self.recipe)
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
@@ -109,7 +117,8 @@ class Experiment:
         self.stacks = self.stack > 1
         """Whether stacks work; False once one has failed through no fault of its clients."""
         # Fails here, before anything is started, if the augmentation does not fit the images.
-        self.transform.views(self.images[:1], ("weak", "strong"), Draws(torch.Generator()))
+        one = self.images[:1] if len(self.images) else self.images.new_zeros(1, *dataset.input_shape)
+        self.transform.views(one, ("weak", "strong"), Draws(torch.Generator()))
         self.initial_state: StateDict = {name: value.clone() for name, value in student.state_dict().items()}
         self.parameters = frozenset(name for name, _ in student.named_parameters())
         """Names in a state that are trained; the others are buffers."""
@@ -187,6 +196,8 @@ class Experiment:
         return Recorder(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
 
     def _federation(self, split: str) -> Federation:
+        if self._nodes is not None:
+            return self._nodes
         config = self.config
         return build_federation(
             config.data,
@@ -315,6 +326,18 @@ class Experiment:
         if self.config.attack.kind == "label_flip" and client in self.attackers:
             supervision = flipped(supervision)
         return ClientData(self.images[rows], supervision)
+
+    def units(self, client: int, singles: bool) -> Units:
+        """Returns what a phase by bags draws at a client, see `bag_units`; of a real node with its numbers and sizes
+        alone.
+        """
+        if not isinstance(self.federation, ServerFederation):
+            return bag_units(self.federation.supervision(client), singles)
+        held = self.federation.holdings[client]
+        alone = held.card.samples - held.in_bags if singles else held.alone
+        rows = torch.full((held.card.bags + alone, max(1, held.largest_bag)), -1)
+        rows.view(-1)[: held.in_bags + alone] = 0
+        return Units(rows, torch.zeros(len(rows), self.federation.dataset.num_classes, dtype=torch.int64))
 
     def server_data(self) -> ClientData | None:
         """Returns the server's labelled samples, on the device; None if it has none."""

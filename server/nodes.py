@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -122,7 +122,7 @@ class Nodes:
         for node in [node for node, rival in self._rivals.items() if node not in there or rival not in used]:
             del self._rivals[node]  # its turn
             self._refusals.pop(node, None)
-        known = used | self._queries.keys() | self._refusals.keys()
+        known = used | self._queries.keys() | self._refusals.keys() | self._waiting(there)
         self._ask([node for node in self.activated if node not in known])
         self._read()
 
@@ -135,11 +135,18 @@ class Nodes:
         except httpx.RequestError as error:
             raise RunError(unreachable(error)) from error
 
+    def _question(self) -> ConfigRecord:
+        """Returns what a node is asked."""
+        return ConfigRecord({"experiment": to_yaml(self._config), "source-hash": source_hash()})
+
+    def _waiting(self, there: Collection[int]) -> set[int]:
+        """Returns nodes that have answered, and are no client's yet; there: the nodes that are connected."""
+        return set()
+
     def _ask(self, ids: Sequence[int]) -> None:
         """Sends a query to nodes."""
         if ids:
-            ask = ConfigRecord({"experiment": to_yaml(self._config), "source-hash": source_hash()})
-            queries = {node: Message(RecordDict({"ask": ask}), node, "query") for node in ids}
+            queries = {node: Message(RecordDict({"ask": self._question()}), node, "query") for node in ids}
             self._exchange.send(list(queries.values()))
             self._queries |= queries
 
@@ -175,9 +182,17 @@ class Nodes:
             reason = str(reply.error.reason).partition("\n")[0]
             return f"Node {node} does not answer: {harmless(reason)}"
         try:
-            found = read_identity(reply.content if reply.has_content() else RecordDict())
+            return self._take(node, reply.content if reply.has_content() else RecordDict())
         except Refused as refusal:
             return f"Node {node} does not say who it is: {refusal}."
+
+    def _take(self, node: int, content: RecordDict) -> str | None:
+        """Takes the content of a node's answer, see `_refusal`.
+
+        Raises:
+            Refused: it makes no sense.
+        """
+        found = read_identity(content)
         if found.source_hash != source_hash():
             return (
                 f"Node {node} runs other code (hash {found.source_hash}, here {source_hash()}): "

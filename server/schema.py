@@ -22,7 +22,7 @@ from fedlabel.data.labels.supervision import KIND_NAMES
 from fedlabel.experiment import Experiment
 from fedlabel.learning.client import weight_in_mean
 from fedlabel.learning.metrics import BELIEF_BINS, CALIBRATION_BINS, Counts, means
-from fedlabel.learning.plan import Units, bag_units, most_drawn
+from fedlabel.learning.plan import Units, most_drawn
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.recipe import ByBag, Recipe
@@ -187,7 +187,7 @@ class ResultSchema:
             frozenset(name for name, _ in experiment.teacher.named_parameters()),
             experiment.recipe.num_functions,
             federation.record.annotations.shape[1],
-            cache(lambda client, unlabeled: bag_units(federation.supervision(client), unlabeled)),
+            cache(experiment.units),
             config.strategy.max_update_norm,
             reply_bounds(config.strategy),
             experiment.running,

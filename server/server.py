@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from fedlabel.cohort import Invitation, compressed
 from fedlabel.compression import moved
+from fedlabel.data.sets.config import NODES
 from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.methods.batch import State, StateDict
@@ -74,7 +76,9 @@ class Server:
         self._pool = HelperPool(experiment, self.recipe.helpers) if self.recipe.helpers is not None else None
         if self._pool is not None and state.helpers:
             self._pool.load(state.helpers)
-        self._observers: dict[str, Observer] = observers_of(experiment, state.observers, grid.simulated)
+        # Tests and Flower's runtime simulate nodes, too; those with data of their own have no true labels.
+        self._is_simulated = grid.simulated and self.config.data.name != NODES
+        self._observers: dict[str, Observer] = observers_of(experiment, state.observers, self._is_simulated)
         self._selection = Selection(
             folder.checkpoints, select_key(experiment), self.recipe, folder.read_metrics(), state.selected
         )
@@ -108,7 +112,7 @@ class Server:
         shared = self.recipe.shared.broadcast(state.shared)
         cohort = self._pacing.cohort(number)
         helpers = self._pool.helpers_of(cohort, number) if self._pool is not None else {}
-        own = Invitation(number, state.model, shared, state.previous, helpers, audit=self._grid.simulated)
+        own = Invitation(number, state.model, shared, state.previous, helpers, audit=self._is_simulated)
         return cohort, compressed(own, self._experiment.downlink, self.config.seed)
 
     def collect(
@@ -229,7 +233,10 @@ class Server:
         """Runs the observers on a round, writes their reports, and returns the metrics."""
         number, evaluation = state.round_number, self.config.evaluation
         evaluated = is_evaluated(number, self.config.num_rounds, evaluation.every)
-        seen = Round(number, tally, self._memory_of, started, evaluated, self._may_draw)
+        place = self.config.evaluation.at
+        elsewhere = partial(self._grid.evaluate, state) if place == "nodes" else None
+        shown = evaluated and place != "none"
+        seen = Round(number, tally, self._memory_of, started, shown, self._may_draw, elsewhere)
         began = time.perf_counter()
         report = Report()
         for name, observer in self._observers.items():

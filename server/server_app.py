@@ -20,6 +20,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, split_overrides, to_yaml
 from fedlabel.data.federation import shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES
+from fedlabel.data.nodes.federation import server_federation
+from fedlabel.data.nodes.schema import load_schema
+from fedlabel.data.sets.config import NODES
 from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_commit
@@ -112,7 +115,7 @@ def run_federation(
             f"`attack.kind` (={config.attack.kind}) makes simulated clients attack, and these are real: set "
             "attack.kind=none and attack.share=0."
         )
-    experiment = open_experiment(to_yaml(config))
+    experiment = open_on(grid, config)
     torch.set_num_threads(config.grid.threads_per_worker)
     federation = experiment.federation
     notes = federation.dataset.notes
@@ -142,6 +145,30 @@ def run_federation(
         result = summary(folder.read_metrics(), experiment, commit)
         folder.write_summary(result)
         return result
+
+
+def open_on(grid: ClientGrid, config: ExperimentConfig) -> Experiment:
+    """Returns the experiment of a configuration; real nodes with data of their own are asked what they hold."""
+    if config.data.name != NODES:
+        return open_experiment(to_yaml(config))
+    if config.data.schema is None:
+        raise ConfigError(
+            "`data.schema` (=None) must name the file with the schema of the nodes' data; `fedlabel data schema` makes "
+            "it (see docs/data.md)."
+        )
+    if config.evaluation.at == "server" and config.data.test is None:
+        raise ConfigError(
+            "`evaluation.at` (=server) needs a labelled folder of the server's own: set data.test to it, or "
+            "evaluation.at=nodes (on what nodes hold out) or none."
+        )
+    if config.evaluation.at != "server" and config.data.test is not None:
+        raise ConfigError(
+            f"`data.test` (={config.data.test}) is used with evaluation.at=server, and that is {config.evaluation.at}: "
+            "leave one of them out."
+        )
+    schema, test = load_schema(Path(config.data.schema)), config.data.test
+    holdings = grid.holdings(config)
+    return Experiment(config, server_federation(schema, holdings, None if test is None else Path(test)))
 
 
 def _finished(experiment: Experiment, path: Path, state: ServerState) -> dict[str, object] | None:

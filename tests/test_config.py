@@ -520,3 +520,30 @@ def test_a_method_of_the_users_own_may_have_lists_and_mappings(own: Path) -> Non
     assert parse_config(to_yaml(config)) == config
     with pytest.raises(ConfigError, match=r"`method.scales.a` \(=x\) must be a number"):
         load_config([], ["method.name=own:Good", "method.scales={a: x}"])
+
+
+PRIVATE = ("privacy.kind=server", "privacy.clipping_norm=1", "privacy.noise_multiplier=1", "training.weight_by=uniform")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.at=nodes"], r"`evaluation.at` \(=nodes\) is for data.name=nodes"),
+        (["evaluation.at=clients"], r"`evaluation.at` \(=clients\) must be one of server, nodes, none"),
+        (["data.schema=x"], r"`data.schema` \(=x\) is for data.name=nodes, not for digits"),
+        (["data.test=x"], r"`data.test` \(=x\) is for data.name=nodes, not for digits"),
+        (["data.name=nodes", "partition.kind=iid"], "`partition` describes a simulated federation"),
+        (["data.name=nodes", "supervision.label_rate=0.3"], "`supervision` describes a simulated federation"),
+        (["data.name=nodes", "skew.feature_shift=rotation"], "`skew` describes a simulated federation"),
+        (["data.name=nodes", "data.validation_fraction=0"], r"`data.validation_fraction` \(=0\) describes"),
+        (["data.name=nodes", "data.root=x"], r"`data.root` \(=x\) describes"),
+        (["data.name=nodes", "evaluation.split=validation"], r"`evaluation.split` \(=validation\) describes"),
+        (["data.name=nodes", "evaluation.select=instance_loss"], r"`evaluation.select` \(=instance_loss\) describes"),
+        (["data.name=nodes", "method.name=supervised", "method.oracle_labels=true"], "true labels, which real nodes"),
+        (["data.name=nodes", *PRIVATE], r"`privacy.kind` \(=server\) does not cover the counts of labels"),
+    ],
+)
+def test_keys_of_a_simulation_and_of_real_nodes_do_not_go_together(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config([], overrides)
+    assert load_config([], ["data.name=nodes", "evaluation.at=nodes"]).data.name == "nodes"

@@ -39,6 +39,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # they would print local variables: labels and rows of samples
 )
+data_app = typer.Typer(no_args_is_help=True)
+app.add_typer(data_app, name="data", help="Folders of real nodes: check one, and make the schema of a federation.")
 console, error_console = make_console(), make_console(stderr=True)
 
 
@@ -370,8 +372,23 @@ def partition(
         list[str] | None, typer.Argument(metavar="[CONFIG.yaml ...] [key=value ...]", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("partition"),
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="New folder for a folder of each client, as a real node has it (docs/data.md), their schema, and a "
+            "configuration with which `flwr run` does with them what `fedlabel run` simulates.",
+            show_default=False,
+        ),
+    ] = None,
+    held_out: Annotated[
+        bool,
+        typer.Option(
+            "--held-out", help="With --export: clients share the test set, each to evaluate on (evaluation.at=nodes)."
+        ),
+    ] = False,
 ) -> None:
     """Write and plot each client's samples and labels, without training."""
+    from fedlabel.cli.data import export_experiment
     from fedlabel.data.federation import shown_clients
     from fedlabel.data.labels.supervision import KIND_NAMES
     from fedlabel.record.figures import partition_figure, save_png
@@ -382,8 +399,14 @@ def partition(
         from fedlabel.config import load_config, to_yaml
         from fedlabel.experiment import open_experiment
 
+        if held_out and export is None:
+            raise ConfigError("`--held-out` is for --export: give a folder to write to.")
         config = load_config(configs, overrides)
-        federation = open_experiment(to_yaml(config)).federation
+        experiment = open_experiment(to_yaml(config))
+        federation = experiment.federation
+        if export is not None:
+            export_experiment(experiment, export, held_out)
+            say(console, f"Folders of {counted(len(federation.parts), 'node')}, and how to start them: {export}")
     shown = shown_clients(len(federation.parts))
     with _reported():
         make_folder(out)
@@ -445,6 +468,73 @@ def _functions_table(reports: Sequence[FunctionReport]) -> Table:
         counts = (report.asked, report.votes, report.abstained, report.failed, report.invalid)
         table.add_row(report.name, *map(str, counts), f"{report.seconds_per_1000:.3g}")
     return table
+
+
+@data_app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A node's folder.")],
+    schema: Annotated[
+        Path | None, typer.Option(help="The federation's schema.", show_default="made of this folder alone")
+    ] = None,
+) -> None:
+    """Check a node's folder and print its label card; exit status 2 and all defects, by file and row, if it has any."""
+    from fedlabel.cli.data import card_tables, schema_of
+
+    with _reported():
+        from fedlabel.data.nodes.folder import read_node_folder
+        from fedlabel.data.nodes.schema import load_schema
+
+        agreed = schema_of([folder], "", "", False) if schema is None else load_schema(schema)
+        data = read_node_folder(folder, agreed)
+    for table in card_tables(data, agreed):
+        console.print(table)
+    say(console, f"{folder}: {counted(len(data.inputs), 'training sample')}, no defects.")
+
+
+@data_app.command()
+def statistics(
+    folder: Annotated[Path, typer.Argument(help="A node's folder.")],
+    out: Annotated[Path, typer.Option(help="File for what is written.")] = Path("statistics.json"),
+    categorical: Annotated[
+        str, typer.Option(help="Columns of a table (comma separated) that hold categories, even if these are numbers.")
+    ] = "",
+) -> None:
+    """Write the sums over a node's folder from which `fedlabel data schema` makes the federation's schema."""
+    from fedlabel.cli.data import names_in
+    from fedlabel.record.files import write_atomic
+
+    with _reported():
+        from fedlabel.data.nodes.statistics import folder_statistics
+
+        write_atomic(out, folder_statistics(folder, names_in(categorical)).to_json())
+    say(console, f"Counts, sums and names of {folder}, and no row of it: {out}. Look into it before you send it.")
+
+
+@data_app.command("schema")
+def make_data_schema(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Folders of nodes, or files of `fedlabel data statistics`.")
+    ],
+    out: Annotated[Path, typer.Option(help="File for what is written.")] = Path("schema.yaml"),
+    classes: Annotated[
+        str, typer.Option(help="Names of all classes (comma separated), in order.", show_default="those that occur")
+    ] = "",
+    categorical: Annotated[
+        str, typer.Option(help="Columns of a table (comma separated) that hold categories, even if these are numbers.")
+    ] = "",
+    flip: Annotated[bool, typer.Option("--flip", help="A mirrored image still shows its class.")] = False,
+) -> None:
+    """Make the schema of a federation: class names, inputs, normalisation, annotators and labelling functions."""
+    from fedlabel.cli.data import schema_of
+    from fedlabel.data.sets.names import alike
+    from fedlabel.record.files import write_atomic
+
+    with _reported():
+        schema = schema_of(paths, classes, categorical, flip)
+        write_atomic(out, schema.text)
+    for group in alike(schema.classes):
+        say(console, f"note: the classes {' and '.join(f'`{name}`' for name in group)} look the same.", "yellow")
+    say(console, f"{len(schema.classes)} classes: {', '.join(schema.classes[:20])}. Written: {out}")
 
 
 @app.command("list")

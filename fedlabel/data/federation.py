@@ -19,6 +19,7 @@ from fedlabel.data.labels.bags import Bags, draw_bags
 from fedlabel.data.labels.folds import fold_of_samples, without_labels
 from fedlabel.data.labels.hand_out import HandOut
 from fedlabel.data.labels.imprecision import LabelSources
+from fedlabel.data.labels.label_card import LabelCard, label_card
 from fedlabel.data.labels.labeling_functions import FunctionReport
 from fedlabel.data.labels.supervision import KIND_NAMES, Supervision, ask_functions, build_supervision, reveal_labels
 from fedlabel.data.labels.supervision_config import SupervisionConfig
@@ -84,6 +85,16 @@ class Federation:
         `Supervision.has_supervision`.
         """
         return self.record.has_supervision.numpy()
+
+    @property
+    def card(self) -> LabelCard:
+        """The label card of all clients and the server."""
+        return label_card(self.record)
+
+    @property
+    def function_names(self) -> tuple[str, ...]:
+        """Names of labelling functions whose votes were read, not cast here; empty if there are none."""
+        return ()
 
     def supervision(self, client: int) -> Supervision:
         """Returns the supervision record of `client`'s samples."""

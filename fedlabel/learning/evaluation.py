@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,19 +63,72 @@ class Evaluation:
             "eval/accuracy": float(np.trace(self.confusion) / self.confusion.sum()),
             "eval/loss": self.loss,
             "eval/balanced_accuracy": float(np.nanmean(self.class_accuracy)),
-            "eval/mean_client_accuracy": float(clients.mean()),
-            "eval/worst_client_accuracy": float(clients.min()),
-            "eval/worst_10pct_client_accuracy": worst_share_mean(clients),
-            "eval/best_10pct_client_accuracy": best_share_mean(clients),
-            "eval/jain_index": jain_index(clients),
-            "eval/client_accuracy_sd": float(clients.std()),
+            **(_of_clients(clients) if len(clients) else {}),  # real nodes need not say theirs
             "eval/ece": calibration_error(self.calibration),
         }
+
+
+def _of_clients(accuracy: np.ndarray) -> dict[str, float]:
+    """Returns what is reported of the clients' accuracies, (n,), n > 0."""
+    return {
+        "eval/mean_client_accuracy": float(accuracy.mean()),
+        "eval/worst_client_accuracy": float(accuracy.min()),
+        "eval/worst_10pct_client_accuracy": worst_share_mean(accuracy),
+        "eval/best_10pct_client_accuracy": best_share_mean(accuracy),
+        "eval/jain_index": jain_index(accuracy),
+        "eval/client_accuracy_sd": float(accuracy.std()),
+    }
 
 
 _ANY = Evaluation(0.0, np.eye(2, dtype=np.int64), np.ones(1), np.zeros((3, 1)), auc=0.5, bag_mae=0.0)
 EVALUATED = tuple(_ANY.metrics())
 """All that an evaluation may report; eval/auc needs two classes and eval/bag_mae bags."""
+
+
+class EvaluationSums(NamedTuple):
+    """What of an evaluation adds up over nodes that each have samples of their own."""
+
+    confusion: np.ndarray
+    """See `Evaluation`."""
+    loss: float
+    """Sum of the cross-entropies in nats."""
+    calibration: np.ndarray
+    """See `Evaluation`."""
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> EvaluationSums:
+        """Returns the sums of an evaluation."""
+        return cls(evaluation.confusion, evaluation.loss * int(evaluation.confusion.sum()), evaluation.calibration)
+
+    @property
+    def samples(self) -> int:
+        """How many samples were evaluated."""
+        return int(self.confusion.sum())
+
+
+def add_evaluations(sums: Mapping[int, EvaluationSums], shared: Collection[int], num_clients: int) -> Evaluation | None:
+    """Returns the evaluation on the samples of all nodes together; None without any.
+
+    The area under the ROC curve and the error of bags do not add up, and are missing.
+
+    Args:
+        sums: client -> of its samples.
+        shared: clients whose own accuracy may be shown.
+        num_clients: in the federation.
+    """
+    samples = sum(each.samples for each in sums.values())
+    if not samples:
+        return None
+    accuracy = np.full(num_clients, np.nan)
+    for client in set(shared) & sums.keys():
+        confusion = sums[client].confusion
+        accuracy[client] = ratio(np.trace(confusion), confusion.sum())
+    return Evaluation(
+        loss=math.fsum(each.loss for each in sums.values()) / samples,
+        confusion=np.sum([each.confusion for each in sums.values()], 0),
+        client_accuracy=accuracy,
+        calibration=np.sum([each.calibration for each in sums.values()], 0),
+    )
 
 
 def bag_error(probabilities: Tensor, bags: Bags) -> float:

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from fedlabel.cohort import ClientResult, Invitation
 from fedlabel.compression import RESIDUAL, residuals, without_residuals
+from fedlabel.config import ConfigError, ExperimentConfig
+from fedlabel.data.nodes.federation import Holding
 from fedlabel.experiment import Experiment
+from fedlabel.learning.evaluation import Evaluation
 from fedlabel.methods.batch import State
 from server.blocks import Block, BlockResult, Failure, WeightedSum
 from server.schema import Refused, ResultSchema, RoundSchema
+from server.state import ServerState
 
 TrainCohort = Callable[[Experiment, Invitation, Sequence[int], Sequence[State]], Sequence[ClientResult | Exception]]
 """Runs the round of some clients, as `fedlabel.cohort.train_cohort` does."""
@@ -62,6 +66,29 @@ class ClientGrid(ABC):
         Raises:
             RunError: no client can be reached any more.
         """
+
+    def holdings(self, config: ExperimentConfig) -> tuple[Holding, ...]:
+        """Finds the nodes of a run with data.name=nodes, before its experiment is opened.
+
+        Returns:
+            What each client holds.
+
+        Raises:
+            ConfigError: the clients of this grid are simulated.
+            RunError: too few nodes.
+        """
+        raise ConfigError(
+            "`data.name` (=nodes) is for real nodes: start the run by `flwr run` (see docs/data.md). `fedlabel run` "
+            "simulates clients, and takes their samples from a data set of this machine."
+        )
+
+    def evaluate(self, state: ServerState) -> Evaluation | None:
+        """Returns the evaluation of the global model on the samples that nodes hold out; None if nobody could.
+
+        Args:
+            state: after a round.
+        """
+        raise AssertionError("evaluation.at=nodes is for data.name=nodes, which has real nodes")
 
     def memory_of(self, cohort: Sequence[int]) -> MemoryOf | None:
         """Returns what the clients keep at this moment, to be looked up later; None: only they know."""

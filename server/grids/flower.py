@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlabel.cohort import ClientResult, Invitation
-from fedlabel.config import to_yaml
+from fedlabel.config import ExperimentConfig, to_yaml
+from fedlabel.data.nodes.federation import Holding, ServerFederation
+from fedlabel.data.nodes.schema import load_schema
 from fedlabel.experiment import Experiment
 from fedlabel.hardware import source_hash
+from fedlabel.learning.evaluation import Evaluation, add_evaluations
 from fedlabel.methods.shared import state_to_lists
 from server.blocks import Block, BlockResult, Failure
 from server.delivery import Delivery
@@ -20,8 +25,12 @@ from server.exchange import BAD_REPLY, Asked
 from server.flower import as_record
 from server.grids.base import ClientGrid, Order, folded
 from server.nodes import Nodes, is_simulation
+from server.own_data import OwnNodes, evaluation_messages, on_the_way, read_evaluations
 from server.replies import ReplyReader
 from server.schema import Refused, ResultSchema
+from server.state import ServerState
+
+logger = logging.getLogger("fedlabel")
 
 
 class FlowerGrid(ClientGrid):
@@ -34,16 +43,48 @@ class FlowerGrid(ClientGrid):
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.simulated = is_simulation(grid)
+        self._agreement = ""
+        """See `messages_to`."""
         self._used: dict[int, int] = {}
         """Client that was asked -> the last round in which its reply was used, 0: none."""
 
     def connect(self, experiment: Experiment) -> None:
         """See `ClientGrid`."""
         self._spans, self._schema = experiment.spans, ResultSchema.of(experiment)
-        grid = replace(experiment.config.grid, profile=False)  # nobody would fetch what clients record
-        self._config = replace(experiment.config, grid=grid)
-        self._nodes = Nodes(self._grid, self._config, [len(rows) for rows in experiment.federation.parts])
-        self._nodes.connect()
+        federation, config = experiment.federation, experiment.config
+        grid = replace(config.grid, profile=False)  # nobody would fetch what clients record
+        self._config = replace(config, grid=grid)
+        if isinstance(federation, ServerFederation):
+            self._config = on_the_way(self._config)
+            assert federation.agreement is not None
+            self._agreement = federation.agreement.text
+        else:
+            self._nodes = Nodes(self._grid, self._config, [len(rows) for rows in federation.parts])
+            self._nodes.connect()
+
+    def holdings(self, config: ExperimentConfig) -> tuple[Holding, ...]:
+        """See `ClientGrid`."""
+        assert config.data.schema is not None
+        nodes = OwnNodes(self._grid, config, load_schema(Path(config.data.schema)))
+        nodes.connect()
+        self._nodes = nodes
+        return nodes.holdings
+
+    def evaluate(self, state: ServerState) -> Evaluation | None:
+        """See `ClientGrid`. Nodes without an answer are left out, which is warned of."""
+        nodes = self._nodes
+        assert isinstance(nodes, OwnNodes)
+        held_out = {client: holding.held_out for client, holding in enumerate(nodes.holdings) if holding.held_out}
+        shared = self._schema.recipe.shared.broadcast(state.shared)
+
+        def make(clients: Sequence[int]) -> list[Message]:
+            return evaluation_messages(clients, nodes.of, state, shared, to_yaml(self._config), self._agreement)
+
+        messages, replies = Delivery(self._grid, nodes, self._config.grid, list(held_out), make).run()
+        found, failures = read_evaluations(messages, replies, self._schema.num_classes, held_out)
+        for failure in failures:
+            logger.warning("Round %d, evaluation: %s", state.round_number, failure)
+        return add_evaluations(found, nodes.shared, self._config.num_clients)
 
     def train(self, order: Order, tasks: Sequence[Sequence[Block]]) -> Iterator[BlockResult]:
         """See `ClientGrid`. A client without an answer after `grid.timeout` seconds has failed."""
@@ -53,7 +94,8 @@ class FlowerGrid(ClientGrid):
 
         def make(clients: Sequence[int]) -> list[Message]:
             with self._spans.part("transfer"):
-                return messages_to(clients, self._nodes.of, order.invitation, text, used, order.memory)
+                of = self._nodes.of
+                return messages_to(clients, of, order.invitation, text, used, order.memory, self._agreement)
 
         with self._spans.part("wait"):
             messages, replies = Delivery(self._grid, self._nodes, self._config.grid, cohort, make).run()
@@ -72,6 +114,7 @@ def messages_to(
     experiment: str,
     used: Mapping[int, int] = MappingProxyType({}),
     memory: Mapping[str, str | int] = MappingProxyType({}),
+    agreement: str = "",
 ) -> list[Message]:
     """Returns the messages of a round, in client order; most have one content.
 
@@ -82,6 +125,7 @@ def messages_to(
         experiment: the configuration as YAML.
         used: client -> the last round in which its reply was used, 0: none; clients that need not know are missing.
         memory: see `Order.memory`.
+        agreement: with nodes that have data of their own, see `Agreement`; "": with others.
     """
     sent = invitation.on_the_way
     config = {"experiment": experiment, "source-hash": source_hash(), "server-round": invitation.round_number, **memory}
@@ -99,7 +143,10 @@ def messages_to(
         client: RecordDict({**everybody, **{name: as_record(model) for name, model in helpers.items()}})
         for client, helpers in sent.helpers.items()
     }
-    told: dict[int, dict[str, float]] = {client: {"work": float(share)} for client, share in invitation.work.items()}
+    told: dict[int, dict[str, float | str]] = {c: {"work": float(share)} for c, share in invitation.work.items()}
+    if agreement:  # they do not know their number
+        for client in cohort:
+            told[client] = {**told.get(client, {}), "agreement": agreement, "client": client}
     for client in used.keys() & set(cohort):
         told[client] = {**told.get(client, {}), "used-round": used[client]}
     for client, more in told.items():

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedlabel.data.federation import SHOWN_CLIENTS
 from fedlabel.experiment import Experiment
+from fedlabel.learning.evaluation import Evaluation
 from fedlabel.learning.metrics import Counts, add_counts
 from fedlabel.methods.batch import State
 from server.state import ServerState
@@ -37,6 +38,8 @@ class Round:
     is_evaluated: bool
     may_draw: bool = True
     """Whether there is time for figures, see `DrawingBudget`."""
+    evaluate: Callable[[], Evaluation | None] | None = None
+    """Has the model evaluated where the samples are; None: they are here."""
 
     @cached_property
     def counts(self) -> Counts:

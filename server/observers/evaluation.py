@@ -23,7 +23,10 @@ class EvaluationObserver(Observer):
         experiment, number = self.experiment, seen.number
         if not seen.is_evaluated:
             return Report()
-        evaluation = experiment.evaluate(number, state.models, state.shared)
+        if seen.evaluate is None:
+            evaluation = experiment.evaluate(number, state.models, state.shared)
+        else:
+            evaluation = seen.evaluate()
         if evaluation is None:
             return Report()
         metrics = evaluation.metrics()
@@ -35,15 +38,18 @@ class EvaluationObserver(Observer):
         accuracy = evaluation.client_accuracy
         lists: dict[str, np.ndarray] = {
             "eval/class_accuracy": evaluation.class_accuracy,
-            "eval/client_accuracy": accuracy[shown_clients(len(accuracy))],
         }
+        is_by_client = bool(np.isfinite(accuracy).any())
+        if is_by_client:
+            lists["eval/client_accuracy"] = accuracy[shown_clients(len(accuracy))]
         figures: dict[str, Figure] = {}
         if seen.may_draw and self.has_figures(number):
             from fedlabel.record.figures import client_accuracy_figure, confusion_figure  # matplotlib takes a while
 
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
-            figures["eval/clients"] = client_accuracy_figure(accuracy)
+            if is_by_client:
+                figures["eval/clients"] = client_accuracy_figure(accuracy)
         tag = select_key(experiment)
         # Not in the other rounds of the last tenth: the next stage starts from the model that is selected, and what a
         # run learns must not depend on when it is to end.

@@ -90,11 +90,12 @@ class FunctionObserver(Observer):
     def _rows(self, counts: Counts, guess: np.ndarray, with_reports: bool = False) -> list[dict[str, object]]:
         names = self.experiment.federation.dataset.class_names
         reports = self.experiment.federation.functions
+        functions = self._names or self.experiment.federation.function_names
         votes = np.reshape(counts["function_votes"], (self._size(counts), -1))
         rates = self._rates(counts)
         return [
             {
-                "function": self._names[place] if self._names else place,
+                "function": functions[place] if functions else place,
                 "polarity": ", ".join(name for name, number in zip(names, row, strict=True) if number),
                 **{name: values[place] for name, values in rates.items()},
                 "estimated_accuracy": guess[place],

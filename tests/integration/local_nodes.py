@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -26,15 +26,20 @@ class LocalNodes(Grid):
         count: how many there are.
         further: what is in all nodes' `--node-config` besides their number; by default they say that they are
             simulated.
+        node_configs: all of what each was started with, instead.
     """
 
     run: Any = None
     pull_interval = 0.01
 
     def __init__(
-        self, app: ClientApp, count: int, further: Mapping[str, Any] = MappingProxyType({"audit": True})
+        self,
+        app: ClientApp,
+        count: int,
+        further: Mapping[str, Any] = MappingProxyType({"audit": True}),
+        node_configs: Sequence[dict[str, Any]] | None = None,
     ) -> None:
-        self.app, self.count, self.further = app, count, dict(further)
+        self.app, self.count, self.further, self.node_configs = app, count, dict(further), node_configs
         self.states: dict[int, RecordDict] = {}
         self._sent: dict[str, Message] = {}
         self._number = 0
@@ -73,7 +78,8 @@ class LocalNodes(Grid):
     def answer(self, message: Message) -> Message:
         """Returns a node's reply; a client that fails keeps the state it had."""
         client = message.metadata.dst_node_id - 1
-        node: Any = {"partition-id": client, "num-partitions": self.count, **self.further}
+        numbered = {"partition-id": client, "num-partitions": self.count, **self.further}
+        node: Any = numbered if self.node_configs is None else self.node_configs[client]
         context = Context(
             run_id=1,
             node_id=client + 1,

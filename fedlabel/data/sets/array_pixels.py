@@ -36,7 +36,7 @@ def to_pixels(train: np.ndarray, test: np.ndarray, where: str) -> tuple[list[np.
     """
     both = f"{where}: `x_train` and `x_test`"
     arrays = {f"{where}: `x_train`": train, f"{where}: `x_test`": test}
-    layouts = [_channels_first(array, name) for name, array in arrays.items()]
+    layouts = [channels_first(array, name) for name, array in arrays.items()]
     kinds = [_kind(array, name) for name, array in arrays.items()]
     if kinds[0] != kinds[1]:
         raise DataError(f"{both} are {train.dtype} and {test.dtype}, which may be of two scales. Write both alike.")
@@ -105,7 +105,7 @@ def _as_uint8(images: np.ndarray, scale: int) -> tuple[np.ndarray, bool]:
     return made, rounded
 
 
-def _channels_first(images: np.ndarray, name: str) -> np.ndarray:
+def channels_first(images: np.ndarray, name: str) -> np.ndarray:
     """Returns a view of shape (n, channels, height, width)."""
     shape = images.shape
     if images.ndim == 2:

@@ -25,6 +25,9 @@ class SetInfo(NamedTuple):
     """Whether the files are the user's, who may change them between two runs of a process."""
 
 
+NODES = "nodes"
+"""`data.name` where each node has a folder of its own, and the server no training data."""
+
 SETS = {
     "digits": SetInfo("scikit-learn's digits: 1,797 grey 8x8, 10 classes, no download"),
     "fashion_mnist": SetInfo("Fashion-MNIST: 70,000 grey 28x28, 10 kinds of clothes", allow_flip=True),
@@ -40,6 +43,7 @@ SETS = {
     "bank_marketing": SetInfo("UCI's table: 45,211 calls of a bank, sold or not", tabular=True),
     "magic": SetInfo("UCI's table: 19,020 showers in a telescope, gamma or hadron", tabular=True),
     "table": SetInfo("a CSV or Parquet file of yours: data.label_column names the labels", tabular=True, own=True),
+    NODES: SetInfo("real nodes' own folders, see docs/data.md; for `flwr run` only, with data.schema", own=True),
 }
 """Name -> what it is; `datasets.LOADERS` has their loaders."""
 
@@ -83,6 +87,12 @@ class DataConfig:
     of every class's rows that is split off as test set, in (0, 1); drawn once, whatever the seed."""
     test_file: str | None = None
     """table: a second file in the same folder, with the same columns, as test set."""
+    schema: str | None = None
+    """nodes: the file with the schema of all nodes' data, which `fedlabel data schema` makes; read by the server, its
+    text goes to the nodes."""
+    test: str | None = None
+    """nodes: a folder of the server's own with labelled samples, in the form of a node's (docs/data.md), for
+    evaluation.at=server."""
 
     def __post_init__(self) -> None:
         if self.name not in SETS:
@@ -105,6 +115,9 @@ class DataConfig:
         if self.name == "table" and self.label_column is None:
             raise DataError("`data.label_column` (=None) must name the column of labels for data.name=table.")
         one_of(self, "data", decimal=("point", "comma"))
+        for key in ("schema", "test"):
+            if getattr(self, key) is not None and self.name != NODES:
+                raise DataError(f"`data.{key}` (={getattr(self, key)}) is for data.name=nodes, not for {self.name}.")
         within(self, "data", 0, 1, "test_fraction", ends="()")
 
 

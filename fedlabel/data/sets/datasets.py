@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlabel.data.sets.class_names import find_classes
-from fedlabel.data.sets.config import SETS, DataConfig, DataError, data_root
+from fedlabel.data.sets.config import NODES, SETS, DataConfig, DataError, data_root
 from fedlabel.data.sets.image_folders import load_image_folder
 from fedlabel.data.sets.loaders import (
     DIGITS,
@@ -242,6 +242,13 @@ def _cifar100(config: DataConfig) -> Loaded:
     return load_cifar(config, torchvision_set=CIFAR100)
 
 
+def _elsewhere(config: DataConfig) -> Loaded:
+    raise DataError(
+        f"`data.name` (={config.name}): the samples are in the folders of real nodes, which `flwr run` reaches (see "
+        "docs/data.md); a simulation needs a data set of this machine."
+    )
+
+
 LOADERS: dict[str, Callable[[DataConfig], Loaded | LoadedTable]] = {
     "digits": load_digits,
     "fashion_mnist": _fashion_mnist,
@@ -257,5 +264,6 @@ LOADERS: dict[str, Callable[[DataConfig], Loaded | LoadedTable]] = {
     "bank_marketing": load_bank_marketing,
     "magic": load_magic,
     "table": load_table,
+    NODES: _elsewhere,
 }
 """Name, as in `SETS` -> loader. torchvision, which takes long to import, only where its files are read."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,44 @@ class LoadedTable(NamedTuple):
     """Notes for the user on how the data were read, a sentence each."""
 
 
+class FittedColumns(NamedTuple):
+    """What `encode` learns of training rows."""
+
+    missing: np.ndarray
+    """(numeric columns,) float64, what stands for a missing number."""
+    mean: np.ndarray
+    """(numeric columns,) float64."""
+    std: np.ndarray
+    """(numeric columns,) float64; 1 of a constant column."""
+    categories: tuple[tuple[str, ...], ...]
+    """Of each categorical column, sorted."""
+
+
+def fitted_columns(train: Table) -> FittedColumns:
+    """Returns what `encode` learns of these rows, at least one."""
+    parts, none = {kind: encoder for encoder, kind in _fitted(train)}, np.zeros(0)
+    found = tuple(tuple(texts.tolist()) for texts in parts["categories"].categories_) if "categories" in parts else ()
+    if "numbers" not in parts:
+        return FittedColumns(none, none, none, found)
+    imputer, scaler = parts["numbers"]
+    return FittedColumns(imputer.statistics_, scaler.mean_, scaler.scale_, found)
+
+
+def _fitted(train: Table) -> list[tuple[Any, str]]:
+    """Returns the encoders of numeric columns and of categorical ones, where there are such, with their names."""
+    # Imported here: scikit-learn takes a second to import, and only tables need it.
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
+    categories = OneHotEncoder(handle_unknown="ignore", sparse_output=False, dtype=np.float32)
+    parts = [part for part in ((numbers, "numbers"), (categories, "categories")) if getattr(train, part[1]).shape[1]]
+    for encoder, kind in parts:
+        encoder.fit(getattr(train, kind))
+    return parts
+
+
 def encode(train: Table, others: Sequence[Table]) -> list[Split]:
     """Converts rows to features, with the statistics and categories of `train`.
 
@@ -82,16 +120,7 @@ def encode(train: Table, others: Sequence[Table]) -> list[Split]:
     Returns:
         `train` and the others with images (n, features, 1, 1) float32, numeric columns first.
     """
-    # Imported here: scikit-learn takes a second to import, and only tables need it.
-    from sklearn.impute import SimpleImputer
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
-
-    numbers = make_pipeline(SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler())
-    categories = OneHotEncoder(handle_unknown="ignore", sparse_output=False, dtype=np.float32)
-    parts = [part for part in ((numbers, "numbers"), (categories, "categories")) if getattr(train, part[1]).shape[1]]
-    for encoder, kind in parts:
-        encoder.fit(getattr(train, kind))
+    parts = _fitted(train)
 
     def features(table: Table) -> Split:
         if not len(table.labels):

@@ -217,10 +217,11 @@ def test_download_is_asked_for_only_if_files_are_missing(tmp_path: Path, monkeyp
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        DataError, match=r"`data.name` \(=cifar_10\) must be one of digits, .*npz, .*table\. Did you mean cifar10\?"
+        DataError,
+        match=r"`data.name` \(=cifar_10\) must be one of digits, .*npz, .*table, nodes\. Did you mean cifar10\?",
     ):
         DataConfig(name="cifar_10")
-    with pytest.raises(DataError, match=r"`data.name` \(=zzz\) must be one of digits, .*npz, .*table\.$"):
+    with pytest.raises(DataError, match=r"`data.name` \(=zzz\) must be one of digits, .*npz, .*table, nodes\.$"):
         DataConfig(name="zzz")
 
 

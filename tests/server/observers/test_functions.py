@@ -81,7 +81,9 @@ class Watch:
             recipe=SimpleNamespace(
                 inspect=lambda shared: {"function_accuracy": shared["estimates"]} if "estimates" in shared else {}
             ),
-            federation=SimpleNamespace(dataset=SimpleNamespace(class_names=NAMES), functions=functions),
+            federation=SimpleNamespace(
+                dataset=SimpleNamespace(class_names=NAMES), functions=functions, function_names=()
+            ),
         )
         self.observer = FunctionObserver(experiment)
         self.reports: dict[int, Report] = {}
