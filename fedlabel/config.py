@@ -341,8 +341,8 @@ class ExperimentConfig:
             return
         if self.privacy.is_on:
             raise ValueError(
-                f"`privacy.kind` (={self.privacy.kind}) covers models alone, and with data.name=nodes clients also say how "
-                "many labels of which kind they hold: take privacy.kind=none, or a named data set."
+                f"`privacy.kind` (={self.privacy.kind}) covers models alone, and with data.name=nodes clients also say "
+                "how many labels of which kind they hold: take privacy.kind=none, or a named data set."
             )
         simulated = (
             *(("partition", PartitionConfig()), ("supervision", SupervisionConfig()), ("skew", SkewConfig())),
