@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from clients.mods import remembering, told
 from clients.own_data import evaluate_own, holding_record, open_own, refuse_folder
-from clients.trust import Refusal, allowed_by, check_request, error_reply, is_simulation_worker, may_audit, min_count_of
+from clients.trust import Refusal, allowed_by, check_request, discreet, is_simulation_worker, may_audit, min_count_of
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
 from fedlabel.experiment import Experiment, open_experiment
@@ -20,7 +20,7 @@ from fedlabel.methods.batch import State, StateDict
 from fedlabel.methods.shared import state_from_lists, state_to_lists
 from fedlabel.shown import shown
 
-app = ClientApp(mods=[told, remembering])
+app = ClientApp(mods=[discreet, told, remembering])
 
 
 @app.query()
@@ -28,13 +28,6 @@ def query(message: Message, context: Context) -> Message:
     """Answers the server's query: the client's id, the hash of its code and, if that equals the server's, its number of
     samples.
     """
-    try:
-        return _identity(message, context)
-    except Exception as error:
-        return error_reply(message, error)
-
-
-def _identity(message: Message, context: Context) -> Message:
     asked = message.content.config_records["ask"]
     if "schema" in asked:  # a run of nodes with data of their own
         answer = ConfigRecord({"source-hash": source_hash()})
@@ -57,13 +50,6 @@ def train(message: Message, context: Context) -> Message:
     """Runs one local round and returns the model, its weight and counts; never samples, labels or posteriors. What is
     in a reply is listed in docs/trust.md.
     """
-    try:
-        return _round(message, context)
-    except Exception as error:
-        return error_reply(message, error)
-
-
-def _round(message: Message, context: Context) -> Message:
     record = message.content.config_records["config"]
     experiment, client = _open_with_client(record, context)
     torch.set_num_threads(experiment.config.grid.threads_per_worker)
@@ -100,13 +86,6 @@ def _round(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluates the global model on the samples that a node with data of its own holds out; returns sums."""
-    try:
-        return _evaluation(message, context)
-    except Exception as error:
-        return error_reply(message, error)
-
-
-def _evaluation(message: Message, context: Context) -> Message:
     record = message.content.config_records["config"]
     _check(record, context)
     experiment, _ = open_own(context, record)

@@ -11,7 +11,7 @@ import builtins
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -193,10 +193,20 @@ def is_simulation_worker() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-def error_reply(message: Message, error: Exception) -> Message:
-    """Returns the reply of a client that failed. What it says is ours: the error itself, which may quote data, paths or
-    the environment, goes to the node's own log.
+def discreet(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Makes the reply of a client that failed: a mod around all others. What it says is ours. The error itself, which
+    may quote data, paths or the environment, goes to the node's own log.
     """
+    state = context.state
+    try:
+        return call_next(message, context)
+    except Exception as error:
+        context.state = state  # Flower keeps it where a client replies, if only with an error
+        return error_reply(message, error)
+
+
+def error_reply(message: Message, error: Exception) -> Message:
+    """Returns the reply of a client that failed with this error, see `discreet`, and logs the error."""
     if isinstance(error, Refusal):
         logger.warning("Refused: %s", error)
         reason = f"Refused: {error}"

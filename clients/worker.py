@@ -17,9 +17,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
-from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Context as ProtoContext  # pylint: disable=no-name-in-module
 from flwr.proto.message_pb2 import Message as ProtoMessage  # pylint: disable=no-name-in-module
@@ -41,16 +39,13 @@ def serve(connection: Connection, app: ClientApp) -> None:
         try:
             reply = app(message, context)
             after = context_to_proto(context)
-        except Exception as error:  # whatever a client raises is its reply
-            logger.exception("A message could not be handled")
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _line(error)), reply_to=message)
+        except Exception as error:  # of Flower: our app makes a reply of its own errors
+            from clients.trust import error_reply  # here: it imports torch
+
+            reply = error_reply(message, error)
             after = before
         connection.send_bytes(message_to_proto(reply).SerializeToString())
         connection.send_bytes(after.SerializeToString())
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _end_with(parent: int) -> None:

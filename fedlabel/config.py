@@ -156,7 +156,7 @@ class TrackingConfig:
     texts, and the figures that take little time. full: also clients and classes over the rounds, panels of samples by
     what is remarkable of them, and the embeddings of a fixed sample for the projector (the last three know the truth,
     so only in a simulation). Pictures are made at the last round, and at each 10 * `evaluation.every`-th one as long as
-    they take at most 2 % of the run's time; evaluation.figures=false leaves all of them out."""
+    all of them take at most 3 % of the run's time; evaluation.figures=false leaves all of them out."""
 
     def __post_init__(self) -> None:
         one_of(self, "tracking", level=LEVELS)

@@ -353,8 +353,8 @@ TAGS: tuple[Tag, ...] = (
         ("clients", "which clients are shown"),
         ("failures", "failed clients"),
     ),
-    *_server(SUPERVISION, FIGURE, NEITHER, ("label_card", "labels of the federation")),
-    *(Tag(f"how_to_read/{page.lower()}", f"how to read: {page}", FIGURE, page) for page in PAGES),
+    *_server(SUPERVISION, FIGURE, NEITHER, ("about/label_card", "labels of the federation")),
+    *(Tag(f"about/how_to_read_{page.lower()}", f"how to read: {page}", FIGURE, page) for page in PAGES),
     *_server(
         COMMUNICATION,
         "bytes",

@@ -240,9 +240,9 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")
-    folder.log_text("label_card", _label_card(experiment))
+    folder.log_text("about/label_card", _label_card(experiment))
     for page, text in HOW_TO_READ.items():
-        folder.log_text(f"how_to_read/{page.lower()}", text)
+        folder.log_text(f"about/how_to_read_{page.lower()}", text)
 
 
 def _stages(experiment: Experiment) -> list[dict[str, object]]:

@@ -63,9 +63,10 @@ def test_tensorboard_finds_every_tag(result: RunResult) -> None:
     } <= set(tags["histograms"])
     for event in events.Histograms("pseudo/confidences"):
         assert event.histogram_value.num == sum(event.histogram_value.bucket) > 0
-    assert {"partition", "eval/confusion", "eval/clients", "pseudo/samples", "pseudo/reliability"} == set(
-        tags["images"]
-    )
+    assert set(tags["images"]) == {
+        *("partition", "eval/confusion", "eval/clients", "pseudo/samples", "pseudo/reliability"),
+        *("pseudo/precision_coverage", "pseudo/experts"),
+    }
     assert "config/text_summary" in tags["tensors"]
     assert not (set(tags["images"]) | set(tags["scalars"])) & set(
         tags["histograms"]

@@ -122,10 +122,10 @@ HOW_TO_READ: Mapping[str, str] = {
         "what. Lists with a number per client are histograms here, and lists in metrics.jsonl."
     ),
     SUPERVISION: (
-        "**Where are labels wrong?** `label_card` (Text) says which kinds of label there are. Accuracy by kind: what "
-        "the method makes of each. Noise matrix T: the smallest diagonal falling below its row's largest entry means "
-        "two classes have been exchanged (Images → `transition`, beside the true one in a simulation). Bags: how far "
-        "predicted counts are from the known ones. Labelling functions: estimated accuracy should follow the true "
+        "**Where are labels wrong?** `about/label_card` (Text) says which kinds of label there are. Accuracy by kind: "
+        "what the method makes of each. Noise matrix T: the smallest diagonal falling below its row's largest entry "
+        "means two classes have been exchanged (Images → `transition`, beside the true one in a simulation). Bags: how "
+        "far predicted counts are from the known ones. Labelling functions: estimated accuracy should follow the true "
         "one (Images → `functions`; labeling_functions.csv has a row for each)."
     ),
     SYSTEM: (

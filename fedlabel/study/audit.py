@@ -12,6 +12,7 @@ OUT/audit.json                 what the server knows, written last
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +58,6 @@ from fedlabel.inference.prototypes import (
 )
 from fedlabel.learning.evaluation import BATCH_SIZE
 from fedlabel.methods.batch import Model
-from fedlabel.methods.supervised import Supervised
 from fedlabel.models import Net
 from fedlabel.names import did_you_mean
 from fedlabel.record.files import temporary_name, write_atomic
@@ -133,7 +133,8 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         raise ConfigError(
             f"The data, partition or labels are no longer those of {run}: put the data back as they were."
         )
-    changed = parse_config(to_yaml(replace(config, method=Supervised())), overrides)
+    without_method = re.sub(r"^method:\n(?: .*\n)+", "", to_yaml(config), flags=re.MULTILINE)  # it has other keys
+    changed = parse_config(without_method, ["method.name=supervised", *overrides])
     for key in ("seed", "num_clients", "data", "partition", "labeled_partition", "supervision", "skew"):
         if getattr(changed, key) != getattr(config, key):
             raise ConfigError(f"`{key}` cannot be changed in an audit: suspects are of the run's own data and labels.")
@@ -341,7 +342,7 @@ def by_prototypes(clients: Sequence[Client]) -> Found:
     """Finds suspects by similarity to the classes' prototypes; the predictions are similarities."""
     masks = [nearest_differs(*client) for client in clients]
     suggested = [nearest_other(*client) for client in clients]
-    return Found(_suspects(clients, masks, suggested, similarity_margin), {"exchanges": 1})
+    return Found(_suspects(clients, masks, suggested, similarity_margin), {})
 
 
 def _suspects(

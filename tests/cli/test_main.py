@@ -122,7 +122,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "runs"
     result = call("run", *SMALL, "--name", "done", "--out", str(out))
     assert result.exit_code == 0, result.output
-    assert "round 2/2  accuracy 0." in result.output  # line-wise: this is no terminal
+    assert "round 2/2  pseudo-labels  accuracy 0." in result.output  # line-wise: this is no terminal
     assert "finished before" not in result.output
     assert "selected" not in result.output
     assert f"fedlabel tensorboard {out}" in result.output

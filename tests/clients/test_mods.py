@@ -81,6 +81,8 @@ def test_the_memory_in_the_folder_replaces_flowers(tmp_path: Path) -> None:
     order = {"run": KEY, "saved-round": 0}
     for number, handler in ((1, train), (2, train), (2, train), (3, fail), (3, train), (2, train)):
         remembering(*asked(tmp_path, **{**order, "server-round": number}), handler)
+        saved = (tmp_path / KEY / f"client3-{number:06d}.memory").exists()
+        assert saved == (handler is train)
     assert seen == ["nothing", "nothing, 1", "nothing, 1", "nothing, 1, 2", "nothing, 1, 2", "nothing, 1"]
     assert rounds(tmp_path / KEY) == ["client3-000001.memory", "client3-000002.memory"]
     for message, context in (asked(None, **{**order, "server-round": 2}), asked(tmp_path, **{"server-round": 2})):

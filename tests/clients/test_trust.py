@@ -183,6 +183,23 @@ def test_a_part_of_a_mix_is_guarded() -> None:
     assert "`supervision.module` (=/etc/passwd)" in refusal("query", text)
 
 
+def test_a_file_of_the_node_that_is_damaged_is_not_named(tmp_path: Path) -> None:
+    """Errors around the app's handlers are as discreet as theirs."""
+    (tmp_path / ("0" * 32)).mkdir()
+    (tmp_path / ("0" * 32) / "client0-000001.memory").mkdir()  # cannot be read
+    about = {
+        "experiment": with_keys(),
+        "source-hash": source_hash(),
+        "run": "0" * 32,
+        "server-round": 2,
+        "saved-round": 0,
+    }
+    message = Message(RecordDict({"config": ConfigRecord(about)}), 1, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+    reply = LocalNodes(app, 2, {"memory": str(tmp_path)}).answer(message)
+    assert reply.error.reason == "IsADirectoryError: the client failed; the node's own log says why"
+
+
 def test_text_that_is_no_configuration() -> None:
     for text in ("- 1", "seed: [", "seed: !!python/object:os.system 1", "nobody: 1", "method: 3", ""):
         reply = ask("train", text)

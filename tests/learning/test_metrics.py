@@ -18,6 +18,7 @@ from fedlabel.learning.metrics import (
     jain_index,
     pseudo_label_counts,
     pseudo_label_metrics,
+    tenths,
     worst_share_mean,
 )
 from fedlabel.methods.batch import PseudoLabels
@@ -65,6 +66,13 @@ def test_area_under_curve() -> None:
     assert math.isnan(area_under_curve(torch.ones(0), torch.ones(0, dtype=torch.int64)))
 
 
+def test_tenths_are_means_of_the_lowest_and_the_highest_tenth_of_what_is_known() -> None:
+    values = np.array([*np.arange(20.0), np.nan])
+    assert tenths(values) == (0.5, 18.5)
+    assert tenths(np.array([3.0, np.nan])) == (3, 3)
+    assert np.isnan(tenths(np.array([np.nan]))).all()
+
+
 def test_pseudo_label_metrics() -> None:
     """All but the third are kept: 2 right, 2 wrong. The local expert has 1 of 2 right, the global one 1 of 2.
 
@@ -72,6 +80,8 @@ def test_pseudo_label_metrics() -> None:
     """
     counts = pseudo_label_counts(pseudo_labels([True, True, False, True, True]), TRUTH, 3, KIND)
     assert (counts["drawn"], counts["kept"], counts["correct"]) == ([2, 2, 1], [2, 1, 1], [1, 1, 0])
+    both = np.reshape(counts["kept_by_both"], (3, 2)), np.reshape(counts["correct_by_both"], (3, 2))
+    assert [(each.sum(1).tolist(), each.sum(0).tolist()) for each in both] == [([2, 1, 1], [2, 2]), ([1, 1, 0], [1, 1])]
     assert pseudo_label_metrics(counts) == pytest.approx(
         {
             "pseudo/accuracy": 0.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,8 @@ LOST = Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable")
 class Link(LocalNodes):
     """A grid that says when its nodes were activated; each answers with its number, or as `steps` say.
 
-    steps: node -> what becomes of its training messages, one after the other: an error, "gone" (the node
-    leaves, and an error comes), "restarts" (it is activated anew, and nothing comes), or "answer".
+    steps: node -> what becomes of its training messages, one after the other: an error, "late" (nothing yet), "gone"
+    (the node leaves, and an error comes), "restarts" (it is activated anew, and nothing comes), or "answer".
     """
 
     def __init__(self, clients: dict[int, int], steps: dict[int, list[Any]] | None = None) -> None:
@@ -57,6 +58,8 @@ class Link(LocalNodes):
         if isinstance(step, Error):
             del self._sent[key]
             return [Message(step, reply_to=message)]
+        if step == "late":
+            return []
         if step == "restarts":
             self.since[node] += "+"
             self.steps[node].insert(0, "lost")
@@ -140,12 +143,14 @@ def test_a_client_whose_node_stays_away_fails_and_is_waited_for_once() -> None:
 
 def test_enough_nodes_go_on_without_the_others() -> None:
     link = Link({11: 0, 12: 1}, {11: ["gone"]})
+    started = time.monotonic()
     delivered, nodes = round_over(link, "grid.min_nodes=1", "grid.connect_timeout=10000")
+    assert time.monotonic() - started < 10
     assert (link.trained, errors(delivered), nodes.of) == ([12], ["Node Unavailable"], {1: 12})
 
 
 def test_a_client_is_not_asked_for_ever() -> None:
-    link = Link({11: 0, 12: 1}, {11: [LOST] * 100})
+    link = Link({11: 0, 12: 1}, {11: [LOST] * 100, 12: ["late"] * 20})
     delivered, _ = round_over(link)
     assert (len(link.steps[11]), errors(delivered)) == (100 - TRIES, ["Node Unavailable"])
 
@@ -179,3 +184,12 @@ def test_a_double_identity_is_refused_until_the_other_has_gone(caplog: pytest.Lo
     for _ in range(3):
         nodes.refresh()
     assert nodes.of == {0: 13, 1: 12}
+
+
+def test_a_node_that_was_started_again_says_anew_who_it_is() -> None:
+    link = Link({11: 0, 12: 1})
+    _, nodes = round_over(link)
+    link.since[11], link.clients[11] = "again", 1
+    for _ in range(3):
+        nodes.refresh()
+    assert (nodes.of, list(link.told)) == ({1: 12}, [11])

@@ -230,6 +230,8 @@ def test_which_runs_can_be_audited(tmp_path: Path) -> None:
         read_run(tmp_path / "none")
     run = fedlabel.run(overrides=[*NOISY, "num_rounds=1"], name="run", out=tmp_path).path
     assert read_run(run, ["num_rounds=7"]).num_rounds == 7
+    assert read_run(run) == load_config([run / "config.yaml"])
+    assert read_run(run, ["method.name=ill", "method.noise.form=gradient"]).method.noise.form == "gradient"
     with pytest.raises(ConfigError, match=r"`supervision` cannot be changed in an audit"):
         read_run(run, ["supervision.noise_rate=0.1"])
     text = (run / "config.yaml").read_text()

@@ -19,6 +19,7 @@ def experiment(figures: bool = True) -> Any:
             num_clients=3,
             num_rounds=30,
             supervision=SimpleNamespace(parts=[]),
+            privacy=SimpleNamespace(is_on=False),
             evaluation=evaluation,
             draws_figures=figures,
         )

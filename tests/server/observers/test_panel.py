@@ -14,8 +14,9 @@ import fedlabel.cohort
 import fedlabel.record.figures
 from fedlabel.experiment import Experiment
 from fedlabel.learning.client import ClientUpdate, LocalRound, Trainer
-from fedlabel.methods.batch import StateDict
+from fedlabel.methods.batch import PseudoLabels, StateDict
 from fedlabel.methods.recipe import Recipe
+from server.observers.panel import _remarkable
 from tests.server.observers.test_training import TINY
 
 
@@ -69,3 +70,27 @@ def test_the_panel_shows_what_the_client_drew(method: str, tmp_path: Path, monke
     assert shown["kept"] == once.pseudo.keep[:16].tolist()
     assert shown["pseudo_names"] == [str(label) for label in once.pseudo.label[:16].tolist()]
     assert len(shown["images"]) == 16
+
+
+def test_remarkable_samples_are_shown_once_as_they_were_drawn_last() -> None:
+    """Sample 7 is dropped and then kept; 3 is kept and wrong; 5 is dropped; of 1 the truth is not known.
+
+    Of the local experts' last labels (7: 0, 3: 1, 1: 2) the global model gives another one to 3.
+    """
+    rows = torch.tensor([7, 3, 5, 7, 1])
+    pseudo = PseudoLabels(
+        label=torch.tensor([1, 1, 0, 0, 2]),
+        keep=torch.tensor([False, True, False, True, True]),
+        from_global=torch.tensor([False, False, True, False, False]),
+        confidence=torch.tensor([0.2, 0.9, 0.5, 0.6, 0.95]),
+    )
+    truth, global_labels = torch.tensor([0, 0, 0, 0, -1]), torch.tensor([2, 0, 0, 0, 2])
+    found = {tag: places.tolist() for tag, (_, places) in _remarkable(rows, pseudo, truth, global_labels).items()}
+    assert found == {
+        "pseudo/samples_wrong": [1],
+        "pseudo/samples_newly_kept": [3],
+        "pseudo/samples_dropped": [2],
+        "pseudo/samples_disputed": [1],
+    }
+    alone = pseudo._replace(from_global=torch.zeros(5, dtype=torch.bool))
+    assert "pseudo/samples_disputed" not in _remarkable(rows, alone, truth, global_labels)
