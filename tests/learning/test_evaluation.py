@@ -43,6 +43,7 @@ def test_evaluation_by_hand() -> None:
             "eval/mean_client_accuracy": 0.75,
             "eval/worst_client_accuracy": 0.5,
             "eval/worst_10pct_client_accuracy": 0.5,
+            "eval/best_10pct_client_accuracy": 1.0,
             "eval/jain_index": 0.9,
             "eval/client_accuracy_sd": 0.25,
             "eval/ece": 0.0,
