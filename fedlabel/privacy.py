@@ -3,7 +3,7 @@
 Sources: McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent Language Models", ICLR 2018
 (clipped updates, noise on their sum); Wang, Balle, Kasiviswanathan, "Subsampled Renyi Differential Privacy and
 Analytical Moments Accountant", AISTATS 2019 (cohorts of a fixed size). What is covered and what is not is in
-docs/privacy.md; why these are not Flower's wrappers, in docs/decisions/0010-privacy.md.
+docs/privacy.md; why these are not Flower's wrappers, in docs/decisions/0011-privacy.md.
 """
 
 from __future__ import annotations

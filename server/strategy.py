@@ -177,7 +177,7 @@ _FIXED = (
 _LEFT_OUT = ("Strategy", "Result", "FedProx")
 """FedProx acts on the client: `training.prox_mu`."""
 _PRIVATE = "DifferentialPrivacy"
-"""Flower's wrappers for differential privacy, in whose place stands `privacy` (see docs/decisions/0010-privacy.md)."""
+"""Flower's wrappers for differential privacy, in whose place stands `privacy` (see docs/decisions/0011-privacy.md)."""
 
 
 def _flower_strategies() -> dict[str, type[FedAvg]]:

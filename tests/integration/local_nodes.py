@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -55,6 +55,10 @@ class LocalNodes(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return range(1, self.count + 1)
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Real nodes with the time since when they are there, as only the grid of a SuperLink has them."""
+        return [SimpleNamespace(node_id=node, last_activated_at="") for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         keys = []
