@@ -16,7 +16,7 @@ from fedlabel.methods.shared import state_to_lists
 from server.blocks import Block, BlockResult, Failure
 from server.delivery import Delivery
 from server.exchange import BAD_REPLY, Asked
-from server.flower import as_record
+from server.flower import as_record, pull_sooner
 from server.grids.base import ClientGrid, Order, folded
 from server.nodes import Nodes, is_simulation
 from server.replies import ReplyReader
@@ -33,6 +33,8 @@ class FlowerGrid(ClientGrid):
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.simulated = is_simulation(grid)
+        if not self.simulated:
+            pull_sooner()
         self._used: dict[int, int] = {}
         """Client that was asked -> the last round in which its reply was used, 0: none."""
 
