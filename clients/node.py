@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,11 @@ from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Context as ProtoContext  # pylint: disable=no-name-in-module
 from flwr.proto.message_pb2 import Message as ProtoMessage  # pylint: disable=no-name-in-module
-from flwr.proto.runtime_pb2 import AcquireTaskRequest  # pylint: disable=no-name-in-module
+from flwr.proto.runtime_pb2 import (  # pylint: disable=no-name-in-module
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+)
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import (
@@ -48,6 +53,7 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.runtime import run_clientapp
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fedlabel.record.files import FolderLock
@@ -142,14 +148,19 @@ class Executor:
 
     Args:
         connect: makes a client of the SuperNode's Runtime API with an interceptor.
+        come: set when a message has come: the SuperNode waits for its reply.
         secret: that the API asks for when a task is taken.
         worker: handles the messages.
     """
 
     def __init__(
-        self, connect: Callable[[ProtobufClientInterceptor], RuntimeHttpClient], secret: bytes, worker: Worker
+        self,
+        connect: Callable[[ProtobufClientInterceptor], RuntimeHttpClient],
+        come: threading.Event,
+        secret: bytes,
+        worker: Worker,
     ) -> None:
-        self._connect, self._worker, self._patience = connect, worker, Patience()
+        self._connect, self._come, self._worker, self._patience = connect, come, worker, Patience()
         signs = SuperExecAuthHttpInterceptor(
             master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
         )
@@ -159,10 +170,11 @@ class Executor:
         """Handles one message after the other, until this process ends."""
         self._worker.start()  # its imports take longer than the first message needs to arrive
         while True:
+            self._come.clear()
             token = self._take()
             if token is None:
                 self._worker.stop_if_idle()
-                time.sleep(self._patience.seconds())
+                self._come.wait(self._patience.seconds())
                 continue
             try:
                 self._handle(token)
@@ -183,7 +195,7 @@ class Executor:
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         try:
             heartbeat.start()
-            message, context, _run, _code = pull_task_input(client)
+            message, context, _run, _code = pull_task_input(_waiting(client))
             reply, context = self._worker.handle(message, context)
             push_message(client, reply, context)
             if heartbeat.is_running:  # one after the end of the task would fail
@@ -196,15 +208,36 @@ class Executor:
             client.close()
 
 
-def _poll_sooner() -> None:
-    """Makes Flower's SuperNode wait as `Patience` says, where it says 3 s (no message) or 0.5 s (no reply)."""
+def _waiting(client: RuntimeHttpClient) -> RuntimeHttpClient:
+    """Makes a client wait for its message: Flower's SuperNode hands out the task a moment before it has the message."""
+    pull, deadline = client.PullMessages, time.monotonic() + LONGEST
+
+    def pull_messages(request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        while not (found := pull(request)).messages_list and time.monotonic() < deadline:
+            time.sleep(SHORTEST)
+        return found
+
+    client.PullMessages = pull_messages  # type: ignore[method-assign]
+    return client
+
+
+def _poll_sooner(come: threading.Event) -> None:
+    """Makes Flower's SuperNode wait as `Patience` says, where it says 3 s (no message) or 0.5 s (no reply); the second
+    sets `come`.
+    """
     patience = Patience()
 
     def sleep(seconds: float) -> None:
         if seconds < LONGEST:  # a message is being handled
             patience.found()
+            come.set()
         time.sleep(min(seconds, patience.seconds()))
 
+    # Whoever pulls a message while it is still being sent waits: Flower first 1 s, then 2 s, ...
+    start_client_internal.pull_objects = partial(start_client_internal.pull_objects, initial_backoff=SHORTEST)
+    run_clientapp.pull_and_inflate_object_from_tree = partial(
+        run_clientapp.pull_and_inflate_object_from_tree, initial_backoff=SHORTEST
+    )
     start_client_internal.time = SimpleNamespace(sleep=sleep)  # type: ignore[assignment]
 
 
@@ -276,9 +309,10 @@ def main() -> None:
         return RuntimeHttpClient.from_server_address(address, True, None, interceptors=[named, interceptor])
 
     worker = Worker([sys.executable, "-m", "clients.worker", str(os.getpid())])
-    executor = Executor(connect, secret, worker)
+    come = threading.Event()
+    executor = Executor(connect, come, secret, worker)
     threading.Thread(target=_run_until_it_fails, args=(executor,), daemon=True, name="executor").start()
-    _poll_sooner()
+    _poll_sooner(come)
     own = ["--isolation", "process", "--superexec-auth-secret-file", _in_memory(secret)]
     own += ["--host", asked.host, "--port", str(port)]
     sys.argv = ["flower-supernode", *others, *own, *(["--node-config", asked.node_config] * bool(asked.node_config))]

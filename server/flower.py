@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -22,6 +23,13 @@ def set_identity() -> None:
     """Makes messages possible in this process: `Message(...)` reads an identity that only Flower's processes have."""
     if TaskIdentity._task_id is None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+
+
+def pull_sooner() -> None:
+    """Makes Flower's grid of real nodes wait 0.1 s, not 1 s, before it pulls on where a reply is still being sent."""
+    from flwr.superlink.grid import http_grid  # here: with its servers it takes as long to import as torch
+
+    http_grid.pull_objects = partial(http_grid.pull_objects, initial_backoff=0.1)
 
 
 def as_record(model: StateDict) -> ArrayRecord:

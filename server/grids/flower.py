@@ -22,7 +22,7 @@ from fedlabel.methods.shared import state_to_lists
 from server.blocks import Block, BlockResult, Failure
 from server.delivery import Delivery
 from server.exchange import BAD_REPLY, Asked
-from server.flower import as_record
+from server.flower import as_record, pull_sooner
 from server.grids.base import ClientGrid, Order, folded
 from server.nodes import Nodes, is_simulation
 from server.own_data import OwnNodes, evaluation_messages, on_the_way, read_evaluations
@@ -43,6 +43,8 @@ class FlowerGrid(ClientGrid):
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.simulated = is_simulation(grid)
+        if not self.simulated:
+            pull_sooner()
         self._agreement = ""
         """See `messages_to`."""
         self._used: dict[int, int] = {}
