@@ -339,11 +339,6 @@ class ExperimentConfig:
                     f"`data.name` (={self.data.name}) is at the server: take evaluation.at=server."
                 )
             return
-        if self.privacy.is_on:
-            raise ValueError(
-                f"`privacy.kind` (={self.privacy.kind}) covers models alone, and with data.name=nodes clients also say "
-                "how many labels of which kind they hold: take privacy.kind=none, or a named data set."
-            )
         simulated = (
             *(("partition", PartitionConfig()), ("supervision", SupervisionConfig()), ("skew", SkewConfig())),
             *((f"data.{key}", getattr(DataConfig, key)) for key in ("train_samples", "positive_classes", "root")),

@@ -23,7 +23,7 @@ from fedlabel.data.sets.datasets import LOADERS, Split, load_dataset
 from fedlabel.data.skew import SkewConfig
 from fedlabel.experiment import Experiment
 from server.observers.base import Round
-from server.observers.panel import pseudo_panel
+from server.observers.panel import pseudo_panels
 
 HAS_LABEL = np.arange(1437) % 3 == 0
 
@@ -253,8 +253,8 @@ def counted(run: Experiment) -> dict[str, list[float]]:
 def test_the_panel_shows_samples_whose_class_nobody_knows() -> None:
     run = experiment("method.name=fixmatch", "method.confidence_threshold=0", "supervision.kind=full")
     tally: Any = SimpleNamespace(client_counts={0: {}}, invitation=Invitation(1, run.initial_state, {}, {}))
-    figure = pseudo_panel(run, Round(1, tally, lambda client: {}, 0.0, is_evaluated=True))
-    assert figure is not None
+    figures = pseudo_panels(run, Round(1, tally, lambda client: {}, 0.0, is_evaluated=True), remarkable=False)
+    (figure,) = figures.values()
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles
     assert all(title.endswith("true: unknown") for title in titles)

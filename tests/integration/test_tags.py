@@ -58,7 +58,8 @@ ELSEWHERE = {
     *("posterior/accuracy_candidates_and_labels", "transition/{annotator}"),
     *("transition/own_dominant",),  # of matrices that stay at the clients
     "pseudo/samples_newly_kept",  # of samples that a client draws twice, see test_panel.py
-    # workers of another process, simulated devices, failures
+    # workers of another process, simulated devices, failures, differential privacy
+    "privacy/epsilon",
     *("system/seconds_wait", "system/seconds_e_step"),
     *("system/virtual_seconds", "system/late_clients", "system/dropped_clients", "system/clients_in_flight"),
     *("system/staleness", "system/work_share", "system/slow_half_share", "eval/rare_class_accuracy", "failures"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,9 @@ from tests.learning.clients import (
 )
 from tests.methods.recipes import LATE, classes_of, make_student, recipe_of
 from tests.methods.tables import CLASSES, model, net, same
+
+NO_BATCH = SimpleNamespace(log_prior=torch.zeros(0))
+"""For losses that look at no sample."""
 
 
 def test_supervised_is_plain_sgd_exactly() -> None:
@@ -127,7 +131,7 @@ def test_sgd_is_torchs_to_the_bit(
             stepper = Stepper.of(own, update, None, received, config, Passes(), masked)
             stepper.begin()
         stepper = replace(stepper, update=Update(loss))
-        stepper.step({}, None)  # type: ignore[arg-type]
+        stepper.step({}, NO_BATCH)  # type: ignore[arg-type]
         if number != 2:
             optimizer.zero_grad()
             value(reference[1] if number < 2 else reference, inputs, number).backward()

@@ -13,6 +13,7 @@ EXPERIMENT: Any = SimpleNamespace(
     devices=None,
     config=SimpleNamespace(
         seed=5,
+        privacy=SimpleNamespace(is_on=False),
         method=SimpleNamespace(name="m", metrics=()),
         data=SimpleNamespace(name="d"),
         evaluation=SimpleNamespace(split="test", select=None),
