@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -70,11 +70,23 @@ class Nodes:
         Raises:
             RunError: there are fewer in `grid.connect_timeout`, or the SuperLink cannot be reached.
         """
-        timeout, clients = self._config.grid.connect_timeout, self._config.num_clients
-        deadline, connected = time.monotonic() + timeout, -1
+        self._wait_for(lambda: len(self.of))
+        if len(self.of) < self.enough:
+            self._finish_telling()
+            raise RunError(self._too_few())
+
+    def _wait_for(self, identified: Callable[[], int]) -> None:
+        """Lists nodes until as many as there are clients have said who they are, or as many have answered and no more
+        is to be expected, or `grid.connect_timeout` is over; identified: () -> how many have.
+        """
+        deadline, connected, clients = (
+            time.monotonic() + self._config.grid.connect_timeout,
+            -1,
+            self._config.num_clients,
+        )
         while True:
             self.refresh()
-            if len(self.of) == clients or (len(self.activated) >= clients and not self._queries):
+            if identified() >= clients or (len(self.activated) >= clients and not self._queries):
                 break
             if len(self.activated) != connected:
                 connected = len(self.activated)
@@ -83,9 +95,6 @@ class Nodes:
             if left <= 0:
                 break
             self._exchange.sleep(left)
-        if len(self.of) < self.enough:
-            self._finish_telling()
-            raise RunError(self._too_few())
 
     def _too_few(self) -> str:
         """Returns the message that too few clients are connected."""

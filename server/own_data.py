@@ -7,7 +7,6 @@ by the number that a node was started with (`client`), all others in the order o
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -81,19 +80,8 @@ class OwnNodes(Nodes):
             RunError: there are fewer in `grid.connect_timeout`, two have one number, or the SuperLink cannot be
                 reached.
         """
-        timeout, clients = self._config.grid.connect_timeout, self._config.num_clients
-        deadline, connected = time.monotonic() + timeout, -1
-        while True:
-            self.refresh()
-            if len(self._answers) >= clients or (len(self.activated) >= clients and not self._queries):
-                break
-            if len(self.activated) != connected:
-                connected = len(self.activated)
-                logger.info("Waiting for nodes: %d of num_clients=%d are connected", connected, clients)
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            self._exchange.sleep(left)
+        clients = self._config.num_clients
+        self._wait_for(lambda: len(self._answers))
         refusals = list(self._refusals.values()) + [f"Node {node} does not answer." for node in self._queries]
         try:
             self.of = number_clients({node: each.client for node, each in self._answers.items()}, clients, refusals)
