@@ -53,7 +53,10 @@ CHARTS: Mapping[str, Mapping[str, Sequence[str] | Margin]] = {
         "accuracy by expert": ("pseudo/accuracy", "pseudo/accuracy_local", "pseudo/accuracy_global"),
         "coverage by expert": ("pseudo/coverage", "pseudo/coverage_local", "pseudo/coverage_global"),
         "who labels, and do the experts agree": ("pseudo/from_global", "pseudo/agreement"),
-        "confidence and threshold": ("pseudo/confidence", "pseudo/threshold"),
+        "confidence and threshold": (
+            *("pseudo/confidence", "pseudo/confidence_local", "pseudo/confidence_global"),
+            "pseudo/threshold",
+        ),
         "calibration error": ("pseudo/ece", "pseudo/ece_kept"),
     },
     CLIENTS: {
