@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from server.simulation import RunResult
 
 DEFAULT_OUT = Path("runs")
+REPORT_HTML = "report.html"
 MAX_CLIENT_ROWS = 20
 """A table has a row per client up to so many."""
 
@@ -364,6 +365,25 @@ def compare(
             table.add_row(row, str(len(runs)), *(f"{100 * value:.1f}" for value in means))
         console.print(table)
     say(console, "\n  ".join(map(str, ["Written:", *written])))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs: several stand side by side.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file.", show_default="RUN/report.html; of several runs ./report.html")
+    ] = None,
+) -> None:
+    """One HTML page of a run, to read and to send around: what was run, labels, curves, clients, samples, warnings.
+
+    It needs no network, and works for runs that have finished, that still run, and that were killed.
+    """
+    from fedlabel.study.report_page import write_report
+
+    file = out or (runs[0] / REPORT_HTML if len(runs) == 1 else Path(REPORT_HTML))
+    with _reported():
+        write_report(runs, file)
+    say(console, f"Written: {file}")
 
 
 @app.command()

@@ -198,8 +198,8 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
     """Returns `pseudo/...` scalars from summed `pseudo_label_counts`; those without a sample are left out.
 
     Coverage is kept / drawn; accuracy is correct / kept, over all, and per expert; confidence per expert is the mean of
-    the kept; correct_wrong_ratio is correct / wrong among the kept; posterior/accuracy_<kind> is over all draws with that kind of label; ece is the
-    calibration error over all draws, ece_kept over the kept ones.
+    the kept; correct_wrong_ratio is correct / wrong among the kept; posterior/accuracy_<kind> is over all draws with
+    that kind of label; ece is the calibration error over all draws, ece_kept over the kept ones.
     """
     if not counts:
         return {}
