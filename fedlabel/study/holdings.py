@@ -59,7 +59,7 @@ def _balance(audit: Mapping[str, Any]) -> Facts:
         ("classes per client", _spread([sum(cell > 0 for cell in client) for client in held])),
         ("largest class", f"{names[totals.index(largest)]}: {100 * largest / whole:.1f} % of the samples"),
         ("smallest class", f"{names[totals.index(smallest)]}: {100 * smallest / whole:.1f} %"),
-        ("labels per client", _spread([sum(client) for client in counts["with_supervision"]])),
+        ("with supervision per client", _spread([sum(client) for client in counts["with_supervision"]])),
     ]
 
 
@@ -116,4 +116,6 @@ def evenly(number: int, most: int) -> Sequence[int]:
 def _spread(values: Sequence[int]) -> str:
     if not values:
         return "–"
+    if min(values) == max(values):
+        return f"{values[0]:,} each"
     return f"{min(values):,} to {max(values):,}, median {statistics.median(values):,g}"

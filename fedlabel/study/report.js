@@ -11,7 +11,21 @@
   const shown = (value, unit) =>
     value === null || value === undefined || Number.isNaN(value) ? "–" : `${Number(value.toPrecision(4))}${unit ? " " + unit : ""}`;
 
-  function base() {
+  /* Lines of a legend of these names in a chart of this width; it stands below the chart, which it makes higher. */
+  function legendLines(names, width) {
+    let lines = names.length > 1 ? 1 : 0, used = 0;
+    for (const name of names) {
+      const wide = 44 + measure(name);
+      if (used > 0 && used + wide > width - 10) { lines += 1; used = 0; }
+      used += wide;
+    }
+    return lines;
+  }
+  const font = getComputedStyle(document.body).fontFamily;
+  const pen = document.createElement("canvas").getContext("2d");
+  const measure = (text) => { pen.font = `12px ${font}`; return pen.measureText(text).width; };
+
+  function base(lines = 0) {
     const ink = css("--ink"), soft = css("--soft"), line = css("--line"), paper = css("--paper");
     const axis = {
       axisLine: { lineStyle: { color: soft } }, axisTick: { show: false }, axisLabel: { color: soft },
@@ -20,43 +34,48 @@
     return {
       axis,
       option: {
-        animation: false, textStyle: { color: ink, fontFamily: "inherit" }, color: RUNS,
+        animation: false, textStyle: { color: ink, fontFamily: font }, color: RUNS,
         tooltip: { backgroundColor: paper, borderColor: line, textStyle: { color: ink }, confine: true },
-        legend: { type: "scroll", bottom: 0, textStyle: { color: ink }, inactiveColor: soft, pageTextStyle: { color: ink },
-                  pageIconColor: css("--accent"), itemWidth: 28 },
-        grid: { left: 8, right: 22, top: 30, bottom: 58, containLabel: true },
+        legend: { show: lines > 0, bottom: 0, left: 0, itemGap: 12, itemWidth: 24, itemHeight: 10, textStyle: { color: ink },
+                  inactiveColor: soft },
+        grid: { left: 8, right: 22, top: 20, bottom: 32 + 24 * lines, containLabel: true },
       },
     };
   }
 
-  function curves(chart) {
-    const { axis, option } = base();
+  /* Ends of an axis of shares: tens, never beyond 0 and 100 %. */
+  const PERCENT = {
+    min: (found) => (found.min < 25 || found.min === found.max ? 0 : 10 * Math.floor(found.min / 10)),
+    max: (found) => Math.min(100, Math.max(1, found.max < 20 ? Math.ceil(found.max) : 10 * Math.ceil(found.max / 10))),
+  };
+
+  function curves(chart, lines) {
+    const { axis, option } = base(lines);
     const several = data.runs.length > 1;
     return {
       ...option,
       tooltip: { ...option.tooltip, trigger: "axis", valueFormatter: (value) => shown(value, chart.unit) },
       xAxis: { ...axis, type: "value", name: "round", nameLocation: "middle", nameGap: 24, minInterval: 1, min: "dataMin", max: "dataMax",
                splitLine: { show: false }, axisPointer: { label: { formatter: (point) => `round ${Math.round(point.value)}` } } },
-      yAxis: { ...axis, type: "value", name: chart.unit, nameLocation: "end", scale: true },
+      yAxis: { ...axis, type: "value", scale: true, ...(chart.unit === "%" ? PERCENT : {}) },
       series: chart.series.map((each, place) => ({
-        type: "line", name: each.name, data: each.points, symbol: "circle", showSymbol: each.points.length < 25, symbolSize: 4,
+        type: "line", name: each.name, data: each.points, symbol: "circle", showSymbol: each.points.length < 25 && !each.edge, symbolSize: 4,
         color: RUNS[(several || each.edge ? each.run : each.curve) % RUNS.length],
         lineStyle: { width: each.edge ? 1 : 2, type: each.edge ? "dashed" : DASHES[(several ? each.curve : 0) % DASHES.length] },
-        markLine: place > 0 || data.stages.length < 2 ? undefined : {
+        markLine: place > 0 || several ? undefined : {
           silent: true, symbol: "none", lineStyle: { color: css("--soft"), type: "dotted" },
-          label: { color: css("--soft"), formatter: (mark) => mark.name, position: "end", overflow: "truncate", width: 90 },
-          data: data.stages.map(([name, first]) => ({ name, xAxis: first })),
+          label: { color: css("--soft"), formatter: (mark) => mark.name, position: "insideEndBottom", fontSize: 11 },
+          data: data.stages.slice(1).map(([name, first]) => ({ name, xAxis: first })),
         },
       })),
     };
   }
 
-  function bars(chart) {
-    const { axis, option } = base();
+  function bars(chart, lines) {
+    const { axis, option } = base(lines);
     return {
       ...option,
-      grid: { ...option.grid, top: 6, bottom: chart.series.length > 1 ? 58 : 32 },
-      legend: { ...option.legend, show: chart.series.length > 1 },
+      grid: { ...option.grid, top: 6, bottom: 8 + 24 * lines },
       tooltip: { ...option.tooltip, trigger: "axis", axisPointer: { type: "shadow" }, valueFormatter: (value) => shown(value, "%") },
       xAxis: { ...axis, type: "value", min: 0, max: 100, axisLabel: { ...axis.axisLabel, formatter: "{value} %" } },
       yAxis: { ...axis, type: "category", inverse: true, data: chart.names,
@@ -71,13 +90,11 @@
     const { axis, option } = base();
     return {
       ...option,
-      grid: { ...option.grid, bottom: 30 },
-      legend: { show: false },
       tooltip: { ...option.tooltip, trigger: "axis", axisPointer: { type: "shadow" }, formatter: ([point]) =>
         [`<b>client ${escaped(chart.names[point.dataIndex])}</b>`, ...chart.columns.map((column, place) =>
           `${escaped(column)}: ${shown(chart.values[point.dataIndex][place], column === "training loss" ? "nats" : "%")}`)].join("<br>") },
       xAxis: { ...axis, type: "category", name: "client", nameLocation: "middle", nameGap: 26, data: chart.names },
-      yAxis: { ...axis, type: "value", name: "%", min: 0, max: 100 },
+      yAxis: { ...axis, type: "value", min: 0, max: 100 },
       series: [{
         type: "bar", data: chart.values.map((row) => row[0]), color: BARS.local, barMaxWidth: 40,
         markLine: { silent: true, symbol: "none", lineStyle: { color: css("--ink"), type: "dashed" },
@@ -86,8 +103,8 @@
     };
   }
 
-  function bubbles(chart) {
-    const { axis, option } = base();
+  function bubbles(chart, lines) {
+    const { axis, option } = base(lines);
     const cells = chart.clients.flatMap((_, client) => chart.classes.map((_, label) =>
       [label, client, chart.with_supervision[client][label], chart.without[client][label]]));
     const largest = Math.max(1, ...cells.map(([, , labelled, rest]) => labelled + rest));
@@ -104,8 +121,8 @@
                axisLabel: { ...axis.axisLabel, width: 80, overflow: "truncate" }, splitLine: { ...axis.splitLine, show: true } },
       yAxis: { ...axis, type: "category", inverse: true, data: chart.clients.map((client) => `client ${client}`), splitLine: { ...axis.splitLine, show: true } },
       series: [
-        series("all samples", isDark() ? "#6b8fa8" : "#b5d3e6", (cell) => cell[2] + cell[3]),
-        series("with supervision", "#d55e00", (cell) => cell[2]),
+        series(chart.series[0].name, isDark() ? "#6b8fa8" : "#b5d3e6", (cell) => cell[2] + cell[3]),
+        series(chart.series[1].name, "#d55e00", (cell) => cell[2]),
       ],
     };
   }
@@ -114,9 +131,16 @@
   const drawn = data.charts.map((chart) => {
     const place = document.getElementById(chart.id);
     const plot = echarts.init(place, null, { renderer: "svg" });
-    plot.setOption(KINDS[chart.kind](chart));
-    new ResizeObserver(() => plot.resize()).observe(place);
-    return [chart, plot];
+    function draw() {
+      const lines = legendLines((chart.series || []).map((each) => each.name), place.clientWidth);
+      place.style.height = `${chart.height + 24 * lines}px`;
+      plot.resize();
+      plot.setOption(KINDS[chart.kind](chart, lines), true);
+    }
+    draw();
+    return draw;
   });
-  document.addEventListener("theme", () => drawn.forEach(([chart, plot]) => plot.setOption(KINDS[chart.kind](chart), true)));
+  const again = () => drawn.forEach((draw) => draw());
+  document.addEventListener("theme", again);
+  addEventListener("resize", again);
 }

@@ -184,29 +184,21 @@ def charts(rows: Rows, own: Sequence[Tag], points: int) -> dict[str, list[dict[s
     for page, of_page in shown_charts(present, own).items():
         found[page] = []
         for title, names in of_page.items():
-            there = [name for name in names if name in present]
-            tags = {name: find_tag(name, own) for name in there}
-            unit, scale = _unit(next(iter(tags.values())))
-            curves = [
-                {"name": tag.title if tag is not None else name, "points": _curve(rows, name, scale, points)}
-                for name, tag in tags.items()
-            ]
+            tags = [tag for name in names if name in present and (tag := find_tag(name, own)) is not None]
+            unit, scale = _UNITS.get(tags[0].unit, (tags[0].unit, 1.0))
             found[page].append(
-                {"title": _without_unit(title), "unit": unit, "band": isinstance(names, Margin), "curves": curves}
+                {
+                    "title": title.removesuffix(f" ({tags[0].unit})"),
+                    "unit": unit,
+                    "band": isinstance(names, Margin),
+                    "curves": [{"name": tag.title, "points": _curve(rows, tag.name, scale, points)} for tag in tags],
+                }
             )
     return {page: of_page for page, of_page in found.items() if of_page}
 
 
-def _unit(tag: Tag | None) -> tuple[str, float]:
-    """Returns the unit of a chart's axis, and what its metrics are multiplied by."""
-    unit = "" if tag is None else tag.unit
-    return {"share": ("%", 100.0), "bytes": ("MB", 1e-6), "index": ("", 1.0)}.get(unit, (unit, 1.0))
-
-
-def _without_unit(title: str) -> str:
-    for unit in (" (nats)", " (bytes)", " (s)"):
-        title = title.removesuffix(unit)
-    return title
+_UNITS = {"share": ("%", 100.0), "bytes": ("MB", 1e-6), "index": ("", 1.0)}
+"""Unit of a metric -> that of a chart's axis, and what values are multiplied by."""
 
 
 def _curve(rows: Rows, name: str, scale: float, points: int) -> list[tuple[int, float]]:

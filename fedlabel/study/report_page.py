@@ -80,7 +80,7 @@ def report_html(runs: Sequence[Mapping[str, Any]]) -> str:
         holdings=holdings,
         sections=[section for section in sections if section["charts"] or any(_has(run) for run in section["runs"])],
         cost_rows=list(dict.fromkeys(label for run in runs for label, _ in run["costs"])),
-        data={"runs": names, "charts": plots, "stages": runs[0]["stages"] if len(runs) == 1 else []},
+        data={"runs": names, "charts": plots, "stages": runs[0]["stages"]},
         library=asset("vendor/echarts.common.min.js"),
         script=asset("report.js"),
     )
@@ -133,7 +133,7 @@ def curve_chart(title: str, of_runs: Sequence[tuple[int, Mapping[str, Any]]], na
     ]
     last = "; ".join(f"{each['name']} {each['points'][-1][1]:g}" for each in series[:6] if each["points"])
     label = f"{title}{f' in {unit}' if unit else ''}, over rounds. Last: {last}"
-    return {"kind": "curves", "title": title, "unit": unit, "series": series, "label": label, "height": 260}
+    return {"kind": "curves", "title": title, "unit": unit, "series": series, "label": label, "height": 230}
 
 
 def own_charts(page: str, run: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -156,9 +156,9 @@ def class_chart(classes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kind": "bars",
         "title": "Accuracy by class",
+        "unit": "%",
         "label": f"Accuracy by class in %.{worst}",
         "names": classes["names"],
-        "axis": "",
         "stacked": False,
         "series": [{"name": "accuracy", "color": "local", "values": values}],
         "height": _bars_height(len(values)),
@@ -188,12 +188,12 @@ def expert_chart(classes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kind": "bars",
         "title": "Pseudo-labels by true class: which model gives them, and are they right",
+        "unit": "%",
         "label": f"Pseudo-labels by true class, in % of the unlabelled samples drawn. Mean over classes: {means}.",
         "names": classes["names"],
-        "axis": "",
         "stacked": True,
         "series": series,
-        "height": _bars_height(number) + 40,
+        "height": _bars_height(number),
     }
 
 
@@ -210,6 +210,7 @@ def client_chart(clients: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kind": "clients",
         "title": f"Clients by accuracy, the worst first{note}",
+        "unit": "%",
         "label": f"Accuracy of clients in %, the worst first. Worst: client {clients['clients'][0]}, {worst:.1f}; "
         f"best: client {clients['clients'][-1]}, {best:.1f}; mean of all {100 * clients['mean']:.1f}.",
         "columns": clients["columns"],
@@ -229,12 +230,14 @@ def partition_chart(partition: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kind": "bubbles",
         "title": f"Who holds what{note}",
+        "unit": "",
         "label": f"Samples by client and true class{note}: {whole:,} samples, {held:,} with supervision.",
         **partition,
         "clients": [str(client) for client in partition["clients"]],
-        "height": 110 + 22 * shown,
+        "series": [{"name": "all samples"}, {"name": "with supervision"}],
+        "height": 60 + 22 * shown,
     }
 
 
 def _bars_height(number: int) -> int:
-    return 90 + 20 * max(3, number)
+    return 40 + 22 * number
