@@ -141,7 +141,8 @@ def test_report_needs_nothing_but_itself(out: Path) -> None:
     links.feed(page)
     assert links.tags.count("img") == 2
     assert all(address.startswith(("data:", "#")) for address in links.addresses), links.addresses
-    assert not re.search(r"@import|url\(|<script", page)
+    assert not re.search(r"@import|url\(|<script[^>]", page)
+    assert "Content-Security-Policy\" content=\"default-src 'none'" in page
     assert "b" not in links.tags, "a row's name is text, not markup"
     assert {"fully <b>labelled</b>", "45.0 ± 7.5", "4 (2/3)", "46.05 ± 1.09", "alpha 1 | mild"} <= set(links.texts)
     assert any("lies at the edge" in text for text in links.texts)
