@@ -1,8 +1,13 @@
-"""TensorBoard in a real browser: the pages are served, drawn, and without an error in the console."""
+"""TensorBoard and reports in a real browser: drawn, without an error in the console; reports pass axe-core's checks.
+
+tests/vendor/axe.min.js is axe-core 4.14.1 (npm), by Deque, under the Mozilla Public License 2.0.
+"""
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import time
 import urllib.request
 from pathlib import Path
@@ -11,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fedlabel
 from fedlabel.cli.tensorboard import open_tensorboard
 from fedlabel.metric_tags import PAGES
-from scripts.screenshots import TABS, browser, screenshot
-from tests.integration.tiny import run_tiny
+from fedlabel.study.report_page import write_report
+from scripts.screenshots import DARK, PHONE, TABS, browse, browser, screenshot
+from tests.integration.tiny import TINY, run_tiny
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,3 +53,95 @@ def test_every_tab_is_drawn(tmp_path: Path) -> None:
         assert screenshot(chromium, f"{url}#{tab}", height, file) == [], tab
         pixels = np.asarray(Image.open(file).convert("L"))[150:, 400:]  # beside TensorBoard's own bars
         assert (pixels < 200).mean() > 0.002, f"{tab} is empty"
+
+
+METHODS = {
+    "fedlabel": (),
+    "ill": ("method.name=ill", "supervision.kind=noisy", "supervision.noise_rate=0.3", "supervision.label_rate=1.0"),
+    "llp_bp": (
+        *("method.name=llp_bp", "method.stage_rounds=2", "num_rounds=4", "data.name=breast_cancer"),
+        *("supervision.kind=bags", "supervision.bag_size=8", "supervision.label_rate=null"),
+    ),
+    "dp_ssl": (
+        *("method.name=dp_ssl", "method.functions_rounds=2", "method.assignment_rounds=1", "num_rounds=4"),
+        *("method.label_model_rounds=1", "training.unlabeled_includes_labeled=true"),
+    ),
+    "supervised": ("method.name=supervised", "tracking.level=off"),
+}
+"""Run -> its overrides."""
+AXE = (Path(__file__).resolve().parents[1] / "vendor" / "axe.min.js").read_text()
+CHECK = """
+axe.run(document, {resultTypes: ["violations"]}).then((found) => {
+  const bad = found.violations.filter((each) => ["serious", "critical"].includes(each.impact));
+  const said = bad.map((each) => [each.id, ...each.nodes.slice(0, 3).map((node) => node.html.slice(0, 200))]);
+  document.body.dataset.axe = JSON.stringify(said);
+  document.body.dataset.passed = found.passes.length;
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small run of each method."""
+    out = tmp_path_factory.mktemp("runs")
+    made = {}
+    for name, overrides in METHODS.items():
+        kept = [each for each in TINY if name == "fedlabel" or not each.startswith("method.")]
+        mine = [*kept, "tracking.level=full", "evaluation.panel_samples=4", *overrides]
+        made[name] = fedlabel.run(overrides=mine, name=name, out=out).path
+    return made
+
+
+def opened(page: Path, *options: str) -> tuple[str, list[str]]:
+    """Returns the page after its scripts have run, with axe-core's among them, and all lines of its console."""
+    with_axe = page.with_name(f"{page.stem}-axe.html")
+    scripts = f"<script>{AXE}</script><script>{CHECK}</script></body>"
+    before, _, after = page.read_text().rpartition("</body>")
+    with_axe.write_text(before + scripts + after)
+    chromium = browser()
+    assert chromium is not None
+    return browse(chromium, with_axe.as_uri(), "--dump-dom", *options)
+
+
+def check_report(page: Path, *options: str) -> str:
+    """Asserts that a page is whole, and returns it."""
+    dom, console = opened(page, *options)
+    assert console == []
+    passed = re.search(r'data-passed="(\d+)"', dom)
+    assert passed is not None
+    assert int(passed[1]) > 10, "axe-core did not look at the page"
+    assert json.loads(html.unescape(re.search(r'data-axe="([^"]*)"', dom)[1])) == []
+    plots = re.findall(r'<div class="plot"[^>]*>(.*?)(?=<div class="plot"|<h2)', dom, re.DOTALL)
+    assert len(plots) >= 8
+    assert all(plot.count("<path") > 2 for plot in plots), "a chart has not been drawn"
+    return dom
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_report_is_drawn_and_can_be_read_by_all(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    write_report([runs[name]], page)
+    light = check_report(page, "--window-size=1280,900")
+    check_report(page, f"--window-size={PHONE},800", DARK)
+    headings = re.findall(r"<h2>([^<]*)</h2>", light)
+    assert headings[:4] == [
+        "Warnings",
+        "What was run, and how to run it again",
+        "Labels, and who holds them",
+        "Learning",
+    ]
+    expected = {"Clients", "System", "Communication", "Time and bytes"} | (
+        {"Pseudo-labels"} if name != "supervised" else set()
+    )
+    assert expected <= set(headings)
+    assert ("tracking.level=off: no figures were recorded" in light) == (name == "supervised")
+    assert ("noise matrix, round" in light) == (name == "ill")
+    assert ("labelling functions, round" in light) == (name == "dp_ssl")
+    assert (">bag<" in light) == (name == "llp_bp")
+
+
+def test_runs_side_by_side(runs: dict[str, Path], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    write_report(list(runs.values()), page)
+    dom = check_report(page, "--window-size=1280,900", DARK)
+    assert dom.count("Label facts") == len(runs)
