@@ -8,6 +8,7 @@ python scripts/screenshots.py --docs            trains a small run and makes the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import subprocess
@@ -17,7 +18,6 @@ from pathlib import Path
 
 from PIL import Image
 
-import fedlabel
 from fedlabel.cli.tensorboard import open_tensorboard
 from fedlabel.record.event_file import read_pictures
 from fedlabel.record.names import CONFIG_YAML
@@ -95,18 +95,21 @@ def picture_all(chromium: str, runs: Path, out: Path) -> None:
 
 
 def picture_docs(chromium: str, out: Path) -> None:
-    """Writes the pictures of docs/inspect.md, of few colours, which makes them small."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = fedlabel.run(overrides=list(DOCS_RUN), name="fedlabel-digits", out=Path(folder)).path
+    """Writes the pictures of docs/inspect.md, of up to 256 colours, which makes them small."""
+    command, name = Path(sys.executable).with_name("fedlabel"), "fedlabel-digits"
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        subprocess.run([command, "run", *DOCS_RUN, "--name", name], check=True, capture_output=True)
+        run = Path("runs", name)
         pictures = read_pictures(run)
         for tag in DOCS_FIGURES:
             file = out / f"{tag.replace('/', '_')}.png"
             file.write_bytes(pictures[tag].png)
             _shrink(file)
-        write_report([run], run / "report.html")
-        screenshot(chromium, (run / "report.html").as_uri(), 1500, out / "report.png", 1280)
+        page = run / "report.html"
+        write_report([run], page)
+        screenshot(chromium, page.absolute().as_uri(), 1500, out / "report.png", 1280)
         _shrink(out / "report.png", 900)
-        url, _ = open_tensorboard(run.parent, PORT)
+        url, _ = open_tensorboard(Path("runs"), PORT)
         screenshot(chromium, f"{url}#custom_scalars", 1000, out / "tensorboard.png", 1280)
         _shrink(out / "tensorboard.png", 900)
 
@@ -115,7 +118,8 @@ def _shrink(file: Path, width: int | None = None) -> None:
     picture = Image.open(file).convert("RGB")
     if width is not None:
         picture = picture.resize((width, picture.height * width // picture.width), Image.Resampling.LANCZOS)
-    picture.quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+    few = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, optimize=True)
     print(file, file.stat().st_size)
 
 

@@ -70,7 +70,7 @@ def precision_coverage_figure(bins: np.ndarray, kept: float, correct: float) -> 
         if named and coverage[place] - coverage[named[-1]] < 10:  # one text would lie over the other
             continue
         named.append(place)
-        side = {"xytext": (-4, 6), "ha": "right"} if coverage[place] > 85 else {"xytext": (4, 6)}
+        side = {"xytext": (-6, -10), "ha": "right"} if coverage[place] > 85 else {"xytext": (4, 6)}
         text, point = f"≥ {thresholds[place]:.2f}", (coverage[place], precision[place])
         axis.annotate(text, point, textcoords="offset points", fontsize=8, **side)
     if kept:
