@@ -279,6 +279,7 @@ TAGS: tuple[Tag, ...] = (
         largest=1.0,
         of_pairs=True,
     ),
+    *_server(SUPERVISION, FIGURE, NEITHER, ("eval/bags", "shares of classes in bags, predicted and counted")),
     # labelling functions
     *_shares(
         SUPERVISION,

@@ -128,8 +128,8 @@ HOW_TO_READ: Mapping[str, str] = {
         "**Where are labels wrong?** `about/label_card` (Text) says which kinds of label there are. Accuracy by kind: "
         "what the method makes of each. Noise matrix T: the smallest diagonal falling below its row's largest entry "
         "means two classes have been exchanged (Images → `transition`, beside the true one in a simulation). Bags: how "
-        "far predicted counts are from the known ones. Labelling functions: estimated accuracy should follow the true "
-        "one (Images → `functions`; labeling_functions.csv has a row for each)."
+        "far predicted counts are from the known ones (Images → `eval/bags`). Labelling functions: estimated accuracy "
+        "should follow the true one (Images → `functions`; labeling_functions.csv has a row for each)."
     ),
     SYSTEM: (
         "**Where does time go?** `system/round_seconds` is of the clock on the wall; with `--profile` its parts, and "

@@ -39,12 +39,12 @@ def label_card(audit: Mapping[str, Any], num_clients: int) -> dict[str, Any] | N
     facts: Facts = [("samples per client", _spread(sizes)), ("classes", f"{len(audit.get('classes', ()))}")]
     if len(held) < num_clients:
         facts.insert(0, ("clients counted", f"{len(held):,} of {num_clients:,}, evenly spaced"))
-    facts += [*_balance(audit), *_quality(audit)]
+    facts += [*_balance(audit, num_clients), *_quality(audit)]
     rows.sort(key=lambda row: -row["samples"])
     return {"samples": samples, "clients": num_clients, "counted": len(held), "rows": rows, "facts": facts}
 
 
-def _balance(audit: Mapping[str, Any]) -> Facts:
+def _balance(audit: Mapping[str, Any], num_clients: int) -> Facts:
     """Returns how evenly classes occur, in the federation and at its clients."""
     counts = audit.get("class_counts")
     if not counts:
@@ -55,7 +55,10 @@ def _balance(audit: Mapping[str, Any]) -> Facts:
     whole = max(1, sum(totals))
     largest, smallest = max(totals), min(totals)
     names = counts["classes"]
+    shown = len(counts["clients"])
+    some = [("classes counted at", f"{shown:,} of {num_clients:,} clients, evenly spaced")]
     return [
+        *(some if shown < num_clients else []),
         ("classes per client", _spread([sum(cell > 0 for cell in client) for client in held])),
         ("largest class", f"{names[totals.index(largest)]}: {100 * largest / whole:.1f} % of the samples"),
         ("smallest class", f"{names[totals.index(smallest)]}: {100 * smallest / whole:.1f} %"),
@@ -90,19 +93,23 @@ def _quality(audit: Mapping[str, Any]) -> Facts:
     return [*facts, *((name, f"{of_nodes[key]:,}") for key, name in names.items() if of_nodes.get(key))]
 
 
-def partition(audit: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns samples by client and class, with and without supervision; None where that was not recorded."""
+def partition(audit: Mapping[str, Any], num_clients: int) -> dict[str, Any] | None:
+    """Returns samples by client and class, with and without supervision; None where that was not recorded.
+
+    Args:
+        audit: see `label_card`.
+        num_clients: of the federation.
+    """
     counts = audit.get("class_counts")
     if not counts:
         return None
-    number = len(counts["clients"])
-    places = evenly(number, BUBBLE_CLIENTS)
+    places = evenly(len(counts["clients"]), BUBBLE_CLIENTS)
     return {
         "classes": counts["classes"],
         "clients": [counts["clients"][place] for place in places],
         "with_supervision": [counts["with_supervision"][place] for place in places],
         "without": [counts["without"][place] for place in places],
-        "of": number,
+        "of": num_clients,
     }
 
 

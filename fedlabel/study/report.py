@@ -56,7 +56,7 @@ PICTURES: Mapping[str, Sequence[str]] = {
         *("pseudo/samples", "pseudo/samples_wrong", "pseudo/samples_disputed", "pseudo/precision_coverage"),
         *("pseudo/reliability", "pseudo/samples_newly_kept", "pseudo/samples_dropped"),
     ),
-    SUPERVISION: ("transition", "functions"),
+    SUPERVISION: ("transition", "functions", "eval/bags"),
     CLIENTS: ("eval/clients_over_rounds",),
 }
 """Page -> tags of figures that charts do not show, by importance; "transition" stands for those of annotators, too."""
@@ -108,7 +108,7 @@ def read_report(path: Path, points: int = POINTS, picture_bytes: float = math.in
         *find_all(last_stage, config.num_clients),
         *filter(None, (never_trained(rows, config.num_clients), failed(rows, _failures(path)))),
     ]
-    card, bubbles = label_card(audit, config.num_clients), partition(audit)
+    card, bubbles = label_card(audit, config.num_clients), partition(audit, config.num_clients)
     return {
         "name": path.resolve().name,
         "state": state,
@@ -359,6 +359,11 @@ def missing(
         notes.append("On real nodes nothing is compared with true labels, and samples stay where they are.")
     elif card is None or bubbles is None:
         notes.append(f"{SUPERVISION_JSON} does not say who holds which class: it is missing, or of an earlier version.")
+    if config.num_clients > SHOWN_CLIENTS and rows:
+        notes.append(
+            f"Of more than {SHOWN_CLIENTS:,} clients it is not recorded which ones took part; charts with a place for "
+            f"each client show some of {SHOWN_CLIENTS:,} evenly spaced ones."
+        )
     if left_out:
         notes.append(f"Left out, as the page would be too large: {'; '.join(left_out)}. TensorBoard shows them.")
     return notes

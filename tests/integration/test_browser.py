@@ -138,6 +138,7 @@ def test_a_report_is_drawn_and_can_be_read_by_all(name: str, runs: dict[str, Pat
     assert ("noise matrix, round" in light) == (name == "ill")
     assert ("labelling functions, round" in light) == (name == "dp_ssl")
     assert (">bag<" in light) == (name == "llp_bp")
+    assert ("shares of classes in bags, predicted and counted, round" in light) == (name == "llp_bp")
 
 
 def test_runs_side_by_side(runs: dict[str, Path], tmp_path: Path) -> None:

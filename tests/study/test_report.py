@@ -149,9 +149,9 @@ def test_the_label_card_and_who_holds_what() -> None:
     assert facts["noisy labels that are wrong"] == "25.0 % of 4"
     assert (facts["candidates of a set"], facts["sets that hold the truth"]) == ("2.0 in the mean", "50.0 %")
     assert (facts["bags"], facts["bags with wrong counts"]) == ("4 of 2 to 3 samples, 2.8 in the mean", "2")
-    assert partition(AUDIT)["with_supervision"] == [[2, 0], [1, 3]]
+    assert partition(AUDIT, 2)["with_supervision"] == [[2, 0], [1, 3]]
     assert label_card({}, 2) is None
-    assert partition({}) is None
+    assert partition({}, 2) is None
     of_nodes = {"kinds": AUDIT["kinds"], "label_card": {"noisy": 3, "bags": 0}}
     assert dict(label_card(of_nodes, 2)["facts"])["noisy labels"] == "3"
 
@@ -163,6 +163,16 @@ def test_of_many_clients_some_are_shown() -> None:
     card = label_card({"kinds": kinds}, 100)
     assert card["samples"] == 200
     assert card["facts"][0] == ("clients counted", "2 of 100, evenly spaced")
+    counts = {
+        "classes": ["cat"],
+        "clients": list(range(1000)),
+        "with_supervision": [[1]] * 1000,
+        "without": [[2]] * 1000,
+    }
+    audit = {"kinds": {"names": ["label"], "clients": [[3]] * 2000}, "class_counts": counts}
+    assert ("classes counted at", "1,000 of 2,000 clients, evenly spaced") in label_card(audit, 2000)["facts"]
+    found = partition(audit, 2000)
+    assert (found["clients"][0], found["clients"][-1], len(found["clients"]), found["of"]) == (0, 999, 40, 2000)
 
 
 def test_runs_that_still_run_or_were_killed_say_so(tmp_path: Path) -> None:
