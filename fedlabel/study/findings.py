@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from fedlabel.data.federation import SHOWN_CLIENTS
 from fedlabel.names import counted
 from fedlabel.record.results import last_tenth
+from fedlabel.shown import shown
 
 Rounds = Sequence[Mapping[str, Any]]
 """As `read_metrics` returns them."""
@@ -177,7 +178,7 @@ def failed(rounds: Rounds, first_lines: Sequence[str]) -> Finding | None:
     number = max(len(first_lines), int(sum(row.get("system/failed_clients") or 0 for row in rounds)))
     if number == 0:
         return None
-    last = f" The last: {first_lines[-1][:300]}" if first_lines else ""
+    last = f" The last: {shown(first_lines[-1], 300)}" if first_lines else ""
     return Finding("Failed clients", f"{counted(number, 'failure')} (said from one on; failures.log has all).{last}")
 
 

@@ -10,6 +10,7 @@ import json
 import re
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedlabel.metric_tags import PAGES
 from fedlabel.study.report_page import write_report
 from scripts.screenshots import DARK, PHONE, TABS, browse, browser, screenshot
 from tests.integration.tiny import TINY, run_tiny
+from tests.study.test_report import HOSTILE, make_run
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,20 +94,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def opened(page: Path, *options: str) -> tuple[str, list[str]]:
-    """Returns the page after its scripts have run, with axe-core's among them, and all lines of its console."""
-    with_axe = page.with_name(f"{page.stem}-axe.html")
-    scripts = f"<script>{AXE}</script><script>{CHECK}</script></body>"
-    before, _, after = page.read_text().rpartition("</body>")
-    with_axe.write_text(before + scripts + after)
+def opened(page: Path, scripts: Sequence[str], *options: str) -> tuple[str, list[str]]:
+    """Returns the page after its scripts and further ones have run, and all lines of its console."""
+    changed = page.with_name(f"{page.stem}-changed.html")
+    before, end, after = page.read_text().rpartition("</body>")
+    changed.write_text(before + "".join(f"<script>{script}</script>" for script in scripts) + end + after)
     chromium = browser()
     assert chromium is not None
-    return browse(chromium, with_axe.as_uri(), "--dump-dom", *options)
+    return browse(chromium, changed.as_uri(), "--dump-dom", *options)
 
 
 def check_report(page: Path, *options: str) -> str:
     """Asserts that a page is whole, and returns it."""
-    dom, console = opened(page, *options)
+    dom, console = opened(page, [AXE, CHECK], *options)
     assert console == []
     passed = re.search(r'data-passed="(\d+)"', dom)
     assert passed is not None
@@ -146,3 +147,31 @@ def test_runs_side_by_side(runs: dict[str, Path], tmp_path: Path) -> None:
     write_report(list(runs.values()), page)
     dom = check_report(page, "--window-size=1280,900", DARK)
     assert dom.count("Label facts") == len(runs)
+
+
+HOVER = """
+const seen = [];
+for (const place of document.querySelectorAll(".plot")) {
+  echarts.getInstanceByDom(place).dispatchAction({type: "showTip", seriesIndex: 0, dataIndex: 1});
+  seen.push(place.parentElement.textContent);
+}
+document.body.dataset.seen = JSON.stringify(seen);
+document.body.dataset.images = document.querySelectorAll("img[onerror]").length;
+"""
+
+
+def test_hovering_shows_numbers_and_a_hostile_name_as_text(tmp_path: Path) -> None:
+    """The second class has it, and the run."""
+    folder = make_run(tmp_path / HOSTILE.replace("/", " "))
+    folder.close()
+    page = tmp_path / "report.html"
+    write_report([folder.path], page)
+    dom, console = opened(page, [HOVER], "--window-size=1280,900")
+    assert console == []
+    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+    of_title = {text.partition("\n")[0].split(" %")[0].strip(): text for text in seen}
+    assert "round 2" in of_title["accuracy"]
+    assert "20 %" in of_title["accuracy"]
+    assert any(f"client 0, class {HOSTILE}" in text and "3 samples, 0 with supervision" in text for text in seen)
+    assert any("client 0" in text and "training loss: 0.3333 nats" in text for text in seen)
+    assert 'data-images="0"' in dom
