@@ -21,7 +21,7 @@ from fedlabel.study.holdings import evenly, label_card, partition
 from fedlabel.study.report import read_report
 from fedlabel.study.report_page import MAX_BYTES, MAX_RUNS, report_html, write_report
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+HOSTILE = "</script><script>console.log(1)</script><img src=x onerror=console.log(2)>"
 AUDIT = {
     "classes": ["cat", HOSTILE],
     "kinds": {"names": ["nothing", "label", "noisy label", "bag"], "clients": [[4, 2, 0, 0], [0, 1, 3, 0]]},
