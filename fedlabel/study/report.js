@@ -43,10 +43,13 @@
     };
   }
 
-  /* Ends of an axis of shares: tens, never beyond 0 and 100 %. */
+  /* Ends of an axis of shares: round ones, never beyond 0 and 100 %. */
   const PERCENT = {
     min: (found) => (found.min < 25 || found.min === found.max ? 0 : 10 * Math.floor(found.min / 10)),
-    max: (found) => Math.min(100, Math.max(1, found.max < 20 ? Math.ceil(found.max) : 10 * Math.ceil(found.max / 10))),
+    max: (found) => {
+      const step = found.max > 20 ? 10 : found.max > 5 ? 5 : 1;
+      return Math.min(100, step * Math.max(1, Math.ceil(found.max / step)));
+    },
   };
 
   function curves(chart, lines) {
@@ -143,4 +146,14 @@
   const again = () => drawn.forEach((draw) => draw());
   document.addEventListener("theme", again);
   addEventListener("resize", again);
+
+  /* Paper is light, and about 700 pixels wide; charts are drawn before the page is laid out for it. */
+  const root = document.documentElement;
+  let chosen;
+  addEventListener("beforeprint", () => { chosen = root.dataset.theme; root.dataset.theme = "light"; document.body.style.width = "700px"; again(); });
+  addEventListener("afterprint", () => {
+    if (chosen === undefined) delete root.dataset.theme; else root.dataset.theme = chosen;
+    document.body.style.width = "";
+    again();
+  });
 }

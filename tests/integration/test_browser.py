@@ -149,6 +149,19 @@ def test_runs_side_by_side(runs: dict[str, Path], tmp_path: Path) -> None:
     assert dom.count("Label facts") == len(runs)
 
 
+def test_paper_is_light_whatever_the_screen_is(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    folder.close()
+    page = tmp_path / "report.html"
+    write_report([folder.path], page)
+    before, after = (f'dispatchEvent(new Event("{name}"));' for name in ("beforeprint", "afterprint"))
+    printing, console = opened(page, [before], DARK)
+    assert '<html lang="en" data-theme="light">' in printing
+    back, again = opened(page, [before, after], DARK)
+    assert '<html lang="en">' in back
+    assert console == again == []
+
+
 HOVER = """
 const seen = [];
 for (const place of document.querySelectorAll(".plot")) {

@@ -201,6 +201,17 @@ def test_a_run_before_its_first_round_and_one_without_tracking(tmp_path: Path) -
     assert "No round is done yet" in text
 
 
+def test_a_run_of_real_nodes_says_what_nobody_knows(tmp_path: Path) -> None:
+    audit = {"classes": ["cat", "dog"], "kinds": AUDIT["kinds"], "label_card": {"noisy": 3, "bags": 0}}
+    folder = make_run(tmp_path / "a", "data.name=nodes", "data.schema=/there/schema.yaml", audit=audit)
+    folder.close()
+    found = read_report(folder.path)
+    assert found["again"] == [f"flwr run . SUPERLINK --stream --run-config 'configs=\"{folder.path}/config.yaml\"'"]
+    assert any("On real nodes nothing is compared with true labels" in note for note in found["missing"])
+    assert dict(found["card"]["facts"])["noisy labels"] == "3"
+    assert "Who holds what" not in report_html([found])
+
+
 def test_hostile_names_stay_texts(finished: Path) -> None:
     """In a run's name, in a class's, in a failure."""
     (finished / "failures.log").write_text(f"Round 1, client 0: ValueError: {HOSTILE}\n    Traceback\n")
