@@ -139,7 +139,7 @@ class Stepper:
         """Returns the loss of a batch, after one step on it. A step that used no sample changes nothing: no parameter,
         momentum or running statistic of BatchNorm, and no penalty.
         """
-        before = [buffer.clone() for buffer in self.buffers]
+        statistics = Kept(self.buffers)
         with_gradient = 0
 
         def student(inputs: Tensor, *part: str) -> Tensor:
@@ -165,8 +165,8 @@ class Stepper:
             self.passes.backward += with_gradient * active if self.masked else with_gradient
             if undo is not None:
                 undo(active)
-        for buffer, value in zip(self.buffers, before, strict=True) if self.masked or not active else ():
-            buffer.copy_(torch.where(active, buffer, value))
+        if self.masked or not active:
+            statistics.put_back_unless(active)
         return found
 
     def _descend(self, loss: Tensor) -> None:
@@ -181,16 +181,15 @@ class Stepper:
 
     def _undo(self) -> Callable[[Tensor], None]:
         """Remembers parameters and moments; returns a function () bool -> nothing that puts them back where False."""
-        parameters = [parameter.detach().clone() for parameter in self.moved]
-        kept = {key: moment.clone() for key, moment in self.optimizer.moments().items()}
+        parameters, before = Kept(self.moved), self.optimizer.moments()
+        moments = Kept(list(before.values()))
 
         def undo(active: Tensor) -> None:
-            with torch.no_grad():
-                for parameter, value in zip(self.moved, parameters, strict=True):
-                    parameter.copy_(torch.where(active, parameter, value))
-                for key, moment in self.optimizer.moments().items():
-                    start = kept[key] if key in kept else torch.zeros_like(moment)  # as no step has been taken
-                    moment.copy_(torch.where(active.to(moment.device), moment, start))
+            parameters.put_back_unless(active)
+            moments.put_back_unless(active)
+            for key, moment in self.optimizer.moments().items():
+                if key not in before:  # made by this step: without it there would be none
+                    moment.copy_(torch.where(active.to(moment.device), moment, torch.zeros_like(moment)))
 
         return undo
 
@@ -204,6 +203,35 @@ class Stepper:
                     parameter.grad.add_(parameter.detach() - self.received[name], alpha=pull)
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.moved, self.config.max_grad_norm)
+
+
+class Kept:
+    """The values that some tensors have now, to be put back later. All are moved at once: a network has many small
+    tensors, and on a GPU an operation on one of them takes longer to start than to run.
+
+    Args:
+        tensors: on any devices.
+    """
+
+    @torch.no_grad()
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            self._alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+        self._values = {kind: _one_after_the_other(alike) for kind, alike in self._alike.items()}
+
+    @torch.no_grad()
+    def put_back_unless(self, condition: Tensor) -> None:
+        """Puts the values back where `condition`, () bool on any device, is False, without a look at it."""
+        for (dtype, device), alike in self._alike.items():
+            chosen = torch.where(condition.to(device), _one_after_the_other(alike), self._values[dtype, device])
+            parts = chosen.split([tensor.numel() for tensor in alike])
+            torch._foreach_copy_(alike, [part.view(t.shape) for part, t in zip(parts, alike, strict=True)])
+
+
+def _one_after_the_other(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the numbers of some tensors as one new tensor (n,)."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 class Alone:
