@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ class ImageTransform:
             found[name] = () if name == "clean" else draw(images, count, draws, self.augment, self.allow_flip)
         return found
 
-    def views_with(self, images: Tensor, numbers: dict[str, Numbers]) -> dict[str, Tensor]:
+    def views_with(self, images: Tensor, numbers: Mapping[str, Numbers]) -> dict[str, Tensor]:
         """Returns views of images with the result of `numbers`."""
         found = {}
         for name, drawn in numbers.items():
@@ -71,7 +71,7 @@ class ImageTransform:
         return found
 
 
-def joined(numbers: Sequence[dict[str, Numbers]]) -> dict[str, Numbers]:
+def joined(numbers: Sequence[Mapping[str, Numbers]]) -> dict[str, Numbers]:
     """Returns the random numbers for the views of several batches, joined."""
     return {
         name: tuple(torch.cat(parts) for parts in zip(*(each[name] for each in numbers), strict=True))
