@@ -18,7 +18,9 @@ def experiment(rounds: int, *lengths: int | None) -> Any:
             number -= stage.rounds
         raise AssertionError(number)
 
-    return SimpleNamespace(config=SimpleNamespace(num_rounds=rounds), recipe=SimpleNamespace(stages=stages, place=place))
+    return SimpleNamespace(
+        config=SimpleNamespace(num_rounds=rounds), recipe=SimpleNamespace(stages=stages, place=place)
+    )
 
 
 @pytest.mark.parametrize(
