@@ -365,7 +365,8 @@ def test_a_masked_step_that_is_not_active_changes_nothing(
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_fused_is_as_torchs_own(kind: str) -> None:
-    config = replace(TrainingConfig(), lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=kind == "sgd", optimizer=kind)
+    of_sgd = {"momentum": 0.9, "nesterov": True} if kind == "sgd" else {}
+    config = replace(TrainingConfig(), lr=0.1, weight_decay=0.1, optimizer=kind, **of_sgd)
     one, other = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
     reference: torch.optim.Optimizer = torch.optim.SGD([other], 0.1, 0.9, weight_decay=0.1, nesterov=True)
     if kind == "adamw":
