@@ -3,8 +3,8 @@
     python scripts/make_docs.py            # after a change of a method, a key or a metric
     python scripts/make_docs.py --check    # status 1 if a page is not as it would be written
 
-A generated part of a page stands between `<!-- begin generated: NAME -->` and `<!-- end generated -->`; the rest of the page is
-written by hand.
+A generated part of a page stands between `<!-- begin generated: NAME -->` and `<!-- end generated -->`; the rest of the
+page is written by hand.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ USES = {
     LabelKinds.VOTES: "votes of labelling functions",
     LabelKinds.AT_SERVER: "labels at the server",
 }
+BLANK, TEXT, ITEM, MORE, COLUMNS = "blank", "text", "item", "more of an item", "columns"
+"""Kinds of line in a docstring."""
 _PART = re.compile(r"(<!-- begin generated: ([a-z-]+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 
 
@@ -64,23 +66,27 @@ def escaped(text: str) -> str:
 
 def markdown_of(docstring: str) -> Iterator[str]:
     """Yields the lines of a docstring as Markdown: lists stand apart, and indented lines keep their columns."""
-    before, fenced = "", False
-    for line in docstring.splitlines():
-        columns = line.startswith("  ") and not _in_list(before, line)
-        if columns != fenced and (columns or line.strip()):
-            yield from ("", "```text") if columns else ("```", "")
-            fenced = columns
-        elif line.startswith("- ") and before.strip() and not before.startswith(("- ", "  ")):
+    kind = BLANK
+    for line in [*docstring.splitlines(), ""]:
+        before, kind = kind, _kind(line, kind)
+        if before == COLUMNS != kind:
+            yield from ("```", "")
+        elif kind == COLUMNS != before:
+            yield from ("", "```text")
+        elif (kind == ITEM and before == TEXT) or (kind == TEXT and before in (ITEM, MORE)):
             yield ""
-        yield line if fenced else escaped(line)
-        before = line if not columns else ""
-    if fenced:
-        yield "```"
+        yield line if kind == COLUMNS else escaped(line)
 
 
-def _in_list(before: str, line: str) -> bool:
-    """Whether an indented line goes on with the item of a list that the line before it belongs to."""
-    return before.startswith(("- ", "  ")) and line.startswith("  ") and not line.startswith("    ")
+def _kind(line: str, before: str) -> str:
+    """Returns what a line is, after a line of the kind `before`."""
+    if not line.strip():
+        return BLANK
+    if line.startswith("- "):
+        return ITEM
+    if line.startswith("  "):
+        return MORE if before in (ITEM, MORE) else COLUMNS
+    return TEXT
 
 
 def default_of(value: Any) -> str:
