@@ -101,7 +101,7 @@ def test_what_a_method_may_not_declare(own, reason):
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The example of docs/extend.md as a module `my_method`; a test may change it."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extend.md").read_text(), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extend.md").read_text(), re.DOTALL)
     (tmp_path / "my_method.py").write_text(example)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path / "my_method.py"
