@@ -44,6 +44,12 @@ FAMILIES = {
     ),
     "Labelling functions": ("dp_ssl",),
 }
+MEASURED = {
+    "Few labels": "few-labels",
+    "Bags of known counts": "bags",
+    "Labelling functions": "labelling-functions",
+}
+"""Family -> page of docs/results/, if it is not that of imprecise labels."""
 USES = {
     LabelKinds.TRUE: "certain labels",
     LabelKinds.NOISY: "noisy labels",
@@ -125,7 +131,8 @@ def methods() -> Iterator[str]:
     listed = [name for names in FAMILIES.values() for name in names]
     assert sorted(listed) == sorted(METHODS), "scripts/make_docs.py: FAMILIES does not list each method once"
     for family, names in FAMILIES.items():
-        yield from ("", f"## {family}")
+        page = MEASURED.get(family, "imprecise-labels")
+        yield from ("", f"## {family}", "", f"What we measured: [{page.replace('-', ' ')}](results/{page}.md).")
         for name in names:
             method: type[Method] = METHODS[name]
             yield from ("", f"### `{name}`", "")
