@@ -5,7 +5,7 @@ setup_venv() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         { echo "fedlabel needs Python 3.11 or newer, and $python is $("$python" --version 2>&1). Set PYTHON=/path/to/python3.11." >&2; exit 2; }
     wanted="$(cat pyproject.toml constraints.txt | cksum) $1"
-    if [ "$(cat .venv/.fedlabel-installed 2>/dev/null)" != "$wanted" ] && [ "$(cat .venv/.fedlabel-installed 2>/dev/null)" != "${wanted% *} [dev,crosscheck]" ]; then
+    if [ "$(cat .venv/.fedlabel-installed 2>/dev/null)" != "$wanted" ] && [ "$(cat .venv/.fedlabel-installed 2>/dev/null)" != "${wanted% *} [dev,crosscheck,privacy,docs]" ]; then
         echo "Installing into .venv (a few minutes the first time) ..."
         [ -x .venv/bin/python ] || "$python" -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$1"

@@ -246,13 +246,17 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def _stages(experiment: Experiment) -> list[dict[str, object]]:
-    """Returns name, first and last round of each stage."""
-    found: dict[int, dict[str, object]] = {}
-    for number in range(1, experiment.config.num_rounds + 1):
-        place = experiment.recipe.place(number)
-        name = place.stage.name or f"stage {place.number + 1}"
-        found.setdefault(place.number, {"name": name, "first": number})["last"] = number
-    return list(found.values())
+    """Returns name, first and last round of each stage that the run comes to."""
+    rounds, recipe = experiment.config.num_rounds, experiment.recipe
+    found: list[dict[str, object]] = []
+    first = 1
+    while first <= rounds:
+        place = recipe.place(first)
+        is_last = place.stage.rounds is None or place.number == len(recipe.stages) - 1
+        last = rounds if is_last else min(rounds, first + int(place.stage.rounds or 1) - 1)
+        found.append({"name": place.stage.name or f"stage {place.number + 1}", "first": first, "last": last})
+        first = last + 1
+    return found
 
 
 def _label_card(experiment: Experiment) -> str:

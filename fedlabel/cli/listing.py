@@ -27,6 +27,7 @@ PARTITIONS = {
     "dirichlet_per_class": "the common one: a Dirichlet vector over clients for each class",
     "classes_per_client": "every client holds a few classes",
     "quantity_skew": "clients differ in how many samples they hold",
+    "column": "each value of a column of the data, partition.column, is a client",
     "flwr_datasets:NAME": "a partitioner of the package flwr-datasets, e.g. flwr_datasets:ShardPartitioner",
 }
 LABELS = {

@@ -10,7 +10,8 @@ What differs from torchvision, and why:
   values, so each of these families is one `gather`; the rest are torchvision's own functions on a group of samples.
 * The tables are made by running torchvision's functions on an image of pixel indices (or of all 256 values), on the
   CPU. So pixels equal torchvision's by construction, and are the same whatever device uses the tables.
-* Random numbers come only from the generators that are passed in, never from torch's global state.
+* Random numbers come only from the generators that are passed in, never from torch's global state. They can be drawn
+  before the pixels are there (`weak_numbers`, `strong_numbers`), for several batches whose views are then made at once.
 
 What differs from Cutout as published: the square always lies wholly inside the image, so its area never varies, and it
 is mid-grey, as usual with FixMatch (Sohn et al., 2020, https://arxiv.org/abs/2001.07685), so it shows on black ground.
@@ -109,6 +110,11 @@ class AugmentConfig:
                 )
 
 
+Numbers = tuple[Tensor, ...]
+"""The random numbers of a view, on the CPU: the first dimension of each tensor counts the samples, so that those of
+several batches can be joined."""
+
+
 def weak(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Tensor:
     """Returns a random crop of every image, half of them mirrored; of a table, rows with jitter.
 
@@ -124,29 +130,45 @@ def weak(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> Ten
     Raises:
         ValueError: if `config.crop_padding` is not smaller than height and width; see also `check_table`.
     """
+    return weak_with(images, weak_numbers(images, len(images), draws, config, flip), config, flip)
+
+
+def weak_numbers(images: Tensor, count: int, draws: Draws, config: AugmentConfig, flip: bool) -> Numbers:
+    """Returns the numbers for the weak view of `count` images of the type and shape of `images`; see `weak`."""
     if images.is_floating_point():
         config.check_table()
-        return jitter(images, draws, config.jitter)
+        return (draws.normal((count, *images.shape[1:])),)
+    padding, flip = _crop_and_flip(images, config, flip)
+    if padding >= min(images.shape[-2:]):
+        raise ValueError(
+            f"`augment.crop_padding` (={padding}) must be smaller than the image side (={min(images.shape[-2:])}), "
+            "since the padding mirrors the image."
+        )
+    numbers: Numbers = ()
+    if padding:
+        numbers += (draws.integers(0, 2 * padding + 1, (2, count, 1), dim=1).movedim(1, 0),)
+    return (*numbers, draws.uniform((count, 1)) < 0.5) if flip else numbers
+
+
+def weak_with(images: Tensor, numbers: Numbers, config: AugmentConfig, flip: bool) -> Tensor:
+    """Returns the weak view of images with the result of `weak_numbers`; see `weak`."""
+    if images.is_floating_point():
+        return jitter(images, numbers[0], config.jitter)
     assert images.dtype == torch.uint8, images.dtype
     height, width = images.shape[-2:]
     padding, flip = _crop_and_flip(images, config, flip)
-    if padding >= min(height, width):
-        raise ValueError(
-            f"`augment.crop_padding` (={padding}) must be smaller than the image side (={min(height, width)}), "
-            "since the padding mirrors the image."
-        )
     if not padding and not flip:
         return images.clone()
 
     batch, device = len(images), images.device
     rows, columns = _places(height, 0, device), _places(width, 0, device)
     if padding:
-        shift = to_device(draws.integers(0, 2 * padding + 1, (2, batch, 1), dim=1), device)
-        rows = _places(height, padding, device)[rows + shift[0]]
-        columns = _places(width, padding, device)[columns + shift[1]]
+        shift = to_device(numbers[0], device)
+        rows = _places(height, padding, device)[rows + shift[:, 0]]
+        columns = _places(width, padding, device)[columns + shift[:, 1]]
     rows, columns = rows.expand(batch, height), columns.expand(batch, width)
     if flip:
-        mirrored = to_device(draws.uniform((batch, 1)) < 0.5, device)
+        mirrored = to_device(numbers[-1], device)
         columns = torch.where(mirrored, columns.flip(1), columns)
     sources = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     return _take_pixels(images.flatten(2), sources).view_as(images)
@@ -181,14 +203,32 @@ def strong(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> T
     Raises:
         ValueError: as by `weak`.
     """
+    return strong_with(images, strong_numbers(images, len(images), draws, config, flip), config, flip)
+
+
+def strong_numbers(images: Tensor, count: int, draws: Draws, config: AugmentConfig, flip: bool) -> Numbers:
+    """Returns the numbers for the strong view of `count` images of the type and shape of `images`; see `strong`."""
     if images.is_floating_point():
-        return drop_features(weak(images, draws, config, flip), draws, config.feature_dropout)
+        noise = weak_numbers(images, count, draws, config, flip)
+        return *noise, draws.uniform((count, *images.shape[1:])) < config.feature_dropout
+    numbers: Numbers = tuple(draws.integers(0, NUM_CODES, (count,)) for _ in range(config.num_ops))
+    numbers += weak_numbers(images, count, draws, config, flip)
+    if config.cutout:
+        side = _cutout_side(images, config.cutout)
+        numbers += tuple(draws.integers(0, size - side + 1, (count, 1)) for size in images.shape[-2:])
+    return numbers
+
+
+def strong_with(images: Tensor, numbers: Numbers, config: AugmentConfig, flip: bool) -> Tensor:
+    """Returns the strong view of images with the result of `strong_numbers`; see `strong`."""
+    if images.is_floating_point():
+        return drop_features(weak_with(images, numbers[:-1], config, flip), numbers[-1])
     assert images.dtype == torch.uint8, images.dtype
-    for _ in range(config.num_ops):
-        codes = draws.integers(0, NUM_CODES, (len(images),))
+    for codes in numbers[: config.num_ops]:
         images = apply_operations(images, codes, config.magnitude)
-    images = weak(images, draws, config, flip)
-    return _cutout(images, draws, config.cutout) if config.cutout else images
+    places = numbers[len(numbers) - 2 :] if config.cutout else ()
+    images = weak_with(images, numbers[config.num_ops : len(numbers) - len(places)], config, flip)
+    return _cutout(images, places, config.cutout) if config.cutout else images
 
 
 def apply_operations(images: Tensor, codes: Tensor, magnitude: int) -> Tensor:
@@ -240,24 +280,27 @@ def _places(size: int, padding: int, device: torch.device) -> Tensor:
     return (size - 1) - ((size - 1) - position.abs()).abs()
 
 
-def _cutout(images: Tensor, draws: Draws, fraction: float) -> Tensor:
-    """Fills one square of `CUTOUT_FILL` in each image, wholly inside it, at uniformly random places.
+def _cutout_side(images: Tensor, fraction: float) -> int:
+    """Returns the side of a square of a fraction of the shorter image side, rounded to whole pixels."""
+    return round(fraction * min(images.shape[-2:]))
+
+
+def _cutout(images: Tensor, places: Numbers, fraction: float) -> Tensor:
+    """Fills one square of `CUTOUT_FILL` in each image, wholly inside it.
 
     Args:
         images: (batch, channels, height, width), uint8.
-        draws: source of the places.
-        fraction: side of the square as a fraction of the shorter image side, rounded to whole pixels.
+        places: (batch, 1) int64 each: the squares' first rows and columns.
+        fraction: side of the square, see `_cutout_side`.
     """
-    batch, _, height, width = images.shape
-    side = round(fraction * min(height, width))
+    side = _cutout_side(images, fraction)
 
-    def covered(size: int) -> Tensor:
-        first = to_device(draws.integers(0, size - side + 1, (batch, 1)), images.device)
-        offset = torch.arange(size, device=images.device) - first
+    def covered(size: int, first: Tensor) -> Tensor:
+        offset = torch.arange(size, device=images.device) - to_device(first, images.device)
         return (offset >= 0) & (offset < side)
 
-    square = covered(height)[:, None, :, None] & covered(width)[:, None, None, :]
-    return images.masked_fill(square, CUTOUT_FILL)
+    rows, columns = (covered(size, first) for size, first in zip(images.shape[-2:], places, strict=True))
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], CUTOUT_FILL)
 
 
 @lru_cache(maxsize=64)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedlabel.data.augment import Numbers
 from fedlabel.data.labels.supervision import Supervision
 from fedlabel.learning.plan import Plan, StepPlan
 from fedlabel.learning.prior import NO_PRIOR
-from fedlabel.learning.views import ImageTransform
+from fedlabel.learning.views import ImageTransform, joined
 from fedlabel.methods.batch import Batch, Part, State
 from fedlabel.methods.recipe import ByBag, ByKnowledge, BySample, Draw, Views
 from fedlabel.seeding import Draws
 from fedlabel.transfer import to_device
 
 KINDS = ("labeled", "unlabeled", "mix")
-AHEAD = 512
-"""Samples of steps to come that are looked up together, at least."""
+AHEAD = {"cpu": 512, "cuda": 4096}
+"""Samples of steps to come whose batches are made together, at least, by device: beyond it a core's cache is too small
+for them."""
+AHEAD_BYTES = 64 * 2**20
+"""Memory that their views may take, about."""
 
 
 class Samples(NamedTuple):
@@ -40,19 +43,16 @@ class Samples(NamedTuple):
     """See `Batch.log_prior`."""
 
 
-class _Gathered(NamedTuple):
+class _Ahead(NamedTuple):
     """What the samples of one kind have in some steps in a row: a tensor for each step, one client after the other."""
 
-    begin: int = 0
-    """Number of the first step."""
-    rows: Sequence[Tensor] = ()
+    rows: Sequence[Tensor]
     """Positions among all clients' samples."""
-    candidates: Sequence[Tensor] = ()
-    noisy: Sequence[Tensor] = ()
-    annotations: Sequence[Tensor] = ()
-    targets: Mapping[str, Sequence[Tensor]] = MappingProxyType({})
-    views: Mapping[str, Sequence[Tensor]] = MappingProxyType({})
-    """The views for which nothing is drawn."""
+    candidates: Sequence[Tensor]
+    noisy: Sequence[Tensor]
+    annotations: Sequence[Tensor]
+    targets: Mapping[str, Sequence[Tensor]]
+    views: Mapping[str, Sequence[Tensor]]
 
 
 class BatchMaker:
@@ -96,7 +96,12 @@ class BatchMaker:
         every = to_device(torch.tensor(list(itertools.chain(*mixing))), self._device)
         self._mixing = every.split([len(each) for each in mixing])
         self._no_bags = self._bags(())
-        self._gathered = {kind: _Gathered() for kind in KINDS}
+        views = max(1, sum(map(len, self._views.values())))
+        most = AHEAD_BYTES // (4 * views * max(1, self._images[0].numel()))
+        self._at_once = min(AHEAD.get(self._device.type, AHEAD["cpu"]), most)
+        self._begin, self._end = 0, 0
+        """The steps, from the first to before the last, whose batches are made."""
+        self._ahead: dict[str, _Ahead] = {}
         self._empty: dict[str, Part] = {}
 
     @property
@@ -107,19 +112,40 @@ class BatchMaker:
         """Returns the plans of a step of the clients that take it; those with more steps come first."""
         return [client.plan.steps[place] for client in self._clients if place < len(client.plan.steps)]
 
-    def _gather(self, kind: str, begin: int) -> _Gathered:
-        """Returns what the samples of some steps have, from step `begin` on: looked up together, which for steps of few
-        samples takes a fraction of the time.
+    def _make_ahead(self, begin: int) -> None:
+        """Makes the batches of some steps, from step `begin` on: at once, which for steps of few samples takes a
+        fraction of the time. Random numbers are drawn as for one step after the other.
         """
-        rows: list[Tensor] = []
-        sizes: list[int] = []
-        for place in range(begin, self._count):
-            own = [getattr(step, kind) for step in self._steps(place)]
-            rows += [each + start if start else each for each, start in zip(own, self._starts, strict=False)]
-            sizes.append(sum(map(len, own)))
-            if sum(sizes) >= AHEAD:
-                break
-        where = to_device(torch.cat(rows), self._device)
+        rows: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+        sizes: dict[str, list[int]] = {kind: [] for kind in KINDS}
+        numbers: dict[str, list[dict[str, Numbers]]] = {kind: [] for kind in KINDS}
+        end, samples = begin, 0
+        while end < self._count and samples < max(self._at_once, 1):
+            steps = self._steps(end)
+            draws = Draws(*(client.generator for client in self._clients[: len(steps)]))
+            for kind in KINDS:
+                own = [getattr(step, kind) for step in steps]
+                rows[kind] += [each + start if start else each for each, start in zip(own, self._starts, strict=False)]
+                sizes[kind].append(sum(map(len, own)))
+                samples += sizes[kind][-1]
+                if sizes[kind][-1] or not numbers[kind]:
+                    numbers[kind].append(
+                        self._transform.numbers(self._images, sizes[kind][-1], self._views[kind], draws)
+                    )
+            end += 1
+        self._begin, self._end = begin, end
+        self._ahead = {kind: self._look_up(kind, rows[kind], sizes[kind], joined(numbers[kind])) for kind in KINDS}
+
+    def _look_up(self, kind: str, rows: Sequence[Tensor], sizes: list[int], numbers: Mapping[str, Numbers]) -> _Ahead:
+        """Returns what the samples of one kind have in some steps.
+
+        Args:
+            kind: one of `KINDS`.
+            rows: positions of each client's in each step.
+            sizes: how many samples each step has.
+            numbers: for the views.
+        """
+        where = to_device(torch.cat(list(rows)), self._device)
 
         def take(values: Tensor) -> Tensor:
             return values[where] if len(where) else values[:0]  # which takes less time
@@ -130,10 +156,8 @@ class BatchMaker:
             hidden = torch.ones_like(noisy) if self._by_supervision else candidates.sum(1) == 1
             candidates, noisy = candidates | hidden[:, None], noisy & ~hidden
             annotations = torch.where(hidden[:, None], -1, annotations)
-        fixed = tuple(name for name in names if self._transform.fixed(self._images, name))
-        views = self._transform.views(take(self._images), fixed, Draws()) if fixed else {}
-        return _Gathered(
-            begin,
+        views = self._transform.views_with(take(self._images), numbers) if names else {}
+        return _Ahead(
             where.split(sizes),
             candidates.split(sizes),
             noisy.split(sizes),
@@ -149,31 +173,27 @@ class BatchMaker:
             place: number of the step, from 0.
             memory: of the client; of a stack with the first dimension, for the clients that take the step.
         """
+        if not self._begin <= place < self._end:
+            self._make_ahead(place)
         steps = self._steps(place)
-        draws = Draws(*(client.generator for client in self._clients[: len(steps)]))
         mixing = self._mixing[place]
         return Batch(
-            labeled=self._part("labeled", place, steps, draws),
-            unlabeled=self._part("unlabeled", place, steps, draws),
-            mix=self._part("mix", place, steps, draws),
+            labeled=self._part("labeled", place, steps),
+            unlabeled=self._part("unlabeled", place, steps),
+            mix=self._part("mix", place, steps),
             mixing=mixing if self._stacked else mixing[0],
             memory=memory,
             log_prior=self._log_prior[: len(steps)] if self._stacked else self._log_prior,
         )
 
-    def _part(self, kind: str, place: int, steps: Sequence[StepPlan], draws: Draws) -> Part:
+    def _part(self, kind: str, place: int, steps: Sequence[StepPlan]) -> Part:
         if kind in self._empty and (not self._stacked or len(self._empty[kind].rows) == len(steps)):
             return self._empty[kind]
-        found = self._gathered[kind]
-        if not found.begin <= place < found.begin + len(found.rows):
-            found = self._gathered[kind] = self._gather(kind, place)
-        at = place - found.begin
-        rows, size, names = found.rows[at], self._sizes[kind], self._views[kind]
-        candidates, noisy, annotations = found.candidates[at], found.noisy[at], found.annotations[at]
-        drawn = tuple(name for name in names if name not in found.views)
-        new = self._transform.views(self._images[rows], drawn, draws) if drawn else {}
-        views = {name: new[name] if name in new else found.views[name][at] for name in names}
-        targets = {name: values[at] for name, values in found.targets.items()}
+        ahead, at = self._ahead[kind], place - self._begin
+        rows, size = ahead.rows[at], self._sizes[kind]
+        candidates, noisy, annotations = ahead.candidates[at], ahead.noisy[at], ahead.annotations[at]
+        views = {name: values[at] for name, values in ahead.views.items()}
+        targets = {name: values[at] for name, values in ahead.targets.items()}
         members, counts = self._bags(steps) if kind == "labeled" and steps[0].units is not None else self._no_bags
         empty = not len(rows)
         if self._stacked:

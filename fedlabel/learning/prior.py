@@ -98,7 +98,7 @@ def client_prior(config: PriorConfig, supervision: Supervision, logits: Tensor |
         return prior
     alone = supervision.bag < 0
     possible = supervision.candidates | supervision.noisy[:, None]  # a noisy label rules nothing out
-    log_likelihood = logits.float().masked_fill(~possible, -torch.inf)[alone]
+    log_likelihood = logits.float().masked_fill(~possible.to(logits.device), -torch.inf)[alone.to(logits.device)]
     prior, fixed = prior.to(logits.device), supervision.bag_counts.sum(0).to(logits.device, torch.float32)
     for _ in range(config.steps):
         prior = em_step(log_likelihood, prior, fixed, config.smoothing)

@@ -85,7 +85,7 @@ class Stepper:
     """Names of the parameters that it trains."""
     moved: list[nn.Parameter]
     """The parameters of these names."""
-    optimizer: Sgd | AdamW
+    optimizer: Sgd | Fused
     config: TrainingConfig
     proximal: Callable[[Tensor], float] | None
     """See `Phase.proximal`."""
@@ -120,7 +120,7 @@ class Stepper:
             update=update,
             names=names,
             moved=moved,
-            optimizer=AdamW(moved, config) if config.optimizer == "adamw" else Sgd(moved, config),
+            optimizer=optimizer_of(moved, config),
             config=config,
             proximal=proximal,
             received=received,
@@ -139,7 +139,7 @@ class Stepper:
         """Returns the loss of a batch, after one step on it. A step that used no sample changes nothing: no parameter,
         momentum or running statistic of BatchNorm, and no penalty.
         """
-        before = [buffer.clone() for buffer in self.buffers]
+        statistics = Kept(self.buffers)
         with_gradient = 0
 
         def student(inputs: Tensor, *part: str) -> Tensor:
@@ -160,39 +160,21 @@ class Stepper:
             )
         active = found.examples > 0
         if (self.masked and found.loss.requires_grad) or (not self.masked and active):
-            undo = self._undo() if self.masked else None
-            self._descend(found.loss)
+            self._descend(found.loss, active if self.masked else None)
             self.passes.backward += with_gradient * active if self.masked else with_gradient
-            if undo is not None:
-                undo(active)
-        for buffer, value in zip(self.buffers, before, strict=True) if self.masked or not active else ():
-            buffer.copy_(torch.where(active, buffer, value))
+        if self.masked or not active:
+            statistics.put_back_unless(active)
         return found
 
-    def _descend(self, loss: Tensor) -> None:
-        """Takes one step of the optimiser."""
+    def _descend(self, loss: Tensor, active: Tensor | None) -> None:
+        """Takes one step of the optimiser; see `Sgd.step`."""
         for parameter in self.moved:
             parameter.grad = None
         if self.update.penalty is not None:
             loss = loss + self.update.penalty(self.named)
         loss.backward()
         self._pull_and_clip()
-        self.optimizer.step()
-
-    def _undo(self) -> Callable[[Tensor], None]:
-        """Remembers parameters and moments; returns a function () bool -> nothing that puts them back where False."""
-        parameters = [parameter.detach().clone() for parameter in self.moved]
-        kept = {key: moment.clone() for key, moment in self.optimizer.moments().items()}
-
-        def undo(active: Tensor) -> None:
-            with torch.no_grad():
-                for parameter, value in zip(self.moved, parameters, strict=True):
-                    parameter.copy_(torch.where(active, parameter, value))
-                for key, moment in self.optimizer.moments().items():
-                    start = kept[key] if key in kept else torch.zeros_like(moment)  # as no step has been taken
-                    moment.copy_(torch.where(active.to(moment.device), moment, start))
-
-        return undo
+        self.optimizer.step(active)
 
     def _pull_and_clip(self) -> None:
         if self.config.prox_mu > 0 or self.proximal is not None:
@@ -204,6 +186,35 @@ class Stepper:
                     parameter.grad.add_(parameter.detach() - self.received[name], alpha=pull)
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.moved, self.config.max_grad_norm)
+
+
+class Kept:
+    """The values that some tensors have now, to be put back later. All are moved at once: a network has many small
+    tensors, and on a GPU an operation on one of them takes longer to start than to run.
+
+    Args:
+        tensors: on any devices.
+    """
+
+    @torch.no_grad()
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            self._alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+        self._values = {kind: _one_after_the_other(alike) for kind, alike in self._alike.items()}
+
+    @torch.no_grad()
+    def put_back_unless(self, condition: Tensor) -> None:
+        """Puts the values back where `condition`, () bool on any device, is False, without a look at it."""
+        for (dtype, device), alike in self._alike.items():
+            chosen = torch.where(condition.to(device), _one_after_the_other(alike), self._values[dtype, device])
+            parts = chosen.split([tensor.numel() for tensor in alike])
+            torch._foreach_copy_(alike, [part.view(t.shape) for part, t in zip(parts, alike, strict=True)])
+
+
+def _one_after_the_other(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the numbers of some tensors as one new tensor (n,)."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 class Alone:
@@ -313,9 +324,26 @@ class Sgd:
         """Returns what it remembers from step to step, by a name for each tensor."""
         return dict(self._momentum)
 
+    def step(self, active: Tensor | None = None) -> None:
+        """Moves the parameters that have a gradient.
+
+        Args:
+            active: () bool; where it is False, nothing changes, whatever the gradients are. None: True.
+        """
+        if active is None:
+            self._move()
+            return
+        parameters, before = Kept(self._parameters), self.moments()
+        moments = Kept(list(before.values()))
+        self._move()
+        parameters.put_back_unless(active)
+        moments.put_back_unless(active)
+        for place, momentum in self._momentum.items():
+            if place not in before:  # made by this step
+                momentum.copy_(torch.where(active, momentum, 0.0))
+
     @torch.no_grad()
-    def step(self) -> None:
-        """Moves the parameters that have a gradient."""
+    def _move(self) -> None:
         config = self._config
         places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
         parameters = [self._parameters[place] for place in places]
@@ -337,22 +365,38 @@ class Sgd:
         torch._foreach_add_(parameters, gradients, alpha=-config.lr)
 
 
-class AdamW:
-    """torch's AdamW, as `Sgd` is used.
+class Fused:
+    """An optimiser of torch that is one kernel, used as `Sgd` is: SGD on a GPU, AdamW anywhere.
 
     Args:
         parameters: what it moves.
         config: how clients train.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig) -> None:
-        self._of_torch = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    def __init__(self, parameters: Sequence[Tensor], config: TrainingConfig) -> None:
+        shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+        self._of_torch: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            self._of_torch = torch.optim.AdamW(parameters, **shared)
+        else:
+            self._of_torch = torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **shared)
+            if config.momentum:  # torch's first step would leave it undefined if it is not to be taken
+                for parameter in parameters:
+                    self._of_torch.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def moments(self) -> dict[Hashable, Tensor]:
-        """See `Sgd`; the counter of steps is among them."""
+        """See `Sgd`; of AdamW the counter of steps is among them."""
         states = self._of_torch.state.items()
         return {(id(p), key): value for p, state in states for key, value in state.items() if isinstance(value, Tensor)}
 
-    def step(self) -> None:
-        """Moves the parameters that have a gradient."""
+    def step(self, active: Tensor | None = None) -> None:
+        """See `Sgd.step`."""
+        if active is not None:  # as a gradient scaler has a step left out on the device
+            self._of_torch.found_inf = (~active).float()  # type: ignore[attr-defined]
         self._of_torch.step()
+
+
+def optimizer_of(parameters: Sequence[Tensor], config: TrainingConfig) -> Sgd | Fused:
+    """Returns the optimiser of some parameters."""
+    on_gpu = any(parameter.device.type == "cuda" for parameter in parameters)
+    return Fused(parameters, config) if on_gpu or config.optimizer == "adamw" else Sgd(parameters, config)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedlabel.data.augment import AugmentConfig, strong, weak, weak_draws
+from fedlabel.data.augment import (
+    AugmentConfig,
+    Numbers,
+    strong_numbers,
+    strong_with,
+    weak_draws,
+    weak_numbers,
+    weak_with,
+)
 from fedlabel.seeding import Draws
 
 
@@ -42,11 +51,29 @@ class ImageTransform:
 
     def views(self, images: Tensor, names: tuple[str, ...], draws: Draws) -> dict[str, Tensor]:
         """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn independently."""
-        mild = strong if self.augment.weak_as_strong else weak
-        makers = {
-            "clean": lambda: images,
-            "weak": lambda: mild(images, draws, self.augment, self.allow_flip),
-            "strong": lambda: strong(images, draws, self.augment, self.allow_flip),
-            "strong2": lambda: strong(images, draws, self.augment, self.allow_flip),
-        }
-        return {name: self.normalize(makers[name]()) for name in names}
+        return self.views_with(images, self.numbers(images, len(images), names, draws))
+
+    def numbers(self, images: Tensor, count: int, names: tuple[str, ...], draws: Draws) -> dict[str, Numbers]:
+        """Returns the random numbers for the named views of `count` images of the type and shape of `images`."""
+        found: dict[str, Numbers] = {}
+        for name in names:
+            draw = weak_numbers if name == "weak" and not self.augment.weak_as_strong else strong_numbers
+            found[name] = () if name == "clean" else draw(images, count, draws, self.augment, self.allow_flip)
+        return found
+
+    def views_with(self, images: Tensor, numbers: Mapping[str, Numbers]) -> dict[str, Tensor]:
+        """Returns views of images with the result of `numbers`."""
+        found = {}
+        for name, drawn in numbers.items():
+            make = weak_with if name == "weak" and not self.augment.weak_as_strong else strong_with
+            view = images if name == "clean" else make(images, drawn, self.augment, self.allow_flip)
+            found[name] = self.normalize(view)
+        return found
+
+
+def joined(numbers: Sequence[Mapping[str, Numbers]]) -> dict[str, Numbers]:
+    """Returns the random numbers for the views of several batches, joined."""
+    return {
+        name: tuple(torch.cat(parts) for parts in zip(*(each[name] for each in numbers), strict=True))
+        for name in numbers[0]
+    }

@@ -113,7 +113,7 @@ def method_class(name: str) -> type[Method]:
         )
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(
-            f"`method.name` (={name}) must be a subclass of fedlabel.methods.recipe.Method; see CONTRIBUTING.md."
+            f"`method.name` (={name}) must be a subclass of fedlabel.methods.recipe.Method; see docs/extend.md."
         )
     try:
         client_tags(found.metrics)

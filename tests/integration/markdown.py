@@ -13,7 +13,7 @@ def blocks(page: Path) -> dict[str, list[str]]:
     """Returns the bash blocks of a Markdown page by the heading that they stand below."""
     found: dict[str, list[str]] = {}
     heading = ""
-    parts = re.split(r"^(#+ [^\n]*|```bash\n.*?^```)$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    parts = re.split(r"^(#+ [^\n]*|```\w*\n.*?^```)$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for part in parts:
         if part.startswith("#"):
             heading = part.lstrip("# ")

@@ -64,7 +64,7 @@ class Federation:
             NODE_NAME=f"clinic-{number}",
             AUTHORITY=self.root / "federation/certificates/ca.crt",
             SERVER=f"localhost:{self.door}",
-            NODE_CONFIG=f"partition-id={number} num-partitions=2 min-count=5",
+            NODE_CONFIG=f'data="{self.root}/federation/server/trial/client-00{number}" client={number} min-count=5',
             FEDERATION=self.root / "federation",  # where the server's half of a block runs
         )
 
@@ -122,6 +122,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     try:
         made.server.run(PAGE["2. Certificates"][0])
         made.server.run(PAGE["3. SuperLink and door"][0])
+        made.server.run(PAGE["A trial without data of your own"][0])
         made.starts()
         for node in made.nodes:
             for block in PAGE["4. A node"][1:]:

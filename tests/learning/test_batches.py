@@ -54,7 +54,7 @@ def test_batches_do_not_depend_on_how_many_are_looked_up_together(monkeypatch: p
     data, _ = client()
     found: list[list[Batch]] = []
     for ahead in (1, 7, 512):
-        monkeypatch.setattr(batches, "AHEAD", ahead)
+        monkeypatch.setattr(batches, "AHEAD", {"cpu": ahead})
         loss, seen = noted(to_class(0))
         train(Made(made=(Phase("train", loss, draw=MIXED),)), data, replace(CONFIG, batch_size=6))
         found.append(seen)

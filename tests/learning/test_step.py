@@ -15,7 +15,7 @@ from fedlabel.data.labels.supervision import reveal_labels
 from fedlabel.learning.client import ClientData, Trainer, train_client
 from fedlabel.learning.meter import Meter, Passes
 from fedlabel.learning.plan import draw_batches
-from fedlabel.learning.step import Stepper, counted, frozen_model
+from fedlabel.learning.step import Fused, Sgd, Stepper, counted, frozen_model
 from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.methods import METHODS
 from fedlabel.methods.batch import Batch, Model, Step
@@ -333,3 +333,47 @@ def test_a_students_pass_without_gradient_is_only_forth() -> None:
 
     update = train(Made(made=(Phase("train", twice, draw=BOTH),)), data)
     assert (update.forward, update.backward) == (5 * 8, 5 * 4)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.1)])
+@pytest.mark.parametrize("kind", [Sgd, Fused])
+def test_a_masked_step_that_is_not_active_changes_nothing(
+    kind: type[Sgd] | type[Fused], momentum: float, decay: float, nesterov: bool
+) -> None:
+    """Steps 1 and 3 are masked out, with gradients that are no numbers: what is left is steps 2 and 4."""
+    if nesterov and not momentum:
+        return
+    config = replace(TrainingConfig(), lr=0.1, momentum=momentum, weight_decay=decay, nesterov=nesterov)
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in [(3,), (2, 4), ()]]
+    gradients = [[torch.randn(value.shape, generator=generator) for value in start] for _ in range(2)]
+    masked, plain = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    stepped, reference = kind(masked, config), kind(plain, config)
+    for gradient in gradients:
+        for one, other, value in zip(masked, plain, gradient, strict=True):
+            one.grad, other.grad = torch.full_like(value, torch.nan), value.clone()
+        stepped.step(torch.tensor(False))
+        for one, value in zip(masked, gradient, strict=True):
+            one.grad = value.clone()
+        stepped.step(torch.tensor(True))
+        reference.step()
+    for one, other, value in zip(masked, plain, start, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, value)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_fused_is_as_torchs_own(kind: str) -> None:
+    of_sgd = {"momentum": 0.9, "nesterov": True} if kind == "sgd" else {}
+    config = replace(TrainingConfig(), lr=0.1, weight_decay=0.1, optimizer=kind, **of_sgd)
+    one, other = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    reference: torch.optim.Optimizer = torch.optim.SGD([other], 0.1, 0.9, weight_decay=0.1, nesterov=True)
+    if kind == "adamw":
+        reference = torch.optim.AdamW([other], 0.1, weight_decay=0.1)
+    fused = Fused([one], config)
+    for step in range(3):
+        one.grad, other.grad = (torch.arange(5.0) - step for _ in range(2))
+        fused.step(torch.tensor(True))
+        reference.step()
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
