@@ -11,9 +11,11 @@
   const shown = (value, unit) =>
     value === null || value === undefined || Number.isNaN(value) ? "–" : `${Number(value.toPrecision(4))}${unit ? " " + unit : ""}`;
 
-  /* Lines of a legend of these names in a chart of this width; it stands below the chart, which it makes higher. */
-  function legendLines(names, width) {
-    let lines = names.length > 1 ? 1 : 0, used = 0;
+  /* Lines of a chart's legend at this width; it stands below the chart, which it makes higher. */
+  function legendLines(chart, width) {
+    const names = named(chart);
+    if (names.length < (chart.kind === "curves" && data.runs.length > 1 ? 1 : 2)) return 0;
+    let lines = 1, used = 0;
     for (const name of names) {
       const wide = 44 + measure(name);
       if (used > 0 && used + wide > width - 10) { lines += 1; used = 0; }
@@ -21,6 +23,8 @@
     }
     return lines;
   }
+  /* The title says what the edges of a band are. */
+  const named = (chart) => (chart.series || []).filter((each) => !each.edge).map((each) => each.name);
   const font = getComputedStyle(document.body).fontFamily;
   const pen = document.createElement("canvas").getContext("2d");
   const measure = (text) => { pen.font = `12px ${font}`; return pen.measureText(text).width; };
@@ -57,6 +61,7 @@
     const several = data.runs.length > 1;
     return {
       ...option,
+      legend: { ...option.legend, data: named(chart) },
       tooltip: { ...option.tooltip, trigger: "axis", valueFormatter: (value) => shown(value, chart.unit) },
       xAxis: { ...axis, type: "value", name: "round", nameLocation: "middle", nameGap: 24, minInterval: 1, min: "dataMin", max: "dataMax",
                splitLine: { show: false }, axisPointer: { label: { formatter: (point) => `round ${Math.round(point.value)}` } } },
@@ -135,7 +140,7 @@
     const place = document.getElementById(chart.id);
     const plot = echarts.init(place, null, { renderer: "svg" });
     function draw() {
-      const lines = legendLines((chart.series || []).map((each) => each.name), place.clientWidth);
+      const lines = legendLines(chart, place.clientWidth);
       place.style.height = `${chart.height + 24 * lines}px`;
       plot.resize();
       plot.setOption(KINDS[chart.kind](chart, lines), true);
