@@ -247,7 +247,7 @@ class RoundSchema:
         """Whether clients send nothing but their model."""
         self.received = invitation.model
         counters = sorted(schema.counters)
-        counted = torch.stack([invitation.model[name].double() for name in counters]).tolist() if counters else []
+        counted = torch.stack([invitation.model[name] for name in counters]).tolist() if counters else []
         self._counted = dict(zip(counters, counted, strict=True))  # one look at a device
 
     def limits(self, client: int) -> ClientLimits:
