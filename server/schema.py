@@ -246,7 +246,9 @@ class RoundSchema:
         self.is_silent = schema.privacy.is_on and not invitation.audit
         """Whether clients send nothing but their model."""
         self.received = invitation.model
-        self._counted = {name: float(invitation.model[name]) for name in schema.counters}
+        counters = sorted(schema.counters)
+        counted = torch.stack([invitation.model[name] for name in counters]).tolist() if counters else []
+        self._counted = dict(zip(counters, counted, strict=True))  # one look at a device
 
     def limits(self, client: int) -> ClientLimits:
         """Returns the upper limits of a client's values."""
