@@ -147,6 +147,19 @@ def run(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or one without such files.")],
+) -> None:
+    """Write a small project of your own: a configuration, a method, labelling functions, and the commands to run."""
+    from fedlabel.cli.init import make_project
+
+    with _reported():
+        written = make_project(folder)
+    say(console, "\n  ".join(["Written:", *map(str, written)]))
+    say(console, f"Train it:  cd {shlex.quote(str(folder))} && fedlabel run config.yaml")
+
+
+@app.command()
 def watch(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, e.g. runs/NAME.")],
     once: Annotated[bool, typer.Option("--once", help="Print one picture of it and exit.")] = False,
