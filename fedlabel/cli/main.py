@@ -85,9 +85,10 @@ def run(
     ] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
+    from fedlabel.cli.closing import against_labels_only, next_commands, results_table
+    from fedlabel.cli.opening import opening
     from fedlabel.cli.profile import profile_tables
     from fedlabel.record.names import CONFIG_YAML, TRACE_JSON
-    from fedlabel.record.results import name_mean
 
     configs, overrides = _split(items)
     overrides += ["grid.profile=true"] * profile
@@ -108,7 +109,9 @@ def run(
         def begin(experiment: Experiment, path: Path) -> None:
             begun.append(path)
             experiments.append(experiment)
-            on_start(experiment, path)
+            for line in (*opening(experiment), f"run      {path}", ""):
+                say(console, line)
+            on_start(experiment)
 
         def note(round_number: int, metrics: Mapping[str, float]) -> None:
             done.append(round_number)
@@ -118,30 +121,13 @@ def run(
     if not done:
         rounds = counted(result.summary["rounds"], "round")
         say(console, f"This run was finished before ({rounds}), so nothing was done. For more give num_rounds=...")
-    columns = {"last": "last", "best": "best", "mean_last_tenth": name_mean(result.summary["last_tenth"])}
-    if "selected_round" in result.summary:
-        columns["selected"] = f"selected ({result.summary['selected_round']})"
-    table = make_table("metric", *columns.values(), title=str(result.path))
-    for key in (
-        "eval/accuracy",
-        "eval/auc",
-        "eval/bag_mae",
-        "eval/worst_client_accuracy",
-        "pseudo/coverage",
-        "pseudo/accuracy",
-    ):
-        if key in result.summary:
-            values = result.summary[key]
-            table.add_row(key, *(f"{values[column]:.4f}" if column in values else "" for column in columns))
-    console.print(table)
+    console.print(results_table(result.summary, str(result.path)))
     rows = [row for row in result.metrics if row["round"] in done]
     for profile_table in profile_tables(rows, experiments[0].config.cohort_size):
         console.print(profile_table)
-    say(
-        console,
-        f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s in rounds. Look closer:",
-    )
-    say(console, f"  fedlabel tensorboard {shlex.quote(str(result.path.parent))}")
+    lines, bound = against_labels_only(result.path, result.summary, experiments[0], items or [], out)
+    for line in [*lines, "Next:", *next_commands(result.path, experiments[0].config, bound)]:
+        say(console, line)
     if experiments[0].config.grid.profile and done:
         say(console, f"  https://ui.perfetto.dev, with {result.path / TRACE_JSON}")
 

@@ -1,9 +1,8 @@
 import io
-from pathlib import Path
 
 from rich.console import Console
 
-from fedlabel.cli.progress import run_progress, sweep_progress
+from fedlabel.cli.progress import duration, run_progress, sweep_progress
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.study.sweep import Cell
@@ -16,10 +15,10 @@ def lines(overrides: list[str], metrics: list[dict[str, float]]) -> list[str]:
     small = ["num_clients=2", "data.train_samples=100", "model.name=mlp", "model.hidden_layers=[8]", "device=cpu"]
     experiment = Experiment(load_config(overrides=[f"num_rounds={len(metrics)}", *small, *overrides]))
     with run_progress(Console(file=written, width=200)) as (on_start, on_round):
-        on_start(experiment, Path("run"))
+        on_start(experiment)
         for number, logged in enumerate(metrics, start=1):
             on_round(number, {"system/failed_clients": 0.0, **logged})
-    return [line.rsplit("  ", 1)[0] for line in written.getvalue().splitlines()[1:]]
+    return [line.rsplit("  ", 1)[0] for line in written.getvalue().splitlines()]
 
 
 def test_a_stage_is_named_where_it_begins_and_with_every_figure() -> None:
@@ -54,3 +53,13 @@ def test_a_search_that_was_done_and_lacks_its_metric_is_counted_once() -> None:
         report(Event("failed", searched, "no such metric"))
         report(Event("failed", final, "no run of its search was done"))
     assert [line.split(":")[0] for line in written.getvalue().splitlines()] == ["1/2 done", "1/2 failed", "2/2 failed"]
+
+
+def test_durations() -> None:
+    assert [duration(x) for x in (0.4, 59.6, 200, 7500, 180_000)] == [
+        "0 s",
+        "1 min 0 s",
+        "3 min 20 s",
+        "2 h 5 min",
+        "2 d 2 h",
+    ]
