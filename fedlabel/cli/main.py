@@ -341,7 +341,7 @@ def compare(
     ] = None,
 ) -> None:
     """Tables, tests, curves and a report page from finished runs."""
-    from fedlabel.study.output import write_comparison
+    from fedlabel.study.output import overview, write_comparison
     from fedlabel.study.runs import read_comparison
     from fedlabel.study.sweep import SWEEP_JSON, CompareConfig
 
@@ -355,12 +355,11 @@ def compare(
         written = write_comparison(comparison, folder)
     for warning in comparison.warnings:
         say(console, f"warning: {warning}", "yellow")
-    for name, section in comparison.sections.items():
-        table = make_table("method", "seeds", comparison.ranked_in(name), "worst client", title=name)
-        for row, runs in section.items():
-            scores = [(comparison.score(run), run.value("eval/worst_client_accuracy")) for run in runs]
-            means = [sum(values) / len(runs) for values in zip(*scores, strict=True)]
-            table.add_row(row, str(len(runs)), *(f"{100 * value:.1f}" for value in means))
+    for name in comparison.sections:
+        heads, rows = overview(comparison, name)
+        table = make_table(*heads, title=name)
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
     say(console, "\n  ".join(map(str, ["Written:", *written])))
 
