@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from fedlabel.cli.init import ORDER
-from fedlabel.hardware import PACKAGE_ROOT
+from fedlabel.hardware import PACKAGE_ROOT, SOURCE_PACKAGES
 
 pytestmark = pytest.mark.slow
 NO_BACKEND = (
@@ -98,3 +99,26 @@ def test_the_code_that_runs_is_the_installed_one(installed: Path, tmp_path: Path
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
     )
     assert all(Path(file).is_relative_to(installed) for file in done.stdout.split())
+
+
+def interpreter(version: str) -> str | None:
+    """Returns a working Python of this version, from the search path or pyenv; None without one."""
+    places = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
+    for place in filter(None, places):  # pyenv puts a stand-in on the path that fails where a version is not chosen
+        found = subprocess.run([str(place), "--version"], capture_output=True, text=True, check=False)
+        if found.returncode == 0 and found.stdout.startswith(f"Python {version}."):
+            return str(place)
+    return None
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_the_sources_compile_without_a_warning(version: str, tmp_path: Path) -> None:
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"there is no Python {version} here")
+    for package in SOURCE_PACKAGES:
+        shutil.copytree(PACKAGE_ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(
+        [python, "-W", "error", "-m", "compileall", "-q", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
