@@ -9,10 +9,11 @@ setup_venv ""
 echo "Set up in $SECONDS s."
 
 out="runs/demo/$(date +%Y%m%d-%H%M%S)"
+mkdir -p "$out"
 cat <<TEXT
 
-Ten clients hold scikit-learn's digits. Some of them know the true label of a tenth of their images, some only a set of
-about five candidates for each, some a label that is wrong in 40 % of the cases.
+Ten clients hold scikit-learn's digits. Three know the true label of a tenth of their images, three only a set of five or
+six classes that holds it, four a label of each image that is wrong in 40 % of the cases.
 
   labels as they are   training on everything that looks like a label
   FedLabel             and on pseudo-labels for the other images
@@ -23,7 +24,7 @@ about five candidates for each, some a label that is wrong in 40 % of the cases.
 
 TEXT
 SECONDS=0
-fedlabel sweep sweep/demo.yaml --workers 2 --out "$out" 2>"$out.log" || { tail -n 5 "$out.log"; exit 1; }
+fedlabel sweep sweep/demo.yaml --workers 2 --out "$out" 2>"$out/messages.log" || { tail -n 5 "$out/messages.log" >&2; exit 1; }
 fedlabel compare "$out"
 echo
 echo "Trained in $SECONDS s. Accuracy in %, mean ± standard deviation over three seeds; p: paired t test, corrected (Holm)."
