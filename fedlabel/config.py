@@ -45,6 +45,7 @@ from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
 from fedlabel.privacy import PrivacyConfig
 from fedlabel.server_config import TIERS, TIMED, PacingConfig, SamplingConfig, StrategyConfig
+from fedlabel.shipped import CONFIGS
 
 SELECT = {
     "bag_mae": "eval/bag_mae",
@@ -56,7 +57,6 @@ SELECT = {
 MAX_WORKERS, MAX_SECONDS, MAX_STACK = 1024, 1e9, 1024
 """Of `grid`: more processes or threads no machine has, and no system call waits longer."""
 _KEY = r"[^\W\d]\w*(?:\.\w+)*"
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def cohort_size(num_clients: int, fraction: float) -> int:
@@ -406,12 +406,12 @@ class ExperimentConfig:
 
 
 def find_config(path: str | Path) -> Path:
-    """Returns the path of the YAML file: as given, or below `configs/` of the project.
+    """Returns the path of the YAML file: as given, or of a configuration that comes with fedlabel.
 
     Raises:
         ConfigError: there is none.
     """
-    candidates = [Path(path), PROJECT_ROOT / "configs" / path, PROJECT_ROOT / path]
+    candidates = [Path(path), CONFIGS / path, CONFIGS.parent / path]
     for candidate in candidates:
         if is_file(candidate):
             return candidate
@@ -433,7 +433,7 @@ def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] = ())
 
     Args:
         paths: YAML files of differences from the defaults, later ones win; relative to the working directory or to
-            the project's `configs/`.
+            the `configs/` that come with fedlabel.
         overrides: "key=value" strings, e.g. "training.lr=0.1"; they win over the files.
 
     Raises:

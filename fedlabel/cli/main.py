@@ -86,9 +86,10 @@ def run(
     ] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
+    from fedlabel.cli.closing import against_labels_only, next_commands, results_table
+    from fedlabel.cli.opening import opening
     from fedlabel.cli.profile import profile_tables
     from fedlabel.record.names import CONFIG_YAML, TRACE_JSON
-    from fedlabel.record.results import name_mean
 
     configs, overrides = _split(items)
     overrides += ["grid.profile=true"] * profile
@@ -109,7 +110,9 @@ def run(
         def begin(experiment: Experiment, path: Path) -> None:
             begun.append(path)
             experiments.append(experiment)
-            on_start(experiment, path)
+            for line in (*opening(experiment), f"run      {path}", ""):
+                say(console, line)
+            on_start(experiment)
 
         def note(round_number: int, metrics: Mapping[str, float]) -> None:
             done.append(round_number)
@@ -119,32 +122,28 @@ def run(
     if not done:
         rounds = counted(result.summary["rounds"], "round")
         say(console, f"This run was finished before ({rounds}), so nothing was done. For more give num_rounds=...")
-    columns = {"last": "last", "best": "best", "mean_last_tenth": name_mean(result.summary["last_tenth"])}
-    if "selected_round" in result.summary:
-        columns["selected"] = f"selected ({result.summary['selected_round']})"
-    table = make_table("metric", *columns.values(), title=str(result.path))
-    for key in (
-        "eval/accuracy",
-        "eval/auc",
-        "eval/bag_mae",
-        "eval/worst_client_accuracy",
-        "pseudo/coverage",
-        "pseudo/accuracy",
-    ):
-        if key in result.summary:
-            values = result.summary[key]
-            table.add_row(key, *(f"{values[column]:.4f}" if column in values else "" for column in columns))
-    console.print(table)
+    console.print(results_table(result.summary, str(result.path)))
     rows = [row for row in result.metrics if row["round"] in done]
     for profile_table in profile_tables(rows, experiments[0].config.cohort_size):
         console.print(profile_table)
-    say(
-        console,
-        f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s in rounds. Look closer:",
-    )
-    say(console, f"  fedlabel tensorboard {shlex.quote(str(result.path.parent))}")
+    lines, bound = against_labels_only(result.path, result.summary, experiments[0], items or [], out)
+    for line in [*lines, "Next:", *next_commands(result.path, experiments[0].config, bound)]:
+        say(console, line)
     if experiments[0].config.grid.profile and done:
         say(console, f"  https://ui.perfetto.dev, with {result.path / TRACE_JSON}")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or one without such files.")],
+) -> None:
+    """Write a small project of your own: a configuration, a method, labelling functions, and the commands to run."""
+    from fedlabel.cli.init import make_project
+
+    with _reported():
+        written = make_project(folder)
+    say(console, "\n  ".join(["Written:", *map(str, written)]))
+    say(console, f"Train it:  cd {shlex.quote(str(folder))} && fedlabel run config.yaml")
 
 
 @app.command()
@@ -343,7 +342,7 @@ def compare(
     ] = None,
 ) -> None:
     """Tables, tests, curves and a report page from finished runs."""
-    from fedlabel.study.output import write_comparison
+    from fedlabel.study.output import overview, write_comparison
     from fedlabel.study.runs import read_comparison
     from fedlabel.study.sweep import SWEEP_JSON, CompareConfig
 
@@ -357,12 +356,11 @@ def compare(
         written = write_comparison(comparison, folder)
     for warning in comparison.warnings:
         say(console, f"warning: {warning}", "yellow")
-    for name, section in comparison.sections.items():
-        table = make_table("method", "seeds", comparison.ranked_in(name), "worst client", title=name)
-        for row, runs in section.items():
-            scores = [(comparison.score(run), run.value("eval/worst_client_accuracy")) for run in runs]
-            means = [sum(values) / len(runs) for values in zip(*scores, strict=True)]
-            table.add_row(row, str(len(runs)), *(f"{100 * value:.1f}" for value in means))
+    for name in comparison.sections:
+        heads, rows = overview(comparison, name)
+        table = make_table(*heads, title=name)
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
     say(console, "\n  ".join(map(str, ["Written:", *written])))
 

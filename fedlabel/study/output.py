@@ -27,6 +27,7 @@ from fedlabel.study.statistics import (
     Column,
     PairedTest,
     SectionTests,
+    Stat,
     columns,
     compare_rows,
     over_seeds,
@@ -143,6 +144,29 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     for old in {*out.glob("curves-*.png"), *out.glob("curves-*.svg")} - {*written}:  # of sections that are no more
         old.unlink()
     return [out / "report.html", out / "compare.md", out / "compare.csv", out / "compare_runs.csv", *written]
+
+
+def overview(comparison: Comparison, name: str) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and rows of the table of a section that fits a terminal: score, worst client, and the paired test
+    against the section's baseline, or, where there is none, the best other row.
+    """
+    section, baseline = comparison.sections[name], comparison.baseline(name)
+    tests = compare_rows(section, baseline, comparison.metric, comparison.column)
+    against = f"difference to {baseline}" if baseline else "difference to the best other"
+    rows = []
+    for row, runs in section.items():
+        scores = over_seeds([comparison.score(run) for run in runs])
+        worst = over_seeds([run.value("eval/worst_client_accuracy") for run in runs])
+        test = tests.rows[row]
+        difference = "–" if math.isnan(test.difference) else f"{100 * test.difference:+.1f}"
+        rows.append([row, str(len(runs)), _percent(scores), _percent(worst), difference, _p(test.p_holm)])
+    return ["method", "seeds", comparison.ranked_in(name), "worst client", against, "p"], rows
+
+
+def _percent(stat: Stat) -> str:
+    if math.isnan(stat.mean):
+        return "–"
+    return f"{100 * stat.mean:.1f}" + (f" ± {100 * stat.sd:.1f}" if stat.count > 1 else "")
 
 
 def tables(comparison: Comparison, name: str, tests: SectionTests, shown: Sequence[Column]) -> list[Table]:

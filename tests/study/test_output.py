@@ -42,6 +42,18 @@ def test_files(out: Path) -> None:
     assert imread(out / "curves-alpha-0.1.png").std() > 0.01
 
 
+def test_the_terminal_has_spread_and_test(out: Path, tmp_path: Path) -> None:
+    """The numbers of `test_markdown_has_every_number`; these runs have no worst client."""
+    output = call(out, "--out", tmp_path).output
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+    assert rows[:3] == [
+        ["labelled only", "2", "30.0 ± 0.0", "–", "–", "–"],
+        ["FedLabel", "3", "45.0 ± 7.5", "–", "+11.2", "0.205"],
+        ["fully <b>labelled</b>", "3", "67.5 ± 0.0", "–", "–", "–"],
+    ], rows
+    assert "difference to labelled only" in output
+
+
 def test_markdown_has_every_number(out: Path) -> None:
     """FedLabel: seeds 0.5, 0.6, 0.7 in round 4, half of it in round 2. The mean of both: 0.375, 0.45, 0.525 (sd 0.075).
 
