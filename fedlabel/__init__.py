@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedlabel.methods.recipe import Method, Phase, Recipe, Stage
     from server.simulation import RunResult
 
-__all__ = ["Method", "Phase", "Recipe", "Stage", "load_config", "run"]
+__all__ = ["Method", "Phase", "Recipe", "Stage", "load_config", "load_run", "run"]
 _HOMES = {
     "load_config": "fedlabel.config",
     **dict.fromkeys(("Method", "Phase", "Recipe", "Stage"), "fedlabel.methods.recipe"),
@@ -46,7 +46,8 @@ def run(
         profile: measure where a round's time goes, as `fedlabel run --profile` does (grid.profile=true).
 
     Returns:
-        `RunResult(path, summary, metrics)`: the folder, what is in `summary.json`, and one dictionary a round.
+        `path` and `summary` (the folder, and what is in its summary.json), `metrics` and `history` (one dictionary a
+        round, and the same as a table), `model` (a torch module with its preprocessing) and `predict`.
 
     Raises:
         ValueError: configuration, data, checkpoint or folder are not as needed.
@@ -59,3 +60,20 @@ def run(
 
     overrides = [*overrides, *["grid.profile=true"] * profile]
     return simulate(config, overrides, name=name, out=out, resume=resume)
+
+
+def load_run(path: str | Path) -> RunResult:
+    """Returns the result of a run that was done before, or is going on.
+
+    Args:
+        path: the run's folder.
+
+    Raises:
+        ValueError: it is none, or its files are damaged.
+    """
+    from fedlabel.importing import claim_packages
+
+    claim_packages()
+    from server.simulation import load_run
+
+    return load_run(path)

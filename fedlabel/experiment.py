@@ -35,7 +35,7 @@ from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Model, State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
-from fedlabel.models import Net, build_model, check_size, running_statistics
+from fedlabel.models import InputShape, Net, build_model, check_size, running_statistics
 from fedlabel.models.twins import Twins
 from fedlabel.seeding import Draws, derive_seed
 from fedlabel.spans import NoSpans, Recorder, Spans
@@ -292,27 +292,8 @@ class Experiment:
         return model
 
     def _network(self, seed: int) -> nn.Module:
-        """Returns the student, built on the default device."""
-        dataset, network, name = self.federation.dataset, self.recipe.network, self.config.method.name
-
-        def build(place: int) -> nn.Module:
-            own = derive_seed(seed, "network", place) if place else seed
-            model = build_model(self.config.model, dataset.input_shape, dataset.num_classes, own)
-            if network.embeds and not isinstance(model, Net):
-                raise ValueError(
-                    f"`model.name` (={self.config.model.name}) gives no embeddings, which method {name} needs: take a "
-                    "network of our own, e.g. cnn or mlp."
-                )
-            running = sorted(key.rpartition(".")[0] for key in running_statistics(model).means)
-            if network.input_gradients and running:
-                raise ValueError(
-                    f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}): its layer "
-                    f"{running[0]} is BatchNorm, or has running statistics like it, which method {name} cannot "
-                    "differentiate by its inputs: take model.norm=group and a network of our own."
-                )
-            return model
-
-        return network.wrap(build, seed)
+        dataset = self.federation.dataset
+        return build_network(self.config, self.recipe, dataset.input_shape, dataset.num_classes, seed)
 
     def fresh_state(self, round_number: int) -> StateDict:
         """Returns the initial weights of a stage that starts in this round (see `Stage.start`)."""
@@ -419,6 +400,43 @@ class Experiment:
         if predict is None:
             return None
         return evaluate(predict, on.split, self.transform, self.federation.dataset.num_classes, on.parts, on.bags)
+
+
+def build_network(
+    config: ExperimentConfig, recipe: Recipe, input_shape: InputShape, num_classes: int, seed: int
+) -> nn.Module:
+    """Returns the student of a run, untrained, on the default device.
+
+    Args:
+        config: of the run.
+        recipe: of its method.
+        input_shape: of one sample.
+        num_classes: number of classes.
+        seed: of the weights.
+
+    Raises:
+        ValueError: the network does not fit the inputs, or what the method needs of it.
+    """
+    network, name = recipe.network, config.method.name
+
+    def build(place: int) -> nn.Module:
+        own = derive_seed(seed, "network", place) if place else seed
+        model = build_model(config.model, input_shape, num_classes, own)
+        if network.embeds and not isinstance(model, Net):
+            raise ValueError(
+                f"`model.name` (={config.model.name}) gives no embeddings, which method {name} needs: take a "
+                "network of our own, e.g. cnn or mlp."
+            )
+        running = sorted(key.rpartition(".")[0] for key in running_statistics(model).means)
+        if network.input_gradients and running:
+            raise ValueError(
+                f"`model.norm` (={config.model.norm}) of `model.name` (={config.model.name}): its layer "
+                f"{running[0]} is BatchNorm, or has running statistics like it, which method {name} cannot "
+                "differentiate by its inputs: take model.norm=group and a network of our own."
+            )
+        return model
+
+    return network.wrap(build, seed)
 
 
 @lru_cache(maxsize=1)

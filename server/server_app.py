@@ -27,10 +27,11 @@ from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_commit
 from fedlabel.learning.task import label_warnings
+from fedlabel.prediction.card import Card
 from fedlabel.record.files import write_atomic
 from fedlabel.record.json_files import as_json, read_metrics, read_summary
 from fedlabel.record.layout import HOW_TO_READ
-from fedlabel.record.names import CHECKPOINTS, CONFIG_YAML, PARTITION_JSON
+from fedlabel.record.names import CARD_JSON, CHECKPOINTS, CONFIG_YAML, PARTITION_JSON
 from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import latest_checkpoint
 from server.grids.base import ClientGrid
@@ -206,6 +207,7 @@ def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFold
                 folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
         if len(experiment.recipe.stages) > 1:
             write_atomic(folder.stages_json, json.dumps(_stages(experiment)) + "\n")
+        write_atomic(folder.path / CARD_JSON, Card.of(experiment.federation, experiment.labels).text)
         if not done:
             _describe(experiment, folder)
     return folder

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, to_yaml
 from fedlabel.data.federation import build_federation
@@ -22,21 +20,12 @@ from server.grids.base import ClientGrid
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
 from server.request import check_name, default_name, resolve
+from server.results import RunResult, load_run
 from server.server import OnRound
 from server.server_app import run_federation
 from server.strategy import check_cohort
 
-
-@dataclass(frozen=True, eq=False)
-class RunResult:
-    """The result of a run."""
-
-    path: Path
-    """The run's folder."""
-    summary: dict[str, Any]
-    """The content of `summary.json`."""
-    metrics: list[dict[str, Any]]
-    """One dictionary per round, as in `metrics.jsonl`."""
+__all__ = ["RunResult", "load_run", "open_grid", "simulate"]
 
 
 def simulate(

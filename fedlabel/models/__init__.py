@@ -77,6 +77,11 @@ class ModelConfig:
             )
 
 
+def is_foreign(name: str) -> bool:
+    """Returns whether a `model.name` is code that is neither ours nor torchvision's."""
+    return ":" in name and not name.startswith(TORCHVISION)
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """One row of `MODELS`."""
@@ -244,4 +249,14 @@ def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:
     )
 
 
-__all__ = ["MODELS", "ModelConfig", "ModelEntry", "Net", "Part", "build_model", "check_size"]
+__all__ = [
+    "MODELS",
+    "InputShape",
+    "ModelConfig",
+    "ModelEntry",
+    "Net",
+    "Part",
+    "build_model",
+    "check_size",
+    "is_foreign",
+]
