@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedlabel.methods.recipe import Method, Phase, Recipe, Stage
     from server.simulation import RunResult
 
-__all__ = ["Method", "Phase", "Recipe", "Stage", "load_config", "load_run", "run"]
+__all__ = ["Method", "Phase", "Recipe", "RunResult", "Stage", "load_config", "load_run", "run"]
 _HOMES = {
     "load_config": "fedlabel.config",
     **dict.fromkeys(("Method", "Phase", "Recipe", "Stage"), "fedlabel.methods.recipe"),
@@ -21,8 +21,15 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is asked for: most need torch."""
-    if name not in _HOMES:
+    if name not in {*_HOMES, "RunResult"}:
         raise AttributeError(f"module fedlabel has no attribute {name}")
+    if name == "RunResult":
+        from fedlabel.importing import claim_packages
+
+        claim_packages()
+        from server.simulation import RunResult
+
+        return RunResult
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

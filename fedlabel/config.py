@@ -37,9 +37,10 @@ from fedlabel.data.sets.config import NODES, DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.devices.config import DevicesConfig, PopulationPart
 from fedlabel.errors import is_file
+from fedlabel.importing import describe_error
 from fedlabel.learning.prior import PriorConfig
 from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods import METHODS, describe_error, method_class
+from fedlabel.methods import METHODS, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig

@@ -158,6 +158,8 @@ class Server:
             model = self._pacing.moved(invitation.model, model)
             if invitation.encoded is not None:
                 model = self._own(model, invitation.model, state.model)
+        if model is not None:  # a mean of equal numbers may round
+            model = {**model, **{name: state.model[name] for name in self._experiment.frozen}}
         for failure in tally.failures:
             self._folder.log_failure(failure)
         if unfit or tally.num_usable + tally.num_excused < self.config.strategy.min_replies:

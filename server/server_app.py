@@ -27,6 +27,7 @@ from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_commit
 from fedlabel.learning.task import label_warnings
+from fedlabel.models.pretrained import weights_hash
 from fedlabel.prediction.card import Card
 from fedlabel.record.files import write_atomic
 from fedlabel.record.json_files import as_json, read_metrics, read_summary
@@ -122,7 +123,7 @@ def run_federation(
     notes = federation.dataset.notes
     names = federation.dataset.class_names
     labels = label_warnings(config.method.name, experiment.recipe, experiment.labels, names)
-    for warning in [*notes, *federation.warnings(), *labels]:
+    for warning in [*notes, *federation.warnings(), *labels, *experiment.notes]:
         logger.warning(warning)
     for report in federation.functions:
         logger.info(
@@ -232,7 +233,7 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
             "show clients that trained in the round, in their order. Metrics are of all clients."
         )
         folder.log_text("clients", text)
-    write_atomic(folder.partition_json, federation.to_json(_trace_hash(experiment)))
+    write_atomic(folder.partition_json, federation.to_json(_file_hashes(experiment)))
     write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.draws_figures:
         from fedlabel.record.figures import partition_figure, save_png  # here: matplotlib takes a while to import
@@ -283,15 +284,21 @@ def _label_card(experiment: Experiment) -> str:
     return "\n".join([f"**{kinds.sum():,} samples at {clients:,} clients**", "", markdown(rows), "", *notes])
 
 
-def _trace_hash(experiment: Experiment) -> dict[str, str]:
-    """Returns the hash of the file with the devices' trace, by its name in messages; empty without one."""
+def _file_hashes(experiment: Experiment) -> dict[str, str]:
+    """Returns hashes of the files besides the data that a run depends on, by the key that names them: the devices'
+    trace, pretrained weights.
+    """
     trace = experiment.devices.summary().get("trace") if experiment.devices is not None else None
-    return {"devices.trace": trace["sha256"]} if trace else {}
+    weights = experiment.config.model.weights
+    return {
+        **({"devices.trace": trace["sha256"]} if trace else {}),
+        **({"model.weights": weights_hash(Path(weights))} if weights is not None else {}),
+    }
 
 
 def _check_same_data(path: Path, experiment: Experiment) -> None:
-    """Raises a ValueError if the data, the partition, the supervision or the devices' trace differ from those at the
-    start of the run.
+    """Raises a ValueError if the data, the partition, the supervision, the devices' trace or pretrained weights differ
+    from those at the start of the run.
     """
     federation = experiment.federation
     try:
@@ -303,7 +310,7 @@ def _check_same_data(path: Path, experiment: Experiment) -> None:
             f"{path} cannot be read ({type(error).__name__}), so it is unknown whether the data are those of the run. "
             "Put the file back, or begin a new run."
         ) from error
-    here = {"partition and supervision": federation.sha256, **federation.data_hashes, **_trace_hash(experiment)}
+    here = {"partition and supervision": federation.sha256, **federation.data_hashes, **_file_hashes(experiment)}
     changed = [what for what, value in there.items() if here.get(what) != value]
     if changed:
         raise ValueError(

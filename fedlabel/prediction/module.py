@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ def trained_model(config: ExperimentConfig, card: Card, state: Mapping[str, Tens
     Raises:
         ValueError: the weights are not of this network, or the network cannot be built.
     """
-    schema = card.schema
+    schema, config = card.schema, replace(config, model=replace(config.model, weights=None))  # here is all there was
     recipe = config.method.recipe(Task(len(schema.classes), config.num_rounds, card.labels))
     network = build_network(config, recipe, schema.shape, len(schema.classes), seed=0)
     try:

@@ -10,22 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import fedlabel
-from fedlabel.cli.main import app
 from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.prediction.export import PROGRAM, WEIGHTS, load_exported
 from server.simulation import RunResult
+from tests.cli.invoking import invoke
 from tests.integration.tiny import run_tiny
 from tests.prediction.test_results import TABLE, write_table
-
-
-def invoke(*arguments: str | Path, status: int = 0) -> str:
-    done = CliRunner().invoke(app, list(map(str, arguments)))
-    assert done.exit_code == status, done.output
-    return " ".join(done.output.split())
 
 
 @pytest.fixture(scope="module")
