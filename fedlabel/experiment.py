@@ -100,7 +100,7 @@ class Experiment:
         self.transform = ImageTransform(
             mean=torch.tensor(dataset.mean, device=self.device).view(-1, 1, 1),
             std=torch.tensor(dataset.std, device=self.device).view(-1, 1, 1),
-            augment=config.augment,
+            augment=replace(config.augment, jitter=0.0) if dataset.discrete else config.augment,
             allow_flip=dataset.allow_flip,
         )
         seed = derive_seed(config.seed, "model")

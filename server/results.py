@@ -106,7 +106,7 @@ class RunResult:
             ValueError: they are not of the form that the model was trained on.
             RunError: see `model`.
         """
-        found = as_inputs(inputs, self.card.schema, self.config.data)
+        found = as_inputs(inputs, self.card, self.config.data)
         return predict(self.model, found.tensor, self.classes)
 
 

@@ -40,7 +40,7 @@ from server.grids.flower import FlowerGrid
 from server.observers.functions import markdown
 from server.request import check_name, default_name, resolve
 from server.rounds import run_rounds
-from server.server import OnRound, Server
+from server.server import Ended, OnRound, Server
 from server.state import ServerState
 from server.strategy import build_strategy, check_cohort
 from server.summary import OF_THE_PROCESS, summary
@@ -91,14 +91,15 @@ def run_federation(
     resume: bool = False,
     on_round: OnRound = lambda round_number, metrics: None,
 ) -> dict[str, object]:
-    """Runs an experiment, or its remaining rounds, and returns the content of `summary.json`.
+    """Runs an experiment, or its remaining rounds, and returns the content of `summary.json`; {} if `on_round` ended it
+    early, as if it had been interrupted.
 
     Args:
         config: the resolved configuration.
         grid: carries the rounds to clients, simulated or real.
         path: the run's folder; made only when configuration, data, checkpoint and nodes are found sound.
         resume: go on from the newest checkpoint in `path`.
-        on_round: called after every round with its metrics.
+        on_round: called after every round with its metrics; False ends the run.
 
     Raises:
         ValueError: the configuration, the data, the checkpoint or the folder is not as needed.
@@ -143,7 +144,10 @@ def run_federation(
     state = state.to(experiment.device)
     grid.connect(experiment)
     with closing(open_folder(experiment, path, state.round_number if resume else None)) as folder:
-        run_rounds(Server(experiment, grid, folder, state, on_round), state)
+        try:
+            run_rounds(Server(experiment, grid, folder, state, on_round), state)
+        except Ended:
+            return {}
         result = summary(folder.read_metrics(), experiment, commit)
         folder.write_summary(result)
         return result

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, to_yaml
 from fedlabel.data.federation import build_federation
@@ -32,6 +34,7 @@ def simulate(
     config: ExperimentConfig | str | Path | Sequence[str | Path] = (),
     overrides: Sequence[str] = (),
     *,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     name: str | None = None,
     out: str | Path = "runs",
     resume: bool = False,
@@ -43,14 +46,15 @@ def simulate(
     Args:
         config: see there.
         overrides: see there.
+        settings: keys and values, see `fedlabel.config.load_config`.
         name: see there.
         out: see there.
         resume: see there.
         on_start: called when everything is found sound, with the experiment and the run's folder.
-        on_round: called after every round with its metrics.
+        on_round: called after every round with its metrics; False ends the run.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resolved = resolve(config, overrides, Path(out) / name / CONFIG_YAML if resume and name else None)
+    resolved = resolve(config, overrides, Path(out) / name / CONFIG_YAML if resume and name else None, settings)
     check_name(name, resume)
     path = Path(out) / (name or default_name(resolved))
     with naming(path):

@@ -38,11 +38,11 @@ def predict_inputs(console: Console, source: Path, inputs: Path, out: Path, prog
     """Writes the predictions of a run, or of an exported folder, for inputs in files."""
     if (source / CONFIG_YAML).is_file():
         result = load_run(source)
-        loaded: Loaded = (result.model, result.card.schema, result.config)
+        loaded: Loaded = (result.model, result.card, result.config)
     else:
         loaded = load_exported(source, program)
-    model, schema, config = loaded
-    found = as_inputs(inputs, schema, config.data)
+    model, card, config = loaded
+    schema, found = card.schema, as_inputs(inputs, card, config.data)
     for note in found.notes:
         say(console, f"note: {note}", "yellow")
     predictions = predict(model, found.tensor, schema.classes)

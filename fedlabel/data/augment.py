@@ -169,7 +169,7 @@ def strong(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> T
     Each image gets its own operations and signs. A row of a table gets jitter as by `weak`, and then loses features.
 
     Args:
-        images: (batch, channels, height, width), uint8, 1 or 3 channels; or (batch, features, 1, 1), float32. The
+        images: (batch, channels, height, width), uint8; or (batch, features, 1, 1), float32. The
             batch may be empty.
         draws: source of all random numbers.
         config: all fields are used.
@@ -186,7 +186,11 @@ def strong(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> T
     assert images.dtype == torch.uint8, images.dtype
     for _ in range(config.num_ops):
         codes = draws.integers(0, NUM_CODES, (len(images),))
-        images = apply_operations(images, codes, config.magnitude)
+        if images.shape[1] in (1, 3):
+            images = apply_operations(images, codes, config.magnitude)
+        else:  # torchvision knows grey and RGB alone: each channel as a grey image, by the same operation
+            grey, each = images.flatten(0, 1)[:, None], codes.repeat_interleave(images.shape[1])
+            images = apply_operations(grey, each, config.magnitude).view_as(images)
     images = weak(images, draws, config, flip)
     return _cutout(images, draws, config.cutout) if config.cutout else images
 

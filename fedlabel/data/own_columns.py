@@ -30,8 +30,8 @@ def with_columns_aside(data: DataConfig, wanted: Mapping[str, str]) -> DataConfi
     for key, name in wanted.items():
         if name == data.label_column:
             raise DataError(f"`{key}` (={name}) is the column of the labels: name another one.")
-        if not SETS[data.name].tabular and data.name != "npz":
-            raise DataError(f"`{key}` (={name}) is for tables and data.name=npz, not for {data.name}.")
+        if not SETS[data.name].tabular and data.name not in ("npz", "arrays"):
+            raise DataError(f"`{key}` (={name}) is for tables and data.name=npz or arrays, not for {data.name}.")
     if not SETS[data.name].tabular:
         return data
     aside = dict.fromkeys([*data.aside_columns, *wanted.values()])
@@ -53,7 +53,7 @@ def own_column(dataset: Dataset, data: DataConfig, key: str, name: str, part: st
     Raises:
         DataError: there is no such column, or it is of another length.
     """
-    if dataset.tabular:
+    if dataset.tables:
         table = dataset.tables[part]
         values = list(table.column(name)) if name in (*table.names, *table.aside) else None
     elif part == "test":

@@ -25,25 +25,28 @@ class Card:
     schema: Schema
     labels: LabelCard
     """Methods build their network by it."""
+    raw: bool = False
+    """Whether inputs are arrays that are used as they are, of the shape in the schema: neither images nor a table."""
 
     @classmethod
     def of(cls, federation: Federation, labels: LabelCard) -> Card:
         """Returns the card of a federation whose label card is `labels`."""
         if isinstance(federation, NodesFederation):
             return cls(federation.schema, labels)
-        return cls(dataset_schema(federation.dataset), labels)
+        dataset = federation.dataset
+        return cls(dataset_schema(dataset), labels, raw=dataset.tabular and not dataset.tables)
 
     def fields(self) -> dict[str, Any]:
         """Returns the card in JSON's types; `parse_card` reads them back."""
         schema = asdict(self.schema)
-        return {"version": VERSION, "schema": schema, "labels": self.labels._asdict()}
+        return {"version": VERSION, "schema": schema, "raw": self.raw, "labels": self.labels._asdict()}
 
     def without_counts(self) -> Card:
         """Returns the card with 1 in place of every number of labels, for giving the model to others."""
         found = self.labels._asdict()
         found |= {name: min(1, found[name]) for name in _COUNTS}
         found["votes"] = tuple(tuple(min(1, count) for count in row) for row in self.labels.votes)
-        return Card(self.schema, LabelCard(**found))
+        return Card(self.schema, LabelCard(**found), self.raw)
 
     @property
     def text(self) -> str:
@@ -88,6 +91,8 @@ def parse_card(content: Any, where: Path) -> Card:
         )
         lists = {name: tuple(schema[name]) for name in ("classes", "shape", "mean", "std", "annotators", "functions")}
         votes = tuple(map(tuple, labels.pop("votes")))
-        return Card(Schema(**{**schema, **lists, "columns": columns}), LabelCard(**labels, votes=votes))
+        return Card(
+            Schema(**{**schema, **lists, "columns": columns}), LabelCard(**labels, votes=votes), content["raw"] is True
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is no model card ({type(error).__name__}): put it back as it was.") from error

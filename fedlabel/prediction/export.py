@@ -14,7 +14,6 @@ from torch import nn
 
 from fedlabel.config import ExperimentConfig, parse_config, to_yaml
 from fedlabel.config_text import ConfigError
-from fedlabel.data.nodes.schema import Schema
 from fedlabel.errors import make_folder, naming
 from fedlabel.models import is_foreign
 from fedlabel.prediction.card import Card, parse_card, read_json
@@ -30,8 +29,8 @@ HOW_TO_USE = {
 }
 
 
-Loaded = tuple[nn.Module, Schema, ExperimentConfig]
-"""A model, the schema of its inputs, and the configuration of its run."""
+Loaded = tuple[nn.Module, Card, ExperimentConfig]
+"""A model, its card, and the configuration of its run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +77,8 @@ def export_model(
         "input": {
             "dtype": str(example.dtype).removeprefix("torch."),
             "shape": ["batch", *example.shape[1:]],
-            **({"columns": [column.name for column in schema.columns]} if schema.tabular else {"values": "0 to 255"}),
+            **({"columns": [column.name for column in schema.columns]} if schema.tabular else {}),
+            **({} if schema.tabular or card.raw else {"values": "0 to 255"}),
         },
         "output": {"dtype": "float32", "shape": ["batch", len(schema.classes)], "values": "logits"},
         "how_to_use": {name: text for name, text in HOW_TO_USE.items() if name == "weights" or program is not None},
@@ -108,7 +108,7 @@ def _program(model: TrainedModel) -> tuple[io.BytesIO | None, str]:
 
 
 def load_exported(path: Path, program: bool = False) -> Loaded:
-    """Returns the model in a folder of `export_model`, its schema and its configuration.
+    """Returns the model in a folder of `export_model`, its card and its configuration.
 
     Args:
         path: the folder.
@@ -132,7 +132,7 @@ def load_exported(path: Path, program: bool = False) -> Loaded:
             raise ValueError(f"{path / PROGRAM} does not exist: {content.get('no_program', 'export the run again')}.")
         try:
             with warnings.catch_warnings(action="ignore"):
-                return torch.export.load(path / PROGRAM).module(), card.schema, config
+                return torch.export.load(path / PROGRAM).module(), card, config
         except Exception as error:  # torch's reader has many ways to fail
             raise ValueError(f"{path / PROGRAM} is damaged ({type(error).__name__}): export the run again.") from error
     if is_foreign(config.model.name):
@@ -148,4 +148,4 @@ def load_exported(path: Path, program: bool = False) -> Loaded:
         raise
     except Exception as error:
         raise ValueError(f"{path / WEIGHTS} is damaged ({type(error).__name__}): export the run again.") from error
-    return trained_model(config, card, state, str(path)), card.schema, config
+    return trained_model(config, card, state, str(path)), card, config

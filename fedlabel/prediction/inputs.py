@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlabel.data.nodes.schema import NUMBER, Column, Schema
 from fedlabel.data.own_columns import name_of
 from fedlabel.data.sets.array_pixels import TOLERANCE
-from fedlabel.data.sets.cells import read_numbers
+from fedlabel.data.sets.cells import as_text, read_numbers
 from fedlabel.data.sets.config import DataConfig, DataError
 from fedlabel.data.sets.csv_files import read_csv
 from fedlabel.data.sets.image_files import EXTENSIONS, read_headers, read_pixels
@@ -22,6 +22,7 @@ from fedlabel.data.sets.names import listed
 from fedlabel.data.sets.npz_files import read_npz
 from fedlabel.data.sets.parquet_files import read_parquet
 from fedlabel.names import did_you_mean
+from fedlabel.prediction.card import Card
 from fedlabel.shown import shown
 
 ARRAY = "x"
@@ -40,23 +41,25 @@ class Inputs:
     """Notes for the user, a sentence each."""
 
 
-def as_inputs(values: Any, schema: Schema, data: DataConfig | None = None) -> Inputs:
+def as_inputs(values: Any, card: Card, data: DataConfig | None = None) -> Inputs:
     """Returns inputs in any form that is understood as tensors.
 
     Args:
         values: a path (see `read_inputs`); images as array or tensor (n, channels, height, width), (n, height, width,
-            channels) or, of one channel, (n, height, width), uint8 or floats in [0, 1]; rows of a table as a pandas
+            channels) or, of one channel, (n, height, width), uint8 or floats in [0, 1]; arrays as data.name=arrays has
+            them; rows of a table as a pandas
             table, a mapping column -> cells, a list of mappings, or an array (n, columns), see `Cells.forward`.
-        schema: of the run.
+        card: of the run.
         data: how the run read its table; None: marks of missing values are the usual ones.
 
     Raises:
         DataError: they are not of the form that the model was trained on.
     """
+    schema = card.schema
     if isinstance(values, (str, Path)):
-        return read_inputs(Path(values), schema, data)
+        return read_inputs(Path(values), card, data)
     if not schema.tabular:
-        tensor = _images(_array(values), schema, "`inputs`")
+        tensor = _tensor(_array(values), card, "`inputs`")
         return Inputs(tensor, tuple(map(str, range(len(tensor)))))
     if isinstance(values, Mapping) or hasattr(values, "columns"):
         columns = {str(name): values[name] for name in (values if isinstance(values, Mapping) else values.columns)}
@@ -73,11 +76,12 @@ def as_inputs(values: Any, schema: Schema, data: DataConfig | None = None) -> In
     return Inputs(torch.from_numpy(array.astype(np.float64)), tuple(map(str, range(len(array)))))
 
 
-def read_inputs(path: Path, schema: Schema, data: DataConfig | None = None) -> Inputs:
+def read_inputs(path: Path, card: Card, data: DataConfig | None = None) -> Inputs:
     """Returns the inputs in files: a folder of images, at any depth; an .npz file with an array `x`; or a CSV or
     Parquet table with the columns of the schema, others of which are not read. For arguments and errors see
     `as_inputs`.
     """
+    schema = card.schema
     if not path.exists():
         raise DataError(f"`inputs` (={path}): there is no such file or folder. {_wanted(schema)}")
     if schema.tabular:
@@ -86,16 +90,16 @@ def read_inputs(path: Path, schema: Schema, data: DataConfig | None = None) -> I
         decimal = data.decimal if data is not None else "point"
         table = read_parquet(path) if path.suffix.lower() in (".parquet", ".pq") else read_csv(path, decimal=decimal)
         return _rows(table.columns, schema, data, str(path))
-    if path.is_dir():
+    if path.is_dir() and not card.raw:
         return _image_folder(path, schema)
     if path.suffix.lower() != ".npz":
-        raise DataError(f"`inputs` (={path}) holds no images. {_wanted(schema)}")
+        raise DataError(f"`inputs` (={path}) is no .npz file. {_wanted(schema)}")
     arrays, names = read_npz(path, [ARRAY])
     if ARRAY not in arrays:
         raise DataError(
             f"{path} lacks the array `{ARRAY}`; it holds {listed(names) or 'nothing'}. `numpy.savez(file, {ARRAY}=...)`"
         )
-    tensor = _images(arrays[ARRAY], schema, f"{path}: `{ARRAY}`")
+    tensor = _tensor(arrays[ARRAY], card, f"{path}: `{ARRAY}`")
     return Inputs(tensor, tuple(map(str, range(len(tensor)))))
 
 
@@ -120,6 +124,20 @@ def _array(values: Any) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------------- images
+
+
+def _tensor(array: np.ndarray, card: Card, where: str) -> Tensor:
+    """Returns images or raw arrays."""
+    if not card.raw:
+        return _images(array, card.schema, where)
+    shape = card.schema.shape
+    forms = {shape, shape[:2] if shape[2] == 1 else shape, shape[:1] if shape[1:] == (1, 1) else shape}
+    if array.dtype.kind not in "biuf" or array.shape[1:] not in forms or not np.isfinite(array).all():
+        raise DataError(
+            f"{where} ({array.dtype} of shape {array.shape}) must hold finite numbers, as x_train of the run: an array "
+            f"of shape {min(forms, key=len)} for each sample."
+        )
+    return torch.from_numpy(array.astype(np.float32).reshape(-1, *shape))
 
 
 def _images(array: np.ndarray, schema: Schema, where: str) -> Tensor:
@@ -204,7 +222,7 @@ def _rows(columns: Mapping[str, Iterable[Any]], schema: Schema, data: DataConfig
 def _numbers(cells: list[Any], name: str, marks: frozenset[str], decimal: str, where: str) -> np.ndarray:
     if all(isinstance(cell, (int, float, np.number)) for cell in cells):
         return np.array(cells, dtype=np.float64)
-    texts = ["" if cell is None or cell != cell else str(cell).strip() for cell in cells]
+    texts = list(map(as_text, cells))
     typed = not all(isinstance(cell, str) for cell in cells)  # Python's own numbers have a decimal point
     found = read_numbers(texts, marks, "point" if typed else decimal)
     if found.odd:
@@ -218,5 +236,5 @@ def _numbers(cells: list[Any], name: str, marks: frozenset[str], decimal: str, w
 
 def _categories(cells: list[Any], column: Column) -> np.ndarray:
     place = {name: number for number, name in enumerate(column.categories)}
-    texts = ["" if cell is None or cell != cell else str(cell).strip() for cell in cells]
+    texts = list(map(as_text, cells))
     return np.array([place.get(text, place.get(name_of(text), -1)) for text in texts], dtype=np.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlabel.config import ExperimentConfig
-from fedlabel.data.nodes.schema import NUMBER, Column, Schema
+from fedlabel.data.nodes.schema import NUMBER, Column
 from fedlabel.experiment import build_network
 from fedlabel.methods.recipe import Task
 from fedlabel.prediction.card import Card
@@ -81,36 +81,41 @@ class TrainedModel(nn.Module):
 
     Args:
         network: normalised inputs -> logits.
-        schema: of the inputs.
+        card: of the run.
     """
 
-    def __init__(self, network: nn.Module, schema: Schema) -> None:
+    def __init__(self, network: nn.Module, card: Card) -> None:
         super().__init__()
-        self.preprocess: nn.Module = Cells(schema.columns) if schema.tabular else Pixels(schema.mean, schema.std)
+        self.card, schema = card, card.schema
+        if card.raw:
+            self.preprocess: nn.Module = nn.Identity()
+        else:
+            self.preprocess = Cells(schema.columns) if schema.tabular else Pixels(schema.mean, schema.std)
         self.network = network
-        self.schema = schema
         self.eval()
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the logits."""
-        return self.schema.classes
+        return self.card.schema.classes
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns logits (batch, classes).
 
         Args:
-            inputs: images (batch, channels, height, width), uint8 or floats in [0, 1]; or rows of a table (batch,
-                columns), see `Cells`. `fedlabel.prediction.inputs.as_inputs` makes these of other forms.
+            inputs: images (batch, channels, height, width), uint8 or floats in [0, 1]; rows of a table (batch,
+                columns), see `Cells`; or arrays of data.name=arrays, float32 (batch, a, b, c).
+                `fedlabel.prediction.inputs.as_inputs` makes these of other forms.
         """
         logits: Tensor = self.network(self.preprocess(inputs))
         return logits
 
     def example(self) -> Tensor:
         """Returns two inputs of zeros, in the form in which data sets have them."""
-        if self.schema.tabular:
-            return torch.zeros(2, len(self.schema.columns), dtype=torch.float64)
-        return torch.zeros(2, *self.schema.shape, dtype=torch.uint8)
+        schema = self.card.schema
+        if schema.tabular:
+            return torch.zeros(2, len(schema.columns), dtype=torch.float64)
+        return torch.zeros(2, *schema.shape, dtype=torch.float32 if self.card.raw else torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,4 +177,4 @@ def trained_model(config: ExperimentConfig, card: Card, state: Mapping[str, Tens
             f"{where}: the weights are not of the network that the configuration describes "
             f"(`model.name`={config.model.name}): {' '.join(str(error).split())[:300]}"
         ) from error
-    return TrainedModel(network, schema)
+    return TrainedModel(network, card)

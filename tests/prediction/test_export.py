@@ -91,10 +91,10 @@ def test_predictions_of_a_table(tmp_path: Path) -> None:
     assert "1 of 3 cells of column colour hold none of the categories" in said
     wanted = result.predict({"code": [1, 2, 0], "size": [None, None, 1.5], "colour": ["red", "pink", "blue"]})
     assert [row["predicted"] for row in read_rows(tmp_path / "out.csv")] == wanted.labels
-    program, schema, _ = load_exported(tmp_path / "model", program=True)
+    program, card, _ = load_exported(tmp_path / "model", program=True)
     rows = torch.tensor([[1.5, 0.0, 2.0], [float("nan"), -1.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
     assert torch.allclose(program(rows), result.model(rows), atol=1e-5)
-    assert schema == result.card.schema
+    assert card.schema == result.card.schema
     frame = __import__("pandas").read_csv(tmp_path / "new.csv")
     frame.to_parquet(tmp_path / "new.parquet")
     invoke("predict", result.path, tmp_path / "new.parquet", "--out", tmp_path / "parquet.csv")

@@ -162,8 +162,8 @@ def test_rows_of_another_form_are_refused(table: tuple[RunResult, Path], rows: o
 def test_a_cell_of_no_category_is_said(table: tuple[RunResult, Path], tmp_path: Path) -> None:
     from fedlabel.prediction.inputs import as_inputs
 
-    rows = {"size": [1.0, None], "colour": ["pink", "red"], "code": [1, 2.0]}
-    found = as_inputs(rows, table[0].card.schema)
+    rows = {"size": [1.0, pandas.NA], "colour": ["pink", "red"], "code": [1, 2.0]}
+    found = as_inputs(rows, table[0].card)
     assert found.notes == ("`inputs`: 1 of 2 cells of column colour hold none of the categories of the training rows.",)
     assert found.tensor[:, 1].tolist() == [-1.0, 2.0]
     assert found.tensor[:, 2].tolist() == [1.0, 2.0]

@@ -69,7 +69,7 @@ def federation_schema(federation: Federation, label_epsilon: float | None = None
 def dataset_schema(dataset: Dataset) -> Schema:
     """Returns classes, inputs and normalisation of a data set, whether or not nodes' files could hold such names."""
     columns: tuple[Column, ...] = ()
-    if dataset.tabular:
+    if dataset.tables:
         table = dataset.tables["train"]
         fitted = fitted_columns(table)
         numeric = table.numbers.shape[1]
@@ -82,8 +82,8 @@ def dataset_schema(dataset: Dataset) -> Schema:
     return Schema(
         classes=dataset.class_names,
         shape=dataset.input_shape,
-        mean=() if dataset.tabular else dataset.mean,
-        std=() if dataset.tabular else dataset.std,
+        mean=() if columns else dataset.mean,
+        std=() if columns else dataset.std,
         allow_flip=dataset.allow_flip,
         columns=columns,
     )
@@ -117,6 +117,11 @@ def export_federation(
         raise ValueError(
             f"The server holds {counted(len(federation.server_rows), 'labelled sample')}, for which a deployment has "
             "no place: take supervision.labels_at=clients."
+        )
+    if federation.dataset.tabular and not federation.dataset.tables:
+        raise DataError(
+            f"A node's folder holds images or a table, and {federation.dataset.name} are arrays of another meaning: "
+            "only a simulation can use them."
         )
     schema = federation_schema(federation, label_epsilon)
     make_folder(path)

@@ -38,6 +38,7 @@ SETS = {
     "svhn": SetInfo("SVHN, cropped: 99,289 colour 32x32, 10 digits"),
     "image_folder": SetInfo("a folder of yours: train/<class>/* and test/<class>/*", allow_flip=True, own=True),
     "npz": SetInfo("a numpy file of yours: x_train, y_train, x_test, y_test", own=True),
+    "arrays": SetInfo("a numpy file of yours whose x are no images: tokens, signals, features, as they are", own=True),
     "breast_cancer": SetInfo("scikit-learn's table: 569 tumours, 30 features, malignant or benign", tabular=True),
     "adult": SetInfo("UCI's table: 48,842 people of a census, income above 50K or not", tabular=True),
     "bank_marketing": SetInfo("UCI's table: 45,211 calls of a bank, sold or not", tabular=True),
