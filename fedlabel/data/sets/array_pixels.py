@@ -133,11 +133,6 @@ def channels_first(images: np.ndarray, name: str, channel_axis: int | None = Non
         raise DataError(
             f"{name} has shape {shape}; it must be (n, h, w), (n, h, w, c) or (n, c, h, w), c = 1 or 3."
             + (" Leave out the alpha channel: `x[..., :-1]`, or `x[:, :-1]`." if alpha else "")
-            + (
-                " Of another number of channels: say which axis they are, `channel_axis`, 1 or 3."
-                if images.ndim == 4
-                else ""
-            )
         )
     if min(found.shape[2:]) < 2:
         raise DataError(
