@@ -207,8 +207,8 @@ MODELS: dict[str, ModelEntry] = {
 }
 
 TORCHVISION_ENTRY = ModelEntry("any classifier of torchvision", 1, _build_torchvision)
-FOREIGN_ENTRIES = {
-    f"{TIMM}<name>": "any classifier of timm, if that is installed; its arguments in model.args",
+FOREIGN = {
+    f"{TIMM}NAME": "untrained, by timm's NAME, if that is installed; its arguments in model.args",
     "package.module:function": "your own: a function of num_classes and input_shape that returns a torch module",
 }
 """Descriptions of the networks that are neither ours nor torchvision's."""
