@@ -304,8 +304,10 @@ class Experiment:
 
     def _check_frozen(self, frozen: frozenset[str]) -> None:
         """Checks that something is left to train in every phase, and that no noise is added to what is frozen."""
+        if not frozen:
+            return
         key = f"`model.trainable` (={self.config.model.trainable})"
-        if frozen and self.config.privacy.is_on:
+        if self.config.privacy.is_on:
             raise ValueError(
                 f"{key} freezes {len(frozen)} arrays, to which privacy.kind={self.config.privacy.kind} would add "
                 "noise: set privacy.kind=none, or train all (model.trainable=null)."

@@ -10,11 +10,16 @@ import pytest
 import torch
 
 import fedlabel
+from clients.client_app import app
+from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
 from fedlabel.models import own as own_module
 from fedlabel.models import pass_model
+from server.grids.flower import FlowerGrid
+from server.server_app import run_federation
 from tests.cli.invoking import invoke
-from tests.integration.tiny import TINY, assert_same_run, final_weights
+from tests.integration.local_nodes import LocalNodes
+from tests.integration.tiny import TINY, assert_same_run, assert_same_weights, final_weights
 from tests.models.own_nets import Dropping, Plain, linear
 
 NETS = "tests.models.own_nets"
@@ -105,6 +110,17 @@ def test_pretrained_weights_are_the_start_and_the_note_is_logged(
         run(tmp_path, "x", *keys, "num_rounds=2", resume=True)
     (tmp_path / "w.pt").unlink()
     assert fedlabel.load_run(result.path).model is not None
+
+
+def test_weights_are_not_sent_to_nodes_as_a_path(tmp_path: Path) -> None:
+    """They get the model; its file is the server's, and a node would refuse to open one of this name."""
+    other = Experiment(load_config([], [*TINY, "seed=7"])).initial_state
+    torch.save(other, tmp_path / "w.pt")
+    config = load_config([], [*TINY, f"model.weights={tmp_path / 'w.pt'}", "evaluation.figures=false", "num_rounds=1"])
+    nodes = LocalNodes(app, config.num_clients)
+    run_federation(config, FlowerGrid(nodes), tmp_path / "deployed")
+    simulated = fedlabel.run(config, name="simulated", out=tmp_path)
+    assert_same_weights(final_weights(tmp_path / "deployed"), final_weights(simulated.path))
 
 
 def test_twins_need_different_starts(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ class DataConfig:
     root: str = no_effect("data")
     """The folder of the data sets in torchvision's layout; for adult, bank_marketing and magic that of UCI's files (as
     they are or .gz), or one that has them in `[tabular/]adult`, `[tabular/]bank-marketing`, `[tabular/]magic`. For npz,
-    arrays and table the file, for image_folder the folder with `train` and `test`. Not used by digits and breast_cancer, which
-    come with scikit-learn. An npz file of images with another number of channels than 1 or 3 has an array
-    `channel_axis`, 1 or 3."""
+    arrays and table the file, for image_folder the folder with `train` and `test`. Not used by digits and
+    breast_cancer, which come with scikit-learn. An npz file of images with another number of channels than 1 or 3 has
+    an array `channel_axis`, 1 or 3."""
     download: bool = no_effect(False)
     """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
     validation_fraction: float = 0.1
