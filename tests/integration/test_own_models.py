@@ -13,6 +13,7 @@ import fedlabel
 from clients.client_app import app
 from fedlabel.config import load_config
 from fedlabel.experiment import Experiment
+from fedlabel.learning.client import LocalRound, train_clients
 from fedlabel.models import own as own_module
 from fedlabel.models import pass_model
 from server.grids.flower import FlowerGrid
@@ -83,6 +84,24 @@ def test_what_is_frozen_stays_and_the_rest_moves(
     start = Experiment(result.config).initial_state
     for name, value in final_weights(result.path).items():
         assert torch.equal(value, start[name]) != name.startswith(trained), name
+
+
+def test_clients_do_not_move_what_is_frozen() -> None:
+    """Before the server puts it back, alone and in a stack, with weight decay and momentum."""
+    keys = ["model.name=mlp", "model.trainable='^output'", "training.weight_decay=0.1", "training.momentum=0.9"]
+    experiment = Experiment(
+        load_config([], [*(each for each in OWN if not each.startswith("method.")), *keys, "method.name=supervised"])
+    )
+    start = experiment.initial_state
+    rounds = [LocalRound(experiment.client_data(client), client, {}) for client in (0, 1)]
+    for clients in (rounds[:1], rounds):
+        updates = train_clients(experiment.recipe, experiment.trainer, start, clients, 1)
+        assert updates[0].stacked == (len(clients) > 1)
+        for update in updates:
+            (part,) = update.parts.values()
+            assert {name for name, value in part.state.items() if not torch.equal(value, start[name])} == {
+                *("output.weight", "output.bias")
+            }
 
 
 def test_a_phase_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
