@@ -10,12 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from fedlabel.cli.progress import make_table, say
+from fedlabel.config_text import ConfigError
 from fedlabel.names import counted
 from fedlabel.prediction.export import Loaded, export_model, load_exported
 from fedlabel.prediction.inputs import as_inputs
 from fedlabel.prediction.module import Predictions, predict
 from fedlabel.record.files import write_atomic
-from fedlabel.record.names import CONFIG_YAML
+from fedlabel.record.names import CARD_JSON, CONFIG_YAML
 from fedlabel.shown import shown
 from server.results import load_run
 
@@ -39,8 +40,12 @@ def predict_inputs(console: Console, source: Path, inputs: Path, out: Path, prog
     if (source / CONFIG_YAML).is_file():
         result = load_run(source)
         loaded: Loaded = (result.model, result.card, result.config)
-    else:
+    elif (source / CARD_JSON).is_file():
         loaded = load_exported(source, program)
+    else:
+        raise ConfigError(
+            f"{source} is neither the folder of a run nor one that `fedlabel export` wrote: check the path."
+        )
     model, card, config = loaded
     schema, found = card.schema, as_inputs(inputs, card, config.data)
     for note in found.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fedlabel.models import is_foreign
 from fedlabel.prediction.card import Card, parse_card, read_json
 from fedlabel.prediction.module import TrainedModel, trained_model
 from fedlabel.record.files import write_atomic
-from fedlabel.record.json_files import json_line
+from fedlabel.record.json_files import as_json
 from fedlabel.record.names import CARD_JSON
 
 WEIGHTS, PROGRAM = "weights.pt", "model.pt2"
@@ -87,7 +88,7 @@ def export_model(
         **about,
         "config": to_yaml(config),
     }
-    write_atomic(path / CARD_JSON, json_line(about))
+    write_atomic(path / CARD_JSON, json.dumps(as_json(about), indent=1, ensure_ascii=False) + "\n")
     return Exported(path, tuple(files), problem)
 
 

@@ -126,6 +126,9 @@ def test_networks_of_several_parts_have_a_program(overrides: tuple[str, ...], tm
 
 
 def test_a_folder_is_not_overwritten(run: RunResult, exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").touch()
+    said = invoke("predict", tmp_path, tmp_path / "in.csv", status=2)
+    assert "is neither the folder of a run nor one that `fedlabel export` wrote" in said
     assert "is not empty" in invoke("export", run.path, "--out", exported, status=2)
     assert "is not the folder of a run" in invoke("export", tmp_path, "--out", tmp_path / "x", status=2)
 
@@ -138,9 +141,9 @@ def test_damage_is_an_error_of_one_line(name: str, exported: Path, tmp_path: Pat
     flag = ["--program"] if name == PROGRAM else []
     said = invoke("predict", tmp_path, tmp_path / "in.npz", "--out", tmp_path / "o.csv", *flag, status=2)
     assert f"{name} is damaged" in said
-    (tmp_path / name).unlink()
+    (tmp_path / name).unlink()  # without a card it is no such folder at all
     said = invoke("predict", tmp_path, tmp_path / "in.npz", "--out", tmp_path / "o.csv", *flag, status=2)
-    assert name in said
+    assert ("is neither the folder" if name == "card.json" else name) in said
     assert not (tmp_path / "o.csv").exists()
 
 
