@@ -85,6 +85,7 @@ def from_arrays(
     *,
     class_names: Sequence[str] | None = None,
     client: Owner | None = None,
+    client_test: Owner | None = None,
     images: bool | None = None,
     channel_axis: int | None = None,
 ) -> OwnData:
@@ -99,6 +100,7 @@ def from_arrays(
         y_test: their labels, all known.
         class_names: in the order of their numbers.
         client: who owns each training sample (natural clients); None: `partition` deals them out.
+        client_test: who owns each test sample, by which clients are evaluated; None: each gets samples like its own.
         images: whether inputs are images; None: if they have three dimensions or more.
         channel_axis: 1 or 3, the axis of the channels of images that have another number of them than 1 or 3.
 
@@ -118,6 +120,10 @@ def from_arrays(
     owner = None if client is None else _owner(client, len(found["x_train"]))
     if owner is not None:
         found[CLIENT] = owner
+    if client_test is not None:
+        if owner is None:
+            raise DataError("`client_test` says who owns test samples, and `client` is None: give both.")
+        found[f"{CLIENT}_test"] = _owner(client_test, len(found["x_test"]))
     content = io.BytesIO()
     np.savez(content, **found)  # type: ignore[arg-type]
     clients = None if owner is None else len(set(map(name_of, owner.tolist())))
@@ -270,7 +276,7 @@ def from_leaf(train: str | Path, test: str | Path, *, shape: Sequence[int] | Non
             inputs = [array.reshape(-1, *shape) for array in inputs]
         except ValueError as error:
             raise DataError(f"`shape` (={tuple(shape)}) does not fit inputs of shape {inputs[0].shape[1:]}.") from error
-    return from_arrays(inputs[0], parts[0][1], inputs[1], parts[1][1], client=parts[0][2])
+    return from_arrays(inputs[0], parts[0][1], inputs[1], parts[1][1], client=parts[0][2], client_test=parts[1][2])
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -304,7 +310,7 @@ def _owner(client: Owner, size: int) -> np.ndarray:
                 raise DataError(f"`client`: sample {row} is owned by {found[row]} and by {name}.")
             found[row] = str(name)
     if len(without := np.flatnonzero(found == "")):
-        raise DataError(f"`client` says nothing of {len(without)} of {size} training samples, e.g. {without[0]}.")
+        raise DataError(f"`client` says nothing of {len(without)} of {size} samples, e.g. {without[0]}.")
     return found.astype(str)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 import fedlabel
 from fedlabel import datasets
+from fedlabel.config import load_config
 from fedlabel.data.sets.config import DataConfig, DataError
 from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.experiment import Experiment
@@ -31,6 +32,13 @@ QUICK: Settings = {
     "evaluation": {"figures": False},
     "device": "cpu",
 }
+OWNED = (
+    "partition.kind=column",
+    "partition.column=client",
+    "num_clients=3",
+    "model.name=mlp",
+    "supervision.label_rate=0.9",
+)
 RNG = np.random.default_rng(0)
 
 
@@ -112,7 +120,7 @@ def test_clients_are_who_owns_the_samples(tmp_path: Path) -> None:
     [
         (["a"] * 5, r"`client` has shape \(5,\)"),
         ({"a": range(30), "b": [3]}, "sample 3 is owned by a and by b"),
-        ({"a": range(29)}, "says nothing of 1 of 30 training samples, e.g. 29"),
+        ({"a": range(29)}, "says nothing of 1 of 30 samples, e.g. 29"),
         ({"a": [30]}, "a owns sample 30, and there are 30"),
     ],
 )
@@ -120,6 +128,8 @@ def test_owners_that_are_none(client: Any, message: str) -> None:
     x, y = blobs(30, (6, 5))
     with pytest.raises(DataError, match=message):
         datasets.from_arrays(x, y, x, y, client=client)
+    with pytest.raises(DataError, match="and `client` is None: give both"):
+        datasets.from_arrays(x, y, x, y, client_test=client)
 
 
 def tokens(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -269,6 +279,9 @@ def test_leaf(tmp_path: Path) -> None:
     data = datasets.from_leaf(tmp_path / "train", tmp_path / "test", shape=(6, 5))
     assert (data.num_clients, data.data["name"]) == (3, "npz")
     dataset = loaded(data, tmp_path)
+    keys = [f"data.{key}={value}" for key, value in data.save(tmp_path)["data"].items()]
+    tested = Experiment(load_config([], [*keys, *OWNED])).federation.test_parts
+    assert [rows.tolist() for rows in tested] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     order = [row for rows in users.values() for row in rows]
     assert np.array_equal(dataset.train.images[:, 0].numpy(), x[order])
     with pytest.raises(DataError, match="does not fit inputs of shape"):
