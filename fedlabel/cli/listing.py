@@ -18,7 +18,7 @@ from fedlabel.config_text import as_yaml
 from fedlabel.data.partition import FLWR_DATASETS
 from fedlabel.data.sets.config import SETS
 from fedlabel.methods import METHODS, method_class
-from fedlabel.models import AUXILIARY_OUTPUTS, MODELS, TORCHVISION
+from fedlabel.models import AUXILIARY_OUTPUTS, FOREIGN, MODELS, TORCHVISION
 from fedlabel.names import did_you_mean
 from fedlabel.shipped import CONFIGS
 
@@ -55,7 +55,8 @@ def choices(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
         "method.name": {name: method.description for name, method in METHODS.items()},
         "data.name": {name: entry.description for name, entry in SETS.items()},
         "model.name": {name: entry.description for name, entry in MODELS.items()}
-        | {f"{TORCHVISION}NAME": f"untrained, by NAME: {', '.join(nets)}"},
+        | {f"{TORCHVISION}NAME": f"untrained, by NAME: {', '.join(nets)}"}
+        | FOREIGN,
         "partition.kind": PARTITIONS,
         "supervision.kind": LABELS,
         "strategy.name": {strategies[0]: "weighted mean of the clients' models (default)"} | flower,

@@ -306,6 +306,47 @@ def audit(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+) -> None:
+    """Write the model of a run: weights, a torch.export program that normalises its inputs itself, and card.json."""
+    with _reported():
+        claim_packages()
+        from fedlabel.cli.predict import export_run
+
+        export_run(console, run, out)
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of `fedlabel export`.")],
+    inputs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUTS",
+            help="Folder of images, .npz file with an array x, or CSV or Parquet table with the columns of the data.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="CSV file for what is written.")] = Path("predictions.csv"),
+    program: Annotated[
+        bool,
+        typer.Option(
+            "--program",
+            help="Of an exported folder run the torch.export program, as a model of somebody's own code needs it. It "
+            "can hold code: only of somebody whom you trust.",
+        ),
+    ] = False,
+) -> None:
+    """Write class and probabilities of each input as CSV, by the model of a run or of an exported folder."""
+    with _reported():
+        claim_packages()
+        from fedlabel.cli.predict import predict_inputs
+
+        predict_inputs(console, source, inputs, out, program)
+
+
+@app.command()
 def compare(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="A sweep's folder, or folders that hold runs at any depth.")
