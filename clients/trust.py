@@ -34,7 +34,7 @@ NAMES = frozenset(
         *("data.positive_classes", "data.label_column", "data.categorical", "data.drop_columns", "data.aside_columns"),
         *("data.missing", "partition.column", "labeled_partition.column", "supervision.labels_keys"),
         *("supervision.bag_column", "supervision.bag_feature", "skew.unlabeled_only_classes", "devices.rare_classes"),
-        *("model.embedding", "model.trainable"),
+        "model.embedding",
     }
 )
 """Keys that hold names of classes, columns, arrays or layers, or marks: they are compared with what there is."""
@@ -55,11 +55,11 @@ GUARDED = frozenset(
         *("data.root", "data.test_file", "data.download", "data.schema", "data.test", "method.name", "devices.trace"),
         *("supervision.labels_file", "supervision.bags_file", "supervision.module", "supervision.audit"),
         *("partition.partitioner_args", "labeled_partition.partitioner_args"),
-        *("model.name", "model.args", "model.weights"),
+        *("model.name", "model.args", "model.weights", "model.trainable"),
     }
 )
-"""Keys that name files or code, make a node connect to others, or go to other packages' code unread. A key with a text
-that is in no table is treated as one of these."""
+"""Keys that name files or code, make a node connect to others, go to other packages' code unread, or can take any time
+(a regular expression). A key with a text that is in no table is treated as one of these."""
 UNUSED = frozenset({"strategy.name", "strategy.args"})
 """Keys that a node does not act on: the server's, which checks them when it builds its strategy."""
 

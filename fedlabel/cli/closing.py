@@ -18,7 +18,7 @@ from fedlabel.methods.supervised import Supervised
 from fedlabel.metric_tags import find_tag
 from fedlabel.names import counted
 from fedlabel.record.json_files import read_summary
-from fedlabel.record.names import CONFIG_YAML, SUMMARY_JSON
+from fedlabel.record.names import CONFIG_YAML, PARTITION_JSON, SUMMARY_JSON
 from fedlabel.record.results import name_mean
 
 DEFAULT_OUT = Path("runs")
@@ -92,11 +92,13 @@ def against_labels_only(
 
 
 def find_bound(path: Path, config: ExperimentConfig) -> Bound | None:
-    """Returns the newest finished labelled-only run beside a run that differs in its method alone; None without one.
+    """Returns the newest finished labelled-only run beside a run that differs in its method alone, on the same samples
+    and labels at the same clients; None without one.
 
     Folders that hold no run, or a damaged one, are passed over.
     """
     wanted = _setting(config)
+    data = _data(path)
     beside = sorted(
         (each for each in path.parent.iterdir() if each != path and (each / SUMMARY_JSON).is_file()),
         key=lambda each: (each / SUMMARY_JSON).stat().st_mtime,
@@ -108,12 +110,18 @@ def find_bound(path: Path, config: ExperimentConfig) -> Bound | None:
             if summary["method"] != Supervised.name or summary["seed"] != config.seed:
                 continue
             other = load_config([folder / CONFIG_YAML])
-            if other.method.oracle_labels or _setting(other) != wanted:
+            if other.method.oracle_labels or _setting(other) != wanted or _data(folder) != data:
                 continue
             return Bound(folder, float(summary["eval/accuracy"]["mean_last_tenth"]))
         except (ValueError, KeyError, TypeError, OSError):
             continue
     return None
+
+
+def _data(folder: Path) -> tuple[Any, Any]:
+    """Returns the hashes of a run's partition, supervision and samples: a path says nothing of what it holds."""
+    found = json.loads((folder / PARTITION_JSON).read_bytes())
+    return found["sha256"], found["data"]
 
 
 def _setting(config: ExperimentConfig) -> dict[str, str | int | float | bool]:

@@ -95,8 +95,8 @@ def fallen(rounds: Rounds, tag: str, name: str) -> Finding | None:
 
 
 def never_trained(rounds: Rounds, num_clients: int) -> Finding | None:
-    """Some clients have not taken part in any round. Of all stages' rounds."""
-    lists = [row["train/client_loss"] for row in rounds if row.get("train/client_loss")]
+    """Some clients have trained in no round. Of all stages' rounds."""
+    lists = [row[tag] for row in rounds for tag in ("train/client_loss", "pseudo/client_coverage") if row.get(tag)]
     # Of more clients than are listed, a list is of those that trained.
     if not lists or num_clients > SHOWN_CLIENTS or any(len(each) != num_clients for each in lists):
         return None
@@ -105,10 +105,10 @@ def never_trained(rounds: Rounds, num_clients: int) -> Finding | None:
         return None
     names = ", ".join(map(str, absent[:NAMED])) + (f" and {len(absent) - NAMED} more" if len(absent) > NAMED else "")
     return Finding(
-        "Clients that never took part",
-        f"{len(absent)} of {counted(num_clients, 'client')} gave no result in any of {counted(len(rounds), 'round')} "
-        f"(said from one on): {names}. The model knows nothing of their data: more rounds, or a larger "
-        "fraction_train, reach them; see also the failures.",
+        "Clients that never trained",
+        f"{len(absent)} of {counted(num_clients, 'client')} trained in none of {counted(len(rounds), 'round')} "
+        f"(said from one on): {names}. They were not drawn (more rounds, or a larger fraction_train, reach them), or "
+        "failed (see the failures), or hold nothing that the method learns from, such as labels.",
     )
 
 

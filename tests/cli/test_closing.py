@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -67,13 +68,29 @@ def test_what_is_no_bound_is_passed_over(tmp_path: Path) -> None:
     for name, more in {"oracle": ["method.oracle_labels=true"], "seed": ["seed=5"], "damaged": []}.items():
         fedlabel.run(overrides=[*QUICK, "method.name=supervised", *more], name=name, out=tmp_path)
     config = load_config(overrides=QUICK)
+    (tmp_path / "mine").mkdir()
+    own = tmp_path / "mine" / "partition.json"
+    own.write_text((tmp_path / "damaged" / "partition.json").read_text())
     found = find_bound(tmp_path / "mine", config)
     assert found is not None
     assert found.path == tmp_path / "damaged"
     (tmp_path / "damaged" / "summary.json").write_text("{")
     (tmp_path / "no run").mkdir()
     assert find_bound(tmp_path / "mine", config) is None
+    own.write_text((tmp_path / "seed" / "partition.json").read_text())
     assert find_bound(tmp_path / "mine", dataclasses.replace(config, seed=5)) is not None
+
+
+def test_other_data_under_the_same_keys_are_no_bound(tmp_path: Path) -> None:
+    fedlabel.run(overrides=[*QUICK, "method.name=supervised"], name="labels", out=tmp_path)
+    config = load_config(overrides=QUICK)
+    own = tmp_path / "mine" / "partition.json"
+    own.parent.mkdir()
+    saved = json.loads((tmp_path / "labels" / "partition.json").read_text())
+    own.write_text(json.dumps(saved))
+    assert find_bound(own.parent, config) is not None
+    own.write_text(json.dumps({**saved, "data": dict.fromkeys(saved["data"], "other")}))
+    assert find_bound(own.parent, config) is None
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_clients_that_never_took_part() -> None:
     losses = [[1.0, None, None, 0.5], [None, 2.0, None, 0.5]]
     found = never_trained(rounds(train__client_loss=losses), 4)
     assert found is not None
-    assert "1 of 4 clients gave no result in any of 2 rounds (said from one on): 2." in found.text
+    assert "1 of 4 clients trained in none of 2 rounds (said from one on): 2." in found.text
     assert never_trained(rounds(train__client_loss=[*losses, [None, None, 1.0, None]]), 4) is None
     many = never_trained(rounds(train__client_loss=[[None] * 29 + [1.0]]), 30)
     assert many is not None

@@ -124,7 +124,7 @@ def test_what_a_report_says_of_a_finished_run(finished: Path) -> None:
     assert found["classes"]["names"] == ["cat", HOSTILE]
     assert found["classes"]["accuracy"] == [0.75, None]
     assert dict(found["costs"])["bytes up, all clients"] == "6.00 MB"
-    assert [finding["title"] for finding in found["findings"]] == ["Clients that never took part"]
+    assert [finding["title"] for finding in found["findings"]] == ["Clients that never trained"]
     assert {page: [p["title"] for p in of_page] for page, of_page in found["pictures"].items()} == {
         "Learning": ["confusion matrix"],
         "Supervision": ["noise matrix of an annotator 0"],
