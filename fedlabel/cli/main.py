@@ -498,6 +498,9 @@ def statistics(
     categorical: Annotated[
         str, typer.Option(help="Columns of a table (comma separated) that hold categories, even if these are numbers.")
     ] = "",
+    min_count: Annotated[
+        int, typer.Option(min=1, help="Leave out sums of fewer cells, and names of classes or categories in fewer.")
+    ] = 1,
 ) -> None:
     """Write the sums over a node's folder from which `fedlabel data schema` makes the federation's schema."""
     from fedlabel.cli.data import names_in
@@ -506,7 +509,7 @@ def statistics(
     with _reported():
         from fedlabel.data.nodes.statistics import folder_statistics
 
-        write_atomic(out, folder_statistics(folder, names_in(categorical)).to_json())
+        write_atomic(out, folder_statistics(folder, names_in(categorical), min_count).to_json())
     say(console, f"Counts, sums and names of {folder}, and no row of it: {out}. Look into it before you send it.")
 
 

@@ -184,7 +184,7 @@ def heartbeat(federation: Federation, node_id: int, signed: Signed) -> bool:
     Raises:
         httpx.HTTPStatusError: it does not.
     """
-    trusted = str(federation.root / "federation/certificates/ca.crt")
+    trusted = (federation.root / "federation/certificates/ca.crt").read_bytes()
     version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
     with FleetHttpClient.from_server_address(
         f"localhost:{federation.door}", False, trusted, [version, signed]
