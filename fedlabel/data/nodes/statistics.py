@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedlabel.data.nodes.files import ANNOTATOR, BAG, CANDIDATES, EPSILON, OWN, TABLE, Defects, RawFolder, read_files
+from fedlabel.data.nodes.files import ANNOTATOR, BAG, CANDIDATES, EPSILON, OWN, Defects, RawFolder, read_files
 from fedlabel.data.nodes.schema import CATEGORY, MAX_NAMES, NUMBER, SEPARATOR, Column, Schema, parse_schema
 from fedlabel.data.sets.cells import LARGEST, MISSING, read_numbers
 from fedlabel.data.sets.config import DataError
@@ -135,7 +135,7 @@ def folder_statistics(path: Path, categorical: Sequence[str] = (), least: int = 
     columns: tuple[Cells, ...] = ()
     if raw.table is not None:
         if unknown := [name for name in categorical if name not in raw.table.columns]:
-            raise DataError(f"`--categorical`: {path / TABLE} has no column {shown(unknown[0])}.")
+            raise DataError(f"`--categorical`: {path / raw.table.where} has no column {shown(unknown[0])}.")
         names = list(raw.table.columns)
         columns = tuple(_cells(raw, name, train, name in categorical, least, defects) for name in names)
     defects.check()
@@ -166,19 +166,21 @@ def _pixels(channel: Tensor) -> Pixels:
 
 def _cells(raw: RawFolder, name: str, train: np.ndarray, categorical: bool, least: int, defects: Defects) -> Cells:
     assert raw.table is not None
-    all_cells = raw.table.columns[name]
+    all_cells, file = raw.table.columns[name], raw.table.where
     cells = [all_cells[row] for row in train.tolist()]
     read = read_numbers(cells)
     there = read.values[~np.isnan(read.values)]
     if categorical or (read.odd and not len(there)):
         found = sorted(text for text, count in Counter(cells).items() if count >= least)
         if len(found) > MAX_CATEGORIES:
-            defects.add(TABLE, None, f"column {shown(name)} has {len(found)} categories, more than {MAX_CATEGORIES}.")
+            defects.add(
+                raw.table.where, None, f"column {shown(name)} has {len(found)} categories, more than {MAX_CATEGORIES}."
+            )
         return Cells(name, CATEGORY, categories=tuple(found))
     for row in train.tolist():
         if all_cells[row] in read.odd:
             defects.add(
-                TABLE,
+                file,
                 row,
                 f"{shown(name)} (={shown(all_cells[row])}) is no number, and other cells of the column are. If they "
                 f"are categories, name the column in --categorical.",
@@ -186,7 +188,7 @@ def _cells(raw: RawFolder, name: str, train: np.ndarray, categorical: bool, leas
     if len(there) < max(1, least):
         return Cells(name, EMPTY)
     if np.abs(there).max() > LARGEST:
-        defects.add(TABLE, None, f"column {shown(name)} has a number beyond {LARGEST:g}.")
+        defects.add(file, None, f"column {shown(name)} has a number beyond {LARGEST:g}.")
         return Cells(name, EMPTY)
     mean = math.fsum(there.tolist()) / len(there)
     return Cells(name, NUMBER, len(there), mean, math.fsum(((there - mean) ** 2).tolist()))
