@@ -27,6 +27,7 @@ from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.config import NODES, DataError
 from fedlabel.data.sets.datasets import Dataset
 from fedlabel.data.sets.loaders import Split
+from fedlabel.errors import naming
 
 _SUMMED = ("samples", "true", "noisy", "sets", "noisy_sets", "annotated", "bags", "asked")
 """Counts of a label card that add up over nodes."""
@@ -337,3 +338,24 @@ def parse_holding(text: str, schema: Schema) -> Holding:
         raise ValueError("it is no JSON of counts") from error
     found.check(schema)
     return found
+
+
+def saved_holdings(path: Path, schema: Schema) -> tuple[Holding, ...]:
+    """Returns what each client held when a run began.
+
+    Args:
+        path: the run's partition.json, see `ServerFederation.to_json`.
+        schema: of the federation.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with naming(path):
+            clients = json.loads(path.read_bytes())["clients"]
+        return tuple(parse_holding(json.dumps(each), schema) for each in clients)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}), so it is unknown what nodes held when the run began. Put "
+            "the file back, or begin a new run."
+        ) from error
