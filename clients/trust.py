@@ -24,6 +24,7 @@ from fedlabel.config_schema import default_of
 from fedlabel.config_text import ConfigError, Plain, as_yaml, parse_yaml
 from fedlabel.data.sets.config import NODES, SETS
 from fedlabel.methods import METHODS
+from fedlabel.models import is_foreign
 from fedlabel.shown import shown
 
 logger = logging.getLogger("fedlabel")
@@ -33,14 +34,15 @@ NAMES = frozenset(
         *("data.positive_classes", "data.label_column", "data.categorical", "data.drop_columns", "data.aside_columns"),
         *("data.missing", "partition.column", "labeled_partition.column", "supervision.labels_keys"),
         *("supervision.bag_column", "supervision.bag_feature", "skew.unlabeled_only_classes", "devices.rare_classes"),
+        *("model.embedding", "model.trainable"),
     }
 )
-"""Keys that hold names of classes, columns or arrays, or marks: they are compared with what the data have."""
+"""Keys that hold names of classes, columns, arrays or layers, or marks: they are compared with what there is."""
 CHOICES = frozenset(
     {
         *("device", "data.name", "data.decimal", "partition.kind", "labeled_partition.kind"),
         *("supervision.kind", "supervision.candidates", "supervision.noise", "supervision.on_error"),
-        *("supervision.labels_at", "supervision.mix_over", "skew.feature_shift", "model.name", "model.norm"),
+        *("supervision.labels_at", "supervision.mix_over", "skew.feature_shift", "model.norm"),
         *("training.optimizer", "training.weight_by", "training.precision", "sampling.kind", "pacing.kind"),
         *("privacy.kind", "attack.kind", "prior.kind", "supervision.audit_action", "tracking.level"),
         *("devices.kind", "devices.profile", "compression.up", "compression.down"),
@@ -53,6 +55,7 @@ GUARDED = frozenset(
         *("data.root", "data.test_file", "data.download", "data.schema", "data.test", "method.name", "devices.trace"),
         *("supervision.labels_file", "supervision.bags_file", "supervision.module", "supervision.audit"),
         *("partition.partitioner_args", "labeled_partition.partitioner_args"),
+        *("model.name", "model.args", "model.weights"),
     }
 )
 """Keys that name files or code, make a node connect to others, or go to other packages' code unread. A key with a text
@@ -141,6 +144,8 @@ def _opens(key: str, value: Any, default: Any, config: ExperimentConfig) -> bool
     own_method = config.method.name not in METHODS
     if key == "method.name":
         return own_method
+    if key == "model.name":
+        return is_foreign(config.model.name)
     if key == "data.root" and SETS[config.data.name].own and config.data.name != NODES:
         return True  # the default, too, is a folder of whoever started the node
     harmless = key in NAMES or key in CHOICES or (key.startswith("method.") and not own_method)

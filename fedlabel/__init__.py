@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
+    from torch import nn
+
     from fedlabel.config import ExperimentConfig, load_config
     from fedlabel.methods.recipe import Method, Phase, Recipe, Stage
+    from fedlabel.settings import Settings
     from server.simulation import RunResult
 
-__all__ = ["Method", "Phase", "Recipe", "Stage", "load_config", "run"]
+__all__ = [
+    "ExperimentConfig",
+    "Method",
+    "Phase",
+    "Recipe",
+    "RunResult",
+    "Settings",
+    "Stage",
+    "load_config",
+    "load_run",
+    "run",
+]
 _HOMES = {
-    "load_config": "fedlabel.config",
+    **dict.fromkeys(("ExperimentConfig", "load_config"), "fedlabel.config"),
+    "Settings": "fedlabel.settings",
     **dict.fromkeys(("Method", "Phase", "Recipe", "Stage"), "fedlabel.methods.recipe"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is asked for: most need torch."""
-    if name not in _HOMES:
+    if name not in {*_HOMES, "RunResult"}:
         raise AttributeError(f"module fedlabel has no attribute {name}")
+    if name == "RunResult":
+        from fedlabel.importing import claim_packages
+
+        claim_packages()
+        from server.simulation import RunResult
+
+        return RunResult
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
@@ -34,19 +58,27 @@ def run(
     out: str | Path = "runs",
     resume: bool = False,
     profile: bool = False,
+    on_round: Callable[[dict[str, Any]], object] | None = None,
+    **settings: Unpack[Settings],
 ) -> RunResult:
     """Runs an experiment on this machine; the same as `fedlabel run`, without its progress bar.
 
     Args:
         config: a configuration, a YAML file, or several (later ones win); default: FedLabel on the embedded data.
-        overrides: "key=value" strings; they win over `config`.
+        overrides: "key=value" strings; they win over `config` and `settings`.
         name: the run's folder in `out`; default: method, data set, seed and time.
         out: where run folders are kept.
         resume: go on from the newest checkpoint of run `name`.
         profile: measure where a round's time goes, as `fedlabel run --profile` does (grid.profile=true).
+        on_round: called after every round with "round" and the metrics of that round. If it returns False the run ends
+            there, without a summary, and can be resumed; so it can if it raises.
+        settings: keys of the configuration, which win over `config`: `fedlabel.run(method="fixmatch", num_clients=8,
+            supervision={"label_rate": 0.1})`; see `Settings`. `model` may be a torch module, or a function that returns
+            one; `data` what `fedlabel.datasets` makes of arrays, tables and data sets.
 
     Returns:
-        `RunResult(path, summary, metrics)`: the folder, what is in `summary.json`, and one dictionary a round.
+        `path` and `summary` (the folder, and what is in its summary.json), `metrics` and `history` (one dictionary a
+        round, and the same as a table), `model` (a torch module with its preprocessing) and `predict`.
 
     Raises:
         ValueError: configuration, data, checkpoint or folder are not as needed.
@@ -55,7 +87,34 @@ def run(
     from fedlabel.importing import claim_packages
 
     claim_packages()
+    from fedlabel.settings import as_layer
     from server.simulation import simulate
 
     overrides = [*overrides, *["grid.profile=true"] * profile]
-    return simulate(config, overrides, name=name, out=out, resume=resume)
+
+    def see(round_number: int, metrics: Mapping[str, float]) -> object:
+        return on_round({"round": round_number, **metrics}) if on_round is not None else None
+
+    layer = as_layer(settings, Path(out))
+    return simulate(config, overrides, settings=layer, name=name, out=out, resume=resume, on_round=see)
+
+
+def load_run(path: str | Path, *, model: nn.Module | Callable[..., nn.Module] | None = None) -> RunResult:
+    """Returns the result of a run that was done before, or is going on.
+
+    Args:
+        path: the run's folder.
+        model: what was passed to `run` as `model`, if it was a module or a function.
+
+    Raises:
+        ValueError: it is none, or its files are damaged.
+    """
+    from fedlabel.importing import claim_packages
+
+    claim_packages()
+    from fedlabel.models import pass_model
+    from server.simulation import load_run
+
+    if model is not None:
+        pass_model(model)
+    return load_run(path)

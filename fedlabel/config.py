@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, partial, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -37,14 +38,16 @@ from fedlabel.data.sets.config import NODES, DataConfig
 from fedlabel.data.skew import SkewConfig
 from fedlabel.devices.config import DevicesConfig, PopulationPart
 from fedlabel.errors import is_file
+from fedlabel.importing import describe_error
 from fedlabel.learning.prior import PriorConfig
 from fedlabel.learning.training_config import TrainingConfig
-from fedlabel.methods import METHODS, describe_error, method_class
+from fedlabel.methods import METHODS, method_class
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.recipe import Method
 from fedlabel.models import ModelConfig
 from fedlabel.privacy import PrivacyConfig
 from fedlabel.server_config import TIERS, TIMED, PacingConfig, SamplingConfig, StrategyConfig
+from fedlabel.shipped import CONFIGS
 
 SELECT = {
     "bag_mae": "eval/bag_mae",
@@ -56,7 +59,6 @@ SELECT = {
 MAX_WORKERS, MAX_SECONDS, MAX_STACK = 1024, 1e9, 1024
 """Of `grid`: more processes or threads no machine has, and no system call waits longer."""
 _KEY = r"[^\W\d]\w*(?:\.\w+)*"
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def cohort_size(num_clients: int, fraction: float) -> int:
@@ -407,12 +409,12 @@ class ExperimentConfig:
 
 
 def find_config(path: str | Path) -> Path:
-    """Returns the path of the YAML file: as given, or below `configs/` of the project.
+    """Returns the path of the YAML file: as given, or of a configuration that comes with fedlabel.
 
     Raises:
         ConfigError: there is none.
     """
-    candidates = [Path(path), PROJECT_ROOT / "configs" / path, PROJECT_ROOT / path]
+    candidates = [Path(path), CONFIGS / path, CONFIGS.parent / path]
     for candidate in candidates:
         if is_file(candidate):
             return candidate
@@ -429,23 +431,29 @@ def find_config(path: str | Path) -> Path:
     )
 
 
-def load_config(paths: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(
+    paths: Sequence[str | Path] = (), overrides: Sequence[str] = (), settings: Mapping[str, Any] = MappingProxyType({})
+) -> ExperimentConfig:
     """Returns the resolved configuration.
 
     Args:
         paths: YAML files of differences from the defaults, later ones win; relative to the working directory or to
-            the project's `configs/`.
-        overrides: "key=value" strings, e.g. "training.lr=0.1"; they win over the files.
+            the `configs/` that come with fedlabel.
+        overrides: "key=value" strings, e.g. "training.lr=0.1"; they win over the files and settings.
+        settings: keys as a YAML file would hold them; they win over the files.
 
     Raises:
         ConfigError: a file is missing or is no YAML mapping, a key is unknown, a value has the wrong type or range.
     """
-    return _resolve([*(read_mapping(find_config(path)) for path in paths), *map(_parse_override, overrides)])
+    files = [read_mapping(find_config(path)) for path in paths]
+    return _resolve([*files, settings, *map(_parse_override, overrides)])
 
 
-def parse_config(text: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Returns the configuration that `to_yaml` wrote as `text`, changed by `overrides` (see `load_config`)."""
-    return _resolve([parse_yaml(text, "The configuration"), *map(_parse_override, overrides)])
+def parse_config(
+    text: str, overrides: Sequence[str] = (), settings: Mapping[str, Any] = MappingProxyType({})
+) -> ExperimentConfig:
+    """Returns the configuration that `to_yaml` wrote as `text`, with settings and overrides (see `load_config`)."""
+    return _resolve([parse_yaml(text, "The configuration"), settings, *map(_parse_override, overrides)])
 
 
 def split_overrides(text: str) -> list[str]:

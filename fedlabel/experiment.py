@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
@@ -35,7 +35,17 @@ from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Model, State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
-from fedlabel.models import Net, build_model, check_size, running_statistics
+from fedlabel.models import (
+    Embedded,
+    InputShape,
+    Net,
+    build_model,
+    check_size,
+    is_foreign,
+    is_module,
+    running_statistics,
+)
+from fedlabel.models.pretrained import frozen_names
 from fedlabel.models.twins import Twins
 from fedlabel.seeding import Draws, derive_seed
 from fedlabel.spans import NoSpans, Recorder, Spans
@@ -90,14 +100,19 @@ class Experiment:
         self.transform = ImageTransform(
             mean=torch.tensor(dataset.mean, device=self.device).view(-1, 1, 1),
             std=torch.tensor(dataset.std, device=self.device).view(-1, 1, 1),
-            augment=config.augment,
+            augment=replace(config.augment, jitter=0.0) if dataset.discrete else config.augment,
             allow_flip=dataset.allow_flip,
         )
         seed = derive_seed(config.seed, "model")
         memory = memory_bytes()
-        if memory is not None:
+        # Others' networks may not be countable without memory for their weights.
+        if memory is not None and not is_foreign(config.model.name):
             check_size(lambda: self._network(seed), config.model, memory)
-        student, self.teacher = (self._build_model(seed) for _ in range(2))
+        self.notes: list[str] = []
+        """What was loaded from `model.weights`, a sentence."""
+        student, self.teacher = self._build_model(seed, self.notes.append), self._build_model(seed)
+        self.frozen = frozen_names(student)
+        """Names in a state that stay as they are."""
         self.running = running_statistics(student)
         self.transform = replace(self.transform, channels_last=self.device.type == "cuda" and bool(self.running.means))
         self._check_strategy(student)
@@ -111,7 +126,9 @@ class Experiment:
             graphs,
             self.spans,
             config.prior,
+            self.frozen,
         )
+        self._check_frozen(self.frozen)
         self.stack = self._stack(student)
         """About how many clients in a row train as one stack, at most; 1: none."""
         self.stacks = self.stack > 1
@@ -285,34 +302,35 @@ class Experiment:
         if self.config.privacy.is_on:
             raise ValueError(f"{several} `privacy.kind` (={self.config.privacy.kind}) cannot clip as one; use {one}")
 
-    def _build_model(self, seed: int) -> nn.Module:
-        model = self._network(seed).to(self.device)
+    def _check_frozen(self, frozen: frozenset[str]) -> None:
+        """Checks that something is left to train in every phase, and that no noise is added to what is frozen."""
+        if not frozen:
+            return
+        key = f"`model.trainable` (={self.config.model.trainable})"
+        if self.config.privacy.is_on:
+            raise ValueError(
+                f"{key} freezes {len(frozen)} arrays, to which privacy.kind={self.config.privacy.kind} would add "
+                "noise: set privacy.kind=none, or train all (model.trainable=null)."
+            )
+        names = tuple(self.trainer.parameters)
+        for stage in self.recipe.stages:
+            for phase in stage.phases(1) if callable(stage.phases) else stage.phases:
+                for update in phase.updates:
+                    if frozen.issuperset(names if update.trains is None else update.trains(names)):
+                        raise ValueError(
+                            f"{key} leaves nothing to train to phase `{phase.name}` of method "
+                            f"{self.config.method.name}: let it match more."
+                        )
+
+    def _build_model(self, seed: int, say: Callable[[str], None] | None = None) -> nn.Module:
+        model = self._network(seed, say).to(self.device)
         if self.device.type == "cuda" and running_statistics(model).means:
             model = model.to(memory_format=torch.channels_last)
         return model
 
-    def _network(self, seed: int) -> nn.Module:
-        """Returns the student, built on the default device."""
-        dataset, network, name = self.federation.dataset, self.recipe.network, self.config.method.name
-
-        def build(place: int) -> nn.Module:
-            own = derive_seed(seed, "network", place) if place else seed
-            model = build_model(self.config.model, dataset.input_shape, dataset.num_classes, own)
-            if network.embeds and not isinstance(model, Net):
-                raise ValueError(
-                    f"`model.name` (={self.config.model.name}) gives no embeddings, which method {name} needs: take a "
-                    "network of our own, e.g. cnn or mlp."
-                )
-            running = sorted(key.rpartition(".")[0] for key in running_statistics(model).means)
-            if network.input_gradients and running:
-                raise ValueError(
-                    f"`model.norm` (={self.config.model.norm}) of `model.name` (={self.config.model.name}): its layer "
-                    f"{running[0]} is BatchNorm, or has running statistics like it, which method {name} cannot "
-                    "differentiate by its inputs: take model.norm=group and a network of our own."
-                )
-            return model
-
-        return network.wrap(build, seed)
+    def _network(self, seed: int, say: Callable[[str], None] | None = None) -> nn.Module:
+        dataset = self.federation.dataset
+        return build_network(self.config, self.recipe, dataset.input_shape, dataset.num_classes, seed, say)
 
     def fresh_state(self, round_number: int) -> StateDict:
         """Returns the initial weights of a stage that starts in this round (see `Stage.start`)."""
@@ -419,6 +437,60 @@ class Experiment:
         if predict is None:
             return None
         return evaluate(predict, on.split, self.transform, self.federation.dataset.num_classes, on.parts, on.bags)
+
+
+def build_network(
+    config: ExperimentConfig,
+    recipe: Recipe,
+    input_shape: InputShape,
+    num_classes: int,
+    seed: int,
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """Returns the student of a run, untrained, on the default device.
+
+    Args:
+        config: of the run.
+        recipe: of its method.
+        input_shape: of one sample.
+        num_classes: number of classes.
+        seed: of the weights.
+        say: gets a note on what was loaded from `model.weights`.
+
+    Raises:
+        ValueError: the network does not fit the inputs, or what the method needs of it.
+    """
+    network, name = recipe.network, config.method.name
+    same = "model.weights" if config.model.weights is not None else "a module"
+    if network.count > 1 and (config.model.weights is not None or is_module(config.model.name)):
+        raise ValueError(
+            f"`method.name` (={name}) trains {network.count} networks, which must start from different weights, and "
+            f"{same} gives all the same: leave it out" + (", or pass a function." if same == "a module" else ".")
+        )
+
+    def build(place: int) -> nn.Module:
+        own = derive_seed(seed, "network", place) if place else seed
+        model = build_model(config.model, input_shape, num_classes, own, say if place == 0 else None)
+        if network.embeds and not isinstance(model, Net):
+            raise ValueError(
+                f"`model.name` (={config.model.name}) gives no embeddings, which method {name} needs: set "
+                "model.embedding to one of its layers, or take a network of our own, e.g. cnn or mlp."
+            )
+        if network.classifies and isinstance(model, Embedded) and not model.head:
+            raise ValueError(
+                f"`model.embedding` (={config.model.embedding}): method {name} needs a linear layer that makes the "
+                "logits of this layer's output, and there is none: name the layer before the last linear one."
+            )
+        running = sorted(key.rpartition(".")[0] for key in running_statistics(model).means)
+        if network.input_gradients and running:
+            raise ValueError(
+                f"`model.norm` (={config.model.norm}) of `model.name` (={config.model.name}): its layer "
+                f"{running[0]} is BatchNorm, or has running statistics like it, which method {name} cannot "
+                "differentiate by its inputs: take model.norm=group and a network of our own."
+            )
+        return model
+
+    return network.wrap(build, seed)
 
 
 @lru_cache(maxsize=1)

@@ -189,6 +189,8 @@ TAGS: tuple[Tag, ...] = (
         ("pseudo/accuracy_local", "accuracy of the local model's"),
         ("pseudo/accuracy_global", "accuracy of the global model's"),
         ("pseudo/class_accuracy", "accuracy of pseudo-labels per class"),
+        ("pseudo/class_accuracy_local", "accuracy of the local model's per class"),
+        ("pseudo/class_accuracy_global", "accuracy of the global model's per class"),
     ),
     *_server(
         PSEUDO_LABELS,
@@ -196,7 +198,11 @@ TAGS: tuple[Tag, ...] = (
         NEITHER,
         ("pseudo/coverage_local", "coverage of the local model's"),
         ("pseudo/coverage_global", "coverage of the global model's"),
+        ("pseudo/confidence_local", "confidence of the local model's"),
+        ("pseudo/confidence_global", "confidence of the global model's"),
         ("pseudo/class_coverage", "coverage of pseudo-labels per class"),
+        ("pseudo/class_coverage_local", "share of each class that the local model labels"),
+        ("pseudo/class_coverage_global", "share of each class that the global model labels"),
     ),
     *_server(PSEUDO_LABELS, "ratio", HIGHER, ("pseudo/correct_wrong_ratio", "right / wrong")),
     *_server(
@@ -273,6 +279,7 @@ TAGS: tuple[Tag, ...] = (
         largest=1.0,
         of_pairs=True,
     ),
+    *_server(SUPERVISION, FIGURE, NEITHER, ("eval/bags", "shares of classes in bags, predicted and counted")),
     # labelling functions
     *_shares(
         SUPERVISION,

@@ -88,6 +88,16 @@ def oldest_round(folder: Path) -> int:
     return int(files[-1].stem.partition("_")[2]) if files else 0
 
 
+def newest_checkpoint(folder: Path) -> ServerState | None:
+    """Returns the newest checkpoint in `folder`, as it is; None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version.
+    """
+    files = _newest_first(folder)
+    return load_checkpoint(files[0]) if files else None
+
+
 def latest_checkpoint(folder: Path, experiment: Experiment, strategy: Strategy) -> ServerState:
     """Returns the newest checkpoint in `folder`, checked against the state that the resuming run would create.
 

@@ -48,7 +48,8 @@ class Answer(NamedTuple):
 
 def on_the_way(config: ExperimentConfig) -> ExperimentConfig:
     """Returns a configuration as nodes get it: without the server's paths."""
-    return replace(config, data=replace(config.data, schema=None, test=None))
+    data, model = replace(config.data, schema=None, test=None), replace(config.model, weights=None)
+    return replace(config, data=data, model=model)
 
 
 class OwnNodes(Nodes):

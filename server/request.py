@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, load_config, parse_config, to_yaml
 from fedlabel.errors import naming
@@ -35,7 +37,10 @@ def check_name(name: str | None, resume: bool, option: str = "--") -> None:
 
 
 def resolve(
-    config: ExperimentConfig | str | Path | Sequence[str | Path], overrides: Sequence[str], saved: Path | None
+    config: ExperimentConfig | str | Path | Sequence[str | Path],
+    overrides: Sequence[str],
+    saved: Path | None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> ExperimentConfig:
     """Returns the configuration that is asked for.
 
@@ -43,15 +48,16 @@ def resolve(
         config: a configuration, or YAML files.
         overrides: key=value, applied last.
         saved: the config.yaml of the run to go on with; what is not given anew comes from there.
+        settings: keys and values, applied before the overrides.
 
     Raises:
         ValueError: it cannot be read, or is of another method than the saved one.
     """
     if isinstance(config, ExperimentConfig):
-        return parse_config(to_yaml(config), overrides)
+        return parse_config(to_yaml(config), overrides, settings)
     paths = [config] if isinstance(config, (str, Path)) else list(config)
     if saved is None:
-        return load_config(paths, overrides)
+        return load_config(paths, overrides, settings)
     with naming(saved):
         if not saved.is_file():
             raise ConfigError(f"{saved} does not exist: there is no such run to resume. Check --name and --out.")
@@ -60,10 +66,10 @@ def resolve(
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{saved} is damaged: {reason} Put it back as it was, or begin a new run.") from error
-    if not paths and not overrides:
+    if not paths and not overrides and not settings:
         return found
-    method, saved_method = load_config(paths, overrides).method.name, found.method.name
-    named = any(override.startswith("method.name=") for override in overrides) or paths
+    method, saved_method = load_config(paths, overrides, settings).method.name, found.method.name
+    named = any(override.startswith("method.name=") for override in overrides) or paths or "method" in settings
     if named and method != saved_method:
         raise ConfigError(f"`method.name` (={method}) differs from the run's ({saved_method}); resume it as it was.")
-    return load_config([saved, *paths], overrides)
+    return load_config([saved, *paths], overrides, settings)

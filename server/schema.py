@@ -246,7 +246,9 @@ class RoundSchema:
         self.is_silent = schema.privacy.is_on and not invitation.audit
         """Whether clients send nothing but their model."""
         self.received = invitation.model
-        self._counted = {name: float(invitation.model[name]) for name in schema.counters}
+        counters = sorted(schema.counters)
+        counted = torch.stack([invitation.model[name] for name in counters]).tolist() if counters else []
+        self._counted = dict(zip(counters, counted, strict=True))  # one look at a device
 
     def limits(self, client: int) -> ClientLimits:
         """Returns the upper limits of a client's values."""
@@ -455,7 +457,7 @@ def _not_finite(what: str, name: str, largest: float) -> str:
 def _lengths(classes: int, functions: int, claims: bool, steps: bool) -> tuple[Mapping[str, int], ...]:
     """Returns groups of counts, name -> number of values; each group is complete or absent, "passes" always present."""
     per_class = dict.fromkeys(("drawn", "kept", "correct"), classes)
-    per_expert = dict.fromkeys((f"{name}_by_expert" for name in per_class), 2)
+    per_expert = dict.fromkeys((f"{name}_by_expert" for name in (*per_class, "confidence")), 2)
     per_both = dict.fromkeys(("kept_by_both", "correct_by_both"), 2 * classes)
     per_kind = dict.fromkeys(("drawn_by_kind", "correct_by_kind"), len(KIND_NAMES))
     rows = [f"{bins}_{row}" for bins in ("bins", "kept_bins") for row in ("count", "confidence", "correct")]
@@ -478,6 +480,7 @@ _PARTS = (
     *(
         ("kept_by_expert", "drawn_by_expert"),
         ("correct_by_expert", "kept_by_expert"),
+        ("confidence_by_expert", "kept_by_expert"),
         ("correct_by_both", "kept_by_both"),
         ("kept_bins_count", "bins_count"),
     ),

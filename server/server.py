@@ -46,7 +46,12 @@ from server.strategy import (
 from server.tally import RoundTally
 from server.traffic import ResultBytes
 
-OnRound = Callable[[int, Mapping[str, float]], None]
+OnRound = Callable[[int, Mapping[str, float]], object]
+"""(round, metrics) -> False to end the run after this round, anything else to go on."""
+
+
+class Ended(Exception):
+    """`OnRound` asked for the run to end."""
 
 
 class Server:
@@ -158,6 +163,8 @@ class Server:
             model = self._pacing.moved(invitation.model, model)
             if invitation.encoded is not None:
                 model = self._own(model, invitation.model, state.model)
+        if model is not None:  # a mean of equal numbers may round
+            model = {**model, **{name: state.model[name] for name in self._experiment.frozen}}
         for failure in tally.failures:
             self._folder.log_failure(failure)
         if unfit or tally.num_usable + tally.num_excused < self.config.strategy.min_replies:
@@ -259,10 +266,15 @@ class Server:
         return report.metrics
 
     def save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
-        """Writes a checkpoint if one is due."""
+        """Writes a checkpoint if one is due.
+
+        Raises:
+            Ended: the run should end here.
+        """
         with self._spans.part("write", "checkpoint"):
             self._save(state, metrics)
-        self._on_round(state.round_number, metrics)
+        if self._on_round(state.round_number, metrics) is False and state.round_number < self.config.num_rounds:
+            raise Ended
 
     def _save(self, state: ServerState, metrics: Mapping[str, float]) -> None:
         number, every = state.round_number, self.config.checkpoint.every

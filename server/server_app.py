@@ -27,10 +27,12 @@ from fedlabel.errors import RunError, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_commit
 from fedlabel.learning.task import label_warnings
+from fedlabel.models.pretrained import weights_hash
+from fedlabel.prediction.card import Card
 from fedlabel.record.files import write_atomic
 from fedlabel.record.json_files import as_json, read_metrics, read_summary
 from fedlabel.record.layout import HOW_TO_READ
-from fedlabel.record.names import CHECKPOINTS, CONFIG_YAML, PARTITION_JSON
+from fedlabel.record.names import CARD_JSON, CHECKPOINTS, CONFIG_YAML, PARTITION_JSON
 from fedlabel.record.run_folder import RunFolder
 from server.checkpoint import latest_checkpoint
 from server.grids.base import ClientGrid
@@ -38,7 +40,7 @@ from server.grids.flower import FlowerGrid
 from server.observers.functions import markdown
 from server.request import check_name, default_name, resolve
 from server.rounds import run_rounds
-from server.server import OnRound, Server
+from server.server import Ended, OnRound, Server
 from server.state import ServerState
 from server.strategy import build_strategy, check_cohort
 from server.summary import OF_THE_PROCESS, summary
@@ -89,14 +91,15 @@ def run_federation(
     resume: bool = False,
     on_round: OnRound = lambda round_number, metrics: None,
 ) -> dict[str, object]:
-    """Runs an experiment, or its remaining rounds, and returns the content of `summary.json`.
+    """Runs an experiment, or its remaining rounds, and returns the content of `summary.json`; {} if `on_round` ended it
+    early, as if it had been interrupted.
 
     Args:
         config: the resolved configuration.
         grid: carries the rounds to clients, simulated or real.
         path: the run's folder; made only when configuration, data, checkpoint and nodes are found sound.
         resume: go on from the newest checkpoint in `path`.
-        on_round: called after every round with its metrics.
+        on_round: called after every round with its metrics; False ends the run.
 
     Raises:
         ValueError: the configuration, the data, the checkpoint or the folder is not as needed.
@@ -121,7 +124,7 @@ def run_federation(
     notes = federation.dataset.notes
     names = federation.dataset.class_names
     labels = label_warnings(config.method.name, experiment.recipe, experiment.labels, names)
-    for warning in [*notes, *federation.warnings(), *labels]:
+    for warning in [*notes, *federation.warnings(), *labels, *experiment.notes]:
         logger.warning(warning)
     for report in federation.functions:
         logger.info(
@@ -141,7 +144,10 @@ def run_federation(
     state = state.to(experiment.device)
     grid.connect(experiment)
     with closing(open_folder(experiment, path, state.round_number if resume else None)) as folder:
-        run_rounds(Server(experiment, grid, folder, state, on_round), state)
+        try:
+            run_rounds(Server(experiment, grid, folder, state, on_round), state)
+        except Ended:
+            return {}
         result = summary(folder.read_metrics(), experiment, commit)
         folder.write_summary(result)
         return result
@@ -213,6 +219,7 @@ def open_folder(experiment: Experiment, path: Path, done: int | None) -> RunFold
                 folder.summary_json.unlink(missing_ok=True)  # it told of a shorter run
         if len(experiment.recipe.stages) > 1:
             write_atomic(folder.stages_json, json.dumps(_stages(experiment)) + "\n")
+        write_atomic(folder.path / CARD_JSON, Card.of(experiment.federation, experiment.labels).text)
         if not done:
             _describe(experiment, folder)
     return folder
@@ -237,7 +244,7 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
             "show clients that trained in the round, in their order. Metrics are of all clients."
         )
         folder.log_text("clients", text)
-    write_atomic(folder.partition_json, federation.to_json(_trace_hash(experiment)))
+    write_atomic(folder.partition_json, federation.to_json(_file_hashes(experiment)))
     write_atomic(folder.supervision_json, federation.audit_json())
     if experiment.config.draws_figures:
         from fedlabel.record.figures import partition_figure, save_png  # here: matplotlib takes a while to import
@@ -292,15 +299,21 @@ def _label_card(experiment: Experiment) -> str:
     return "\n".join([f"**{kinds.sum():,} samples at {clients:,} clients**", "", markdown(rows), "", *notes])
 
 
-def _trace_hash(experiment: Experiment) -> dict[str, str]:
-    """Returns the hash of the file with the devices' trace, by its name in messages; empty without one."""
+def _file_hashes(experiment: Experiment) -> dict[str, str]:
+    """Returns hashes of the files besides the data that a run depends on, by the key that names them: the devices'
+    trace, pretrained weights.
+    """
     trace = experiment.devices.summary().get("trace") if experiment.devices is not None else None
-    return {"devices.trace": trace["sha256"]} if trace else {}
+    weights = experiment.config.model.weights
+    return {
+        **({"devices.trace": trace["sha256"]} if trace else {}),
+        **({"model.weights": weights_hash(Path(weights))} if weights is not None else {}),
+    }
 
 
 def _check_same_data(path: Path, experiment: Experiment) -> None:
-    """Raises a ValueError if the data, the partition, the supervision or the devices' trace differ from those at the
-    start of the run.
+    """Raises a ValueError if the data, the partition, the supervision, the devices' trace or pretrained weights differ
+    from those at the start of the run.
     """
     federation = experiment.federation
     try:
@@ -312,7 +325,7 @@ def _check_same_data(path: Path, experiment: Experiment) -> None:
             f"{path} cannot be read ({type(error).__name__}), so it is unknown whether the data are those of the run. "
             "Put the file back, or begin a new run."
         ) from error
-    here = {"partition and supervision": federation.sha256, **federation.data_hashes, **_trace_hash(experiment)}
+    here = {"partition and supervision": federation.sha256, **federation.data_hashes, **_file_hashes(experiment)}
     changed = [what for what, value in there.items() if here.get(what) != value]
     if changed:
         raise ValueError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, to_yaml
@@ -22,27 +22,19 @@ from server.grids.base import ClientGrid
 from server.grids.in_process import InProcessGrid
 from server.grids.ray import RayGrid
 from server.request import check_name, default_name, resolve
+from server.results import RunResult, load_run
 from server.server import OnRound
 from server.server_app import run_federation
 from server.strategy import check_cohort
 
-
-@dataclass(frozen=True, eq=False)
-class RunResult:
-    """The result of a run."""
-
-    path: Path
-    """The run's folder."""
-    summary: dict[str, Any]
-    """The content of `summary.json`."""
-    metrics: list[dict[str, Any]]
-    """One dictionary per round, as in `metrics.jsonl`."""
+__all__ = ["RunResult", "load_run", "open_grid", "simulate"]
 
 
 def simulate(
     config: ExperimentConfig | str | Path | Sequence[str | Path] = (),
     overrides: Sequence[str] = (),
     *,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     name: str | None = None,
     out: str | Path = "runs",
     resume: bool = False,
@@ -54,14 +46,15 @@ def simulate(
     Args:
         config: see there.
         overrides: see there.
+        settings: keys and values, see `fedlabel.config.load_config`.
         name: see there.
         out: see there.
         resume: see there.
         on_start: called when everything is found sound, with the experiment and the run's folder.
-        on_round: called after every round with its metrics.
+        on_round: called after every round with its metrics; False ends the run.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resolved = resolve(config, overrides, Path(out) / name / CONFIG_YAML if resume and name else None)
+    resolved = resolve(config, overrides, Path(out) / name / CONFIG_YAML if resume and name else None, settings)
     check_name(name, resume)
     path = Path(out) / (name or default_name(resolved))
     with naming(path):

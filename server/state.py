@@ -96,8 +96,11 @@ def check_model(model: StateDict, variances: Iterable[str], who: str, round_numb
     Raises:
         RunError: it holds NaN, infinity or a negative variance.
     """
-    finite = all(value.isfinite().all() for value in model.values())
-    negative = [name for name in sorted(variances) if (model[name] < 0).any()]
+    squares = sorted(variances)
+    flags = [value.isfinite().all() for value in model.values()] + [(model[name] < 0).any() for name in squares]
+    found = torch.stack(flags).tolist() if flags else []  # one look at a device
+    finite = all(found[: len(model)])
+    negative = [name for name, is_negative in zip(squares, found[len(model) :], strict=True) if is_negative]
     if not finite or negative:
         wrong = f"a negative variance ({negative[0]})" if finite else "NaN or infinity"
         raise RunError(

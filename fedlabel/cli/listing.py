@@ -11,15 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlabel.config import PROJECT_ROOT, ConfigError, ExperimentConfig
+from fedlabel.config import ConfigError, ExperimentConfig
 from fedlabel.config_names import inner_schema
 from fedlabel.config_schema import describe, fields_of, hints
 from fedlabel.config_text import as_yaml
 from fedlabel.data.partition import FLWR_DATASETS
 from fedlabel.data.sets.config import SETS
 from fedlabel.methods import METHODS, method_class
-from fedlabel.models import AUXILIARY_OUTPUTS, MODELS, TORCHVISION
+from fedlabel.models import AUXILIARY_OUTPUTS, FOREIGN, MODELS, TORCHVISION
 from fedlabel.names import did_you_mean
+from fedlabel.shipped import CONFIGS
 
 PARTITIONS = {
     "iid": "every client holds the same mix of classes",
@@ -54,7 +55,8 @@ def choices(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
         "method.name": {name: method.description for name, method in METHODS.items()},
         "data.name": {name: entry.description for name, entry in SETS.items()},
         "model.name": {name: entry.description for name, entry in MODELS.items()}
-        | {f"{TORCHVISION}NAME": f"untrained, by NAME: {', '.join(nets)}"},
+        | {f"{TORCHVISION}NAME": f"untrained, by NAME: {', '.join(nets)}"}
+        | FOREIGN,
         "partition.kind": PARTITIONS,
         "supervision.kind": LABELS,
         "strategy.name": {strategies[0]: "weighted mean of the clients' models (default)"} | flower,
@@ -66,8 +68,8 @@ def choices(strategies: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def shipped(folder: str) -> dict[str, str]:
     """Returns the YAML files of a folder of `configs/`, each with the first sentence of its comment."""
-    root = PROJECT_ROOT / "configs"
-    return {str(path.relative_to(root)): _first_sentence(path) for path in sorted((root / folder).glob("*.yaml"))}
+    files = sorted((CONFIGS / folder).glob("*.yaml"))
+    return {path.relative_to(CONFIGS).as_posix(): _first_sentence(path) for path in files}
 
 
 def _first_sentence(path: Path) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from server.simulation import RunResult
 
 DEFAULT_OUT = Path("runs")
+REPORT_HTML = "report.html"
 MAX_CLIENT_ROWS = 20
 """A table has a row per client up to so many."""
 
@@ -85,9 +86,10 @@ def run(
     ] = False,
 ) -> None:
     """Simulate an experiment on this machine. Without arguments: FedLabel on the embedded digits."""
+    from fedlabel.cli.closing import against_labels_only, next_commands, results_table
+    from fedlabel.cli.opening import opening
     from fedlabel.cli.profile import profile_tables
     from fedlabel.record.names import CONFIG_YAML, TRACE_JSON
-    from fedlabel.record.results import name_mean
 
     configs, overrides = _split(items)
     overrides += ["grid.profile=true"] * profile
@@ -108,7 +110,9 @@ def run(
         def begin(experiment: Experiment, path: Path) -> None:
             begun.append(path)
             experiments.append(experiment)
-            on_start(experiment, path)
+            for line in (*opening(experiment), f"run      {path}", ""):
+                say(console, line)
+            on_start(experiment)
 
         def note(round_number: int, metrics: Mapping[str, float]) -> None:
             done.append(round_number)
@@ -118,32 +122,28 @@ def run(
     if not done:
         rounds = counted(result.summary["rounds"], "round")
         say(console, f"This run was finished before ({rounds}), so nothing was done. For more give num_rounds=...")
-    columns = {"last": "last", "best": "best", "mean_last_tenth": name_mean(result.summary["last_tenth"])}
-    if "selected_round" in result.summary:
-        columns["selected"] = f"selected ({result.summary['selected_round']})"
-    table = make_table("metric", *columns.values(), title=str(result.path))
-    for key in (
-        "eval/accuracy",
-        "eval/auc",
-        "eval/bag_mae",
-        "eval/worst_client_accuracy",
-        "pseudo/coverage",
-        "pseudo/accuracy",
-    ):
-        if key in result.summary:
-            values = result.summary[key]
-            table.add_row(key, *(f"{values[column]:.4f}" if column in values else "" for column in columns))
-    console.print(table)
+    console.print(results_table(result.summary, str(result.path)))
     rows = [row for row in result.metrics if row["round"] in done]
     for profile_table in profile_tables(rows, experiments[0].config.cohort_size):
         console.print(profile_table)
-    say(
-        console,
-        f"{counted(result.summary['rounds'], 'round')}, {result.summary['seconds']:.1f} s in rounds. Look closer:",
-    )
-    say(console, f"  fedlabel tensorboard {shlex.quote(str(result.path.parent))}")
+    lines, bound = against_labels_only(result.path, result.summary, experiments[0], items or [], out)
+    for line in [*lines, "Next:", *next_commands(result.path, experiments[0].config, bound)]:
+        say(console, line)
     if experiments[0].config.grid.profile and done:
         say(console, f"  https://ui.perfetto.dev, with {result.path / TRACE_JSON}")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or one without such files.")],
+) -> None:
+    """Write a small project of your own: a configuration, a method, labelling functions, and the commands to run."""
+    from fedlabel.cli.init import make_project
+
+    with _reported():
+        written = make_project(folder)
+    say(console, "\n  ".join(["Written:", *map(str, written)]))
+    say(console, f"Train it:  cd {shlex.quote(str(folder))} && fedlabel run config.yaml")
 
 
 @app.command()
@@ -306,6 +306,47 @@ def audit(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+) -> None:
+    """Write the model of a run: weights, a torch.export program that normalises its inputs itself, and card.json."""
+    with _reported():
+        claim_packages()
+        from fedlabel.cli.predict import export_run
+
+        export_run(console, run, out)
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of `fedlabel export`.")],
+    inputs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUTS",
+            help="Folder of images, .npz file with an array x, or CSV or Parquet table with the columns of the data.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="CSV file for what is written.")] = Path("predictions.csv"),
+    program: Annotated[
+        bool,
+        typer.Option(
+            "--program",
+            help="Of an exported folder run the torch.export program, as a model of somebody's own code needs it. It "
+            "can hold code: only of somebody whom you trust.",
+        ),
+    ] = False,
+) -> None:
+    """Write class and probabilities of each input as CSV, by the model of a run or of an exported folder."""
+    with _reported():
+        claim_packages()
+        from fedlabel.cli.predict import predict_inputs
+
+        predict_inputs(console, source, inputs, out, program)
+
+
+@app.command()
 def compare(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATH...", help="A sweep's folder, or folders that hold runs at any depth.")
@@ -342,7 +383,7 @@ def compare(
     ] = None,
 ) -> None:
     """Tables, tests, curves and a report page from finished runs."""
-    from fedlabel.study.output import write_comparison
+    from fedlabel.study.output import overview, write_comparison
     from fedlabel.study.runs import read_comparison
     from fedlabel.study.sweep import SWEEP_JSON, CompareConfig
 
@@ -356,14 +397,32 @@ def compare(
         written = write_comparison(comparison, folder)
     for warning in comparison.warnings:
         say(console, f"warning: {warning}", "yellow")
-    for name, section in comparison.sections.items():
-        table = make_table("method", "seeds", comparison.ranked_in(name), "worst client", title=name)
-        for row, runs in section.items():
-            scores = [(comparison.score(run), run.value("eval/worst_client_accuracy")) for run in runs]
-            means = [sum(values) / len(runs) for values in zip(*scores, strict=True)]
-            table.add_row(row, str(len(runs)), *(f"{100 * value:.1f}" for value in means))
+    for name in comparison.sections:
+        heads, rows = overview(comparison, name)
+        table = make_table(*heads, title=name)
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
     say(console, "\n  ".join(map(str, ["Written:", *written])))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs: several stand side by side.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file.", show_default="RUN/report.html; of several runs ./report.html")
+    ] = None,
+) -> None:
+    """One HTML page of a run, to read and to send around: what was run, labels, curves, clients, samples, warnings.
+
+    It needs no network, and works for runs that have finished, that still run, and that were killed.
+    """
+    from fedlabel.study.report_page import write_report
+
+    file = out or (runs[0] / REPORT_HTML if len(runs) == 1 else Path(REPORT_HTML))
+    with _reported():
+        write_report(runs, file)
+    say(console, f"Written: {file}")
 
 
 @app.command()

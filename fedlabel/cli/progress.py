@@ -7,14 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
-
-from fedlabel.names import counted
 
 if TYPE_CHECKING:
     from fedlabel.experiment import Experiment
@@ -53,18 +50,26 @@ def make_table(*heads: str, title: str | None = None) -> Table:
     return Table(*(Column(head, overflow="fold") for head in heads), title=title)
 
 
+def duration(seconds: float) -> str:
+    """Returns seconds as "12 s", "3 min 20 s", "2 h 5 min" or "3 d 2 h"."""
+    whole = max(0, round(seconds))
+    for unit, name, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= unit:
+            return f"{whole // unit} {name} {whole % unit // smaller} {small}"
+    return f"{whole} s"
+
+
 @contextmanager
-def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment, Path], None], OnRound]]:
-    """A live bar on a terminal, lines elsewhere."""
-    total = 0
-    started = time.monotonic()
+def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment], None], OnRound]]:
+    """A live bar on a terminal, lines elsewhere; both with the time left."""
+    total, started = 0, 0.0
+    before: int | None = None
+    """Rounds that an earlier process did, of a run that is resumed."""
     bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=max(5, min(40, console.width - 70))),
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[time]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )
@@ -72,16 +77,16 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment, Path]
     stage = ""
     stage_name: Callable[[int], str] = str
 
-    def on_start(experiment: Experiment, path: Path) -> None:
-        nonlocal total, stage_name
-        config = experiment.config
-        total, stage_name = config.num_rounds, lambda number: experiment.recipe.place(number).stage.name
-        bar.add_task(config.method.name, total=total, shown="")
-        if not console.is_terminal:
-            say(console, f"{config.method.name} on {config.data.name}: {counted(total, 'round')}, {path}")
+    def on_start(experiment: Experiment) -> None:
+        nonlocal total, stage_name, started
+        total, stage_name = experiment.config.num_rounds, lambda number: experiment.recipe.place(number).stage.name
+        started = time.monotonic()
+        bar.add_task("", total=total, shown="", time="")
 
     def on_round(round_number: int, metrics: Mapping[str, float]) -> None:
-        nonlocal stage
+        nonlocal stage, before
+        if before is None:
+            before = round_number - 1
         begins, stage = stage_name(round_number) != stage, stage_name(round_number)
         shown.update({key: metrics[key] for key in SHOWN if key in metrics})
         if "eval/accuracy" in shown:
@@ -90,10 +95,13 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment, Path]
         text = "  ".join(f"{SHOWN[key]} {shown[key]:.3f}" for key in SHOWN if key in shown)
         text = "  ".join(part for part in (stage, text) if part)
         text += f"  FAILED CLIENTS {failed}" if failed else ""
-        bar.update(bar.task_ids[0], completed=round_number, shown=text)
+        spent = time.monotonic() - started
+        left = spent / (round_number - before) * (total - round_number)
+        passed = duration(spent) + (f", {duration(left)} left" if round_number < total else "")
+        bar.update(bar.task_ids[0], completed=round_number, shown=text, time=passed)
         news = begins or failed or "eval/accuracy" in metrics or "interim/accuracy" in metrics
         if news and not console.is_terminal:
-            say(console, f"round {round_number}/{total}  {text}  {time.monotonic() - started:.0f} s")
+            say(console, f"round {round_number}/{total}  {text}  {passed}")
 
     with bar:
         yield on_start, on_round

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedlabel.cli.progress import say
+from fedlabel.cli.progress import duration, say
 from fedlabel.config_text import Plain, read_mapping
 from fedlabel.errors import naming
 from fedlabel.names import counted
@@ -342,12 +342,3 @@ def plot(title: str, xs: Sequence[int], ys: Sequence[float], width: int, height:
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Line and column in a Braille character -> the bit of its dot."""
-
-
-def duration(seconds: float) -> str:
-    """Returns seconds as "12 s", "3 min 20 s", "2 h 5 min" or "3 d 2 h"."""
-    whole = max(0, round(seconds))
-    for unit, name, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= unit:
-            return f"{whole // unit} {name} {whole % unit // smaller} {small}"
-    return f"{whole} s"

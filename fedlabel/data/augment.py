@@ -191,7 +191,7 @@ def strong(images: Tensor, draws: Draws, config: AugmentConfig, flip: bool) -> T
     Each image gets its own operations and signs. A row of a table gets jitter as by `weak`, and then loses features.
 
     Args:
-        images: (batch, channels, height, width), uint8, 1 or 3 channels; or (batch, features, 1, 1), float32. The
+        images: (batch, channels, height, width), uint8; or (batch, features, 1, 1), float32. The
             batch may be empty.
         draws: source of all random numbers.
         config: all fields are used.
@@ -225,7 +225,11 @@ def strong_with(images: Tensor, numbers: Numbers, config: AugmentConfig, flip: b
         return drop_features(weak_with(images, numbers[:-1], config, flip), numbers[-1])
     assert images.dtype == torch.uint8, images.dtype
     for codes in numbers[: config.num_ops]:
-        images = apply_operations(images, codes, config.magnitude)
+        if images.shape[1] in (1, 3):
+            images = apply_operations(images, codes, config.magnitude)
+        else:  # torchvision knows grey and RGB alone: each channel as a grey image, by the same operation
+            grey, each = images.flatten(0, 1)[:, None], codes.repeat_interleave(images.shape[1])
+            images = apply_operations(grey, each, config.magnitude).view_as(images)
     places = numbers[len(numbers) - 2 :] if config.cutout else ()
     images = weak_with(images, numbers[config.num_ops : len(numbers) - len(places)], config, flip)
     return _cutout(images, places, config.cutout) if config.cutout else images

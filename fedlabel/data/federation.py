@@ -278,12 +278,24 @@ class Federation:
             "total": total.tolist(),
         }
 
+    def _class_counts(self) -> dict[str, Any]:
+        """Returns samples by client and true class, with and without supervision, of the shown clients."""
+        shown = shown_clients(len(self.parts))
+        histograms = self.histograms(shown)
+        return {
+            "classes": list(self.true_classes),
+            "clients": shown.tolist(),
+            "with_supervision": histograms[1:].sum(0).tolist(),
+            "without": histograms[0].tolist(),
+        }
+
     def audit(self) -> dict[str, Any]:
         """Returns the content of `supervision.json`, which compares the supervision record with the true labels: for
         the evaluator only.
 
-        The names of the classes; how many samples have no label in the data; per client (of more than
-        `LISTED_CLIENTS`: per shown one, and in total) how many samples of each kind (a set of one class counts as a
+        The names of the classes; how many samples have no label in the data; of the shown clients how many samples of
+        each true class have supervision and how many have none; per client (of more than `LISTED_CLIENTS`: per shown
+        one, and in total) how many samples of each kind (a set of one class counts as a
         label, one of all as nothing), how many candidates the sets have and how many hold the truth, of bags how many
         there are of each size, of how many the true counts are known and how many of these have wrong ones, and of
         noisy labels the matrix of counts (true class, label); of several annotators that of each, too; and what came of
@@ -302,6 +314,7 @@ class Federation:
             "classes": list(self.dataset.class_names),
             "without_label": self.num_without_label,
             "kinds": self._kinds(),
+            "class_counts": self._class_counts(),
             "candidate_sets": {
                 "sizes": torch.bincount(size, minlength=self.dataset.num_classes + 1).tolist(),
                 "hold_the_truth": int(holds.sum()),

@@ -30,8 +30,8 @@ def with_columns_aside(data: DataConfig, wanted: Mapping[str, str]) -> DataConfi
     for key, name in wanted.items():
         if name == data.label_column:
             raise DataError(f"`{key}` (={name}) is the column of the labels: name another one.")
-        if not SETS[data.name].tabular and data.name != "npz":
-            raise DataError(f"`{key}` (={name}) is for tables and data.name=npz, not for {data.name}.")
+        if not SETS[data.name].tabular and data.name not in ("npz", "arrays"):
+            raise DataError(f"`{key}` (={name}) is for tables and data.name=npz or arrays, not for {data.name}.")
     if not SETS[data.name].tabular:
         return data
     aside = dict.fromkeys([*data.aside_columns, *wanted.values()])
@@ -45,7 +45,8 @@ def own_column(dataset: Dataset, data: DataConfig, key: str, name: str, part: st
 
     Args:
         dataset: has the samples.
-        data: where they are from. Of an npz file the column is an array with a value for every training sample.
+        data: where they are from. Of an npz file the column is an array with a value for every training sample, and
+            another one, with `_test` behind its name, for every test sample, if it is there.
         key: of the configuration that names the column.
         name: of the column.
         part: "train", "validation" or "test".
@@ -53,13 +54,11 @@ def own_column(dataset: Dataset, data: DataConfig, key: str, name: str, part: st
     Raises:
         DataError: there is no such column, or it is of another length.
     """
-    if dataset.tabular:
+    if dataset.tables:
         table = dataset.tables[part]
         values = list(table.column(name)) if name in (*table.names, *table.aside) else None
-    elif part == "test":
-        values = None
     else:
-        values = _array(dataset, data, key, name) if part == "train" else None
+        values = _array(dataset, data, key, name, part) if part != "validation" else None
     return None if values is None else np.array([name_of(value) for value in values], dtype=object)
 
 
@@ -77,18 +76,22 @@ def own_rows(
     return Ragged.by_owner(owner, len(names)) if (owner >= 0).any() else None
 
 
-def _array(dataset: Dataset, data: DataConfig, key: str, name: str) -> list[object]:
+def _array(dataset: Dataset, data: DataConfig, key: str, name: str, part: str) -> list[object] | None:
     path = data_root(data)
+    size = dataset.own_size if part == "train" else len(dataset.test.labels)
+    name += "_test" * (part == "test")
     arrays, names = read_npz(path, [name])
     if name not in arrays:
+        if part == "test":
+            return None
         raise DataError(f"`{key}` (={shown(name)}): {path} has no such array, only {listed(names)}.")
     array = arrays[name]
-    if array.shape != (dataset.own_size,) or array.dtype.kind not in "biufUS":
+    if array.shape != (size,) or array.dtype.kind not in "biufUS":
         raise DataError(
             f"`{key}` (={shown(name)}): {path}: this array is {array.dtype} of shape {array.shape}; it must hold a "
-            f"number or a text for each training sample, ({dataset.own_size},)."
+            f"number or a text for each {part.replace('train', 'training')} sample, ({size},)."
         )
-    found: list[object] = array[dataset.train_rows.numpy()].tolist()
+    found: list[object] = (array[dataset.train_rows.numpy()] if part == "train" else array).tolist()
     return found
 
 

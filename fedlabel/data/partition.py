@@ -57,9 +57,10 @@ class PartitionConfig:
     quantity_alpha: float = 1.0
     """For quantity_skew: the smaller, the more the numbers of samples differ."""
     column: str | None = None
-    """For column: the column of a table that names the client of each row, e.g. a site, or with data.name=npz an array
-    with a value for each training sample. It is not a feature. Clients are sorted by the values; num_clients must be
-    their number. If the test set has the column, too, a client is evaluated on its own rows."""
+    """For column: the column of a table that names the client of each row, e.g. a site, or in an npz file an array
+    with a value for each training sample (and another, `<column>_test`, for each test sample). It is not a feature.
+    Clients are sorted by the values; num_clients must be their number. If the test set has the column, too, a
+    client is evaluated on its own rows."""
     min_samples: int = 2
     """The smallest number of samples of a client; up to `MAX_DRAWS` partitions are drawn to meet it."""
     partitioner_args: str = "{}"

@@ -78,8 +78,8 @@ class DevicesConfig:
     """For zipf: the factors are r^-exponent, r = 1 .. num_clients, in random order."""
     trace: str | None = None
     """For trace: a CSV file with the columns client, start, end, speed, up, down (see docs/devices.md), relative to the
-    working directory or to the project's `configs/`. Devices are drawn from it without repetition as long as there are
-    enough."""
+    working directory or to the `configs/` that come with fedlabel. Devices are drawn from it without repetition as long
+    as there are enough."""
     correlation: float = 0.0
     """Rank correlation, in [-1, 1], of a client's slowness and the share of its samples that are of rare classes. 1:
     the slowest device goes to the client with the largest share, and so on; 0: independent; -1: the fastest."""

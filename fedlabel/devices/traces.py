@@ -29,12 +29,12 @@ from fedlabel.devices.profiles import Profile, assign
 from fedlabel.errors import is_file
 from fedlabel.names import did_you_mean
 from fedlabel.seeding import numpy_generator
+from fedlabel.shipped import CONFIGS
 from fedlabel.shown import shown
 
 COLUMNS = ("client", "start", "end", "speed", "up", "down")
 LONGEST = 10**9
 """Seconds of a trace: 31 years. Later times are those of a calendar."""
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class Trace(NamedTuple):
@@ -59,7 +59,7 @@ class Trace(NamedTuple):
 
 
 def find_trace(path: str) -> Path:
-    """Returns the path of a trace: as given, or below `configs/` of the project.
+    """Returns the path of a trace: as given, or of one that comes with fedlabel.
 
     Raises:
         ValueError: there is none.

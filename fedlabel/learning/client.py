@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from fedlabel.learning.training_config import TrainingConfig
 from fedlabel.learning.views import ImageTransform
 from fedlabel.methods.batch import Batch, Model, Prepared, PseudoLabels, State, StateDict, Survey, Votes
 from fedlabel.methods.losses import pseudo_metrics
-from fedlabel.methods.recipe import Phase, Recipe
+from fedlabel.methods.recipe import Phase, Recipe, Select
 from fedlabel.methods.uploads import ModelPart, PhaseResult
 from fedlabel.metric_tags import Tag, client_tags
 from fedlabel.seeding import Draws, derive_seed, torch_generator
@@ -97,6 +97,12 @@ class Trainer:
     """Takes note of where the time goes."""
     prior: PriorConfig = field(default_factory=PriorConfig)
     """How clients' class priors are estimated."""
+    frozen: frozenset[str] = frozenset()
+    """Names of the student's parameters that stay as they are."""
+
+    def phases(self, phases: Sequence[Phase]) -> Sequence[Phase]:
+        """Returns phases that train nothing that is frozen."""
+        return [_unfrozen(phase, self.frozen) for phase in phases] if self.frozen else phases
 
     @cached_property
     def parameters(self) -> frozenset[str]:
@@ -181,10 +187,27 @@ def train_clients(
         for run in runs:
             with trainer.spans.part("e_step", "prior", client=run.client):
                 run.estimate_prior(trainer.prior, round_number)
-    for phase in recipe.phases(round_number):
+    for phase in trainer.phases(recipe.phases(round_number)):
         run_phase(runs, phase)
     with trainer.spans.part("reduce", "upload"):
         return [_update(recipe, run, global_state) for run in runs]
+
+
+@dataclass(frozen=True)
+class _Unfrozen:
+    """Selects what an update trains, without what is frozen."""
+
+    trains: Select | None
+    frozen: frozenset[str]
+
+    def __call__(self, names: Sequence[str]) -> list[str]:
+        return [name for name in (names if self.trains is None else self.trains(names)) if name not in self.frozen]
+
+
+@lru_cache(maxsize=64)  # the same phase is the same object again, by which graphs know it
+def _unfrozen(phase: Phase, frozen: frozenset[str]) -> Phase:
+    then = tuple(replace(update, trains=_Unfrozen(update.trains, frozen)) for update in phase.then)
+    return replace(phase, trains=_Unfrozen(phase.trains, frozen), then=then)
 
 
 def _update(recipe: Recipe, run: _Run, global_state: StateDict) -> ClientUpdate:
@@ -234,7 +257,7 @@ def train_server(recipe: Recipe, trainer: Trainer, global_state: StateDict, data
         config = replace(config, local_steps=trainer.config.server_steps, local_epochs=None)
     memory = recipe.memory.start(data.supervision.candidates.to(data.images.device))
     run = _Run(trainer, config, data, {"global": global_state}, seed, memory)
-    for phase in recipe.server_phases:
+    for phase in trainer.phases(recipe.server_phases):
         run_phase([run], phase)
     return run.results[-1].state if run.results else global_state
 

@@ -48,6 +48,8 @@ class Evaluation:
     has samples of one class only."""
     bag_mae: float = math.nan
     """See `bag_error`; NaN without bags."""
+    bag_shares: np.ndarray | None = None
+    """See `bag_shares`; None without bags."""
 
     @property
     def class_accuracy(self) -> np.ndarray:
@@ -140,10 +142,26 @@ def bag_error(probabilities: Tensor, bags: Bags) -> float:
         probabilities: (n, classes).
         bags: (n,) the bag of each sample, and (bags, classes) counts.
     """
+    sums, counts = _bag_sums(probabilities, bags)
+    return float(((sums - counts) / counts.sum(1, keepdim=True)).abs().mean())
+
+
+def bag_shares(probabilities: Tensor, bags: Bags) -> np.ndarray:
+    """Returns the predicted and the counted share of each class in each bag, (2, bags, classes).
+
+    Args:
+        probabilities: (n, classes).
+        bags: see `bag_error`.
+    """
+    sums, counts = _bag_sums(probabilities, bags)
+    return (torch.stack([sums, counts]) / counts.sum(1, keepdim=True)).cpu().numpy()
+
+
+def _bag_sums(probabilities: Tensor, bags: Bags) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the probabilities over each bag, and its counts, both (bags, classes) in double precision."""
     inside = bags.bag >= 0
     counts = bags.counts.double()
-    sums = add_at(torch.zeros_like(counts), bags.bag[inside], probabilities[inside].double())
-    return float(((sums - counts) / counts.sum(1, keepdim=True)).abs().mean())
+    return add_at(torch.zeros_like(counts), bags.bag[inside], probabilities[inside].double()), counts
 
 
 def evaluate(
@@ -187,4 +205,5 @@ def evaluate(
         calibration=calibration_bins(torch.cat(confidences), correct),
         auc=area_under_curve(torch.cat(margins), split.labels) if num_classes == 2 else math.nan,
         bag_mae=math.nan if bags is None else bag_error(torch.cat(probabilities), bags),
+        bag_shares=None if bags is None else bag_shares(torch.cat(probabilities), bags),
     )

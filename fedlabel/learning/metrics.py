@@ -132,6 +132,7 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
     Returns:
         "drawn", "kept", "correct" per true class (classes,), and the same "..._by_expert" (local, global);
         "kept_by_both", "correct_by_both" per class and expert, (classes, 2) flattened;
+        "confidence_by_expert", the sum of the confidences of the kept ones, per expert;
         "drawn_by_kind", "correct_by_kind", where a label counts as correct whether or not it was kept;
         `calibration_bins` of all draws and of the kept ones, a list per row (see `bins_of`); of two classes "beliefs",
         how many draws have p(class 1) in each of `BELIEF_BINS` equal parts of [0, 1]; empty without true labels.
@@ -152,6 +153,8 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
         place = 2 * truth[mask] + pseudo.from_global[mask].long()
         return torch.bincount(place, minlength=2 * num_classes).double().tolist()
 
+    sure = pseudo.confidence.double().nan_to_num().cpu() * pseudo.keep.cpu()
+    by_expert = [(sure * (pseudo.from_global.cpu() == expert)).sum().item() for expert in (False, True)]
     return {
         "drawn": per_class(torch.ones_like(pseudo.keep)),
         "kept": per_class(pseudo.keep),
@@ -161,6 +164,7 @@ def pseudo_label_counts(pseudo: PseudoLabels, truth: Tensor, num_classes: int, k
         "correct_by_expert": per_expert(correct),
         "kept_by_both": per_both(pseudo.keep),
         "correct_by_both": per_both(correct),
+        "confidence_by_expert": by_expert,
         "drawn_by_kind": torch.bincount(kind, minlength=len(KIND_NAMES)).double().tolist(),
         "correct_by_kind": torch.bincount(kind[pseudo.label == truth], minlength=len(KIND_NAMES)).double().tolist(),
         **({"beliefs": _belief_bins(pseudo)} if num_classes == 2 else {}),
@@ -193,14 +197,15 @@ def bins_of(counts: Mapping[str, list[float]], name: str = "bins") -> np.ndarray
 def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
     """Returns `pseudo/...` scalars from summed `pseudo_label_counts`; those without a sample are left out.
 
-    Coverage is kept / drawn; accuracy is correct / kept, over all, and per expert; correct_wrong_ratio is correct /
-    wrong among the kept; posterior/accuracy_<kind> is over all draws with that kind of label; ece is the
-    calibration error over all draws, ece_kept over the kept ones.
+    Coverage is kept / drawn; accuracy is correct / kept, over all, and per expert; confidence per expert is the mean of
+    the kept; correct_wrong_ratio is correct / wrong among the kept; posterior/accuracy_<kind> is over all draws with
+    that kind of label; ece is the calibration error over all draws, ece_kept over the kept ones.
     """
     if not counts:
         return {}
     local, from_global = ratio(counts["correct_by_expert"], counts["kept_by_expert"])
     local_coverage, global_coverage = ratio(counts["kept_by_expert"], counts["drawn_by_expert"])
+    local_confidence, global_confidence = ratio(counts["confidence_by_expert"], counts["kept_by_expert"])
     kept, correct = sum(counts["kept"]), sum(counts["correct"])
     values = {
         "pseudo/accuracy": ratio([correct], [kept])[0],
@@ -208,6 +213,8 @@ def pseudo_label_metrics(counts: Mapping[str, list[float]]) -> dict[str, float]:
         "pseudo/accuracy_global": from_global,
         "pseudo/coverage_local": local_coverage,
         "pseudo/coverage_global": global_coverage,
+        "pseudo/confidence_local": local_confidence,
+        "pseudo/confidence_global": global_confidence,
         "pseudo/correct_wrong_ratio": ratio([correct], [kept - correct])[0],
         "pseudo/ece": calibration_error(bins_of(counts)),
         "pseudo/ece_kept": calibration_error(bins_of(counts, "kept_bins")),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import traceback
-from pathlib import Path
-
+from fedlabel.importing import import_attribute
 from fedlabel.methods.cc import CC
 from fedlabel.methods.co_teaching import CoTeaching
 from fedlabel.methods.count_likelihood import CountLikelihood
@@ -35,9 +32,6 @@ from fedlabel.methods.top_count import TopCount
 from fedlabel.methods.uda import UDA
 from fedlabel.metric_tags import client_tags
 from fedlabel.names import did_you_mean, simple
-
-PACKAGE = str(Path(__file__).resolve().parents[1])
-IMPORTLIB = str(Path(importlib.__file__).parent)
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -99,18 +93,7 @@ def method_class(name: str) -> type[Method]:
         raise ValueError(
             f"`method.name` (={name}) must have the form package.module:Class, with the names that Python imports."
         )
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever a module of the user's own does
-        raise ValueError(
-            f"`method.name` (={name}) cannot be imported: {describe_error(error)}. The module must be importable from "
-            "where the command runs (PYTHONPATH)."
-        ) from error
-    found = getattr(module, attribute, None)
-    if found is None:
-        raise ValueError(
-            f"`method.name` (={name}): {module_name} has no {attribute}.{did_you_mean(attribute, vars(module))}"
-        )
+    found = import_attribute("method.name", name)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(
             f"`method.name` (={name}) must be a subclass of fedlabel.methods.recipe.Method; see docs/extend.md."
@@ -120,14 +103,3 @@ def method_class(name: str) -> type[Method]:
     except ValueError as error:
         raise ValueError(f"`method.name` (={name}): {error}") from error
     return found
-
-
-def describe_error(error: BaseException) -> str:
-    """Returns the type, text, file and line of an error in a user's code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if not frame.filename.startswith((PACKAGE, "<frozen", IMPORTLIB))]
-    place = f" ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    text = str(error)
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

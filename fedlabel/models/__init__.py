@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fedlabel.checks import one_of, within
 from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp, Net, Part
+from fedlabel.models.own import (
+    TIMM,
+    TORCHVISION,
+    Embedded,
+    build_foreign,
+    check_name,
+    is_foreign,
+    is_module,
+    pass_model,
+    passed,
+    receive,
+)
+from fedlabel.models.pretrained import hold_statistics, load_weights, train_only
 from fedlabel.models.resnet import Bottleneck, ResNet, ResNet9, WideResNet
 from fedlabel.names import did_you_mean
 
@@ -23,9 +38,6 @@ COPIES = 8
 """Of a network's weights that a run in one process holds at least, in single precision: student, teacher, initial and
 global model, gradient, and a reply, and their sum in double precision (2)."""
 
-TORCHVISION = "torchvision:"
-"""Prefix of `model.name` for a network of torchvision."""
-
 AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
 """Networks of torchvision that return more than logits in training, so they are not offered."""
 
@@ -35,12 +47,28 @@ class ModelConfig:
     """The network and its size."""
 
     name: str = "cnn"
-    """A network that `fedlabel list` names, or "torchvision:" and the name of a classifier of `torchvision.models`
-    (untrained)."""
+    """A network that `fedlabel list` names; torchvision:NAME, a classifier of `torchvision.models` (untrained);
+    timm:NAME, one of timm, if that is installed (untrained); or package.module:function, a function or class of your
+    own that returns a torch module: it is called with num_classes and input_shape, as far as it has such parameters. A
+    module or function passed to `fedlabel.run(model=...)` gets a name with its fingerprint, python:NAME#HASH."""
+    args: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Further keyword arguments of a function of your own, or of timm, e.g. {dropout: 0.1}."""
+    embedding: str | None = None
+    """The layer (as `named_modules` has it) whose output is an input's embedding, which some methods and the projector
+    need; null: our own networks have one, others none."""
+    weights: str | None = None
+    """A file with pretrained weights (a state dict that torch.save wrote): those whose name and shape fit are loaded
+    before the first round, the others are drawn at random, and a note says which. Real nodes get them from the server.
+    null: all are drawn."""
+    trainable: str | None = None
+    """A regular expression: only parameters in whose name it is found are trained, e.g. "^(fc|layer4)"; the others stay
+    as they are, and BatchNorm in them keeps its statistics. null: all, but for those that a module of your own has
+    frozen itself."""
     norm: str = "group"
-    """group | batch | none. torchvision's networks keep their own (mostly batch); mlp has none."""
+    """group | batch | none. Networks that are not ours keep their own (mostly batch); mlp has none."""
     width: int = 1
-    """Multiplies the channels of the convolutions (WRN: on top of its 2); torchvision's networks and mlp ignore it."""
+    """Multiplies the channels of the convolutions (WRN: on top of its 2); mlp and networks that are not ours ignore
+    it."""
     hidden: int = 128
     """Width of the hidden linear layer of cnn and mlp; the others have none."""
     hidden_layers: tuple[int, ...] = ()
@@ -50,17 +78,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         # YAML gives a list; configurations must be hashable.
         object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
-        if self.name.startswith(TORCHVISION):
-            import torchvision  # here: it takes as long to import as torch
-
-            nets = torchvision.models.list_models(module=torchvision.models)
-            allowed = [TORCHVISION + net for net in nets if net not in AUXILIARY_OUTPUTS]
-            expected = f"{TORCHVISION}<name> of a classifier in torchvision.models whose only output is logits"
+        if is_foreign(self.name):
+            check_name(self.name)
         else:
-            allowed = list(MODELS)
-            expected = f"one of {', '.join(MODELS)}, or {TORCHVISION}<name>"
-        if self.name not in allowed:
-            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{did_you_mean(self.name, allowed, 3)}")
+            self._check_known()
+        self._check_own()
         one_of(self, "model", norm=NORMS)
         within(self, "model", 1, MAX_WIDTH, "width")
         within(self, "model", 1, MAX_HIDDEN, "hidden")
@@ -75,6 +97,38 @@ class ModelConfig:
                 f"`model.hidden_layers` (={layers}) is for model.name=mlp, not {self.name}; take model.name=mlp, or "
                 "leave it empty."
             )
+
+    def _check_known(self) -> None:
+        if self.name.startswith(TORCHVISION):
+            import torchvision  # here: it takes as long to import as torch
+
+            nets = torchvision.models.list_models(module=torchvision.models)
+            allowed = [TORCHVISION + net for net in nets if net not in AUXILIARY_OUTPUTS]
+            expected = f"{TORCHVISION}<name> of a classifier in torchvision.models whose only output is logits"
+        else:
+            allowed = list(MODELS)
+            expected = f"one of {', '.join(MODELS)}, {TORCHVISION}<name>, {TIMM}<name> or package.module:function"
+        if self.name not in allowed:
+            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{did_you_mean(self.name, allowed, 3)}")
+
+    def _check_own(self) -> None:
+        if self.args and not is_foreign(self.name):
+            raise ValueError(
+                f"`model.args` (={dict(self.args)}) are for a function of your own or timm, not for {self.name}: leave "
+                "them out."
+            )
+        if self.embedding is not None and self.name in MODELS:
+            raise ValueError(
+                f"`model.embedding` (={self.embedding}) is for networks that are not ours; {self.name} has embeddings: "
+                "leave it out."
+            )
+        if self.trainable is not None:
+            try:
+                re.compile(self.trainable)
+            except re.error as error:
+                raise ValueError(
+                    f"`model.trainable` (={self.trainable}) must be a regular expression, e.g. ^fc: {error}."
+                ) from error
 
 
 @dataclass(frozen=True)
@@ -153,10 +207,21 @@ MODELS: dict[str, ModelEntry] = {
 }
 
 TORCHVISION_ENTRY = ModelEntry("any classifier of torchvision", 1, _build_torchvision)
+FOREIGN = {
+    f"{TIMM}NAME": "untrained, by timm's NAME, if that is installed; its arguments in model.args",
+    "package.module:function": "your own: a function of num_classes and input_shape that returns a torch module",
+}
+"""Descriptions of the networks that are neither ours nor torchvision's."""
 
 
-def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, seed: int) -> nn.Module:
-    """Returns an untrained model on the CPU, in training mode.
+def build_model(
+    config: ModelConfig,
+    input_shape: InputShape,
+    num_classes: int,
+    seed: int,
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """Returns a model on the CPU, in training mode; parameters that are not to be trained need no gradient.
 
     The weights depend on the arguments only; torch's global random state is neither used nor changed. Our own models
     draw nothing at random later either; those of torchvision that have dropout do, from torch's global state.
@@ -166,22 +231,34 @@ def build_model(config: ModelConfig, input_shape: InputShape, num_classes: int, 
         input_shape: (channels, height, width) of one image.
         num_classes: length of the logits.
         seed: any integer torch accepts as a seed.
+        say: gets a note on what was loaded from `model.weights`.
 
     Returns:
         A module that maps images (batch, channels, height, width) to logits (batch, num_classes). Our own are a `Net`,
         which also gives embeddings; they accept an empty batch, and with `norm="group"` have no buffers and treat every
-        sample by itself.
+        sample by itself. Those of others are a `Net` with `model.embedding`.
 
     Raises:
-        ValueError: the model does not accept images of this shape.
+        ValueError: the model does not accept images of this shape, or a user's own one is not as needed.
     """
-    entry = TORCHVISION_ENTRY if config.name.startswith(TORCHVISION) else MODELS[config.name]
-    if min(input_shape[1:]) < entry.min_side:
+    entry = TORCHVISION_ENTRY if config.name.startswith(TORCHVISION) else MODELS.get(config.name)
+    if entry is not None and min(input_shape[1:]) < entry.min_side:
         raise _shape_error(config.name, input_shape, f"at least {entry.min_side}x{entry.min_side} pixels")
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(seed)
-        return entry.builder(config, input_shape, num_classes)
+        if entry is None:
+            model = build_foreign(config.name, config.args, input_shape, num_classes)
+        else:
+            model = entry.builder(config, input_shape, num_classes)
+    if config.weights is not None and next(model.parameters()).device.type != "meta":
+        note = load_weights(model, Path(config.weights))
+        if say is not None:
+            say(note)
+    if config.trainable is not None:
+        train_only(model, config.trainable)
+    hold_statistics(model)
+    return model if config.embedding is None else Embedded(model, config.embedding, input_shape, config.name)
 
 
 class RunningStatistics(NamedTuple):
@@ -244,4 +321,19 @@ def _shape_error(name: str, input_shape: InputShape, needs: str) -> ValueError:
     )
 
 
-__all__ = ["MODELS", "ModelConfig", "ModelEntry", "Net", "Part", "build_model", "check_size"]
+__all__ = [
+    "MODELS",
+    "Embedded",
+    "InputShape",
+    "ModelConfig",
+    "ModelEntry",
+    "Net",
+    "Part",
+    "build_model",
+    "check_size",
+    "is_foreign",
+    "is_module",
+    "pass_model",
+    "passed",
+    "receive",
+]

@@ -19,8 +19,8 @@ class BagHead(nn.Module):
     def __init__(self, net: Net, hidden: int) -> None:
         super().__init__()
         self.net = net
-        self.bag_hidden = nn.Linear(net.output.in_features, hidden)
-        self.bag_output = nn.Linear(hidden, net.output.out_features)
+        self.bag_hidden = nn.Linear(net.embedding_size, hidden)
+        self.bag_output = nn.Linear(hidden, net.num_classes)
 
     def forward(self, inputs: Tensor, part: str = "all") -> Tensor:
         """Returns the network's output; with part="bags" logits (bags, classes) of means (bags, features)."""

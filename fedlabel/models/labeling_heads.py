@@ -23,8 +23,8 @@ class LabelingHeads(nn.Module):
     def __init__(self, net: Net, heads: int) -> None:
         super().__init__()
         self.net = net
-        self.symbols = net.output.out_features + 1
-        self.heads = nn.Linear(net.output.in_features, heads * self.symbols)
+        self.symbols = net.num_classes + 1
+        self.heads = nn.Linear(net.embedding_size, heads * self.symbols)
 
     def forward(self, inputs: Tensor, part: str = "all") -> Tensor:
         """Returns the network's output; with part="heads" logits (batch, K, classes + 1) of images."""

@@ -48,6 +48,16 @@ class Net(nn.Module):
 
     output: nn.Linear
 
+    @property
+    def embedding_size(self) -> int:
+        """The number of features of an embedding."""
+        return self.output.in_features
+
+    @property
+    def num_classes(self) -> int:
+        """The length of the logits."""
+        return self.output.out_features
+
     def embed(self, images: Tensor) -> Tensor:
         """Returns embeddings (batch, features) of images (batch, channels, height, width)."""
         raise NotImplementedError

@@ -30,6 +30,8 @@ class Network:
     """Number of the user's networks in one forward pass."""
     embeds: bool = False
     """Whether the user's network must provide embeddings, see `Net`."""
+    classifies: bool = False
+    """Whether it must also make logits of embeddings (`part="classify"`)."""
     input_gradients: bool = False
     """Whether gradients by its inputs are needed, which BatchNorm in training does not allow."""
 
@@ -70,7 +72,7 @@ def sum_of_parts(scales: Mapping[str, float]) -> Network:
 
 def with_bag_head(hidden: int) -> Network:
     """Returns the network with a second output for means of embeddings, see `BagHead`; hidden: its hidden width."""
-    return Network(partial(_headed, name="bag_head", size=hidden), embeds=True)
+    return Network(partial(_headed, name="bag_head", size=hidden), embeds=True, classifies=True)
 
 
 def with_labeling_heads(heads: int) -> Network:

@@ -1,15 +1,18 @@
-"""Events for TensorBoard: a file of them, and histograms and figures in it."""
+"""Events for TensorBoard: a file of them, histograms and figures in it, and reading the figures again."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import socket
+import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -122,6 +125,56 @@ class NoEvents(EventFile):
 
     def close(self) -> None:
         """Does nothing."""
+
+
+class Picture(NamedTuple):
+    """A figure in an event file."""
+
+    step: int
+    """Its round."""
+    png: bytes
+    width: int
+    height: int
+
+
+def read_pictures(folder: Path) -> dict[str, Picture]:
+    """Returns tag -> its latest picture, in a folder's event files; empty without any.
+
+    What a process that was killed has not written to its end is left out, and so are, as in TensorBoard, pictures of
+    rounds that a resumed run has done again.
+    """
+    found: dict[str, Picture] = {}
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        for event in _events(file):
+            if event.session_log.status == SessionLog.START:
+                found = {tag: picture for tag, picture in found.items() if picture.step < event.step}
+            for value in event.summary.value:
+                if value.HasField("image"):
+                    image = value.image
+                    picture = Picture(event.step, image.encoded_image_string, image.width, image.height)
+                    found[value.tag] = picture
+    return found
+
+
+_HEADER = struct.Struct("<QI")
+"""Of a record: its length, and a checksum of that; behind the record there is one of four bytes, too."""
+
+
+def _events(file: Path) -> Iterator[Event]:
+    """Yields the events of a file up to the first that is incomplete or damaged."""
+    with naming(file):
+        data = memoryview(file.read_bytes())
+    place = 0
+    while place + _HEADER.size <= len(data):
+        start = place + _HEADER.size
+        place = start + _HEADER.unpack_from(data, place)[0] + 4
+        if place > len(data):
+            return
+        try:
+            event = Event.FromString(data[start : place - 4].tobytes())
+        except DecodeError:
+            return
+        yield event
 
 
 def wait_for_later_name(path: Path) -> None:

@@ -65,9 +65,14 @@ def precision_coverage_figure(bins: np.ndarray, kept: float, correct: float) -> 
     precision = 100 * right.cumsum()[used] / np.maximum(1, count.cumsum()[used])
     thresholds = (1 - np.arange(1, len(count) + 1) / len(count))[used]
     axis.plot(coverage, precision, "o-", color=BLUE, markersize=4, label="used above a confidence")
+    named: list[int] = []
     for place in sorted({0, len(coverage) // 2, len(coverage) - 1}) if len(coverage) else ():
-        text = f"≥ {thresholds[place]:.2f}"
-        axis.annotate(text, (coverage[place], precision[place]), (4, 6), textcoords="offset points", fontsize=8)
+        if named and coverage[place] - coverage[named[-1]] < 10:  # one text would lie over the other
+            continue
+        named.append(place)
+        side = {"xytext": (-6, -10), "ha": "right"} if coverage[place] > 85 else {"xytext": (4, 6)}
+        text, point = f"≥ {thresholds[place]:.2f}", (coverage[place], precision[place])
+        axis.annotate(text, point, textcoords="offset points", fontsize=8, **side)
     if kept:
         label = f"this run: {100 * kept / total:.0f} % used, {100 * correct / kept:.1f} % of these right"
         axis.plot(100 * kept / total, 100 * correct / kept, "D", color=RED, markersize=7, label=label)

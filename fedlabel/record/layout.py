@@ -53,7 +53,10 @@ CHARTS: Mapping[str, Mapping[str, Sequence[str] | Margin]] = {
         "accuracy by expert": ("pseudo/accuracy", "pseudo/accuracy_local", "pseudo/accuracy_global"),
         "coverage by expert": ("pseudo/coverage", "pseudo/coverage_local", "pseudo/coverage_global"),
         "who labels, and do the experts agree": ("pseudo/from_global", "pseudo/agreement"),
-        "confidence and threshold": ("pseudo/confidence", "pseudo/threshold"),
+        "confidence and threshold": (
+            *("pseudo/confidence", "pseudo/confidence_local", "pseudo/confidence_global"),
+            "pseudo/threshold",
+        ),
         "calibration error": ("pseudo/ece", "pseudo/ece_kept"),
     },
     CLIENTS: {
@@ -125,8 +128,8 @@ HOW_TO_READ: Mapping[str, str] = {
         "**Where are labels wrong?** `about/label_card` (Text) says which kinds of label there are. Accuracy by kind: "
         "what the method makes of each. Noise matrix T: the smallest diagonal falling below its row's largest entry "
         "means two classes have been exchanged (Images → `transition`, beside the true one in a simulation). Bags: how "
-        "far predicted counts are from the known ones. Labelling functions: estimated accuracy should follow the true "
-        "one (Images → `functions`; labeling_functions.csv has a row for each)."
+        "far predicted counts are from the known ones (Images → `eval/bags`). Labelling functions: estimated accuracy "
+        "should follow the true one (Images → `functions`; labeling_functions.csv has a row for each)."
     ),
     SYSTEM: (
         "**Where does time go?** `system/round_seconds` is of the clock on the wall; with `--profile` its parts, and "
@@ -149,22 +152,32 @@ def layout(present: Collection[str], own: Sequence[Tag] = ()) -> Summary:
         present: the metrics of the run.
         own: what the run's method declares, see `Method.metrics`.
     """
-    return summaries.custom_scalars({page: _page(page, present, own) for page in PAGES})
+    pages = {
+        page: {
+            title: ["Margin", list(names)] if isinstance(names, Margin) else ["Multiline", [_only(n) for n in names]]
+            for title, names in charts.items()
+        }
+        for page, charts in shown_charts(present, own).items()
+    }
+    return summaries.custom_scalars(pages)
 
 
-def _page(page: str, present: Collection[str], own: Sequence[Tag]) -> dict[str, list[object]]:
-    charts: dict[str, list[object]] = {}
-    for title, names in CHARTS[page].items():
-        if _is_shown(names, present):
-            of_band = isinstance(names, Margin)
-            charts[title] = ["Margin", list(names)] if of_band else ["Multiline", [_only(name) for name in names]]
-    shown = {name for page in PAGES for names in CHARTS[page].values() if _is_shown(names, present) for name in names}
+def shown_charts(present: Collection[str], own: Sequence[Tag] = ()) -> dict[str, dict[str, Sequence[str] | Margin]]:
+    """Returns page -> title -> the tags of a chart: those of `CHARTS` that have something to show, and one for each
+    further metric, under its title.
+
+    Args:
+        present: the metrics of the run.
+        own: what the run's method declares, see `Method.metrics`.
+    """
+    pages = {page: {t: names for t, names in CHARTS[page].items() if _is_shown(names, present)} for page in PAGES}
+    shown = {name for charts in pages.values() for names in charts.values() for name in names}
     for name in sorted(set(present) - shown):
         tag = find_tag(name, own)
-        if tag is not None and tag.page == page:
+        if tag is not None:
             title = tag.title if tag.unit in ("share", "index") else f"{tag.title} ({tag.unit})"
-            charts.setdefault(title, ["Multiline", [_only(name)]])
-    return charts
+            pages[tag.page].setdefault(title, (name,))
+    return pages
 
 
 def _is_shown(names: Sequence[str] | Margin, present: Collection[str]) -> bool:

@@ -1,6 +1,7 @@
 """Names of the files in a run's folder, see `run_folder`, and of what is read out of them by name."""
 
 CONFIG_YAML = "config.yaml"
+CARD_JSON = "card.json"
 METRICS_JSONL = "metrics.jsonl"
 FAILURES_LOG = "failures.log"
 CHECKPOINTS = "checkpoints"

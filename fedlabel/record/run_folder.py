@@ -2,6 +2,7 @@
 
     runs/<name>/
       config.yaml         the resolved configuration
+      card.json           classes, inputs and normalisation, by which the model can be used without the data
       partition.json/.png who holds what
       metrics.jsonl       one JSON object a line and a round
       events.out.*        the same numbers, and figures, for TensorBoard

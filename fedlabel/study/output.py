@@ -7,27 +7,27 @@ import bisect
 import csv
 import io
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from fedlabel.config import flatten, load_config
 from fedlabel.errors import make_folder
 from fedlabel.record.figures import curves_figure, save_png, svg_bytes
 from fedlabel.record.files import write_atomic
+from fedlabel.study.page import render
+from fedlabel.study.provenance import command_text, machine_text, versions_text
 from fedlabel.study.runs import ACCURACY, AXES, COLUMN, METRICS, VIRTUAL, Comparison, Run, differing_keys, plain
 from fedlabel.study.statistics import (
     NOT_TESTED,
     Column,
     PairedTest,
     SectionTests,
+    Stat,
     columns,
     compare_rows,
     over_seeds,
@@ -144,6 +144,29 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     for old in {*out.glob("curves-*.png"), *out.glob("curves-*.svg")} - {*written}:  # of sections that are no more
         old.unlink()
     return [out / "report.html", out / "compare.md", out / "compare.csv", out / "compare_runs.csv", *written]
+
+
+def overview(comparison: Comparison, name: str) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and rows of the table of a section that fits a terminal: score, worst client, and the paired test
+    against the section's baseline, or, where there is none, the best other row.
+    """
+    section, baseline = comparison.sections[name], comparison.baseline(name)
+    tests = compare_rows(section, baseline, comparison.metric, comparison.column)
+    against = f"difference to {baseline}" if baseline else "difference to the best other"
+    rows = []
+    for row, runs in section.items():
+        scores = over_seeds([comparison.score(run) for run in runs])
+        worst = over_seeds([run.value("eval/worst_client_accuracy") for run in runs])
+        test = tests.rows[row]
+        difference = "–" if math.isnan(test.difference) else f"{100 * test.difference:+.1f}"
+        rows.append([row, str(len(runs)), _percent(scores), _percent(worst), difference, _p(test.p_holm)])
+    return ["method", "seeds", comparison.ranked_in(name), "worst client", against, "p"], rows
+
+
+def _percent(stat: Stat) -> str:
+    if math.isnan(stat.mean):
+        return "–"
+    return f"{100 * stat.mean:.1f}" + (f" ± {100 * stat.sd:.1f}" if stat.count > 1 else "")
 
 
 def tables(comparison: Comparison, name: str, tests: SectionTests, shown: Sequence[Column]) -> list[Table]:
@@ -309,12 +332,10 @@ def facts(comparison: Comparison) -> dict[str, list[str]]:
     defaults = flatten(load_config())
     changed = [f"{k}={plain(v)}" for k, v in common_keys(comparison).items() if k != "seed" and defaults.get(k) != v]
     rows = [runs for section in comparison.sections.values() for runs in section.values()]
-    commands = _distinct(_command(run.summary.get("command", [])) for run in runs)
+    commands = _distinct(command_text(run.summary.get("command", [])) for run in runs)
     found = {
-        "hardware": _distinct(_machine(run.summary.get("hardware", {})) for run in runs),
-        "versions": _distinct(
-            ", ".join(f"{k} {v}" for k, v in run.summary.get("versions", {}).items()) for run in runs
-        ),
+        "hardware": _distinct(machine_text(run.summary.get("hardware", {})) for run in runs),
+        "versions": _distinct(versions_text(run.summary.get("versions", {})) for run in runs),
         "commit": _distinct(str(run.summary.get("commit", "unknown")) for run in runs),
         "seeds": _distinct(", ".join(str(run.config.seed) for run in members) for members in rows),
         "means": _distinct(run.averaged for run in runs),
@@ -418,12 +439,11 @@ def _markdown_table(table: Table) -> list[str]:
 
 def html(comparison: Comparison, parts: Sequence[Part]) -> str:
     """Returns report.html: one self-contained file, which loads nothing from elsewhere."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((files(__package__) / "report.html.jinja").read_text(encoding="utf-8"))
     pictures = {part.name: base64.b64encode(svg_bytes(part.curves)).decode() for part in parts}
     headings = {part.name: _heading(comparison, part.name) for part in parts}
     common = [f"{key}={plain(value)}" for key, value in common_keys(comparison).items()]
-    return template.render(
+    return render(
+        "comparison.html.jinja",
         comparison=comparison,
         parts=parts,
         headings=headings,
@@ -459,16 +479,6 @@ def _p(value: float) -> str:
 
 def _is_bound(runs: Sequence[Run]) -> bool:
     return bool(runs[0].config.method.oracle_labels)
-
-
-def _machine(hardware: Mapping[str, Any]) -> str:
-    cores = f"{hardware.get('usable_cores', '?')} of {hardware.get('logical_cores', '?')} cores"
-    gpu = f", {hardware['gpu']} ({hardware.get('gpu_memory_gib')} GiB)" if "gpu" in hardware else ", no GPU used"
-    return f"{hardware.get('cpu', 'unknown CPU')}, {cores}, {hardware.get('memory_gib', '?')} GiB{gpu}"
-
-
-def _command(arguments: Sequence[str]) -> str:
-    return shlex.join([Path(arguments[0]).name, *arguments[1:]]) if arguments else "unknown"
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:

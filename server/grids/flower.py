@@ -55,7 +55,8 @@ class FlowerGrid(ClientGrid):
         self._spans, self._schema = experiment.spans, ResultSchema.of(experiment)
         federation, config = experiment.federation, experiment.config
         grid = replace(config.grid, profile=False)  # nobody would fetch what clients record
-        self._config = replace(config, grid=grid)
+        # Nodes get all weights from here.
+        self._config = replace(config, grid=grid, model=replace(config.model, weights=None))
         if isinstance(federation, ServerFederation):
             self._config = on_the_way(self._config)
             assert federation.agreement is not None

@@ -18,6 +18,7 @@ from fedlabel.errors import RunError
 from fedlabel.experiment import Experiment
 from fedlabel.importing import import_path
 from fedlabel.methods.recipe import Memory
+from fedlabel.models import passed
 from server.blocks import Block, BlockResult, Failure
 from server.flower import dump_memory, parse_memory
 from server.grids.base import ClientGrid, MemoryOf, Order, describe, folded
@@ -92,6 +93,7 @@ class RayGrid(ClientGrid):
         config, schema = experiment.config, ResultSchema.of(experiment)
         self._spans = experiment.spans
         self._text, self._timeout, self._threads = to_yaml(config), config.grid.timeout, config.grid.threads_per_worker
+        self._models = passed(config.model.name)
         self._keeps = experiment.recipe.memory.keep is not Memory.keep or config.compression.error_feedback
         self._costs = CostModel(lambda client, number: schema.limits(client, number).draws)
         for actor in range(len(self._actors), self._num_workers):
@@ -279,7 +281,7 @@ class RayGrid(ClientGrid):
 
     def _start(self, actor: int) -> None:
         self._actors[actor] = self._new_actor()
-        self._starting[self._actors[actor].open.remote(self._text)] = actor
+        self._starting[self._actors[actor].open.remote(self._text, self._models)] = actor
 
     def _replace(self, actor: int) -> None:
         self._ray.kill(self._actors[actor])

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedlabel.experiment import open_experiment
 from fedlabel.methods.batch import State
 from fedlabel.methods.uploads import ModelPart
+from fedlabel.models import receive
 from fedlabel.spans import Recorded
 from server.blocks import Block, BlockResult, WeightedSum
 from server.grids.base import Order, TrainCohort, run_task
@@ -50,8 +51,14 @@ class Worker:
         self._round: tuple[str, Order] | None = None
         torch.set_num_threads(threads)
 
-    def open(self, text: str) -> None:
-        """Makes ready for the rounds of an experiment; text: its configuration as YAML."""
+    def open(self, text: str, models: Mapping[str, Any]) -> None:
+        """Makes ready for the rounds of an experiment.
+
+        Args:
+            text: its configuration as YAML.
+            models: what was passed from Python, by `model.name`.
+        """
+        receive(models)
         self._experiment = open_experiment(text)
         self._schema = ResultSchema.of(self._experiment)
         self._spans = self._experiment.spans

@@ -48,6 +48,10 @@ class EvaluationObserver(Observer):
 
             names = experiment.federation.dataset.class_names
             figures["eval/confusion"] = confusion_figure(evaluation.confusion, names)
+            if evaluation.bag_shares is not None and evaluation.bag_shares.size:
+                from fedlabel.record.figures_bags import bags_figure
+
+                figures["eval/bags"] = bags_figure(evaluation.bag_shares[0], evaluation.bag_shares[1], names)
             if is_by_client:
                 figures["eval/clients"] = client_accuracy_figure(accuracy)
         tag = select_key(experiment)

@@ -28,9 +28,14 @@ class PseudoLabelObserver(Observer):
             [sum(of_clients[client].get(key, [0.0])) for client in clients] for key in ("drawn", "kept", "correct")
         )
         coverage, accuracy = ratio(kept, drawn), ratio(correct, kept)
+        drawn_of_class = np.array(counts["drawn"])
+        by_both = (np.reshape(counts[name], (-1, 2)).T for name in ("kept_by_both", "correct_by_both"))
+        of_experts = dict(zip(("local", "global"), zip(*by_both, strict=True), strict=True))
         lists = {
             "pseudo/class_coverage": ratio(counts["kept"], counts["drawn"]),
             "pseudo/class_accuracy": ratio(counts["correct"], counts["kept"]),
+            **{f"pseudo/class_coverage_{name}": ratio(of[0], drawn_of_class) for name, of in of_experts.items()},
+            **{f"pseudo/class_accuracy_{name}": ratio(of[1], of[0]) for name, of in of_experts.items()},
             "pseudo/client_coverage": self.of_trained(dict(zip(clients, coverage, strict=True))),
             "pseudo/client_accuracy": self.of_trained(dict(zip(clients, accuracy, strict=True))),
         }

@@ -166,7 +166,7 @@ def test_the_selected_round_has_a_column_of_its_own(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert f"selected ({summary['selected_round']})" in result.output
-    row = next(line for line in result.output.splitlines() if "eval/accuracy" in line)
+    row = next(line for line in result.output.splitlines() if line.startswith("│ accuracy "))
     assert f"{summary['eval/accuracy']['selected']:.4f}" in row.split("│")[-2]
 
 

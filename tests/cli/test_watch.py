@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedlabel.cli.main import app
-from fedlabel.cli.watch import FINISHED, RUNNING, STOPPED, Watched, duration, frame, plot
+from fedlabel.cli.watch import FINISHED, RUNNING, STOPPED, Watched, frame, plot
 from fedlabel.record.run_folder import RunFolder
 
 CONFIG = "seed: 3\nnum_clients: 4\nnum_rounds: 10\nmethod: {name: fedlabel}\ndata: {name: digits}\n"
@@ -149,13 +149,3 @@ def test_a_curve_goes_from_corner_to_corner() -> None:
     assert title == "t: 2"
     assert "round 4" in rounds
     assert line.count("│") == 1
-
-
-def test_durations() -> None:
-    assert [duration(x) for x in (0.4, 59.6, 200, 7500, 180_000)] == [
-        "0 s",
-        "1 min 0 s",
-        "3 min 20 s",
-        "2 h 5 min",
-        "2 d 2 h",
-    ]

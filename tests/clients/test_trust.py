@@ -93,6 +93,27 @@ def test_a_module_is_not_imported(kind: str, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_network_of_others_is_built(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither from a module, nor of another package, nor filled from a file."""
+    (tmp_path / "foreign_network.py").write_text(
+        f"import pathlib\nimport torch\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "def build():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = to_yaml(load_config([], [*TINY[:3], "device=cpu", "model.name=foreign_network:build"]))
+    assert refusal(kind, text).startswith("Refused: this node does not allow `model.name` (=foreign_network:build)")
+    assert "foreign_network" not in sys.modules
+    assert not (tmp_path / "ran").exists()
+    for name in ("timm:resnet18", "python:Net#01234567"):
+        assert f"`model.name` (={name})" in refusal(kind, text.replace("foreign_network:build", name))
+    other = text.replace("weights: null", "weights: /etc/passwd")
+    assert "`model.weights` (=/etc/passwd)" in refusal(kind, other, 'allow="model.name=foreign_network:build"')
+    if kind == "query":
+        assert not ask(kind, text, 'allow="model.name=foreign_network:build"').has_error()
+        sys.modules.pop("foreign_network", None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_labeling_functions_is_not_run(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "functions"
     file.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")

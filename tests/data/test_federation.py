@@ -726,3 +726,13 @@ def test_counts_of_some_clients_are_those_of_all() -> None:
     for kind in range(3):
         mask = federation.record.kind.numpy() == kind
         assert np.array_equal(federation.class_counts(mask), federation.histograms()[kind])
+
+
+def test_the_audit_counts_classes_of_clients_with_and_without_supervision() -> None:
+    federation = build(num_clients=3)
+    counts, kind = federation.audit()["class_counts"], federation.record.kind
+    truth = federation.dataset.train.labels
+    assert (counts["clients"], counts["classes"]) == ([0, 1, 2], list(federation.dataset.class_names))
+    for client, rows in enumerate(federation.parts):
+        for name, mask in (("with_supervision", kind[rows] > 0), ("without", kind[rows] == 0)):
+            assert counts[name][client] == torch.bincount(truth[rows][mask], minlength=10).tolist()

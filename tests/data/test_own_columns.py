@@ -202,7 +202,7 @@ def test_kind_and_column_belong_together(keys: dict[str, str], message: str) -> 
 
 def test_images_have_no_columns() -> None:
     with pytest.raises(
-        ValueError, match=r"`partition.column` \(=site\) is for tables and data.name=npz, not for digits"
+        ValueError, match=r"`partition.column` \(=site\) is for tables and data.name=npz or arrays, not for digits"
     ):
         build_federation(DataConfig(), BY_SITE, None, SupervisionConfig(), SkewConfig(), 4, "test", False, 0)
 

@@ -14,6 +14,7 @@ import torch
 
 import fedlabel
 from clients.client_app import app
+from fedlabel import load_run
 from fedlabel.cli.data import export_experiment
 from fedlabel.config import ExperimentConfig, load_config, to_yaml
 from fedlabel.data.nodes.export import client_folder
@@ -185,6 +186,9 @@ def test_rows_of_a_table_are_deployed_like_images(tmp_path: Path) -> None:
     for client in range(4):
         data = read_node_folder(exported.path / client_folder(client), schema)
         assert torch.equal(data.inputs, exported.experiment.client_data(client).images)
+    found, wanted = (load_run(path).predict(tmp_path / "table.csv") for path in (deployed, exported.simulated))
+    assert found.classes == wanted.classes
+    assert np.array_equal(found.probabilities, wanted.probabilities)
 
 
 def test_what_the_server_writes_and_gets_has_no_sample(held_out: Exported) -> None:

@@ -100,7 +100,8 @@ def test_levels(tmp_path: Path) -> None:
     supervised = [*TINY, "method.name=supervised", "num_rounds=2", "supervision.label_rate=0.5"]
     off = fedlabel.run([], [*supervised, "tracking.level=off"], name="off", out=tmp_path)
     assert {file.name for file in off.path.iterdir()} == {
-        *("checkpoints", "config.yaml", "metrics.jsonl", "partition.json", "summary.json", "supervision.json")
+        *("card.json", "checkpoints", "config.yaml", "metrics.jsonl", "partition.json", "summary.json"),
+        "supervision.json",
     }
     basic = fedlabel.run([], [*supervised, "tracking.level=basic"], name="basic", out=tmp_path)
     assert "eval/confusion" in tags_of(basic.path)

@@ -12,7 +12,7 @@ from fedlabel.data.augment import AugmentConfig
 from fedlabel.data.labels.bags import Bags
 from fedlabel.data.sets.datasets import Split
 from fedlabel.learning.client import ImageTransform
-from fedlabel.learning.evaluation import bag_error, evaluate
+from fedlabel.learning.evaluation import bag_error, bag_shares, evaluate
 
 
 def test_evaluation_by_hand() -> None:
@@ -59,6 +59,9 @@ def test_error_of_bags_is_that_of_their_predicted_shares() -> None:
     p = torch.tensor([0.9, 0.2, 0.6, 0.1, 0.5, 0.4])
     bags = Bags(torch.tensor([1, 0, 1, 0, -1, 0]), torch.tensor([[2, 1], [0, 2]]))
     assert bag_error(torch.stack([1 - p, p], 1), bags) == pytest.approx((0.5 / 2 + 0.3 / 3) / 2)
+    predicted, counted = bag_shares(torch.stack([1 - p, p], 1), bags)
+    np.testing.assert_allclose(predicted[:, 1], [0.7 / 3, 0.75])
+    np.testing.assert_allclose(counted, [[2 / 3, 1 / 3], [0, 1]])
     perfect = torch.nn.functional.one_hot(torch.tensor([1, 0, 1, 1, 0, 0]), 2).float()
     assert bag_error(perfect, bags) == 0
 

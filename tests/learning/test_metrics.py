@@ -82,8 +82,11 @@ def test_pseudo_label_metrics() -> None:
     assert (counts["drawn"], counts["kept"], counts["correct"]) == ([2, 2, 1], [2, 1, 1], [1, 1, 0])
     both = np.reshape(counts["kept_by_both"], (3, 2)), np.reshape(counts["correct_by_both"], (3, 2))
     assert [(each.sum(1).tolist(), each.sum(0).tolist()) for each in both] == [([2, 1, 1], [2, 2]), ([1, 1, 0], [1, 1])]
+    assert counts["confidence_by_expert"] == pytest.approx([1.91, 1.34])
     assert pseudo_label_metrics(counts) == pytest.approx(
         {
+            "pseudo/confidence_local": 1.91 / 2,
+            "pseudo/confidence_global": 1.34 / 2,
             "pseudo/accuracy": 0.5,
             "pseudo/accuracy_local": 0.5,
             "pseudo/accuracy_global": 0.5,

@@ -310,7 +310,7 @@ def test_torchvision_models_refuse_shapes_they_cannot_take(name, shape, message)
     ("fields", "message"),
     [
         ({"name": "resnet81"}, r"`model.name` \(=resnet81\) must be one of cnn, mlp, .*Did you mean resnet8"),
-        ({"name": "zzz"}, r"wrn28_2, or torchvision:<name>\.$"),
+        ({"name": "zzz"}, r"wrn28_2, torchvision:<name>, timm:<name> or package.module:function\.$"),
         ({"name": "torchvision:resnt18"}, r"Did you mean torchvision:resnet18"),
         ({"name": "torchvision:googlenet"}, r"whose only output is logits"),
         ({"norm": "layer"}, r"`model.norm` \(=layer\) must be one of group, batch, none\."),

@@ -35,6 +35,7 @@ TRAINING = TrainingConfig(local_steps=2, batch_size=4)
 PSEUDO = {
     **{"drawn": [4.0, 2.0, 2.0], "kept": [3.0, 2.0, 0.0], "correct": [3.0, 1.0, 0.0]},
     **{"drawn_by_expert": [6.0, 2.0], "kept_by_expert": [4.0, 1.0], "correct_by_expert": [3.0, 1.0]},
+    "confidence_by_expert": [3.2, 0.8],
     **{"kept_by_both": [3.0, 0.0, 1.0, 1.0, 0.0, 0.0], "correct_by_both": [3.0, 0.0, 0.0, 1.0, 0.0, 0.0]},
     **{"drawn_by_kind": [8.0, *[0.0] * 8], "correct_by_kind": [5.0, *[0.0] * 8]},
     **{"bins_count": [8.0, *[0.0] * 14], "bins_confidence": [4.5, *[0.0] * 14], "bins_correct": [5.0, *[0.0] * 14]},

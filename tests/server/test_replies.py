@@ -182,6 +182,10 @@ FAULTS = {
     "counts that are texts": (put("counts", "drawn", "abc"), "its count drawn is no list of floats"),
     "counts below 0": (put("counts", "correct", [3.0, 1.0, -1.0]), r"its count correct is below 0 \(=-1\)"),
     "more kept than drawn": (put("counts", "kept", [5.0, 2.0, 0.0]), "its count kept is more than drawn"),
+    "too sure": (
+        put("counts", "confidence_by_expert", [4.5, 0.8]),
+        "confidence_by_expert is more than kept_by_expert",
+    ),
     "others kept": (put("counts", "kept_by_both", [3.0, 0.0, 1.0, 2.0, 0.0, 0.0]), "kept_by_both is of other samples"),
     "other samples": (put("counts", "drawn_by_kind", [9.0, *[0.0] * 8]), "drawn_by_kind is of other samples"),
     "no function counts": (drop("counts", "function_counts"), "its counts lack function_counts"),

@@ -42,6 +42,18 @@ def test_files(out: Path) -> None:
     assert imread(out / "curves-alpha-0.1.png").std() > 0.01
 
 
+def test_the_terminal_has_spread_and_test(out: Path, tmp_path: Path) -> None:
+    """The numbers of `test_markdown_has_every_number`; these runs have no worst client."""
+    output = call(out, "--out", tmp_path).output
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+    assert rows[:3] == [
+        ["labelled only", "2", "30.0 ± 0.0", "–", "–", "–"],
+        ["FedLabel", "3", "45.0 ± 7.5", "–", "+11.2", "0.205"],
+        ["fully <b>labelled</b>", "3", "67.5 ± 0.0", "–", "–", "–"],
+    ], rows
+    assert "difference to labelled only" in output
+
+
 def test_markdown_has_every_number(out: Path) -> None:
     """FedLabel: seeds 0.5, 0.6, 0.7 in round 4, half of it in round 2. The mean of both: 0.375, 0.45, 0.525 (sd 0.075).
 
@@ -141,7 +153,8 @@ def test_report_needs_nothing_but_itself(out: Path) -> None:
     links.feed(page)
     assert links.tags.count("img") == 2
     assert all(address.startswith(("data:", "#")) for address in links.addresses), links.addresses
-    assert not re.search(r"@import|url\(|<script", page)
+    assert not re.search(r"@import|url\(|<script[^>]", page)
+    assert "Content-Security-Policy\" content=\"default-src 'none'" in page
     assert "b" not in links.tags, "a row's name is text, not markup"
     assert {"fully <b>labelled</b>", "45.0 ± 7.5", "4 (2/3)", "46.05 ± 1.09", "alpha 1 | mild"} <= set(links.texts)
     assert any("lies at the edge" in text for text in links.texts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from fedlabel.data.nodes.files import (
 )
 from fedlabel.data.nodes.schema import CATEGORY, NUMBER, SEPARATOR, Column, Schema, parse_schema
 from fedlabel.data.sets.config import DataError
+from fedlabel.data.sets.datasets import Dataset
 from fedlabel.data.sets.tables import Table, fitted_columns
 from fedlabel.errors import make_folder, naming
 from fedlabel.names import counted
@@ -54,9 +56,20 @@ def federation_schema(federation: Federation, label_epsilon: float | None = None
     """Returns the schema of a simulated federation, with the normalisation of its own training set; label_epsilon: see
     `Schema`.
     """
-    dataset = federation.dataset
+    record = federation.record
+    schema = replace(
+        dataset_schema(federation.dataset),
+        annotators=tuple(f"annotator {place + 1}" for place in range(record.annotations.shape[1])),
+        functions=tuple(report.name for report in federation.functions),
+        label_epsilon=label_epsilon,
+    )
+    return parse_schema(schema.text, "The schema of this federation")  # its checks are those of every schema
+
+
+def dataset_schema(dataset: Dataset) -> Schema:
+    """Returns classes, inputs and normalisation of a data set, whether or not nodes' files could hold such names."""
     columns: tuple[Column, ...] = ()
-    if dataset.tabular:
+    if dataset.tables:
         table = dataset.tables["train"]
         fitted = fitted_columns(table)
         numeric = table.numbers.shape[1]
@@ -66,19 +79,14 @@ def federation_schema(federation: Federation, label_epsilon: float | None = None
             *(Column(name, NUMBER, *values) for name, *values in numbers),
             *(Column(name, CATEGORY, categories=found) for name, found in texts),
         )
-    record = federation.record
-    schema = Schema(
+    return Schema(
         classes=dataset.class_names,
         shape=dataset.input_shape,
-        mean=() if dataset.tabular else dataset.mean,
-        std=() if dataset.tabular else dataset.std,
+        mean=() if columns else dataset.mean,
+        std=() if columns else dataset.std,
         allow_flip=dataset.allow_flip,
         columns=columns,
-        annotators=tuple(f"annotator {place + 1}" for place in range(record.annotations.shape[1])),
-        functions=tuple(report.name for report in federation.functions),
-        label_epsilon=label_epsilon,
     )
-    return parse_schema(schema.text, "The schema of this federation")  # its checks are those of every schema
 
 
 def export_federation(
@@ -109,6 +117,11 @@ def export_federation(
         raise ValueError(
             f"The server holds {counted(len(federation.server_rows), 'labelled sample')}, for which a deployment has "
             "no place: take supervision.labels_at=clients."
+        )
+    if federation.dataset.tabular and not federation.dataset.tables:
+        raise DataError(
+            f"A node's folder holds images or a table, and {federation.dataset.name} are arrays of another meaning: "
+            "only a simulation can use them."
         )
     schema = federation_schema(federation, label_epsilon)
     make_folder(path)

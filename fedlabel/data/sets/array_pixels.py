@@ -19,7 +19,9 @@ BLOCK = 1 << 22
 """Values that are converted at a time."""
 
 
-def to_pixels(train: np.ndarray, test: np.ndarray, where: str) -> tuple[list[np.ndarray], list[str]]:
+def to_pixels(
+    train: np.ndarray, test: np.ndarray, where: str, channel_axis: int | None = None
+) -> tuple[list[np.ndarray], list[str]]:
     """Returns both sets of images as uint8 (n, channels, height, width), and notes on the conversion.
 
     Values may be whole numbers from 0 to 255 of any integer or float type, floats in [0, 1], which are multiplied by
@@ -30,13 +32,14 @@ def to_pixels(train: np.ndarray, test: np.ndarray, where: str) -> tuple[list[np.
         train: training images, at least one.
         test: test images, at least one.
         where: they come from, for messages; there they are called `x_train` and `x_test`.
+        channel_axis: 1 or 3, of images with any number of channels; None: it is found, see above.
 
     Raises:
         DataError: values or shapes that are none of these, or that could be read in two ways.
     """
     both = f"{where}: `x_train` and `x_test`"
     arrays = {f"{where}: `x_train`": train, f"{where}: `x_test`": test}
-    layouts = [channels_first(array, name) for name, array in arrays.items()]
+    layouts = [channels_first(array, name, channel_axis) for name, array in arrays.items()]
     kinds = [_kind(array, name) for name, array in arrays.items()]
     if kinds[0] != kinds[1]:
         raise DataError(f"{both} are {train.dtype} and {test.dtype}, which may be of two scales. Write both alike.")
@@ -105,12 +108,16 @@ def _as_uint8(images: np.ndarray, scale: int) -> tuple[np.ndarray, bool]:
     return made, rounded
 
 
-def channels_first(images: np.ndarray, name: str) -> np.ndarray:
+def channels_first(images: np.ndarray, name: str, channel_axis: int | None = None) -> np.ndarray:
     """Returns a view of shape (n, channels, height, width)."""
     shape = images.shape
+    if channel_axis is not None and images.ndim != 4:
+        raise DataError(f"{name} has shape {shape}; with a channel axis it must be (n, c, h, w) or (n, h, w, c).")
     if images.ndim == 2:
         raise DataError(f"{name} has shape {shape}: rows of numbers, no images. {_as_images(shape[1])}")
-    if images.ndim == 3:
+    if channel_axis is not None:
+        found = np.moveaxis(images, channel_axis, 1)
+    elif images.ndim == 3:
         found = images[:, None]
     elif images.ndim == 4 and shape[3] in (1, 3) and shape[1] in (1, 3):
         raise DataError(

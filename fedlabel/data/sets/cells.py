@@ -63,6 +63,15 @@ _RANGE = re.compile(r"([<>≤≥]=? ?)?[0-9.]+( ?(-|–|to) ?[0-9.]+|\+)?")
 """Such as age bands (18-24, 65+): categories, though all their characters are digits and signs."""
 
 
+def as_text(cell: object) -> str:
+    """Returns a cell of a table in Python as a file would have it: "" for None, NaN and pandas' NA."""
+    try:
+        missing = cell is None or bool(cell != cell)
+    except TypeError:  # NA equals nothing, and differs from nothing
+        missing = True
+    return "" if missing else str(cell).strip()
+
+
 def is_number(text: str) -> bool:
     """Whether a cell is a number in the one supported notation."""
     return _PLAIN.fullmatch(text) is not None

@@ -38,6 +38,7 @@ SETS = {
     "svhn": SetInfo("SVHN, cropped: 99,289 colour 32x32, 10 digits"),
     "image_folder": SetInfo("a folder of yours: train/<class>/* and test/<class>/*", allow_flip=True, own=True),
     "npz": SetInfo("a numpy file of yours: x_train, y_train, x_test, y_test", own=True),
+    "arrays": SetInfo("a numpy file of yours whose x are no images: tokens, signals, features, as they are", own=True),
     "breast_cancer": SetInfo("scikit-learn's table: 569 tumours, 30 features, malignant or benign", tabular=True),
     "adult": SetInfo("UCI's table: 48,842 people of a census, income above 50K or not", tabular=True),
     "bank_marketing": SetInfo("UCI's table: 45,211 calls of a bank, sold or not", tabular=True),
@@ -56,9 +57,10 @@ class DataConfig:
     """A data set; `fedlabel list` names them all."""
     root: str = no_effect("data")
     """The folder of the data sets in torchvision's layout; for adult, bank_marketing and magic that of UCI's files (as
-    they are or .gz), or one that has them in `[tabular/]adult`, `[tabular/]bank-marketing`, `[tabular/]magic`. For npz
-    and table the file, for image_folder the folder with `train` and `test`. Not used by digits and breast_cancer, which
-    come with scikit-learn."""
+    they are or .gz), or one that has them in `[tabular/]adult`, `[tabular/]bank-marketing`, `[tabular/]magic`. For npz,
+    arrays and table the file, for image_folder the folder with `train` and `test`. Not used by digits and
+    breast_cancer, which come with scikit-learn. An npz file of images with another number of channels than 1 or 3 has
+    an array `channel_axis`, 1 or 3."""
     download: bool = no_effect(False)
     """Whether a missing set is downloaded to `root`. Without effect on digits, npz, image_folder and tables."""
     validation_fraction: float = 0.1

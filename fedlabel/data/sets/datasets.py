@@ -27,7 +27,7 @@ from fedlabel.data.sets.loaders import (
     load_idx,
     load_svhn,
 )
-from fedlabel.data.sets.npz_files import load_npz
+from fedlabel.data.sets.npz_files import load_arrays, load_npz
 from fedlabel.data.sets.table_files import load_adult, load_bank_marketing, load_breast_cancer, load_magic, load_table
 from fedlabel.data.sets.tables import LoadedTable, Table, encode
 from fedlabel.names import did_you_mean
@@ -63,6 +63,8 @@ class Dataset:
     tables: Mapping[str, Table] = field(default_factory=dict)
     """The rows of "train", "validation" and "test" before they became features; none for images. `Table.column` gives a
     column of them, also one of `data.aside_columns`."""
+    discrete: bool = False
+    """Whether inputs are whole numbers such as tokens, to which no noise can be added."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how the data were read, a sentence each."""
 
@@ -73,7 +75,7 @@ class Dataset:
         Raises:
             DataError: there is none.
         """
-        if self.tabular:
+        if self.tables:
             table = self.tables[part]
             if name not in (*table.names, *table.aside):
                 raise DataError(
@@ -92,9 +94,9 @@ class Dataset:
 
     def sample(self, place: int) -> np.ndarray | dict[str, float | str]:
         """Returns a sample of `train` in the form that labelling functions receive: (channels, height, width) uint8, or
-        a row's cells by column.
+        a row's cells by column; or a float32 array.
         """
-        if self.tabular:
+        if self.tables:
             return self.tables["train"].row(place)
         image: np.ndarray = self.train.images[place].numpy()
         return image
@@ -112,7 +114,7 @@ class Dataset:
 
     @property
     def tabular(self) -> bool:
-        """Whether the samples are rows of a table, as float32 (n, features, 1, 1), and not uint8 images."""
+        """Whether the samples are float32, rows of a table (n, features, 1, 1) or other arrays, not uint8 images."""
         return self.train.images.is_floating_point()
 
 
@@ -161,12 +163,26 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     else:
         tables = {}
         train, validation, test = _take(loaded.train, rows), _take(loaded.train, held_out), loaded.test
-        mean, std = _channel_statistics(train.images)
+        channels = train.images.shape[1]
+        as_it_is = ((0.0,) * channels, (1.0,) * channels)
+        mean, std = as_it_is if train.images.is_floating_point() else _channel_statistics(train.images)
     names, size = loaded.class_names, len(loaded.train.labels)
     if isinstance(loaded, LoadedTable) and loaded.rows is not None:
         rows, size = loaded.rows[rows], loaded.file_size or size
     return Dataset(
-        name, train, validation, test, names, mean, std, SETS[config.name].allow_flip, rows, size, tables, loaded.notes
+        name=name,
+        train=train,
+        validation=validation,
+        test=test,
+        class_names=names,
+        mean=mean,
+        std=std,
+        allow_flip=SETS[config.name].allow_flip,
+        train_rows=rows,
+        own_size=size,
+        tables=tables,
+        discrete=isinstance(loaded, Loaded) and loaded.discrete,
+        notes=loaded.notes,
     )
 
 
@@ -259,6 +275,7 @@ LOADERS: dict[str, Callable[[DataConfig], Loaded | LoadedTable]] = {
     "svhn": load_svhn,
     "image_folder": load_image_folder,
     "npz": load_npz,
+    "arrays": load_arrays,
     "breast_cancer": load_breast_cancer,
     "adult": load_adult,
     "bank_marketing": load_bank_marketing,

@@ -22,7 +22,7 @@ def fingerprint(dataset: Dataset) -> dict[str, str]:
     for part in PARTS:
         split = getattr(dataset, part)
         labels.update(repr(tuple(split.labels.shape)).encode() + split.labels.numpy().tobytes())
-        if dataset.tabular:
+        if dataset.tables:
             table = dataset.tables[part]
             for name in table.names:
                 column = table.column(name)

@@ -47,6 +47,8 @@ class Loaded(NamedTuple):
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     """Notes for the user on how the data were read, a sentence each."""
+    discrete: bool = False
+    """See `Dataset`."""
 
 
 # ---------------------------------------------------------------------------------------------- border: errors, checks

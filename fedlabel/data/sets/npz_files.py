@@ -8,17 +8,18 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
 
-from fedlabel.data.sets.array_labels import number_labels
+from fedlabel.data.sets.array_labels import Labels, number_labels
 from fedlabel.data.sets.array_pixels import to_pixels
+from fedlabel.data.sets.cells import LARGEST
 from fedlabel.data.sets.config import DataError, data_root
 from fedlabel.data.sets.loaders import Loaded, Split, check_expansion, check_memory, instead_of_data
 from fedlabel.data.sets.names import listed
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 OPTIONAL_KEYS = ("class_names",)
+CHANNEL_AXIS = "channel_axis"
 ALIKE = {
     "x_train": ("train_x", "xtrain", "train_images", "images_train", "train_data", "data_train", "x", "images", "data"),
     "y_train": ("train_y", "ytrain", "train_labels", "labels_train", "train_targets", "y", "labels", "targets"),
@@ -45,11 +47,77 @@ AGAIN = "Write it again with `numpy.savez`."
 
 
 def load_npz(config: DataConfig) -> Loaded:
-    """A numpy archive with x_train, y_train, x_test, y_test and optionally class_names (an array of texts).
+    """A numpy archive of images: x_train, y_train, x_test, y_test and optionally class_names (an array of texts).
 
-    x: (n, h, w) grey; or (n, h, w, c) or (n, c, h, w) with c = 1 or 3; for the values see `to_pixels`. y: one label per
-    image, for what they may be see `number_labels`.
+    x: (n, h, w) grey; or (n, h, w, c) or (n, c, h, w) with c = 1 or 3; with another array `channel_axis` (1 or 3) any
+    number of channels; for the values see `to_pixels`. y: one label per image, for what they may be see
+    `number_labels`.
     """
+    archive = _read_set(config, (CHANNEL_AXIS,))
+    arrays = archive.arrays
+    axis = _channel_axis(arrays[CHANNEL_AXIS], f"{archive.path}: `{CHANNEL_AXIS}`") if CHANNEL_AXIS in arrays else None
+    pixels, notes = to_pixels(arrays.pop("x_train"), arrays.pop("x_test"), str(archive.path), axis)
+    train, test = archive.splits([torch.from_numpy(images) for images in pixels])
+    notes += [*archive.notes, *repeated_images(train, test, str(archive.path))]
+    return Loaded(train, test, archive.labels.class_names, tuple(notes))
+
+
+def load_arrays(config: DataConfig) -> Loaded:
+    """A numpy archive as of `load_npz` whose x_train and x_test are no images, but numbers of any meaning: sequences of
+    tokens, signals, features. They are neither scaled nor normalised.
+
+    x: (n, a), (n, a, b) or (n, a, b, c); a network receives float32, (n, a, 1, 1), (n, a, b, 1) or (n, a, b, c).
+    Whole numbers (of an integer type) get no noise in augmented views; `augment.feature_dropout` makes zeros of them.
+    """
+    archive = _read_set(config)
+    where = [f"{archive.path}: `{key}`" for key in ("x_train", "x_test")]
+    found = [archive.arrays[key] for key in ("x_train", "x_test")]
+    for array, name in zip(found, where, strict=True):
+        if array.dtype.kind not in "biuf" or not 2 <= array.ndim <= 4 or array.size == 0:
+            raise DataError(
+                f"{name} is {array.dtype} of shape {array.shape}; it must hold numbers, (n, a), (n, a, b) or "
+                "(n, a, b, c), at least one for each sample."
+            )
+        low, high = float(array.min()), float(array.max())
+        if not (-LARGEST <= low <= high <= LARGEST):  # NaN, too
+            raise DataError(
+                f"{name} holds values from {low:g} to {high:g}; they must be numbers in [-{LARGEST:g}, {LARGEST:g}]. "
+                "Leave out the samples that have others, or fill them."
+            )
+        if array.dtype.kind in "iu" and max(-low, high) > 2**24:
+            raise DataError(
+                f"{name} holds whole numbers up to {max(-low, high):g}; single precision holds each one up to 2^24 "
+                "alone. Number the tokens from 0 on."
+            )
+    if found[0].shape[1:] != found[1].shape[1:] or found[0].dtype.kind != found[1].dtype.kind:
+        raise DataError(
+            f"{' and '.join(where)} are {found[0].dtype} of shape {found[0].shape} and {found[1].dtype} of shape "
+            f"{found[1].shape}. Samples of both must be alike."
+        )
+    check_memory(4 * (found[0].size + found[1].size), f"The arrays of {archive.path}")
+    inputs = [
+        torch.from_numpy(array.astype(np.float32)).reshape(*array.shape, *(1,) * (4 - array.ndim)) for array in found
+    ]
+    train, test = archive.splits(inputs)
+    return Loaded(train, test, archive.labels.class_names, tuple(archive.notes), discrete=found[0].dtype.kind != "f")
+
+
+class _Archive(NamedTuple):
+    """The content of an archive."""
+
+    path: Path
+    arrays: dict[str, np.ndarray]
+    labels: Labels
+    notes: list[str]
+
+    def splits(self, inputs: Sequence[torch.Tensor]) -> tuple[Split, Split]:
+        """Returns training and test set; inputs: of both."""
+        train, test = map(torch.from_numpy, (self.labels.train, self.labels.test))
+        return Split(inputs[0], train), Split(inputs[1], test)
+
+
+def _read_set(config: DataConfig, further: Sequence[str] = ()) -> _Archive:
+    """Reads inputs and labels; further: names of other arrays that mean something."""
     path = data_root(config)
     if not path.is_file():
         inside = sorted(path.glob("*.npz")) if path.is_dir() else []
@@ -57,7 +125,8 @@ def load_npz(config: DataConfig) -> Loaded:
             f"`data.root` (={config.root}): there is no file {path}. Set data.root=<file.npz> that holds the keys "
             f"{', '.join(KEYS)}." + (f" That folder has {listed([each.name for each in inside])}." if inside else "")
         )
-    arrays, names = read_npz(path, (*KEYS, *OPTIONAL_KEYS))
+    read = (*KEYS, *OPTIONAL_KEYS, *further)
+    arrays, names = read_npz(path, read)
     missing = [key for key in KEYS if key not in arrays]
     if missing:
         raise DataError(
@@ -69,20 +138,21 @@ def load_npz(config: DataConfig) -> Loaded:
     for part in ("train", "test"):
         _check_lengths(arrays[f"x_{part}"], arrays[f"y_{part}"], where[f"x_{part}"], where[f"y_{part}"])
     labels = number_labels(arrays["y_train"], arrays["y_test"], arrays.get("class_names"), where)
-    pixels, notes = to_pixels(arrays.pop("x_train"), arrays.pop("x_test"), str(path))
-    train, test = (
-        Split(torch.from_numpy(images), torch.from_numpy(numbers))
-        for images, numbers in zip(pixels, (labels.train, labels.test), strict=True)
-    )
-    unread = [name for name in names if name not in (*KEYS, *OPTIONAL_KEYS)]
+    notes = []
+    unread = [name for name in names if name not in read]
     if unread:
         hint = _meant(["class_names"], unread) if "class_names" not in names else ""
         is_used = "is used" if len(unread) == 1 else "are used"
         notes.append(
             f"{path}: {listed(unread)} of it {is_used} only where a key names it, e.g. partition.column.{hint}"
         )
-    notes += [*labels.notes, *repeated_images(train, test, str(path))]
-    return Loaded(train, test, labels.class_names, tuple(notes))
+    return _Archive(path, arrays, labels, [*notes, *labels.notes])
+
+
+def _channel_axis(value: np.ndarray, name: str) -> int:
+    if value.size != 1 or value.dtype.kind not in "iu" or int(value.flat[0]) not in (1, 3):
+        raise DataError(f"{name} (={shown(value)}) must be 1, for (n, c, h, w), or 3, for (n, h, w, c).")
+    return int(value.flat[0])
 
 
 def _check_lengths(images: np.ndarray, labels: np.ndarray, images_name: str, labels_name: str) -> None:

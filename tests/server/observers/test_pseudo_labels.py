@@ -52,6 +52,10 @@ def test_rates_by_class_and_by_client() -> None:
     expected = {
         "pseudo/class_coverage": [3 / 4, 1, 0],
         "pseudo/class_accuracy": [1, 1 / 2, nan],
+        "pseudo/class_coverage_local": [3 / 4, 1 / 2, 0],
+        "pseudo/class_coverage_global": [0, 1 / 2, 0],
+        "pseudo/class_accuracy_local": [1, 0, nan],
+        "pseudo/class_accuracy_global": [nan, 1, nan],
         "pseudo/client_coverage": [5 / 8, nan, 5 / 8],
         "pseudo/client_accuracy": [4 / 5, nan, 4 / 5],
     }

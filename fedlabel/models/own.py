@@ -1,0 +1,282 @@
+"""Networks that are not ours: a function of the user's own, a module passed from Python, torchvision's and timm's.
+
+A factory is called with the keywords `num_classes` and `input_shape` as far as it has parameters of these names, and
+with `model.args`; it returns a module that maps normalised inputs (batch, channels, height, width) to logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlabel.importing import describe_error, import_attribute
+from fedlabel.models.nets import InputShape, Net, Part
+from fedlabel.names import did_you_mean
+
+TORCHVISION, TIMM, PYTHON = "torchvision:", "timm:", "python:"
+"""Prefixes of `model.name`: of torchvision's and timm's networks, and of what was passed from Python."""
+
+Factory = Callable[..., nn.Module]
+
+_PASSED: dict[str, nn.Module | Factory] = {}
+"""`model.name` -> what was passed from Python in this process."""
+
+
+def is_foreign(name: str) -> bool:
+    """Returns whether a `model.name` is code that is neither ours nor torchvision's."""
+    return ":" in name and not name.startswith(TORCHVISION)
+
+
+def pass_model(model: nn.Module | Factory) -> str:
+    """Keeps a module or a factory for this process and returns its `model.name`, which has a fingerprint of it: a run
+    is resumed only with the same one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(model, nn.Module) and not callable(model):
+        raise ValueError(
+            f"`model` (={type(model).__name__}) must be a torch.nn.Module, or a function that returns one from "
+            "num_classes and input_shape."
+        )
+    own = type(model) if isinstance(model, nn.Module) else model
+    label = getattr(own, "__qualname__", type(own).__name__).rpartition(".")[2].strip("<>")
+    name = f"{PYTHON}{label}#{_fingerprint(model)}"
+    _PASSED[name] = copy.deepcopy(model) if isinstance(model, nn.Module) else model
+    return name
+
+
+def is_module(name: str) -> bool:
+    """Returns whether a `model.name` is a module that was passed from Python, whose weights are given."""
+    return isinstance(_PASSED.get(name), nn.Module)
+
+
+def passed(name: str) -> dict[str, nn.Module | Factory]:
+    """Returns what a worker process needs to know of a `model.name`, for `receive` there."""
+    return {name: _PASSED[name]} if name in _PASSED else {}
+
+
+def receive(models: Mapping[str, nn.Module | Factory]) -> None:
+    """Keeps what another process passes on, see `passed`."""
+    _PASSED.update(models)
+
+
+def _fingerprint(model: nn.Module | Factory) -> str:
+    """Returns 8 hex digits of a module's structure and weights, or of a factory's code."""
+    digest = hashlib.sha256()
+    if isinstance(model, nn.Module):
+        digest.update(repr(model).encode())
+        for name, value in model.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:8]
+    try:
+        digest.update(inspect.getsource(model).encode())
+    except (OSError, TypeError):  # typed into a prompt, or a `functools.partial`
+        code = getattr(model, "__code__", None)
+        digest.update(repr((code.co_code, code.co_consts, code.co_names) if code is not None else model).encode())
+    return digest.hexdigest()[:8]
+
+
+def check_name(name: str) -> None:
+    """Raises a ValueError unless a foreign `model.name` has a possible form; imports nothing."""
+    prefix, _, rest = name.partition(":")
+    if name.startswith((TIMM, PYTHON)):
+        if not rest:
+            raise ValueError(f"`model.name` (={name}) must have a name behind {prefix}:, e.g. {TIMM}resnet18.")
+    elif not all(part.isidentifier() for part in (*prefix.split("."), rest)):
+        raise ValueError(
+            f"`model.name` (={name}) must have the form package.module:function, with the names that Python imports."
+        )
+
+
+def build_foreign(name: str, args: Mapping[str, Any], input_shape: InputShape, num_classes: int) -> nn.Module:
+    """Returns a user's network, checked on one input of zeros.
+
+    Args:
+        name: `model.name`.
+        args: further keywords of the factory.
+        input_shape: of one sample.
+        num_classes: length of the logits.
+
+    Raises:
+        ValueError: it cannot be imported or built, or what it returns are no logits.
+    """
+    if name.startswith(TIMM):
+        model = _timm(name, args, input_shape, num_classes)
+    else:
+        model = _call(name, _find(name), args, input_shape, num_classes)
+    found = probe(model, name, input_shape)
+    if found.shape != (1, num_classes):
+        raise ValueError(
+            f"`model.name` (={name}) gives outputs of shape {tuple(found.shape)} for one input; they must be logits, "
+            f"(batch, {num_classes}): a number for each of {num_classes} classes."
+        )
+    return model.train()
+
+
+def _find(name: str) -> nn.Module | Factory:
+    if not name.startswith(PYTHON):
+        made: Factory = import_attribute("model.name", name)
+        return made
+    if name not in _PASSED:
+        raise ValueError(
+            f"`model.name` (={name}) was passed from Python, and this process has not got it: give the same one again, "
+            "fedlabel.run(..., model=...) or fedlabel.load_run(..., model=...). One that any process finds is named by "
+            "its place, model.name=package.module:function."
+        )
+    return _PASSED[name]
+
+
+def _call(
+    name: str, factory: nn.Module | Factory, args: Mapping[str, Any], input_shape: InputShape, num_classes: int
+) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        if args:
+            raise ValueError(f"`model.args` (={dict(args)}) are for a function that makes a module, not for a module.")
+        return copy.deepcopy(factory)
+    if not callable(factory):
+        raise ValueError(f"`model.name` (={name}) is no function or class, but {type(factory).__name__}.")
+    offered = {"num_classes": num_classes, "input_shape": input_shape}
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+        any_name = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+        known = {each.name for each in parameters if each.kind not in (each.POSITIONAL_ONLY, each.VAR_POSITIONAL)}
+        given = {key: value for key, value in offered.items() if any_name or key in known}
+        model = factory(**{**given, **args})
+    except Exception as error:  # whatever a function of the user's own does
+        raise ValueError(
+            f"`model.name` (={name}) cannot be built: {describe_error(error)}. It is called with num_classes="
+            f"{num_classes} and input_shape={input_shape}, as far as it has such parameters, and model.args."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model.name` (={name}) returns {type(model).__name__}; it must return a torch.nn.Module.")
+    return model
+
+
+def _timm(name: str, args: Mapping[str, Any], input_shape: InputShape, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"`model.name` (={name}) needs the package timm, which is not installed: pip install timm."
+        ) from error
+    net = name.removeprefix(TIMM)
+    known = timm.list_models()
+    if net not in known:  # others may be names of files or addresses
+        raise ValueError(
+            f"`model.name` (={name}) must be one of timm's {len(known)} networks.{did_you_mean(net, known)}"
+        )
+    try:
+        built = timm.create_model(net, pretrained=False, num_classes=num_classes, in_chans=input_shape[0], **args)
+    except Exception as error:
+        raise ValueError(f"`model.name` (={name}) cannot be built: {describe_error(error)}; see model.args.") from error
+    assert isinstance(built, nn.Module)
+    return built
+
+
+def probe(model: nn.Module, name: str, input_shape: InputShape) -> Tensor:
+    """Returns a network's output for one input of zeros, in eval mode.
+
+    Raises:
+        ValueError: it fails, or gives something else than a tensor.
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            found = model.eval()(torch.zeros(1, *input_shape))
+    except Exception as error:  # whatever a network of the user's own does
+        raise ValueError(
+            f"`model.name` (={name}) fails on an input of shape {(1, *input_shape)} (batch, channels, height, width; "
+            f"float32): {describe_error(error)}. Rows of a table are (features, 1, 1)."
+        ) from error
+    finally:
+        model.train(training)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"`model.name` (={name}) gives {type(found).__name__}; it must give one tensor of logits.")
+    return found
+
+
+class Embedded(Net):
+    """A network whose embeddings are the output of one of its layers, each sample's as a vector.
+
+    Args:
+        net: maps inputs to logits.
+        layer: the name of the layer, as `net.named_modules()` has it.
+        input_shape: of one sample.
+        name: `model.name`, for messages.
+
+    Raises:
+        ValueError: there is no such layer, or it is not run once and gives a tensor with a row per sample.
+    """
+
+    def __init__(self, net: nn.Module, layer: str, input_shape: InputShape, name: str) -> None:
+        super().__init__()
+        self.net, self.layer, self.head = net, layer, ""
+        """`head`: the linear layer that makes logits of embeddings, if there is one."""
+        modules = dict(net.named_modules())
+        if not layer or layer not in modules:
+            names = [each for each in modules if each]
+            raise ValueError(
+                f"`model.embedding` (={layer}) is no layer of `model.name` (={name}); the last ones are "
+                f"{', '.join(names[-8:])}.{did_you_mean(layer, names)}"
+            )
+        device = next((value.device for value in net.parameters()), torch.device("cpu"))
+        training = net.training
+        inputs = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+        try:
+            with torch.no_grad():
+                net.eval()
+                logits, outputs = self._run(inputs)
+        finally:
+            net.train(training)
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].dim() < 2 or len(outputs[0]) != 2:
+            raise ValueError(
+                f"`model.embedding` (={layer}): this layer of `model.name` (={name}) runs {len(outputs)} times for a "
+                "batch; it must run once, and give one tensor (batch, ...): name another layer."
+            )
+        embeddings = outputs[0].flatten(1)
+        self._sizes = (embeddings.shape[1], logits.shape[1])
+        for key, module in modules.items():
+            if isinstance(module, nn.Linear) and (module.in_features, module.out_features) == self._sizes:
+                with torch.no_grad():
+                    if device.type != "meta" and torch.allclose(module(embeddings), logits, atol=1e-6):
+                        self.head = key
+
+    @property
+    def embedding_size(self) -> int:
+        """See `Net`."""
+        return self._sizes[0]
+
+    @property
+    def num_classes(self) -> int:
+        """See `Net`."""
+        return self._sizes[1]
+
+    def forward(self, inputs: Tensor, part: Part = "all") -> Tensor:
+        """See `Net`."""
+        if part == "classify":
+            made: Tensor = self.net.get_submodule(self.head)(inputs)
+            return made
+        if part == "all":
+            logits: Tensor = self.net(inputs)
+            return logits
+        return self._run(inputs)[1][0].flatten(1)
+
+    def _run(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Returns the logits, and what the layer gave."""
+        outputs: list[Tensor] = []
+        hook = self.net.get_submodule(self.layer).register_forward_hook(
+            lambda _, inputs, output: outputs.append(output)
+        )
+        try:
+            logits: Tensor = self.net(inputs)
+        finally:
+            hook.remove()
+        return logits, outputs
