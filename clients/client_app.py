@@ -13,6 +13,7 @@ from clients.own_data import evaluate_own, holding_record, open_own, refuse_fold
 from clients.trust import Refusal, allowed_by, check_request, discreet, is_simulation_worker, may_audit, min_count_of
 from fedlabel.cohort import ClientResult, Invitation, train_cohort
 from fedlabel.compression import RESIDUAL, without_residuals
+from fedlabel.config import parse_config
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import source_hash
 from fedlabel.learning.metrics import means
@@ -33,7 +34,8 @@ def query(message: Message, context: Context) -> Message:
         answer = ConfigRecord({"source-hash": source_hash()})
         if asked.get("source-hash") == source_hash():
             _check(asked, context)
-            answer.update(holding_record(context, str(asked["schema"])))
+            least = max(parse_config(str(asked["experiment"])).privacy.min_count, min_count_of(context))
+            answer.update(holding_record(context, str(asked["schema"]), least))
         return Message(RecordDict({"identity": answer}), reply_to=message)
     client = _client(context)
     answer = ConfigRecord({"partition-id": client, "source-hash": source_hash()})

@@ -30,6 +30,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 from flwr.app import Context, Error, Message
@@ -44,12 +45,14 @@ from flwr.proto.runtime_pb2 import (  # pylint: disable=no-name-in-module
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
@@ -195,7 +198,11 @@ class Executor:
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         try:
             heartbeat.start()
-            message, context, _run, _code = pull_task_input(_waiting(client))
+            try:
+                message, context, _run, _code = pull_task_input(_waiting(client))
+            except (ObjectPullError, RuntimeError) as error:  # the second if there is no message
+                logger.warning("A message was taken back before it was there as a whole: %s", error)
+                return
             reply, context = self._worker.handle(message, context)
             push_message(client, reply, context)
             if heartbeat.is_running:  # one after the end of the task would fail
@@ -234,11 +241,29 @@ def _poll_sooner(come: threading.Event) -> None:
         time.sleep(min(seconds, patience.seconds()))
 
     # Whoever pulls a message while it is still being sent waits: Flower first 1 s, then 2 s, ...
-    start_client_internal.pull_objects = partial(start_client_internal.pull_objects, initial_backoff=SHORTEST)
+    sooner = partial(start_client_internal.pull_objects, initial_backoff=SHORTEST)
+    start_client_internal.pull_objects = _failing_with_the_run(sooner)
     run_clientapp.pull_and_inflate_object_from_tree = partial(
         run_clientapp.pull_and_inflate_object_from_tree, initial_backoff=SHORTEST
     )
     start_client_internal.time = SimpleNamespace(sleep=sleep)  # type: ignore[assignment]
+
+
+def _failing_with_the_run(pull: Callable[..., dict[str, bytes]]) -> Callable[..., dict[str, bytes]]:
+    """Makes a pull of a message fail as others do if its run ends meanwhile.
+
+    Flower's SuperNode makes the task before it has the whole message. Where the run ends it forgets the message and
+    leaves the task, whose executor then looks for the rest of it for more than an hour, and handles nothing else. Of
+    a pull that fails otherwise it deletes both.
+    """
+
+    def pulled(object_ids: list[str], **settings: Any) -> dict[str, bytes]:
+        try:
+            return pull(object_ids, **settings)
+        except RunNotRunningException as error:
+            raise ObjectPullError(object_ids[0], "its run has ended") from error
+
+    return pulled
 
 
 def _memory_folder(node_config: str) -> Path | None:

@@ -59,14 +59,19 @@ def refuse_folder(context: Context) -> None:
         )
 
 
-def holding_record(context: Context, schema_text: str) -> ConfigRecord:
+def holding_record(context: Context, schema_text: str, least: int) -> ConfigRecord:
     """Returns what the node tells of its data.
+
+    Args:
+        context: of the message.
+        schema_text: the server's schema.
+        least: smaller counts are not told, see `Holding.coarse`.
 
     Raises:
         Refusal: its folder cannot be used.
     """
     schema = parse_schema(schema_text, "The server's schema")
-    record = ConfigRecord({"holding": as_json(Holding.of(_folder(node_folder(context), schema)))})
+    record = ConfigRecord({"holding": as_json(Holding.of(_folder(node_folder(context), schema)).coarse(least))})
     if CLIENT in context.node_config:
         record[CLIENT] = int(context.node_config[CLIENT])
     record[SHARE] = bool(context.node_config.get(SHARE, False))

@@ -95,7 +95,8 @@ class GridConfig:
     (Flower's grid)."""
     min_nodes: int | None = no_effect(None)
     """Real nodes without which a run does not start, and for whose return a round waits; null: `num_clients`. As long
-    as so many are there, rounds go on with those, and nodes join and return at any time."""
+    as so many are there, rounds go on with those, and nodes join and return at any time. With data.name=nodes a new run
+    starts with all, as the labels of all decide how the method is built; a resumed one with these."""
 
     def __post_init__(self) -> None:
         one_of(self, "grid", kind=("in_process", "ray"))

@@ -53,34 +53,41 @@ def on_the_way(config: ExperimentConfig) -> ExperimentConfig:
 
 
 class OwnNodes(Nodes):
-    """Nodes with data of their own. The first round needs all clients, as what they hold together decides how a method
-    is built; later ones go on with `grid.min_nodes`.
+    """Nodes with data of their own. A run begins with all clients, as what they hold together decides how a method is
+    built, and what a reply may be; its rounds, and a run that is resumed, go on with `grid.min_nodes`.
 
     Args:
         grid: carries the messages.
         config: the run's.
         schema: of the nodes' data.
+        holdings: what each client held when the run began; empty: it begins.
     """
 
-    def __init__(self, grid: Grid, config: ExperimentConfig, schema: Schema) -> None:
+    def __init__(
+        self, grid: Grid, config: ExperimentConfig, schema: Schema, holdings: tuple[Holding, ...] = ()
+    ) -> None:
         super().__init__(grid, on_the_way(config), [])
         self._schema = schema
         self._answers: dict[int, Answer] = {}
         """Node -> its answer, before clients are numbered."""
         self._numbers: dict[int, int] = {}
         """Node -> its client, of all that ever had one."""
-        self.holdings: tuple[Holding, ...] = ()
+        self.holdings = holdings
         """Of each client; empty before clients are numbered."""
         self.shared: frozenset[int] = frozenset()
         """Clients whose own accuracy may be shown."""
 
     def connect(self) -> None:
-        """Waits until there is a node for each client, and numbers the clients.
+        """Waits until there is a node for each client, and numbers the clients. In a run that is resumed they have
+        numbers, and `grid.min_nodes` suffice when the time is up.
 
         Raises:
             RunError: there are fewer in `grid.connect_timeout`, two have one number, or the SuperLink cannot be
                 reached.
         """
+        if self.holdings:
+            super().connect()
+            return
         clients = self._config.num_clients
         self._wait_for(lambda: len(self._answers))
         refusals = list(self._refusals.values()) + [f"Node {node} does not answer." for node in self._queries]
@@ -130,8 +137,18 @@ class OwnNodes(Nodes):
             return f"Node {node} (client {client}) holds other data than when the run began."
         self.of[client] = node
         self._numbers[node] = client
+        self.shared |= {client} if answer.shares else set()
         self.given_up.discard(client)
         return None
+
+    def _too_few(self) -> str:
+        """See `Nodes`."""
+        needed = "num_clients" if self.enough == self._config.num_clients else "grid.min_nodes"
+        reasons = [*self._refusals.values(), *(f"Node {node} does not answer." for node in self._queries)]
+        return (
+            f"Only {len(self.of)} of `{needed}` (={self.enough}) nodes can go on with the run within "
+            f"`grid.connect_timeout` (={self._config.grid.connect_timeout:g} s). {' '.join(reasons[:3])}".rstrip()
+        )
 
     def _number(self, node: int, answer: Answer) -> int | None:
         """Returns the client of a node that comes, or comes back, when clients are numbered: its own number, the one

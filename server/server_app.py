@@ -20,7 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlabel.config import ConfigError, ExperimentConfig, flatten, split_overrides, to_yaml
 from fedlabel.data.federation import shown_clients
 from fedlabel.data.labels.supervision import KIND_NAMES
-from fedlabel.data.nodes.federation import server_federation
+from fedlabel.data.nodes.federation import saved_holdings, server_federation
 from fedlabel.data.nodes.schema import load_schema
 from fedlabel.data.sets.config import NODES
 from fedlabel.errors import RunError, naming
@@ -118,7 +118,7 @@ def run_federation(
             f"`attack.kind` (={config.attack.kind}) makes simulated clients attack, and these are real: set "
             "attack.kind=none and attack.share=0."
         )
-    experiment = open_on(grid, config)
+    experiment = open_on(grid, config, path / PARTITION_JSON if resume else None)
     torch.set_num_threads(config.grid.threads_per_worker)
     federation = experiment.federation
     notes = federation.dataset.notes
@@ -153,8 +153,14 @@ def run_federation(
         return result
 
 
-def open_on(grid: ClientGrid, config: ExperimentConfig) -> Experiment:
-    """Returns the experiment of a configuration; real nodes with data of their own are asked what they hold."""
+def open_on(grid: ClientGrid, config: ExperimentConfig, saved: Path | None = None) -> Experiment:
+    """Returns the experiment of a configuration; real nodes with data of their own are asked what they hold.
+
+    Args:
+        grid: carries the rounds to clients.
+        config: the configuration.
+        saved: the partition.json of the run that is resumed; None: it begins.
+    """
     if config.data.name != NODES:
         return open_experiment(to_yaml(config))
     if config.data.schema is None:
@@ -173,7 +179,8 @@ def open_on(grid: ClientGrid, config: ExperimentConfig) -> Experiment:
             "leave one of them out."
         )
     schema, test = load_schema(Path(config.data.schema)), config.data.test
-    holdings = grid.holdings(config)
+    known = saved_holdings(saved, schema) if saved is not None and saved.exists() else ()
+    holdings = grid.holdings(config, known if len(known) == config.num_clients else ())
     return Experiment(config, server_federation(schema, holdings, None if test is None else Path(test)))
 
 

@@ -551,12 +551,41 @@ def check(
 
 
 @data_app.command()
+def votes(
+    folder: Annotated[Path, typer.Argument(help="A node's folder.")],
+    module: Annotated[str, typer.Argument(help="Labelling functions: a .py file, or a module that Python finds.")],
+    classes: Annotated[str, typer.Option(help="Names of all classes (comma separated).", show_default=False)] = "",
+    schema: Annotated[Path | None, typer.Option(help="Or the federation's schema, which names them.")] = None,
+) -> None:
+    """Apply labelling functions of your own to a node's folder, and write votes.csv: runs read votes, never code."""
+    from fedlabel.cli.data import names_in
+
+    with _reported():
+        from fedlabel.config_text import ConfigError
+        from fedlabel.data.nodes.schema import load_schema
+        from fedlabel.data.nodes.votes import write_votes
+
+        if bool(classes) == (schema is not None):
+            raise ConfigError("give the names of the classes: either --classes a,b,c or --schema schema.yaml.")
+        names = names_in(classes) if schema is None else list(load_schema(schema).classes)
+        reports = write_votes(folder, module, names)
+    console.print(_functions_table(reports))
+    for report in reports:
+        if warning := report.warning():
+            say(console, f"note: {warning}", "yellow")
+    say(console, f"Written: {folder / 'votes.csv'}")
+
+
+@data_app.command()
 def statistics(
     folder: Annotated[Path, typer.Argument(help="A node's folder.")],
     out: Annotated[Path, typer.Option(help="File for what is written.")] = Path("statistics.json"),
     categorical: Annotated[
         str, typer.Option(help="Columns of a table (comma separated) that hold categories, even if these are numbers.")
     ] = "",
+    min_count: Annotated[
+        int, typer.Option(min=1, help="Leave out sums of fewer cells, and names of classes or categories in fewer.")
+    ] = 1,
 ) -> None:
     """Write the sums over a node's folder from which `fedlabel data schema` makes the federation's schema."""
     from fedlabel.cli.data import names_in
@@ -565,7 +594,7 @@ def statistics(
     with _reported():
         from fedlabel.data.nodes.statistics import folder_statistics
 
-        write_atomic(out, folder_statistics(folder, names_in(categorical)).to_json())
+        write_atomic(out, folder_statistics(folder, names_in(categorical), min_count).to_json())
     say(console, f"Counts, sums and names of {folder}, and no row of it: {out}. Look into it before you send it.")
 
 

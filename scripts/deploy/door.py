@@ -23,8 +23,13 @@ from starlette.routing import Route
 ALLOWED = "/v1/fleet/"
 LARGEST = 2**31
 """Bytes of a request."""
+TOO_LARGE = f"A request may have {LARGEST} bytes."
 _OF_ONE_LEG = ("host", "connection", "transfer-encoding", "keep-alive", "te", "upgrade", "proxy-connection")
 """Headers that hold for one connection only."""
+
+
+class TooLarge(Exception):
+    """A request turns out to have more than `LARGEST` bytes."""
 
 
 def application(client: httpx.AsyncClient) -> Starlette:
@@ -37,13 +42,15 @@ def application(client: httpx.AsyncClient) -> Starlette:
         if not raw.startswith(ALLOWED) or "%" in raw or {".", ".."} & {*parts} or "" in parts[1:-1]:
             return PlainTextResponse("This door is for nodes alone.", 403)
         if int(request.headers.get("content-length", "0")) > LARGEST:
-            return PlainTextResponse(f"A request may have {LARGEST} bytes.", 413)
+            return PlainTextResponse(TOO_LARGE, 413)
         headers = [(name, value) for name, value in request.headers.items() if name not in _OF_ONE_LEG]
         asked = client.build_request(
             request.method, raw, params=request.query_params, headers=headers, content=_body(request)
         )
         try:
             answer = await client.send(asked, stream=True)
+        except TooLarge:
+            return PlainTextResponse(TOO_LARGE, 413)
         except httpx.ConnectError:
             return PlainTextResponse("The SuperLink does not answer.", 503)
         kept = {name: value for name, value in answer.headers.items() if name not in _OF_ONE_LEG}
@@ -57,7 +64,7 @@ async def _body(request: Request) -> AsyncIterator[bytes]:
     async for chunk in request.stream():
         size += len(chunk)
         if size > LARGEST:
-            raise ValueError(f"a request has more than {LARGEST} bytes")
+            raise TooLarge
         yield chunk
 
 

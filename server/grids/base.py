@@ -67,8 +67,12 @@ class ClientGrid(ABC):
             RunError: no client can be reached any more.
         """
 
-    def holdings(self, config: ExperimentConfig) -> tuple[Holding, ...]:
+    def holdings(self, config: ExperimentConfig, known: tuple[Holding, ...]) -> tuple[Holding, ...]:
         """Finds the nodes of a run with data.name=nodes, before its experiment is opened.
+
+        Args:
+            config: the run's.
+            known: what each client held when the run began; empty: it begins.
 
         Returns:
             What each client holds.

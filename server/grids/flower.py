@@ -65,10 +65,10 @@ class FlowerGrid(ClientGrid):
             self._nodes = Nodes(self._grid, self._config, [len(rows) for rows in federation.parts])
             self._nodes.connect()
 
-    def holdings(self, config: ExperimentConfig) -> tuple[Holding, ...]:
+    def holdings(self, config: ExperimentConfig, known: tuple[Holding, ...]) -> tuple[Holding, ...]:
         """See `ClientGrid`."""
         assert config.data.schema is not None
-        nodes = OwnNodes(self._grid, config, load_schema(Path(config.data.schema)))
+        nodes = OwnNodes(self._grid, config, load_schema(Path(config.data.schema)), known)
         nodes.connect()
         self._nodes = nodes
         return nodes.holdings

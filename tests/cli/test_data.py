@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from fedlabel.cli.main import app
 from fedlabel.config import load_config
 from fedlabel.data.nodes.schema import load_schema
+from fedlabel.data.nodes.statistics import load_statistics
 from tests.data.nodes.folders import write
 
 SMALL = ["num_clients=2", "model.name=mlp", "device=cpu", "evaluation.figures=false"]
@@ -37,6 +38,23 @@ def test_a_schema_is_made_of_statistics_and_a_folder_checked_by_it(tmp_path: Pat
     assert "8 training samples, no defects" in text
     assert "candidates" in text
     assert "8 training samples, no defects" in call("data", "check", first)  # by its own schema
+
+
+def test_statistics_have_a_bound_for_small_counts(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", labels="sample,label\n0,cat\n1,cat\n2,dog")
+    call("data", "statistics", folder, "--out", tmp_path / "a.json", "--min-count", 2)
+    assert load_statistics(tmp_path / "a.json").classes == ("cat",)
+
+
+def test_an_operator_applies_labelling_functions(tmp_path: Path) -> None:
+    folder, module = write(tmp_path / "a"), tmp_path / "ears.py"
+    module.write_text("def ears(image):\n    return 'owl' if image.mean() > 127 else 'bat'\n")
+    text = call("data", "votes", folder, module, "--classes", "cat,owl")
+    assert "Labelling function `ears` answers" in text  # a bat is no class
+    assert "votes.csv" in text
+    assert "owl" in (folder / "votes.csv").read_text()
+    for options in ([], ["--classes", "cat,owl", "--schema", tmp_path / "schema.yaml"]):
+        assert "either --classes a,b,c or --schema" in call("data", "votes", folder, module, *options, status=2)
 
 
 def test_a_folder_with_defects_ends_with_their_rows(tmp_path: Path) -> None:

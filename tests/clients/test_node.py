@@ -6,17 +6,26 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import Pipe
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode, Status
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supernode import start_client_internal
+from flwr.supernode.nodestate import InMemoryNodeState
 
-from clients.node import LONGEST, SHORTEST, Patience, Worker, _in_memory
+from clients.node import LONGEST, SHORTEST, Executor, Patience, Worker, _failing_with_the_run, _in_memory
 from clients.worker import serve
 from server.flower import set_identity
 
@@ -105,6 +114,47 @@ def test_the_worker_hands_messages_to_the_app() -> None:
     ours.close()
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+def tasks_left(monkeypatch: pytest.MonkeyPatch, pull: Callable[..., dict[str, bytes]]) -> int:
+    """Returns how many tasks Flower's SuperNode leaves of a message whose run ends while it is being pulled."""
+    store = ObjectStoreFactory().store()
+    state = InMemoryNodeState(store)
+    state.set_node_id(7)
+    state.store_run(Run.create_empty(5))
+    sent = message("never here as a whole")
+    sent.metadata.__dict__["_run_id"] = 5
+
+    def ended(*_: object) -> bytes:
+        raise RunNotRunningException
+
+    monkeypatch.setattr(start_client_internal, "pull_objects", pull)
+    nothing: Any = None  # is not asked for
+    received = (sent, get_object_tree(sent))
+    pulled = start_client_internal._pull_and_store_message
+    assert pulled(state, store, {}, lambda: received, nothing, nothing, ended, nothing, None) is None
+    return len(state.get_tasks(statuses=[Status.PENDING]))
+
+
+def test_a_message_whose_run_ends_while_it_comes_leaves_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would with Flower's own pull: the worker then waited for the rest, and for nothing else."""
+    assert tasks_left(monkeypatch, pull_objects) == 1
+    assert tasks_left(monkeypatch, _failing_with_the_run(pull_objects)) == 0
+
+
+@pytest.mark.parametrize("error", [ObjectPullError("id", "gone"), RuntimeError("No messages received")])
+def test_a_message_that_was_taken_back_is_passed_over(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pull(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("clients.node.pull_task_input", pull)
+    monkeypatch.setattr("clients.node.make_task_heartbeat_fn_http", lambda client: lambda: True)
+    client: Any = SimpleNamespace(PullMessages=None, close=lambda: None)
+    executor = Executor(lambda _: client, threading.Event(), b"secret", Worker([]))
+    executor._handle("token")
+    assert "A message was taken back" in caplog.text
 
 
 def test_who_waits_long_looks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,25 @@ def test_what_the_operator_allows_is_done(tmp_path: Path, monkeypatch: pytest.Mo
     assert not ask("query", other, f'allow="{name} method.weights=/etc/passwd"').has_error()
 
 
+def test_the_operator_allows_a_module_of_labeling_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one and no other is imported."""
+    for name in ("allowed_functions", "other_functions"):
+        ran = f"import pathlib\npathlib.Path({str(tmp_path / name)!r}).touch()\n"
+        (tmp_path / f"{name}.py").write_text(f"{ran}def dark(image):\n    return 0 if image.mean() < 70 else None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    allow = 'allow="supervision.module=allowed_functions"'
+
+    def asked(module: str) -> str:
+        keys = ("method.name=dp_ssl", "method.functions=written", "method.num_functions=1")
+        keys += ("supervision.kind=labeling_functions", "supervision.label_rate=null", f"supervision.module={module}")
+        return to_yaml(load_config([], [*TINY, *keys]))
+
+    assert "`supervision.module` (=other_functions)" in refusal("query", asked("other_functions"), allow)
+    assert not ask("query", asked("allowed_functions"), allow).has_error()
+    assert (tmp_path / "allowed_functions").exists()
+    assert not (tmp_path / "other_functions").exists()
+
+
 @pytest.mark.parametrize("written", ["'one", "data.root", "=x"])
 def test_a_list_that_cannot_be_read_allows_nothing(written: str) -> None:
     assert "this node's own `allow` cannot be read" in refusal("query", with_keys(), f'allow="{written}"')

@@ -3,137 +3,49 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
-import urllib.error
-import urllib.request
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest  # pylint: disable=no-name-in-module
+from flwr.proto.node_pb2 import Node  # pylint: disable=no-name-in-module
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedlabel.hardware import PACKAGE_ROOT
-from tests.integration.markdown import Shell, blocks
-from tests.integration.processes import environment, free_ports, start, stop_marked, wait_until
+from tests.integration.deployment import NEEDS, PAGE, Federation, federation_of
+from tests.integration.processes import environment, free_ports, start, wait_until
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds Flower's processes through /proc"),
-    pytest.mark.skipif(
-        not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="needs openssl and ssh-keygen"
-    ),
-]
-PAGE = blocks(PACKAGE_ROOT / "docs" / "deployment.md")
+pytestmark = NEEDS
 DEPLOY = PACKAGE_ROOT / "scripts" / "deploy"
-MARK = "FEDLABEL_TEST_OF_THE_PAGE"
-
-
-class Federation:
-    """A server and two nodes on this machine, each with a terminal of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.checkout = root, root / "checkout"
-        for name in ("fedlabel", "clients", "server", "configs", "scripts"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(PACKAGE_ROOT / name, self.checkout / name, ignore=ignored)
-        for name in ("pyproject.toml", "README.md"):
-            shutil.copy(PACKAGE_ROOT / name, self.checkout)
-        self.door, superlink = free_ports(2)
-        self.superlink = f"127.0.0.1:{superlink}"
-        self.env = environment(**{MARK: str(root)})
-        del self.env["PYTHONPATH"]  # what runs is what was installed
-        self.env["PATH"] = f"{self._installed()}{os.pathsep}{self.env['PATH']}"
-        settings = self._settings(FEDERATION=root / "federation", NAME="localhost", PORT=self.door)
-        self.server = self._terminal("server", f"{settings}\nexport SUPERLINK={self.superlink}")
-        self.nodes = [self._terminal(f"terminal{number}", self._node_settings(number)) for number in range(2)]
-
-    def _settings(self, **values: object) -> str:
-        lines = [f"export {name}='{value}'" for name, value in (("SOURCE", self.checkout), *values.items())]
-        return "\n".join([*lines, "export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"])
-
-    def _node_settings(self, number: int) -> str:
-        return self._settings(
-            NODE=self.root / f"node{number}",
-            NODE_NAME=f"clinic-{number}",
-            AUTHORITY=self.root / "federation/certificates/ca.crt",
-            SERVER=f"localhost:{self.door}",
-            NODE_CONFIG=f'data="{self.root}/federation/server/trial/client-00{number}" client={number} min-count=5',
-            FEDERATION=self.root / "federation",  # where the server's half of a block runs
-        )
-
-    def _terminal(self, name: str, settings: str) -> Shell:
-        (self.root / name).mkdir(parents=True)
-        shell = Shell(self.root / name, self.env)
-        shell.run(settings)
-        return shell
-
-    def _installed(self) -> Path:
-        """Returns a folder of programs with that of `pip install`, so that this very code is the installed one."""
-        folder = self.root / "bin"
-        folder.mkdir(parents=True)
-        program = folder / "fedlabel-node"
-        program.write_text(f'#!/bin/sh\nPYTHONPATH={self.checkout} exec {sys.executable} -m clients.node "$@"\n')
-        program.chmod(0o755)
-        return folder
-
-    def url(self, port: str, path: str) -> int:
-        """Returns the status with which the door, or the SuperLink, answers."""
-        trusted = ssl.create_default_context(cafile=str(self.root / "federation/certificates/ca.crt"))
-        request = urllib.request.Request(f"https://localhost:{port}{path}", method="POST", data=b"")
-        if path == "/health":
-            request = urllib.request.Request(f"https://localhost:{port}{path}")
-        try:
-            with urllib.request.urlopen(request, timeout=5, context=trusted) as response:
-                return int(response.status)
-        except urllib.error.HTTPError as error:
-            return error.code
-        except OSError:
-            return 0
-
-    def starts(self) -> None:
-        """Starts SuperLink and door as the page says, and waits for them, as a person would."""
-        self.server.run(PAGE["3. SuperLink and door"][1])
-        port = self.superlink.partition(":")[2]
-        wait_until(
-            lambda: self.url(port, "/health") == 200 and self.url(str(self.door), "/") == 403, 90, "no SuperLink"
-        )
-
-    def online(self) -> int:
-        """Returns how many SuperNodes are online."""
-        listed = self.server.run("FLWR_HOME=$FEDERATION/server/flwr flwr supernode list federation --format json")
-        return sum(node["status"] == "online" for node in json.loads(listed)["nodes"])
-
-    def logs(self) -> str:
-        """The ends of all logs, to be shown when a test fails."""
-        return "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in sorted(self.root.glob("**/*.log")))
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """The page up to its run."""
-    made = Federation(tmp_path_factory.mktemp("deployment") / "page")
-    try:
-        made.server.run(PAGE["2. Certificates"][0])
-        made.server.run(PAGE["3. SuperLink and door"][0])
+    own = [f'data="{{server}}/trial/client-00{number}" client={number} min-count=5' for number in range(2)]
+    with federation_of(tmp_path_factory.mktemp("deployment") / "page", own) as made:
+        made.set_up()
         made.server.run(PAGE["A trial without data of your own"][0])
-        made.starts()
-        for node in made.nodes:
-            for block in PAGE["4. A node"][1:]:
-                node.run(block)
-        wait_until(lambda: made.online() == 2, 90, "nodes are not online", every=1)
+        made.start_nodes()
         yield made
-    except BaseException:
-        print(made.logs())  # noqa: T201
-        raise
-    finally:
-        stop_marked(MARK, str(made.root))
 
 
 def test_the_settings_are_those_of_the_page() -> None:
@@ -238,6 +150,74 @@ def test_who_does_not_get_in(federation: Federation, tmp_path: Path) -> None:
     with tampered_door(federation) as port:
         assert "certificate signature failure" in supernode(federation, *trusting, *registered, port=port)
     assert federation.online() == before == 2
+
+
+class Signed:
+    """Signs requests as a node does, with any key, in the name of any other, at any time.
+
+    Args:
+        key: a private key's file.
+        name: the file of the public key that the request names.
+        seconds: how long ago it says that it was signed.
+    """
+
+    def __init__(self, key: Path, name: Path, seconds: float = 0) -> None:
+        private = load_ssh_private_key(key.read_bytes(), None)
+        public = load_ssh_public_key(name.read_bytes())
+        assert isinstance(private, EllipticCurvePrivateKey)
+        assert isinstance(public, EllipticCurvePublicKey)
+        self._private, self._public, self._seconds = private, public_key_to_bytes(public), seconds
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """See `flwr.supernode.node_auth_http_interceptor`."""
+        signed_at = (now() - timedelta(seconds=self._seconds)).isoformat()
+        headers = context.request.headers
+        headers[FLEET_HTTP_PUBLIC_KEY_HEADER] = b64encode(self._public).decode()
+        headers[TIMESTAMP_HEADER] = signed_at
+        headers[FLEET_HTTP_SIGNATURE_HEADER] = b64encode(sign_message(self._private, signed_at.encode())).decode()
+        return call_next(context)
+
+
+def heartbeat(federation: Federation, node_id: int, signed: Signed) -> bool:
+    """Says through the door that a node is alive; returns whether the SuperLink believes it.
+
+    Raises:
+        httpx.HTTPStatusError: it does not.
+    """
+    trusted = (federation.root / "federation/certificates/ca.crt").read_bytes()
+    version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
+    with FleetHttpClient.from_server_address(
+        f"localhost:{federation.door}", False, trusted, [version, signed]
+    ) as client:
+        request = SendNodeHeartbeatRequest(node=Node(node_id=node_id), heartbeat_interval=30)
+        return bool(client.SendNodeHeartbeat(request).success)
+
+
+def test_a_nodes_identity_is_its_private_key(federation: Federation, tmp_path: Path) -> None:
+    """Its public key and its number are no secrets: who knows both, or has heard a request, cannot speak for it."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", tmp_path / "key"], check=True)
+    registered = json.loads((federation.root / "federation/nodes/clinic-0.json").read_text())
+    node_id, own, name = int(registered["node-id"]), federation.root / "node0/key", federation.root / "node0/key.pub"
+    other = federation.root / "node1/key"
+    assert heartbeat(federation, node_id, Signed(own, name))
+    refused = {
+        "signed by somebody else": Signed(tmp_path / "key", name),
+        "signed by another registered node": Signed(other, name),
+        "another registered node": Signed(other, other.with_suffix(".pub")),
+        "nobody that is registered": Signed(tmp_path / "key", tmp_path / "key.pub"),
+        "heard 10 minutes ago": Signed(own, name, seconds=600),
+        "of the future": Signed(own, name, seconds=-600),
+    }
+    for case, signed in refused.items():
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            assert not heartbeat(federation, node_id, signed), case
+
+
+def test_nothing_answers_in_the_clear(federation: Federation) -> None:
+    """Neither the door nor the SuperLink behind it."""
+    for address in (f"localhost:{federation.door}", federation.superlink):
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"http://{address}/v1/fleet/activate-node", timeout=10, trust_env=False)
 
 
 def test_a_new_key_and_a_restored_state(federation: Federation) -> None:

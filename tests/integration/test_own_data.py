@@ -23,6 +23,7 @@ from fedlabel.data.nodes.folder import read_node_folder
 from fedlabel.data.nodes.schema import load_schema
 from fedlabel.errors import RunError
 from fedlabel.experiment import open_experiment
+from fedlabel.record.json_files import read_metrics
 from server.grids.flower import FlowerGrid
 from server.server_app import open_on, run_federation
 from server.simulation import simulate
@@ -131,8 +132,28 @@ def test_a_run_is_resumed_on_the_same_nodes(held_out: Exported) -> None:
     grid = held_out.grid()  # two clients change places: what they hold is no longer what it was
     configs = grid._grid.node_configs  # type: ignore[attr-defined]
     configs[0]["client"], configs[1]["client"] = configs[1]["client"], configs[0]["client"]
-    with pytest.raises(ValueError, match="changed: partition and supervision"):
-        run_federation(held_out.config("num_rounds=4"), grid, path, resume=True)
+    with pytest.raises(
+        RunError, match=r"Only 2 of `num_clients` \(=4\) nodes can go on with the run.*holds other data"
+    ):
+        run_federation(held_out.config("num_rounds=4", "grid.connect_timeout=0.5"), grid, path, resume=True)
+
+
+def test_a_run_is_resumed_without_a_node_that_is_gone(held_out: Exported) -> None:
+    """A new run needs all."""
+    few = ("grid.min_nodes=3", "grid.connect_timeout=0.5", "grid.timeout=30")
+    grid = held_out.grid()
+    grid._grid.count = 3  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match=r"Only 3 of `num_clients` \(=4\) nodes can take part"):
+        run_federation(held_out.config(*few), grid, held_out.root / "never")
+    path = held_out.run("three", "num_rounds=1")
+    run_federation(held_out.config("num_rounds=2", *few), grid, path, resume=True)
+    assert [row["system/failed_clients"] for row in read_metrics(path)] == [0, 1]
+    assert "Round 2, client 1: NotConnected" in (path / "failures.log").read_text()
+    federation = json.loads((path / "partition.json").read_text())
+    assert len(federation["clients"]) == 4
+    (path / "partition.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read .* unknown what nodes held when the run began"):
+        run_federation(held_out.config("num_rounds=3"), held_out.grid(), path, resume=True)
 
 
 def test_nodes_without_a_number_are_numbered_by_the_server(held_out: Exported) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -19,10 +21,13 @@ import fedlabel.experiment
 from clients.client_app import app
 from fedlabel.config import ExperimentConfig, load_config
 from fedlabel.data.federation import Federation, build_federation
+from fedlabel.data.labels.supervision import KIND_NAMES
+from fedlabel.data.nodes.export import client_folder
 from fedlabel.data.sets.datasets import Split
 from fedlabel.experiment import open_experiment
 from fedlabel.hardware import PACKAGE_ROOT
 from fedlabel.learning.client import ClientUpdate, Trainer
+from fedlabel.learning.metrics import CALIBRATION_BINS
 from fedlabel.learning.suppression import fewest
 from fedlabel.methods import METHODS
 from fedlabel.methods.recipe import Recipe
@@ -31,6 +36,7 @@ from server.grids.flower import FlowerGrid
 from server.server_app import run_federation
 from tests.integration.local_nodes import LocalNodes
 from tests.integration.test_label_secrecy import method_overrides
+from tests.integration.test_own_data import FOUR_KINDS, Exported
 
 SMALL = (
     *("num_clients=2", "fraction_train=1.0", "num_rounds=2", "partition.kind=iid", "data.train_samples=120"),
@@ -67,8 +73,8 @@ def own_experiments() -> Iterator[None]:
 class Tapped(LocalNodes, HttpGrid):
     """Real nodes, by what their grid is; all that they send is in `sent`."""
 
-    def __init__(self, count: int, further: Mapping[str, Any]) -> None:
-        super().__init__(app, count, further)
+    def __init__(self, count: int, further: Mapping[str, Any], node_configs: Sequence[dict[str, Any]] | None) -> None:
+        super().__init__(app, count, further, node_configs)
         self.sent: list[tuple[str, Message, Message]] = []
         """Kind, message and reply."""
 
@@ -79,10 +85,12 @@ class Tapped(LocalNodes, HttpGrid):
         return reply
 
 
-def sent(config: ExperimentConfig, path: Path, **further: Any) -> list[tuple[str, Message, Message]]:
+def sent(
+    config: ExperimentConfig, path: Path, node_configs: Sequence[dict[str, Any]] | None = None, **further: Any
+) -> list[tuple[str, Message, Message]]:
     """Returns the messages of a run, by client; none of the replies may be refused."""
     open_experiment.cache_clear()
-    nodes = Tapped(config.num_clients, further)
+    nodes = Tapped(config.num_clients, further, node_configs)
     run_federation(config, FlowerGrid(nodes), path)
     assert not (path / "failures.log").exists(), (path / "failures.log").read_text()
     return sorted(nodes.sent, key=lambda each: each[1].metadata.dst_node_id)
@@ -121,6 +129,18 @@ def of_method(method: str) -> dict[tuple[str, str, str], object]:
     return found
 
 
+def of_own_data() -> dict[tuple[str, str, str], object]:
+    """(message, record, entry) -> how many numbers a node with data of its own sends besides, by the second table."""
+    text = (PACKAGE_ROOT / "docs" / "trust.md").read_text()
+    rows = re.findall(r"^\| (query|evaluate) \| (\w+) \| `([^|]+)` \| ([^|]+) \|$", text, re.MULTILINE)
+    numbers = {"classes": 10, "kinds": len(KIND_NAMES), "bins": CALIBRATION_BINS, "functions": 0}
+    found: dict[tuple[str, str, str], object] = {}
+    for kind, record, entry, amount in rows:
+        factors = [numbers.get(each, each) for each in amount.split(" × ")]
+        found[kind, record, entry] = amount if amount == "text" else math.prod(map(int, factors))
+    return found
+
+
 def shape_of(record: str, value: Any) -> object:
     if record == "statistics":
         shape = tuple(state_from_lists({"": value}, torch.device("cpu"))[""].shape)
@@ -145,6 +165,69 @@ def test_the_table_lists_all_that_leaves_a_node(method: str, tmp_path: Path) -> 
                 shape = shape_of(record, value)
                 assert found.setdefault((kind, record, name), shape) == shape
     assert found == of_method(method)
+
+
+def own_nodes(path: Path, *overrides: str, **further: Any) -> list[tuple[str, Message, Message]]:
+    """Returns the messages of a run on the folders of an exported federation, see `sent`."""
+    exported = Exported(path, [*FOUR_KINDS, "method.name=ill"], held_out=True)
+    folders = [{"data": str(exported.path / client_folder(n)), "client": n, **further} for n in range(4)]
+    return sent(exported.config("num_rounds=1", *overrides), path / "run", node_configs=folders)
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Message, Message]]:
+    return own_nodes(tmp_path_factory.mktemp("own"))
+
+
+def holding_of(reply: Message) -> dict[str, Any]:
+    """The counts in a node's answer to the query, by their path."""
+    content = json.loads(str(reply.content.config_records["identity"]["holding"]))
+    return {**{f"card.{name}": value for name, value in content.pop("card").items()}, **content}
+
+
+def test_the_table_lists_all_that_leaves_a_node_with_data_of_its_own(
+    own_data: list[tuple[str, Message, Message]],
+) -> None:
+    found: dict[tuple[str, str, str], object] = {}
+    trained: set[tuple[str, str, str]] = set()
+    for kind, _, reply in own_data:
+        for record, values in reply.content.items():
+            if kind == "train":
+                trained |= {(kind, record, name) for name in values} if record != "arrays" else set()
+                continue
+            for name, value in values.items():
+                if name == "holding":
+                    counts = {(kind, "holding", key): np.size(count) for key, count in holding_of(reply).items()}
+                    assert (
+                        found.setdefault((kind, "holding", "kinds"), len(KIND_NAMES))
+                        == counts[kind, "holding", "kinds"]
+                    )
+                    found |= counts
+                else:
+                    found[kind, record, name] = shape_of(record, value)
+    assert found == of_own_data()
+    ill = {entry for entry in of_method("ill") if entry[0] == "train" and entry[1] != "arrays"}
+    assert trained <= ill
+    assert {entry for entry in trained if entry[1] != "sums"} == {entry for entry in ill if entry[1] != "sums"}
+
+
+@pytest.mark.parametrize("bound", [{"min-count": 150}, {}], ids=["the node's", "the server's"])
+def test_no_small_count_is_sent_before_the_first_round(
+    bound: dict[str, int], tmp_path: Path, own_data: list[tuple[str, Message, Message]]
+) -> None:
+    """Nodes hold 359 or 360 samples, of which some kinds are fewer than 150; they then evaluate on nothing."""
+
+    def small(messages: list[tuple[str, Message, Message]]) -> bool:
+        answers = [holding_of(reply) for kind, _, reply in messages if kind == "query"]
+        found = [count for each in answers for key in each if key != "card.annotators" for count in np.ravel(each[key])]
+        return any(0 < count < 150 for count in found if isinstance(count, np.int64))
+
+    overrides = () if bound else ("privacy.min_count=150",)
+    messages = own_nodes(tmp_path, *overrides, **bound)
+    assert small(own_data)
+    assert not small(messages)
+    assert any(kind == "evaluate" for kind, _, _ in own_data)
+    assert not any(kind == "evaluate" for kind, _, _ in messages)
 
 
 # ------------------------------------------------------------------------------------------- hidden labels

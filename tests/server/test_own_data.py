@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,9 +162,11 @@ class Folders(LocalNodes):
         return Message(RecordDict({"identity": ConfigRecord(answer)}), reply_to=message)  # type: ignore[arg-type]
 
 
-def met(grid: Folders) -> OwnNodes:
-    options = ["data.name=nodes", "num_clients=3", "grid.connect_timeout=0.5", "grid.timeout=0.5"]
-    nodes = OwnNodes(grid, load_config([], options), TABLE)
+def met(grid: Folders, *overrides: str, held: Sequence[int] = ()) -> OwnNodes:
+    """Nodes that are connected; held: samples that each client held out when the run began, if it is resumed."""
+    options = ["data.name=nodes", "num_clients=3", "grid.connect_timeout=0.5", "grid.timeout=0.5", *overrides]
+    known = tuple(HOLDING._replace(held_out=count) for count in held)
+    nodes = OwnNodes(grid, load_config([], options), TABLE, known)
     nodes.connect()
     return nodes
 
@@ -203,6 +205,24 @@ def test_a_node_with_other_data_takes_no_place(caplog: pytest.LogCaptureFixture)
     grid.held[5], grid.asked["node5"] = 5, 0
     assert seen(nodes) == {0: 1, 1: 2}
     assert "Nodes 1 and 5 are both client 0" in caplog.text
+
+
+def test_a_run_is_resumed_with_those_that_suffice() -> None:
+    """Each is the client that it was, by its number or by what it holds; the others join later."""
+    grid = Folders(7, 6, node1=2)
+    nodes = met(grid, "grid.min_nodes=2", held=[5, 6, 7])
+    assert nodes.of == {2: 1, 1: 2}
+    assert [holding.held_out for holding in nodes.holdings] == [5, 6, 7]
+    grid.held[3] = 5
+    assert seen(nodes) == {0: 3, 1: 2, 2: 1}
+
+
+def test_who_holds_other_data_does_not_go_on_with_a_run() -> None:
+    """Node 3 is none of the three clients; two are enough only where `grid.min_nodes` says so."""
+    assert met(Folders(5, 6, 9), "grid.min_nodes=2", held=[5, 6, 7]).of == {0: 1, 1: 2}
+    message = r"Only 2 of `num_clients` \(=3\) nodes can go on .* Node 3 is not needed, or holds other data"
+    with pytest.raises(RunError, match=message):
+        met(Folders(5, 6, 9), held=[5, 6, 7])
 
 
 def test_too_few_and_too_many_nodes_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,16 +37,17 @@ NOT_ASKED = -2
 LabelingFunction = Callable[[Any], Any]
 
 
-def load_functions(module: str) -> list[LabelingFunction]:
+def load_functions(module: str, key: str = "supervision.module") -> list[LabelingFunction]:
     """Returns the labelling functions of a module.
 
     Args:
         module: its dotted name, or the path of a file that ends in ".py".
+        key: where it was given, for messages.
 
     Raises:
         ValueError: it cannot be imported, or has no functions.
     """
-    key = f"`supervision.module` (={module})"
+    key = f"`{key}` (={module})"
     try:
         loaded = _load_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except (Exception, SystemExit) as error:

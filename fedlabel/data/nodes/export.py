@@ -141,7 +141,7 @@ def export_federation(
         everything = torch.arange(len(labels))
         _write_inputs(path / TEST_FOLDER, [(test, "test", everything)], tables)
         found = [[place, names[label], TEST] for place, label in enumerate(labels.tolist())]
-        _write_csv(path / TEST_FOLDER / LABELS, [SAMPLE, LABEL, SPLIT], found)
+        write_csv(path / TEST_FOLDER / LABELS, [SAMPLE, LABEL, SPLIT], found)
     with naming(path):
         (path / SCHEMA_YAML).write_text(schema.text, encoding="utf-8")
     return schema
@@ -162,7 +162,7 @@ def _write_inputs(folder: Path, parts: Sequence[tuple[Tensor, str, Tensor]], tab
         for row in rows.tolist():
             values = tables[split].row(row).values()
             cells.append([len(cells), *("" if value != value else value for value in values)])
-    _write_csv(folder / TABLE, [SAMPLE, *names], cells)
+    write_csv(folder / TABLE, [SAMPLE, *names], cells)
 
 
 def _write_labels(folder: Path, record: Supervision, schema: Schema, tested: list[int], epsilon: float | None) -> None:
@@ -191,18 +191,19 @@ def _write_labels(folder: Path, record: Supervision, schema: Schema, tested: lis
     ]
     filled = [place for place in range(len(header)) if any(row[place] != "" for row in rows)]
     if rows:
-        _write_csv(folder / LABELS, [header[place] for place in filled], [[row[p] for p in filled] for row in rows])
+        write_csv(folder / LABELS, [header[place] for place in filled], [[row[p] for p in filled] for row in rows])
     if len(record.bag_counts):
         more = [] if epsilon is None else [epsilon]
         counts = [[place + 1, *row, *more] for place, row in enumerate(record.bag_counts.tolist())]
-        _write_csv(folder / BAGS, [BAG, *names, *([EPSILON] if more else [])], counts)
+        write_csv(folder / BAGS, [BAG, *names, *([EPSILON] if more else [])], counts)
     asked = (record.votes > NOT_ASKED).any(1).nonzero().flatten().tolist()
     if asked:
         votes = [[sample, *(names[v] if v >= 0 else "" for v in record.votes[sample].tolist())] for sample in asked]
-        _write_csv(folder / VOTES, [SAMPLE, *schema.functions], votes)
+        write_csv(folder / VOTES, [SAMPLE, *schema.functions], votes)
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a table of a node's folder; rows: cells in the order of the header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

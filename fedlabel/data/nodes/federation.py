@@ -27,6 +27,7 @@ from fedlabel.data.ragged import Ragged
 from fedlabel.data.sets.config import NODES, DataError
 from fedlabel.data.sets.datasets import Dataset
 from fedlabel.data.sets.loaders import Split
+from fedlabel.errors import naming
 
 _SUMMED = ("samples", "true", "noisy", "sets", "noisy_sets", "annotated", "bags", "asked")
 """Counts of a label card that add up over nodes."""
@@ -62,6 +63,40 @@ class Holding(NamedTuple):
             int(sizes.max()) if len(sizes) else 0,
             int((certain & (record.bag < 0)).sum()),
         )
+
+    def coarse(self, least: int) -> Holding:
+        """Returns these counts without small ones: from 1 to `least` - 1 becomes `least`.
+
+        That there is something stays, as methods are built by it. All counts are then bounds from above, so a server
+        that checks replies by them refuses none: samples without a label are added for every count that may have
+        been raised, so that the samples of all kinds still suffice for it. Held-out samples are 0 if they are fewer:
+        the node would not evaluate on them.
+        """
+        if least <= 1:
+            return self
+
+        def up(count: int) -> int:
+            return max(count, least) if count else 0
+
+        card, kinds = self.card, [up(count) for count in self.kinds]
+        votes = tuple(tuple(map(up, of_one)) for of_one in card.votes)
+        asked = max([up(card.asked), *map(sum, votes)])
+        parts = [
+            card.true,
+            card.noisy,
+            card.sets,
+            card.noisy_sets,
+            card.annotated,
+            card.asked,
+            self.in_bags,
+            self.alone,
+        ]
+        kinds[0] += least * sum(0 < count <= least for count in parts)
+        kinds[0] += max(0, asked - sum(kinds))
+        few: dict[str, Any] = {name: up(getattr(card, name)) for name in _SUMMED}
+        card = card._replace(**{**few, "samples": sum(kinds), "asked": asked, "votes": votes})
+        held_out = self.held_out if self.held_out >= least else 0
+        return Holding(card, tuple(kinds), held_out, up(self.in_bags), up(self.largest_bag), up(self.alone))
 
     def check(self, schema: Schema) -> None:
         """Raises a ValueError unless these can be counts of one node's data."""
@@ -303,3 +338,24 @@ def parse_holding(text: str, schema: Schema) -> Holding:
         raise ValueError("it is no JSON of counts") from error
     found.check(schema)
     return found
+
+
+def saved_holdings(path: Path, schema: Schema) -> tuple[Holding, ...]:
+    """Returns what each client held when a run began.
+
+    Args:
+        path: the run's partition.json, see `ServerFederation.to_json`.
+        schema: of the federation.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with naming(path):
+            clients = json.loads(path.read_bytes())["clients"]
+        return tuple(parse_holding(json.dumps(each), schema) for each in clients)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}), so it is unknown what nodes held when the run began. Put "
+            "the file back, or begin a new run."
+        ) from error

@@ -7,7 +7,7 @@ error tells of them: who mends a folder wants to see them at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,15 @@ from fedlabel.data.sets.csv_files import read_csv
 from fedlabel.data.sets.image_files import EXTENSIONS, read_headers, read_pixels
 from fedlabel.data.sets.names import listed
 from fedlabel.data.sets.npz_files import read_npz
+from fedlabel.data.sets.parquet_files import read_parquet
 from fedlabel.data.sets.text_tables import TextTable
 from fedlabel.errors import file_error
 from fedlabel.shown import shown
 
 IMAGES, ARRAYS, TABLE = "images", "inputs.npz", "inputs.csv"
 LABELS, VOTES, BAGS = "labels.csv", "votes.csv", "bags.csv"
+PARQUET = ".parquet"
+"""What a table may end in, in place of .csv."""
 SAMPLE, SPLIT, BAG, EPSILON = "sample", "split", "bag", "epsilon"
 LABEL, CANDIDATES, NOISY_LABEL, NOISY_CANDIDATES = "label", "candidates", "noisy_label", "noisy_candidates"
 OWN = (LABEL, CANDIDATES, NOISY_LABEL, NOISY_CANDIDATES)
@@ -118,38 +121,66 @@ def read_files(path: Path, channels: int | None = None) -> tuple[RawFolder, Defe
         raise file_error(error, path) from error
 
 
+def find_table(path: Path, name: str) -> Path | None:
+    """Returns the file of a table in a folder; None if there is none.
+
+    Args:
+        path: the folder.
+        name: of the file as CSV; as Parquet it ends in .parquet.
+
+    Raises:
+        DataError: there are both.
+    """
+    found = [each for each in (path / name, (path / name).with_suffix(PARQUET)) if each.exists()]
+    if len(found) > 1:
+        raise DataError(f"{path} has both {name} and {found[1].name}: leave one of them out.")
+    return found[0] if found else None
+
+
+def read_table(path: Path, empty_rows: bool = False) -> TextTable:
+    """Returns a table of a folder; empty_rows: see `read_csv`, rows of a Parquet file are always kept.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    found = read_parquet(path) if path.suffix == PARQUET else read_csv(path, empty_rows=empty_rows)
+    return replace(found, where=path.name)
+
+
 def _read(path: Path, channels: int | None) -> tuple[RawFolder, Defects]:
     defects = Defects(path)
-    kinds = [name for name in (IMAGES, ARRAYS, TABLE) if (path / name).exists()]
+    of_inputs = find_table(path, TABLE)
+    kinds = [name for name in (IMAGES, ARRAYS) if (path / name).exists()] + ([of_inputs.name] if of_inputs else [])
     if len(kinds) != 1:
         there = (
             "has " + " and ".join(kinds)
             if kinds
             else f"holds {listed(sorted(p.name for p in path.iterdir())) or 'nothing'}"
         )
-        raise DataError(f"{path} {there}. Inputs are one of {IMAGES}/, {ARRAYS} and {TABLE}.")
+        raise DataError(f"{path} {there}. Inputs are one of {IMAGES}/, {ARRAYS} and {TABLE} (or .parquet).")
     images: Tensor | None = None
     table: TextTable | None = None
     names: tuple[str, ...] = ()
     within: dict[str, list[str]] = {}
-    if kinds[0] == TABLE:
-        table, within, names = _read_table(path, defects)
+    if of_inputs is not None:
+        table, within, names = _read_table(of_inputs, defects)
         size = len(table)
     else:
         images, names = (_read_images if kinds[0] == IMAGES else _read_arrays)(path, channels)
         size = len(images)
     place = {name: number for number, name in enumerate(names)}
-    if (path / LABELS).is_file():
+    of_labels, of_votes, of_bags = (find_table(path, name) for name in (LABELS, VOTES, BAGS))
+    if of_labels is not None:
         if within:
             raise DataError(
-                f"{path}: {TABLE} has columns of labels ({listed(list(within))}), and there is {LABELS}, too. Leave "
-                "one of them out; a feature needs another name."
+                f"{path}: {kinds[0]} has columns of labels ({listed(list(within))}), and there is {of_labels.name}, "
+                "too. Leave one of them out; a feature needs another name."
             )
-        labels = _rows(path, LABELS, place, defects)
+        labels = _rows(of_labels, place, defects)
     else:
-        labels = Rows(TABLE, within, np.arange(size if within else 0))
-    votes = _rows(path, VOTES, place, defects) if (path / VOTES).is_file() else Rows(VOTES, {}, np.arange(0))
-    bags = read_csv(path / BAGS) if (path / BAGS).is_file() else None
+        labels = Rows(kinds[0], within, np.arange(size if within else 0))
+    votes = Rows(VOTES, {}, np.arange(0)) if of_votes is None else _rows(of_votes, place, defects)
+    bags = None if of_bags is None else read_table(of_bags)
     known = {LABEL, CANDIDATES, NOISY_LABEL, NOISY_CANDIDATES, BAG, SPLIT}
     for name in labels.columns:
         if name not in known and not name.startswith(ANNOTATOR):
@@ -198,32 +229,35 @@ def _read_arrays(path: Path, channels: int | None) -> tuple[Tensor, tuple[str, .
 
 
 def _read_table(path: Path, defects: Defects) -> tuple[TextTable, dict[str, list[str]], tuple[str, ...]]:
-    """Returns the columns of features, those of labels, and the samples' names."""
-    found = read_csv(path / TABLE)
+    """Returns the columns of features, those of labels, and the samples' names; path: of the file."""
+    found = read_table(path)
     names: tuple[str, ...] = ()
     if SAMPLE in found.columns:
         names = tuple(map(name_of, found.columns[SAMPLE]))
         first: dict[str, int] = {}
         for row, name in enumerate(names):
             if not name:
-                defects.add(TABLE, row, f"`{SAMPLE}` is empty: give every row a name, or leave the column out.")
+                defects.add(path.name, row, f"`{SAMPLE}` is empty: give every row a name, or leave the column out.")
             elif name in first:
-                defects.add(TABLE, row, f"`{SAMPLE}` (={shown(name)}) is that of row {first[name] + 1}, too.")
+                defects.add(path.name, row, f"`{SAMPLE}` (={shown(name)}) is that of row {first[name] + 1}, too.")
             first.setdefault(name, row)
     of_labels = {*OWN, BAG, SPLIT}
     within = {name: cells for name, cells in found.columns.items() if name in of_labels or name.startswith(ANNOTATOR)}
     columns = {name: cells for name, cells in found.columns.items() if name not in within and name != SAMPLE}
     if not columns:
-        raise DataError(f"{path / TABLE} has no column but those of labels. At least one is needed.")
-    return TextTable(TABLE, tuple(columns), columns), within, names
+        raise DataError(f"{path} has no column but those of labels. At least one is needed.")
+    return TextTable(path.name, tuple(columns), columns), within, names
 
 
-def _rows(path: Path, file: str, place: dict[str, int], defects: Defects) -> Rows:
-    columns = dict(read_csv(path / file, empty_rows=True).columns)
+def _rows(path: Path, place: dict[str, int], defects: Defects) -> Rows:
+    """Returns a file with a row for some samples; place: name of a sample -> its number."""
+    file, columns = path.name, dict(read_table(path, empty_rows=True).columns)
     if SAMPLE not in columns:
-        raise DataError(f"{path / file} has no column `{SAMPLE}`, only {listed(list(columns))}. See docs/data.md.")
+        raise DataError(f"{path} has no column `{SAMPLE}`, only {listed(list(columns))}. See docs/data.md.")
     if not place:
-        raise DataError(f"{path}: {TABLE} needs a column `{SAMPLE}`, by which {file} names its rows.")
+        raise DataError(
+            f"{path.parent}: the table of inputs needs a column `{SAMPLE}`, by which {file} names its rows."
+        )
     samples = np.full(len(columns[SAMPLE]), -1)
     first: dict[str, int] = {}
     for row, cell in enumerate(columns.pop(SAMPLE)):

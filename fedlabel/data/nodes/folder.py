@@ -23,7 +23,6 @@ from fedlabel.data.nodes.files import (
     NOISY_LABEL,
     OWN,
     SPLIT,
-    TABLE,
     Defects,
     RawFolder,
     Rows,
@@ -36,6 +35,7 @@ from fedlabel.data.sets.class_names import NO_CLASS, ClassNames
 from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.loaders import Split
 from fedlabel.data.sets.names import listed
+from fedlabel.data.sets.text_tables import TextTable
 from fedlabel.shown import shown
 
 
@@ -153,7 +153,7 @@ class _Reading:
         if missing or further:
             lacks = f" lacks {listed(missing)}" * bool(missing)
             has = f"{' and' * bool(missing)} has {listed(further)}, which the schema has not" * bool(further)
-            raise DataError(f"{self.raw.path / TABLE}{lacks}{has}. Its columns must be those of the schema.")
+            raise DataError(f"{self.raw.path / table.where}{lacks}{has}. Its columns must be those of the schema.")
         numbers, categories = [], []
         for column in columns:
             cells = table.columns[column.name]
@@ -163,9 +163,11 @@ class _Reading:
             read = read_numbers(cells)
             for row, cell in enumerate(cells):
                 if cell in read.odd:
-                    self.defects.add(TABLE, row, f"{shown(column.name)} (={shown(cell)}) is no number.")
+                    self.defects.add(table.where, row, f"{shown(column.name)} (={shown(cell)}) is no number.")
             for row in np.flatnonzero(np.abs(read.values) > LARGEST).tolist():
-                self.defects.add(TABLE, row, f"{shown(column.name)} (={shown(cells[row])}) is beyond {LARGEST:g}.")
+                self.defects.add(
+                    table.where, row, f"{shown(column.name)} (={shown(cells[row])}) is beyond {LARGEST:g}."
+                )
             numbers.append(read.values)
         return self.schema.features(numbers, categories)
 
@@ -249,34 +251,35 @@ class _Reading:
                 self.defects.add(rows.file, row, f"it is in bag {shown(name)}, and there is no {BAGS}.")
             return bag, none, False
         if BAG not in table.columns:
-            raise DataError(f"{self.raw.path / BAGS} has no column `{BAG}`, only {listed(table.names)}.")
+            raise DataError(f"{self.raw.path / table.where} has no column `{BAG}`, only {listed(table.names)}.")
         names = [name_of(cell) for cell in table.columns[BAG]]
         place: dict[str, int] = {}
         for row, name in enumerate(names):
             if not name:
-                self.defects.add(BAGS, row, f"`{BAG}` is empty.")
+                self.defects.add(table.where, row, f"`{BAG}` is empty.")
             elif name in place:
-                self.defects.add(BAGS, row, f"bag {shown(name)} has a row already, row {place[name] + 1}.")
+                self.defects.add(table.where, row, f"bag {shown(name)} has a row already, row {place[name] + 1}.")
             place.setdefault(name, row)
-        counts = self._counts(table.columns)
+        counts = self._counts(table)
         for row, name in named:
             if name not in place:
-                self.defects.add(rows.file, row, f"it is in bag {shown(name)}, of which {BAGS} has no row.")
+                self.defects.add(rows.file, row, f"it is in bag {shown(name)}, of which {table.where} has no row.")
             else:
                 bag[rows.samples[row]] = place[name]
         sizes = np.bincount(bag[bag >= 0], minlength=len(names))
         for row in np.flatnonzero(sizes != counts.sum(1)).tolist():
             self.defects.add(
-                BAGS,
+                table.where,
                 row,
                 f"the counts sum to {counts[row].sum()}, and {sizes[row]} samples are in bag {shown(names[row])}.",
             )
         for row in np.flatnonzero((sizes == 0) & (counts.sum(1) == 0)).tolist():
-            self.defects.add(BAGS, row, f"bag {shown(names[row])} has no sample: leave it out.")
+            self.defects.add(table.where, row, f"bag {shown(names[row])} has no sample: leave it out.")
         noise = [name_of(cell) for cell in table.columns.get(EPSILON, [])]
         return bag, torch.from_numpy(counts), any(noise)
 
-    def _counts(self, columns: dict[str, list[str]]) -> np.ndarray:
+    def _counts(self, table: TextTable) -> np.ndarray:
+        columns, file = table.columns, table.where
         size = len(columns[BAG])
         counts = np.zeros((size, len(self.schema.classes)), dtype=np.int64)
         seen: set[int] = set()
@@ -286,15 +289,19 @@ class _Reading:
             try:
                 label = self.classes.find(name)
             except ValueError as error:
-                self.defects.add(BAGS, None, f"column {shown(name)} {error}.")
+                self.defects.add(file, None, f"column {shown(name)} {error}.")
                 continue
             if label == NO_CLASS or label in seen:
-                self.defects.add(BAGS, None, f"column {shown(name)} is of no class, or of one that has a column.")
+                self.defects.add(
+                    table.where, None, f"column {shown(name)} is of no class, or of one that has a column."
+                )
                 continue
             seen.add(label)
             for row, cell in enumerate(cells):
                 if not (cell.isascii() and cell.isdigit() and len(cell) < 10):
-                    self.defects.add(BAGS, row, f"{shown(name)} (={shown(cell)}) must be a whole number from 0 on.")
+                    self.defects.add(
+                        table.where, row, f"{shown(name)} (={shown(cell)}) must be a whole number from 0 on."
+                    )
                 else:
                     counts[row, label] = int(cell)
         return counts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -19,13 +20,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedlabel.data.nodes.files import ANNOTATOR, BAG, CANDIDATES, EPSILON, OWN, TABLE, Defects, RawFolder, read_files
+from fedlabel.data.nodes.files import ANNOTATOR, BAG, CANDIDATES, EPSILON, OWN, Defects, RawFolder, read_files
 from fedlabel.data.nodes.schema import CATEGORY, MAX_NAMES, NUMBER, SEPARATOR, Column, Schema, parse_schema
 from fedlabel.data.sets.cells import LARGEST, MISSING, read_numbers
 from fedlabel.data.sets.config import DataError
 from fedlabel.data.sets.names import in_order
 from fedlabel.data.sets.table_columns import MAX_CATEGORIES
 from fedlabel.errors import naming
+from fedlabel.names import counted
 from fedlabel.shown import shown
 
 VERSION = 1
@@ -116,15 +118,16 @@ class Statistics:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 
 
-def folder_statistics(path: Path, categorical: Sequence[str] = ()) -> Statistics:
+def folder_statistics(path: Path, categorical: Sequence[str] = (), least: int = 1) -> Statistics:
     """Returns the statistics of the training samples in a node's folder.
 
     Args:
         path: the folder, see docs/data.md.
         categorical: columns of a table whose cells are categories even if they are numbers.
+        least: the fewest cells that a sum may be made of, or that a name must be in.
 
     Raises:
-        DataError: a file is missing, or cannot be read.
+        DataError: a file is missing, or cannot be read; or there are fewer samples than `least`.
         FolderError: it has defects that can be seen without a schema.
     """
     raw, defects = read_files(path)
@@ -132,16 +135,21 @@ def folder_statistics(path: Path, categorical: Sequence[str] = ()) -> Statistics
     columns: tuple[Cells, ...] = ()
     if raw.table is not None:
         if unknown := [name for name in categorical if name not in raw.table.columns]:
-            raise DataError(f"`--categorical`: {path / TABLE} has no column {shown(unknown[0])}.")
+            raise DataError(f"`--categorical`: {path / raw.table.where} has no column {shown(unknown[0])}.")
         names = list(raw.table.columns)
-        columns = tuple(_cells(raw, name, train, name in categorical, defects) for name in names)
+        columns = tuple(_cells(raw, name, train, name in categorical, least, defects) for name in names)
     defects.check()
     if not len(train):
         raise DataError(f"{path} holds no training sample: all are of the split test.")
+    if len(train) < least:
+        raise DataError(
+            f"{path} holds {counted(len(train), 'training sample')}, fewer than `--min-count` (={least}): leave the "
+            "schema to the other nodes."
+        )
     images = None if raw.images is None else raw.images[train]
     return Statistics(
         samples=len(train),
-        classes=tuple(in_order(sorted(_classes(raw)))),
+        classes=tuple(in_order(sorted(_classes(raw, least)))),
         annotators=_annotators(raw),
         functions=tuple(raw.votes.columns),
         shape=() if images is None else tuple(images.shape[1:]),
@@ -156,45 +164,51 @@ def _pixels(channel: Tensor) -> Pixels:
     return Pixels(channel.numel(), total, sum(count * value**2 for value, count in enumerate(values)))
 
 
-def _cells(raw: RawFolder, name: str, train: np.ndarray, categorical: bool, defects: Defects) -> Cells:
+def _cells(raw: RawFolder, name: str, train: np.ndarray, categorical: bool, least: int, defects: Defects) -> Cells:
     assert raw.table is not None
-    all_cells = raw.table.columns[name]
+    all_cells, file = raw.table.columns[name], raw.table.where
     cells = [all_cells[row] for row in train.tolist()]
     read = read_numbers(cells)
     there = read.values[~np.isnan(read.values)]
     if categorical or (read.odd and not len(there)):
-        found = sorted(set(cells))
+        found = sorted(text for text, count in Counter(cells).items() if count >= least)
         if len(found) > MAX_CATEGORIES:
-            defects.add(TABLE, None, f"column {shown(name)} has {len(found)} categories, more than {MAX_CATEGORIES}.")
+            defects.add(
+                raw.table.where, None, f"column {shown(name)} has {len(found)} categories, more than {MAX_CATEGORIES}."
+            )
         return Cells(name, CATEGORY, categories=tuple(found))
     for row in train.tolist():
         if all_cells[row] in read.odd:
             defects.add(
-                TABLE,
+                file,
                 row,
                 f"{shown(name)} (={shown(all_cells[row])}) is no number, and other cells of the column are. If they "
                 f"are categories, name the column in --categorical.",
             )
-    if not len(there):
+    if len(there) < max(1, least):
         return Cells(name, EMPTY)
     if np.abs(there).max() > LARGEST:
-        defects.add(TABLE, None, f"column {shown(name)} has a number beyond {LARGEST:g}.")
+        defects.add(file, None, f"column {shown(name)} has a number beyond {LARGEST:g}.")
         return Cells(name, EMPTY)
     mean = math.fsum(there.tolist()) / len(there)
     return Cells(name, NUMBER, len(there), mean, math.fsum(((there - mean) ** 2).tolist()))
 
 
-def _classes(raw: RawFolder) -> set[str]:
-    """Returns the texts that name classes."""
-    found: set[str] = set()
+def _classes(raw: RawFolder, least: int) -> set[str]:
+    """Returns the texts that name classes in at least `least` cells; columns of bags.csv name them for all."""
+    found: Counter[str] = Counter()
     for name, cells in raw.labels.columns.items():
         if name in OWN or name.startswith(ANNOTATOR):
             several = name.endswith(CANDIDATES)
-            found.update(each.strip() for cell in set(cells) for each in (cell.split(SEPARATOR) if several else [cell]))
-    found.update(cell for cells in raw.votes.columns.values() for cell in set(cells))
+            for cell, count in Counter(cells).items():
+                for each in cell.split(SEPARATOR) if several else [cell]:
+                    found[each.strip()] += count
+    for cells in raw.votes.columns.values():
+        found.update(cells)
+    names = {text for text, count in found.items() if count >= least}
     if raw.bags is not None:
-        found.update(name for name in raw.bags.names if name not in (BAG, EPSILON))
-    return {text for text in found if text.casefold() not in MISSING}
+        names.update(name for name in raw.bags.names if name not in (BAG, EPSILON))
+    return {text for text in names if text.casefold() not in MISSING}
 
 
 def _annotators(raw: RawFolder) -> tuple[str, ...]:

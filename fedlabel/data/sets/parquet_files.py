@@ -25,7 +25,7 @@ def read_parquet(path: Path, skipped: Collection[str] = ()) -> TextTable:
         from pyarrow import ArrowException, parquet, types
     except ImportError as error:
         raise DataError(
-            f"`data.root` (={path}): Parquet files are read by pyarrow, which is not installed. Install it "
+            f"{path}: Parquet files are read by pyarrow, which is not installed. Install it "
             "(pip install pyarrow), or write the table as CSV."
         ) from error
     try:
@@ -39,7 +39,8 @@ def read_parquet(path: Path, skipped: Collection[str] = ()) -> TextTable:
                 if types.is_nested(kind) or "binary" in str(kind):
                     raise DataError(
                         f"{path}: column {shown(name)} holds {quoted(str(kind))}, neither numbers nor texts. "
-                        f"Write it as several columns, or leave it out by data.drop_columns={as_list(name)}."
+                        "Write it as several columns, or leave it out (of a data set by "
+                        f"data.drop_columns={as_list(name)})."
                     )
             if not kept or not rows:
                 raise DataError(f"{path} holds no rows. At least one is needed.")

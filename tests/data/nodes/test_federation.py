@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedlabel.config import load_config, to_yaml
+from fedlabel.data.labels.label_card import LabelCard
 from fedlabel.data.nodes.export import client_folder, export_federation
 from fedlabel.data.nodes.federation import (
     Agreement,
@@ -24,6 +25,7 @@ from fedlabel.data.nodes.schema import Schema, load_schema
 from fedlabel.data.sets.config import DataError
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.learning.plan import bag_units
+from tests.data.nodes.folders import IMAGES, write
 
 OPTIONS = [
     *("num_clients=3", "partition.kind=iid", "model.name=mlp", "device=cpu", "method.name=ill"),
@@ -80,6 +82,39 @@ def test_what_a_node_says_is_counts_alone(deployed: Deployed) -> None:
     changed = [holding._replace(held_out=1) for holding in deployed.holdings]
     hashes = {server_federation(deployed.schema, each, None).sha256 for each in (deployed.holdings, changed)}
     assert len(hashes) == 2
+
+
+def test_small_counts_become_the_bound(tmp_path: Path) -> None:
+    """4 samples with a label, of which 2 are in the only bag, 1 noisy, 1 candidate set, 1 with votes, 1 without."""
+    labels = "sample,label,noisy_label,candidates,bag,annotator:ann 0,cat,,,a,dog 1,cat,,,a, 2,dog,,,, 3,owl,,,,"
+    files = {
+        "labels": f"{labels} 4,,cat,,, 5,,,cat;dog,,",
+        "bags": "bag,cat,dog,owl a,2,0,0",
+        "votes": "sample,ears,wings 6,cat,",
+    }
+    exact = Holding.of(read_node_folder(write(tmp_path / "node", **files), IMAGES))
+    assert exact.card == LabelCard(8, 4, 1, 1, 0, 1, 2, 1, 1, ((1, 0, 0), (0, 0, 0)))
+    assert exact.coarse(1) == exact
+    coarse = exact.coarse(3)
+    coarse.check(IMAGES)
+    # Seven counts are small: samples without a label are 1, raised to 3, and 3 for each count of at most 3 but kinds.
+    assert coarse.kinds == (3 + 3 * 6, 3, 3, 3, 0, 0, 3, 0, 3)
+    assert coarse.card == LabelCard(36, 4, 3, 3, 0, 3, 2, 3, 3, ((3, 0, 0), (0, 0, 0)))
+    assert (coarse.in_bags, coarse.largest_bag, coarse.alone) == (3, 3, 3)
+    assert exact.coarse(3)._replace(held_out=0) == coarse
+
+
+@pytest.mark.parametrize("least", [2, 5, 1000])
+def test_small_counts_are_bounds_and_make_sense(deployed: Deployed, least: int) -> None:
+    """All are at least what they stand for, none but 0 is below the bound, and the server takes them."""
+    for exact in [holding._replace(held_out=4) for holding in deployed.holdings]:
+        coarse = exact.coarse(least)
+        assert parse_holding(as_json(coarse), deployed.schema) == coarse
+        assert coarse.held_out == (4 if least <= 4 else 0)
+        pairs = [*zip(exact.kinds, coarse.kinds, strict=True), *zip(exact[3:], coarse[3:], strict=True)]
+        pairs += zip(exact.card[:6], coarse.card[:6], strict=True)
+        assert all(ours >= theirs and ours >= least * (ours > 0) for theirs, ours in pairs)
+        assert coarse.card.samples - coarse.in_bags >= exact.card.samples - exact.in_bags
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,57 @@ def test_a_table_has_labels_in_columns_of_its_own_or_in_a_file(tmp_path: Path) -
     (within / "labels.csv").write_text("sample,label\n1,owl\n")
     with pytest.raises(DataError, match=r"has columns of labels \(label, candidates, split\), and there is labels.csv"):
         read_node_folder(within, TABLE)
+
+
+def as_parquet(folder: Path) -> None:
+    """Writes the tables of a folder as Parquet, with numbers as numbers, in place of CSV."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import csv, parquet
+
+    for path in folder.glob("*.csv"):
+        found = csv.read_csv(path, convert_options=csv.ConvertOptions(strings_can_be_null=True))
+        assert any(not pyarrow.types.is_string(each.type) for each in found.schema)
+        parquet.write_table(found, path.with_suffix(".parquet"))
+        path.unlink()
+
+
+def test_tables_may_be_parquet(tmp_path: Path) -> None:
+    """Each kind of label, of images and of rows."""
+    rows = "\n".join(f"{n},{2 * n + 0.5},{'cook' if n % 2 else ''}" for n in range(8))
+    table = replace(TABLE, annotators=IMAGES.annotators, functions=IMAGES.functions)
+    for schema, inputs in ((IMAGES, {}), (table, {"inputs": f"sample,age,job\n{rows}"})):
+        folder = write(tmp_path / schema.classes[0] / str(schema.tabular), **ALL_KINDS, **inputs)
+        expected = read_node_folder(folder, schema)
+        as_parquet(folder)
+        assert not list(folder.glob("*.csv"))
+        found = read_node_folder(folder, schema)
+        assert torch.equal(found.inputs, expected.inputs)
+        assert found.names == expected.names
+        for name in ("candidates", "noisy", "annotations", "bag", "bag_counts", "votes"):
+            assert torch.equal(getattr(found.record, name), getattr(expected.record, name)), name
+        assert torch.equal(found.held_out.labels, expected.held_out.labels)
+
+
+def test_a_defect_of_a_parquet_table_has_its_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", labels="sample,label\n0,cat\n1,cow")
+    as_parquet(folder)
+    with pytest.raises(FolderError, match=r"labels\.parquet, row 2: `label` \(=cow\) is none of the classes"):
+        read_node_folder(folder, IMAGES)
+
+
+def test_one_table_is_not_there_twice(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", labels="sample,label\n0,cat")
+    (folder / "labels.parquet").touch()
+    with pytest.raises(DataError, match=r"has both labels\.csv and labels\.parquet: leave one of them out"):
+        read_node_folder(folder, IMAGES)
+
+
+def test_a_node_without_pyarrow_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    folder = write(tmp_path / "a")
+    (folder / "votes.parquet").touch()
+    with pytest.raises(DataError, match=r"votes\.parquet: Parquet files are read by pyarrow, which is not installed"):
+        read_node_folder(folder, IMAGES)
 
 
 DEFECTS = {

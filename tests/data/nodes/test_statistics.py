@@ -87,6 +87,23 @@ def test_a_file_of_statistics_holds_no_row(tmp_path: Path) -> None:
     assert set(json.loads(text)) == {"version", *Statistics.__dataclass_fields__}
 
 
+def test_what_few_samples_have_is_left_out(tmp_path: Path) -> None:
+    """By `--min-count`: names of rare classes and categories, sums of few cells, and folders of few samples."""
+    rows = [f"{'' if n < 7 else n},{'pilot' if n < 2 else 'cook'},{n},{'owl' if n == 3 else 'cat'}" for n in range(9)]
+    folder = write(tmp_path / "node", inputs="\n".join(["age,job,site,label", *rows]))
+    every, few = folder_statistics(folder), folder_statistics(folder, least=3)
+    assert every.classes == ("cat", "owl")
+    assert few.classes == ("cat",)
+    kinds = {cells.name: (cells.kind, cells.count, cells.categories) for cells in few.columns}
+    assert kinds == {"age": ("empty", 0, ()), "job": ("category", 0, ("cook",)), "site": ("number", 9, ())}
+    assert {cells.name: cells.kind for cells in every.columns}["age"] == "number"
+    for rare in ("pilot", "owl"):
+        assert rare in every.to_json()
+        assert rare not in few.to_json()
+    with pytest.raises(DataError, match=r"holds 9 training samples, fewer than `--min-count` \(=10\)"):
+        folder_statistics(folder, least=10)
+
+
 def test_nodes_that_do_not_fit_are_named(tmp_path: Path) -> None:
     numbers = write(tmp_path / "n", inputs=f"{HEADER}\n1,2,3\n4,5,6")
     texts = write(tmp_path / "t", inputs=f"{HEADER}\n1,x,3\n4,y,6")

@@ -330,7 +330,7 @@ def test_parquet_gives_what_csv_gives(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"set\.parquet\): Parquet files are read by pyarrow, which is not installed"):
+    with pytest.raises(DataError, match=r"set\.parquet: Parquet files are read by pyarrow, which is not installed"):
         load(write(tmp_path / "set.parquet", "x"))
 
 
