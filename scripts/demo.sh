@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs fedlabel into .venv (once), trains four methods with five seeds each on a federation with three kinds of
+# Installs fedlabel into .venv (once), trains four methods with four seeds each on a federation with three kinds of
 # label, and prints a table; curves and a report page are beside it. Safe to run again: each call has its own folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,14 +20,14 @@ six classes that holds it, four a label of each image that is wrong in 40 % of t
   ILL                  one EM over all three kinds: it also learns what the noise is like
   fully labelled       every true label: what could be reached at best
 
-20 trainings, five for each: about two minutes on two idle cores. They go to $out.
+16 trainings, four for each: up to two minutes on two idle cores. They go to $out.
 
 TEXT
 SECONDS=0
 fedlabel sweep sweep/demo.yaml --workers 2 --out "$out" 2>"$out/messages.log" || { tail -n 5 "$out/messages.log" >&2; exit 1; }
 fedlabel compare "$out"
 echo
-echo "Trained in $SECONDS s. Accuracy in %, mean ± standard deviation over five seeds; p: paired t test, corrected (Holm)."
+echo "Trained in $SECONDS s. Accuracy in %, mean ± standard deviation over four seeds; p: paired t test, corrected (Holm)."
 echo "Curves:      $out/curves-all.png"
 echo "Everything:  $out/report.html, or .venv/bin/fedlabel tensorboard $out"
 echo "How learning rates were chosen, and more rows: docs/results/demo.md"

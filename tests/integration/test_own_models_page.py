@@ -17,7 +17,7 @@ PAGE = PACKAGE_ROOT / "docs" / "own-models.md"
 @pytest.mark.slow
 def test_the_page_works(tmp_path: Path) -> None:
     text = PAGE.read_text()
-    files = re.findall(r"^```python file=(\S+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    files = re.findall(r"^```python\n# (\S+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     assert len(files) == text.count("```python")
     for name, content in files:
         (tmp_path / name).write_text(content)

@@ -298,7 +298,7 @@ def test_the_method_of_a_foreign_checkpoint_is_not_imported(run: Path, monkeypat
     """Another method's module is code that the file would choose."""
     text = load_checkpoint(file(run, 3)).config.replace("name: fedlabel", "name: no_such_module:Method")
     rewrite(file(run, 3), config=text)
-    monkeypatch.setattr("fedlabel.methods.importlib.import_module", lambda name: pytest.fail(f"imports {name}"))
+    monkeypatch.setattr("fedlabel.importing.importlib.import_module", lambda name: pytest.fail(f"imports {name}"))
     with pytest.raises(CheckpointError, match="is of a run of another configuration"):
         opened(run)
 
