@@ -231,6 +231,11 @@ class ExperimentConfig:
         self._check_privacy()
         self._check_labels()
         self._check_nodes()
+        if self.prior.kind != "none" and self.method.corrects_class_prior:
+            raise ValueError(
+                f"`prior.kind` (={self.prior.kind}) corrects for a client's classes, and so does the loss of "
+                f"`method.name` (={self.method.name}): take prior.kind=none, or method.name=supervised with the prior."
+            )
         if self.privacy.min_count > 1 and self.strategy.name == "QFedAvg":
             raise ValueError(
                 f"`strategy.name` (=QFedAvg) goes by clients' losses, which `privacy.min_count` "

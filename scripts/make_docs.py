@@ -32,7 +32,7 @@ from fedlabel.metric_tags import FIGURE, PAGES, TAGS
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FAMILIES = {
     "Few labels": (
-        *("supervised", "pseudo_label", "uda", "fixmatch", "freematch"),
+        *("supervised", "fedlc", "fedrs", "fedrod", "pseudo_label", "uda", "fixmatch", "freematch"),
         *("fedlabel", "sage", "fedmatch", "fedtrinet", "semifl"),
     ),
     "Imprecise labels: all kinds in one": ("ill",),

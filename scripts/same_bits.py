@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 IN_BAGS = ("dllp", "easy_llp", "gen_bags", "count_likelihood", "llp_vat", "top_count", "llp_bp")
 USES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("supervised", "fixmatch", "semifl", "fedmatch", "freematch", "uda"), ("true", "at server")),
-    **dict.fromkeys(("pseudo_label", "fedlabel", "fedtrinet", "sage"), ("true",)),
+    **dict.fromkeys(("pseudo_label", "fedlabel", "fedtrinet", "sage", "fedlc", "fedrs", "fedrod"), ("true",)),
     **dict.fromkeys(("gce", "elr", "co_teaching", "forward"), ("noisy",)),
     **dict.fromkeys(("proden", "cc", "lws"), ("sets",)),
     **dict.fromkeys(IN_BAGS, ("bags",)),

@@ -192,6 +192,15 @@ def test_lists_of_data_and_model_survive_yaml() -> None:
     assert load_config([], ["data.name=bank_marketing", "data.drop_columns=null"]).data.drop_columns is None
 
 
+@pytest.mark.parametrize("name", ["fedlc", "fedrs", "fedrod"])
+def test_a_client_prior_is_not_corrected_for_twice(name: str) -> None:
+    message = rf"`prior.kind` \(=em\) corrects for a client's classes, and so does .* `method.name` \(={name}\)"
+    with pytest.raises(ValueError, match=message):
+        load_config([], [f"method.name={name}", "prior.kind=em"])
+    assert load_config([], [f"method.name={name}"]).method.name == name
+    assert load_config([], ["method.name=supervised", "prior.kind=em"]).prior.kind == "em"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

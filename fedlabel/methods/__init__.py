@@ -11,7 +11,10 @@ from fedlabel.methods.dp_ssl import DPSSL
 from fedlabel.methods.easy_llp import EasyLLP
 from fedlabel.methods.elr import ELR
 from fedlabel.methods.fedlabel import FedLabel
+from fedlabel.methods.fedlc import FedLC
 from fedlabel.methods.fedmatch import FedMatch
+from fedlabel.methods.fedrod import FedRoD
+from fedlabel.methods.fedrs import FedRS
 from fedlabel.methods.fedtrinet import FedTriNet
 from fedlabel.methods.fixmatch import FixMatch
 from fedlabel.methods.forward import Forward
@@ -35,6 +38,9 @@ from fedlabel.names import did_you_mean, simple
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
+    "fedlc": FedLC,
+    "fedrs": FedRS,
+    "fedrod": FedRoD,
     "pseudo_label": PseudoLabel,
     "uda": UDA,
     "fixmatch": FixMatch,

@@ -15,6 +15,11 @@ What differs, and why:
 - The mean runs over the kept samples (the released code) and not over the batch: the step does not shrink when few
   samples pass; `normalization` has both.
 - One student pass takes both views, so with BatchNorm they (and dropped samples) share batch statistics.
+- `score=calibrated` and `choice=mixture` are ours, off by default. Both need labels that the local model has not seen:
+  stage A leaves `held_out` of the client's labelled samples out, in every round the same ones, and before stage B each
+  expert gets a temperature, or the mixture its weight, from them (fedlabel/inference/calibration.py). That takes a pass
+  of both experts over the client's samples. A client with too few labels to leave one out takes temperature 1 and equal
+  weights. Nothing of it is sent.
 - `merge=mean`, `burn_in_rounds`, `prox_mu`, `kl_target=local`, `normalization=each` and `teacher_view=weak` are the
   released code's, off by default.
 """
@@ -23,18 +28,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedlabel.checks import at_least, finite, in_unit_interval, one_of
-from fedlabel.methods.batch import Batch, Model, PseudoLabels, StateDict, Step
-from fedlabel.methods.losses import labels_loss, mean_metric
+from fedlabel.checks import at_least, finite, in_unit_interval, one_of, within
+from fedlabel.inference.calibration import inverse_temperature, mixture_weight
+from fedlabel.methods.batch import Batch, Model, Prepared, PseudoLabels, State, StateDict, Step, Survey
+from fedlabel.methods.losses import labeled_step, labels_loss, mean_metric
 from fedlabel.methods.recipe import BySample, LabelKinds, Method, Phase, Recipe, Stage, Task
 from fedlabel.methods.uploads import ModelPart, PhaseResult, Upload, sum_of_updates
 
-SCORES = ("variance", "entropy")
+SCORES = ("variance", "entropy", "calibrated")
+ROUNDING = 1e-9
+"""Share * samples may fall short of a whole number by rounding."""
 
 
 class Selection(NamedTuple):
@@ -50,6 +59,8 @@ class Selection(NamedTuple):
     """bool, the discarded model predicts the same class."""
     weight: Tensor
     """float in [0, lambda_0], lambda_0 * h(discarded) / h(selected).                       (7)"""
+    confidence: Tensor
+    """float, the selected model's largest probability."""
 
 
 def confidence(probs: Tensor, score: str = "variance") -> Tensor:
@@ -57,19 +68,22 @@ def confidence(probs: Tensor, score: str = "variance") -> Tensor:
 
     Args:
         probs: (n, classes), rows are probabilities (softmax outputs, never logits).
-        score: "variance" (unbiased, over the classes; 0 for uniform, 1/classes for one-hot) or "entropy", 1/(H + 1e-5).
+        score: "variance" (unbiased, over the classes; 0 for uniform, 1/classes for one-hot), "entropy", 1/(H + 1e-5),
+            or "calibrated", the largest probability, of probabilities that have been calibrated.
 
     Returns:
         (n,) float.
 
     Raises:
-        ValueError: `score` is neither.
+        ValueError: `score` is none of these.
     """
     if score == "variance":
         # As torch.var, which warns about an empty batch.
         return (probs - probs.mean(-1, keepdim=True)).square().sum(-1) / (probs.shape[-1] - 1)
     if score == "entropy":
         return 1 / (torch.special.entr(probs).sum(-1) + 1e-5)
+    if score == "calibrated":
+        return probs.amax(-1)
     raise ValueError(f"`score` (={score}) must be one of {', '.join(SCORES)}.")
 
 
@@ -98,16 +112,80 @@ def select(
     selected = torch.where(from_global[:, None], global_probs, local_probs)
     largest, pseudo_label = selected.max(-1)
     discarded_label = torch.where(from_global, local_probs.argmax(-1), global_probs.argmax(-1))
-    high = torch.maximum(global_score, local_score)
-    low = torch.minimum(global_score, local_score)
-    ratio = torch.where(high > 0, low / torch.where(high > 0, high, torch.ones_like(high)), torch.ones_like(high))
     return Selection(
         pseudo_label=pseudo_label,
         keep=largest > confidence_threshold,
         from_global=from_global,
         agree=discarded_label == pseudo_label,
-        weight=lambda_0 * ratio,
+        weight=lambda_0 * _ratio(global_score, local_score),
+        confidence=largest,
     )
+
+
+def mix(
+    global_probs: Tensor,
+    local_probs: Tensor,
+    global_weight: Tensor,
+    confidence_threshold: float,
+    lambda_0: float,
+    score: str = "variance",
+) -> Selection:
+    """Takes the mixture of two models for each sample in place of one of them.
+
+    Args:
+        global_probs: see `select`, as the others.
+        local_probs: likewise.
+        global_weight: () in [0, 1], weight of the global model.
+        confidence_threshold: likewise, of the mixture's largest probability.
+        lambda_0: likewise.
+        score: likewise.
+
+    Returns:
+        A `Selection`, detached. The model that the pseudo-label more probably comes from counts as the selected one.
+    """
+    global_part, local_part = global_weight * global_probs.detach(), (1 - global_weight) * local_probs.detach()
+    largest, pseudo_label = (global_part + local_part).max(-1)
+    place = pseudo_label[:, None]
+    from_global = (global_part.gather(-1, place) >= local_part.gather(-1, place)).squeeze(-1)
+    discarded_label = torch.where(from_global, local_probs.argmax(-1), global_probs.argmax(-1))
+    scores = confidence(global_probs.detach(), score), confidence(local_probs.detach(), score)
+    return Selection(
+        pseudo_label=pseudo_label,
+        keep=largest > confidence_threshold,
+        from_global=from_global,
+        agree=discarded_label == pseudo_label,
+        weight=lambda_0 * _ratio(*scores),
+        confidence=largest,
+    )
+
+
+def _ratio(first: Tensor, second: Tensor) -> Tensor:
+    """Returns the lower score by the higher one, (n,); 1 where both are 0."""
+    high, low = torch.maximum(first, second), torch.minimum(first, second)
+    return torch.where(high > 0, low / torch.where(high > 0, high, torch.ones_like(high)), torch.ones_like(high))
+
+
+def held_out_samples(candidates: Tensor, share: float) -> Tensor:
+    """Returns (n,) bool, the share of the labelled samples that stage A leaves out, evenly spaced and rounded down.
+
+    Args:
+        candidates: (n, classes) bool, of all of a client's samples.
+        share: in [0, 1).
+    """
+    labeled = candidates.sum(-1) == 1
+    upto = (labeled.cumsum(0).double() * share + ROUNDING).floor()
+    return labeled & (upto.diff(prepend=upto.new_zeros(1)) > 0)
+
+
+def mark_held_out(survey: Survey, share: float) -> Prepared:
+    """Marks the samples that `held_out_loss` leaves out."""
+    return Prepared({"held_out": held_out_samples(survey.supervision.candidates, share)})
+
+
+def held_out_loss(student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
+    """Returns the mean cross-entropy of the labelled samples that are not held out."""
+    labeled = batch.labeled
+    return labeled_step(student(labeled.views["weak"]), labeled.candidates & ~labeled.targets["held_out"][:, None])
 
 
 def kl_divergence(target_log_probs: Tensor, log_probs: Tensor) -> Tensor:
@@ -147,7 +225,13 @@ class FedLabel(Method):
     teacher: str = "both"
     """both | local | global: the paper's single-teacher ablations use one model as both experts."""
     score: str = "variance"
-    """variance | entropy: the confidence score h."""
+    """variance | entropy | calibrated: the confidence score h. calibrated: the largest probability after each expert's
+    logits are divided by a temperature from held-out labels; threshold and targets then use these, too."""
+    choice: str = "hard"
+    """hard | mixture: one expert per sample, or the mixture of both, weighted by how well each explains held-out
+    labels."""
+    held_out: float = 0.2
+    """Share of a client's labelled samples that stage A leaves out, for score=calibrated and choice=mixture only."""
     merge: str = "sum"
     """sum: one upload of w + dL + dU. mean: the released code, two uploads; the new global model is half the plain
     mean of w_L and half the mean of w_U weighted by kept samples. Needs strategy.name=weighted_mean."""
@@ -177,21 +261,32 @@ class FedLabel(Method):
             "method",
             teacher=("both", "local", "global"),
             score=SCORES,
+            choice=("hard", "mixture"),
             merge=("sum", "mean"),
             kl_target=("discarded", "local"),
             kl_direction=("teacher_student", "student_teacher"),
             normalization=("kept", "batch", "each"),
             teacher_view=("clean", "weak"),
         )
+        within(self, "method", 0, 1, "held_out", ends="()")
+        if self.choice == "mixture" and self.teacher != "both":
+            raise ValueError(
+                f"`method.choice` (=mixture) mixes two experts, and `method.teacher` (={self.teacher}) leaves one: "
+                "take method.teacher=both, or method.choice=hard."
+            )
 
     def recipe(self, task: Task) -> Recipe:
         supervised = Phase("supervised", labels_loss)  # phase A, equations (1)-(2)
+        calibrates = self.score == "calibrated" or self.choice == "mixture"
+        if calibrates:
+            supervised = Phase("supervised", held_out_loss, prepare=partial(mark_held_out, share=self.held_out))
         unlabeled = Phase(
             "unlabeled",
             self.loss,
             draw=BySample(labeled=(), unlabeled=(self.teacher_view, "strong")),
             teachers=("global", "supervised"),
             steps=self.unlabeled_steps,
+            prepare=self.calibrate if calibrates else None,
             proximal=self._proximal if self.prox_mu > 0 else None,
         )
         return Recipe(
@@ -206,18 +301,40 @@ class FedLabel(Method):
     def _proximal(self, parameter: Tensor) -> float:
         return 2 * self.prox_mu / parameter.numel()
 
+    def calibrate(self, survey: Survey) -> Prepared:
+        """Estimates each expert's inverse temperature, and the mixture's weight, from the held-out labels."""
+        candidates = survey.supervision.candidates
+        held_out = held_out_samples(candidates, self.held_out)
+        label = candidates[held_out].int().argmax(-1)
+        found: State = {}
+        log_likelihood = []
+        for expert in ("global", "supervised"):
+            logits = survey.predict(expert, self.teacher_view)[held_out].float()
+            if self.score == "calibrated":
+                found[f"{expert}_sharpness"] = inverse_temperature(logits, label)
+                logits = logits * found[f"{expert}_sharpness"]
+            log_likelihood.append(logits.log_softmax(-1).gather(-1, label[:, None]).squeeze(-1))
+        if self.choice == "mixture":
+            found["global_weight"] = mixture_weight(*log_likelihood)
+        return Prepared({}, memory={**survey.memory, **found})
+
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Step:
         """Returns phase B's loss, (5)-(8): cross-entropy to the expert (strong view), KL to the other (plain view)."""
         plain, strong = batch.unlabeled.views[self.teacher_view], batch.unlabeled.views["strong"]
-        global_log_probs = teachers["global"](plain).detach().log_softmax(-1)
-        local_log_probs = teachers["supervised"](plain).detach().log_softmax(-1)
+        global_logits, local_logits = teachers["global"](plain).detach(), teachers["supervised"](plain).detach()
+        if self.score == "calibrated":
+            global_logits = global_logits * batch.memory["global_sharpness"]
+            local_logits = local_logits * batch.memory["supervised_sharpness"]
+        global_log_probs, local_log_probs = global_logits.log_softmax(-1), local_logits.log_softmax(-1)
         if self.teacher == "local":
             global_log_probs = local_log_probs
         elif self.teacher == "global":
             local_log_probs = global_log_probs
-        chosen = select(
-            global_log_probs.exp(), local_log_probs.exp(), self.confidence_threshold, self.lambda_0, self.score
-        )
+        probs, rule = (global_log_probs.exp(), local_log_probs.exp()), (self.confidence_threshold, self.lambda_0)
+        if self.choice == "mixture":
+            chosen = mix(*probs, batch.memory["global_weight"], *rule, self.score)
+        else:
+            chosen = select(*probs, *rule, self.score)
         if self.teacher == "local":  # select() calls a tie global
             chosen = chosen._replace(from_global=torch.zeros_like(chosen.from_global))
 
@@ -256,6 +373,5 @@ class FedLabel(Method):
             "pseudo/from_global": mean_metric(chosen.from_global.to(dtype), everyone),
             "pseudo/agreement": mean_metric(chosen.agree.to(dtype), everyone),
         }
-        expert = torch.where(chosen.from_global[:, None], global_log_probs, local_log_probs).exp()
-        pseudo = PseudoLabels(chosen.pseudo_label, chosen.keep, chosen.from_global, expert.max(-1).values)
+        pseudo = PseudoLabels(chosen.pseudo_label, chosen.keep, chosen.from_global, chosen.confidence)
         return Step(loss, metrics, kept, pseudo)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fedlabel.methods.batch import Batch, Model, Part, PseudoLabels, State, Step
 
+LEFT_OUT = -1e4
+"""Added to the logit of a class that a softmax leaves out: its probability is exactly 0, and no gradient is NaN."""
+
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Returns (n, classes) float32 from (n,) int64; unlike torch's own it works under `torch.func.vmap`."""
@@ -37,6 +40,16 @@ def labels_loss(student: Model, teachers: Mapping[str, Model], batch: Batch) -> 
 def labeled_step(logits: Tensor, candidates: Tensor) -> Step:
     """Returns the mean cross-entropy over the rows with one candidate; logits and candidates are (n, classes)."""
     return label_step(-(logits.log_softmax(-1) * candidates).sum(-1), candidates)
+
+
+def class_counts(candidates: Tensor) -> State:
+    """Returns a memory with "class_counts", (classes,) float: how many samples have this class as their only candidate.
+
+    Args:
+        candidates: (n, classes) bool, of all of a client's samples.
+    """
+    alone = candidates.sum(-1, keepdim=True) == 1
+    return {"class_counts": (candidates & alone).sum(0).float()}
 
 
 def label_step(values: Tensor, candidates: Tensor, memory: State | None = None) -> Step:

@@ -283,6 +283,8 @@ class Method:
     """Those of `Step.metrics` and `Prepared.metrics` that `fedlabel/metric_tags.py` lacks."""
     oracle_labels: ClassVar[bool] = False
     """True only if the method is defined as an upper bound that uses every training label."""
+    corrects_class_prior: ClassVar[bool] = False
+    """Whether its loss corrects for the client's class counts, so that `prior.kind` would do it a second time."""
 
     def check_rounds(self, num_rounds: int) -> None:
         """Checks the number of rounds, when a run is configured.

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fedlabel.methods.batch import StateDict, Step
-from fedlabel.methods.fedlabel import FedLabel, confidence, kl_divergence, select
+from fedlabel.inference.calibration import inverse_temperature, mixture_weight
+from fedlabel.learning.client import LocalRound, Trainer, train_clients
+from fedlabel.methods.batch import State, StateDict, Step, Survey
+from fedlabel.methods.fedlabel import FedLabel, confidence, held_out_samples, kl_divergence, mix, select
+from fedlabel.methods.losses import labels_loss
 from fedlabel.methods.uploads import ModelPart, PhaseResult
+from tests.learning.clients import TRANSFORM
 from tests.methods.batches import make_batch
 from tests.methods.recipes import task
+from tests.methods.sets import sets
+from tests.methods.tables import CLASSES, ROUND, assert_all_moved, client, model, net, same, train_round
 
 LOCAL = torch.tensor([[0.7, 0.1, 0.1, 0.1]])
 GLOBAL = torch.tensor([[0.5, 0.3, 0.1, 0.1]])
 
 
-def loss_of(method: FedLabel, global_probs: Tensor, local_probs: Tensor, student_logits: Tensor | None = None) -> Step:
+def loss_of(
+    method: FedLabel,
+    global_probs: Tensor,
+    local_probs: Tensor,
+    student_logits: Tensor | None = None,
+    memory: State | None = None,
+) -> Step:
     n, classes = global_probs.shape
     logits = torch.zeros(n, classes) if student_logits is None else student_logits
     teachers = {"global": lambda x: global_probs.log(), "supervised": lambda x: local_probs.log()}
-    return method.loss(lambda x: torch.cat([logits, logits]), teachers, make_batch(classes, unlabeled=n))
+    return method.loss(lambda x: torch.cat([logits, logits]), teachers, make_batch(classes, unlabeled=n, memory=memory))
 
 
 def upload(method: FedLabel, start: StateDict, results: list[PhaseResult], weight: float) -> dict[str, ModelPart]:
@@ -292,3 +305,143 @@ def test_proximal_term_is_the_gradient_of_the_mean_squared_distance() -> None:
     anchor = torch.randn(4, 5)
     (10.0 * ((parameter - anchor) ** 2).mean()).backward()
     torch.testing.assert_close(parameter.grad, phase.proximal(parameter) * (parameter.detach() - anchor))
+
+
+# What is not the paper's: calibrated experts and their mixture.
+
+
+def test_defaults_hold_nothing_out_and_look_at_nothing() -> None:
+    supervised, unlabeled = FedLabel().recipe(task()).phases(1)
+    assert supervised.loss is labels_loss
+    assert supervised.prepare is unlabeled.prepare is None
+    assert same(model(train_round(FedLabel(held_out=0.5))), model(train_round(FedLabel())))
+
+
+def test_calibrated_score_divides_logits_by_each_experts_temperature() -> None:
+    """The local model, .7 against .1 thrice, at b = ln 2 / ln 7 has powers 2, 1, 1, 1: .4. The global one stays: .5.
+
+    So the global one is the expert, of which .5 > beta = .45; without calibration it is the local one. Both say class
+    0, the weight is .4 / .5, the target the softened local model: KL to the uniform student is ln 4 - H(.4, .2, .2, .2)
+    = 1.386294 - 1.332179 = .054115.
+    """
+    memory = {"global_sharpness": torch.tensor(1.0), "supervised_sharpness": torch.tensor(math.log(2) / math.log(7))}
+    method = FedLabel(score="calibrated", confidence_threshold=0.45)
+    step = loss_of(method, GLOBAL, LOCAL, memory=memory)
+    assert step.pseudo is not None
+    assert step.pseudo.from_global.item()
+    assert step.pseudo.confidence.item() == pytest.approx(0.5)
+    assert step.loss.item() == pytest.approx(math.log(4) + 0.8 * 0.054115, abs=1e-5)
+    assert loss_of(replace(method, confidence_threshold=0.55), GLOBAL, LOCAL, memory=memory).examples.item() == 0
+    assert not loss_of(FedLabel(), GLOBAL, LOCAL).pseudo.from_global.item()  # type: ignore[union-attr]
+
+
+def test_mixture_by_hand() -> None:
+    """.5 (.1, .6, .2, .1) + .5 (.7, .1, .1, .1) = (.4, .35, .15, .1): class 0, to which the local model gives more.
+
+    The global model says class 1, so it does not agree. At weight .7: (.28, .45, .17, .1), class 1 from the global one.
+    """
+    other = torch.tensor([[0.1, 0.6, 0.2, 0.1]])
+    even = mix(other, LOCAL, torch.tensor(0.5), 0.35, 1.0)
+    assert (even.pseudo_label.item(), even.from_global.item(), even.agree.item()) == (0, False, False)
+    assert even.confidence.item() == pytest.approx(0.4)
+    assert even.keep.item()
+    assert not mix(other, LOCAL, torch.tensor(0.5), 0.41, 1.0).keep.item()
+    uneven = mix(other, LOCAL, torch.tensor(0.7), 0.35, 1.0)
+    assert (uneven.pseudo_label.item(), uneven.from_global.item()) == (1, True)
+    assert uneven.confidence.item() == pytest.approx(0.45)
+    hard = select(other, LOCAL, 0.35, 2.0)
+    assert mix(other, LOCAL, torch.tensor(0.5), 0.35, 2.0).weight.item() == pytest.approx(hard.weight.item())
+    step = loss_of(FedLabel(choice="mixture"), other, LOCAL, memory={"global_weight": torch.tensor(0.7)})
+    assert step.pseudo is not None
+    assert (step.pseudo.label.item(), step.pseudo.from_global.item()) == (1, True)
+
+
+@pytest.mark.parametrize(("weight", "expert"), [(1.0, GLOBAL), (0.0, LOCAL)])
+def test_a_mixture_of_one_is_that_one(weight: float, expert: Tensor) -> None:
+    chosen = mix(GLOBAL, LOCAL, torch.tensor(weight), 0.3, 1.0)
+    assert chosen.confidence.item() == expert.max().item()
+    assert chosen.from_global.item() == (weight == 1)
+
+
+def test_held_out_samples_are_evenly_spaced_labelled_ones() -> None:
+    candidates = sets(*[[0], [0, 1]] * 10, classes=2)  # every second has a label
+    assert held_out_samples(candidates, 0.2).nonzero().flatten().tolist() == [8, 18]  # the 5th and the 10th
+    assert not held_out_samples(candidates[:8], 0.2).any()  # 4 labels
+    assert held_out_samples(candidates, 0.3).sum() == 3
+    assert held_out_samples(candidates[:0], 0.3).shape == (0,)
+
+
+def test_stage_a_leaves_held_out_samples_out() -> None:
+    """Labels that are held out may be any: w_L stays as it is; of the others it depends on each."""
+    method = FedLabel(score="calibrated", confidence_threshold=1.0)
+    data = client(30, 10)
+    held = held_out_samples(data.supervision.candidates, 0.2)
+    assert held.sum() == 2
+    before = model(train_round(method, data))
+    data.supervision.candidates[held] = data.supervision.candidates[held].roll(1, 1)
+    assert same(model(train_round(method, data)), before)
+    data.supervision.candidates[0] = data.supervision.candidates[0].roll(1)
+    assert not same(model(train_round(method, data)), before)
+
+
+def test_calibration_uses_the_held_out_labels_of_each_expert() -> None:
+    data, generator = client(30, 20), torch.Generator().manual_seed(1)
+    logits = {name: 3 * torch.randn(30, CLASSES, generator=generator) for name in ("global", "supervised")}
+    survey = Survey(lambda expert, view: logits[expert], data.supervision, {"other": torch.ones(1)})
+    method = FedLabel(score="calibrated", choice="mixture", held_out=0.25)
+    memory = method.calibrate(survey).memory
+    assert memory is not None
+    assert memory.keys() == {"other", "global_sharpness", "supervised_sharpness", "global_weight"}
+    rows = [3, 7, 11, 15, 19]
+    labels = data.supervision.candidates[rows].int().argmax(1)
+    log_likelihood = []
+    for name, found in logits.items():
+        sharpness = inverse_temperature(found[rows], labels)
+        assert memory[f"{name}_sharpness"].item() == sharpness.item()
+        log_likelihood.append((found[rows] * sharpness).log_softmax(1)[range(5), labels])
+    assert memory["global_weight"].item() == pytest.approx(mixture_weight(*log_likelihood).item())
+    assert FedLabel(score="calibrated").calibrate(survey).memory.keys() == {  # type: ignore[union-attr]
+        *("other", "global_sharpness", "supervised_sharpness")
+    }
+
+
+@pytest.mark.parametrize("labeled", [20, 3, 0])
+@pytest.mark.parametrize("keys", [{"score": "calibrated"}, {"choice": "mixture"}])
+def test_a_round_with_calibrated_experts(keys: dict[str, str], labeled: int) -> None:
+    """With few labels or none, too; nothing is kept or sent but the model."""
+    method = FedLabel(confidence_threshold=0.0, **keys)  # type: ignore[arg-type]
+    update = train_round(method, client(30, labeled))
+    assert_all_moved(update)
+    assert update.kept == update.statistics == {}
+    if labeled == 20:
+        paper = train_round(FedLabel(confidence_threshold=0.0), client(30, labeled))
+        assert not same(model(paper), model(update))
+
+
+@pytest.mark.parametrize("keys", [{"score": "calibrated"}, {"choice": "mixture"}])
+def test_a_stack_with_calibrated_experts_is_each_client_alone(keys: dict[str, str]) -> None:
+    recipe = FedLabel(confidence_threshold=0.0, **keys).recipe(task(CLASSES))  # type: ignore[arg-type]
+    state, trainer = net().state_dict(), Trainer(net(5), net(6), TRANSFORM, ROUND)
+    locals_ = [LocalRound(client(30, labeled), seed, {}) for seed, labeled in enumerate((20, 15, 10))]
+    alone = [train_clients(recipe, trainer, state, [each], 1)[0] for each in locals_]
+    for found, expected in zip(train_clients(recipe, trainer, state, locals_, 1), alone, strict=True):
+        assert found.stacked
+        for name, value in model(expected).items():
+            torch.testing.assert_close(model(found)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"score": "gini"}, r"`method.score` \(=gini\) must be one of variance, entropy, calibrated"),
+        ({"choice": "soft"}, r"`method.choice` \(=soft\) must be one of hard, mixture"),
+        ({"held_out": 0.0}, r"`method.held_out` \(=0.0\) must lie in \(0, 1\)"),
+        (
+            {"choice": "mixture", "teacher": "local"},
+            r"`method.choice` \(=mixture\) mixes two .* take method.teacher=both",
+        ),
+    ],
+)
+def test_wrong_calibration_is_named(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FedLabel(**keys)  # type: ignore[arg-type]
