@@ -467,6 +467,13 @@ class Needs(Method):
     name: str = "own:Needs"
     weight: float = field(kw_only=True)
 
+class Bare(Method):
+    weight: float = 0.1
+
+@dataclass(frozen=True)
+class Untyped(Method):
+    weight = 0.1
+
 class Plain:
     pass
 
@@ -496,6 +503,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("own:Abstract", r"`method.name` \(=own:Abstract\) is abstract: its class must define further"),
         ("own:Sets", r"`method.name` \(=own:Sets\) has a field .* cannot hold: fields may be bool, int"),
         ("own:Needs", "`method.weight` must be given: it has no default"),
+        ("own:Bare", r"\(=own:Bare\) is no dataclass of its own: write @dataclass\(frozen=True\) above the class"),
         ("own:Plain", "must be a subclass of fedlabel.methods.recipe.Method"),
         ("own:number", "must be a subclass of"),
         ("own:Goood", "own has no Goood. Did you mean Good"),
@@ -512,6 +520,13 @@ def test_methods_of_the_users_own_that_cannot_be(name: str, message: str, own: P
     with pytest.raises(ConfigError, match=message) as caught:
         load_config([], [f"method.name={name}"])
     assert "\n" not in str(caught.value)
+
+
+def test_an_attribute_without_a_type_is_no_field(own: Path) -> None:
+    with pytest.raises(ConfigError, match=r"an attribute of own:Untyped but no field.* write weight: float = 0.1 in"):
+        load_config([], ["method.name=own:Untyped", "method.weight=0.3"])
+    with pytest.raises(ConfigError, match="`method.metrics` is not a field of own:Untyped"):
+        load_config([], ["method.name=own:Untyped", "method.metrics=3"])
 
 
 def test_a_method_of_the_users_own_may_have_lists_and_mappings(own: Path) -> None:

@@ -78,7 +78,8 @@ def method_class(name: str) -> type[Method]:
     """Returns the class of a method by its name in `METHODS`, or by "package.module:Class".
 
     Raises:
-        ValueError: no such method, module or class, or the class is not a `Method`, or declares impossible `metrics`.
+        ValueError: no such method, module or class, or the class is not a `Method` and a dataclass, or declares impossible
+            `metrics`.
     """
     if name in METHODS:
         return METHODS[name]
@@ -97,6 +98,10 @@ def method_class(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(
             f"`method.name` (={name}) must be a subclass of fedlabel.methods.recipe.Method; see docs/extend.md."
+        )
+    if "__dataclass_fields__" not in vars(found):  # it would have the fields of its base alone
+        raise ValueError(
+            f"`method.name` (={name}) is no dataclass of its own: write @dataclass(frozen=True) above the class."
         )
     try:
         client_tags(found.metrics)
