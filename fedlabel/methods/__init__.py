@@ -78,8 +78,8 @@ def method_class(name: str) -> type[Method]:
     """Returns the class of a method by its name in `METHODS`, or by "package.module:Class".
 
     Raises:
-        ValueError: no such method, module or class, or the class is not a `Method` and a dataclass, or declares impossible
-            `metrics`.
+        ValueError: no such method, module or class, or the class is no `Method`, no dataclass of its own, or declares
+            impossible `metrics`.
     """
     if name in METHODS:
         return METHODS[name]
