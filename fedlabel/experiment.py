@@ -33,6 +33,7 @@ from fedlabel.learning.stacked import automatic_size, why_not
 from fedlabel.learning.step import frozen_model
 from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
+from fedlabel.methods import recipe_of
 from fedlabel.methods.batch import Model, State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import (
@@ -90,7 +91,7 @@ class Experiment:
         if self._nodes is None:
             epsilon = next(iter(responses)) if len(responses) == 1 else None
             self.labels = card = card._replace(noisy_counts=noisy, label_epsilon=epsilon)
-        self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
+        self.recipe: Recipe = recipe_of(config.method, Task(dataset.num_classes, config.num_rounds, card))
         check_recipe(config.method.name, self.recipe)
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")

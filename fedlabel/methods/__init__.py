@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlabel.importing import import_attribute
+from fedlabel.importing import describe_error, import_attribute
 from fedlabel.methods.cc import CC
 from fedlabel.methods.co_teaching import CoTeaching
 from fedlabel.methods.count_likelihood import CountLikelihood
@@ -24,7 +24,7 @@ from fedlabel.methods.llp_vat import LLPVAT
 from fedlabel.methods.lws import LWS
 from fedlabel.methods.proden import PRODEN
 from fedlabel.methods.pseudo_label import PseudoLabel
-from fedlabel.methods.recipe import Method
+from fedlabel.methods.recipe import Method, Recipe, Task
 from fedlabel.methods.sage import SAGE
 from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
@@ -103,8 +103,32 @@ def method_class(name: str) -> type[Method]:
         raise ValueError(
             f"`method.name` (={name}) is no dataclass of its own: write @dataclass(frozen=True) above the class."
         )
+    if found.recipe is Method.recipe:
+        raise ValueError(
+            f"`method.name` (={name}) does not define `recipe`: its class needs a method recipe(self, task) that "
+            f"returns a Recipe.{did_you_mean('recipe', set(vars(found)) - {'__dict__'})}"
+        )
     try:
         client_tags(found.metrics)
     except ValueError as error:
         raise ValueError(f"`method.name` (={name}): {error}") from error
     return found
+
+
+def recipe_of(method: Method, task: Task) -> Recipe:
+    """Returns a method's recipe for a task.
+
+    Raises:
+        ValueError: the method cannot learn this task, or a user's own one fails.
+    """
+    try:
+        return method.recipe(task)
+    except ValueError:
+        raise
+    except Exception as error:
+        if method.name in METHODS:  # a bug of ours: show where
+            raise
+        raise ValueError(
+            f"`recipe` of `method.name` (={method.name}) fails: {describe_error(error)}; what a recipe needs is in "
+            "docs/extend.md."
+        ) from error
