@@ -533,6 +533,26 @@ def test_methods_of_the_users_own_that_cannot_be(name: str, message: str, own: P
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("method.name=own.py:Good", r"must have the form .*\. Write own:Good \(without .py\)\.$"),
+        ("method.name=./own.py:Good", r"Write own:Good \(without .py\)\.$"),
+        ("model.name=own.py:build", r"must have the form .*\. Write own:build \(without .py\)\.$"),
+        ("method.name=own", r"own.py is here: write own:Base or own:Good or own:Fails or own:Abstract or own:Sets\.$"),
+        ("model.name=few.py", r"few.py is here: write few:build or few:Net\.$"),
+        ("model.name=few", r"few.py is here: write few:build or few:Net\.$"),
+        ("method.name=broken", r"broken.py is here: write broken:NAME, with a name that it defines\.$"),
+        ("method.name=broken:X", r"SyntaxError: invalid syntax \(.*broken.py, line 1\)\.$"),
+    ],
+)
+def test_files_in_place_of_modules(given: str, message: str, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own / "few.py").write_text("import nowhere_at_all\n\ndef build(): ...\n\nclass Net: ...\n\nclass _Part: ...\n")
+    monkeypatch.chdir(own)
+    with pytest.raises(ConfigError, match=message):
+        load_config([], [given])
+
+
 def test_a_recipe_that_fails_is_one_sentence_with_its_line(own: Path) -> None:
     method = load_config([], ["method.name=own:Good"]).method
     with pytest.raises(

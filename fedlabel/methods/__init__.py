@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fedlabel.importing import describe_error, import_attribute
+import ast
+
+from fedlabel.importing import describe_error, form_hint, import_attribute, names_file
 from fedlabel.methods.cc import CC
 from fedlabel.methods.co_teaching import CoTeaching
 from fedlabel.methods.count_likelihood import CountLikelihood
@@ -85,14 +87,15 @@ def method_class(name: str) -> type[Method]:
         return METHODS[name]
     if ":" not in name:
         known = CALLED_ELSEWHERE.get(simple(name))
-        hint = f" {known}." if known else did_you_mean(name, METHODS)
+        hint = f" {known}." if known else form_hint(name, ast.ClassDef) or did_you_mean(name, METHODS)
         raise ValueError(
             f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own.{hint}"
         )
     module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)) or names_file(name):
         raise ValueError(
             f"`method.name` (={name}) must have the form package.module:Class, with the names that Python imports."
+            f"{form_hint(name, ast.ClassDef)}"
         )
     found = import_attribute("method.name", name)
     if not (isinstance(found, type) and issubclass(found, Method)):

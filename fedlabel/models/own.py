@@ -6,6 +6,7 @@ with `model.args`; it returns a module that maps normalised inputs (batch, chann
 
 from __future__ import annotations
 
+import ast
 import copy
 import hashlib
 import inspect
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlabel.importing import describe_error, import_attribute
+from fedlabel.importing import describe_error, form_hint, import_attribute, names_file
 from fedlabel.models.nets import InputShape, Net, Part
 from fedlabel.names import did_you_mean
 
@@ -90,9 +91,10 @@ def check_name(name: str) -> None:
     if name.startswith((TIMM, PYTHON)):
         if not rest:
             raise ValueError(f"`model.name` (={name}) must have a name behind {prefix}:, e.g. {TIMM}resnet18.")
-    elif not all(part.isidentifier() for part in (*prefix.split("."), rest)):
+    elif not all(part.isidentifier() for part in (*prefix.split("."), rest)) or names_file(name):
         raise ValueError(
             f"`model.name` (={name}) must have the form package.module:function, with the names that Python imports."
+            f"{form_hint(name, ast.ClassDef, ast.FunctionDef)}"
         )
 
 
