@@ -110,7 +110,7 @@ class Experiment:
         if memory is not None and not is_foreign(config.model.name):
             check_size(lambda: self._network(seed), config.model, memory)
         self.notes: list[str] = []
-        """What was loaded from `model.weights`, a sentence."""
+        """On the network, sentences: see `build_model`."""
         student, self.teacher = self._build_model(seed, self.notes.append), self._build_model(seed)
         self.frozen = frozen_names(student)
         """Names in a state that stay as they are."""

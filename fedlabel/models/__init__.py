@@ -234,7 +234,7 @@ def build_model(
         input_shape: (channels, height, width) of one image.
         num_classes: length of the logits.
         seed: any integer torch accepts as a seed.
-        say: gets a note on what was loaded from `model.weights`.
+        say: gets notes: on what was loaded from `model.weights`, and on outputs that are no logits.
 
     Returns:
         A module that maps images (batch, channels, height, width) to logits (batch, num_classes). Our own are a `Net`,
@@ -251,7 +251,7 @@ def build_model(
         # Not torch.manual_seed, which would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(seed)
         if entry is None:
-            model = build_foreign(config.name, config.args, input_shape, num_classes)
+            model = build_foreign(config.name, config.args, input_shape, num_classes, say)
         else:
             model = entry.builder(config, input_shape, num_classes)
     if config.weights is not None and next(model.parameters()).device.type != "meta":

@@ -98,7 +98,13 @@ def check_name(name: str) -> None:
         )
 
 
-def build_foreign(name: str, args: Mapping[str, Any], input_shape: InputShape, num_classes: int) -> nn.Module:
+def build_foreign(
+    name: str,
+    args: Mapping[str, Any],
+    input_shape: InputShape,
+    num_classes: int,
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:
     """Returns a user's network, checked on one input of zeros.
 
     Args:
@@ -106,6 +112,7 @@ def build_foreign(name: str, args: Mapping[str, Any], input_shape: InputShape, n
         args: further keywords of the factory.
         input_shape: of one sample.
         num_classes: length of the logits.
+        say: gets a note where the outputs look like probabilities.
 
     Raises:
         ValueError: it cannot be imported or built, or what it returns are no logits.
@@ -119,6 +126,11 @@ def build_foreign(name: str, args: Mapping[str, Any], input_shape: InputShape, n
         raise ValueError(
             f"`model.name` (={name}) gives outputs of shape {tuple(found.shape)} for one input; they must be logits, "
             f"(batch, {num_classes}): a number for each of {num_classes} classes."
+        )
+    if say is not None and bool((found >= 0).all()) and abs(float(found.sum()) - 1) < 1e-3:
+        say(
+            f"The outputs of `model.name` (={name}) look like probabilities: for one input they are not negative and "
+            "sum to 1. Logits are expected, of which losses take the softmax themselves: leave it out of the network."
         )
     return model.train()
 
