@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fedlabel.learning.task import VIEWS
 from fedlabel.methods.batch import Batch, LossFunction, Model, Step
-from fedlabel.methods.recipe import Phase, Update
+from fedlabel.methods.recipe import VIEWS, Phase, Update
 
 PARTS = {"labeled": "labelled samples", "unlabeled": "unlabelled samples", "mix": "samples to mix with"}
 
