@@ -515,7 +515,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("own:Needs", "`method.weight` must be given: it has no default"),
         ("own:Bare", r"\(=own:Bare\) is no dataclass of its own: write @dataclass\(frozen=True\) above the class"),
         ("own:Plain", "must be a subclass of fedlabel.methods.recipe.Method"),
-        ("own:Misspelt", r"does not define `recipe`: .* recipe\(self, task\).* Did you mean recipee"),
+        ("own:Misspelt", r"does not define `recipe`: .* recipe\(self, task\).* Rename recipee, if that is it"),
         ("own:number", "must be a subclass of"),
         ("own:Goood", "own has no Goood. Did you mean Good"),
         ("broken:X", r"cannot be imported: SyntaxError: .*broken.py, line 1\)"),

@@ -33,7 +33,7 @@ from fedlabel.methods.supervised import Supervised
 from fedlabel.methods.top_count import TopCount
 from fedlabel.methods.uda import UDA
 from fedlabel.metric_tags import client_tags
-from fedlabel.names import did_you_mean, simple
+from fedlabel.names import did_you_mean, near, simple
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -107,9 +107,10 @@ def method_class(name: str) -> type[Method]:
             f"`method.name` (={name}) is no dataclass of its own: write @dataclass(frozen=True) above the class."
         )
     if found.recipe is Method.recipe:
+        meant = near("recipe", [each for each in vars(found) if not each.startswith("_")])
         raise ValueError(
             f"`method.name` (={name}) does not define `recipe`: its class needs a method recipe(self, task) that "
-            f"returns a Recipe.{did_you_mean('recipe', set(vars(found)) - {'__dict__'})}"
+            f"returns a Recipe.{f' Rename {meant[0]}, if that is it.' if meant else ''}"
         )
     try:
         client_tags(found.metrics)
