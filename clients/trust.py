@@ -24,7 +24,8 @@ from fedlabel.config_schema import default_of
 from fedlabel.config_text import ConfigError, Plain, as_yaml, parse_yaml
 from fedlabel.data.sets.config import NODES, SETS
 from fedlabel.methods import METHODS
-from fedlabel.models import is_foreign
+from fedlabel.models import MODELS, is_foreign
+from fedlabel.models.own import TORCHVISION
 from fedlabel.shown import shown
 
 logger = logging.getLogger("fedlabel")
@@ -102,9 +103,13 @@ def check_request(text: str, allowed: Allowed) -> None:
     """
     name = ""
     try:
-        name = _method_name(parse_yaml(text, "The configuration"))
+        raw = parse_yaml(text, "The configuration")
+        name, model = _name_in(raw, "method"), _name_in(raw, "model")
         if name and name not in METHODS and ("method.name", name) not in allowed:
             raise _refusal("method.name", name)  # before it is imported
+        ours = model in MODELS or model.startswith(TORCHVISION)
+        if model and not ours and ("model.name", model) not in allowed:
+            raise _refusal("model.name", model)  # before a message says which file here it may mean
         config = parse_config(text)
     except ConfigError as error:
         if name and name not in METHODS:  # the message may quote a file of the node
@@ -115,10 +120,10 @@ def check_request(text: str, allowed: Allowed) -> None:
             raise _refusal(key, value)
 
 
-def _method_name(raw: Any) -> str:
-    """Returns `method.name` of a parsed configuration, "" if it is not given."""
-    method = raw.get("method") if isinstance(raw, Mapping) else None
-    name = method.get("name", "") if isinstance(method, Mapping) else ""
+def _name_in(raw: Any, section: str) -> str:
+    """Returns the `name` of a section of a parsed configuration, "" if it is not given."""
+    keys = raw.get(section) if isinstance(raw, Mapping) else None
+    name = keys.get("name", "") if isinstance(keys, Mapping) else ""
     return name.text if isinstance(name, Plain) else name if isinstance(name, str) else ""
 
 

@@ -107,7 +107,7 @@ def load_run(path: str | Path, *, model: nn.Module | Callable[..., nn.Module] | 
         model: what was passed to `run` as `model`, if it was a module or a function.
 
     Raises:
-        ValueError: it is none, or its files are damaged.
+        ValueError: it is none, or its files are damaged; or `model` is not the one that was passed to `run`.
     """
     from fedlabel.importing import claim_packages
 
@@ -115,6 +115,11 @@ def load_run(path: str | Path, *, model: nn.Module | Callable[..., nn.Module] | 
     from fedlabel.models import pass_model
     from server.simulation import load_run
 
-    if model is not None:
-        pass_model(model)
-    return load_run(path)
+    result = load_run(path)
+    if model is not None and (given := pass_model(model)) != result.config.model.name:
+        raise ValueError(
+            f"`model` (={given}) is not what the run {path} was made with (={result.config.model.name}). A "
+            "network is recognised by its class and a fingerprint of its structure and weights, or of its code: give "
+            "it as it was passed to fedlabel.run. One named package.module:function is not given."
+        )
+    return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 
 from fedlabel.config_schema import fields_of, hints
@@ -321,6 +322,9 @@ OPTIONS = {"out": "--out", "outdir": "--out", "outputdir": "--out", "logdir": "-
 }
 """Simple names of what are options of the command, not keys."""
 
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+"""Types of values that a configuration may hold."""
+
 GIVEN_BY_DATA = (
     "numclasses",
     "nclasses",
@@ -377,6 +381,13 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
         return f"`{full}` is not a configuration key: the data set says it by itself. Leave it out."
     keys = all_keys(root, method)
     message = f"`{full}` is not a configuration key."
+    if where == "method" and name in _attributes(method):
+        value = getattr(method, name)
+        kind = type(value).__name__ if value is not None else "float | None"
+        return (
+            f"`{full}`: {name} is an attribute of {method_name} but no field, as it has no type: write "
+            f"{name}: {kind} = {value!r} in the class."
+        )
     if of_method:
         path = full.partition(".")[2]
         owners = [
@@ -390,6 +401,15 @@ def unknown_key(root: type, method: type, method_name: str, schema: type, where:
     if found:
         return f"{message} Did you mean {' or '.join(found)}?"
     return f"{message} Allowed here: {', '.join(fields_of(schema))}."
+
+
+def _attributes(kind: type) -> set[str]:
+    """Returns the names of a class's attributes that are values without a type, so that a dataclass has no field of
+    them.
+    """
+    typed = {name for each in kind.__mro__ for name in inspect.get_annotations(each)}
+    values = {name for each in kind.__mro__[:-1] for name, value in vars(each).items() if isinstance(value, PLAIN)}
+    return {name for name in values - typed if not name.startswith("_")}
 
 
 def _meant(spelling: str, where: str, keys: list[str], schema: type) -> list[str]:

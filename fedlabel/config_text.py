@@ -244,6 +244,10 @@ def _data(node: Any, what: str) -> Any:
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"{what}: {line} has a list or mapping for a key, which must be a name.")
         key = key_node.value
+        name, colon, rest = key.partition(":")
+        nothing = isinstance(value_node, yaml.ScalarNode) and value_node.style is None and not value_node.value
+        if node.flow_style and colon and rest and nothing and key_node.style is None:
+            raise ConfigError(f"{what}: YAML needs a space after the colon: write {as_yaml(f'{name}: {rest}')}.")
         if key in mapping:
             raise ConfigError(f"{what} has the key {as_yaml(key)} twice ({line}): leave one out.")
         mapping[key] = _data(value_node, what)

@@ -33,6 +33,7 @@ from fedlabel.learning.stacked import automatic_size, why_not
 from fedlabel.learning.step import frozen_model
 from fedlabel.learning.task import check_labels, check_recipe
 from fedlabel.learning.views import ImageTransform
+from fedlabel.methods import recipe_of
 from fedlabel.methods.batch import Model, State, StateDict
 from fedlabel.methods.recipe import Recipe, Task
 from fedlabel.models import (
@@ -90,7 +91,7 @@ class Experiment:
         if self._nodes is None:
             epsilon = next(iter(responses)) if len(responses) == 1 else None
             self.labels = card = card._replace(noisy_counts=noisy, label_epsilon=epsilon)
-        self.recipe: Recipe = config.method.recipe(Task(dataset.num_classes, config.num_rounds, card))
+        self.recipe: Recipe = recipe_of(config.method, Task(dataset.num_classes, config.num_rounds, card))
         check_recipe(config.method.name, self.recipe)
         check_labels(config.method.name, self.recipe, card, at_server=len(self.federation.server_rows) > 0)
         images = shift_features(dataset.train.images, self.federation.parts, skew, config.seed, "train")
@@ -109,7 +110,7 @@ class Experiment:
         if memory is not None and not is_foreign(config.model.name):
             check_size(lambda: self._network(seed), config.model, memory)
         self.notes: list[str] = []
-        """What was loaded from `model.weights`, a sentence."""
+        """On the network, sentences: see `build_model`."""
         student, self.teacher = self._build_model(seed, self.notes.append), self._build_model(seed)
         self.frozen = frozen_names(student)
         """Names in a state that stay as they are."""

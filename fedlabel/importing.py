@@ -7,6 +7,7 @@ script, often comes before installed packages on `sys.path`.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import os
@@ -16,6 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from fedlabel.errors import is_file
 from fedlabel.hardware import PACKAGE_ROOT
 from fedlabel.names import did_you_mean
 
@@ -77,14 +79,52 @@ def import_attribute(key: str, name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever a module of the user's own does
-        raise ValueError(
-            f"`{key}` (={name}) cannot be imported: {describe_error(error)}. The module must be importable from "
-            "where the command runs (PYTHONPATH)."
-        ) from error
+        missing = isinstance(error, ModuleNotFoundError)
+        advice = " The module must be importable from where the command runs (PYTHONPATH)." if missing else ""
+        raise ValueError(f"`{key}` (={name}) cannot be imported: {describe_error(error)}.{advice}") from error
     found = getattr(module, attribute, None)
     if found is None:
         raise ValueError(f"`{key}` (={name}): {module_name} has no {attribute}.{did_you_mean(attribute, vars(module))}")
     return found
+
+
+def names_file(name: str) -> bool:
+    """Returns whether what should be "package.module:attribute" names a file, module.py, in place of a module."""
+    return name.partition(":")[0].endswith(".py")
+
+
+def form_hint(name: str, *kinds: type[ast.stmt]) -> str:
+    """Returns a sentence, with a leading space, on what to write for a name that has not the form
+    "package.module:attribute" but means a file; "" if it means none. Nothing is imported.
+
+    Args:
+        name: as somebody wrote it.
+        kinds: statements that define what may be named, e.g. `ast.ClassDef`.
+    """
+    file, _, attribute = name.partition(":")
+    parts = [part for part in file.removesuffix(".py").replace(os.sep, ".").split(".") if part]
+    if not parts or not all(part.isidentifier() for part in parts):
+        return ""
+    module = ".".join(parts)
+    if attribute:
+        return f" Write {module}:{attribute} (without .py)." if names_file(name) and attribute.isidentifier() else ""
+    path = Path(*parts[:-1], f"{parts[-1]}.py")
+    if not is_file(path):
+        return ""
+    found = [f"{module}:{each}" for each in _defined_in(path, kinds)][:5]
+    return f" {path} is here: write {' or '.join(found or [f'{module}:NAME, with a name that it defines'])}."
+
+
+def _defined_in(path: Path, kinds: tuple[type[ast.stmt], ...]) -> list[str]:
+    """Returns the names that a file defines at its top, without importing it; none if it cannot be read."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return []
+    names = [
+        node.name for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and isinstance(node, kinds)
+    ]
+    return [name for name in names if not name.startswith("_")]
 
 
 def describe_error(error: BaseException) -> str:

@@ -37,7 +37,8 @@ class Settings(TypedDict, total=False):
     """Keywords of `fedlabel.run`, one for each key of `ExperimentConfig`.
 
     A section is a mapping of some of its keys, or its dataclass, which sets all of them; `method`, `data`, `model` and
-    other sections with a key `name` or `kind` also take the value of that alone.
+    other sections with a key `name` or `kind` also take the value of that alone. A method's class is the method with
+    its defaults.
     """
 
     seed: int
@@ -52,7 +53,7 @@ class Settings(TypedDict, total=False):
     skew: Keys | SkewConfig
     augment: Keys | AugmentConfig
     model: str | Keys | ModelConfig | nn.Module | Callable[..., nn.Module]
-    method: str | Keys | Method
+    method: str | Keys | Method | type[Method]
     training: Keys | TrainingConfig
     prior: str | Keys | PriorConfig
     sampling: str | Keys | SamplingConfig
@@ -96,6 +97,8 @@ def as_layer(settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
             layer[key] = {"name": pass_model(value)}
         elif key == "method" and _is_config(value):
             layer[key] = _method(value)
+        elif key == "method" and isinstance(value, type):
+            layer[key] = {"name": _method_name(value)}
         elif _is_config(value):
             layer[key] = asdict(value)
         elif isinstance(value, str) and key in _SHORT:
@@ -121,15 +124,18 @@ def _is_config(value: Any) -> bool:
 
 def _method(method: Any) -> dict[str, Any]:
     """Returns a method's fields, under a name by which other processes find its class."""
+    values = {each.name: getattr(method, each.name) for each in fields(method) if each.init}
+    plain = {key: asdict(value) if _is_config(value) else value for key, value in values.items()}
+    return {**plain, "name": _method_name(type(method))}
+
+
+def _method_name(kind: type) -> str:
     from fedlabel.methods import METHODS
 
-    kind = type(method)
     name = next((known for known, each in METHODS.items() if each is kind), f"{kind.__module__}:{kind.__qualname__}")
     if "<" in name:
         raise ConfigError(
             f"`method` ({kind.__qualname__}) is a class inside of a function, which cannot be found by its name: "
             "define it at the top of a module or notebook."
         )
-    values = {each.name: getattr(method, each.name) for each in fields(method) if each.init}
-    plain = {key: asdict(value) if _is_config(value) else value for key, value in values.items()}
-    return {**plain, "name": name}
+    return name

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedlabel.config import ExperimentConfig, parse_config
 from fedlabel.errors import RunError, naming
+from fedlabel.methods import recipe_of
 from fedlabel.methods.recipe import Task, global_model
 from fedlabel.prediction.card import Card, parse_card, read_json
 from fedlabel.prediction.inputs import as_inputs
@@ -87,7 +88,7 @@ class RunResult:
         if state is None:
             raise RunError(f"{self.path} has no checkpoint as yet: wait for its first round, or resume it.")
         schema, config = self.card.schema, self.config
-        recipe = config.method.recipe(Task(len(schema.classes), config.num_rounds, self.card.labels))
+        recipe = recipe_of(config.method, Task(len(schema.classes), config.num_rounds, self.card.labels))
         stage = recipe.place(state.round_number).stage
         if stage.predict is not global_model:
             raise RunError(

@@ -14,10 +14,11 @@ from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig
 from fedlabel.data.sets.config import DataConfig
 from fedlabel.data.skew import SkewConfig
-from fedlabel.methods import METHODS
+from fedlabel.methods import METHODS, recipe_of
 from fedlabel.methods.fedlabel import FedLabel
 from fedlabel.methods.supervised import Supervised
 from fedlabel.models import ModelConfig
+from tests.methods.recipes import task
 
 
 def test_defaults_are_fedlabel_on_digits() -> None:
@@ -449,37 +450,53 @@ def test_types_and_sizes(overrides: list[str], message: str) -> None:
 OWN = """
 import abc
 from dataclasses import dataclass, field
-from fedlabel.methods.recipe import Method
+from fedlabel.methods.recipe import Method, Recipe
 
 @dataclass(frozen=True)
-class Good(Method):
+class Base(Method):
+    def recipe(self, task):
+        return Recipe(())
+
+@dataclass(frozen=True)
+class Good(Base):
     name: str = "own:Good"
     widths: tuple[int, ...] = (1, 2)
     scales: dict[str, float] = field(default_factory=dict)
 
 @dataclass(frozen=True)
-class Fails(Method):
+class Fails(Base):
     def __post_init__(self):
         {}["key"]
 
 @dataclass(frozen=True)
-class Abstract(Method, abc.ABC):
+class Abstract(Base, abc.ABC):
     @abc.abstractmethod
     def further(self): ...
 
 @dataclass(frozen=True)
-class Sets(Method):
+class Sets(Base):
     classes: set = field(default_factory=lambda: {1})
 
 @dataclass(frozen=True)
-class Needs(Method):
+class Needs(Base):
     name: str = "own:Needs"
     weight: float = field(kw_only=True)
+
+class Bare(Base):
+    weight: float = 0.1
+
+@dataclass(frozen=True)
+class Untyped(Base):
+    weight = 0.1
 
 class Plain:
     pass
 
 number = 3
+
+@dataclass(frozen=True)
+class Misspelt(Method):
+    def recipee(self, task): ...
 """
 
 
@@ -500,12 +517,14 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     [
         (
             "own:Fails",
-            r"`method.name` \(=own:Fails\) cannot be made of its fields: KeyError: 'key' \(.*own.py, line 15\)",
+            r"`method.name` \(=own:Fails\) cannot be made of its fields: KeyError: 'key' \(.*own.py, line 20\)",
         ),
         ("own:Abstract", r"`method.name` \(=own:Abstract\) is abstract: its class must define further"),
         ("own:Sets", r"`method.name` \(=own:Sets\) has a field .* cannot hold: fields may be bool, int"),
         ("own:Needs", "`method.weight` must be given: it has no default"),
+        ("own:Bare", r"\(=own:Bare\) is no dataclass of its own: write @dataclass\(frozen=True\) above the class"),
         ("own:Plain", "must be a subclass of fedlabel.methods.recipe.Method"),
+        ("own:Misspelt", r"does not define `recipe`: .* recipe\(self, task\).* Rename recipee, if that is it"),
         ("own:number", "must be a subclass of"),
         ("own:Goood", "own has no Goood. Did you mean Good"),
         ("broken:X", r"cannot be imported: SyntaxError: .*broken.py, line 1\)"),
@@ -521,6 +540,42 @@ def test_methods_of_the_users_own_that_cannot_be(name: str, message: str, own: P
     with pytest.raises(ConfigError, match=message) as caught:
         load_config([], [f"method.name={name}"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("method.name=own.py:Good", r"must have the form .*\. Write own:Good \(without .py\)\.$"),
+        ("method.name=./own.py:Good", r"Write own:Good \(without .py\)\.$"),
+        ("model.name=own.py:build", r"must have the form .*\. Write own:build \(without .py\)\.$"),
+        ("method.name=own", r"own.py is here: write own:Base or own:Good or own:Fails or own:Abstract or own:Sets\.$"),
+        ("model.name=few.py", r"few.py is here: write few:build or few:Net\.$"),
+        ("model.name=few", r"few.py is here: write few:build or few:Net\.$"),
+        ("method.name=broken", r"broken.py is here: write broken:NAME, with a name that it defines\.$"),
+        ("method.name=broken:X", r"SyntaxError: invalid syntax \(.*broken.py, line 1\)\.$"),
+    ],
+)
+def test_files_in_place_of_modules(given: str, message: str, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own / "few.py").write_text("import nowhere_at_all\n\ndef build(): ...\n\nclass Net: ...\n\nclass _Part: ...\n")
+    monkeypatch.chdir(own)
+    with pytest.raises(ConfigError, match=message):
+        load_config([], [given])
+
+
+def test_a_recipe_that_fails_is_one_sentence_with_its_line(own: Path) -> None:
+    method = load_config([], ["method.name=own:Good"]).method
+    with pytest.raises(
+        ValueError, match=r"(?s)^`recipe` of `method.name` \(=own:Good\) fails: TypeError: .*'uses'"
+    ) as caught:
+        recipe_of(method, task(3))
+    assert "own.py, line 9)" in str(caught.value)
+
+
+def test_an_attribute_without_a_type_is_no_field(own: Path) -> None:
+    with pytest.raises(ConfigError, match=r"an attribute of own:Untyped but no field.* write weight: float = 0.1 in"):
+        load_config([], ["method.name=own:Untyped", "method.weight=0.3"])
+    with pytest.raises(ConfigError, match="`method.metrics` is not a field of own:Untyped"):
+        load_config([], ["method.name=own:Untyped", "method.metrics=3"])
 
 
 def test_a_method_of_the_users_own_may_have_lists_and_mappings(own: Path) -> None:

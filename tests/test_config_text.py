@@ -68,6 +68,7 @@ def test_texts_are_written_so_that_they_are_read_back(text: str) -> None:
         ("a:\n\tb: 1\n", "line 2 begins with a tab"),
         ("a: 1\n---\nb: 1\n", "a second document begins in line 2"),
         ("a: 1\nb: [1\nc: 2\n", "is not readable YAML"),
+        ("a: {hidden:64}\n", "YAML needs a space after the colon: write hidden: 64\\."),
         ("a: b: c\n", "is not readable YAML"),
         ("? [a]\n: 1\n", "line 1 has a list or mapping for a key"),
         ("a: " + "[" * 30 + "]" * 30, "more than 20 deep"),
@@ -80,6 +81,10 @@ def test_documents_that_are_refused(text: str, words: str) -> None:
         parse_yaml(text, "x.yaml")
     assert str(caught.value).startswith("x.yaml")
     assert str(caught.value).isprintable()
+
+
+def test_colons_without_a_space_that_are_meant() -> None:
+    assert parse_yaml("a: {'hidden:64': , b:8: c, d: }", "x") == {"a": {"hidden:64": None, "b:8": "c", "d": None}}
 
 
 def test_aliases_that_would_fill_any_memory_are_refused_at_once(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def test_a_section_may_be_its_dataclass() -> None:
 def test_a_method_of_ones_own_is_found_by_its_class() -> None:
     found = config(method=OwnMethod(factor=2.0)).method
     assert found == OwnMethod(name="tests.test_settings:OwnMethod", factor=2.0)
+    assert config(method=OwnMethod).method == OwnMethod(name="tests.test_settings:OwnMethod")
+    assert config(method=FixMatch).method == FixMatch()
+    with pytest.raises(ConfigError, match=r"`method.name` \(=torch.nn.modules.linear:Linear\) must be a subclass"):
+        config(method=nn.Linear)
 
     @dataclasses.dataclass(frozen=True)
     class Inner(Supervised):

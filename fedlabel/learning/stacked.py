@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from fedlabel.learning.checked_loss import checked_updates
 from fedlabel.learning.meter import Passes
 from fedlabel.learning.prior import all_with_prior, with_prior
 from fedlabel.learning.step import Taken, copy_into, in_precision
@@ -120,7 +121,7 @@ class Stack:
         if fixed:
             self._received, self._common = tree_map(torch.clone, (self._received, self._common))
         self._teachers = tuple(teachers)
-        self._optimizers = [StackedOptimizer(update, self._parameters, config) for update in phase.updates]
+        self._optimizers = [StackedOptimizer(update, self._parameters, config) for update in checked_updates(phase)]
 
     def take(self, batch: Batch) -> list[Taken]:
         """Takes all optimiser steps on a batch of the first clients; those behind took their last step before."""

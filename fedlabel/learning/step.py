@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fedlabel.learning.checked_loss import checked_updates
 from fedlabel.learning.meter import FROM_INPUTS, Passes
 from fedlabel.learning.prior import all_with_prior, with_prior
 from fedlabel.learning.training_config import TrainingConfig
@@ -255,7 +256,7 @@ class Alone:
         self._teachers = {name: counted(model, self._passes) for name, model in models.items()}
         self._steppers = [
             Stepper.of(student, update, phase.proximal, self._received, config, self._passes, masked=fixed or None)
-            for update in phase.updates
+            for update in checked_updates(phase)
         ]
         for stepper in self._steppers[:1]:
             stepper.begin()

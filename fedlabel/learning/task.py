@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fedlabel.data.labels.label_card import LabelCard
-from fedlabel.methods.recipe import LabelKinds, Phase, Recipe, Stage
+from fedlabel.methods.recipe import VIEWS, LabelKinds, Phase, Recipe, Stage
 from fedlabel.shown import shown_repr
 
 
@@ -131,9 +131,6 @@ def _amount(kind: LabelKinds, number: int) -> str:
 def _listed(words: Sequence[str], last: str) -> str:
     """Returns "a, b or c" for last="or"."""
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
-VIEWS = ("clean", "weak", "strong", "strong2")
 
 
 def check_recipe(name: str, recipe: object) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fedlabel.importing import import_attribute
+import ast
+
+from fedlabel.importing import describe_error, form_hint, import_attribute, names_file
 from fedlabel.methods.cc import CC
 from fedlabel.methods.co_teaching import CoTeaching
 from fedlabel.methods.count_likelihood import CountLikelihood
@@ -27,14 +29,14 @@ from fedlabel.methods.llp_vat import LLPVAT
 from fedlabel.methods.lws import LWS
 from fedlabel.methods.proden import PRODEN
 from fedlabel.methods.pseudo_label import PseudoLabel
-from fedlabel.methods.recipe import Method
+from fedlabel.methods.recipe import Method, Recipe, Task
 from fedlabel.methods.sage import SAGE
 from fedlabel.methods.semifl import SemiFL
 from fedlabel.methods.supervised import Supervised
 from fedlabel.methods.top_count import TopCount
 from fedlabel.methods.uda import UDA
 from fedlabel.metric_tags import client_tags
-from fedlabel.names import did_you_mean, simple
+from fedlabel.names import did_you_mean, near, simple
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
@@ -84,28 +86,59 @@ def method_class(name: str) -> type[Method]:
     """Returns the class of a method by its name in `METHODS`, or by "package.module:Class".
 
     Raises:
-        ValueError: no such method, module or class, or the class is not a `Method`, or declares impossible `metrics`.
+        ValueError: no such method, module or class, or the class is no `Method`, no dataclass of its own, or declares
+            impossible `metrics`.
     """
     if name in METHODS:
         return METHODS[name]
     if ":" not in name:
         known = CALLED_ELSEWHERE.get(simple(name))
-        hint = f" {known}." if known else did_you_mean(name, METHODS)
+        hint = f" {known}." if known else form_hint(name, ast.ClassDef) or did_you_mean(name, METHODS)
         raise ValueError(
             f"`method.name` (={name}) must be one of {', '.join(METHODS)}, or package.module:Class for your own.{hint}"
         )
     module_name, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)) or names_file(name):
         raise ValueError(
             f"`method.name` (={name}) must have the form package.module:Class, with the names that Python imports."
+            f"{form_hint(name, ast.ClassDef)}"
         )
     found = import_attribute("method.name", name)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(
             f"`method.name` (={name}) must be a subclass of fedlabel.methods.recipe.Method; see docs/extend.md."
         )
+    if "__dataclass_fields__" not in vars(found):  # it would have the fields of its base alone
+        raise ValueError(
+            f"`method.name` (={name}) is no dataclass of its own: write @dataclass(frozen=True) above the class."
+        )
+    if found.recipe is Method.recipe:
+        meant = near("recipe", [each for each in vars(found) if not each.startswith("_")])
+        raise ValueError(
+            f"`method.name` (={name}) does not define `recipe`: its class needs a method recipe(self, task) that "
+            f"returns a Recipe.{f' Rename {meant[0]}, if that is it.' if meant else ''}"
+        )
     try:
         client_tags(found.metrics)
     except ValueError as error:
         raise ValueError(f"`method.name` (={name}): {error}") from error
     return found
+
+
+def recipe_of(method: Method, task: Task) -> Recipe:
+    """Returns a method's recipe for a task.
+
+    Raises:
+        ValueError: the method cannot learn this task, or a user's own one fails.
+    """
+    try:
+        return method.recipe(task)
+    except ValueError:
+        raise
+    except Exception as error:
+        if method.name in METHODS:  # a bug of ours: show where
+            raise
+        raise ValueError(
+            f"`recipe` of `method.name` (={method.name}) fails: {describe_error(error)}; what a recipe needs is in "
+            "docs/extend.md."
+        ) from error

@@ -126,7 +126,15 @@ def semi_supervised_step(
         keep: (n,) bool, which of them were used.
         pseudo: the pseudo-labels of these samples, where they were made in this step.
         memory: see `Step.memory`.
+
+    Raises:
+        ValueError: `unsupervised` or `keep` is not one value per sample.
     """
+    if unsupervised.dim() != 1 or keep.shape != unsupervised.shape:
+        raise ValueError(
+            f"`unsupervised` (of shape {tuple(unsupervised.shape)}) and `keep` (of shape {tuple(keep.shape)}) must "
+            "both be (n,): one value for each unlabelled sample."
+        )
     metrics = dict(supervised.metrics)
     metrics["train/loss_unsupervised"] = mean_metric(unsupervised, torch.ones_like(keep))
     if pseudo is not None:

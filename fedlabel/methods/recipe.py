@@ -22,8 +22,9 @@ from fedlabel.methods.uploads import PhaseResult, Upload, sum_of_updates
 from fedlabel.metric_tags import Tag
 from fedlabel.models.wrap import Network, one_network
 
+VIEWS = ("clean", "weak", "strong", "strong2")
 Views = tuple[str, ...]
-"""Of "clean", "weak", "strong" and "strong2"; empty: no samples are drawn."""
+"""Of `VIEWS`; empty: no samples are drawn."""
 Select = Callable[[Sequence[str]], Collection[str]]
 """Names of all the student's parameters, in the model's order -> those that a step moves."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fedlabel.checks import one_of, within
+from fedlabel.importing import form_hint
 from fedlabel.models.nets import Cnn, GreyToRgb, InputShape, Mlp, Net, Part
 from fedlabel.models.own import (
     TIMM,
@@ -109,7 +111,8 @@ class ModelConfig:
             allowed = list(MODELS)
             expected = f"one of {', '.join(MODELS)}, {TORCHVISION}<name>, {TIMM}<name> or package.module:function"
         if self.name not in allowed:
-            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{did_you_mean(self.name, allowed, 3)}")
+            hint = form_hint(self.name, ast.ClassDef, ast.FunctionDef) or did_you_mean(self.name, allowed, 3)
+            raise ValueError(f"`model.name` (={self.name}) must be {expected}.{hint}")
 
     def _check_own(self) -> None:
         if self.args and not is_foreign(self.name):
@@ -231,7 +234,7 @@ def build_model(
         input_shape: (channels, height, width) of one image.
         num_classes: length of the logits.
         seed: any integer torch accepts as a seed.
-        say: gets a note on what was loaded from `model.weights`.
+        say: gets notes: on what was loaded from `model.weights`, and on outputs that are no logits.
 
     Returns:
         A module that maps images (batch, channels, height, width) to logits (batch, num_classes). Our own are a `Net`,
@@ -248,7 +251,7 @@ def build_model(
         # Not torch.manual_seed, which would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(seed)
         if entry is None:
-            model = build_foreign(config.name, config.args, input_shape, num_classes)
+            model = build_foreign(config.name, config.args, input_shape, num_classes, say)
         else:
             model = entry.builder(config, input_shape, num_classes)
     if config.weights is not None and next(model.parameters()).device.type != "meta":

@@ -6,6 +6,7 @@ with `model.args`; it returns a module that maps normalised inputs (batch, chann
 
 from __future__ import annotations
 
+import ast
 import copy
 import hashlib
 import inspect
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlabel.importing import describe_error, import_attribute
+from fedlabel.importing import describe_error, form_hint, import_attribute, names_file
 from fedlabel.models.nets import InputShape, Net, Part
 from fedlabel.names import did_you_mean
 
@@ -90,13 +91,20 @@ def check_name(name: str) -> None:
     if name.startswith((TIMM, PYTHON)):
         if not rest:
             raise ValueError(f"`model.name` (={name}) must have a name behind {prefix}:, e.g. {TIMM}resnet18.")
-    elif not all(part.isidentifier() for part in (*prefix.split("."), rest)):
+    elif not all(part.isidentifier() for part in (*prefix.split("."), rest)) or names_file(name):
         raise ValueError(
             f"`model.name` (={name}) must have the form package.module:function, with the names that Python imports."
+            f"{form_hint(name, ast.ClassDef, ast.FunctionDef)}"
         )
 
 
-def build_foreign(name: str, args: Mapping[str, Any], input_shape: InputShape, num_classes: int) -> nn.Module:
+def build_foreign(
+    name: str,
+    args: Mapping[str, Any],
+    input_shape: InputShape,
+    num_classes: int,
+    say: Callable[[str], None] | None = None,
+) -> nn.Module:
     """Returns a user's network, checked on one input of zeros.
 
     Args:
@@ -104,6 +112,7 @@ def build_foreign(name: str, args: Mapping[str, Any], input_shape: InputShape, n
         args: further keywords of the factory.
         input_shape: of one sample.
         num_classes: length of the logits.
+        say: gets a note where the outputs look like probabilities.
 
     Raises:
         ValueError: it cannot be imported or built, or what it returns are no logits.
@@ -117,6 +126,11 @@ def build_foreign(name: str, args: Mapping[str, Any], input_shape: InputShape, n
         raise ValueError(
             f"`model.name` (={name}) gives outputs of shape {tuple(found.shape)} for one input; they must be logits, "
             f"(batch, {num_classes}): a number for each of {num_classes} classes."
+        )
+    if say is not None and bool((found >= 0).all()) and abs(float(found.sum()) - 1) < 1e-3:
+        say(
+            f"The outputs of `model.name` (={name}) look like probabilities: for one input they are not negative and "
+            "sum to 1. Logits are expected, of which losses take the softmax themselves: leave it out of the network."
         )
     return model.train()
 

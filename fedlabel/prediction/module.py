@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedlabel.config import ExperimentConfig
 from fedlabel.data.nodes.schema import NUMBER, Column
 from fedlabel.experiment import build_network
+from fedlabel.methods import recipe_of
 from fedlabel.methods.recipe import Task
 from fedlabel.prediction.card import Card
 
@@ -168,7 +169,7 @@ def trained_model(config: ExperimentConfig, card: Card, state: Mapping[str, Tens
         ValueError: the weights are not of this network, or the network cannot be built.
     """
     schema, config = card.schema, replace(config, model=replace(config.model, weights=None))  # here is all there was
-    recipe = config.method.recipe(Task(len(schema.classes), config.num_rounds, card.labels))
+    recipe = recipe_of(config.method, Task(len(schema.classes), config.num_rounds, card.labels))
     network = build_network(config, recipe, schema.shape, len(schema.classes), seed=0)
     try:
         network.load_state_dict(state)

@@ -115,6 +115,14 @@ def test_a_phase_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
         run(tmp_path, "y", *own)
 
 
+def test_a_module_is_checked_when_its_run_is_loaded(tmp_path: Path) -> None:
+    module = Plain(10, (1, 8, 8))
+    result = run(tmp_path, "passed", f"model.name={pass_model(module)}", "num_rounds=1")
+    assert fedlabel.load_run(result.path, model=module).metrics == result.metrics
+    with pytest.raises(ValueError, match=r"`model` \(=python:Plain#\w+\) is not what the run .* was made with"):
+        fedlabel.load_run(result.path, model=Plain(10, (1, 8, 8), 5))
+
+
 def test_pretrained_weights_are_the_start_and_the_note_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

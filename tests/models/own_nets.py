@@ -91,4 +91,8 @@ def twice() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), layer, layer)
 
 
+def probabilities() -> nn.Module:
+    return nn.Sequential(linear(10, (1, 8, 8)), nn.Softmax(-1))
+
+
 NOT_CALLABLE = torch.zeros(1)

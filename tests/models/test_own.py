@@ -75,6 +75,14 @@ def test_what_is_no_network_is_said(name: str, message: str) -> None:
         build(f"{NETS}:{name}")
 
 
+def test_outputs_that_look_like_probabilities_are_noted() -> None:
+    for name, number in (("probabilities", 1), ("Plain", 0)):
+        notes: list[str] = []
+        build_model(ModelConfig(name=f"{NETS}:{name}"), SHAPE, 10, 0, notes.append)
+        assert len(notes) == number
+        assert all("look like probabilities" in note and "Logits are expected" in note for note in notes)
+
+
 def test_a_network_that_fails_on_the_data_is_said() -> None:
     with pytest.raises(ValueError, match=r"fails on an input of shape \(1, 3, 8, 8\)"):
         build(f"{NETS}:without_arguments", (3, 8, 8))
