@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from fedlabel.data.augment import AugmentConfig
+from fedlabel.data.augment import AugmentConfig, Numbers
 from fedlabel.learning.views import ImageTransform
-from fedlabel.seeding import Draws
 
 
 class _Flipped(ImageTransform):
-    def views(self, images: Tensor, names: tuple[str, ...], draws: Draws) -> dict[str, Tensor]:
-        return {name: self.normalize(images.flip(-1) if name == "strong" else images) for name in names}
+    def views_with(self, images: Tensor, numbers: Mapping[str, Numbers]) -> dict[str, Tensor]:
+        return {name: self.normalize(images.flip(-1) if name == "strong" else images) for name in numbers}
 
 
 TRANSFORM: ImageTransform = _Flipped(torch.zeros(1, 1, 1), torch.ones(1, 1, 1), AugmentConfig(), allow_flip=False)

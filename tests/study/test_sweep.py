@@ -27,6 +27,7 @@ from tests.integration.tiny import TINY, assert_same_run
 METHODS: dict[str, list[str]] = {"labelled only": ["method.name=supervised"], "FedLabel": []}
 SEARCH = {"values": [0.2, 0.05], "seed": 7}
 ALPHAS = {f"alpha {alpha}": [f"partition.dirichlet_alpha={alpha}"] for alpha in (0.1, 1)}
+SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "sweep").glob("*.yaml"))
 
 
 def write(path: Path, **content: Any) -> Path:
@@ -431,12 +432,10 @@ def test_overrides_of_the_command_line_are_the_sweeps(tmp_path: Path) -> None:
     assert "`other.yaml` must have the form key=value" in result.stderr
 
 
-def test_the_sweeps_that_ship_can_be_planned() -> None:
-    files = sorted((Path(__file__).parents[2] / "configs" / "sweep").glob("*.yaml"))
-    assert files
-    for file in files:
-        for group in plan_sweep(load_sweep(file)):
-            assert all(cell.config is not None for cells in group.final.values() for cell in cells), file
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_sweep_that_ships_can_be_planned(file: Path) -> None:
+    for group in plan_sweep(load_sweep(file)):
+        assert all(cell.config is not None for cells in group.final.values() for cell in cells)
 
 
 @pytest.mark.slow
