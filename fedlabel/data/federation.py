@@ -38,6 +38,7 @@ from fedlabel.data.sets.config import DataConfig, DataError, data_root
 from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.fingerprint import fingerprint
 from fedlabel.data.skew import SkewConfig
+from fedlabel.names import client_label
 from fedlabel.seeding import derive_seed, numpy_generator
 
 LISTED_CLIENTS = 10_000
@@ -90,6 +91,10 @@ class Federation:
     def card(self) -> LabelCard:
         """The label card of all clients and the server."""
         return label_card(self.record)
+
+    def client_labels(self, clients: np.ndarray) -> list[str]:
+        """Returns what figures call these clients, (m,) integers; empty if clients have no names."""
+        return [client_label(client, self.names[client]) for client in clients.tolist()] if self.names else []
 
     @property
     def function_names(self) -> tuple[str, ...]:

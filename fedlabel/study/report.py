@@ -24,10 +24,10 @@ from fedlabel.metric_tags import (
     SUPERVISION,
     find_tag,
 )
-from fedlabel.names import counted
+from fedlabel.names import client_label, counted
 from fedlabel.record.event_file import read_pictures
 from fedlabel.record.files import is_locked
-from fedlabel.record.json_files import read_metrics, read_summary
+from fedlabel.record.json_files import read_client_names, read_metrics, read_summary
 from fedlabel.record.names import (
     CONFIG_YAML,
     FAILURES_LOG,
@@ -80,6 +80,7 @@ def read_report(path: Path, points: int = POINTS, picture_bytes: float = math.in
     summary = read_summary(path) if (path / SUMMARY_JSON).is_file() else None
     state = FINISHED if summary is not None else STOPPED if locked is False else RUNNING
     audit, stages = _read_json(path / SUPERVISION_JSON, {}), _read_json(path / STAGES_JSON, [])
+    names = read_client_names(path)
     pictures, left_out = read_panels(path, config, picture_bytes)
     last_stage = [row for row in rows if not stages or row["round"] >= stages[-1]["first"]]
     findings = [
@@ -102,6 +103,7 @@ def read_report(path: Path, points: int = POINTS, picture_bytes: float = math.in
         "charts": charts(rows, config.method.metrics, points),
         "stages": [[str(stage["name"]), int(stage["first"])] for stage in stages],
         "clients": clients(rows, config.num_clients),
+        "client_labels": {client: client_label(client, name) for client, name in names.items()},
         "classes": classes(rows, audit),
         "costs": costs(rows),
         "pictures": pictures,

@@ -65,7 +65,7 @@ def report_html(runs: Sequence[Mapping[str, Any]]) -> str:
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, start=1)]
     sections = [_section(page, runs, names) for page in PAGES]
-    holdings = [partition_chart(run["partition"]) if run["partition"] else None for run in runs]
+    holdings = [partition_chart(run["partition"], run["client_labels"]) if run["partition"] else None for run in runs]
     plots = [
         *(chart for chart in holdings if chart is not None),
         *(chart for section in sections for chart in section["charts"]),
@@ -144,7 +144,7 @@ def own_charts(page: str, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     if page == PSEUDO_LABELS and classes and "coverage_local" in classes:
         return [expert_chart(classes)]
     if page == CLIENTS and clients:
-        return [client_chart(clients)]
+        return [client_chart(clients, run["client_labels"])]
     return []
 
 
@@ -197,8 +197,9 @@ def expert_chart(classes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def client_chart(clients: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns bars of the accuracy of each client, the worst first."""
+def client_chart(clients: Mapping[str, Any], labels: Mapping[int, str]) -> dict[str, Any]:
+    """Returns bars of the accuracy of each client, the worst first; labels: of clients with a name."""
+    names = _labelled(clients["clients"], labels)
     of, shown = clients["of"], len(clients["clients"])
     note = f" ({shown} of {of:,}, at evenly spaced ranks)" if shown < of else ""
     scales = [1 if column == "training loss" else 100 for column in clients["columns"]]
@@ -211,18 +212,23 @@ def client_chart(clients: Mapping[str, Any]) -> dict[str, Any]:
         "kind": "clients",
         "title": f"Clients by accuracy, the worst first{note}",
         "unit": "%",
-        "label": f"Accuracy of clients in %, the worst first. Worst: client {clients['clients'][0]}, {worst:.1f}; "
-        f"best: client {clients['clients'][-1]}, {best:.1f}; mean of all {100 * clients['mean']:.1f}.",
+        "label": f"Accuracy of clients in %, the worst first. Worst: client {names[0]}, {worst:.1f}; "
+        f"best: client {names[-1]}, {best:.1f}; mean of all {100 * clients['mean']:.1f}.",
         "columns": clients["columns"],
-        "names": [str(client) for client in clients["clients"]],
+        "names": names,
         "values": percent,
         "mean": 100 * clients["mean"],
         "height": 280,
     }
 
 
-def partition_chart(partition: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a bubble for each client and class: its area is the number of samples, the filled part has labels."""
+def partition_chart(partition: Mapping[str, Any], labels: Mapping[int, str]) -> dict[str, Any]:
+    """Returns a bubble for each client and class: its area is the number of samples, the filled part has labels.
+
+    Args:
+        partition: see `holdings.partition`.
+        labels: of clients with a name.
+    """
     shown, of = len(partition["clients"]), partition["of"]
     note = f" ({shown} of {of:,} clients, evenly spaced)" if shown < of else ""
     held = sum(map(sum, partition["with_supervision"]))
@@ -233,10 +239,14 @@ def partition_chart(partition: Mapping[str, Any]) -> dict[str, Any]:
         "unit": "",
         "label": f"Samples by client and true class{note}: {whole:,} samples, {held:,} with supervision.",
         **partition,
-        "clients": [str(client) for client in partition["clients"]],
+        "clients": _labelled(partition["clients"], labels),
         "series": [{"name": "all samples"}, {"name": "with supervision"}],
         "height": 60 + 22 * shown,
     }
+
+
+def _labelled(clients: Sequence[int], labels: Mapping[int, str]) -> list[str]:
+    return [labels.get(client, str(client)) for client in clients]
 
 
 def _bars_height(number: int) -> int:

@@ -484,3 +484,20 @@ def test_a_run_whose_output_nobody_reads_says_that_it_stops_and_how_to_go_on(tmp
     assert ended.returncode == 1
     assert "nobody reads the output" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_partition_has_a_row_for_each_client_with_its_name(tmp_path: Path) -> None:
+    names = ["Bern", "[b]Aachen", "C" * 40]
+    rows = [f"{i},{'xy'[i % 2]},{names[i // 20]}" for i in range(60)]
+    (tmp_path / "set.csv").write_text("\n".join(["number,class,hospital", *rows]) + "\n")
+    table = ["data.name=table", f"data.root={tmp_path / 'set.csv'}", "data.label_column=class", "model.name=mlp"]
+    owners = ["partition.kind=column", "partition.column=hospital", "num_clients=3", "supervision.label_rate=0.5"]
+    result = call("partition", *table, *owners, "--out", str(tmp_path / "p"))
+    assert result.exit_code == 0, result.output
+    head, *shown = cells(result.output, "clients")
+    assert head == ["client", "name", "samples", "labelled"]
+    written = json.loads((tmp_path / "p" / "partition.json").read_text())["clients"]
+    counts = [(len(each["labeled"]), len(each["unlabeled"])) for each in written]
+    short = {name: name if len(name) < 25 else name[:24] + "…" for name in names}
+    expected = [[short[each["name"]], str(a + b), str(a)] for each, (a, b) in zip(written, counts, strict=True)]
+    assert shown == [[str(client), *row] for client, row in enumerate(expected)]

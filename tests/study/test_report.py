@@ -315,3 +315,20 @@ def test_what_is_no_run_or_damaged_is_refused(finished: Path, tmp_path: Path) ->
     (finished / "supervision.json").write_text("{")
     assert "supervision.json is damaged (" in call(finished).stderr
     assert not (tmp_path / "x.html").exists()
+
+
+def test_clients_are_called_by_the_names_that_a_column_gives_them(finished: Path) -> None:
+    clients = [{"name": "Aachen"}, {"name": HOSTILE}]
+    (finished / "partition.json").write_text(json.dumps({"clients": clients}))
+    run = read_report(finished)
+    assert run["client_labels"][0] == "0: Aachen"
+    text = report_html([run])
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0])
+    (bars,) = [chart for chart in data["charts"] if chart["kind"] == "clients"]
+    assert bars["names"] == [f"1: {HOSTILE[:24]}…", "0: Aachen"]
+    assert "best: client 0: Aachen, 90.0" in bars["label"]
+    (bubbles,) = [chart for chart in data["charts"] if chart["kind"] == "bubbles"]
+    assert bubbles["clients"] == ["0: Aachen", f"1: {HOSTILE[:24]}…"]
+    assert HOSTILE[:24] not in text
+    (finished / "partition.json").write_text("[]")
+    assert "partition.json is damaged" in call(finished).stderr
