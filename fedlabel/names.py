@@ -50,5 +50,5 @@ def counted(number: int, noun: str) -> str:
 
 
 def client_label(client: int, name: str | None) -> str:
-    """Returns what charts and tables call a client: its number and, if it has one, its name, shortened and printable."""
+    """Returns what charts and tables call a client: its number and, if it has one, its name, short and printable."""
     return str(client) if name is None else f"{client}: {shown(name, LONGEST_CLIENT_NAME)}"

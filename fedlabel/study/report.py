@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlabel.config import ExperimentConfig, load_config, to_yaml
+from fedlabel.config import ExperimentConfig, Unavailable, load_recorded, to_yaml
 from fedlabel.data.federation import SHOWN_CLIENTS
 from fedlabel.data.sets.config import NODES
 from fedlabel.errors import naming
@@ -72,7 +72,7 @@ def read_report(path: Path, points: int = POINTS, picture_bytes: float = math.in
         if not (path / CONFIG_YAML).is_file():
             raise ValueError(f"{path} holds no run (no {CONFIG_YAML}): give the folder of one, e.g. runs/NAME.")
     try:
-        config = load_config([path / CONFIG_YAML])
+        config = load_recorded(path / CONFIG_YAML)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_YAML} is damaged, or of another version: {error}") from error
     locked = is_locked(path)  # before the files: a run that ends meanwhile has written all when they are read
@@ -229,6 +229,11 @@ def missing(
         notes.append("On real nodes nothing is compared with true labels, and samples stay where they are.")
     elif card is None or bubbles is None:
         notes.append(f"{SUPERVISION_JSON} does not say who holds which class: it is missing, or of an earlier version.")
+    if isinstance(config.method, Unavailable):
+        notes.append(
+            f"Method {config.method.name} could not be loaded here: metrics that it declares itself are left out. Run "
+            "this where its module can be imported (PYTHONPATH)."
+        )
     if config.num_clients > SHOWN_CLIENTS and rows:
         notes.append(
             f"Of more than {SHOWN_CLIENTS:,} clients it is not recorded which ones took part; charts with a place for "

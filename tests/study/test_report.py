@@ -332,3 +332,14 @@ def test_clients_are_called_by_the_names_that_a_column_gives_them(finished: Path
     assert HOSTILE[:24] not in text
     (finished / "partition.json").write_text("[]")
     assert "partition.json is damaged" in call(finished).stderr
+
+
+def test_a_method_and_a_model_that_cannot_be_imported_are_called_by_their_names(finished: Path) -> None:
+    config = (finished / "config.yaml").read_text()
+    method = "method:\n  name: absent:Smooth\n  width: 3.0\n"
+    own = re.sub(r"^method:\n( .*\n)+", method, config, flags=re.MULTILINE).replace("name: cnn", "name: absent:net")
+    (finished / "config.yaml").write_text(own)
+    run = read_report(finished)
+    assert {("method", "absent:Smooth"), ("model", "absent:net")} <= set(run["facts"])
+    assert run["config"] == own
+    assert any("absent:Smooth could not be loaded here" in note and "PYTHONPATH" in note for note in run["missing"])
