@@ -458,15 +458,14 @@ def partition(
     configs, overrides = _split(items)
     with _reported():
         from fedlabel.config import load_config, to_yaml
-        from fedlabel.experiment import open_experiment
+        from fedlabel.experiment import open_experiment, open_federation
 
         if held_out and export is None:
             raise ConfigError("`--held-out` is for --export: give a folder to write to.")
         config = load_config(configs, overrides)
-        experiment = open_experiment(to_yaml(config))
-        federation = experiment.federation
-        if export is not None:
-            export_experiment(experiment, export, held_out)
+        federation = open_federation(config, config.evaluation.split)
+        if export is not None:  # which a run of nodes is to start from, so that all of it must fit the data
+            export_experiment(open_experiment(to_yaml(config)), export, held_out)
             say(console, f"Folders of {counted(len(federation.parts), 'node')}, and how to start them: {export}")
     drawn = shown_clients(len(federation.parts))
     with _reported():

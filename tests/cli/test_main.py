@@ -490,7 +490,7 @@ def test_partition_has_a_row_for_each_client_with_its_name(tmp_path: Path) -> No
     names = ["Bern", "[b]Aachen", "C" * 40]
     rows = [f"{i},{'xy'[i % 2]},{names[i // 20]}" for i in range(60)]
     (tmp_path / "set.csv").write_text("\n".join(["number,class,hospital", *rows]) + "\n")
-    table = ["data.name=table", f"data.root={tmp_path / 'set.csv'}", "data.label_column=class", "model.name=mlp"]
+    table = ["data.name=table", f"data.root={tmp_path / 'set.csv'}", "data.label_column=class"]  # the model is cnn
     owners = ["partition.kind=column", "partition.column=hospital", "num_clients=3", "supervision.label_rate=0.5"]
     result = call("partition", *table, *owners, "--out", str(tmp_path / "p"))
     assert result.exit_code == 0, result.output
