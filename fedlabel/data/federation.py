@@ -122,12 +122,19 @@ class Federation:
     def to_json(self, further: Mapping[str, str] | None = None) -> str:
         """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON.
 
-        Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all.
+        Of a table whose test set is split off by `data.test_fraction` also `test_rows`: the rows of its file that are
+        for testing, 0 being the first row of data. Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all.
 
         Args:
             further: hashes of other files of the run, by name.
         """
-        found = {"sha256": self.sha256, "data": {**self.data_hashes, **(further or {})}, "dataset": self.dataset.name}
+        found: dict[str, object] = {
+            "sha256": self.sha256,
+            "data": {**self.data_hashes, **(further or {})},
+            "dataset": self.dataset.name,
+        }
+        if self.dataset.test_rows is not None:
+            found["test_rows"] = self.dataset.test_rows.tolist()
         if self._is_listed:
             return json.dumps(found | self._holders(np.arange(len(self.parts))))
         shown = shown_clients(len(self.parts))
