@@ -122,8 +122,9 @@ class Federation:
     def to_json(self, further: Mapping[str, str] | None = None) -> str:
         """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON.
 
-        Of a table whose test set is split off by `data.test_fraction` also `test_rows`: the rows of its file that are
-        for testing, 0 being the first row of data. Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all.
+        Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all. Of a
+        table whose test set is split off by `data.test_fraction` also `test_rows`: the rows of its file that are for
+        testing, 0 being the first row of data.
 
         Args:
             further: hashes of other files of the run, by name.

@@ -36,7 +36,7 @@ from fedlabel.record.names import (
     SUMMARY_JSON,
     SUPERVISION_JSON,
 )
-from fedlabel.record.results import summarize
+from fedlabel.record.results import averaged_rounds, name_mean, summarize
 from fedlabel.study.findings import failed, find_all, never_trained
 from fedlabel.study.holdings import Facts, label_card, partition
 from fedlabel.study.provenance import command_text, machine_text, versions_text
@@ -124,7 +124,7 @@ def run_facts(config: ExperimentConfig, rows: Rows, summary: Mapping[str, Any] |
     ]
     accuracy = summarize(rows) if rows else {}
     if accuracy and math.isfinite(accuracy["last"]):
-        texts = {"last": "last", "best": "best", "mean_last_tenth": "mean of the last tenth of the rounds"}
+        texts = {"last": "last", "best": "best", "mean_last_tenth": name_mean(averaged_rounds(rows))}
         parts = [f"{100 * accuracy[key]:.1f} % {name}" for key, name in texts.items() if math.isfinite(accuracy[key])]
         facts.append(("accuracy", ", ".join(parts)))
     if summary is None:

@@ -78,7 +78,7 @@ def report_html(runs: Sequence[Mapping[str, Any]]) -> str:
         runs=runs,
         names=names,
         holdings=holdings,
-        sections=[section for section in sections if section["charts"] or any(_has(run) for run in section["runs"])],
+        sections=[section for section in sections if _has_any(section)],
         cost_rows=list(dict.fromkeys(label for run in runs for label, _ in run["costs"])),
         data={"runs": names, "charts": plots, "stages": runs[0]["stages"]},
         library=asset("vendor/echarts.common.min.js"),
@@ -86,14 +86,17 @@ def report_html(runs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _has(of_run: Mapping[str, Any]) -> bool:
-    return bool(of_run["charts"] or of_run["pictures"])
+def _has_any(section: Mapping[str, Any]) -> bool:
+    of_runs = any(of_run["charts"] or of_run["pictures"] for of_run in section["runs"])
+    return bool(section["charts"] or section["zeros"] or of_runs)
 
 
 def _section(page: str, runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Returns a page's charts of curves, which the runs share, and what each run has of its own."""
+    """Returns a page's charts of curves, which the runs share, the titles of those that are 0 in all rounds of all runs,
+    and what each run has of its own.
+    """
     titles = dict.fromkeys(chart["title"] for run in runs for chart in run["charts"].get(page, ()))
-    charts = []
+    charts, zeros = [], []
     for title in titles:
         of_runs = [
             (place, chart)
@@ -101,11 +104,15 @@ def _section(page: str, runs: Sequence[Mapping[str, Any]], names: Sequence[str])
             for chart in run["charts"].get(page, ())
             if chart["title"] == title
         ]
-        charts.append(curve_chart(title, of_runs, names))
+        if all(chart["zero"] for _, chart in of_runs):
+            zeros.append(title)
+        else:
+            charts.append(curve_chart(title, of_runs, names))
     return {
         "name": page,
         "introduction": INTRODUCTIONS[page],
         "charts": charts,
+        "zeros": zeros,
         "runs": [{"charts": own_charts(page, run), "pictures": run["pictures"].get(page, [])} for run in runs],
     }
 
