@@ -92,8 +92,8 @@ def _has_any(section: Mapping[str, Any]) -> bool:
 
 
 def _section(page: str, runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Returns a page's charts of curves, which the runs share, the titles of those that are 0 in all rounds of all runs,
-    and what each run has of its own.
+    """Returns a page's charts of curves, which the runs share, the titles of those that are 0 in all rounds of all
+    runs, and what each run has of its own.
     """
     titles = dict.fromkeys(chart["title"] for run in runs for chart in run["charts"].get(page, ()))
     charts, zeros = [], []
