@@ -7,8 +7,9 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache, partial, reduce
+from keyword import iskeyword
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +30,7 @@ from fedlabel.config_text import (
     merged,
     parse_value,
     parse_yaml,
+    plain,
     read_mapping,
 )
 from fedlabel.data.augment import AugmentConfig
@@ -461,6 +463,32 @@ def parse_config(
     return _resolve([parse_yaml(text, "The configuration"), settings, *map(_parse_override, overrides)])
 
 
+def load_recorded(path: Path) -> ExperimentConfig:
+    """Returns the configuration of a run that is only read, from its config.yaml.
+
+    A method of the user's own that cannot be loaded here (its module is elsewhere, or has changed since) is replaced by
+    its name and keys as recorded, an `Unavailable`.
+
+    Raises:
+        ConfigError: the file is damaged, or of another version.
+    """
+    saved = read_mapping(path)
+    try:
+        return _resolve([saved])
+    except ConfigError:
+        method = plain(saved.get("method"))
+        if not isinstance(method, dict) or ":" not in str(method.get("name")):
+            raise
+        names = [key for key in method if key.isidentifier() and not iskeyword(key)]
+        keys = [(key, Any, field(default=None)) for key in names if key == "oracle_labels" or not hasattr(Method, key)]
+        return _resolve([saved], make_dataclass("Recorded", keys, bases=(Unavailable,), frozen=True))
+
+
+@dataclass(frozen=True)
+class Unavailable(Method):
+    """The name and the keys of a method whose class cannot be loaded, see `load_recorded`."""
+
+
 def split_overrides(text: str) -> list[str]:
     """Returns the overrides in one text, separated by spaces; quotes hold one together, as in a shell.
 
@@ -523,15 +551,17 @@ def flatten(config: ExperimentConfig) -> dict[str, str | int | float | bool]:
     return flat
 
 
-def _resolve(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
+def _resolve(layers: Sequence[Mapping[str, Any]], schema: type[Method] | None = None) -> ExperimentConfig:
+    """Returns the configuration of layers, later ones win; schema: in place of the method's own class."""
     try:
-        return _resolved(layers)
+        return _resolved(layers, schema)
     except ConfigError as error:
         raise ConfigError(as_written(str(error), layers)) from error
 
 
-def _resolved(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
-    schema, name = _method_schema(layers)
+def _resolved(layers: Sequence[Mapping[str, Any]], schema: type[Method] | None) -> ExperimentConfig:
+    name = _method_name(layers)
+    schema = _method_class(name) if schema is None else schema
     unknown = partial(unknown_key, ExperimentConfig, schema, name)
     kinds = {**hints(ExperimentConfig), "method": schema}
     user = merged(*({key: settled(kinds.get(key, Any), layer[key], key) for key in layer} for layer in layers))
@@ -565,8 +595,7 @@ def _resolved(layers: Sequence[Mapping[str, Any]]) -> ExperimentConfig:
     return build(ExperimentConfig, user, "", unknown, base)
 
 
-def _method_schema(layers: Sequence[Mapping[str, Any]]) -> tuple[type[Method], str]:
-    """Returns the class that `method.name` selects, and that name."""
+def _method_name(layers: Sequence[Mapping[str, Any]]) -> str:
     name: Any = FedLabel.name
     for layer in layers:
         given = layer.get("method", {})
@@ -580,8 +609,12 @@ def _method_schema(layers: Sequence[Mapping[str, Any]]) -> tuple[type[Method], s
         name = name.text
     if not isinstance(name, str):
         raise ConfigError(f"`method.name` (={as_yaml(name)}) must be a text, e.g. method.name={FedLabel.name}.")
+    return name
+
+
+def _method_class(name: str) -> type[Method]:
     try:
-        return method_class(name), name
+        return method_class(name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -214,20 +214,7 @@ class Experiment:
         return Recorder(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
 
     def _federation(self, split: str) -> Federation:
-        if self._nodes is not None:
-            return self._nodes
-        config = self.config
-        return build_federation(
-            config.data,
-            config.partition,
-            config.labeled_partition,
-            config.supervision,
-            config.skew,
-            config.num_clients,
-            split,
-            config.method.oracle_labels,
-            config.seed,
-        )
+        return open_federation(self.config, split) if self._nodes is None else self._nodes
 
     def _evaluation_data(self, split: str) -> EvaluationData:
         """Returns the samples that models are evaluated on, on the device."""
@@ -492,6 +479,29 @@ def build_network(
         return model
 
     return network.wrap(build, seed)
+
+
+def open_federation(config: ExperimentConfig, split: str) -> Federation:
+    """Returns the simulated federation of a configuration, whatever its model: see `build_federation`.
+
+    Args:
+        config: of the run.
+        split: the one that clients are evaluated on, "test" or "validation".
+
+    Raises:
+        ValueError: the data are missing or damaged, or the partition or the labels asked for are impossible.
+    """
+    return build_federation(
+        config.data,
+        config.partition,
+        config.labeled_partition,
+        config.supervision,
+        config.skew,
+        config.num_clients,
+        split,
+        config.method.oracle_labels,
+        config.seed,
+    )
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Finds the name that a misspelled one may mean."""
+"""Finds the name that a misspelled one may mean; numbers and names of things in texts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from fedlabel.shown import shown
 
 COMPARED = 1000
 """Names; comparing takes about 10 microseconds each."""
+LONGEST_CLIENT_NAME = 24
+"""Characters of a client's name in charts and tables."""
 
 
 def simple(name: str) -> str:
@@ -45,3 +47,8 @@ def did_you_mean(name: str, names: Iterable[str], most: int = 1) -> str:
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun, in the plural unless it is 1: "1 round", "1,000 rounds"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def client_label(client: int, name: str | None) -> str:
+    """Returns what charts and tables call a client: its number and, if it has one, its name, short and printable."""
+    return str(client) if name is None else f"{client}: {shown(name, LONGEST_CLIENT_NAME)}"

@@ -250,7 +250,8 @@ def _describe(experiment: Experiment, folder: RunFolder) -> None:
         from fedlabel.record.figures import partition_figure, save_png  # here: matplotlib takes a while to import
 
         histograms = federation.histograms(shown)
-        figure = partition_figure(histograms, KIND_NAMES, federation.true_classes, shown, clients)
+        labels = federation.client_labels(shown)
+        figure = partition_figure(histograms, KIND_NAMES, federation.true_classes, shown, clients, labels)
         save_png(figure, folder.partition_png)
         folder.log_figure("partition", figure)
     folder.log_text("config", f"```yaml\n{to_yaml(experiment.config)}```")

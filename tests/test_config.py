@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from fedlabel.config import ConfigError, ExperimentConfig, flatten, load_config, parse_config, to_yaml
+from fedlabel.config import (
+    ConfigError,
+    ExperimentConfig,
+    Unavailable,
+    flatten,
+    load_config,
+    load_recorded,
+    parse_config,
+    to_yaml,
+)
 from fedlabel.data.labels.supervision_config import MixPart, SupervisionConfig
 from fedlabel.data.partition import LabeledPartitionConfig
 from fedlabel.data.sets.config import DataConfig
@@ -611,3 +620,43 @@ def test_keys_of_a_simulation_and_of_real_nodes_do_not_go_together(overrides: li
     with pytest.raises(ValueError, match=message):
         load_config([], overrides)
     assert load_config([], ["data.name=nodes", "evaluation.at=nodes"]).data.name == "nodes"
+
+
+RECORDED = """
+from dataclasses import dataclass, field
+
+from fedlabel.methods.supervised import Supervised
+
+
+@dataclass(frozen=True)
+class Own(Supervised):
+    width: float = 3
+    tag: str = "1e5"
+    inner: dict = field(default_factory=lambda: {"a": 1})
+    sizes: tuple[int, ...] = (1, 2)
+    most: float | None = None
+"""
+
+
+def test_a_recorded_method_that_cannot_be_imported_keeps_its_name_and_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recorded_method.py").write_text(RECORDED)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        config = load_config([], ["method.name=recorded_method:Own", "method.width=0.5", "method.oracle_labels=true"])
+        file = tmp_path / "config.yaml"
+        file.write_text(to_yaml(config))
+        assert type(load_recorded(file).method) is type(config.method)
+    del sys.modules["recorded_method"]
+    recorded = load_recorded(file)
+    assert isinstance(recorded.method, Unavailable)
+    assert recorded.method.oracle_labels
+    assert to_yaml(recorded) == to_yaml(config)
+    assert flatten(recorded) == flatten(config)
+    file.write_text(file.read_text().replace("num_rounds: 40", "num_rounds: -1"))
+    with pytest.raises(ConfigError, match="num_rounds"):
+        load_recorded(file)
+    file.write_text("method: {name: nobody, x: 1}")
+    with pytest.raises(ConfigError, match="must be one of"):
+        load_recorded(file)

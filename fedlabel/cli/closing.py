@@ -167,7 +167,7 @@ def _elsewhere(out: Path) -> list[str]:
 
 
 def next_commands(path: Path, config: ExperimentConfig, bound: Path | None) -> list[str]:
-    """Returns lines with three commands that go on from a finished run, and what each does.
+    """Returns lines with the commands that go on from a finished run, and what each does.
 
     Args:
         path: the run's folder.
@@ -178,6 +178,7 @@ def next_commands(path: Path, config: ExperimentConfig, bound: Path | None) -> l
     more = [f"num_rounds={2 * config.num_rounds}", "--resume", "--name", path.name, *_elsewhere(path.parent)]
     commands = {
         "tables and curves of both" if bound else "its curve and its clients": first,
+        "one page of all that matters, to read and to send around": ["fedlabel", "report", str(path)],
         "all that was recorded, in a browser": ["fedlabel", "tensorboard", str(path.parent)],
         f"go on to {counted(2 * config.num_rounds, 'round')}": ["fedlabel", "run", *more],
     }

@@ -17,13 +17,15 @@ from fedlabel.cli.progress import OutputClosed, make_console, make_table, run_pr
 from fedlabel.config_text import ConfigError
 from fedlabel.errors import FULL, RunError, check_folder, file_error, is_file, make_folder
 from fedlabel.importing import add_working_directory, claim_packages
-from fedlabel.names import counted
+from fedlabel.names import LONGEST_CLIENT_NAME, counted
+from fedlabel.shown import shown
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
     from fedlabel.config import ExperimentConfig
+    from fedlabel.data.federation import Federation
     from fedlabel.data.labels.labeling_functions import FunctionReport
     from fedlabel.experiment import Experiment
     from fedlabel.study.sweep import Group
@@ -456,23 +458,23 @@ def partition(
     configs, overrides = _split(items)
     with _reported():
         from fedlabel.config import load_config, to_yaml
-        from fedlabel.experiment import open_experiment
+        from fedlabel.experiment import open_experiment, open_federation
 
         if held_out and export is None:
             raise ConfigError("`--held-out` is for --export: give a folder to write to.")
         config = load_config(configs, overrides)
-        experiment = open_experiment(to_yaml(config))
-        federation = experiment.federation
-        if export is not None:
-            export_experiment(experiment, export, held_out)
+        federation = open_federation(config, config.evaluation.split)
+        if export is not None:  # which a run of nodes is to start from, so that all of it must fit the data
+            export_experiment(open_experiment(to_yaml(config)), export, held_out)
             say(console, f"Folders of {counted(len(federation.parts), 'node')}, and how to start them: {export}")
-    shown = shown_clients(len(federation.parts))
+    drawn = shown_clients(len(federation.parts))
     with _reported():
         make_folder(out)
         write_atomic(out / "partition.json", federation.to_json())
         write_atomic(out / "supervision.json", federation.audit_json())
-        histograms, names = federation.histograms(shown), federation.true_classes
-        figure = partition_figure(histograms, KIND_NAMES, names, shown, len(federation.parts))
+        histograms, names = federation.histograms(drawn), federation.true_classes
+        labels = federation.client_labels(drawn)
+        figure = partition_figure(histograms, KIND_NAMES, names, drawn, len(federation.parts), labels)
         save_png(figure, out / "partition.png")
     kind = federation.record.kind.numpy()
     supervised, unsupervised = federation.class_counts(kind > 0), federation.class_counts(kind == 0)
@@ -486,6 +488,8 @@ def partition(
         values = (supervised.sum(1), unsupervised.sum(1), held, classes_supervised)
         table.add_row(row, *(f"{getattr(value, statistic)():.4g}" for value in values))
     console.print(table)
+    if len(federation.parts) <= MAX_CLIENT_ROWS:
+        console.print(_clients_table(federation))
     if mixed:
         console.print(_kinds_table(kinds, KIND_NAMES))
     if federation.functions:
@@ -496,6 +500,17 @@ def partition(
         say(console, f"The server holds {counted(len(federation.server_rows), 'labelled sample')}.")
     written = ", ".join(str(out / name) for name in ("partition.json", "partition.png", "supervision.json"))
     say(console, f"{counted(len(federation.parts), 'client')}. Written: {written}")
+
+
+def _clients_table(federation: Federation) -> Table:
+    """Returns a table with each client's name, if it has one, samples and how many of them have supervision."""
+    columns = ("samples", "labelled") if not federation.kinds()[:, 2:].any() else ("samples", "supervised")
+    table = make_table("client", *(["name"] if federation.names else []), *columns, title="clients")
+    sizes, labelled = federation.parts.lengths, federation.parts.sums(federation.labeled[federation.parts.rows])
+    for client, counts in enumerate(zip(sizes.tolist(), labelled.tolist(), strict=True)):
+        name = [shown(federation.names[client], LONGEST_CLIENT_NAME)] if federation.names else []
+        table.add_row(str(client), *name, *map(str, counts))
+    return table
 
 
 def _kinds_table(kinds: np.ndarray, names: Sequence[str]) -> Table:

@@ -48,7 +48,9 @@ def _setting(experiment: Experiment) -> Iterator[tuple[str, str]]:
     yield "method", shown(config.method.name) + (f": {described}" if described else "")
     evaluated = f"{len(experiment.evaluates_on.split.labels):,} to evaluate on ({config.evaluation.split})"
     samples = f"{counted(len(dataset.train.labels), 'sample')} of {dataset.num_classes:,} classes"
-    yield "data", f"{shown(dataset.name)}: {samples} to train on, {evaluated}"
+    held_out = len(dataset.validation.labels) if config.evaluation.split != "validation" else 0
+    validation = f", {held_out:,} held out for validation (data.validation_fraction)" if held_out else ""
+    yield "data", f"{shown(dataset.name)}: {samples} to train on, {evaluated}{validation}"
     yield "clients", f"{_split(config)}; {_cohort(config)} in each of {counted(config.num_rounds, 'round')}"
 
 

@@ -19,10 +19,10 @@ from rich.text import Text
 from fedlabel.cli.progress import duration, say
 from fedlabel.config_text import Plain, read_mapping
 from fedlabel.errors import naming
-from fedlabel.names import counted
+from fedlabel.names import client_label, counted
 from fedlabel.record.files import is_locked
-from fedlabel.record.json_files import MetricsFollower
-from fedlabel.record.names import CONFIG_YAML, FAILURES_LOG, SECONDS, STAGES_JSON, SUMMARY_JSON
+from fedlabel.record.json_files import MetricsFollower, read_client_names
+from fedlabel.record.names import CONFIG_YAML, FAILURES_LOG, PARTITION_JSON, SECONDS, STAGES_JSON, SUMMARY_JSON
 from fedlabel.shown import shown
 
 REFRESH = 1.0
@@ -67,6 +67,8 @@ class Watched:
     stages: Sequence[Mapping[str, Any]] = field(init=False, default=())
     failures: Sequence[str] = field(init=False, default=())
     """First lines of the failures."""
+    names: Mapping[int, str] | None = field(init=False, default=None)
+    """Client -> its name, of those that have one; None: not read yet."""
     age: float = field(init=False, default=0.0)
     """Seconds since the last round."""
 
@@ -90,6 +92,8 @@ class Watched:
             log, stages = self.path / FAILURES_LOG, self.path / STAGES_JSON
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
             self.failures = [line for line in lines if line[:1].strip()]
+            if self.names is None and (self.path / PARTITION_JSON).is_file():
+                self.names = read_client_names(self.path)
             self.stages = json.loads(stages.read_text()) if stages.is_file() else ()
         self.state = FINISHED if done else STOPPED if locked is False else RUNNING
 
@@ -171,7 +175,7 @@ def frame(seen: Watched, width: int, height: int, plain: bool = False) -> Group:
     if curves:
         lines.append(_side_by_side(curves, width, tall, plain))
     if rows:
-        lines.append(_client_table(clients, rows, width, plain))
+        lines.append(_client_table(clients, seen.names or {}, rows, width, plain))
     return Group(*lines, *notes)
 
 
@@ -271,16 +275,22 @@ def _side_by_side(
 
 
 def _client_table(
-    clients: Sequence[tuple[int, Mapping[str, float | None]]], rows: int, width: int, plain: bool
+    clients: Sequence[tuple[int, Mapping[str, float | None]]],
+    names: Mapping[int, str],
+    rows: int,
+    width: int,
+    plain: bool,
 ) -> Table:
-    """Returns the worst and the best clients."""
+    """Returns the worst and the best clients, with their names if they have any."""
+    labels = {client: client_label(client, names.get(client)) for client, _ in clients}
     tags = list(clients[0][1])
     table = Table(box=None, padding=(0, 2, 0, 0), title=None, show_edge=False)
-    table.add_column("client", justify="right")
+    table.add_column("client", justify="left" if names else "right", no_wrap=True)
     for tag in tags:
         table.add_column(COLUMNS[tag], justify="right")
     table.add_column("")
-    bar = max(0, min(40, width - 14 * (len(tags) + 1)))
+    longest = max(map(len, labels.values()))
+    bar = max(0, min(40, width - 14 * (len(tags) + 1) - max(0, longest - 6)))
     every = len(clients) <= rows
     best = 0 if every else max(1, (rows - 1) // 3)
     worst = len(clients) if every else rows - 1 - best
@@ -288,7 +298,9 @@ def _client_table(
     def add(client: int, numbers: Mapping[str, float | None]) -> None:
         texts = ["" if value is None else f"{value:.3f}" for value in numbers.values()]
         table.add_row(
-            str(client), *texts, ("=" if plain else "▪") * round(bar * (numbers["eval/client_accuracy"] or 0.0))
+            Text(labels[client]),
+            *texts,
+            ("=" if plain else "▪") * round(bar * (numbers["eval/client_accuracy"] or 0.0)),
         )
 
     for each in clients[:worst]:

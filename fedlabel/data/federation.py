@@ -38,6 +38,7 @@ from fedlabel.data.sets.config import DataConfig, DataError, data_root
 from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.data.sets.fingerprint import fingerprint
 from fedlabel.data.skew import SkewConfig
+from fedlabel.names import client_label
 from fedlabel.seeding import derive_seed, numpy_generator
 
 LISTED_CLIENTS = 10_000
@@ -91,6 +92,10 @@ class Federation:
         """The label card of all clients and the server."""
         return label_card(self.record)
 
+    def client_labels(self, clients: np.ndarray) -> list[str]:
+        """Returns what figures call these clients, (m,) integers; empty if clients have no names."""
+        return [client_label(client, self.names[client]) for client in clients.tolist()] if self.names else []
+
     @property
     def function_names(self) -> tuple[str, ...]:
         """Names of labelling functions whose votes were read, not cast here; empty if there are none."""
@@ -117,12 +122,20 @@ class Federation:
     def to_json(self, further: Mapping[str, str] | None = None) -> str:
         """Returns the index lists of every client and of the server, and hashes of them and of the data, as JSON.
 
-        Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all.
+        Of more than `LISTED_CLIENTS` only those of `shown_clients`, with their numbers, and a summary of all. Of a
+        table whose test set is split off by `data.test_fraction` also `test_rows`: the rows of its file that are for
+        testing, 0 being the first row of data.
 
         Args:
             further: hashes of other files of the run, by name.
         """
-        found = {"sha256": self.sha256, "data": {**self.data_hashes, **(further or {})}, "dataset": self.dataset.name}
+        found: dict[str, object] = {
+            "sha256": self.sha256,
+            "data": {**self.data_hashes, **(further or {})},
+            "dataset": self.dataset.name,
+        }
+        if self.dataset.test_rows is not None:
+            found["test_rows"] = self.dataset.test_rows.tolist()
         if self._is_listed:
             return json.dumps(found | self._holders(np.arange(len(self.parts))))
         shown = shown_clients(len(self.parts))

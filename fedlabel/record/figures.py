@@ -49,6 +49,7 @@ def partition_figure(
     class_names: Sequence[str],
     numbers: np.ndarray | None = None,
     num_clients: int | None = None,
+    client_labels: Sequence[str] = (),
 ) -> Figure:
     """Plots samples per client and class, with and without supervision, and kinds of label per client.
 
@@ -58,10 +59,11 @@ def partition_figure(
         class_names: one per class.
         numbers: (clients,) which ones they are; None: 0, 1, ...
         num_clients: how many there are; None: no others than these.
+        client_labels: one per client, on the axis; empty: their numbers.
     """
     clients, classes = counts.shape[1:]
     total = clients if num_clients is None else num_clients
-    names = range(clients) if numbers is None else numbers.tolist()
+    names = list(map(plain, client_labels)) or list(map(str, range(clients) if numbers is None else numbers.tolist()))
     labels_alone = not counts[2:].any()
     # The kinds that occur; samples without supervision come last.
     shown = [1, 0] if labels_alone else [kind for kind in [*range(1, len(kinds)), 0] if counts[kind].any()]
@@ -104,8 +106,8 @@ def partition_figure(
         axis.tick_params(left=False)
     axes[0].set_ylabel("client")
     axes[0].yaxis.set_major_locator(MaxNLocator(min(clients, 40 if clients <= 40 else 20), integer=True))
-    if total > clients:
-        label = FuncFormatter(lambda place, _: str(names[int(place)]) if 0 <= place < clients else "")
+    if total > clients or client_labels:
+        label = FuncFormatter(lambda place, _: names[int(place)] if 0 <= place < clients else "")
         axes[0].yaxis.set_major_formatter(label)
     if len(shown) <= 2:
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
@@ -294,14 +296,16 @@ def pseudo_label_panel(
     return figure
 
 
-def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
+def client_accuracy_figure(accuracy: np.ndarray, labels: Sequence[str] = ()) -> Figure:
     """Plots the global model's accuracy on every client's share of the evaluation split, lowest first.
 
     Of more than `MAX_BARS` clients only so many are drawn, the worst and the best among them; the mean is over all.
 
     Args:
         accuracy: (clients,) in [0, 1]; NaN for a client without samples to evaluate on.
+        labels: one per client; empty: their numbers.
     """
+    names = list(map(plain, labels)) or list(map(str, range(len(accuracy))))
     evaluated = np.flatnonzero(np.isfinite(accuracy))
     order = evaluated[np.argsort(accuracy[evaluated], kind="stable")]
     mean = 100 * float(accuracy[order].mean()) if len(order) else 0.0
@@ -325,7 +329,7 @@ def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
         axis.bar(places, values, 0.8, color=SKY, zorder=2)
     else:
         axis.stairs(values, np.arange(len(values) + 1) - 0.5, color=SKY, zorder=2, fill=True)
-    worst = f"worst: client {order[0]}, {values[0]:.1f} %"
+    worst = f"worst: client {names[order[0]]}, {values[0]:.1f} %"
     if few:
         axis.bar(places[:1], values[:1], 0.8, color=RED, zorder=2, label=worst)
     else:
@@ -333,7 +337,8 @@ def client_accuracy_figure(accuracy: np.ndarray) -> Figure:
     axis.axhline(mean, color="black", linestyle="--", zorder=3, label=f"mean: {mean:.1f} %")
     axis.set_xlim(-0.6, len(values) - 0.4)
     if few:
-        axis.set_xticks(places, [str(client) for client in order], fontsize=8, rotation=90 if len(values) > 20 else 0)
+        upright = len(values) > 20 or bool(labels)
+        axis.set_xticks(places, [names[client] for client in order], fontsize=8, rotation=90 if upright else 0)
         axis.set_xlabel("client, worst first")
     else:
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))

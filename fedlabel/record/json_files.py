@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from fedlabel.errors import naming
-from fedlabel.record.names import METRICS_JSONL, SUMMARY_JSON
+from fedlabel.record.names import METRICS_JSONL, PARTITION_JSON, SUMMARY_JSON
 
 
 def as_json(value: object) -> Any:
@@ -141,3 +141,24 @@ def read_summary(path: Path) -> dict[str, Any]:
             f"of the rounds: move {path} away and run it again."
         )
     return dict(summary)
+
+
+def read_client_names(path: Path) -> dict[int, str]:
+    """Returns client -> its name, of the clients that a run folder's partition.json names; {} without such a file.
+
+    Clients have names where a column of the data assigns samples to them (partition.kind=column).
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = path / PARTITION_JSON
+    with naming(file):
+        if not file.is_file():
+            return {}
+        text = file.read_bytes()
+    try:
+        clients = list(json.loads(text)["clients"])
+        named = {each.get("client", place): each["name"] for place, each in enumerate(clients) if "name" in each}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}): restore it, or move it away.") from error
+    return {int(client): str(name) for client, name in named.items()}

@@ -96,12 +96,14 @@
 
   function clients(chart) {
     const { axis, option } = base();
+    const named = chart.names.some((name) => name.includes(":"));
     return {
       ...option,
       tooltip: { ...option.tooltip, trigger: "axis", axisPointer: { type: "shadow" }, formatter: ([point]) =>
         [`<b>client ${escaped(chart.names[point.dataIndex])}</b>`, ...chart.columns.map((column, place) =>
           `${escaped(column)}: ${shown(chart.values[point.dataIndex][place], column === "training loss" ? "nats" : "%")}`)].join("<br>") },
-      xAxis: { ...axis, type: "category", name: "client", nameLocation: "middle", nameGap: 26, data: chart.names },
+      xAxis: { ...axis, type: "category", name: named ? "" : "client", nameLocation: "middle", nameGap: 26, data: chart.names,
+               axisLabel: { ...axis.axisLabel, ...(named ? { rotate: 40, width: 90, overflow: "truncate" } : {}) } },
       yAxis: { ...axis, type: "value", min: 0, max: 100 },
       series: [{
         type: "bar", data: chart.values.map((row) => row[0]), color: BARS.local, barMaxWidth: 40,
@@ -127,7 +129,8 @@
       grid: { ...option.grid, top: 8 },
       xAxis: { ...axis, type: "category", name: "true class", nameLocation: "middle", nameGap: 26, data: chart.classes,
                axisLabel: { ...axis.axisLabel, width: 80, overflow: "truncate" }, splitLine: { ...axis.splitLine, show: true } },
-      yAxis: { ...axis, type: "category", inverse: true, data: chart.clients.map((client) => `client ${client}`), splitLine: { ...axis.splitLine, show: true } },
+      yAxis: { ...axis, type: "category", inverse: true, data: chart.clients.map((client) => `client ${client}`),
+               axisLabel: { ...axis.axisLabel, width: 150, overflow: "truncate" }, splitLine: { ...axis.splitLine, show: true } },
       series: [
         series(chart.series[0].name, isDark() ? "#6b8fa8" : "#b5d3e6", (cell) => cell[2] + cell[3]),
         series(chart.series[1].name, "#d55e00", (cell) => cell[2]),

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlabel.config import ExperimentConfig, load_config, to_yaml
+from fedlabel.config import ExperimentConfig, Unavailable, load_recorded, to_yaml
 from fedlabel.data.federation import SHOWN_CLIENTS
 from fedlabel.data.sets.config import NODES
 from fedlabel.errors import naming
@@ -24,10 +24,10 @@ from fedlabel.metric_tags import (
     SUPERVISION,
     find_tag,
 )
-from fedlabel.names import counted
+from fedlabel.names import client_label, counted
 from fedlabel.record.event_file import read_pictures
 from fedlabel.record.files import is_locked
-from fedlabel.record.json_files import read_metrics, read_summary
+from fedlabel.record.json_files import read_client_names, read_metrics, read_summary
 from fedlabel.record.names import (
     CONFIG_YAML,
     FAILURES_LOG,
@@ -36,7 +36,7 @@ from fedlabel.record.names import (
     SUMMARY_JSON,
     SUPERVISION_JSON,
 )
-from fedlabel.record.results import summarize
+from fedlabel.record.results import averaged_rounds, name_mean, summarize
 from fedlabel.study.findings import failed, find_all, never_trained
 from fedlabel.study.holdings import Facts, label_card, partition
 from fedlabel.study.provenance import command_text, machine_text, versions_text
@@ -72,7 +72,7 @@ def read_report(path: Path, points: int = POINTS, picture_bytes: float = math.in
         if not (path / CONFIG_YAML).is_file():
             raise ValueError(f"{path} holds no run (no {CONFIG_YAML}): give the folder of one, e.g. runs/NAME.")
     try:
-        config = load_config([path / CONFIG_YAML])
+        config = load_recorded(path / CONFIG_YAML)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_YAML} is damaged, or of another version: {error}") from error
     locked = is_locked(path)  # before the files: a run that ends meanwhile has written all when they are read
@@ -80,6 +80,7 @@ def read_report(path: Path, points: int = POINTS, picture_bytes: float = math.in
     summary = read_summary(path) if (path / SUMMARY_JSON).is_file() else None
     state = FINISHED if summary is not None else STOPPED if locked is False else RUNNING
     audit, stages = _read_json(path / SUPERVISION_JSON, {}), _read_json(path / STAGES_JSON, [])
+    names = read_client_names(path)
     pictures, left_out = read_panels(path, config, picture_bytes)
     last_stage = [row for row in rows if not stages or row["round"] >= stages[-1]["first"]]
     findings = [
@@ -102,6 +103,7 @@ def read_report(path: Path, points: int = POINTS, picture_bytes: float = math.in
         "charts": charts(rows, config.method.metrics, points),
         "stages": [[str(stage["name"]), int(stage["first"])] for stage in stages],
         "clients": clients(rows, config.num_clients),
+        "client_labels": {client: client_label(client, name) for client, name in names.items()},
         "classes": classes(rows, audit),
         "costs": costs(rows),
         "pictures": pictures,
@@ -122,7 +124,7 @@ def run_facts(config: ExperimentConfig, rows: Rows, summary: Mapping[str, Any] |
     ]
     accuracy = summarize(rows) if rows else {}
     if accuracy and math.isfinite(accuracy["last"]):
-        texts = {"last": "last", "best": "best", "mean_last_tenth": "mean of the last tenth of the rounds"}
+        texts = {"last": "last", "best": "best", "mean_last_tenth": name_mean(averaged_rounds(rows))}
         parts = [f"{100 * accuracy[key]:.1f} % {name}" for key, name in texts.items() if math.isfinite(accuracy[key])]
         facts.append(("accuracy", ", ".join(parts)))
     if summary is None:
@@ -227,6 +229,11 @@ def missing(
         notes.append("On real nodes nothing is compared with true labels, and samples stay where they are.")
     elif card is None or bubbles is None:
         notes.append(f"{SUPERVISION_JSON} does not say who holds which class: it is missing, or of an earlier version.")
+    if isinstance(config.method, Unavailable):
+        notes.append(
+            f"Method {config.method.name} could not be loaded here: metrics that it declares itself are left out. Run "
+            "this where its module can be imported (PYTHONPATH)."
+        )
     if config.num_clients > SHOWN_CLIENTS and rows:
         notes.append(
             f"Of more than {SHOWN_CLIENTS:,} clients it is not recorded which ones took part; charts with a place for "

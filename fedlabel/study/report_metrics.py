@@ -35,8 +35,15 @@ CLASS_LISTS = {
 """Name in the report -> list with a number for each class."""
 
 
+BY_EXPERT = ("accuracy by expert", "coverage by expert", "who labels, and do the experts agree")
+"""Charts that compare the local with the global model as giver of pseudo-labels."""
+
+
 def charts(rows: Rows, own: Sequence[Tag], points: int) -> dict[str, list[dict[str, Any]]]:
-    """Returns page -> its charts: title, unit, whether its second and third curve are edges of a band, and curves.
+    """Returns page -> its charts: title, unit, whether its second and third curve are edges of a band, whether all of
+    it is 0 in all rounds, and curves.
+
+    Charts `BY_EXPERT` are left out where only one model ever gives pseudo-labels.
 
     Args:
         rows: the rounds.
@@ -45,9 +52,13 @@ def charts(rows: Rows, own: Sequence[Tag], points: int) -> dict[str, list[dict[s
     """
     present = {tag for row in rows for tag, value in row.items() if tag != "round" and type(value) in (int, float)}
     found: dict[str, list[dict[str, Any]]] = {}
+    nonzero = {tag for tag in present if any(row.get(tag) for row in rows)}
+    without = () if {"pseudo/coverage_local", "pseudo/coverage_global"} <= nonzero else BY_EXPERT
     for page, of_page in shown_charts(present, own).items():
         found[page] = []
         for title, names in of_page.items():
+            if title in without:
+                continue
             tags = [tag for name in names if name in present and (tag := find_tag(name, own)) is not None]
             unit, scale = _UNITS.get(tags[0].unit, (tags[0].unit, 1.0))
             found[page].append(
@@ -55,6 +66,7 @@ def charts(rows: Rows, own: Sequence[Tag], points: int) -> dict[str, list[dict[s
                     "title": title.removesuffix(f" ({tags[0].unit})"),
                     "unit": unit,
                     "band": isinstance(names, Margin),
+                    "zero": not any(tag.name in nonzero for tag in tags),
                     "curves": [{"name": tag.title, "points": _curve(rows, tag.name, scale, points)} for tag in tags],
                 }
             )

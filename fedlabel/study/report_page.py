@@ -65,7 +65,7 @@ def report_html(runs: Sequence[Mapping[str, Any]]) -> str:
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, start=1)]
     sections = [_section(page, runs, names) for page in PAGES]
-    holdings = [partition_chart(run["partition"]) if run["partition"] else None for run in runs]
+    holdings = [partition_chart(run["partition"], run["client_labels"]) if run["partition"] else None for run in runs]
     plots = [
         *(chart for chart in holdings if chart is not None),
         *(chart for section in sections for chart in section["charts"]),
@@ -78,7 +78,7 @@ def report_html(runs: Sequence[Mapping[str, Any]]) -> str:
         runs=runs,
         names=names,
         holdings=holdings,
-        sections=[section for section in sections if section["charts"] or any(_has(run) for run in section["runs"])],
+        sections=[section for section in sections if _has_any(section)],
         cost_rows=list(dict.fromkeys(label for run in runs for label, _ in run["costs"])),
         data={"runs": names, "charts": plots, "stages": runs[0]["stages"]},
         library=asset("vendor/echarts.common.min.js"),
@@ -86,14 +86,17 @@ def report_html(runs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _has(of_run: Mapping[str, Any]) -> bool:
-    return bool(of_run["charts"] or of_run["pictures"])
+def _has_any(section: Mapping[str, Any]) -> bool:
+    of_runs = any(of_run["charts"] or of_run["pictures"] for of_run in section["runs"])
+    return bool(section["charts"] or section["zeros"] or of_runs)
 
 
 def _section(page: str, runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Returns a page's charts of curves, which the runs share, and what each run has of its own."""
+    """Returns a page's charts of curves, which the runs share, the titles of those that are 0 in all rounds of all
+    runs, and what each run has of its own.
+    """
     titles = dict.fromkeys(chart["title"] for run in runs for chart in run["charts"].get(page, ()))
-    charts = []
+    charts, zeros = [], []
     for title in titles:
         of_runs = [
             (place, chart)
@@ -101,11 +104,15 @@ def _section(page: str, runs: Sequence[Mapping[str, Any]], names: Sequence[str])
             for chart in run["charts"].get(page, ())
             if chart["title"] == title
         ]
-        charts.append(curve_chart(title, of_runs, names))
+        if all(chart["zero"] for _, chart in of_runs):
+            zeros.append(title)
+        else:
+            charts.append(curve_chart(title, of_runs, names))
     return {
         "name": page,
         "introduction": INTRODUCTIONS[page],
         "charts": charts,
+        "zeros": zeros,
         "runs": [{"charts": own_charts(page, run), "pictures": run["pictures"].get(page, [])} for run in runs],
     }
 
@@ -144,7 +151,7 @@ def own_charts(page: str, run: Mapping[str, Any]) -> list[dict[str, Any]]:
     if page == PSEUDO_LABELS and classes and "coverage_local" in classes:
         return [expert_chart(classes)]
     if page == CLIENTS and clients:
-        return [client_chart(clients)]
+        return [client_chart(clients, run["client_labels"])]
     return []
 
 
@@ -197,8 +204,9 @@ def expert_chart(classes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def client_chart(clients: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns bars of the accuracy of each client, the worst first."""
+def client_chart(clients: Mapping[str, Any], labels: Mapping[int, str]) -> dict[str, Any]:
+    """Returns bars of the accuracy of each client, the worst first; labels: of clients with a name."""
+    names = _labelled(clients["clients"], labels)
     of, shown = clients["of"], len(clients["clients"])
     note = f" ({shown} of {of:,}, at evenly spaced ranks)" if shown < of else ""
     scales = [1 if column == "training loss" else 100 for column in clients["columns"]]
@@ -211,18 +219,23 @@ def client_chart(clients: Mapping[str, Any]) -> dict[str, Any]:
         "kind": "clients",
         "title": f"Clients by accuracy, the worst first{note}",
         "unit": "%",
-        "label": f"Accuracy of clients in %, the worst first. Worst: client {clients['clients'][0]}, {worst:.1f}; "
-        f"best: client {clients['clients'][-1]}, {best:.1f}; mean of all {100 * clients['mean']:.1f}.",
+        "label": f"Accuracy of clients in %, the worst first. Worst: client {names[0]}, {worst:.1f}; "
+        f"best: client {names[-1]}, {best:.1f}; mean of all {100 * clients['mean']:.1f}.",
         "columns": clients["columns"],
-        "names": [str(client) for client in clients["clients"]],
+        "names": names,
         "values": percent,
         "mean": 100 * clients["mean"],
         "height": 280,
     }
 
 
-def partition_chart(partition: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a bubble for each client and class: its area is the number of samples, the filled part has labels."""
+def partition_chart(partition: Mapping[str, Any], labels: Mapping[int, str]) -> dict[str, Any]:
+    """Returns a bubble for each client and class: its area is the number of samples, the filled part has labels.
+
+    Args:
+        partition: see `holdings.partition`.
+        labels: of clients with a name.
+    """
     shown, of = len(partition["clients"]), partition["of"]
     note = f" ({shown} of {of:,} clients, evenly spaced)" if shown < of else ""
     held = sum(map(sum, partition["with_supervision"]))
@@ -233,10 +246,14 @@ def partition_chart(partition: Mapping[str, Any]) -> dict[str, Any]:
         "unit": "",
         "label": f"Samples by client and true class{note}: {whole:,} samples, {held:,} with supervision.",
         **partition,
-        "clients": [str(client) for client in partition["clients"]],
+        "clients": _labelled(partition["clients"], labels),
         "series": [{"name": "all samples"}, {"name": "with supervision"}],
         "height": 60 + 22 * shown,
     }
+
+
+def _labelled(clients: Sequence[int], labels: Mapping[int, str]) -> list[str]:
+    return [labels.get(client, str(client)) for client in clients]
 
 
 def _bars_height(number: int) -> int:

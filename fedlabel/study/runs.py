@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlabel.config import ExperimentConfig, flatten, keys_without_effect, load_config
+from fedlabel.config import ExperimentConfig, flatten, keys_without_effect, load_recorded
 from fedlabel.methods.supervised import Supervised
 from fedlabel.names import counted, did_you_mean
 from fedlabel.record.json_files import read_metrics, read_summary
@@ -288,7 +288,7 @@ def read_run(path: Path) -> Run | None:
         ValueError: a file of the run is damaged; the message names it.
     """
     try:
-        config = load_config([path / CONFIG_YAML])
+        config = load_recorded(path / CONFIG_YAML)
     except ValueError as error:
         raise ValueError(f"{path / 'config.yaml'} is damaged, or of another version: {error}") from error
     file = path / SUMMARY_JSON

@@ -53,7 +53,8 @@ class EvaluationObserver(Observer):
 
                 figures["eval/bags"] = bags_figure(evaluation.bag_shares[0], evaluation.bag_shares[1], names)
             if is_by_client:
-                figures["eval/clients"] = client_accuracy_figure(accuracy)
+                labels = experiment.federation.client_labels(np.arange(len(accuracy)))
+                figures["eval/clients"] = client_accuracy_figure(accuracy, labels)
         tag = select_key(experiment)
         # Not in the other rounds of the last tenth: the next stage starts from the model that is selected, and what a
         # run learns must not depend on when it is to end.

@@ -39,11 +39,12 @@ def given(command: list[str]) -> ExperimentConfig:
 def test_from_a_first_run_by_its_own_commands_to_the_answer(tmp_path: Path) -> None:
     """The proposed labelled-only run is what the next run of the method is held against."""
     first = ran(tmp_path, "a", "method.lambda_0=0.5")
-    bound, watch, tensorboard, resume = commands(first)
+    bound, watch, report, tensorboard, resume = commands(first)
     assert watch == ["watch", str(tmp_path / "a")]
     assert tensorboard == ["tensorboard", str(tmp_path)]
     assert resume == ["run", "num_rounds=4", "--resume", "--name", "a", "--out", str(tmp_path)]
-    for command in ([*bound, "--name", "alone"], watch):
+    assert report == ["report", str(tmp_path / "a")]
+    for command in ([*bound, "--name", "alone"], watch, report):
         assert call(*command).exit_code == 0
     accuracy = load_summary(tmp_path / "alone")
     again = ran(tmp_path, "b", "method.lambda_0=0.25")

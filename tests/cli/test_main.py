@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 import fedlabel
 from fedlabel.cli.main import app
 from fedlabel.cli.progress import make_table
+from fedlabel.config import load_config
+from fedlabel.data.sets.datasets import load_dataset
 from server.checkpoint import load_checkpoint
 from tests.data.arrays import write_npz
 from tests.integration.processes import environment, fedlabel_command
@@ -484,3 +486,37 @@ def test_a_run_whose_output_nobody_reads_says_that_it_stops_and_how_to_go_on(tmp
     assert ended.returncode == 1
     assert "nobody reads the output" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_partition_has_a_row_for_each_client_with_its_name(tmp_path: Path) -> None:
+    names = ["Bern", "[b]Aachen", "C" * 40]
+    rows = [f"{i},{'xy'[i % 2]},{names[i // 20]}" for i in range(60)]
+    (tmp_path / "set.csv").write_text("\n".join(["number,class,hospital", *rows]) + "\n")
+    table = ["data.name=table", f"data.root={tmp_path / 'set.csv'}", "data.label_column=class"]  # the model is cnn
+    owners = ["partition.kind=column", "partition.column=hospital", "num_clients=3", "supervision.label_rate=0.5"]
+    result = call("partition", *table, *owners, "--out", str(tmp_path / "p"))
+    assert result.exit_code == 0, result.output
+    head, *shown = cells(result.output, "clients")
+    assert head == ["client", "name", "samples", "labelled"]
+    written = json.loads((tmp_path / "p" / "partition.json").read_text())["clients"]
+    counts = [(len(each["labeled"]), len(each["unlabeled"])) for each in written]
+    short = {name: name if len(name) < 25 else name[:24] + "…" for name in names}
+    expected = [[short[each["name"]], str(a + b), str(a)] for each, (a, b) in zip(written, counts, strict=True)]
+    assert shown == [[str(client), *row] for client, row in enumerate(expected)]
+
+
+def test_partition_says_which_rows_of_a_table_are_for_testing(tmp_path: Path) -> None:
+    rows = [f"{i},{'xy'[i % 2]}" for i in range(40)]
+    file = tmp_path / "set.csv"
+    file.write_text("\n".join(["number,class", *rows]) + "\n")
+    table = ["data.name=table", f"data.root={file}", "data.label_column=class", "data.test_fraction=0.25"]
+    few = ["num_clients=2", "partition.kind=iid", "supervision.label_rate=0.5"]
+    result = call("partition", *table, *few, "--out", str(tmp_path / "p"))
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "p" / "partition.json").read_text())["test_rows"]
+    test = load_dataset(load_config([], [*table, *few]).data, seed=0).tables["test"]
+    assert found == test.column("number").tolist()
+    assert len(found) == 10
+    table[-1] = "data.test_file=set.csv"  # a test set of its own
+    assert call("partition", *table, *few, "--out", str(tmp_path / "q")).exit_code == 0
+    assert "test_rows" not in json.loads((tmp_path / "q" / "partition.json").read_text())

@@ -22,7 +22,8 @@ def test_few_labels() -> None:
     text = said("num_rounds=7", "fraction_train=0.5", "supervision.labels_per_class=4", "partition.kind=dirichlet")
     assert "method fedlabel: local or global model as expert" in text
     assert "(Cho et al., ICCV 2023)" in text
-    assert "digits: 1,294 samples of 10 classes to train on, 360 to evaluate on (test)" in text
+    assert "digits: 1,294 samples of 10 classes to train on, 360 to evaluate on (test), 143 held out" in text
+    assert "143 held out for validation (data.validation_fraction)" in text
     assert "4 clients, classes spread by Dirichlet 0.5; 2 of them train in each of 7 rounds" in text
     assert "4 clients hold true labels of" in text
     assert "of 1,294 samples at clients 40 (3.1%) have a true label, 1,254 (96.9%) have nothing" in text
@@ -33,7 +34,7 @@ def test_a_mix_says_who_holds_which_kind() -> None:
     mix = "[{share: 0.25, kind: noisy, noise_rate: 0.4}, {share: 0.25, kind: bags, bag_size: 8}]"
     text = said(f"supervision.mix={mix}", "method.name=ill", "fraction_train=1.0", "evaluation.split=validation")
     assert "all of them train in each of" in text
-    assert "to evaluate on (validation)" in text
+    assert "143 to evaluate on (validation) clients" in text  # and none held out besides
     holders = "1 client holds labels that may be wrong, 1 client holds bags with class counts, 2 clients hold none"
     assert f"labels {holders} of" in text
     assert "have a bag with class counts" in text

@@ -149,3 +149,13 @@ def test_a_curve_goes_from_corner_to_corner() -> None:
     assert title == "t: 2"
     assert "round 4" in rounds
     assert line.count("│") == 1
+
+
+def test_clients_are_called_by_their_names(folder: RunFolder) -> None:
+    names = ["Aachen", "[red]Bern", "Chur\x1b[31m", "D" * 99]
+    folder.partition_json.write_text(json.dumps({"clients": [{"name": name} for name in names]}))
+    add(folder, 1, 0.25)
+    text = text_of(folder.path)
+    rows = [line.strip() for line in text.splitlines() if line.strip()[1:3] == ": "]
+    # worst first; client 2 has no accuracy
+    assert [row.split("  ")[0] for row in rows] == ["1: [red]Bern", "0: Aachen", f"3: {'D' * 24}…"]

@@ -353,3 +353,13 @@ def test_noise_matrix_is_in_percent_of_the_true_class():
     assert {*NAMES, "true class", "noisy label", "Noise matrix, learnt, %", "Noise matrix, true, %"} <= texts(figure)
     assert left.get_ylim()[0] > left.get_ylim()[1], "first class on top"
     assert texts(transition_figure(learnt, None, NAMES)) >= {"Noise matrix, learnt, %"}
+
+
+def test_clients_have_their_names_on_the_axis():
+    counts = held([[3, 1], [0, 2]], [[1, 0], [2, 2]])
+    figure = partition_figure(counts, KINDS, ["a", "b"], client_labels=["0: Aachen", "1: US$ $x"])
+    figure.canvas.draw()
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [text for text in ticks if text] == ["0: Aachen", r"1: US\$ \$x"]
+    bars = client_accuracy_figure(np.array([0.5, 0.25]), ["0: Aachen", "1: Bern"])
+    assert {"0: Aachen", "1: Bern", "worst: client 1: Bern, 25.0 %"} <= texts(bars)

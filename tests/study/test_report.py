@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 from fedlabel.cli.main import app
 from fedlabel.config import load_config, to_yaml
+from fedlabel.record.layout import CHARTS
 from fedlabel.record.run_folder import RunFolder
 from fedlabel.study.holdings import evenly, label_card, partition
 from fedlabel.study.report import read_report
+from fedlabel.study.report_metrics import BY_EXPERT, charts
 from fedlabel.study.report_page import MAX_BYTES, MAX_RUNS, report_html, write_report
 
 HOSTILE = "</script><script>console.log(1)</script><img src=x onerror=console.log(2)>"
@@ -102,7 +104,7 @@ def test_what_a_report_says_of_a_finished_run(finished: Path) -> None:
     json.dumps(found, allow_nan=False)  # it is of JSON's types
     facts = dict(found["facts"])
     assert facts["state"] == "finished, 3 of 3 rounds done"
-    assert facts["accuracy"] == "30.0 % last, 30.0 % best, 20.0 % mean of the last tenth of the rounds"
+    assert facts["accuracy"] == "30.0 % last, 30.0 % best, 20.0 % mean of rounds 1–3"
     assert (facts["commit"], facts["command"]) == ("0123abc", "fedlabel run 'data.name=my set'")
     assert found["again"] == [f"fedlabel run '{finished}/config.yaml' --name 'a & <b>b-again' --out {finished.parent}"]
     assert load_config([finished / "config.yaml"]).num_clients == 2
@@ -110,6 +112,7 @@ def test_what_a_report_says_of_a_finished_run(finished: Path) -> None:
         "title": "accuracy",
         "unit": "%",
         "band": False,
+        "zero": False,
         "curves": [{"name": "accuracy", "points": [(1, 10.0), (2, 20.0), (3, 30.0)]}],
     }
     bytes_up = found["charts"]["Communication"][0]
@@ -239,7 +242,7 @@ def test_the_page_needs_nothing_but_itself(finished: Path) -> None:
     assert "default-src 'none'" in text
     assert not re.search(r"@import|url\(['\"]?http", text)
     plots = [attributes for _, attributes in page.tags if attributes.get("role") == "img"]
-    assert len(plots) > 8
+    assert len(plots) > 7
     assert all(plot["aria-label"] for plot in plots)
     assert (
         "Accuracy of clients in %, the worst first. Worst: client 1, 20.0; best: client 0, 90.0; mean of all 55.0."
@@ -315,3 +318,66 @@ def test_what_is_no_run_or_damaged_is_refused(finished: Path, tmp_path: Path) ->
     (finished / "supervision.json").write_text("{")
     assert "supervision.json is damaged (" in call(finished).stderr
     assert not (tmp_path / "x.html").exists()
+
+
+def test_clients_are_called_by_the_names_that_a_column_gives_them(finished: Path) -> None:
+    clients = [{"name": "Aachen"}, {"name": HOSTILE}]
+    (finished / "partition.json").write_text(json.dumps({"clients": clients}))
+    run = read_report(finished)
+    assert run["client_labels"][0] == "0: Aachen"
+    text = report_html([run])
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0])
+    (bars,) = [chart for chart in data["charts"] if chart["kind"] == "clients"]
+    assert bars["names"] == [f"1: {HOSTILE[:24]}…", "0: Aachen"]
+    assert "best: client 0: Aachen, 90.0" in bars["label"]
+    (bubbles,) = [chart for chart in data["charts"] if chart["kind"] == "bubbles"]
+    assert bubbles["clients"] == ["0: Aachen", f"1: {HOSTILE[:24]}…"]
+    assert HOSTILE[:24] not in text
+    (finished / "partition.json").write_text("[]")
+    assert "partition.json is damaged" in call(finished).stderr
+
+
+def test_a_method_and_a_model_that_cannot_be_imported_are_called_by_their_names(finished: Path) -> None:
+    config = (finished / "config.yaml").read_text()
+    method = "method:\n  name: absent:Smooth\n  width: 3.0\n"
+    own = re.sub(r"^method:\n( .*\n)+", method, config, flags=re.MULTILINE).replace("name: cnn", "name: absent:net")
+    (finished / "config.yaml").write_text(own)
+    run = read_report(finished)
+    assert {("method", "absent:Smooth"), ("model", "absent:net")} <= set(run["facts"])
+    assert run["config"] == own
+    assert any("absent:Smooth could not be loaded here" in note and "PYTHONPATH" in note for note in run["missing"])
+
+
+def row_of(number: int, **values: float) -> dict[str, float]:
+    return {"round": number} | {f"pseudo/{name}": value for name, value in values.items()}
+
+
+def titles(rows: list[dict[str, float]]) -> dict[str, bool]:
+    """Title -> whether it is 0 in all rounds."""
+    return {each["title"]: each["zero"] for page in charts(rows, (), 2).values() for each in page}
+
+
+def test_charts_by_expert_need_two_experts() -> None:
+    """As of a method with one teacher, and of one whose local model labels in the second round alone."""
+    alone = {"coverage": 0.5, "coverage_local": 0.0, "coverage_global": 0.5, "from_global": 1.0}
+    assert not {*BY_EXPERT} & titles([row_of(1, **alone), row_of(2, **alone)]).keys()
+    both = titles([row_of(1, **alone), row_of(2, **alone | {"coverage_local": 0.1}), row_of(3, **alone)])
+    assert {"coverage by expert", "who labels, and do the experts agree"} <= both.keys()
+    assert {*BY_EXPERT} <= CHARTS["Pseudo-labels"].keys()
+
+
+def test_charts_of_nothing_but_0_are_one_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", rounds=0)
+    for number in range(1, 12):
+        late = 1.0 if number == 5 else 0.0  # neither first nor last: not among two points
+        numbers = {"system/failed_clients": 0.0, "train/forward_samples": late, "eval/accuracy": 0.5}
+        folder.log_round(number, numbers)
+    folder.close()
+    run = read_report(folder.path, points=2)
+    assert ("accuracy", "50.0 % last, 50.0 % best, 50.0 % mean of rounds 7–11") in run["facts"]
+    text = report_html([run])
+    assert '<p class="intro">0 in all rounds: clients that gave no result.</p>' in text
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0])
+    drawn = {chart["title"] for chart in data["charts"]}
+    assert "samples sent through a model" in drawn
+    assert "clients that gave no result" not in drawn

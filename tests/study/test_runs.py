@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,12 @@ def test_a_sweep_stands_alone(tmp_path: Path) -> None:
     (tmp_path / "none" / "sweep.json").write_text(json.dumps({**content, "runs": []}))
     with pytest.raises(ValueError, match="No final run of the sweep"):
         read_comparison([tmp_path / "none"])
+
+
+def test_runs_of_a_method_that_cannot_be_imported_are_compared(tmp_path: Path) -> None:
+    for name, width in (("a", 1), ("b", 2)):
+        file = make_run(tmp_path / name) / "config.yaml"
+        method = f"method:\n  name: absent:Smooth\n  width: {width}\n"
+        file.write_text(re.sub(r"^method:\n( .*\n)+", method, file.read_text(), flags=re.MULTILINE))
+    (section,) = read_comparison([tmp_path]).sections.values()
+    assert list(section) == ["absent:Smooth, width=1", "absent:Smooth, width=2"]

@@ -65,6 +65,9 @@ class Dataset:
     column of them, also one of `data.aside_columns`."""
     discrete: bool = False
     """Whether inputs are whole numbers such as tokens, to which no noise can be added."""
+    test_rows: Tensor | None = None
+    """(m,) int64, rows of the file (0 = the first data row) that make `test`, of a table whose test set is split off by
+    `data.test_fraction`; else None."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how the data were read, a sentence each."""
 
@@ -167,8 +170,12 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         as_it_is = ((0.0,) * channels, (1.0,) * channels)
         mean, std = as_it_is if train.images.is_floating_point() else _channel_statistics(train.images)
     names, size = loaded.class_names, len(loaded.train.labels)
+    test_rows = None
     if isinstance(loaded, LoadedTable) and loaded.rows is not None:
         rows, size = loaded.rows[rows], loaded.file_size or size
+        is_test = torch.ones(size, dtype=torch.bool)
+        is_test[loaded.rows] = False
+        test_rows = is_test.nonzero().flatten()
     return Dataset(
         name=name,
         train=train,
@@ -179,6 +186,7 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
         std=std,
         allow_flip=SETS[config.name].allow_flip,
         train_rows=rows,
+        test_rows=test_rows,
         own_size=size,
         tables=tables,
         discrete=isinstance(loaded, Loaded) and loaded.discrete,
