@@ -16,6 +16,7 @@ from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.errors import check_folder, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import usable_cores
+from fedlabel.models import is_foreign
 from fedlabel.record.json_files import read_metrics
 from fedlabel.record.names import CONFIG_YAML
 from server.grids.base import ClientGrid
@@ -71,6 +72,8 @@ def simulate(
     if own or any(part.module or part.labels_file for part in resolved.supervision.parts):
         for cached in (open_experiment, build_federation, load_dataset):
             cached.cache_clear()
+    if is_foreign(resolved.model.name):  # a function may make another network each time, whatever its name
+        open_experiment.cache_clear()
     experiment = open_experiment(to_yaml(resolved))
     on_start(experiment, path)
     with open_grid(resolved, experiment.device.type == "cuda") as grid:
