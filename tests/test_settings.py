@@ -138,9 +138,10 @@ def test_each_run_trains_the_function_that_it_was_given(tmp_path: Path, monkeypa
     def by_global(num_classes: int) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.Linear(WIDTH, num_classes))
 
-    for place, width in enumerate((4, 64)):
-        monkeypatch.setitem(globals(), "WIDTH", width)
-        for name, model in (("closure", maker(width)), ("global", by_global)):
+    for name in ("closure", "global"):  # one after the other: only the last experiment is kept
+        for place, width in enumerate((4, 64)):
+            monkeypatch.setitem(globals(), "WIDTH", width)
+            model = maker(width) if name == "closure" else by_global
             result = fedlabel.run(name=f"{name}{place}", out=tmp_path, **{**QUICK, "num_rounds": 1}, model=model)
             assert result.model.network[1].out_features == width  # type: ignore[index, union-attr]
     monkeypatch.setitem(globals(), "WIDTH", 4)
