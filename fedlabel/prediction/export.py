@@ -170,9 +170,10 @@ def _named(text: Any, where: Path) -> tuple[dict[str, str], DataConfig]:
         names = {}
         for section in ("model", "method"):
             found = content.get(section)
-            names[section] = found.get("name") if isinstance(found, dict) else None
-            if not isinstance(names[section], str):
+            name = found.get("name") if isinstance(found, dict) else None
+            if not isinstance(name, str):
                 raise ConfigError(f"`{section}.name` is no text")
+            names[section] = name
         return names, parse_config("{}", settings={"data": content.get("data", {})}).data
     except ConfigError as error:
         raise _unreadable(where, error) from error

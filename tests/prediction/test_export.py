@@ -77,8 +77,10 @@ def test_predictions_of_images_are_a_csv_file(run: RunResult, exported: Path, tm
             assert [row["sample"] for row in rows] == [f"deep/{n}.png" if inputs.is_dir() else str(n) for n in range(5)]
             found = [[float(row[f"p:{name}"]) for name in run.classes] for row in rows]
             assert np.allclose(found, wanted.probabilities, atol=1e-6)
-    invoke("predict", exported, tmp_path / "in.npz", "--out", tmp_path / "program.csv", "--program")
-    assert read_rows(tmp_path / "program.csv")[3]["predicted"] == wanted.labels[3]
+    for values in (images, images / 255, images.astype(np.float32), images.astype(np.int64)):
+        np.savez(tmp_path / "in.npz", x=values)
+        invoke("predict", exported, tmp_path / "in.npz", "--out", tmp_path / "program.csv", "--program")
+        assert (tmp_path / "program.csv").read_text() == out.read_text()
 
 
 def test_predictions_of_a_table(tmp_path: Path) -> None:
@@ -154,6 +156,30 @@ def copied(exported: Path, to: Path, **changes: object) -> dict[str, object]:
     card = json.loads((to / "card.json").read_text())
     (to / "card.json").write_text(json.dumps({**card, **changes}))
     return card  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [1, 8]}, r"`shape` \(=\[1, 8\]\) must be three whole numbers above 0"),
+        ({"shape": [1, 8.5, 8]}, "`shape` .* must be three whole numbers above 0"),
+        ({"mean": []}, r"`mean` \(=\[\]\) must have a finite number for each of 1 channels"),
+        ({"std": [0.0]}, r"`std` \(=\[0.0\]\) must have .* each above 0"),
+        ({"std": ["a"]}, "is no model card .TypeError"),
+        ({"mean": [float("nan")]}, "`mean` .* must have a finite number"),
+        ({"classes": []}, "`classes` .* must be the names of two or more classes"),
+        ({"columns": [{"name": "a", "kind": "number", "std": 0, "categories": []}]}, "column a must have a kind"),
+        ({"columns": [{"name": "a", "kind": "number", "categories": []}]}, r"must be \[1, 1, 1\] by its columns"),
+    ],
+)
+def test_a_damaged_card_is_an_error_of_one_line(
+    changes: dict[str, object], message: str, exported: Path, tmp_path: Path
+) -> None:
+    card = json.loads((exported / "card.json").read_text())
+    copied(exported, tmp_path, schema={**card["schema"], **changes})
+    for program in (True, False):
+        with pytest.raises(ValueError, match=message):
+            load_exported(tmp_path, program)
 
 
 @pytest.mark.parametrize("section", ["method", "model"])
