@@ -183,7 +183,7 @@ def test_the_fingerprint_is_the_same_in_another_process() -> None:
         import functools, torch
         from fedlabel.models import pass_model
         def maker(a):
-            inner = lambda: sorted({"x", "y", "z", a})
+            inner = lambda: a in {"x", "y", "z"}
             return lambda num_classes, f=torch.relu: [inner(), (lambda: a)()]
         names = [pass_model(maker("b")), pass_model(functools.partial(maker("b"), 1)), pass_model(torch.nn.Linear)]
         module = torch.nn.Linear(1, 1, bias=False)
