@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from fedlabel import datasets, prediction
     from fedlabel.config import ExperimentConfig, load_config
     from fedlabel.methods.recipe import Method, Phase, Recipe, Stage
     from fedlabel.settings import Settings
@@ -25,8 +26,10 @@ __all__ = [
     "RunResult",
     "Settings",
     "Stage",
+    "datasets",
     "load_config",
     "load_run",
+    "prediction",
     "run",
 ]
 _HOMES = {
@@ -36,8 +39,13 @@ _HOMES = {
 }
 
 
+_MODULES = ("datasets", "prediction")
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is asked for: most need torch."""
+    if name in _MODULES:
+        return importlib.import_module(f"fedlabel.{name}")
     if name not in {*_HOMES, "RunResult"}:
         raise AttributeError(f"module fedlabel has no attribute {name}")
     if name == "RunResult":
@@ -74,7 +82,8 @@ def run(
             there, without a summary, and can be resumed; so it can if it raises.
         settings: keys of the configuration, which win over `config`: `fedlabel.run(method="fixmatch", num_clients=8,
             supervision={"label_rate": 0.1})`; see `Settings`. `model` may be a torch module, or a function that returns
-            one; `data` what `fedlabel.datasets` makes of arrays, tables and data sets.
+            one; `data` what `fedlabel.datasets` makes of arrays, tables and data sets; if these have owners, there are
+            as many clients unless `num_clients` is given.
 
     Returns:
         `path` and `summary` (the folder, and what is in its summary.json), `metrics` and `history` (one dictionary a
@@ -96,7 +105,17 @@ def run(
         return on_round({"round": round_number, **metrics}) if on_round is not None else None
 
     layer = as_layer(settings, Path(out))
-    return simulate(config, overrides, settings=layer, name=name, out=out, resume=resume, on_round=see)
+    said = "num_clients" in settings or any(each.startswith("num_clients=") for each in overrides)
+    return simulate(
+        config,
+        overrides,
+        settings=layer,
+        name=name,
+        out=out,
+        resume=resume,
+        count_clients="num_clients" in layer and not said,
+        on_round=see,
+    )
 
 
 def load_run(path: str | Path, *, model: nn.Module | Callable[..., nn.Module] | None = None) -> RunResult:

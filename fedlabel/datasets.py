@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from fedlabel.data.own_columns import name_of
 from fedlabel.data.sets.cells import as_text, is_number
 from fedlabel.data.sets.config import DataError
+from fedlabel.data.sets.image_files import read_header
 from fedlabel.data.sets.names import listed
 from fedlabel.errors import make_folder, naming
 from fedlabel.names import did_you_mean
@@ -49,7 +51,7 @@ class OwnData:
     column: str | None = None
     """What names the client of each training sample."""
     num_clients: int | None = None
-    """How many different ones there are."""
+    """How many different ones there are, those whose samples all go to the test or validation set included."""
 
     def save(self, out: Path) -> dict[str, Any]:
         """Writes what is not there yet, and returns the keys of a configuration that uses it.
@@ -347,12 +349,28 @@ def _stacked(part: Any, name: str) -> tuple[np.ndarray, list[Any]]:
 def _stack(values: Sequence[Any], where: str) -> np.ndarray:
     if not values:
         raise DataError(f"{where} holds no sample. At least one is needed.")
-    arrays = [value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for value in values]
+    arrays = (
+        _pictures(values, where)
+        if all(isinstance(value, Image.Image) for value in values)
+        else [value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for value in values]
+    )
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         some = ", ".join(map(str, sorted(shapes)[:3]))
         raise DataError(f"{where} has inputs of {len(shapes)} shapes ({some}): resize, crop or pad them to one first.")
     return np.stack(arrays)
+
+
+def _pictures(images: Sequence[Image.Image], where: str) -> list[np.ndarray]:
+    """Returns Pillow's images as grey ones if all are, else in colour: the values of a palette are none of pixels."""
+    headers = [read_header(image) for image in images]
+    if deep := [place for place, header in enumerate(headers) if header.mode.startswith(("I", "F"))]:
+        raise DataError(
+            f"{where}: image {deep[0]} has more than 8 bits a pixel; {len(deep)} of {len(images)} have. Convert them "
+            "to 8 bits first, all on one scale."
+        )
+    mode = "L" if all(header.grey for header in headers) else "RGB"
+    return [np.asarray(image.convert(mode)) for image in images]
 
 
 def _leaf(path: Path) -> tuple[list[Any], list[Any], list[str]]:

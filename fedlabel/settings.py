@@ -82,6 +82,7 @@ def as_layer(settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     from fedlabel.datasets import OwnData
 
     layer: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     for key, value in settings.items():
         if key == "data" and not isinstance(value, (str, Mapping, OwnData)) and not _is_config(value):
             raise ConfigError(
@@ -89,7 +90,7 @@ def as_layer(settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
                 "fedlabel.datasets makes, e.g. fedlabel.datasets.from_arrays(x_train, y_train, x_test, y_test)."
             )
         if isinstance(value, OwnData):
-            layer = {**value.save(out), **layer}
+            own = value.save(out)
             continue
         if key == "model" and not isinstance(value, (str, Mapping)) and not _is_config(value):
             from fedlabel.models import pass_model
@@ -107,7 +108,28 @@ def as_layer(settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
             layer[key] = dict(value)
         else:
             layer[key] = value
-    return layer
+    return _with_own(layer, own)
+
+
+def _with_own(layer: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of a run with those that its own data need.
+
+    Args:
+        layer: what else is given; it wins.
+        own: of `OwnData.save`.
+
+    Raises:
+        ConfigError: `partition` says that samples belong to others than those that own them.
+    """
+    owned, given = own.get("partition", {}), layer.get("partition", {})
+    for key, value in owned.items():
+        if isinstance(given, Mapping) and given.get(key, value) != value:
+            raise ConfigError(
+                f"`partition.{key}` (={given[key]}) contradicts `client`, by which the data say who owns each sample "
+                f"(partition.{key}={value}): leave one of the two out."
+            )
+    mappings = {key: {**own[key], **layer[key]} for key in own if isinstance(layer.get(key), Mapping)}
+    return {**own, **layer, **mappings}
 
 
 _SHORT = {

@@ -18,6 +18,7 @@ from fedlabel.prediction.module import Predictions, TrainedModel, predict, train
 from fedlabel.record.json_files import read_metrics, read_summary
 from fedlabel.record.names import CARD_JSON, CHECKPOINTS, CONFIG_YAML, SUMMARY_JSON
 from server.checkpoint import newest_checkpoint
+from server.state import ServerState
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +77,34 @@ class RunResult:
         return self.card.schema.classes
 
     @cached_property
+    def _checkpoint(self) -> ServerState:
+        """The newest checkpoint; read once, so that `model` and `round` go together while a run goes on."""
+        state = newest_checkpoint(self.path / CHECKPOINTS)
+        if state is None:
+            raise RunError(f"{self.path} has no checkpoint as yet: wait for its first round, or resume it.")
+        return state
+
+    @property
+    def round(self) -> int:
+        """The round after which `model` is.
+
+        Raises:
+            ValueError: the checkpoint is missing or damaged.
+            RunError: the run has no checkpoint as yet.
+        """
+        return self._checkpoint.round_number
+
+    @cached_property
     def model(self) -> TrainedModel:
         """The global model of the newest checkpoint, on the CPU and in eval mode, with its preprocessing: it takes
-        inputs as the data set has them and returns logits. Its accuracy on the test set is the last `eval/accuracy`.
+        inputs as the data set has them and returns logits. Its accuracy on the test set is the `eval/accuracy` of its
+        `round`.
 
         Raises:
             ValueError: the checkpoint or card.json is missing or damaged.
             RunError: the run has no checkpoint as yet, or is in a stage whose model is not the run's.
         """
-        state = newest_checkpoint(self.path / CHECKPOINTS)
-        if state is None:
-            raise RunError(f"{self.path} has no checkpoint as yet: wait for its first round, or resume it.")
+        state = self._checkpoint
         schema, config = self.card.schema, self.config
         recipe = recipe_of(config.method, Task(len(schema.classes), config.num_rounds, self.card.labels))
         stage = recipe.place(state.round_number).stage

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from fedlabel.config import ConfigError, ExperimentConfig, to_yaml
-from fedlabel.data.federation import build_federation
+from fedlabel.data.federation import build_federation, count_owners
+from fedlabel.data.partition import COLUMN
 from fedlabel.data.sets.config import SETS
 from fedlabel.data.sets.datasets import load_dataset
 from fedlabel.errors import check_folder, naming
 from fedlabel.experiment import Experiment, open_experiment
 from fedlabel.hardware import usable_cores
+from fedlabel.models import is_foreign
 from fedlabel.record.json_files import read_metrics
 from fedlabel.record.names import CONFIG_YAML
 from server.grids.base import ClientGrid
@@ -38,6 +41,7 @@ def simulate(
     name: str | None = None,
     out: str | Path = "runs",
     resume: bool = False,
+    count_clients: bool = False,
     on_start: Callable[[Experiment, Path], None] = lambda experiment, path: None,
     on_round: OnRound = lambda round_number, metrics: None,
 ) -> RunResult:
@@ -50,6 +54,8 @@ def simulate(
         name: see there.
         out: see there.
         resume: see there.
+        count_clients: with partition.kind=column, take as many clients as own training samples, whatever
+            `num_clients` is.
         on_start: called when everything is found sound, with the experiment and the run's folder.
         on_round: called after every round with its metrics; False ends the run.
     """
@@ -65,12 +71,17 @@ def simulate(
             )
     if not resume:
         check_folder(path.parent)
-    check_cohort(resolved.strategy, resolved.cohort_size)
     # The user's own files and functions may have been changed since this process read them.
     own = SETS[resolved.data.name].own or resolved.devices.trace or resolved.supervision.audit
     if own or any(part.module or part.labels_file for part in resolved.supervision.parts):
         for cached in (open_experiment, build_federation, load_dataset):
             cached.cache_clear()
+    if count_clients and resolved.partition.kind == COLUMN:
+        parts = (resolved.data, resolved.partition, resolved.labeled_partition, resolved.supervision, resolved.seed)
+        resolved = replace(resolved, num_clients=count_owners(*parts))
+    check_cohort(resolved.strategy, resolved.cohort_size)
+    if is_foreign(resolved.model.name):  # a function may make another network each time, whatever its name
+        open_experiment.cache_clear()
     experiment = open_experiment(to_yaml(resolved))
     on_start(experiment, path)
     with open_grid(resolved, experiment.device.type == "cuda") as grid:

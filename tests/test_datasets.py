@@ -12,15 +12,18 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 import fedlabel
 from fedlabel import datasets
 from fedlabel.config import load_config
+from fedlabel.config_text import ConfigError
+from fedlabel.data.partition import PartitionConfig
 from fedlabel.data.sets.config import DataConfig, DataError
 from fedlabel.data.sets.datasets import Dataset, load_dataset
 from fedlabel.experiment import Experiment
-from fedlabel.settings import Settings
+from fedlabel.settings import Settings, as_layer
 from tests.models.own_nets import Plain, Words
 
 QUICK: Settings = {
@@ -220,6 +223,50 @@ def test_a_table_with_owners(tmp_path: Path) -> None:
         datasets.from_table([1, 2], label="sick")
     with pytest.raises(DataError, match="columns of one length"):
         datasets.from_table({"a": [1], "b": [1, 2]}, label="a")
+
+
+def test_clients_are_counted_after_the_test_set_is_split_off(tmp_path: Path) -> None:
+    """Of 40 owners of two rows some have none left for training; and a number that is given stays."""
+    table = {
+        "x": list(range(80)),
+        "sick": [row % 2 for row in range(80)],
+        "ward": [f"w{row // 2}" for row in range(80)],
+    }
+    data = datasets.from_table(table, label="sick", client="ward")
+    settings: Settings = {**QUICK, "model": "mlp", "partition": {"min_samples": 1}}
+    del settings["num_clients"]
+    result = fedlabel.run(name="x", out=tmp_path, data=data, **settings)
+    train = Experiment(result.config).federation.dataset.tables["train"]
+    assert result.config.num_clients == len(set(train.aside["ward"])) < data.num_clients == 40
+    assert (result.config.partition.kind, result.config.partition.min_samples) == ("column", 1)
+    more = fedlabel.run(overrides=["num_rounds=2"], name="x", out=tmp_path, resume=True, data=data)
+    assert more.config.num_clients == result.config.num_clients
+    for given in ({"overrides": ["num_clients=40"]}, {"num_clients": 40}):
+        with pytest.raises(ValueError, match=r"and each is a client: set num_clients=\d+ \(=40\)"):
+            fedlabel.run(name="y", out=tmp_path, data=data, **{**settings, **given})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("partition", ["iid", {"kind": "iid"}, {"column": "other"}, PartitionConfig()])
+def test_a_partition_that_contradicts_the_owners_is_refused(partition: Any, tmp_path: Path) -> None:
+    x, y = blobs(6, (6, 5))
+    data = datasets.from_arrays(x, y, x, y, client=list("aabbcc"))
+    for settings in ({"data": data, "partition": partition}, {"partition": partition, "data": data}):
+        with pytest.raises(ConfigError, match=r"`partition.(kind|column)` \(=.*\) contradicts `client`"):
+            as_layer(settings, tmp_path)
+
+
+def test_images_with_a_palette_are_their_colours() -> None:
+    """By the rule of image files: grey if all are, else in colour."""
+    colours = np.array([[[255, 0, 0], [0, 0, 255]], [[0, 255, 0], [9, 9, 9]]], np.uint8)
+    palette = Image.fromarray(colours).quantize(4)
+    grey = Image.fromarray(colours[..., 0])
+    stacked, _ = datasets._stacked([(palette, 0), (grey, 1)], "train")
+    assert np.array_equal(stacked, np.stack([colours, np.repeat(colours[..., :1], 3, 2)]))
+    stacked, _ = datasets._stacked([(grey.quantize(4), 0), (grey.convert("1"), 1)], "train")
+    assert np.array_equal(stacked[0], colours[..., 0])
+    assert set(stacked[1].flat) <= {0, 255}
+    with pytest.raises(DataError, match="image 0 has more than 8 bits a pixel; 1 of 2 have"):
+        datasets._stacked([(Image.new("I;16", (2, 2)), 0), (grey, 0)], "train")
 
 
 def test_a_torch_dataset(tmp_path: Path) -> None:

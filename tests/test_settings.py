@@ -130,6 +130,29 @@ def test_a_run_with_a_module_is_resumed_with_the_same_one(tmp_path: Path) -> Non
     assert fedlabel.load_run(rest.path, model=net()).model is not None
 
 
+WIDTH = 4
+
+
+def test_each_run_trains_the_function_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of one source text that close over different values, or read a global variable."""
+
+    def maker(width: int) -> Any:
+        return lambda num_classes: nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, num_classes))
+
+    def by_global(num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.Linear(WIDTH, num_classes))
+
+    for name in ("closure", "global"):  # one after the other: only the last experiment is kept
+        for place, width in enumerate((4, 64)):
+            monkeypatch.setitem(globals(), "WIDTH", width)
+            model = maker(width) if name == "closure" else by_global
+            result = fedlabel.run(name=f"{name}{place}", out=tmp_path, **{**QUICK, "num_rounds": 1}, model=model)
+            assert result.model.network[1].out_features == width  # type: ignore[index, union-attr]
+    monkeypatch.setitem(globals(), "WIDTH", 4)
+    with pytest.raises(ValueError, match="1.weight of shape 64x64 and float32, not 4x64"):
+        fedlabel.run(overrides=["num_rounds=2"], name="global1", out=tmp_path, resume=True, model=by_global)
+
+
 def test_what_a_callback_raises_ends_the_run_as_it_is(tmp_path: Path) -> None:
     def stop(row: dict[str, Any]) -> None:
         raise KeyError(row["round"])

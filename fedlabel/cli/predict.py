@@ -26,9 +26,10 @@ SAMPLE, PREDICTED, PROBABILITY = "sample", "predicted", "p:"
 def export_run(console: Console, run: Path, out: Path) -> None:
     """Writes the model of a run into a folder."""
     result = load_run(run)
-    last = {name: value for name, value in result.metrics[-1].items() if name.startswith("eval/")}
-    metrics = {name: value for name, value in last.items() if not isinstance(value, list)}
-    about = {"run": run.name, "round": result.metrics[-1]["round"], "metrics": metrics}
+    rows = {row["round"]: row for row in result.metrics}  # the last one may be newer than the newest checkpoint
+    found = {name: value for name, value in rows.get(result.round, {}).items() if name.startswith("eval/")}
+    metrics = {name: value for name, value in found.items() if not isinstance(value, list)}
+    about = {"run": run.name, "round": result.round, "metrics": metrics}
     written = export_model(result.model, result.config, result.card, out, about)
     if written.problem:
         say(console, f"note: no program was written: {written.problem}", "yellow")
@@ -39,15 +40,15 @@ def predict_inputs(console: Console, source: Path, inputs: Path, out: Path, prog
     """Writes the predictions of a run, or of an exported folder, for inputs in files."""
     if (source / CONFIG_YAML).is_file():
         result = load_run(source)
-        loaded: Loaded = (result.model, result.card, result.config)
+        loaded: Loaded = (result.model, result.card, result.config.data)
     elif (source / CARD_JSON).is_file():
         loaded = load_exported(source, program)
     else:
         raise ConfigError(
             f"{source} is neither the folder of a run nor one that `fedlabel export` wrote: check the path."
         )
-    model, card, config = loaded
-    schema, found = card.schema, as_inputs(inputs, card, config.data)
+    model, card, data = loaded
+    schema, found = card.schema, as_inputs(inputs, card, data)
     for note in found.notes:
         say(console, f"note: {note}", "yellow")
     predictions = predict(model, found.tensor, schema.classes)

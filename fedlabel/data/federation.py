@@ -517,6 +517,20 @@ def _revised(
     return without_labels(record, fold == supervision.withheld_fold)
 
 
+def count_owners(
+    data: DataConfig,
+    partition_config: PartitionConfig,
+    labeled_partition: LabeledPartitionConfig | None,
+    supervision: SupervisionConfig,
+    seed: int,
+) -> int:
+    """Returns how many clients own training samples by `partition.column`, without those of the test and validation
+    set. For arguments and errors see `build_federation`.
+    """
+    _, own = _load(data, partition_config, labeled_partition, supervision, seed)
+    return len(set(own[f"{partition_config.key}.column"].tolist()))
+
+
 def _load(
     data: DataConfig,
     partition_config: PartitionConfig,

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from fedlabel.importing import describe_error, form_hint, import_attribute, names_file
 from fedlabel.models.nets import InputShape, Net, Part
@@ -36,10 +40,11 @@ def is_foreign(name: str) -> bool:
 
 def pass_model(model: nn.Module | Factory) -> str:
     """Keeps a module or a factory for this process and returns its `model.name`, which has a fingerprint of it: a run
-    is resumed only with the same one.
+    is resumed only with the same one. Of a factory the fingerprint has its code, defaults, and what it closes over, but
+    not the global variables that it reads.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or a module whose state is not tensors of known shapes.
     """
     if not isinstance(model, nn.Module) and not callable(model):
         raise ValueError(
@@ -48,6 +53,8 @@ def pass_model(model: nn.Module | Factory) -> str:
         )
     own = type(model) if isinstance(model, nn.Module) else model
     label = getattr(own, "__qualname__", type(own).__name__).rpartition(".")[2].strip("<>")
+    if isinstance(model, nn.Module):
+        _check_state(model, label)
     name = f"{PYTHON}{label}#{_fingerprint(model)}"
     _PASSED[name] = copy.deepcopy(model) if isinstance(model, nn.Module) else model
     return name
@@ -69,20 +76,96 @@ def receive(models: Mapping[str, nn.Module | Factory]) -> None:
 
 
 def _fingerprint(model: nn.Module | Factory) -> str:
-    """Returns 8 hex digits of a module's structure and weights, or of a factory's code."""
-    digest = hashlib.sha256()
-    if isinstance(model, nn.Module):
-        digest.update(repr(model).encode())
-        for name, value in model.state_dict().items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:8]
+    """Returns 8 hex digits of a module's structure and weights, or of a factory's code and of the values in it."""
+    return hashlib.sha256("\n".join(_described(model, {})).encode()).hexdigest()[:8]
+
+
+def _described(value: Any, seen: dict[int, Any]) -> Iterator[str]:
+    """Yields texts that are equal for equal values in any process: no address of memory is in them.
+
+    Args:
+        value: what a network or a function consists of; of an object that is none of these, its class and attributes.
+        seen: `id` -> each object that was described already, which also keeps the object alive.
+    """
+    kind = type(value)
+    yield f"{kind.__module__}.{kind.__qualname__}"
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        yield repr(value)
+        return
+    if not isinstance(value, (tuple, frozenset)):  # of which Python may make one or several
+        if id(value) in seen:
+            return
+        seen[id(value)] = value
+    if isinstance(value, Tensor):
+        array = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        yield f"{value.dtype} {tuple(value.shape)} {value.requires_grad} {hashlib.sha256(array.tobytes()).hexdigest()}"
+    elif isinstance(value, (np.ndarray, np.generic)):
+        yield f"{value.dtype} {value.shape}"
+        yield from _described(value.tolist() if value.dtype.hasobject else value.tobytes(), seen)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from (*_described(key, seen), *_described(each, seen))
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        made = ["\n".join(_described(each, seen)) for each in value]
+        yield from sorted(made) if isinstance(value, (set, frozenset)) else made
+    elif isinstance(value, functools.partial):
+        yield from _described([value.func, value.args, value.keywords], seen)
+    elif isinstance(value, types.CodeType):
+        yield value.co_code.hex()
+        yield from _described([value.co_consts, value.co_names], seen)
+    elif isinstance(value, types.MethodType):
+        yield from _described([value.__func__, value.__self__], seen)
+    elif isinstance(value, types.FunctionType):
+        yield from _source(value) or _described(value.__code__, seen)
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        yield from _described([value.__defaults__, value.__kwdefaults__, cells], seen)
+    elif isinstance(value, (type, types.BuiltinFunctionType, types.ModuleType)):
+        yield getattr(value, "__qualname__", value.__name__)
+        if isinstance(value, type):
+            yield from _source(value)
+    else:
+        yield from _source(kind)
+        parts = getattr(value, "__dict__", {})
+        if isinstance(value, nn.Module):
+            parts = {key: part for key, part in parts.items() if key in _PARTS or (key[0] != "_" and key != "training")}
+        yield from _described(parts, seen)
+
+
+_PARTS = ("_parameters", "_buffers", "_modules")
+"""Attributes of a torch module that make it what it is; others with an underscore are torch's own."""
+
+
+def _source(value: Any) -> list[str]:
+    """Returns the source text of a function or class; [] of one that was typed into a prompt, or is torch's."""
+    if value.__module__ is None or value.__module__.partition(".")[0] in ("torch", "builtins"):
+        return []
     try:
-        digest.update(inspect.getsource(model).encode())
-    except (OSError, TypeError):  # typed into a prompt, or a `functools.partial`
-        code = getattr(model, "__code__", None)
-        digest.update(repr((code.co_code, code.co_consts, code.co_names) if code is not None else model).encode())
-    return digest.hexdigest()[:8]
+        return [inspect.getsource(value)]
+    except (OSError, TypeError):
+        return []
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of a name that has no value as yet
+        return None
+
+
+def _check_state(model: nn.Module, name: str) -> None:
+    """Raises a ValueError unless a network's state is tensors, which is what clients and server exchange."""
+    lazy = [key for key, value in model.named_parameters() if isinstance(value, UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"`model` (={name}) has a lazy layer without a shape as yet ({lazy[0]}): call it once on an input before "
+            "passing it, or pass a function that makes it."
+        )
+    odd = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(
+            f"`model` (={name}): {odd[0]} of its state dict is no tensor (get_extra_state), and clients and server "
+            "exchange tensors only: keep it in a buffer, or outside of the state."
+        )
 
 
 def check_name(name: str) -> None:
@@ -127,6 +210,7 @@ def build_foreign(
             f"`model.name` (={name}) gives outputs of shape {tuple(found.shape)} for one input; they must be logits, "
             f"(batch, {num_classes}): a number for each of {num_classes} classes."
         )
+    _check_state(model, name)
     if say is not None and bool((found >= 0).all()) and abs(float(found.sum()) - 1) < 1e-3:
         say(
             f"The outputs of `model.name` (={name}) look like probabilities: for one input they are not negative and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from fedlabel.data.federation import Federation
 from fedlabel.data.labels.label_card import LabelCard
 from fedlabel.data.nodes.export import dataset_schema
 from fedlabel.data.nodes.federation import NodesFederation
-from fedlabel.data.nodes.schema import Column, Schema
+from fedlabel.data.nodes.schema import CATEGORY, NUMBER, Column, Schema
 from fedlabel.errors import naming
+from fedlabel.shown import shown
 
 VERSION = 1
 _COUNTS = ("samples", "true", "noisy", "sets", "noisy_sets", "annotated", "bags", "asked")
@@ -77,7 +79,7 @@ def parse_card(content: Any, where: Path) -> Card:
         where: it comes from, for messages.
 
     Raises:
-        ValueError: it is none, or of another version.
+        ValueError: it is none, or damaged, or of another version.
     """
     try:
         version, schema, labels = content["version"], dict(content["schema"]), dict(content["labels"])
@@ -91,8 +93,35 @@ def parse_card(content: Any, where: Path) -> Card:
         )
         lists = {name: tuple(schema[name]) for name in ("classes", "shape", "mean", "std", "annotators", "functions")}
         votes = tuple(map(tuple, labels.pop("votes")))
-        return Card(
+        card = Card(
             Schema(**{**schema, **lists, "columns": columns}), LabelCard(**labels, votes=votes), content["raw"] is True
         )
+        wrong = _wrong(card)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is no model card ({type(error).__name__}): put it back as it was.") from error
+    if wrong:
+        raise ValueError(f"{where} is no model card: {wrong}. Put it back as it was.")
+    return card
+
+
+def _wrong(card: Card) -> str:
+    """Returns what of a card describes no inputs or classes, "" if all is well."""
+    schema = card.schema
+    if len(schema.classes) < 2 or not all(isinstance(name, str) for name in schema.classes):
+        return f"`classes` (={shown(list(schema.classes))}) must be the names of two or more classes"
+    sides = list(schema.shape)
+    if len(sides) != 3 or not all(isinstance(side, int) and side > 0 for side in sides):
+        return f"`shape` (={shown(sides)}) must be three whole numbers above 0: channels, height, width"
+    for column in schema.columns:
+        scale = [column.missing, column.mean, column.std]
+        if column.kind not in (NUMBER, CATEGORY) or not all(map(math.isfinite, scale)) or column.std <= 0:
+            return f"column {shown(column.name)} must have a kind, and finite numbers, of which `std` is above 0"
+    if schema.tabular:
+        width = sum(column.width for column in schema.columns)
+        return f"`shape` (={shown(sides)}) must be [{width}, 1, 1] by its columns" if sides != [width, 1, 1] else ""
+    for key in () if card.raw else ("mean", "std"):
+        values = list(getattr(schema, key))
+        if len(values) != sides[0] or not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
+            above = ", each above 0" if key == "std" else ""
+            return f"`{key}` (={shown(values)}) must have a finite number for each of {sides[0]} channels{above}"
+    return ""

@@ -14,14 +14,17 @@ import torch
 from torch import nn
 
 from fedlabel.config import ExperimentConfig, parse_config, to_yaml
-from fedlabel.config_text import ConfigError
+from fedlabel.config_text import ConfigError, parse_yaml
+from fedlabel.data.sets.config import DataConfig
 from fedlabel.errors import make_folder, naming
+from fedlabel.methods import METHODS
 from fedlabel.models import is_foreign
 from fedlabel.prediction.card import Card, parse_card, read_json
 from fedlabel.prediction.module import TrainedModel, trained_model
 from fedlabel.record.files import write_atomic
 from fedlabel.record.json_files import as_json
 from fedlabel.record.names import CARD_JSON
+from fedlabel.shown import shown
 
 WEIGHTS, PROGRAM = "weights.pt", "model.pt2"
 HOW_TO_USE = {
@@ -30,8 +33,8 @@ HOW_TO_USE = {
 }
 
 
-Loaded = tuple[nn.Module, Card, ExperimentConfig]
-"""A model, its card, and the configuration of its run."""
+Loaded = tuple[nn.Module, Card, DataConfig]
+"""A model, its card, and how its run read the data."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +112,7 @@ def _program(model: TrainedModel) -> tuple[io.BytesIO | None, str]:
 
 
 def load_exported(path: Path, program: bool = False) -> Loaded:
-    """Returns the model in a folder of `export_model`, its card and its configuration.
+    """Returns the model in a folder of `export_model`, its card, and how its run read the data.
 
     Args:
         path: the folder.
@@ -117,30 +120,30 @@ def load_exported(path: Path, program: bool = False) -> Loaded:
             filled with the weights, and nothing in the folder is executed.
 
     Raises:
-        ValueError: a file is missing or damaged; or the network is none of ours, and `program` is False.
+        ValueError: a file is missing or damaged; or network or method are none of ours, and `program` is False.
     """
     content = read_json(path / CARD_JSON)
     card = parse_card(content, path / CARD_JSON)
-    try:
-        config = parse_config(str(content["config"]))
-    except (KeyError, ConfigError) as error:
-        raise ValueError(
-            f"{path / CARD_JSON}: its `config` cannot be read ({' '.join(str(error).split())[:300]}). Use the version "
-            "that wrote it, or --program."
-        ) from error
+    names, data = _named(content.get("config"), path / CARD_JSON)
     if program:
         if not (path / PROGRAM).is_file():
             raise ValueError(f"{path / PROGRAM} does not exist: {content.get('no_program', 'export the run again')}.")
         try:
             with warnings.catch_warnings(action="ignore"):
-                return torch.export.load(path / PROGRAM).module(), card, config
+                return torch.export.load(path / PROGRAM).module(), card, data
         except Exception as error:  # torch's reader has many ways to fail
             raise ValueError(f"{path / PROGRAM} is damaged ({type(error).__name__}): export the run again.") from error
-    if is_foreign(config.model.name):
-        raise ValueError(
-            f"`model.name` (={config.model.name}) of {path} is code that is not fedlabel's, and is not imported from "
-            f"here. --program runs {PROGRAM} instead, which can hold code, too: only of somebody whom you trust."
-        )
+    for section, name in names.items():  # before the configuration is read as a whole, which imports the method
+        if is_foreign(name) if section == "model" else name not in METHODS:
+            raise ValueError(
+                f"`{section}.name` (={shown(name, 200)}) of {path} is code that is not fedlabel's, and is not imported "
+                f"from here. --program runs {PROGRAM} instead, which can hold code, too: only of somebody whom you "
+                "trust."
+            )
+    try:
+        config = parse_config(content["config"])
+    except ConfigError as error:
+        raise _unreadable(path / CARD_JSON, error) from error
     try:
         with naming(path / WEIGHTS), open(path / WEIGHTS, "rb") as file, warnings.catch_warnings(action="ignore"):
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -149,4 +152,33 @@ def load_exported(path: Path, program: bool = False) -> Loaded:
         raise
     except Exception as error:
         raise ValueError(f"{path / WEIGHTS} is damaged ({type(error).__name__}): export the run again.") from error
-    return trained_model(config, card, state, str(path)), card, config
+    return trained_model(config, card, state, str(path)), card, data
+
+
+def _named(text: Any, where: Path) -> tuple[dict[str, str], DataConfig]:
+    """Returns the names of model and method in a configuration, and its section `data`; imports nothing that it names.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        if not isinstance(text, str):
+            raise ConfigError("it is no text")
+        content = parse_yaml(text, "The configuration")
+        if not isinstance(content, dict) or not all(isinstance(each, str) for each in content):
+            raise ConfigError("it is no mapping")
+        names = {}
+        for section in ("model", "method"):
+            found = content.get(section)
+            name = found.get("name") if isinstance(found, dict) else None
+            if not isinstance(name, str):
+                raise ConfigError(f"`{section}.name` is no text")
+            names[section] = name
+        return names, parse_config("{}", settings={"data": content.get("data", {})}).data
+    except ConfigError as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(f"{where}: its `config` cannot be read ({reason}). Use the version that wrote it.")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedlabel.data.nodes.schema import NUMBER, Column, Schema
 from fedlabel.data.own_columns import name_of
-from fedlabel.data.sets.array_pixels import TOLERANCE
-from fedlabel.data.sets.cells import as_text, read_numbers
+from fedlabel.data.sets.array_pixels import NEAR, TOLERANCE
+from fedlabel.data.sets.cells import LARGEST, as_text, read_numbers
 from fedlabel.data.sets.config import DataConfig, DataError
 from fedlabel.data.sets.csv_files import read_csv
 from fedlabel.data.sets.image_files import EXTENSIONS, read_headers, read_pixels
@@ -46,9 +46,10 @@ def as_inputs(values: Any, card: Card, data: DataConfig | None = None) -> Inputs
 
     Args:
         values: a path (see `read_inputs`); images as array or tensor (n, channels, height, width), (n, height, width,
-            channels) or, of one channel, (n, height, width), uint8 or floats in [0, 1]; arrays as data.name=arrays has
-            them; rows of a table as a pandas
-            table, a mapping column -> cells, a list of mappings, or an array (n, columns), see `Cells.forward`.
+            channels) or, of one channel, (n, height, width): whole numbers in [0, 255] of any type, or floats of which
+            none is above 1, which are multiplied by 255 and rounded, as in training; arrays as data.name=arrays has
+            them; rows of a table as a pandas table, a
+            mapping column -> cells, a list of mappings, or an array (n, columns), see `Cells.forward`.
         card: of the run.
         data: how the run read its table; None: marks of missing values are the usual ones.
 
@@ -73,7 +74,7 @@ def as_inputs(values: Any, card: Card, data: DataConfig | None = None) -> Inputs
             f"a pandas table or a mapping with the columns {_names(schema)}; or an array of numbers (n, "
             f"{len(schema.columns)}) in this order, categories by their place in the schema."
         )
-    return Inputs(torch.from_numpy(array.astype(np.float64)), tuple(map(str, range(len(array)))))
+    return _checked_rows(array.astype(np.float64), schema, "`inputs`")
 
 
 def read_inputs(path: Path, card: Card, data: DataConfig | None = None) -> Inputs:
@@ -161,13 +162,17 @@ def _images(array: np.ndarray, schema: Schema, where: str) -> Tensor:
     if len(found) == 0:
         return torch.zeros(0, *schema.shape, dtype=torch.uint8)
     low, high = float(found.min()), float(found.max())
-    most = 1 + TOLERANCE if found.dtype.kind == "f" else 255
-    if not -TOLERANCE <= low <= high <= most:  # NaN, too
+    floats = found.dtype.kind == "f"
+    scale = 255 if floats and high <= 1 + TOLERANCE else 1
+    values = found.astype(np.float64) * scale if floats else found
+    # Images in training may have any values up to 255; here others than whole numbers are taken for normalised ones.
+    whole = scale == 255 or not floats or bool((np.abs(values - np.rint(values)) <= NEAR).all())
+    if not -TOLERANCE <= low <= high <= 255 or not whole:  # NaN, too
         raise DataError(
             f"{where} ({array.dtype}) holds values from {low:g} to {high:g}; images are whole numbers in [0, 255], or "
             "floats in [0, 1], and not normalised: the model does that itself."
         )
-    return torch.from_numpy(np.ascontiguousarray(found, np.float32 if found.dtype.kind == "f" else np.uint8))
+    return torch.from_numpy(np.ascontiguousarray(np.rint(values).clip(0, 255) if floats else values, np.uint8))
 
 
 def _image_folder(path: Path, schema: Schema) -> Inputs:
@@ -215,8 +220,28 @@ def _rows(columns: Mapping[str, Iterable[Any]], schema: Schema, data: DataConfig
     sizes = {len(each) for each in made}
     if len(sizes) > 1:
         raise DataError(f"{where}: columns have {' and '.join(map(str, sorted(sizes)))} cells; all must have as many.")
-    tensor = torch.from_numpy(np.stack(made, 1))
-    return Inputs(tensor, tuple(map(str, range(len(tensor)))), tuple(notes))
+    return _checked_rows(np.stack(made, 1), schema, where, tuple(notes))
+
+
+def _checked_rows(rows: np.ndarray, schema: Schema, where: str, notes: tuple[str, ...] = ()) -> Inputs:
+    """Returns rows (n, columns) float64 as inputs; raises a DataError if they make no finite features."""
+    for cells, column in zip(rows.T, schema.columns, strict=True):
+        if column.kind == NUMBER:
+            with np.errstate(over="ignore"):
+                features = ((cells - column.mean) / column.std).astype(np.float32)
+            wrong = ~np.isnan(cells) & ~((np.abs(cells) <= LARGEST) & np.isfinite(features))
+            needed = (
+                f"a finite number, at most {LARGEST:g} in size and no outlier beyond single precision; NaN is missing"
+            )
+        else:
+            wrong = ~(np.isin(cells, np.arange(-1, column.width)))
+            needed = f"the place of a category, a whole number from 0 to {column.width - 1}, or -1 for none of them"
+        if wrong.any():
+            place = int(wrong.argmax())
+            raise DataError(
+                f"{where}: column {shown(column.name)}, data row {place + 1}: {cells[place]:g} must be {needed}."
+            )
+    return Inputs(torch.from_numpy(rows), tuple(map(str, range(len(rows)))), notes)
 
 
 def _numbers(cells: list[Any], name: str, marks: frozenset[str], decimal: str, where: str) -> np.ndarray:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,6 +144,85 @@ def test_the_fingerprint_is_of_weights_or_code() -> None:
     assert pass_model(Plain) == pass_model(Plain) != pass_model(linear)
     assert pass_model(functools.partial(Plain, hidden=3)) != pass_model(functools.partial(Plain, hidden=4))
     assert build(pass_model(functools.partial(Plain, hidden=3))).fc.in_features == 3  # type: ignore[union-attr]
+
+
+def closing_over(width: Any, nonlinearity: Any = torch.relu) -> Any:
+    def make(num_classes: int, scale: float = 1.0) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(width), nn.LazyLinear(num_classes))
+
+    _ = nonlinearity
+    return make if nonlinearity is torch.relu else lambda num_classes: nonlinearity(make(num_classes))
+
+
+class Factory:
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, num_classes: int) -> nn.Module:
+        return closing_over(self.width)(num_classes)  # type: ignore[no-any-return]
+
+
+def changed(module: nn.Module, **attributes: Any) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def test_the_fingerprint_is_of_all_that_a_network_is_made_of() -> None:
+    """Closures, defaults, partials, attributes of callables and of modules; a global variable is not."""
+    base, weights = linear(10, SHAPE), torch.zeros(3)
+    different = [
+        *(closing_over(4), closing_over(64), closing_over({"a": [4]}), closing_over({"a": [5]})),
+        *(closing_over(4, torch.tanh), closing_over(weights), closing_over(weights + 1), closing_over(np.ones(2))),
+        *(Factory(4), Factory(5), Factory(4).__call__, functools.partial(closing_over(4), scale=2.0)),
+        *(functools.partial(closing_over(64), scale=2.0), base),
+        *(changed(copy.deepcopy(base), act=torch.relu), changed(copy.deepcopy(base), act=torch.tanh)),
+    ]
+    names = [pass_model(each) for each in different]
+    assert len(set(names)) == len(names)
+    assert names[:4] == [pass_model(closing_over(each)) for each in (4, 64, {"a": [4]}, {"a": [5]})]
+    assert names[8] == pass_model(Factory(4))
+    assert names[13] == pass_model(copy.deepcopy(base).eval())
+
+
+def test_the_fingerprint_is_the_same_in_another_process() -> None:
+    """Of code without source text, with functions and a set in it, and of a partial: no address of memory counts."""
+    script = """if True:
+        import functools, torch
+        from fedlabel.models import pass_model
+        def maker(a):
+            inner = lambda: a in {"x", "y", "z"}
+            return lambda num_classes, f=torch.relu: [inner(), (lambda: a)()]
+        names = [pass_model(maker("b")), pass_model(functools.partial(maker("b"), 1)), pass_model(torch.nn.Linear)]
+        module = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(module.weight)
+        module.act = torch.nn.functional.gelu
+        module.other = maker("b")
+        print(names, pass_model(module))
+    """
+    ran = [
+        subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
+        for seed in ("1", "2")
+    ]
+    assert ran[0].stdout == ran[1].stdout != b"", ran[0].stderr
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> object:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def test_a_state_that_cannot_be_exchanged_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`model` \(=LazyLinear\) has a lazy layer without a shape as yet \(weight\)"):
+        pass_model(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"`model` \(=Extra\): _extra_state of its state dict is no tensor"):
+        pass_model(Extra(2, 3))
+    with pytest.raises(ValueError, match=r"1._extra_state of its state dict is no tensor"):
+        build(pass_model(lambda: nn.Sequential(nn.Flatten(), Extra(SHAPE[0] * SHAPE[1] * SHAPE[2], 10))))
+    assert build(pass_model(closing_over(4)))(torch.zeros(1, *SHAPE)).shape == (1, 10)
 
 
 def test_what_another_process_passed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

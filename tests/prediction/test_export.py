@@ -77,8 +77,10 @@ def test_predictions_of_images_are_a_csv_file(run: RunResult, exported: Path, tm
             assert [row["sample"] for row in rows] == [f"deep/{n}.png" if inputs.is_dir() else str(n) for n in range(5)]
             found = [[float(row[f"p:{name}"]) for name in run.classes] for row in rows]
             assert np.allclose(found, wanted.probabilities, atol=1e-6)
-    invoke("predict", exported, tmp_path / "in.npz", "--out", tmp_path / "program.csv", "--program")
-    assert read_rows(tmp_path / "program.csv")[3]["predicted"] == wanted.labels[3]
+    for values in (images, images / 255, images.astype(np.float32), images.astype(np.int64)):
+        np.savez(tmp_path / "in.npz", x=values)
+        invoke("predict", exported, tmp_path / "in.npz", "--out", tmp_path / "program.csv", "--program")
+        assert (tmp_path / "program.csv").read_text() == out.read_text()
 
 
 def test_predictions_of_a_table(tmp_path: Path) -> None:
@@ -145,6 +147,85 @@ def test_damage_is_an_error_of_one_line(name: str, exported: Path, tmp_path: Pat
     said = invoke("predict", tmp_path, tmp_path / "in.npz", "--out", tmp_path / "o.csv", *flag, status=2)
     assert ("is neither the folder" if name == "card.json" else name) in said
     assert not (tmp_path / "o.csv").exists()
+
+
+def copied(exported: Path, to: Path, **changes: object) -> dict[str, object]:
+    """Copies an exported folder, with other entries in its card; returns the card."""
+    for each in exported.iterdir():
+        (to / each.name).write_bytes(each.read_bytes())
+    card = json.loads((to / "card.json").read_text())
+    (to / "card.json").write_text(json.dumps({**card, **changes}))
+    return card  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [1, 8]}, r"`shape` \(=\[1, 8\]\) must be three whole numbers above 0"),
+        ({"shape": [1, 8.5, 8]}, "`shape` .* must be three whole numbers above 0"),
+        ({"mean": []}, r"`mean` \(=\[\]\) must have a finite number for each of 1 channels"),
+        ({"std": [0.0]}, r"`std` \(=\[0.0\]\) must have .* each above 0"),
+        ({"std": ["a"]}, "is no model card .TypeError"),
+        ({"mean": [float("nan")]}, "`mean` .* must have a finite number"),
+        ({"classes": []}, "`classes` .* must be the names of two or more classes"),
+        ({"columns": [{"name": "a", "kind": "number", "std": 0, "categories": []}]}, "column a must have a kind"),
+        ({"columns": [{"name": "a", "kind": "number", "categories": []}]}, r"must be \[1, 1, 1\] by its columns"),
+    ],
+)
+def test_a_damaged_card_is_an_error_of_one_line(
+    changes: dict[str, object], message: str, exported: Path, tmp_path: Path
+) -> None:
+    card = json.loads((exported / "card.json").read_text())
+    copied(exported, tmp_path, schema={**card["schema"], **changes})
+    for program in (True, False):
+        with pytest.raises(ValueError, match=message):
+            load_exported(tmp_path, program)
+
+
+@pytest.mark.parametrize("section", ["method", "model"])
+def test_nothing_that_the_configuration_names_is_imported(
+    section: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to read the weights nor to run the program."""
+    text = str(json.loads((exported / "card.json").read_text())["config"])
+    name = "fedlabel" if section == "method" else "mlp"
+    assert f"{section}:\n  name: {name}\n" in text
+    copied(exported, tmp_path, config=text.replace(f"{section}:\n  name: {name}\n", f"{section}:\n  name: trap:Trap\n"))
+    (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=rf"`{section}.name` \(=trap:Trap\) of .* is code that is not fedlabel's"):
+        load_exported(tmp_path)
+    program, _, data = load_exported(tmp_path, program=True)
+    assert program(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).shape == (1, 10)
+    assert data == DataConfig()
+
+
+@pytest.mark.parametrize(
+    "config", [3, "a: [", "- 1", "1: 2", "method: fedlabel", "method: {name: 3}", "model: {}", None]
+)
+def test_a_configuration_that_cannot_be_read(config: object, exported: Path, tmp_path: Path) -> None:
+    copied(exported, tmp_path, config=config)
+    with pytest.raises(ValueError, match=r"card.json: its `config` cannot be read \("):
+        load_exported(tmp_path)
+
+
+def test_metrics_of_an_export_are_those_of_its_weights(tmp_path: Path) -> None:
+    """A run that was ended one round after its newest checkpoint, see `on_round`."""
+    keys = ["num_clients=3", "num_rounds=5", "model.name=mlp", "evaluation.figures=false", "checkpoint.every=2"]
+    result = fedlabel.run([], keys, name="run", out=tmp_path, on_round=lambda row: row["round"] < 3)
+    assert [row["round"] for row in result.metrics] == [1, 2, 3]
+    assert result.round == 2
+    invoke("export", result.path, "--out", tmp_path / "model")
+    card = json.loads((tmp_path / "model" / "card.json").read_text())
+    assert (card["round"], card["metrics"]["eval/loss"]) == (2, result.metrics[1]["eval/loss"])
+
+
+def test_a_run_without_a_checkpoint_cannot_be_exported(run: RunResult, tmp_path: Path) -> None:
+    for name in ("config.yaml", "card.json"):
+        (tmp_path / name).write_bytes((run.path / name).read_bytes())
+    (tmp_path / "metrics.jsonl").touch()
+    assert "has no checkpoint as yet" in invoke("export", tmp_path, "--out", tmp_path / "model", status=1)
+    assert not (tmp_path / "model").exists()
 
 
 def test_weights_are_read_without_running_code(exported: Path, tmp_path: Path) -> None:

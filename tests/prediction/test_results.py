@@ -57,7 +57,14 @@ def test_raw_images_give_the_accuracy_of_the_run(digits: RunResult) -> None:
     test = load_dataset(DataConfig(), 0).test
     wanted = digits.metrics[-1]["eval/accuracy"]
     pixels = test.images.numpy()
-    for images in (test.images, pixels, pixels[:, 0], pixels.transpose(0, 2, 3, 1), test.images.float() / 255):
+    for images in (
+        test.images,
+        pixels,
+        pixels[:, 0],
+        pixels.transpose(0, 2, 3, 1),
+        test.images.float() / 255,
+        pixels * 1.0,
+    ):
         found = digits.predict(images)
         assert (found.index == test.labels.numpy()).mean() == wanted
         assert found.probabilities.sum(1) == pytest.approx(1, abs=1e-5)
@@ -132,7 +139,7 @@ def test_history_is_a_table(digits: RunResult) -> None:
     [
         (np.zeros((8, 8), np.uint8), r"For a single one: `x\[None\]`"),
         (np.zeros((2, 9, 8), np.uint8), "trained on images of shape"),
-        (np.full((2, 8, 8), 16.0), r"floats in \[0, 1\], and not normalised"),
+        (np.full((2, 8, 8), 16.5), r"floats in \[0, 1\], and not normalised"),
         (np.full((2, 8, 8), np.nan), r"floats in \[0, 1\]"),
         (np.full((2, 8, 8), -1), r"whole numbers in \[0, 255\]"),
         (np.full((2, 8, 8), "a"), "images are uint8"),
@@ -152,6 +159,12 @@ def test_images_of_another_form_are_refused(digits: RunResult, images: object, m
         ({"size": ["1", "big"], "colour": ["red"] * 2, "code": [1, 2]}, "column size, data row 2: big is no number"),
         ({"size": [1, 2], "colour": ["red"], "code": [1, 2]}, "columns have 1 and 2 cells"),
         (np.zeros((2, 4)), "must be rows of the table"),
+        ({"size": [1, np.inf], "colour": ["red"] * 2, "code": [1, 2]}, "column size, data row 2: inf must be a finite"),
+        ({"size": [-1e31], "colour": ["red"], "code": [1]}, "column size, data row 1: -1e.31 must be a finite number"),
+        (np.array([[1.0, 0, 0], [-np.inf, 0, 0]]), "column size, data row 2: -inf must be a finite number"),
+        (np.array([[1.0, 3, 0]]), "column colour, data row 1: 3 must be .* from 0 to 2, or -1"),
+        (np.array([[1.0, 0, 0.5]]), "column code, data row 1: 0.5 must be the place of a category"),
+        (np.array([[1.0, np.nan, 0]]), "column colour, data row 1: nan must be the place of a category"),
     ],
 )
 def test_rows_of_another_form_are_refused(table: tuple[RunResult, Path], rows: object, message: str) -> None:

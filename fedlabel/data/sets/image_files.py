@@ -49,7 +49,7 @@ class Header(NamedTuple):
 def read_headers(paths: Sequence[Path]) -> tuple[list[Header], str]:
     """Returns all headers and "L" or "RGB"; raises a DataError if sizes differ or pixels have more than 8 bits."""
     headers: list[Header] = []
-    _each(paths, _header, headers.append)
+    _each(paths, read_header, headers.append)
     deep = [path for path, header in zip(paths, headers, strict=True) if header.mode.startswith(("I", "F"))]
     if deep:
         raise DataError(
@@ -67,7 +67,8 @@ def read_headers(paths: Sequence[Path]) -> tuple[list[Header], str]:
     return headers, "L" if all(header.grey for header in headers) else "RGB"
 
 
-def _header(image: Image.Image) -> Header:
+def read_header(image: Image.Image) -> Header:
+    """Returns what an image says of itself."""
     turned = _orientation(image)
     grey = image.mode in ("1", "L", "LA")
     if image.mode in ("P", "PA"):
