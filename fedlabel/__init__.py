@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from fedlabel import datasets, prediction
     from fedlabel.config import ExperimentConfig, load_config
+    from fedlabel.experiment import Experiment
     from fedlabel.methods.recipe import Method, Phase, Recipe, Stage
     from fedlabel.settings import Settings
     from server.simulation import RunResult
@@ -66,10 +68,11 @@ def run(
     out: str | Path = "runs",
     resume: bool = False,
     profile: bool = False,
+    progress: bool = False,
     on_round: Callable[[dict[str, Any]], object] | None = None,
     **settings: Unpack[Settings],
 ) -> RunResult:
-    """Runs an experiment on this machine; the same as `fedlabel run`, without its progress bar.
+    """Runs an experiment on this machine; the same as `fedlabel run`.
 
     Args:
         config: a configuration, a YAML file, or several (later ones win); default: FedLabel on the embedded data.
@@ -78,6 +81,7 @@ def run(
         out: where run folders are kept.
         resume: go on from the newest checkpoint of run `name`.
         profile: measure where a round's time goes, as `fedlabel run --profile` does (grid.profile=true).
+        progress: show the rounds, accuracy and time left: as a bar in a terminal or a notebook, else as lines.
         on_round: called after every round with "round" and the metrics of that round. If it returns False the run ends
             there, without a summary, and can be resumed; so it can if it raises.
         settings: keys of the configuration, which win over `config`: `fedlabel.run(method="fixmatch", num_clients=8,
@@ -96,26 +100,36 @@ def run(
     from fedlabel.importing import claim_packages
 
     claim_packages()
+    from fedlabel.cli.progress import make_console, run_progress
     from fedlabel.settings import as_layer
     from server.simulation import simulate
 
     overrides = [*overrides, *["grid.profile=true"] * profile]
 
-    def see(round_number: int, metrics: Mapping[str, float]) -> object:
-        return on_round({"round": round_number, **metrics}) if on_round is not None else None
-
     layer = as_layer(settings, Path(out))
     said = "num_clients" in settings or any(each.startswith("num_clients=") for each in overrides)
-    return simulate(
-        config,
-        overrides,
-        settings=layer,
-        name=name,
-        out=out,
-        resume=resume,
-        count_clients="num_clients" in layer and not said,
-        on_round=see,
-    )
+    with run_progress(make_console()) if progress else nullcontext() as shown:
+
+        def begin(experiment: Experiment, path: Path) -> None:
+            if shown is not None:
+                shown[0](experiment)
+
+        def see(round_number: int, metrics: Mapping[str, float]) -> object:
+            if shown is not None:
+                shown[1](round_number, metrics)
+            return on_round({"round": round_number, **metrics}) if on_round is not None else None
+
+        return simulate(
+            config,
+            overrides,
+            settings=layer,
+            name=name,
+            out=out,
+            resume=resume,
+            count_clients="num_clients" in layer and not said,
+            on_start=begin,
+            on_round=see,
+        )
 
 
 def load_run(path: str | Path, *, model: nn.Module | Callable[..., nn.Module] | None = None) -> RunResult:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -61,7 +62,8 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment], None], OnRound]]:
-    """A live bar on a terminal, lines elsewhere; both with the time left."""
+    """A live bar on a terminal, and in a notebook that has ipywidgets; lines elsewhere. Both with the time left."""
+    is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
     total, started = 0, 0.0
     before: int | None = None
     """Rounds that an earlier process did, of a run that is resumed."""
@@ -71,7 +73,7 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment], None
         TextColumn("{task.fields[shown]}", markup=False),
         TextColumn("{task.fields[time]}", markup=False),
         console=console,
-        disable=not console.is_terminal,
+        disable=not is_live,
     )
     shown: dict[str, float] = {}
     stage = ""
@@ -100,7 +102,7 @@ def run_progress(console: Console) -> Iterator[tuple[Callable[[Experiment], None
         passed = duration(spent) + (f", {duration(left)} left" if round_number < total else "")
         bar.update(bar.task_ids[0], completed=round_number, shown=text, time=passed)
         news = begins or failed or "eval/accuracy" in metrics or "interim/accuracy" in metrics
-        if news and not console.is_terminal:
+        if news and not is_live:
             say(console, f"round {round_number}/{total}  {text}  {passed}")
 
     with bar:

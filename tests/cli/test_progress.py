@@ -1,10 +1,13 @@
 import io
 import re
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+import fedlabel
 from fedlabel.cli.progress import duration, run_progress, sweep_progress
 from fedlabel.config import load_config
 from fedlabel.data.labels.label_card import LabelCard
@@ -105,3 +108,30 @@ def test_the_bar_fits_a_terminal_of_80_columns() -> None:
     assert " left" in bar.replace("\r", "\n")
     assert lines.count("\n") == 1
     assert not {"\x1b", "\r"} & {*written[False].file.getvalue()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(find_spec("ipywidgets") is not None, reason="ipywidgets is there: a bar is shown")
+def test_a_notebook_without_widgets_gets_no_bar_and_no_warning() -> None:
+    """rich would warn, which is an error here, and show nothing."""
+    small = ["num_rounds=2", "num_clients=2", "data.train_samples=100", "model.name=mlp", "device=cpu"]
+    with run_progress(Console(force_jupyter=True)) as (on_start, on_round):
+        on_start(Experiment(load_config(overrides=small)))
+        on_round(1, {"system/failed_clients": 0.0, "eval/accuracy": 0.5})
+
+
+def test_a_run_from_python_shows_its_progress_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[int] = []
+    settings = {"num_clients": 2, "data": {"train_samples": 100}, "model": {"name": "mlp", "hidden_layers": [8]}}
+    for progress in (False, True):
+        fedlabel.run(
+            num_rounds=2,
+            device="cpu",
+            progress=progress,
+            on_round=lambda row: seen.append(row["round"]),
+            name=str(progress),
+            out=tmp_path,
+            **settings,  # type: ignore[arg-type]
+        )
+        printed = capsys.readouterr().out
+        assert printed.count("round 2/2") == int(progress)
+    assert seen == [1, 2, 1, 2]
