@@ -197,10 +197,10 @@ def may_audit(context: Context, asked: object) -> bool:
 
 def is_simulation_worker() -> bool:
     """Returns whether this process is an actor of Ray, as the clients of Flower's simulation runtime are: its operator
-    is the one who wrote the configuration.
+    is the one who wrote the configuration. A process that only uses Ray is none.
     """
     ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
+    return ray is not None and bool(ray.is_initialized()) and ray.get_runtime_context().get_actor_id() is not None
 
 
 def discreet(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:

@@ -73,7 +73,11 @@ def test_the_wheel_holds_the_packages_and_their_files_and_nothing_else(wheel: Pa
     assert {name.removeprefix("fedlabel/") for name in names if name.startswith("fedlabel/configs/")} == configs
     template = {name.rpartition("/")[2] for name in names if name.startswith("fedlabel/cli/template/")}
     assert template == {*ORDER}
-    assert "fedlabel/study/report.html.jinja" in names
+    study = {path.relative_to(PACKAGE_ROOT).as_posix() for path in (PACKAGE_ROOT / "fedlabel" / "study").rglob("*.*")}
+    data = {name for name in study if not name.endswith((".py", ".pyc"))}
+    assert len(data) > 3
+    assert data <= {*names}
+    assert "fedlabel/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
 

@@ -329,6 +329,10 @@ def test_a_key_in_no_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workers_of_a_simulation_take_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """They belong to whoever wrote the configuration."""
     text = to_yaml(load_config([], [*TINY, "data.download=true"]))
-    for there in (False, True):
-        monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda there=there: there))
-        assert ask("query", text, "partition-id=0").has_error() != there
+    for there, actor in ((False, None), (True, None), (True, "an actor's id")):
+        ray = types.SimpleNamespace(
+            is_initialized=lambda there=there: there,
+            get_runtime_context=lambda actor=actor: types.SimpleNamespace(get_actor_id=lambda: actor),
+        )
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        assert ask("query", text, "partition-id=0").has_error() == (actor is None)
