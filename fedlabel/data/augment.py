@@ -174,11 +174,6 @@ def weak_with(images: Tensor, numbers: Numbers, config: AugmentConfig, flip: boo
     return _take_pixels(images.flatten(2), sources).view_as(images)
 
 
-def weak_draws(images: Tensor, config: AugmentConfig, flip: bool) -> bool:
-    """Returns whether `weak` draws random numbers."""
-    return images.is_floating_point() or any(_crop_and_flip(images, config, flip))
-
-
 def _crop_and_flip(images: Tensor, config: AugmentConfig, flip: bool) -> tuple[int, bool]:
     """Returns the padding of a crop, 0 for none, and whether images are mirrored."""
     padding = min(images.shape[-2:]) // 8 if config.crop_padding is None else config.crop_padding

@@ -13,7 +13,6 @@ from fedlabel.data.augment import (
     Numbers,
     strong_numbers,
     strong_with,
-    weak_draws,
     weak_numbers,
     weak_with,
 )
@@ -42,12 +41,6 @@ class ImageTransform:
         values = images - self.mean if images.is_floating_point() else images.float().div_(255).sub_(self.mean)
         values = values.div_(self.std)
         return values.contiguous(memory_format=torch.channels_last) if self.channels_last else values
-
-    def fixed(self, images: Tensor, name: str) -> bool:
-        """Returns whether a view of images is the same whenever it is made, and no random number is drawn for it."""
-        if name == "weak":
-            return not self.augment.weak_as_strong and not weak_draws(images, self.augment, self.allow_flip)
-        return name == "clean"
 
     def views(self, images: Tensor, names: tuple[str, ...], draws: Draws) -> dict[str, Tensor]:
         """Returns the named views of uint8 images ("clean", "weak", "strong", "strong2"), each drawn independently."""

@@ -24,6 +24,7 @@ from fedlabel.metric_tags import (
     SUPERVISION,
     find_tag,
 )
+from fedlabel.models.own import PYTHON
 from fedlabel.names import client_label, counted
 from fedlabel.record.event_file import read_pictures
 from fedlabel.record.files import is_locked
@@ -141,12 +142,17 @@ def run_facts(config: ExperimentConfig, rows: Rows, summary: Mapping[str, Any] |
 
 
 def commands(path: Path, config: ExperimentConfig, state: str) -> list[str]:
-    """Returns the shell commands that go on with a run that was stopped, and that run it again."""
+    """Returns the shell commands that go on with a run that was stopped, and that run it again; of a run whose network
+    was passed from Python, what to call there.
+    """
     out = "" if path.parent == Path("runs") else f" --out {shlex.quote(str(path.parent))}"
     file = shlex.quote(str(path / CONFIG_YAML))
     if config.data.name == NODES:
         options = shlex.quote(f'configs="{path / CONFIG_YAML}"')
         return [f"flwr run . SUPERLINK --stream --run-config {options}"]
+    if config.model.name.startswith(PYTHON):
+        call = f"fedlabel.run({str(path / CONFIG_YAML)!r}, model=..., name={path.resolve().name + '-again'!r})"
+        return [f"# in Python, with the network that it was given: {call}"]
     resume = [f"fedlabel run --resume --name {shlex.quote(path.resolve().name)}{out}"] if state == STOPPED else []
     return [*resume, f"fedlabel run {file} --name {shlex.quote(path.resolve().name + '-again')}{out}"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fedlabel.config import load_config, to_yaml
 from fedlabel.record.layout import CHARTS
 from fedlabel.record.run_folder import RunFolder
 from fedlabel.study.holdings import evenly, label_card, partition
-from fedlabel.study.report import read_report
+from fedlabel.study.report import commands, read_report
 from fedlabel.study.report_metrics import BY_EXPERT, charts
 from fedlabel.study.report_page import MAX_BYTES, MAX_RUNS, report_html, write_report
 
@@ -381,3 +382,13 @@ def test_charts_of_nothing_but_0_are_one_line(tmp_path: Path) -> None:
     drawn = {chart["title"] for chart in data["charts"]}
     assert "samples sent through a model" in drawn
     assert "clients that gave no result" not in drawn
+
+
+def test_a_network_from_python_is_given_again_there(tmp_path: Path) -> None:
+    """No shell command could: the process would not have it."""
+    config = load_config()
+    passed = replace(config, model=replace(config.model, name="python:Net#0123abcd"))
+    (line,) = commands(tmp_path, passed, "finished")
+    assert line.startswith("# in Python, with the network")
+    assert "fedlabel run " not in line
+    assert commands(tmp_path, config, "finished")[0].startswith("fedlabel run ")
